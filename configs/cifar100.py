@@ -1,0 +1,21 @@
+"""CIFAR-100 by the paper's CIFAR-10 recipe.
+
+Paper: MUSIC, Niu & Wang, arXiv 2206.06461.
+Expected: not yet measured.
+Hardware and time: not yet measured.
+Command: python -m music_jax.main --config=configs/cifar100.py --workdir=runs/cifar100
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+    """The config."""
+    config = runpy.run_path(str(pathlib.Path(__file__).with_name("cifar10.py")))["get_config"]()
+    config.dataset.name = "cifar100"
+    config.dataset.mean = (0.5071, 0.4865, 0.4409)
+    config.dataset.std = (0.2673, 0.2564, 0.2762)
+    return config

@@ -1,0 +1,55 @@
+"""5,000 MNIST digits that come inside a package: the whole of music_jax in a few minutes."""
+
+from ml_collections import config_dict
+
+from music_jax.config import default_config, set_views
+
+
+def get_config() -> config_dict.ConfigDict:
+    """The config."""
+    config = default_config()
+    config.batch_size = 256
+    config.num_epochs = 40
+    config.log_every_steps = 15
+
+    config.objective.num_segments = 32
+    config.objective.units_per_segment = 16
+
+    config.dataset.name = "mnist5k"
+    config.dataset.num_channels = 1
+    config.dataset.mean = (0.1307,)
+    config.dataset.std = (0.3081,)
+    config.crop.size = 28
+    config.crop.eval_resize = 28
+    config.crop.scale = (1.0, 1.0)
+    config.crop.aspect_ratio = (1.0, 1.0)
+    set_views(
+        config,
+        affine_probability=1.0,
+        rotation_degrees=20.0,
+        translation=0.1,
+        scale=(0.8, 1.2),
+        shear_degrees=15.0,
+        noise_probability=1.0,
+        noise_std=0.1,
+    )
+
+    config.backbone.name = "small_resnet"
+    config.backbone.stem = "strided"
+    config.projector.hidden_sizes = (512,)
+
+    config.optimizer.name = "adamw"
+    config.optimizer.base_learning_rate = 2e-3
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.warmup_epochs = 4
+
+    config.checkpoint.every_steps = 150
+
+    config.linear_eval.num_epochs = 60
+    config.linear_eval.base_learning_rates = (0.01, 0.03, 0.1, 0.3)
+    config.linear_eval.weight_decay = 0.0
+    config.linear_eval.random_crops = False
+    config.linear_eval.standardize = True
+    config.linear_eval.raw_pixels = True
+    config.linear_eval.random_init = True
+    return config

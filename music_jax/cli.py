@@ -1,0 +1,127 @@
+"""What all commands share: flags, `--help`, one clear line for an error, and the exit code."""
+
+import difflib
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+from ml_collections import config_dict
+
+from music_jax.errors import MusicError, UserError
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, logs, results.")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator_address",
+    None,
+    "HOST:PORT of process 0. Needed only where the cluster does not tell it; TPU, Slurm, GKE and "
+    "Open MPI do.",
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes in the run.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
+
+
+def run(main: Callable[[], None], usage: str) -> None:
+    """Parses the command line, runs `main` and exits with the code that its outcome calls for.
+
+    A command defines its own flags just before, not at import: flags are global to the process.
+
+    Args:
+      main: the command; it reads its own flags.
+      usage: what `--help` prints above the flags.
+    """
+    logging.set_verbosity(logging.ERROR)
+
+    def guarded(argv: Sequence[str]) -> None:
+        try:
+            if len(argv) > 1:
+                raise UserError(f"unexpected argument {argv[1]!r}; every option starts with --")
+            main()
+        except MusicError as error:
+            fail(error)
+
+    app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, usage))
+
+
+def join_cluster() -> None:
+    """Joins the run's other processes, by the flags or by what the cluster tells."""
+    from music_jax.mesh import join_cluster
+
+    join_cluster(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+
+
+def fail(error: MusicError) -> None:
+    """Prints the error as one line and exits with its code."""
+    name = "stopped" if error.exit_code == 75 else "error"
+    print(f"{name}: {error}", file=sys.stderr, flush=True)
+    sys.exit(error.exit_code)
+
+
+def _parse_flags(argv: Sequence[str], usage: str) -> list[str]:
+    if {"-h", "--help", "-help", "--helpshort"} & set(argv[1:]):
+        print(usage.strip() + "\n\nOptions:\n" + _flag_help(argv[0]))
+        sys.exit(0)
+    try:
+        rest = flags.FLAGS(argv)
+        if flags.FLAGS["config"].value is not None:
+            list(flags.FLAGS.config)  # raises if the file could not be loaded
+        return rest
+    except flags.Error as error:
+        fail(UserError(_one_line(error) + "; --help lists the options"))
+    except AttributeError as error:
+        fail(UserError(_unknown_field(argv) or _one_line(error)))
+    except OSError:
+        path = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), "")
+        fail(UserError(f"cannot read the config file {path!r}; is the path right?"))
+    except Exception as error:  # Whatever a config file raises is its author's mistake, not ours.
+        fail(UserError(f"the config file fails: {type(error).__name__}: {_one_line(error)}"))
+    raise AssertionError("unreachable")
+
+
+def _flag_help(program: str) -> str:
+    by_module = flags.FLAGS.flags_by_module_dict()
+    lines = []
+    for module in ("music_jax.cli", "__main__", program):
+        for flag in sorted(by_module.get(module, []), key=lambda f: f.name):
+            default = "" if flag.default is None else f" [{flag.default}]"
+            lines.append(f"  --{flag.name}: {flag.help}{default}")
+    return "\n".join(lines)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+def _unknown_field(argv: Sequence[str]) -> str | None:
+    """The message for the first `--config.field` that the config file does not have."""
+    path = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), None)
+    if path is None:
+        return None
+    config = runpy.run_path(path)["get_config"]()
+    known = field_names(config)
+    for argument in argv:
+        if not argument.startswith("--config."):
+            continue
+        field = argument[len("--config.") :].partition("=")[0]
+        if field not in known:
+            return unknown_field_message(field, known)
+    return None
+
+
+def field_names(config: config_dict.ConfigDict, prefix: str = "") -> list[str]:
+    """Dotted names of all fields of a config, inner ones included."""
+    names = []
+    for key in config:
+        value = config.get_ref(key).get() if config.get_ref(key) is not None else None
+        names.append(prefix + key)
+        if isinstance(value, config_dict.ConfigDict):
+            names += field_names(value, f"{prefix}{key}.")
+    return names
+
+
+def unknown_field_message(field: str, known: Sequence[str]) -> str:
+    """Says that a config has no such field, and which known one is nearest."""
+    last = field.rpartition(".")[2]
+    same_ending = [name for name in known if name.rpartition(".")[2] == last]
+    nearest = same_ending or difflib.get_close_matches(field, known, n=1, cutoff=0.0)
+    return f"the config has no field {field!r}; the nearest known one is {nearest[0]!r}"

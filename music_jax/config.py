@@ -1,0 +1,275 @@
+"""The fields that every config has, and the checks that a config must pass before anything runs."""
+
+import dataclasses
+import math
+from typing import Any
+
+from ml_collections import config_dict
+
+from music_jax.data.augment import ViewAugmentation
+from music_jax.errors import UserError
+
+# What may change between two runs of one workdir without changing what is trained.
+FREE_FIELDS = ("checkpoint", "linear_eval", "knn", "log_every_steps", "num_decode_threads")
+FREE_DATASET_FIELDS = ("data_dir", "try_gcs", "test_split")
+
+
+def default_config() -> config_dict.ConfigDict:
+    """All fields with their defaults; a config file changes those that differ.
+
+    The defaults are the method's ImageNet recipe where it has one, except for the dataset, which
+    has none.
+    """
+    config = config_dict.ConfigDict()
+    config.seed = 0
+    config.batch_size = 256  # global, over all devices and processes
+    config.num_epochs = 100
+    config.compute_dtype = "float32"  # or bfloat16; parameters and statistics stay float32
+    config.log_every_steps = 50
+    config.num_decode_threads = config_dict.placeholder(int)  # None: one a core
+
+    config.objective = config_dict.ConfigDict()
+    config.objective.name = "music"  # music, barlow_twins, vicreg
+    config.objective.num_segments = 102
+    config.objective.units_per_segment = 80
+    config.objective.temperature = 1.0
+    config.objective.diagonal_weight = 1.0
+    config.objective.cross_segment_weight = 1.0
+    config.objective.invariance_weight = 1.0
+    config.objective.off_diagonal_weight = 0.0051  # Barlow Twins
+    config.objective.similarity_weight = 25.0  # VICReg, and the two below
+    config.objective.variance_weight = 25.0
+    config.objective.covariance_weight = 1.0
+
+    config.dataset = config_dict.ConfigDict()
+    config.dataset.name = ""  # any TFDS name
+    config.dataset.train_split = "train"
+    config.dataset.test_split = "test"
+    config.dataset.data_dir = config_dict.placeholder(str)  # None: TFDS's own default
+    config.dataset.try_gcs = False
+    config.dataset.image_key = "image"
+    config.dataset.label_key = "label"
+    config.dataset.num_channels = 3
+    config.dataset.mean = (0.485, 0.456, 0.406)  # of pixel values in [0, 1]
+    config.dataset.std = (0.229, 0.224, 0.225)
+
+    config.crop = config_dict.ConfigDict()
+    config.crop.size = 224
+    config.crop.scale = (0.08, 1.0)
+    config.crop.aspect_ratio = (3 / 4, 4 / 3)
+    config.crop.eval_resize = 256  # the shorter side, before the centre is cut
+
+    config.augmentation = config_dict.ConfigDict()
+    for view in ("view_1", "view_2"):
+        config.augmentation[view] = config_dict.ConfigDict(dataclasses.asdict(ViewAugmentation()))
+
+    config.backbone = config_dict.ConfigDict()
+    config.backbone.name = "resnet50"
+    config.backbone.stem = "imagenet"  # imagenet, cifar, strided
+
+    config.projector = config_dict.ConfigDict()
+    config.projector.hidden_sizes = (8192,)
+    config.projector.output_size = config_dict.placeholder(int)  # None: segments times units
+
+    config.optimizer = config_dict.ConfigDict()
+    config.optimizer.name = "lars"  # lars, sgd, adamw
+    config.optimizer.base_learning_rate = 0.6  # times batch_size / 256
+    config.optimizer.weight_decay = 1e-6
+    config.optimizer.momentum = 0.9  # lars and sgd
+    config.optimizer.warmup_epochs = 10
+    config.optimizer.final_scale = 1e-3
+
+    config.checkpoint = config_dict.ConfigDict()
+    config.checkpoint.every_steps = 1000
+    config.checkpoint.max_to_keep = 2
+
+    config.linear_eval = config_dict.ConfigDict()
+    config.linear_eval.num_epochs = 100
+    config.linear_eval.batch_size = 256
+    config.linear_eval.base_learning_rates = (0.02,)  # times batch_size / 256; the best is taken
+    config.linear_eval.momentum = 0.9
+    config.linear_eval.weight_decay = 1e-6
+    config.linear_eval.drop_epochs = ()  # () for a cosine; else a tenth after each of them
+    config.linear_eval.random_crops = True  # new crops and flips each epoch; else one centre view
+    config.linear_eval.standardize = False  # features by the training split's mean and deviation
+    config.linear_eval.validation_fraction = 0.1  # of the training split, to choose the rate
+    config.linear_eval.raw_pixels = False  # the same probe on raw pixels, for comparison
+    config.linear_eval.random_init = False  # and on the backbone before training
+
+    config.knn = config_dict.ConfigDict()
+    config.knn.enabled = True  # holds the features of the whole training split in memory
+    config.knn.k = 20
+    config.knn.temperature = 0.07
+    return config
+
+
+def set_views(config: config_dict.ConfigDict, **augmentation: Any) -> None:
+    """Sets the same augmentation for both views."""
+    for view in ("view_1", "view_2"):
+        config.augmentation[view].update(augmentation)
+
+
+def view_augmentations(config: config_dict.ConfigDict) -> tuple[ViewAugmentation, ...]:
+    """The augmentation of each view.
+
+    Raises:
+      UserError: a field is out of its range.
+    """
+    try:
+        return tuple(
+            ViewAugmentation(**config.augmentation[view].to_dict()) for view in ("view_1", "view_2")
+        )
+    except ValueError as error:
+        raise UserError(f"config.augmentation: {error}") from error
+
+
+def validate(config: config_dict.ConfigDict) -> None:
+    """Checks all that can be checked without devices or data.
+
+    Raises:
+      UserError: a field has a value that cannot be meant; the message names the field.
+    """
+    from music_jax.models import BACKBONES
+    from music_jax.models.network import embedding_size
+    from music_jax.models.resnet import STEMS
+    from music_jax.train.objective import OBJECTIVES
+    from music_jax.train.optimizer import OPTIMIZERS
+
+    _one_of(config, "objective.name", OBJECTIVES)
+    _one_of(config, "backbone.name", BACKBONES)
+    _one_of(config, "backbone.stem", STEMS)
+    _one_of(config, "optimizer.name", OPTIMIZERS)
+    _one_of(config, "compute_dtype", ("float32", "bfloat16"))
+    _one_of(config, "dataset.num_channels", (1, 3))
+    for field in (
+        "batch_size",
+        "num_epochs",
+        "log_every_steps",
+        "crop.size",
+        "checkpoint.every_steps",
+        "checkpoint.max_to_keep",
+        "linear_eval.num_epochs",
+        "linear_eval.batch_size",
+        "knn.k",
+    ):
+        _at_least(config, field, 1)
+    for field in ("objective.num_segments", "objective.units_per_segment"):
+        _at_least(config, field, 2)
+    for field in (
+        "objective.temperature",
+        "optimizer.base_learning_rate",
+        "knn.temperature",
+    ):
+        _positive(config, field)
+    for field in ("optimizer.weight_decay", "linear_eval.weight_decay"):
+        _at_least(config, field, 0)
+    for field in ("optimizer.momentum", "linear_eval.momentum"):
+        if not 0 <= _get(config, field) < 1:
+            raise _wrong(config, field, "be in [0, 1)")
+    if not 0 <= config.seed < 2**32:
+        raise _wrong(config, "seed", "be in [0, 2**32)")
+    if config.crop.eval_resize < config.crop.size:
+        raise _wrong(config, "crop.eval_resize", f"be at least crop.size = {config.crop.size}")
+    for field, limit in (("crop.scale", 1.0), ("crop.aspect_ratio", math.inf)):
+        value = _get(config, field)
+        if len(value) != 2 or not 0 < value[0] <= value[1] <= limit:
+            raise _wrong(config, field, f"be a pair 0 < low <= high <= {limit}")
+    for field in ("dataset.mean", "dataset.std"):
+        if len(_get(config, field)) != config.dataset.num_channels:
+            raise _wrong(config, field, f"have num_channels = {config.dataset.num_channels} numbers")
+    if any(s <= 0 for s in config.dataset.std):
+        raise _wrong(config, "dataset.std", "be positive")
+    if any(size < 1 for size in config.projector.hidden_sizes):
+        raise _wrong(config, "projector.hidden_sizes", "be positive sizes")
+    if not 0 <= config.optimizer.warmup_epochs < config.num_epochs:
+        raise _wrong(
+            config, "optimizer.warmup_epochs", f"be in [0, num_epochs = {config.num_epochs})"
+        )
+    rates = config.linear_eval.base_learning_rates
+    if not rates or any(rate <= 0 for rate in rates):
+        raise _wrong(config, "linear_eval.base_learning_rates", "be one or more positive numbers")
+    if not 0 < config.linear_eval.validation_fraction < 1:
+        raise _wrong(config, "linear_eval.validation_fraction", "be in (0, 1)")
+    _check_embedding(config, embedding_size(config))
+    view_augmentations(config)
+
+
+def _check_embedding(config: config_dict.ConfigDict, size: int) -> None:
+    segments, units = config.objective.num_segments, config.objective.units_per_segment
+    if size < 1:
+        raise _wrong(config, "projector.output_size", "be at least 1")
+    if config.objective.name == "music" and segments * units != size:
+        raise UserError(
+            f"the objective's {segments} segments of {units} units need an embedding of "
+            f"{segments * units}, but config.projector.output_size is {size}; leave it unset, or "
+            "change objective.num_segments or objective.units_per_segment"
+        )
+
+
+def is_free(field: str) -> bool:
+    """Whether a field, by its dotted name, may change without changing what is trained."""
+    first, _, rest = field.partition(".")
+    return first in FREE_FIELDS or (first == "dataset" and rest in FREE_DATASET_FIELDS)
+
+
+def from_json(record: dict[str, Any]) -> config_dict.ConfigDict:
+    """The config that `config.json` holds; fields that it lacks keep their defaults.
+
+    Raises:
+      UserError: it has a field that no config has, or a value of the wrong type.
+    """
+    config = default_config()
+    try:
+        config.update(_tuples(record))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"the saved config does not fit this version: {' '.join(str(error).split())}"
+        ) from error
+    return config
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(inner) for key, inner in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names, with both values, of the fields that decide what is trained and differ."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        name = prefix + key
+        if is_free(name):
+            continue
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, name + ".")
+        elif a != b:
+            found.append(f"{name}: {a!r} there, {b!r} now")
+    return found
+
+
+def _get(config: config_dict.ConfigDict, field: str) -> Any:
+    value = config
+    for part in field.split("."):
+        value = value[part]
+    return value
+
+
+def _wrong(config: config_dict.ConfigDict, field: str, expected: str) -> UserError:
+    return UserError(f"config.{field} must {expected}; got {_get(config, field)!r}")
+
+
+def _one_of(config: config_dict.ConfigDict, field: str, known: Any) -> None:
+    if _get(config, field) not in known:
+        raise _wrong(config, field, f"be one of {', '.join(str(k) for k in known)}")
+
+
+def _at_least(config: config_dict.ConfigDict, field: str, low: int) -> None:
+    if not _get(config, field) >= low:
+        raise _wrong(config, field, f"be at least {low}")
+
+
+def _positive(config: config_dict.ConfigDict, field: str) -> None:
+    if not (_get(config, field) > 0 and math.isfinite(_get(config, field))):
+        raise _wrong(config, field, "be positive and finite")

@@ -1,0 +1,175 @@
+"""Random access to a dataset's encoded images, whatever TFDS builder they come from."""
+
+import dataclasses
+import difflib
+import os
+from typing import Any
+
+import numpy as np
+from ml_collections import config_dict
+
+from music_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class _Selected:
+    records: Any
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.records[int(self.indices[index])]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One split of a dataset, by index.
+
+    Attributes:
+      name: the dataset and the split, for messages.
+      records: `len()` and `[index]`, giving dictionaries that hold the encoded image and the label.
+      image_key: where a record holds the encoded image's bytes.
+      label_key: where it holds the integer label.
+      num_classes: how many labels there are.
+    """
+
+    name: str
+    records: Any
+    image_key: str
+    label_key: str
+    num_classes: int
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def subset(self, indices: np.ndarray) -> "Source":
+        """The samples at these indices, in this order."""
+        return dataclasses.replace(self, records=_Selected(self.records, indices))
+
+    def example(self, index: int) -> tuple[bytes, int]:
+        """The encoded image and its label."""
+        record = self.records[index]
+        return record[self.image_key], int(record[self.label_key])
+
+
+def open_source(dataset: config_dict.ConfigDict, split: str) -> Source:
+    """Opens one split of a TFDS dataset, which `prepare` has prepared.
+
+    Args:
+      dataset: the config's `dataset` part.
+      split: a TFDS split such as `train` or `train[:90%]`.
+
+    Returns:
+      The split's source.
+
+    Raises:
+      UserError: the split, the image or the label does not exist, or the files on disk are of a
+        format without random access.
+    """
+    import tensorflow_datasets as tfds
+
+    builder = _builder(dataset)
+    features = builder.info.features
+    for key in (dataset.image_key, dataset.label_key):
+        if key not in features:
+            raise UserError(
+                f"dataset {dataset.name!r} has no feature {key!r}; it has {sorted(features)}"
+            )
+    try:
+        still_encoded = {
+            key: tfds.decode.SkipDecoding()
+            for key, feature in features.items()
+            if isinstance(feature, tfds.features.Image)
+        }
+        records = builder.as_data_source(split=split, decoders=still_encoded)
+    except (ValueError, KeyError, AssertionError) as error:
+        raise UserError(
+            f"cannot read split {split!r} of {dataset.name!r}, which has the splits "
+            f"{sorted(builder.info.splits)}: {' '.join(str(error).split())}"
+        ) from error
+    except NotImplementedError as error:
+        raise UserError(
+            f"{dataset.name!r} was prepared at {builder.data_path} in a format without random "
+            "access; prepare it again elsewhere with --config.dataset.data_dir=DIR, which writes "
+            "array_record files"
+        ) from error
+    return Source(
+        name=f"{dataset.name}:{split}",
+        records=records,
+        image_key=dataset.image_key,
+        label_key=dataset.label_key,
+        num_classes=features[dataset.label_key].num_classes,
+    )
+
+
+def prepare(dataset: config_dict.ConfigDict) -> None:
+    """Writes the dataset's array_record files if they are not there yet, downloading as TFDS does.
+
+    Args:
+      dataset: the config's `dataset` part: `name`, `data_dir` (None for TFDS's own default) and
+        `try_gcs`.
+
+    Raises:
+      UserError: no such dataset, no room or permission to write it, or TensorFlow is needed to
+        prepare it and is not installed.
+    """
+    import tensorflow_datasets as tfds
+
+    builder = _builder(dataset)
+    if builder.is_prepared():
+        return
+    if type(builder).__module__ != "music_jax.data.builders":
+        _hide_accelerators_from_tensorflow(dataset.name)
+    try:
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(try_download_gcs=dataset.try_gcs),
+            file_format="array_record",
+        )
+    except OSError as error:
+        raise UserError(
+            f"cannot prepare dataset {dataset.name!r} in {builder.data_path}: {error}; choose "
+            "another place with --config.dataset.data_dir=DIR"
+        ) from error
+    except AssertionError as error:  # What TFDS raises where files must be placed by hand.
+        raise UserError(
+            f"cannot prepare dataset {dataset.name!r}: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _builder(dataset: config_dict.ConfigDict) -> Any:
+    import tensorflow_datasets as tfds
+
+    import music_jax.data.builders  # noqa: F401  (registers ours with TFDS)
+
+    if not dataset.name:
+        raise UserError("config.dataset.name is empty; name a TFDS dataset, such as mnist5k")
+    try:
+        return tfds.builder(
+            dataset.name,
+            data_dir=dataset.data_dir and os.path.expanduser(dataset.data_dir),
+            file_format="array_record",
+        )
+    except tfds.core.DatasetNotFoundError as error:
+        known = tfds.list_builders(with_community_datasets=False)
+        nearest = difflib.get_close_matches(dataset.name, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise UserError(f"TFDS knows no dataset {dataset.name!r}{hint}") from error
+    except (ValueError, AttributeError, AssertionError) as error:
+        raise UserError(
+            f"cannot open dataset {dataset.name!r}: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _hide_accelerators_from_tensorflow(name: str) -> None:
+    """Most builders prepare with TensorFlow, which would take the accelerators' memory from JAX."""
+    try:
+        import tensorflow as tf
+    except ImportError as error:
+        raise UserError(
+            f"preparing dataset {name!r} needs TensorFlow once; `pip install tensorflow`, or put "
+            "array_record files prepared elsewhere into --config.dataset.data_dir"
+        ) from error
+    for kind in ("GPU", "TPU"):
+        tf.config.set_visible_devices([], kind)

@@ -1,0 +1,31 @@
+"""What can end a command early, each with the exit code that a scheduler or a script can act on."""
+
+
+class MusicError(Exception):
+    """Base of the errors that end a command with one clear line and no traceback."""
+
+    exit_code = 1
+
+
+class UserError(MusicError):
+    """The user's input is wrong; the message says what was expected, what came and what to do."""
+
+    exit_code = 2
+
+
+class DivergedError(MusicError):
+    """A loss or a gradient was not finite."""
+
+    exit_code = 3
+
+
+class UnusableDataError(MusicError):
+    """The data cannot be read, or too little of it can."""
+
+    exit_code = 3
+
+
+class StoppedError(MusicError):
+    """A signal stopped the run and everything is saved: the same command goes on."""
+
+    exit_code = 75

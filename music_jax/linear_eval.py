@@ -1,0 +1,121 @@
+"""`python -m music_jax.linear_eval`: linear probe and kNN of a checkpoint."""
+
+from absl import flags
+from etils import epath
+from ml_collections import config_dict, config_flags
+
+from music_jax import cli
+from music_jax.config import default_config, from_json, is_free, validate
+from music_jax.errors import UserError
+
+_USAGE = """
+Trains a linear classifier on the frozen backbone of a run's latest checkpoint, and classifies by
+nearest neighbours; writes linear_eval.json and knn.json into the workdir.
+
+  python -m music_jax.linear_eval --workdir=runs/mnist5k
+  python -m music_jax.linear_eval --workdir=runs/mnist5k --checkpoint=300
+  python -m music_jax.linear_eval --workdir=runs/mnist5k --config.linear_eval.num_epochs=200
+
+Exit codes: 0 done; 2 wrong input; 3 unusable data.
+"""
+
+
+def main() -> None:
+    """Reads the flags and evaluates."""
+    if not cli.WORKDIR.value:
+        raise UserError("--workdir=DIR is missing: the directory of the run to evaluate")
+    cli.join_cluster()
+    overrides = dict(config_flags.get_override_values(flags.FLAGS["config"]))
+    linear_eval(cli.WORKDIR.value, checkpoint=flags.FLAGS.checkpoint, overrides=overrides)
+
+
+def linear_eval(
+    workdir: str, *, checkpoint: str | None = None, overrides: dict[str, object] | None = None
+) -> None:
+    """Evaluates a checkpoint of a run, writes linear_eval.json and knn.json and prints the table.
+
+    Args:
+      workdir: of the run.
+      checkpoint: its step, or its directory; None for the latest.
+      overrides: config fields, by dotted name, to evaluate with in place of the run's own.
+
+    Raises:
+      UserError: there is no such run or checkpoint, or an override would change what was trained.
+    """
+    from music_jax import progress
+    from music_jax.data import sources
+    from music_jax.evaluation.evaluate import evaluate, read_results, results_table
+    from music_jax.mesh import is_main_process, make_data_mesh
+    from music_jax.train import records
+    from music_jax.train.checkpoints import Checkpoints
+    from music_jax.train.state import abstract_state
+    from music_jax.train.step import make_recipe
+
+    directory = records.open_workdir(workdir, create=False)
+    saved = records.read_config(directory)
+    if saved is None:
+        raise UserError(f"{workdir} holds no run: it has no config.json")
+    config = from_json(saved)
+    _apply(config, overrides or {})
+    validate(config)
+    sources.prepare(config.dataset)
+
+    mesh = make_data_mesh()
+    recipe = make_recipe(config, steps_per_epoch=1)  # the optimiser is only needed for its shapes
+    checkpoints = Checkpoints(directory, read_only=True)
+    try:
+        step = _step(checkpoint, directory, checkpoints.all_steps())
+        state = checkpoints.restore(step, abstract_state(config, recipe.optimizer), mesh)
+    finally:
+        checkpoints.close()
+    evaluate(
+        config,
+        directory,
+        network=recipe.network,
+        params=state.params,
+        batch_stats=state.batch_stats,
+        step=step,
+        mesh=mesh,
+    )
+    results = read_results(config, directory, step) if is_main_process() else None
+    if results is not None:
+        progress.say(results_table(results))
+
+
+def _apply(config: config_dict.ConfigDict, overrides: dict[str, object]) -> None:
+    for field, value in overrides.items():
+        if not is_free(field):
+            raise UserError(
+                f"config.{field} belongs to the training, which is over; only how it is evaluated "
+                "can change: linear_eval, knn, dataset.test_split, dataset.data_dir"
+            )
+        config.update_from_flattened_dict({field: value})
+
+
+def _step(checkpoint: str | None, directory: epath.Path, steps: list[int]) -> int:
+    if not steps:
+        raise UserError(f"{directory} has no checkpoint yet")
+    if checkpoint is None:
+        return max(steps)
+    name = checkpoint.rstrip("/").rpartition("/")[2]
+    if "/" in checkpoint:
+        where = epath.Path(checkpoint.rstrip("/")).expanduser().resolve().parent
+        if where != directory / "checkpoints":
+            raise UserError(f"--checkpoint={checkpoint} is not below {directory}/checkpoints")
+    if not name.isdigit() or int(name) not in steps:
+        known = ", ".join(str(step) for step in sorted(steps))
+        raise UserError(f"there is no checkpoint {checkpoint!r}; the run has the steps {known}")
+    return int(name)
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_dict(
+        "config",
+        default_config(),
+        "--config.linear_eval.FIELD=VALUE, --config.knn.FIELD=VALUE and the like change how the "
+        "run is evaluated.",
+    )
+    flags.DEFINE_string(
+        "checkpoint", None, "Step of the checkpoint, or its directory; by default the latest."
+    )
+    cli.run(main, _USAGE)

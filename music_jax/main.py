@@ -1,0 +1,37 @@
+"""`python -m music_jax.main`: pre-trains a backbone and probes it."""
+
+from absl import flags
+from ml_collections import config_flags
+
+from music_jax import cli
+from music_jax.errors import UserError
+
+_USAGE = """
+Pre-trains a vision backbone, then probes it. Run again with the same arguments, it goes on where it
+was stopped; once finished, it says so.
+
+  python -m music_jax.main --config=configs/mnist5k.py --workdir=runs/mnist5k
+  python -m music_jax.main --config=configs/mnist5k.py --config.seed=1 --workdir=runs/mnist5k-1
+
+Exit codes: 0 done; 2 wrong input; 3 diverged or unusable data; 75 stopped by a signal, all saved.
+"""
+
+
+def main() -> None:
+    """Reads the flags and trains."""
+    config = flags.FLAGS.config
+    if config is None:
+        raise UserError("--config=FILE is missing, such as --config=configs/mnist5k.py")
+    if not cli.WORKDIR.value:
+        raise UserError("--workdir=DIR is missing: the directory for checkpoints and results")
+    cli.join_cluster()
+    from music_jax.train import train_and_evaluate
+
+    train_and_evaluate(config, cli.WORKDIR.value)
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file(
+        "config", None, "The config file; --config.FIELD=VALUE overrides any of its fields."
+    )
+    cli.run(main, _USAGE)

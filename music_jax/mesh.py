@@ -1,0 +1,86 @@
+"""Devices and processes: the mesh, which rows of a batch are whose, and how they get there."""
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from music_jax.errors import UserError
+
+
+def join_cluster(
+    coordinator_address: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+    """Joins the run's other processes, if there are any; to be called before anything uses JAX.
+
+    Args:
+      coordinator_address: HOST:PORT of process 0, or None where the cluster tells all three.
+      num_processes: processes in the run.
+      process_id: index of this one.
+
+    Raises:
+      UserError: only some of the three are given, or the processes do not find each other.
+    """
+    given = (coordinator_address, num_processes, process_id)
+    if any(g is None for g in given) and any(g is not None for g in given):
+        raise UserError(
+            "--coordinator_address, --num_processes and --process_id go together: give all three, "
+            f"or none where the cluster tells them; got {coordinator_address}, {num_processes}, "
+            f"{process_id}"
+        )
+    try:
+        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    except (ValueError, RuntimeError) as error:
+        if coordinator_address is not None:
+            raise UserError(
+                f"cannot join the run of {num_processes} processes at {coordinator_address}: "
+                f"{' '.join(str(error).split())}"
+            ) from error
+        logging.info("running as a single process: %s", error)
+
+
+def make_data_mesh(num_devices: int | None = None) -> Mesh:
+    """A mesh of one axis, `data`, over all devices or the first `num_devices` of them."""
+    devices = jax.devices()[:num_devices]
+    return jax.make_mesh(
+        (len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Splits the leading axis over the mesh."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def check_divisible(batch_size: int, mesh: Mesh, field: str) -> None:
+    """Checks that every device gets the same share of a batch.
+
+    Raises:
+      UserError: it does not; the message gives the nearest batches that would.
+    """
+    n = mesh.size
+    if batch_size % n:
+        below, above = batch_size // n * n, (batch_size // n + 1) * n
+        options = f"{below} or {above}" if below else str(above)
+        raise UserError(
+            f"config.{field} = {batch_size} cannot be divided over {n} devices; take {options}"
+        )
+
+
+def local_positions(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """The positions of a global batch that this process's devices hold, ascending."""
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    rows = [np.arange(batch_size)[index] for index in indices.values()]
+    return np.unique(np.concatenate(rows))
+
+
+def to_devices(local: np.ndarray, batch_size: int, mesh: Mesh) -> jax.Array:
+    """Puts this process's rows of a global batch onto its devices; does not wait for it."""
+    return jax.make_array_from_process_local_data(
+        batch_sharding(mesh), local, (batch_size, *local.shape[1:])
+    )
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that prints and writes."""
+    return jax.process_index() == 0

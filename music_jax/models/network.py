@@ -1,0 +1,97 @@
+"""The backbone and its projection head as pure functions of parameters.
+
+This is the one place that knows that the modules are Flax NNX: everywhere else parameters and
+batch statistics are nested dictionaries of arrays.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import config_dict
+
+from music_jax.models import BACKBONES
+from music_jax.models.projector import Projector
+
+Tree = Any  # a nested dictionary of arrays
+
+
+class _Modules(nnx.Module):
+    def __init__(self, config: config_dict.ConfigDict, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.compute_dtype)
+        self.backbone = BACKBONES[config.backbone.name](
+            stem=config.backbone.stem, channels=config.dataset.num_channels, dtype=dtype, rngs=rngs
+        )
+        self.projector = Projector(
+            self.backbone.num_features,
+            config.projector.hidden_sizes,
+            embedding_size(config),
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+
+def embedding_size(config: config_dict.ConfigDict) -> int:
+    """Size of the embedding: the projector's own setting, or segments times units."""
+    objective = config.objective
+    return config.projector.output_size or objective.num_segments * objective.units_per_segment
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """Pure functions of a backbone with its projection head.
+
+    Attributes:
+      graph: the modules without their arrays.
+      num_features: size of the backbone's features.
+      num_embedding: size of the embedding.
+    """
+
+    graph: Any
+    num_features: int
+    num_embedding: int
+
+    def embed(
+        self, params: Tree, batch_stats: Tree, views: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Tree]:
+        """Embeds views in training mode: each view is normalised by its own batch statistics.
+
+        Args:
+          params: the parameters.
+          batch_stats: the running statistics of the normalisation layers.
+          views: [batch, views, height, width, channels], normalised images.
+
+        Returns:
+          The features [batch, views, features], the embeddings [batch, views, dim] and the new
+          running statistics.
+        """
+        modules = nnx.merge(self.graph, params, batch_stats, copy=True)
+        batch, num_views = views.shape[:2]
+        images = views.reshape(batch * num_views, *views.shape[2:])
+        features = modules.backbone(images, train=True, num_views=num_views)
+        embeddings = modules.projector(features, train=True, num_views=num_views)
+        return (
+            features.reshape(batch, num_views, -1),
+            embeddings.reshape(batch, num_views, -1),
+            nnx.to_pure_dict(nnx.state(modules, nnx.BatchStat)),
+        )
+
+    def features(self, params: Tree, batch_stats: Tree, images: jax.Array) -> jax.Array:
+        """Features [batch, features] of images [batch, ...], by the running statistics."""
+        modules = nnx.merge(self.graph, params, batch_stats, copy=True)
+        return modules.backbone(images, train=False, num_views=1)
+
+
+def make_network(config: config_dict.ConfigDict) -> Network:
+    """The network that a config describes, without any array."""
+    modules = nnx.eval_shape(lambda: _Modules(config, nnx.Rngs(0)))
+    graph, _, _ = nnx.split(modules, nnx.Param, nnx.BatchStat)
+    return Network(graph, modules.backbone.num_features, embedding_size(config))
+
+
+def init_network(config: config_dict.ConfigDict, key: jax.Array) -> tuple[Tree, Tree]:
+    """Initial parameters and batch statistics; to be called under `jax.jit`."""
+    _, params, batch_stats = nnx.split(_Modules(config, nnx.Rngs(key)), nnx.Param, nnx.BatchStat)
+    return nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)

@@ -1,0 +1,163 @@
+"""Residual networks: ResNet-18/34/50 (He et al, arXiv 1512.03385) and any other of their shape.
+
+Backbones map images [batch, height, width, channels] to features [batch, `num_features`], the
+average of the last feature map. Padding and strides are torchvision's (the stride of a bottleneck
+sits on its 3 x 3 convolution), so that weights can be exchanged.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from music_jax.models.batch_norm import BatchNorm
+
+# Of each stem: the convolution's size and stride, and whether a max-pooling follows.
+STEMS = {"imagenet": (7, 2, True), "cifar": (3, 1, False), "strided": (3, 2, False)}
+
+_KERNEL_INIT = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class Backbone(Protocol):
+    """Anything that maps images to features."""
+
+    num_features: int
+
+    def __call__(self, images: jax.Array, *, train: bool, num_views: int) -> jax.Array:
+        """Images [batch * num_views, height, width, channels] to [batch * num_views, features]."""
+
+
+def _conv(
+    c_in: int, c_out: int, size: int, stride: int, dtype: jnp.dtype, rngs: nnx.Rngs
+) -> nnx.Conv:
+    return nnx.Conv(
+        c_in,
+        c_out,
+        (size, size),
+        strides=stride,
+        padding=size // 2,
+        use_bias=False,
+        dtype=dtype,
+        kernel_init=_KERNEL_INIT,
+        rngs=rngs,
+    )
+
+
+class _Shortcut(nnx.Module):
+    """The identity, or a projection where the shape changes."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.changes = stride != 1 or c_in != c_out
+        if self.changes:
+            self.conv = _conv(c_in, c_out, 1, stride, dtype, rngs)
+            self.norm = BatchNorm(c_out)
+
+    def __call__(self, x: jax.Array, *, train: bool, num_views: int) -> jax.Array:
+        if not self.changes:
+            return x
+        return self.norm(self.conv(x), train=train, num_views=num_views)
+
+
+class BasicBlock(nnx.Module):
+    """Two 3 x 3 convolutions; the last normalisation's scale starts at 0."""
+
+    expansion = 1
+
+    def __init__(self, c_in: int, width: int, stride: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        """Sets up for `c_in` channels in and `width` channels out."""
+        self.conv1 = _conv(c_in, width, 3, stride, dtype, rngs)
+        self.norm1 = BatchNorm(width)
+        self.conv2 = _conv(width, width, 3, 1, dtype, rngs)
+        self.norm2 = BatchNorm(width, zero_scale=True)
+        self.shortcut = _Shortcut(c_in, width, stride, dtype, rngs)
+
+    def __call__(self, x: jax.Array, *, train: bool, num_views: int) -> jax.Array:
+        """Applies the block to a feature map [batch * num_views, height, width, c_in]."""
+        y = nnx.relu(self.norm1(self.conv1(x), train=train, num_views=num_views))
+        y = self.norm2(self.conv2(y), train=train, num_views=num_views)
+        return nnx.relu(y + self.shortcut(x, train=train, num_views=num_views))
+
+
+class Bottleneck(nnx.Module):
+    """1 x 1, 3 x 3 and 1 x 1 convolutions; the last normalisation's scale starts at 0."""
+
+    expansion = 4
+
+    def __init__(self, c_in: int, width: int, stride: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        """Sets up for `c_in` channels in and `4 * width` channels out."""
+        c_out = self.expansion * width
+        self.conv1 = _conv(c_in, width, 1, 1, dtype, rngs)
+        self.norm1 = BatchNorm(width)
+        self.conv2 = _conv(width, width, 3, stride, dtype, rngs)
+        self.norm2 = BatchNorm(width)
+        self.conv3 = _conv(width, c_out, 1, 1, dtype, rngs)
+        self.norm3 = BatchNorm(c_out, zero_scale=True)
+        self.shortcut = _Shortcut(c_in, c_out, stride, dtype, rngs)
+
+    def __call__(self, x: jax.Array, *, train: bool, num_views: int) -> jax.Array:
+        """Applies the block to a feature map [batch * num_views, height, width, c_in]."""
+        y = nnx.relu(self.norm1(self.conv1(x), train=train, num_views=num_views))
+        y = nnx.relu(self.norm2(self.conv2(y), train=train, num_views=num_views))
+        y = self.norm3(self.conv3(y), train=train, num_views=num_views)
+        return nnx.relu(y + self.shortcut(x, train=train, num_views=num_views))
+
+
+class ResNet(nnx.Module):
+    """A residual network with a choice of stem.
+
+    Attributes:
+      num_features: size of the features that it returns.
+    """
+
+    def __init__(
+        self,
+        *,
+        block: type[BasicBlock] | type[Bottleneck],
+        stage_sizes: Sequence[int],
+        widths: Sequence[int],
+        stem: str,
+        channels: int,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        stem_width: int | None = None,
+        first_stride: int = 1,
+    ):
+        """Builds the network.
+
+        Args:
+          block: the residual block.
+          stage_sizes: blocks of each stage; each stage after the first halves the resolution.
+          widths: width of each stage.
+          stem: `imagenet` (7 x 7 with stride 2, then 3 x 3 max-pooling with stride 2), `cifar`
+            (3 x 3 with stride 1, no pooling) or `strided` (3 x 3 with stride 2, no pooling).
+          channels: channels of the images.
+          dtype: what the convolutions compute in; parameters and statistics are float32.
+          rngs: gives the initial weights.
+          stem_width: channels after the stem; by default the first stage's width.
+          first_stride: stride of the first stage.
+        """
+        self.dtype = dtype
+        c_in = stem_width or widths[0]
+        size, stride, self.pools = STEMS[stem]
+        self.conv = _conv(channels, c_in, size, stride, dtype, rngs)
+        self.norm = BatchNorm(c_in)
+        blocks = []
+        for stage, (size, width) in enumerate(zip(stage_sizes, widths, strict=True)):
+            for i in range(size):
+                stride = 1 if i > 0 else first_stride if stage == 0 else 2
+                blocks.append(block(c_in, width, stride, dtype, rngs))
+                c_in = width * block.expansion
+        self.blocks = nnx.List(blocks)
+        self.num_features = c_in
+
+    def __call__(self, images: jax.Array, *, train: bool, num_views: int = 1) -> jax.Array:
+        """Maps images [batch * num_views, height, width, channels] to float32 features."""
+        x = self.conv(images.astype(self.dtype))
+        x = nnx.relu(self.norm(x, train=train, num_views=num_views))
+        if self.pools:
+            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        for block in self.blocks:
+            x = block(x, train=train, num_views=num_views)
+        return jnp.mean(x.astype(jnp.float32), axis=(1, 2))

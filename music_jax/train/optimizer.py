@@ -1,0 +1,46 @@
+"""The optimisers by name."""
+
+from collections.abc import Callable
+
+import optax
+from ml_collections import config_dict
+
+from music_jax.optim import lars, matrices_only, warmup_cosine
+
+
+def _lars(
+    learning_rate: optax.Schedule, config: config_dict.ConfigDict
+) -> optax.GradientTransformation:
+    return lars(learning_rate, weight_decay=config.weight_decay, momentum=config.momentum)
+
+
+def _sgd(
+    learning_rate: optax.Schedule, config: config_dict.ConfigDict
+) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay),
+        optax.sgd(learning_rate, momentum=config.momentum),
+    )
+
+
+def _adamw(
+    learning_rate: optax.Schedule, config: config_dict.ConfigDict
+) -> optax.GradientTransformation:
+    return optax.adamw(learning_rate, weight_decay=config.weight_decay, mask=matrices_only)
+
+
+OPTIMIZERS: dict[
+    str, Callable[[optax.Schedule, config_dict.ConfigDict], optax.GradientTransformation]
+] = {"lars": _lars, "sgd": _sgd, "adamw": _adamw}
+
+
+def make_schedule(config: config_dict.ConfigDict, steps_per_epoch: int) -> optax.Schedule:
+    """The learning rate of each step of the whole training."""
+    return warmup_cosine(
+        config.optimizer.base_learning_rate,
+        batch_size=config.batch_size,
+        steps_per_epoch=steps_per_epoch,
+        num_epochs=config.num_epochs,
+        warmup_epochs=config.optimizer.warmup_epochs,
+        final_scale=config.optimizer.final_scale,
+    )

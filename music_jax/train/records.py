@@ -1,0 +1,138 @@
+"""The files beside the checkpoints: config.json and metrics.jsonl."""
+
+import datetime
+import importlib.metadata
+import json
+import sys
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import config_dict
+
+import music_jax
+from music_jax.config import differences
+from music_jax.errors import UserError
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def open_workdir(path: str, *, create: bool = True) -> epath.Path:
+    """Makes the workdir if needed and checks that it can be written to.
+
+    Raises:
+      UserError: it cannot be made or written to, or (without `create`) is not there.
+    """
+    workdir = epath.Path(path).expanduser()
+    if not create and not workdir.exists():
+        raise UserError(f"the workdir {path} does not exist")
+    if "://" not in str(path):
+        workdir = epath.Path(workdir.resolve())  # Orbax wants absolute paths.
+    probe = workdir / f".writable.{jax.process_index()}"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to the workdir {path}: {error}") from error
+    return workdir
+
+
+def read_config(workdir: epath.Path) -> dict[str, Any] | None:
+    """The config that a workdir's run has, or None if it has none yet.
+
+    Raises:
+      UserError: the file is there but cannot be read.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        return None
+    try:
+        config = json.loads(path.read_text())["config"]
+        if not isinstance(config, dict):
+            raise ValueError("'config' is not an object")
+        return config
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def check_same_run(workdir: epath.Path, config: config_dict.ConfigDict) -> None:
+    """Checks that a workdir's run, if it has one, trains what the config says.
+
+    Raises:
+      UserError: it trains something else; the message names what differs.
+    """
+    old = read_config(workdir)
+    if old is None:
+        return
+    differing = differences(old, as_json(config))
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise UserError(
+            f"{workdir} holds another run ({'; '.join(differing[:3])}{more}); give the same config "
+            "to go on with it, or another --workdir"
+        )
+
+
+def as_json(config: config_dict.ConfigDict) -> dict[str, Any]:
+    """The config as it reads back from JSON: tuples become lists."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def write_config(workdir: epath.Path, config: config_dict.ConfigDict) -> None:
+    """Writes config.json: the resolved config, the packages' versions and the devices."""
+    record = {
+        "config": as_json(config),
+        "versions": {
+            "music_jax": music_jax.__version__,
+            "python": sys.version.split()[0],
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
+        "devices": {
+            "platform": jax.devices()[0].platform,
+            "kind": jax.devices()[0].device_kind,
+            "count": jax.device_count(),
+            "processes": jax.process_count(),
+        },
+        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    write_json(workdir / "config.json", record)
+
+
+def write_json(path: epath.Path, record: dict[str, Any]) -> None:
+    """Writes a JSON file so that a reader finds either the old one or the new one, whole."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    temporary.replace(path)
+
+
+class MetricsLog:
+    """metrics.jsonl: one line a logged step, each step once."""
+
+    def __init__(self, workdir: epath.Path, start_step: int):
+        """Opens the file, without what was logged after `start_step` by a run that was cut off."""
+        path = workdir / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= start_step]
+        if kept != lines:
+            temporary = path.with_name(path.name + ".new")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.replace(path)
+        self._file = path.open("a")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Adds a line."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    """The line's step; a line that was cut off counts as later than any."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

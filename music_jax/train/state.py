@@ -1,0 +1,72 @@
+"""The training state: all that a step changes."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import config_dict
+
+from music_jax.models.network import init_network
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a training step takes and gives back.
+
+    Attributes:
+      step: int32, steps taken.
+      params: the network's parameters.
+      batch_stats: running statistics of its normalisation layers.
+      opt_state: the optimiser's state.
+      diverged_step: int32, the first step whose loss or gradient was not finite, or -1. From that
+        step on nothing else changes.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    diverged_step: jax.Array
+
+
+def init_state(
+    config: config_dict.ConfigDict,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> TrainState:
+    """The state before the first step, made on the mesh's devices from `config.seed`."""
+    init = functools.partial(_init, config, optimizer)
+    shardings = state_shardings(abstract_state(config, optimizer), mesh)
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
+
+
+def abstract_state(
+    config: config_dict.ConfigDict, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """The state's shapes and types, without any array."""
+    return jax.eval_shape(
+        functools.partial(_init, config, optimizer), jax.random.key(config.seed)
+    )
+
+
+def _init(
+    config: config_dict.ConfigDict, optimizer: optax.GradientTransformation, key: jax.Array
+) -> TrainState:
+    params, batch_stats = init_network(config, key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=optimizer.init(params),
+        diverged_step=jnp.full((), -1, jnp.int32),
+    )
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """Where each array of the state lives: whole on every device."""
+    return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), state)

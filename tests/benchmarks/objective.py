@@ -1,0 +1,290 @@
+"""What the MUSIC objective costs: timed on the devices at hand, and compiled for TPU slices.
+
+    python tests/benchmarks/objective.py --part=time --json=time.json
+    python tests/benchmarks/objective.py --part=tpu --json=tpu.json
+
+`time` compares, at four shapes, the value and both gradients of
+
+- fused: `music_loss`;
+- dense: the same written plainly in JAX, with the joint matrix in memory;
+- products: the three bare matrix products, the floor (probabilities and slopes made before);
+- torch: the dense form in PyTorch, on CPU, where torch is installed.
+
+The forms take turns, so that the load of the machine is the same for all; a time is the median of
+its turns, a ratio the median of the turns' ratios. Temporaries are XLA's own figure (for torch: by
+how much the call raises the peak resident memory of a fresh process).
+
+`tpu` compiles the sharded and the dense form for slices that are not at hand, with the embeddings
+sharded along the batch, and reads the figures of one chip from the compiled program.
+"""
+
+import argparse
+import functools
+import importlib.util
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from music_jax.objectives import music_loss
+
+# name: batch a device, segments, units
+SHAPES = {
+    "imagenet": (256, 102, 80),
+    "wide_batch": (1024, 64, 64),
+    "cifar10": (512, 32, 32),
+    "mnist5k": (256, 32, 16),
+}
+# topology: global batch
+TOPOLOGIES = {"v5e:4x8": 2048, "v5e:16x16": 4096, "v6e:4x4": 2048}
+ITEM_BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1}
+COLLECTIVE = re.compile(
+    r"= (.+?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+    r".*?replica_groups=(\[[\d,]+\]|\{\{.*?\}\})?"
+)
+
+
+def dense_loss(za: jax.Array, zb: jax.Array, *, num_segments: int) -> jax.Array:
+    """The objective as one writes it down, with P whole in memory."""
+    batch, dim = za.shape
+    units = dim // num_segments
+    pa, pb = (_dense_probabilities(z, num_segments) for z in (za, zb))  # [N, S, K]
+    flat_a, flat_b = (p.reshape(batch, dim).astype(za.dtype) for p in (pa, pb))
+    joint = jnp.matmul(flat_a.T, flat_b, preferred_element_type=jnp.float32) / batch  # [D, D]
+    entropies = joint * jnp.log(joint)
+    segments = jnp.arange(dim) // units
+    different = segments[:, None] != segments[None, :]
+    cross = jnp.sum(jnp.where(different, entropies, 0.0))
+    invariance = -jnp.mean(jnp.log(jnp.sum(pa * pb, axis=-1)))
+    diagonal = jnp.trace(entropies) / num_segments
+    return diagonal + cross / (num_segments * (num_segments - 1)) + invariance
+
+
+def _dense_probabilities(z: jax.Array, num_segments: int) -> jax.Array:
+    z = z.astype(jnp.float32).reshape(z.shape[0], num_segments, -1)  # [N, S, K]
+    return jnp.clip(jax.nn.softmax(z, axis=-1), min=1e-8)
+
+
+def torch_dense_step(za: np.ndarray, zb: np.ndarray, num_segments: int) -> Callable[[], Any]:
+    """Value and both gradients of the dense form in PyTorch."""
+    import torch
+
+    batch, dim = za.shape
+    units = dim // num_segments
+    segments = torch.arange(dim) // units
+    different = segments[:, None] != segments[None, :]
+    views = [torch.tensor(z, requires_grad=True) for z in (za, zb)]
+
+    def step() -> Any:
+        pa, pb = (z.reshape(batch, num_segments, units).softmax(-1).clamp(min=1e-8) for z in views)
+        joint = pa.reshape(batch, dim).T @ pb.reshape(batch, dim) / batch
+        entropies = joint * joint.log()
+        diagonal = entropies.diagonal().sum() / num_segments
+        cross = entropies[different].sum() / (num_segments * (num_segments - 1))
+        loss = diagonal + cross - (pa * pb).sum(-1).log().mean()
+        return torch.autograd.grad(loss, views)
+
+    return step
+
+
+def embeddings(batch: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two views that agree in part, as those of a network in training."""
+    rng = np.random.default_rng(0)
+    common = rng.normal(size=(batch, dim))
+    za, zb = (2 * (common + 0.5 * rng.normal(size=(batch, dim))) for _ in "ab")
+    return za.astype(np.float32), zb.astype(np.float32)
+
+
+def bare_products(pa: jax.Array, pb: jax.Array, slope: jax.Array) -> tuple[jax.Array, ...]:
+    """The three products that the value and both gradients cannot do without."""
+    dot = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    return dot(pa.T, pb), dot(pb, slope.T), dot(pa, slope)
+
+
+def time_shape(name: str, dtype: str, repeats: int, with_torch: bool) -> dict[str, Any]:
+    """One row of the table."""
+    batch, segments, units = SHAPES[name]
+    arrays = embeddings(batch, segments * units)
+    za, zb = (jnp.asarray(z, dtype) for z in arrays)
+    steps: dict[str, Callable[[], Any]] = {}
+    row: dict[str, Any] = {
+        "shape": name,
+        "batch": batch,
+        "segments": segments,
+        "units": units,
+        "dtype": dtype,
+        "device": jax.devices()[0].device_kind,
+    }
+    for form, loss in (("fused", music_loss), ("dense", dense_loss)):
+        function = functools.partial(loss, num_segments=segments)
+        compiled = jax.jit(jax.value_and_grad(function, (0, 1))).lower(za, zb).compile()
+        steps[form] = functools.partial(compiled, za, zb)
+        row[f"{form}_temporary_mb"] = compiled.memory_analysis().temp_size_in_bytes / 1e6
+    pa, pb = (_dense_probabilities(z, segments).reshape(batch, -1).astype(dtype) for z in (za, zb))
+    slope = jnp.log(jnp.maximum(pa.T @ pb, 1e-16) / batch).astype(dtype)
+    steps["products"] = functools.partial(jax.jit(bare_products), pa, pb, slope)
+    if with_torch:
+        steps["torch"] = torch_dense_step(*arrays, segments)
+        row["torch_temporary_mb"] = torch_temporaries(name)
+    seconds: dict[str, list[float]] = {form: [] for form in steps}
+    for turn in range(repeats + 1):
+        for form, step in steps.items():
+            start = time.perf_counter()
+            jax.block_until_ready(step())
+            if turn:  # the first warms up
+                seconds[form].append(time.perf_counter() - start)
+    for form, times in seconds.items():
+        row[f"{form}_seconds"] = statistics.median(times)
+        if form != "fused":
+            ratios = [a / b for a, b in zip(seconds["fused"], times, strict=True)]
+            row[f"fused_over_{form}"] = statistics.median(ratios)
+    return row
+
+
+def torch_temporaries(name: str) -> float:
+    """Peak resident memory that the torch form adds, in MB, seen in a process of its own."""
+    out = subprocess.run(
+        [sys.executable, __file__, f"--torch_memory={name}"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return float(out.stdout)
+
+
+def print_torch_memory(name: str) -> None:
+    """What `torch_temporaries` runs."""
+    batch, segments, units = SHAPES[name]
+    torch_dense_step(*embeddings(2, segments * 2), segments)()  # loads what is loaded lazily
+    step = torch_dense_step(*embeddings(batch, segments * units), segments)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6)
+
+
+def compile_for(topology: str, form: str, dtype: str) -> dict[str, Any]:
+    """Figures of one chip of a TPU slice that need not be at hand."""
+    from jax.experimental import topologies
+
+    batch, (_, segments, units) = TOPOLOGIES[topology], SHAPES["imagenet"]
+    description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    devices = np.array(description.devices)
+    mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    dim = segments * units
+    argument = jax.ShapeDtypeStruct((batch, dim), jnp.dtype(dtype), sharding=sharding)
+    loss = {"sharded": music_loss, "dense": dense_loss}[form]
+    step = jax.jit(jax.value_and_grad(functools.partial(loss, num_segments=segments), (0, 1)))
+    start = time.perf_counter()
+    compiled = step.lower(argument, argument).compile()
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    sent, by_kind = collective_bytes(compiled.as_text(), devices.size)
+    floor = 3 * 2 * batch * dim**2 / devices.size
+    return {
+        "topology": topology,
+        "form": form,
+        "chips": devices.size,
+        "batch": batch,
+        "dtype": dtype,
+        "collective_mb": sum(by_kind.values()) / 1e6,
+        "collective_mb_by_kind": {kind: size / 1e6 for kind, size in by_kind.items()},
+        "received_mb": sent / 1e6,
+        "hbm_traffic_mb": cost["bytes accessed"] / 1e6,
+        "temporary_mb": memory.temp_size_in_bytes / 1e6,
+        "gflops": cost["flops"] / 1e9,
+        "flops_over_products": cost["flops"] / floor,
+        "compile_seconds": time.perf_counter() - start,
+    }
+
+
+def collective_bytes(program: str, chips: int) -> tuple[float, dict[str, float]]:
+    """Bytes that a chip receives over the network, and bytes of the collectives' results by kind.
+
+    A ring of g chips brings each (g - 1) / g of what an all-gather or an all-to-all returns,
+    g - 1 times what a reduce-scatter returns, and twice (g - 1) / g of what an all-reduce returns.
+    """
+    received, by_kind = 0.0, dict[str, float]()
+    for line in program.splitlines():
+        if not (found := COLLECTIVE.search(line)):
+            continue
+        result, kind, start, groups = found.groups()
+        arrays = re.findall(r"(\w+)\[([\d,]*)\]", result)
+        sizes = [
+            ITEM_BYTES[item] * int(np.prod([int(n) for n in shape.split(",") if n]))
+            for item, shape in arrays
+            if item in ITEM_BYTES
+        ]
+        size = sizes[-1] if start and kind != "all-reduce" else sum(sizes)
+        by_kind[kind] = by_kind.get(kind, 0.0) + size
+        group = _group_size(groups, chips)
+        ring = {"all-reduce": 2 * (group - 1) / group, "reduce-scatter": group - 1.0}
+        received += size * ring.get(kind, (group - 1) / group)
+    return received, by_kind
+
+
+def _group_size(groups: str | None, chips: int) -> int:
+    if groups is None:
+        return chips
+    if groups.startswith("["):  # [number of groups, chips in each]
+        return int(groups.strip("[]").split(",")[-1])
+    return groups.split("}")[0].count(",") + 1
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """One line a figure, one column a row of `rows`."""
+    for key in dict.fromkeys(key for row in rows for key in row):
+        cells = (row.get(key, "") for row in rows)
+        texts = (f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells)
+        if key != "collective_mb_by_kind":
+            print(f"{key:22}" + "".join(f"{text:>14}" for text in texts))
+
+
+def main() -> None:
+    """Runs the parts asked for, prints their tables and writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--part", choices=("time", "tpu"), default="time")
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="of the part `time`")
+    parser.add_argument("--topologies", default=",".join(TOPOLOGIES), help="of the part `tpu`")
+    parser.add_argument("--forms", default="sharded,dense", help="of the part `tpu`")
+    parser.add_argument("--dtype", help="float32 for `time`, bfloat16 for `tpu`, if not given")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no_torch", action="store_true")
+    parser.add_argument("--json", help="file for the rows")
+    parser.add_argument("--torch_memory", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.torch_memory:
+        return print_torch_memory(arguments.torch_memory)
+    if arguments.part == "tpu":
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+        rows = [
+            compile_for(topology, form, arguments.dtype or "bfloat16")
+            for topology in arguments.topologies.split(",")
+            for form in arguments.forms.split(",")
+        ]
+    else:
+        on_cpu = jax.default_backend() == "cpu"
+        with_torch = on_cpu and not arguments.no_torch and bool(importlib.util.find_spec("torch"))
+        rows = [
+            time_shape(shape, arguments.dtype or "float32", arguments.repeats, with_torch)
+            for shape in arguments.shapes.split(",")
+        ]
+    print_table(rows)
+    if arguments.json:
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            json.dump(rows, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Batch normalisation of several views in one pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from music_jax.mesh import batch_sharding, make_data_mesh
+from music_jax.models.batch_norm import BatchNorm
+
+
+def _input(shape=(6, 2, 5, 5, 3)):
+    scale = jnp.asarray([1.0, 3.0]).reshape(1, 2, 1, 1, 1)
+    return scale * jax.random.normal(jax.random.key(0), shape) + scale
+
+
+def test_each_view_is_normalised_by_its_own_statistics_as_flax_does_in_two_passes():
+    x = _input()
+    ours = BatchNorm(3)
+    theirs = nnx.BatchNorm(3, momentum=0.9, epsilon=1e-5, rngs=nnx.Rngs(0))
+    y = ours(x.reshape(12, 5, 5, 3), train=True, num_views=2).reshape(x.shape)
+    for view in range(2):
+        expected = theirs(x[:, view], use_running_average=False)
+        np.testing.assert_allclose(y[:, view], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(ours.mean[...], theirs.mean[...], rtol=1e-5)
+    np.testing.assert_allclose(ours.var[...], theirs.var[...], rtol=1e-5)
+
+
+def test_inference_uses_the_running_statistics():
+    norm = BatchNorm(3)
+    x = _input().reshape(12, 5, 5, 3)
+    for _ in range(200):
+        norm(x, train=True, num_views=1)
+    y = norm(x, train=False, num_views=1)
+    np.testing.assert_allclose(jnp.mean(y, (0, 1, 2)), 0.0, atol=1e-4)
+    np.testing.assert_allclose(jnp.var(y, (0, 1, 2)), 1.0, atol=1e-3)
+
+
+def test_statistics_are_float32_whatever_the_input():
+    norm = BatchNorm(3)
+    y = norm(_input().reshape(12, 5, 5, 3).astype(jnp.bfloat16), train=True, num_views=2)
+    assert y.dtype == jnp.bfloat16
+    assert norm.mean[...].dtype == norm.var[...].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_statistics_are_those_of_the_global_batch(devices):
+    x = _input((8, 2, 5, 5, 3)).reshape(16, 5, 5, 3)
+    graph, params, stats = nnx.split(BatchNorm(3), nnx.Param, nnx.BatchStat)
+
+    @jax.jit
+    def apply(x):
+        norm = nnx.merge(graph, params, stats, copy=True)
+        return norm(x, train=True, num_views=2)
+
+    mesh = make_data_mesh(devices)
+    sharded = apply(jax.device_put(x, batch_sharding(mesh)))
+    np.testing.assert_allclose(sharded, apply(x), rtol=1e-5, atol=1e-6)
+    assert sharded.sharding.spec == PartitionSpec("data")

@@ -1,0 +1,93 @@
+"""Backbones and projection head: shapes, sizes against torchvision's, and their initial state."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from music_jax.config import default_config
+from music_jax.models.network import init_network, make_network
+
+# Parameters of torchvision's ResNets without the classifier (model.fc).
+_TORCHVISION_SIZES = {"resnet18": 11_176_512, "resnet34": 21_284_672, "resnet50": 23_508_032}
+
+
+def _config(**backbone):
+    config = default_config()
+    config.objective.num_segments, config.objective.units_per_segment = 4, 6
+    config.projector.hidden_sizes = (16,)
+    config.backbone.update(backbone)
+    return config
+
+
+def _count(tree):
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("name", sorted(_TORCHVISION_SIZES))
+def test_resnets_have_torchvisions_number_of_parameters(name):
+    config = _config(name=name, stem="imagenet")
+    params, _ = jax.eval_shape(lambda: init_network(config, jax.random.key(0)))
+    assert _count(params["backbone"]) == _TORCHVISION_SIZES[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "side", "features"),
+    [
+        ("small_resnet", "strided", 28, 128),
+        ("small_resnet", "cifar", 8, 128),
+        ("resnet18", "cifar", 32, 512),
+        ("resnet50", "imagenet", 64, 2048),
+    ],
+)
+def test_shapes_of_features_and_embeddings(name, stem, side, features):
+    config = _config(name=name, stem=stem)
+    network = make_network(config)
+    assert (network.num_features, network.num_embedding) == (features, 24)
+    params, stats = jax.eval_shape(lambda: init_network(config, jax.random.key(0)))
+    views = jax.ShapeDtypeStruct((3, 2, side, side, 3), jnp.float32)
+    found, embeddings, new_stats = jax.eval_shape(network.embed, params, stats, views)
+    assert found.shape == (3, 2, features)
+    assert embeddings.shape == (3, 2, 24)
+    assert jax.tree.structure(new_stats) == jax.tree.structure(stats)
+
+
+def test_residual_blocks_start_as_the_identity_but_for_the_shortcut():
+    params, _ = init_network(_config(name="resnet18", stem="cifar"), jax.random.key(0))
+    for block in params["backbone"]["blocks"].values():
+        assert not np.any(block["norm2"]["scale"])
+        assert np.all(block["norm1"]["scale"] == 1)
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
+    config = _config(name="small_resnet", stem="strided")
+    config.compute_dtype = "bfloat16"
+    network = make_network(config)
+    params, stats = init_network(config, jax.random.key(0))
+    assert {x.dtype for x in jax.tree.leaves((params, stats))} == {np.dtype("float32")}
+    views = jax.random.normal(jax.random.key(1), (4, 2, 16, 16, 3))
+    features, embeddings, stats = network.embed(params, stats, views)
+    assert (features.dtype, embeddings.dtype) == (jnp.float32, jnp.bfloat16)
+    assert {x.dtype for x in jax.tree.leaves(stats)} == {np.dtype("float32")}
+
+
+def test_views_are_embedded_as_if_each_had_its_own_pass():
+    config = _config(name="small_resnet", stem="strided")
+    network = make_network(config)
+    params, stats = init_network(config, jax.random.key(0))
+    views = jax.random.normal(jax.random.key(1), (4, 2, 16, 16, 3))
+    _, together, _ = network.embed(params, stats, views)
+    for v in range(2):
+        _, alone, _ = network.embed(params, stats, views[:, v : v + 1])
+        np.testing.assert_allclose(together[:, v], alone[:, 0], rtol=1e-3, atol=1e-4)
+
+
+def test_features_in_inference_do_not_depend_on_the_rest_of_the_batch():
+    config = _config(name="small_resnet", stem="strided")
+    network = make_network(config)
+    params, stats = init_network(config, jax.random.key(0))
+    images = jax.random.normal(jax.random.key(1), (5, 16, 16, 3))
+    whole = network.features(params, stats, images)
+    np.testing.assert_allclose(
+        whole[:2], network.features(params, stats, images[:2]), rtol=1e-4, atol=1e-5
+    )

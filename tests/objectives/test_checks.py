@@ -1,0 +1,122 @@
+"""Each error says what was expected, what came and what to do."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from music_jax.objectives import (
+    barlow_twins_loss,
+    joint_probability,
+    music_loss,
+    music_lower_bound,
+    music_terms,
+    segment_codes,
+    segment_probabilities,
+    vicreg_loss,
+)
+
+PAIRED = {
+    "music_loss": functools.partial(music_loss, num_segments=2),
+    "music_terms": functools.partial(music_terms, num_segments=2),
+    "joint_probability": functools.partial(joint_probability, num_segments=2),
+    "barlow_twins_loss": barlow_twins_loss,
+    "vicreg_loss": vicreg_loss,
+}
+SINGLE = {
+    "segment_probabilities": functools.partial(segment_probabilities, num_segments=2),
+    "segment_codes": functools.partial(segment_codes, num_segments=2),
+}
+BAD_EMBEDDINGS = {
+    "rank 1": (jnp.ones(4), r"\[batch, dim\], got \(4,\); flatten"),
+    "rank 3": (jnp.ones((2, 2, 4)), r"\[batch, dim\], got \(2, 2, 4\); flatten"),
+    "integers": (jnp.ones((2, 4), jnp.int32), "floating dtype, got int32; cast"),
+    "complex": (jnp.ones((2, 4), jnp.complex64), "floating dtype, got complex64; cast"),
+    "no samples": (jnp.ones((0, 4)), r"at least one sample and one unit, got \(0, 4\)"),
+    "a list": ([[1.0, 2.0]], r"an array of shape \[batch, dim\], got list; convert"),
+}
+
+
+@pytest.mark.parametrize("name", PAIRED)
+@pytest.mark.parametrize("kind", BAD_EMBEDDINGS)
+def test_each_view_is_checked(name, kind):
+    bad, message = BAD_EMBEDDINGS[kind]
+    good = jnp.ones((2, 4))
+    with pytest.raises(ValueError, match=f"embeddings_a: expected .*{message}"):
+        PAIRED[name](bad, good)
+    with pytest.raises(ValueError, match=f"embeddings_b: expected .*{message}"):
+        PAIRED[name](good, bad)
+
+
+@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize("kind", BAD_EMBEDDINGS)
+def test_embeddings_are_checked(name, kind):
+    bad, message = BAD_EMBEDDINGS[kind]
+    with pytest.raises(ValueError, match=f"embeddings: expected .*{message}"):
+        SINGLE[name](bad)
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_the_views_are_alike(name):
+    z = jnp.ones((2, 4))
+    with pytest.raises(ValueError, match=r"equal shapes, got \(2, 4\) and \(3, 4\)"):
+        PAIRED[name](z, jnp.ones((3, 4)))
+    with pytest.raises(ValueError, match="equal dtypes, got float32 and bfloat16; cast"):
+        PAIRED[name](z, z.astype(jnp.bfloat16))
+
+
+SEGMENTED = [
+    segment_codes,
+    segment_probabilities,
+    *(
+        lambda z, function=function, **options: function(z, z, **options)
+        for function in (joint_probability, music_loss, music_terms)
+    ),
+]
+
+
+@pytest.mark.parametrize("function", SEGMENTED)
+def test_segments_divide_the_embedding(function):
+    with pytest.raises(ValueError, match=r"dim 10 and num_segments 4 \(remainder 2\); choose"):
+        function(jnp.ones((2, 10)), num_segments=4)
+    with pytest.raises(ValueError, match=r"num_segments: expected at least [12], got 0"):
+        function(jnp.ones((2, 10)), num_segments=0)
+    with pytest.raises(ValueError, match=r"num_segments: expected an int, got 2\.5"):
+        function(jnp.ones((2, 10)), num_segments=2.5)
+
+
+@pytest.mark.parametrize("function", [music_loss, music_terms])
+def test_the_objective_needs_two_segments(function):
+    with pytest.raises(ValueError, match="at least 2, got 1; the cross-segment term needs two"):
+        function(jnp.ones((2, 4)), jnp.ones((2, 4)), num_segments=1)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("function", SEGMENTED[1:])
+def test_the_temperature_is_positive(function, temperature):
+    with pytest.raises(ValueError, match=f"temperature: expected .*, got {temperature}"):
+        function(jnp.ones((2, 4)), num_segments=2, temperature=temperature)
+
+
+@pytest.mark.parametrize("loss", [barlow_twins_loss, vicreg_loss])
+def test_the_baselines_need_a_batch(loss):
+    with pytest.raises(ValueError, match=f"{loss.__name__}: .* at least 2 samples.* got 1"):
+        loss(jnp.ones((1, 4)), jnp.ones((1, 4)))
+
+
+def test_products_hold_the_least_probability():
+    z = jnp.ones((2, 4))
+    with pytest.raises(ValueError, match=r"product_dtype: expected bfloat16.* got float16"):
+        music_loss(z, z, num_segments=2, product_dtype=jnp.float16)
+
+
+def test_the_bound_needs_a_unit():
+    with pytest.raises(ValueError, match="units_per_segment: expected at least 1, got 0"):
+        music_lower_bound(0)
+
+
+def test_errors_come_under_jit_too():
+    step = jax.jit(functools.partial(music_loss, num_segments=3))
+    with pytest.raises(ValueError, match="dim 4 and num_segments 3"):
+        step(jnp.ones((2, 4)), jnp.ones((2, 4)))

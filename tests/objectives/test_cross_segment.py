@@ -1,0 +1,131 @@
+"""Blocks, tiles, and what is never in memory."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from music_jax.objectives import cross_segment, joint_probability, music_loss, music_terms
+from tests.objectives.cases import relative_error
+
+
+def two_views(batch, dim, dtype=jnp.float32):
+    return [2 * jax.random.normal(jax.random.key(view), (batch, dim), dtype) for view in (0, 1)]
+
+
+def dense_terms(za, zb, num_segments):
+    """The terms written down as they are defined, with the joint matrix whole."""
+    batch, dim = za.shape
+    joint = joint_probability(za, zb, num_segments=num_segments)
+    entropies = joint * jnp.log(joint)
+    segments = np.arange(dim) * num_segments // dim
+    different = segments[:, None] != segments[None, :]
+    cross = jnp.sum(jnp.where(different, entropies, 0.0)) / (num_segments * (num_segments - 1))
+    pa, pb = (
+        jnp.clip(jax.nn.softmax(z.reshape(batch, num_segments, -1), -1), min=1e-8) for z in (za, zb)
+    )
+    invariance = -jnp.mean(jnp.log(jnp.sum(pa * pb, -1)))
+    return jnp.trace(entropies) / num_segments, cross, invariance
+
+
+@pytest.mark.parametrize("elements", [1, 100, 400, 10**6])
+@pytest.mark.parametrize("scale", [1.0, 10.0])  # the latter has probabilities below the clamp
+def test_any_number_of_blocks_gives_the_dense_value_and_gradient(monkeypatch, elements, scale):
+    monkeypatch.setattr(cross_segment, "_BLOCK_ELEMENTS", elements)
+    za, zb = (scale * z for z in two_views(10, 35))
+    step = jax.value_and_grad(lambda a, b: music_terms(a, b, num_segments=5)[1], (0, 1))
+    dense = jax.value_and_grad(lambda a, b: dense_terms(a, b, 5)[1], (0, 1))
+    loss, gradients = step(za, zb)
+    expected, expected_gradients = dense(za, zb)
+    np.testing.assert_allclose(music_terms(za, zb, num_segments=5)[1], expected, rtol=1e-6)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    for gradient, dense_gradient in zip(gradients, expected_gradients, strict=True):
+        assert relative_error(gradient, dense_gradient) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [(0, 7), (3, 9), (13, 7)])
+@pytest.mark.parametrize("columns", [(0, 20), (6, 5)])
+def test_tiles_at_any_place_sum_their_own_elements(rows, columns):
+    batch, units = 4, 5
+    rng = np.random.default_rng(0)
+    pa, pb = rng.uniform(0.1, 1, size=(2, batch, 20)).astype(np.float32)
+    joint = pa.T.astype(np.float64) @ pb / batch
+    elements = joint * np.log(joint * units**2) - joint
+    segments = np.arange(20) // units
+    elements *= segments[:, None] != segments[None, :]
+    window = [slice(start, start + count) for start, count in (rows, columns)]
+    value = cross_segment.tile_divergence(
+        cross_segment.Tile(batch, 4, units, None),
+        jnp.asarray(pa[:, window[0]]),
+        jnp.asarray(pb[:, window[1]]),
+        jnp.int32(rows[0]),
+        jnp.int32(columns[0]),
+    )
+    np.testing.assert_allclose(value, elements[window[0], window[1]].sum(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_value_alone_takes_one_product_and_the_gradient_three():
+    za, zb = two_views(8, 12)
+    function = functools.partial(music_loss, num_segments=3)
+    big = re.compile(r"dot_general.*tensor<(12x12xf32|8x12xf32)>$", re.MULTILINE)
+    value, gradient = (
+        sum("x3xf32" not in line for line in (m.group() for m in big.finditer(program)))
+        for program in (
+            jax.jit(function).lower(za, zb).as_text(),
+            jax.jit(jax.grad(function, (0, 1))).lower(za, zb).as_text(),
+        )
+    )
+    assert (value, gradient) == (1, 3)
+
+
+def test_no_matrix_of_dim_by_dim_is_in_memory():
+    dim = 4096
+    za, zb = (jax.ShapeDtypeStruct((16, dim), jnp.float32) for _ in "ab")
+    function = functools.partial(music_loss, num_segments=64)
+    compiled = jax.jit(jax.value_and_grad(function, (0, 1))).lower(za, zb).compile()
+    assert f"[{dim},{dim}]" not in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * 4 * dim**2
+
+
+@pytest.mark.parametrize("elements", [60, 10**6])
+@pytest.mark.parametrize("mode", ["forward over reverse", "reverse over reverse"])
+def test_second_derivatives_are_the_dense_forms(monkeypatch, elements, mode):
+    monkeypatch.setattr(cross_segment, "_BLOCK_ELEMENTS", elements)
+    with jax.enable_x64(True):
+        za, zb, direction = (
+            z.astype(jnp.float64) for z in [*two_views(5, 12), two_views(5, 12)[1]]
+        )
+
+        def product(function):
+            gradient = jax.grad(lambda z: function(z, zb + z))
+            if mode == "forward over reverse":
+                return jax.jvp(gradient, (za,), (direction,))[1]
+            return jax.grad(lambda z: jnp.vdot(gradient(z), direction))(za)
+
+        fused = product(functools.partial(music_loss, num_segments=3))
+        dense = product(lambda a, b: sum(dense_terms(a, b, 3)))
+        assert jnp.linalg.norm(dense) > 1e-3
+        assert relative_error(fused, dense) < 1e-9
+
+
+def test_forward_mode_of_the_loss_says_that_it_cannot_be():
+    za, zb = two_views(4, 6)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda z: music_loss(z, zb, num_segments=2), (za,), (za,))
+
+
+def test_the_devices_stand_in_a_grid():
+    grids = {n: cross_segment.device_grid(n) for n in (1, 2, 3, 4, 6, 8, 32, 256)}
+    assert grids == {
+        1: (1, 1),
+        2: (1, 2),
+        3: (1, 3),
+        4: (2, 2),
+        6: (2, 3),
+        8: (2, 4),
+        32: (4, 8),
+        256: (16, 16),
+    }

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Runs the tests, making the environment first if there is none:
+#
+#   tests/run.sh                                    # all but the slow ones
+#   tests/run.sh -m ''                              # all
+#   tests/run.sh tests/objectives -k gradient       # pytest's arguments, paths from the root
+set -euo pipefail
+
+# shellcheck source=launch/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../launch/environment.sh"
+ensure_environment requirements.txt tests/requirements.txt
+
+cd "$root"
+exec "$venv/bin/python" -m pytest -m 'not slow' "$@"

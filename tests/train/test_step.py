@@ -1,0 +1,148 @@
+"""The training step as a function: what it learns from, on any number of devices."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from music_jax.config import default_config, set_views
+from music_jax.mesh import batch_sharding, make_data_mesh
+from music_jax.train.state import init_state
+from music_jax.train.step import compile_step, make_recipe
+
+
+def _config(objective="music", optimizer="sgd"):
+    config = default_config()
+    config.batch_size = 16
+    config.num_epochs = 4
+    config.objective.name = objective
+    config.objective.num_segments, config.objective.units_per_segment = 4, 8
+    config.dataset.num_channels = 1
+    config.dataset.mean, config.dataset.std = (0.5,), (0.25,)
+    config.crop.size = config.crop.eval_resize = 12
+    config.backbone.name, config.backbone.stem = "small_resnet", "cifar"
+    config.projector.hidden_sizes = (32,)
+    config.optimizer.name = optimizer
+    config.optimizer.base_learning_rate = {"sgd": 0.5, "adamw": 0.03, "lars": 30.0}[optimizer]
+    config.optimizer.warmup_epochs = 0
+    set_views(config, flip_probability=0.5, noise_probability=1.0, noise_std=0.05)
+    return config
+
+
+def _batches(config, steps):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (4, config.batch_size, 2, 12, 12, 1), dtype=np.uint8)
+    for step in range(steps):
+        index = np.arange(config.batch_size, dtype=np.uint32) + step * config.batch_size
+        yield images[step % 4], index
+
+
+def _run(config, devices=1, steps=6):
+    mesh = make_data_mesh(devices)
+    recipe = make_recipe(config, steps_per_epoch=4)
+    state = init_state(config, recipe.optimizer, mesh)
+    step_function = compile_step(recipe, state, mesh)
+    logged = []
+    for images, index in _batches(config, steps):
+        batch = jax.device_put((images, index), batch_sharding(mesh))
+        state, metrics = step_function(state, *batch)
+        logged.append({name: float(value) for name, value in metrics.items()})
+    return state, logged
+
+
+@pytest.mark.parametrize(
+    ("objective", "optimizer"),
+    [("music", "sgd"), ("music", "adamw"), ("music", "lars"), ("barlow_twins", "sgd"), ("vicreg", "sgd")],
+)
+def test_the_loss_falls(objective, optimizer):
+    config = _config(objective, optimizer)
+    if objective == "vicreg":
+        config.optimizer.base_learning_rate /= 10
+    # optax.adamw raises a float to the power of an integer step, which strict promotion forbids.
+    with jax.numpy_dtype_promotion("standard" if optimizer == "adamw" else "strict"):
+        _, logged = _run(config, steps=14)
+    assert np.mean([m["loss"] for m in logged[-4:]]) < np.mean([m["loss"] for m in logged[:4]])
+
+
+@pytest.mark.parametrize("objective", ["music", "barlow_twins", "vicreg"])
+def test_one_two_and_four_devices_give_the_same_losses(objective):
+    config = _config(objective)
+    config.optimizer.base_learning_rate = 0.01
+    expected = [m["loss"] for m in _run(config, devices=1)[1]]
+    for devices in (2, 4):
+        found = [m["loss"] for m in _run(config, devices=devices)[1]]
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not():
+    config = _config()
+    first, again = _run(config)[0], _run(config)[0]
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    config.seed = 1
+    assert _run(config)[1][0]["loss"] != _run(_config())[1][0]["loss"]
+
+
+def test_music_reports_its_terms_and_its_distance_to_the_bound():
+    _, logged = _run(_config(), steps=1)
+    metrics = logged[0]
+    terms = metrics["diagonal"] + metrics["cross_segment"] + metrics["invariance"]
+    np.testing.assert_allclose(metrics["loss"], terms, rtol=1e-5)
+    np.testing.assert_allclose(metrics["above_bound"], metrics["loss"] + 3 * np.log(8), rtol=1e-5)
+    assert metrics["above_bound"] > 0
+
+
+def test_the_weights_of_the_terms_are_those_of_the_config():
+    config = _config()
+    config.objective.update(diagonal_weight=2.0, cross_segment_weight=0.5, invariance_weight=3.0)
+    metrics = _run(config, steps=1)[1][0]
+    expected = (
+        2.0 * metrics["diagonal"] + 0.5 * metrics["cross_segment"] + 3.0 * metrics["invariance"]
+    )
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    assert "above_bound" not in metrics
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_named():
+    config = _config()
+    recipe = make_recipe(config, steps_per_epoch=4)
+    mesh = make_data_mesh(1)
+    state = init_state(config, recipe.optimizer, mesh)
+    step_function = compile_step(recipe, state, mesh)
+    for images, index in _batches(config, 2):
+        state, _ = step_function(state, images, index)
+    assert int(state.diverged_step) == -1
+    good = jax.tree.map(np.asarray, (state.params, state.batch_stats, state.opt_state))
+
+    bad = dataclasses.replace(recipe, objective=lambda a, b: (jnp.sum(a) * jnp.nan, {}))
+    bad_step = compile_step(bad, state, mesh)
+    for images, index in _batches(config, 3):
+        state, metrics = bad_step(state, images, index)
+        assert not np.isfinite(float(metrics["loss"]))
+    assert int(state.diverged_step) == 3
+    assert int(state.step) == 5
+    kept = (state.params, state.batch_stats, state.opt_state)
+    for a, b in zip(jax.tree.leaves(good), jax.tree.leaves(kept), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_bfloat16_starts_at_nearly_the_same_loss():
+    config = _config()
+    expected = _run(config, steps=1)[1][0]["loss"]
+    config.compute_dtype = "bfloat16"
+    state, logged = _run(config, steps=2)
+    np.testing.assert_allclose(logged[0]["loss"], expected, rtol=2e-2)
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype("float32")}
+
+
+def test_the_state_is_donated():
+    config = _config()
+    recipe = make_recipe(config, steps_per_epoch=4)
+    mesh = make_data_mesh(2)
+    state = init_state(config, recipe.optimizer, mesh)
+    step_function = compile_step(recipe, state, mesh)
+    images, index = next(_batches(config, 1))
+    step_function(state, *jax.device_put((images, index), batch_sharding(mesh)))
+    assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
