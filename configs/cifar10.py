@@ -1,8 +1,8 @@
 """CIFAR-10 by the paper's recipe: ResNet-18 with a 3 x 3 stem, 800 epochs.
 
 Paper: MUSIC, Niu & Wang, arXiv 2206.06461.
-Expected: not yet measured. Beside it, at 1,000 epochs with ResNet-18 (solo-learn): Barlow Twins 92.1,
-  VICReg 92.1, BYOL 92.6 linear top-1.
+Expected: not yet measured. Beside it, linear top-1 at 1,000 epochs with ResNet-18 (solo-learn):
+  Barlow Twins 92.1, VICReg 92.1, BYOL 92.6.
 Hardware and time: not yet measured.
 Command: python -m music_jax.main --config=configs/cifar10.py --workdir=runs/cifar10
 """

@@ -2,13 +2,14 @@
 
 import difflib
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 from ml_collections import config_dict
 
-from music_jax.errors import MusicError, UserError
+from music_jax.errors import MusicError, StoppedError, UserError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, logs, results.")
 COORDINATOR = flags.DEFINE_string(
@@ -36,9 +37,12 @@ def run(main: Callable[[], None], usage: str) -> None:
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; every option starts with --")
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
             main()
         except MusicError as error:
             fail(error)
+        except KeyboardInterrupt:
+            fail(StoppedError("nothing saved is lost; run the same command to go on"))
 
     app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, usage))
 

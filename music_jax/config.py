@@ -15,7 +15,7 @@ FREE_DATASET_FIELDS = ("data_dir", "try_gcs", "test_split")
 
 
 def default_config() -> config_dict.ConfigDict:
-    """All fields with their defaults; a config file changes those that differ.
+    """All fields with their defaults, locked; a config file changes those that differ.
 
     The defaults are the method's ImageNet recipe where it has one, except for the dataset, which
     has none.
@@ -100,7 +100,7 @@ def default_config() -> config_dict.ConfigDict:
     config.knn.enabled = True  # holds the features of the whole training split in memory
     config.knn.k = 20
     config.knn.temperature = 0.07
-    return config
+    return config.lock()
 
 
 def set_views(config: config_dict.ConfigDict, **augmentation: Any) -> None:
@@ -176,7 +176,9 @@ def validate(config: config_dict.ConfigDict) -> None:
             raise _wrong(config, field, f"be a pair 0 < low <= high <= {limit}")
     for field in ("dataset.mean", "dataset.std"):
         if len(_get(config, field)) != config.dataset.num_channels:
-            raise _wrong(config, field, f"have num_channels = {config.dataset.num_channels} numbers")
+            raise _wrong(
+                config, field, f"have num_channels = {config.dataset.num_channels} numbers"
+            )
     if any(s <= 0 for s in config.dataset.std):
         raise _wrong(config, "dataset.std", "be positive")
     if any(size < 1 for size in config.projector.hidden_sizes):

@@ -42,9 +42,7 @@ def join_cluster(
 def make_data_mesh(num_devices: int | None = None) -> Mesh:
     """A mesh of one axis, `data`, over all devices or the first `num_devices` of them."""
     devices = jax.devices()[:num_devices]
-    return jax.make_mesh(
-        (len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices
-    )
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -23,7 +23,9 @@ def scale_by_trust(trust_coefficient: float = 1e-3) -> optax.GradientTransformat
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
-            raise ValueError("scale_by_trust needs the parameters: call update(grads, state, params)")
+            raise ValueError(
+                "scale_by_trust needs the parameters: call update(grads, state, params)"
+            )
 
         def scale(g: jax.Array, w: jax.Array) -> jax.Array:
             g_norm = jnp.sqrt(jnp.sum(jnp.square(g)))

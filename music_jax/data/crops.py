@@ -99,7 +99,7 @@ def center_crop(image: np.ndarray, size: int, resize_shorter_side: int) -> np.nd
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resizes uint8 [h, w, channels]: by area where it shrinks, which avoids aliasing, or bilinear."""
+    """Resizes uint8 [h, w, channels]: by area where it shrinks (no aliasing), else bilinear."""
     if image.shape[:2] == (height, width):
         return image
     shrinks = image.shape[0] * image.shape[1] > height * width

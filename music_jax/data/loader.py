@@ -1,8 +1,8 @@
 """Batches of host-cut views, in an order that depends on the seed alone.
 
 Global sample index `i` runs over the whole training: epoch `e` of a dataset of `n` images takes the
-indices `e * n ... e * n + n - 1`, shuffled anew by Grain, and leaves out the remainder that fills no
-batch. The order, the crops and (on the device) the augmentations depend on the seed
+indices `e * n ... e * n + n - 1`, shuffled anew by Grain, and leaves out the remainder that fills
+no batch. The order, the crops and (on the device) the augmentations depend on the seed
 and this index, never on a worker, a process or where a run was resumed.
 """
 

@@ -1,6 +1,7 @@
 """The evaluation of a trained backbone, beside raw pixels and the backbone before training."""
 
 import dataclasses
+import json
 from typing import Any
 
 import jax
@@ -60,7 +61,9 @@ def evaluate(
     extractors = {"trained": backbone_extractor(network, params, batch_stats, config, mesh)}
     if config.linear_eval.random_init:
         initial = jax.jit(lambda key: init_network(config, key))(jax.random.key(config.seed))
-        extractors["random_init"] = backbone_extractor(network, *initial, config, mesh)
+        extractors["random_init"] = backbone_extractor(
+            network, initial[0], initial[1], config, mesh
+        )
     if config.linear_eval.raw_pixels:
         extractors["raw_pixels"] = pixel_extractor(config)
 
@@ -111,8 +114,6 @@ def read_results(
     config: config_dict.ConfigDict, workdir: epath.Path, step: int
 ) -> dict[str, dict[str, Any]] | None:
     """The figures of a step by the config's protocol, if they have been written."""
-    import json
-
     results = {}
     for name, file in (("linear", _LINEAR_FILE), ("knn", _KNN_FILE)):
         if name == "knn" and not config.knn.enabled:

@@ -9,7 +9,7 @@ _IMAGENET_WIDTHS = (64, 128, 256, 512)
 
 # Each takes the keyword arguments stem, channels, dtype and rngs.
 BACKBONES: dict[str, Callable[..., Backbone]] = {
-    # For 8-32 px on a CPU: with the `strided` stem no convolution but the first sees more than 16 px.
+    # For 8-32 px on a CPU: with the `strided` stem only the first convolution sees over 16 px.
     "small_resnet": partial(
         ResNet,
         block=BasicBlock,

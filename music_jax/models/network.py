@@ -80,18 +80,26 @@ class Network:
 
     def features(self, params: Tree, batch_stats: Tree, images: jax.Array) -> jax.Array:
         """Features [batch, features] of images [batch, ...], by the running statistics."""
+        return self.infer(params, batch_stats, images)[0]
+
+    def infer(
+        self, params: Tree, batch_stats: Tree, images: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Features [batch, features] and embeddings [batch, dim], by the running statistics."""
         modules = nnx.merge(self.graph, params, batch_stats, copy=True)
-        return modules.backbone(images, train=False, num_views=1)
+        features = modules.backbone(images, train=False, num_views=1)
+        return features, modules.projector(features, train=False, num_views=1)
 
 
 def make_network(config: config_dict.ConfigDict) -> Network:
     """The network that a config describes, without any array."""
     modules = nnx.eval_shape(lambda: _Modules(config, nnx.Rngs(0)))
-    graph, _, _ = nnx.split(modules, nnx.Param, nnx.BatchStat)
+    graph = nnx.split(modules, nnx.Param, nnx.BatchStat)[0]
     return Network(graph, modules.backbone.num_features, embedding_size(config))
 
 
 def init_network(config: config_dict.ConfigDict, key: jax.Array) -> tuple[Tree, Tree]:
     """Initial parameters and batch statistics; to be called under `jax.jit`."""
-    _, params, batch_stats = nnx.split(_Modules(config, nnx.Rngs(key)), nnx.Param, nnx.BatchStat)
+    modules = _Modules(config, nnx.Rngs(key))
+    params, batch_stats = nnx.state(modules, nnx.Param), nnx.state(modules, nnx.BatchStat)
     return nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)

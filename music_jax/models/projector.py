@@ -1,5 +1,6 @@
 """The projection head between the backbone and the objective."""
 
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -37,7 +38,7 @@ class Projector(nnx.Module):
         self.hidden = nnx.List(
             [
                 nnx.Linear(a, b, dtype=dtype, kernel_init=_KERNEL_INIT, rngs=rngs)
-                for a, b in zip(sizes[:-1], sizes[1:], strict=True)
+                for a, b in itertools.pairwise(sizes)
             ]
         )
         self.norms = nnx.List([BatchNorm(size) for size in hidden_sizes])

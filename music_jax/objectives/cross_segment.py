@@ -200,8 +200,8 @@ def _tile_divergence_forward(
         gradient_b += _dot(tile, block, slope, 1, 0) / tile.batch
         return (gradient_a, gradient_b), None
 
-    zeros = (jnp.zeros(p.shape, accumulation_dtype(p.dtype)) for p in (padded, pb))
-    zeros = tuple(_varying_like(zero, pb) for zero in zeros)
+    dtype = accumulation_dtype(pb.dtype)
+    zeros = tuple(_varying_like(jnp.zeros(p.shape, dtype), pb) for p in (padded, pb))
     gradient_a, gradient_b = _loop(step, zeros, starts)
     gradient_a = gradient_a[:, : pa.shape[1]]
     # P is linear in pa, so that the sum of P times its slope is that of pa times the gradient: the

@@ -25,9 +25,7 @@ def _music(config: config_dict.ConfigDict) -> Objective:
     bound = music_lower_bound(config.units_per_segment)
 
     def objective(a: jax.Array, b: jax.Array) -> tuple[jax.Array, Metrics]:
-        terms = music_terms(
-            a, b, num_segments=config.num_segments, temperature=config.temperature
-        )
+        terms = music_terms(a, b, num_segments=config.num_segments, temperature=config.temperature)
         loss = (
             config.diagonal_weight * terms.diagonal
             + config.cross_segment_weight * terms.cross_segment

@@ -49,9 +49,7 @@ def abstract_state(
     config: config_dict.ConfigDict, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """The state's shapes and types, without any array."""
-    return jax.eval_shape(
-        functools.partial(_init, config, optimizer), jax.random.key(config.seed)
-    )
+    return jax.eval_shape(functools.partial(_init, config, optimizer), jax.random.key(config.seed))
 
 
 def _init(

@@ -89,8 +89,7 @@ def test_processes_divide_the_same_global_batches(processes):
     order = TrainingOrder(23, 6, seed=3)
     whole = _batches(_source(), order)
     parts = [
-        _batches(_source(), order, positions=rows)
-        for rows in np.split(np.arange(6), processes)
+        _batches(_source(), order, positions=rows) for rows in np.split(np.arange(6), processes)
     ]
     for step, batch in enumerate(whole):
         for name, value in batch.items():
@@ -127,7 +126,7 @@ def test_an_image_that_cannot_be_decoded_is_named():
             return {"image": b"broken", "label": i}
 
     source = Source("broken", Broken(23), "image", "label", 23)
-    with pytest.raises(UnusableDataError, match="image \\d+ of broken"):
+    with pytest.raises(UnusableDataError, match=r"image \d+ of broken"):
         _batches(source, TrainingOrder(23, 5, 0))
 
 

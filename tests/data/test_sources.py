@@ -13,7 +13,6 @@ from music_jax.data.crops import decode
 from music_jax.data.sources import open_source, prepare
 from music_jax.errors import UserError
 
-
 _NO_TENSORFLOW = """
 import importlib.machinery
 find = importlib.machinery.PathFinder.find_spec
@@ -92,7 +91,9 @@ def test_part_of_a_split_is_that_part(data_dir):
     assert half.example(0) == whole.example(718)
 
 
-@pytest.mark.parametrize(("name", "shape"), [("cifar10", (32, 32, 3)), ("imagenette/320px-v2", None)])
+@pytest.mark.parametrize(
+    ("name", "shape"), [("cifar10", (32, 32, 3)), ("imagenette/320px-v2", None)]
+)
 def test_any_tfds_dataset_is_read_the_same_way(name, shape, tmp_path):
     import tensorflow_datasets as tfds
 
@@ -109,7 +110,7 @@ def test_any_tfds_dataset_is_read_the_same_way(name, shape, tmp_path):
 
 
 def test_a_misspelt_dataset_is_named_with_the_nearest(data_dir):
-    with pytest.raises(UserError, match="no dataset 'cifar1O'.*did you mean 'cifar10'"):
+    with pytest.raises(UserError, match=r"no dataset 'cifar1O'.*did you mean 'cifar10'"):
         prepare(_dataset("cifar1O", data_dir))
 
 
@@ -128,13 +129,13 @@ def test_a_feature_that_is_not_there_is_an_error(data_dir, fields, message):
 
 def test_a_split_that_is_not_there_is_an_error(data_dir):
     prepare(_dataset("digits", data_dir))
-    with pytest.raises(UserError, match="'trian'.*'test', 'train'"):
+    with pytest.raises(UserError, match=r"'trian'.*'test', 'train'"):
         open_source(_dataset("digits", data_dir), "trian")
 
 
 def test_a_place_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="dataset.data_dir"):
+    with pytest.raises(UserError, match=r"dataset\.data_dir"):
         prepare(_dataset("digits", str(tmp_path / "file")))
 
 

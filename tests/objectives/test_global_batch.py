@@ -21,17 +21,18 @@ LOSSES = {
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 
 
-def problem(name, dim_index=0):
+@functools.cache
+def problem(name, dim_index=0, batch=8):
     loss, dims = LOSSES[name]
     keys = jax.random.split(jax.random.key(0), 2)
-    images = jax.random.normal(keys[0], (8, 2, 7))  # [N, views, features]
+    images = jax.random.normal(keys[0], (batch, 2, 7))  # [N, views, features]
     weights = jax.random.normal(keys[1], (7, dims[dim_index]))
 
     def model(weights, images, **options):
         z = images @ weights
         return loss(z[:, 0], z[:, 1], **options)
 
-    return model, weights, images
+    return model, weights, images, jax.jit(jax.value_and_grad(model))(weights, images)
 
 
 def make_mesh(shape, names=("data",), types=None):
@@ -92,18 +93,17 @@ def check(found, expected):
 @pytest.mark.parametrize("dim_index", [0, 1])
 @pytest.mark.parametrize("name", LOSSES)
 def test_value_and_gradient_are_those_of_one_device(name, dim_index, devices, way):
-    model, weights, images = problem(name, dim_index)
-    expected = jax.value_and_grad(model)(weights, images)
+    model, weights, images, expected = problem(name, dim_index)
     check(WAYS[way](model, weights, images, devices), expected)
 
 
 def test_three_devices_and_blocks_within_a_tile(monkeypatch):
     monkeypatch.setattr(cross_segment, "_BLOCK_ELEMENTS", 40)
-    model, weights, images = problem("music")
-    images = jnp.concatenate([images, images[:1] + 1])  # 9 samples on 3 devices
-    expected = jax.value_and_grad(model)(weights, images)
+    jax.clear_caches()
+    model, weights, images, expected = problem("music", batch=9)
     for way in WAYS.values():
         check(way(model, weights, images, 3), expected)
+    jax.clear_caches()
 
 
 def reaches_the_sharded_form(step, *arguments):
@@ -112,9 +112,8 @@ def reaches_the_sharded_form(step, *arguments):
 
 @pytest.mark.parametrize("asked_by", ["arrays", "set_mesh", "argument"])
 def test_jit_reaches_the_sharded_form(asked_by):
-    model, weights, images = problem("music")
+    model, weights, images, expected = problem("music")
     mesh = make_mesh((4,))
-    expected = jax.value_and_grad(model)(weights, images)
     if asked_by == "arrays":
         weights, images = place(mesh, weights, images)
     if asked_by == "argument":
@@ -148,16 +147,14 @@ def test_no_device_holds_more_than_its_tile():
     ],
 )
 def test_a_mesh_of_two_axes(name, shape, types, axes):
-    model, weights, images = problem(name)
-    expected = jax.value_and_grad(model)(weights, images)
+    model, weights, images, expected = problem(name)
     placed = place(make_mesh(shape, ("data", "model"), types), weights, images, axes)
     check(jax.jit(jax.value_and_grad(model))(*placed), expected)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_shard_map_over_two_axes_or_over_one_of_them(name):
-    model, weights, images = problem(name)
-    expected = jax.value_and_grad(model)(weights, images)
+    model, weights, images, expected = problem(name)
     mesh = make_mesh((2, 2), ("data", "model"))
     for axes in (("data", "model"), ("data",)):
         mapped = jax.shard_map(
@@ -172,8 +169,7 @@ def test_shard_map_over_two_axes_or_over_one_of_them(name):
 
 @pytest.mark.parametrize("types", [(EXPLICIT, EXPLICIT), (EXPLICIT, AUTO)])
 def test_explicit_axes(types):
-    model, weights, images = problem("music")
-    expected = jax.value_and_grad(model)(weights, images)
+    model, weights, images, expected = problem("music")
     mesh = make_mesh((2, 2), ("data", "model"), types)
     weights, images = place(mesh, weights, images)
     check(jax.jit(jax.value_and_grad(model))(weights, images), expected)
@@ -183,9 +179,7 @@ def test_explicit_axes(types):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_batch_that_the_devices_do_not_divide(name):
-    model, weights, images = problem(name)
-    images = images[:6]
-    expected = jax.value_and_grad(model)(weights, images)
+    model, weights, images, expected = problem(name, batch=6)
     mesh = make_mesh((4,))
     whole = [jax.device_put(x, NamedSharding(mesh, P())) for x in (weights, images)]
     check(jax.jit(jax.value_and_grad(model))(*whole), expected)
@@ -193,8 +187,7 @@ def test_a_batch_that_the_devices_do_not_divide(name):
 
 def test_shards_known_to_the_compiler_alone():
     """Neither the arrays' types nor the context tell the mesh: the compiler shards the products."""
-    model, weights, images = problem("music")
-    expected = jax.value_and_grad(model)(weights, images)
+    model, weights, images, expected = problem("music")
     mesh = make_mesh((4,))
     shardings = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
     step = jax.jit(jax.value_and_grad(model), in_shardings=shardings)
@@ -202,8 +195,7 @@ def test_shards_known_to_the_compiler_alone():
 
 
 def test_gradient_checkpointing_and_a_scan_over_steps():
-    model, weights, images = problem("music")
-    expected = jax.value_and_grad(model)(weights, images)
+    model, weights, images, expected = problem("music")
     placed = place(make_mesh((4,)), weights, images)
     check(jax.jit(jax.value_and_grad(jax.checkpoint(model)))(*placed), expected)
 
@@ -217,8 +209,7 @@ def test_gradient_checkpointing_and_a_scan_over_steps():
 
 
 def test_bfloat16_products_on_four_devices():
-    model, weights, images = problem("music", 1)
-    expected = jax.value_and_grad(model)(weights, images)
+    model, weights, images, expected = problem("music", 1)
     model = functools.partial(model, product_dtype=jnp.bfloat16)
     loss, gradient = under_jit(model, weights, images, 4)
     assert relative_error(loss, expected[0]) < 3e-3
@@ -227,6 +218,5 @@ def test_bfloat16_products_on_four_devices():
 
 @pytest.mark.parametrize("name", ["barlow_twins", "vicreg"])
 def test_one_sample_a_device_is_a_batch_of_several(name):
-    model, weights, images = problem(name)
-    expected = jax.value_and_grad(model)(weights, images[:4])
-    check(in_shard_map(model, weights, images[:4], 4), expected)
+    model, weights, images, expected = problem(name, batch=4)
+    check(in_shard_map(model, weights, images, 4), expected)

@@ -54,7 +54,13 @@ def _run(config, devices=1, steps=6):
 
 @pytest.mark.parametrize(
     ("objective", "optimizer"),
-    [("music", "sgd"), ("music", "adamw"), ("music", "lars"), ("barlow_twins", "sgd"), ("vicreg", "sgd")],
+    [
+        ("music", "sgd"),
+        ("music", "adamw"),
+        ("music", "lars"),
+        ("barlow_twins", "sgd"),
+        ("vicreg", "sgd"),
+    ],
 )
 def test_the_loss_falls(objective, optimizer):
     config = _config(objective, optimizer)

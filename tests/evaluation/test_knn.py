@@ -1,0 +1,63 @@
+"""Weighted kNN against scikit-learn's."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from sklearn.neighbors import KNeighborsClassifier
+
+from music_jax.evaluation.knn import knn_predict
+
+
+def _digits():
+    images, labels = load_digits(return_X_y=True)
+    rng = np.random.default_rng(0)
+    images = (images + rng.normal(0, 4, images.shape)).astype(np.float32)  # so that votes differ
+    return images[:1200], labels[:1200], images[1200:], labels[1200:]
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (20, 0.07), (50, 1.0), (200, 0.5)])
+def test_predictions_are_scikit_learns(k, temperature):
+    train, train_labels, test, _ = _digits()
+    theirs = KNeighborsClassifier(
+        k,
+        metric="cosine",
+        algorithm="brute",
+        weights=lambda distance: np.exp((1 - distance) / temperature),
+    ).fit(train, train_labels)
+    expected = theirs.predict(test)
+    found = knn_predict(
+        train, train_labels, test, num_classes=10, k=k, temperature=temperature, block_size=100
+    )
+    assert np.mean(np.asarray(found) == expected) >= 0.998
+
+
+def test_the_block_size_changes_nothing():
+    train, train_labels, test, _ = _digits()
+    found = [
+        np.asarray(knn_predict(train, train_labels, test, num_classes=10, block_size=size))
+        for size in (64, 597, 1000)
+    ]
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+
+
+def test_nearer_neighbours_outvote_more_distant_ones():
+    train = jnp.asarray([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0]])
+    labels = jnp.asarray([0, 1, 1])
+    test = jnp.asarray([[1.0, 0.1]])
+    near = knn_predict(train, labels, test, num_classes=2, k=3, temperature=0.07)
+    level = knn_predict(train, labels, test, num_classes=2, k=3, temperature=100.0)
+    assert (int(near[0]), int(level[0])) == (0, 1)
+
+
+def test_fewer_training_samples_than_k_all_vote():
+    train, labels = jnp.eye(3), jnp.asarray([0, 1, 2])
+    np.testing.assert_array_equal(knn_predict(train, labels, train, num_classes=3, k=20), labels)
+
+
+def test_shapes_that_do_not_fit_are_errors():
+    with pytest.raises(ValueError, match="one label for each of 3"):
+        knn_predict(jnp.eye(3), jnp.asarray([0, 1]), jnp.eye(3), num_classes=2)
+    with pytest.raises(ValueError, match="one size"):
+        knn_predict(jnp.eye(3), jnp.asarray([0, 1, 1]), jnp.ones((2, 4)), num_classes=2)

@@ -1,0 +1,60 @@
+"""Running the commands as a user does: as processes, with their exit codes and files."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+ROOT = pathlib.Path(__file__).parents[1]
+DIGITS = f"--config={ROOT / 'configs' / 'digits.py'}"
+
+# A run of 22 steps that still goes through everything.
+SMALL = (
+    "--config.num_epochs=2",
+    "--config.optimizer.warmup_epochs=1",
+    "--config.log_every_steps=1",
+    "--config.checkpoint.every_steps=4",
+    "--config.linear_eval.num_epochs=2",
+)
+
+
+def start(module, *arguments, devices=1, **popen):
+    """Starts `python -m MODULE ARGUMENTS`."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        env=environment,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **popen,
+    )
+
+
+def run(module, *arguments, devices=1, timeout=300):
+    """Runs a command to its end; gives exit code, standard output and standard error."""
+    process = start(module, *arguments, devices=devices)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def metrics(workdir):
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def checkpoint(workdir, step):
+    """All arrays of a checkpoint, by their path."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore(workdir / "checkpoints" / str(step) / "state")
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}

@@ -1,0 +1,130 @@
+"""The configs that are shipped, and what a config must not say."""
+
+import pathlib
+import runpy
+
+import pytest
+
+from music_jax.cli import field_names
+from music_jax.config import default_config, differences, from_json, validate
+from music_jax.errors import UserError
+from music_jax.models.network import make_network
+from music_jax.train.records import as_json
+
+_CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+def _load(path):
+    return runpy.run_path(str(path))["get_config"]()
+
+
+def _config():
+    return _load(next(path for path in _CONFIGS if path.stem == "digits"))
+
+
+@pytest.mark.parametrize("path", _CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_valid_and_says_what_it_is(path):
+    config = _load(path)
+    validate(config)
+    network = make_network(config)
+    objective = config.objective
+    assert network.num_embedding == objective.num_segments * objective.units_per_segment
+    for word in ("Paper:", "Expected:", "Hardware and time:", "Command:", path.name):
+        assert word in runpy.run_path(str(path))["__doc__"]
+
+
+def test_imagenet_is_the_recipe_of_the_paper():
+    config = _load(next(path for path in _CONFIGS if path.stem == "imagenet"))
+    assert (config.batch_size, config.num_epochs) == (2048, 100)
+    assert (config.objective.num_segments, config.objective.units_per_segment) == (102, 80)
+    assert tuple(config.projector.hidden_sizes) == (8192,)
+    optimizer = config.optimizer
+    assert (optimizer.name, optimizer.base_learning_rate) == ("lars", 0.6)
+    assert (optimizer.weight_decay, optimizer.warmup_epochs, optimizer.final_scale) == (
+        1e-6,
+        10,
+        1e-3,
+    )
+    first, second = config.augmentation.view_1, config.augmentation.view_2
+    for view in (first, second):
+        assert (view.brightness, view.contrast, view.saturation, view.hue) == (0.4, 0.4, 0.2, 0.1)
+        assert (view.jitter_probability, view.grayscale_probability) == (0.8, 0.2)
+        assert (view.flip_probability, tuple(view.blur_sigma)) == (0.5, (0.1, 2.0))
+    assert (first.blur_probability, second.blur_probability) == (1.0, 0.1)
+    assert (first.solarize_probability, second.solarize_probability) == (0.0, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("objective.name", "musik", "must be one of music"),
+        ("backbone.name", "resnet51", "must be one of .*resnet50"),
+        ("backbone.stem", "big", "must be one of"),
+        ("optimizer.name", "adam", "must be one of lars"),
+        ("compute_dtype", "float16", "must be one of"),
+        ("batch_size", 0, "batch_size must be at least 1"),
+        ("num_epochs", -3, "num_epochs must be at least 1"),
+        ("optimizer.warmup_epochs", 1000, "warmup_epochs must be in"),
+        ("optimizer.base_learning_rate", float("nan"), "must be positive"),
+        ("objective.temperature", 0.0, "must be positive"),
+        ("objective.num_segments", 1, "must be at least 2"),
+        ("projector.output_size", 100, "32 segments of 16 units need an embedding of 512.* is 100"),
+        ("projector.hidden_sizes", (0,), "positive sizes"),
+        ("crop.scale", (0.5, 2.0), "pair"),
+        ("crop.eval_resize", 1, "at least crop.size"),
+        ("dataset.num_channels", 2, "must be one of 1, 3"),
+        ("dataset.mean", (0.1, 0.2), "num_channels"),
+        ("dataset.std", (0.0,), "positive"),
+        ("augmentation.view_1.flip_probability", 1.5, "flip_probability"),
+        ("linear_eval.base_learning_rates", (), "one or more"),
+        ("linear_eval.validation_fraction", 1.0, r"in \(0, 1\)"),
+        ("checkpoint.every_steps", 0, "at least 1"),
+        ("seed", -1, "seed must"),
+    ],
+)
+def test_a_value_that_cannot_be_meant_is_named(field, value, message):
+    config = _config()
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=message):
+        validate(config)
+
+
+def test_a_config_survives_its_json():
+    config = _config()
+    assert as_json(from_json(as_json(config))) == as_json(config)
+
+
+@pytest.mark.parametrize("record", [{"bath_size": 3}, {"batch_size": "many"}, {"objective": 3}])
+def test_a_damaged_saved_config_is_an_error(record):
+    with pytest.raises(UserError, match="saved config"):
+        from_json(record)
+
+
+def test_differences_name_what_is_trained_and_pass_over_the_rest():
+    old, new = as_json(_config()), as_json(_config())
+    new["optimizer"]["base_learning_rate"] = 7.0
+    new["checkpoint"]["every_steps"] = 3
+    new["dataset"]["data_dir"] = "elsewhere"
+    found = differences(old, new)
+    assert len(found) == 1
+    assert "optimizer.base_learning_rate" in found[0]
+    assert "7.0 now" in found[0]
+
+
+def test_every_field_of_the_interface_is_there():
+    config = default_config()
+    for field in (
+        "seed",
+        "batch_size",
+        "num_epochs",
+        "objective.name",
+        "objective.num_segments",
+        "objective.units_per_segment",
+        "dataset.name",
+        "backbone.name",
+        "projector.hidden_sizes",
+        "optimizer.name",
+        "optimizer.base_learning_rate",
+        "checkpoint.every_steps",
+    ):
+        assert field in field_names(config)

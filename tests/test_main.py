@@ -1,0 +1,274 @@
+"""`python -m music_jax.main` and `linear_eval` from start to end, as processes."""
+
+import json
+import random
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+from processes import DIGITS, SMALL, checkpoint, metrics, run, start
+
+_MAIN, _LINEAR_EVAL = "music_jax.main", "music_jax.linear_eval"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return f"--config.dataset.data_dir={tmp_path_factory.mktemp('tfds')}"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data):
+    """The workdir, and the standard output, of an undisturbed run."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    code, out, err = run(_MAIN, DIGITS, *SMALL, data, f"--workdir={workdir}")
+    assert code == 0, err
+    return workdir, out
+
+
+def _copy(finished, tmp_path):
+    import shutil
+
+    return shutil.copytree(finished[0], tmp_path / "copy")
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_the_interface_names(finished):
+    workdir, out = finished
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["config"]["num_epochs"] == 2
+    assert {"jax", "flax", "optax", "orbax-checkpoint", "music_jax"} <= config["versions"].keys()
+    assert config["devices"]["count"] == 1
+    lines = metrics(workdir)
+    assert [line["step"] for line in lines] == list(range(1, 23))
+    expected = {"epoch", "loss", "diagonal", "cross_segment", "invariance", "learning_rate"}
+    assert all(expected | {"images_per_second"} <= line.keys() for line in lines)
+    linear = json.loads((workdir / "linear_eval.json").read_text())
+    assert (linear["num_train"], linear["num_test"], linear["step"]) == (1437, 360, 22)
+    for name in ("top1", "top5", "raw_pixels_top1", "random_init_top1"):
+        assert 0.1 < linear[name] <= 1
+    assert linear["protocol"]["linear_eval"]["num_epochs"] == 2
+    assert linear["learning_rate"] > 0
+    assert (workdir / "checkpoints" / "22").is_dir()
+    for text in ("kernel", "lower bound", "trained backbone", "random backbone", "raw pixels"):
+        assert text in out
+    assert f"{100 * linear['top1']:.1f} %" in out
+
+
+@pytest.mark.slow
+def test_running_again_trains_nothing_and_says_so(finished, data):
+    workdir, _ = finished
+    before = (workdir / "metrics.jsonl").read_bytes()
+    began = time.monotonic()
+    code, out, err = run(_MAIN, DIGITS, *SMALL, data, f"--workdir={workdir}")
+    assert (code, (workdir / "metrics.jsonl").read_bytes()) == (0, before)
+    assert "is done: 22 steps" in out
+    assert "trained backbone" in out
+    assert "pre-training" not in err
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_goes_on_to_the_same_bits(finished, data, tmp_path, number):
+    workdir = tmp_path / "run"
+    arguments = (_MAIN, DIGITS, *SMALL, data, f"--workdir={workdir}")
+    process = start(*arguments)
+    stop_after = random.Random(f"{number}{time.time()}").randint(1, 15)
+    log = workdir / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        if log.exists() and log.read_text().count("\n") >= stop_after:
+            break
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 75, err
+    assert "run the same command to go on" in err.splitlines()[-1]
+    stopped = metrics(workdir)[-1]["step"]
+    assert stop_after <= stopped < 22
+    assert (workdir / "checkpoints" / str(stopped)).is_dir()
+
+    code, out, err = run(*arguments)
+    assert code == 0, err
+    assert f"after step {stopped}" in out
+    assert [line["step"] for line in metrics(workdir)] == list(range(1, 23))
+    expected, found = checkpoint(finished[0], 22), checkpoint(workdir, 22)
+    assert expected.keys() == found.keys()
+    assert any("params" in name for name in found)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name].view(np.uint8), value.view(np.uint8), name)
+    for file in ("linear_eval.json", "knn.json"):
+        assert (workdir / file).read_text() == (finished[0] / file).read_text()
+
+
+@pytest.mark.slow
+def test_linear_eval_repeats_the_figures_and_takes_another_protocol(finished, tmp_path):
+    workdir = _copy(finished, tmp_path)
+    before = json.loads((workdir / "linear_eval.json").read_text())
+    (workdir / "linear_eval.json").unlink()
+    code, out, err = run(_LINEAR_EVAL, f"--workdir={workdir}")
+    assert code == 0, err
+    assert json.loads((workdir / "linear_eval.json").read_text()) == before
+    assert "trained backbone" in out
+
+    longer = "--config.linear_eval.num_epochs=3"
+    code, _, err = run(_LINEAR_EVAL, f"--workdir={workdir}", longer, "--checkpoint=20")
+    assert code == 0, err
+    after = json.loads((workdir / "linear_eval.json").read_text())
+    assert (after["step"], after["protocol"]["linear_eval"]["num_epochs"]) == (20, 3)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_with_3_and_names_the_step(data, tmp_path):
+    workdir = tmp_path / "run"
+    code, _, err = run(
+        _MAIN,
+        DIGITS,
+        *SMALL,
+        data,
+        f"--workdir={workdir}",
+        "--config.optimizer.name=sgd",
+        "--config.optimizer.base_learning_rate=1e37",
+        "--config.checkpoint.every_steps=1",
+    )
+    assert code == 3, err
+    last = err.splitlines()[-1]
+    assert "not finite at step" in last
+    diverged = int(last.partition("at step ")[2].split(";")[0])
+    kept = {int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()}
+    assert max(kept) == diverged - 1
+    assert all(np.all(np.isfinite(x)) for x in checkpoint(workdir, max(kept)).values())
+
+
+def _free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(finished, data, tmp_path):
+    # AdamW divides by the root of tiny squares, which lets rounding grow faster than elsewhere;
+    # a low learning rate keeps the comparison to the arithmetic of the step.
+    low = "--config.optimizer.base_learning_rate=1e-5"
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    code, _, err = run(_MAIN, DIGITS, *SMALL, data, low, f"--workdir={alone}")
+    assert code == 0, err
+    address = f"--coordinator_address=127.0.0.1:{_free_port()}"
+    processes = [
+        start(
+            _MAIN,
+            *(DIGITS, *SMALL, data, low, f"--workdir={together}"),
+            *(address, "--num_processes=2", f"--process_id={i}"),
+        )
+        for i in range(2)
+    ]
+    results = [process.communicate(timeout=400) for process in processes]
+    assert [p.returncode for p in processes] == [0, 0], [err[-2000:] for _, err in results]
+    losses = [[line["loss"] for line in metrics(path)] for path in (alone, together)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    for file in ("linear_eval.json", "knn.json"):
+        a, b = (json.loads((path / file).read_text()) for path in (alone, together))
+        assert abs(a["top1"] - b["top1"]) <= 0.01
+    assert results[1][0] == ""  # only the main process prints
+
+
+@pytest.mark.slow
+def test_one_and_two_devices_train_alike(data, tmp_path):
+    low = "--config.optimizer.base_learning_rate=1e-5"
+    losses = []
+    for devices in (1, 2):
+        workdir = tmp_path / str(devices)
+        arguments = (DIGITS, *SMALL, data, low, f"--workdir={workdir}")
+        code, _, err = run(_MAIN, *arguments, devices=devices)
+        assert code == 0, err
+        losses.append([line["loss"] for line in metrics(workdir)])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "devices", "message"),
+    [
+        ((), 1, "--config=FILE is missing"),
+        ((DIGITS,), 1, "--workdir=DIR is missing"),
+        (("--config=nowhere.py", "--workdir=x"), 1, "cannot read the config file 'nowhere.py'"),
+        (
+            (DIGITS, "--config.optimizer.learning_rat=1"),
+            1,
+            "no field 'optimizer.learning_rat'; the nearest known one is "
+            "'optimizer.base_learning_rate'",
+        ),
+        ((DIGITS, "--config.batch_size=many"), 1, "--config.batch_size=many"),
+        ((DIGITS, "--workdi=x"), 1, "Did you mean: workdir"),
+        ((DIGITS, "--workdir={tmp}/w", "--config.dataset.name=digit"), 1, "did you mean 'digits'"),
+        (
+            (DIGITS, "--workdir={tmp}/w", "--config.projector.output_size=500"),
+            1,
+            "need an embedding of 512, but config.projector.output_size is 500",
+        ),
+        (
+            (DIGITS, "--workdir={tmp}/w", "--config.batch_size=127"),
+            2,
+            "batch_size = 127 cannot be divided over 2 devices; take 126 or 128",
+        ),
+        (
+            (DIGITS, "--workdir={tmp}/w", "{data}", "--config.batch_size=1438"),
+            1,
+            "larger than the dataset digits:train of 1437 images",
+        ),
+        ((DIGITS, "--workdir={tmp}/file/w"), 1, "cannot write to the workdir"),
+    ],
+)
+def test_wrong_input_is_one_clear_line_and_exit_code_2(arguments, devices, message, data, tmp_path):
+    (tmp_path / "file").write_text("")
+    arguments = [a.format(tmp=tmp_path, data=data) for a in arguments]
+    code, out, err = run(_MAIN, *arguments, devices=devices)
+    assert code == 2, err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in err + out
+
+
+@pytest.mark.slow
+def test_a_workdir_of_another_run_is_refused_and_left_alone(finished, data):
+    workdir, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    code, _, err = run(
+        _MAIN, DIGITS, *SMALL, data, f"--workdir={workdir}", "--config.objective.temperature=0.5"
+    )
+    assert code == 2
+    assert "holds another run" in err
+    assert "objective.temperature" in err
+    after = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    after.pop(workdir, None), before.pop(workdir, None)
+    assert after == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--workdir={workdir}", "--checkpoint=7"), "there is no checkpoint '7'; the run has"),
+        (("--workdir={workdir}", "--config.batch_size=64"), "belongs to the training"),
+        (("--workdir={workdir}/nowhere",), "does not exist"),
+        (("--workdir={workdir}/checkpoints",), "holds no run"),
+        ((), "--workdir=DIR is missing"),
+    ],
+)
+def test_linear_eval_refuses_what_cannot_be_evaluated(finished, arguments, message):
+    arguments = [a.format(workdir=finished[0]) for a in arguments]
+    code, _, err = run(_LINEAR_EVAL, *arguments)
+    assert code == 2, err
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("module", [_MAIN, _LINEAR_EVAL])
+def test_help_is_printed_and_is_no_error(module):
+    code, out, _ = run(module, "--help")
+    assert code == 0
+    for text in ("--workdir", "--config", "--coordinator_address", "Exit codes"):
+        assert text in out
