@@ -36,13 +36,11 @@ class Tile(NamedTuple):
 
     Attributes:
       batch: samples in the global batch, N.
-      segments: number of segments, S.
       units: units a segment, K.
       precision: `precision` of the products.
     """
 
     batch: int
-    segments: int
     units: int
     precision: Any
 
@@ -72,7 +70,7 @@ def cross_segment_entropy(
       A scalar, the same on every device.
     """
     batch, num_segments, units = pa.shape
-    tile = Tile(batch * axis_size(axis_name), num_segments, units, precision)
+    tile = Tile(batch * axis_size(axis_name), units, precision)
     flat_a, flat_b = (p.reshape(batch, -1).astype(product_dtype) for p in (pa, pb))  # [n, D]
     divergence = _sum_of_tiles(tile, flat_a, flat_b, axis_name).astype(pa.dtype)
     pairs = num_segments * (num_segments - 1)
@@ -246,13 +244,17 @@ def _mass(
     tile: Tile, pa: jax.Array, pb: jax.Array, row_start: jax.Array, column_start: jax.Array
 ) -> jax.Array:
     """Sum of P over the tile's elements between different segments, from the segments' sums."""
-    sums = []
+    # Only the segments that the tile's rows and columns share are taken off.
+    first = jnp.maximum(row_start, column_start) // tile.units
+    shared = -(-min(pa.shape[1], pb.shape[1]) // tile.units) + 1
+    shared_segments = first + jnp.arange(shared, dtype=jnp.int32)
+    segment_sums = []
     for p, start in ((pa, row_start), (pb, column_start)):
-        segments = _segments(tile, start, p.shape[1])
-        members = segments[:, None] == jnp.arange(tile.segments, dtype=jnp.int32)[None, :]
-        sums.append(_dot(tile, p, members.astype(p.dtype), 1, 0))  # [N, units held] -> [N, S]
-    all_a, all_b = (jnp.sum(x, axis=1) for x in sums)
-    return (jnp.vdot(all_a, all_b) - jnp.vdot(*sums)) / tile.batch
+        members = _segments(tile, start, p.shape[1])[:, None] == shared_segments[None, :]
+        segment_sums.append(_dot(tile, p, members.astype(p.dtype), 1, 0))  # [N, shared]
+    dtype = accumulation_dtype(pa.dtype)
+    all_a, all_b = (jnp.sum(p, axis=1, dtype=dtype) for p in (pa, pb))  # [N]
+    return (jnp.vdot(all_a, all_b) - jnp.vdot(*segment_sums)) / tile.batch
 
 
 def _blocks(pa: jax.Array, pb: jax.Array) -> tuple[jax.Array, np.ndarray]:
