@@ -145,6 +145,9 @@ def music_loss(
     - inside `jax.pmap`, with `axis_name`, the gradient taken inside and then `jax.lax.pmean` over
       the parameters' gradients.
 
+    `jax.vmap` of the function is for one device: JAX cannot map the grouped exchange between
+    several.
+
     Args:
       embeddings_a: [batch, dim] floating array, the first view; dim = num_segments * units. Inside
         `shard_map` or `pmap`, the device's samples.

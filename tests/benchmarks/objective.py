@@ -139,7 +139,10 @@ def time_shape(name: str, dtype: str, repeats: int, with_torch: bool) -> dict[st
         row["torch_temporary_mb"] = torch_temporaries(name)
     seconds: dict[str, list[float]] = {form: [] for form in steps}
     for turn in range(repeats + 1):
-        for form, step in steps.items():
+        order = list(steps)
+        first = turn % len(order)  # each comes after each other one in its turn
+        for form in order[first:] + order[:first]:
+            step = steps[form]
             time.sleep(0.05)  # for the threads of the form before to come to rest
             start = time.perf_counter()
             jax.block_until_ready(step())
@@ -215,15 +218,15 @@ def collective_bytes(program: str, chips: int) -> tuple[float, dict[str, float]]
     A ring of g chips brings each (g - 1) / g of what an all-gather or an all-to-all returns,
     g - 1 times what a reduce-scatter returns, and twice (g - 1) / g of what an all-reduce returns.
     """
-    received, by_kind, seen = 0.0, dict[str, float](), set[str]()
+    received, by_kind, computation = 0.0, dict[str, float](), ""
     for line in program.splitlines():
-        if not (found := COLLECTIVE.search(line)):
+        if line.endswith("{"):
+            computation = line
+        # One that overlaps with computation is written three times: its start and its end are
+        # fusions of their own.
+        repeated = computation.startswith("%fused_computation")
+        if repeated or not (found := COLLECTIVE.search(line)):
             continue
-        # One that overlaps with computation is written several times, on the same channel.
-        channel = re.search(r"channel_id=(\d+)", line)
-        if channel and channel[1] in seen:
-            continue
-        seen.add(channel[1] if channel else "")
         result, kind, start, groups = found.groups()
         arrays = re.findall(r"(\w+)\[([\d,]*)\]", result)
         sizes = [
