@@ -28,7 +28,7 @@ from music_jax.train.step import make_recipe
 
 matplotlib.use("agg")
 
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 _IMAGES_A_ROW = 12
 _UNITS_SHOWN = 8
@@ -41,9 +41,7 @@ def main(workdir: str, output: str) -> None:
     recipe = make_recipe(config, steps_per_epoch=1)
     checkpoints = Checkpoints(directory, read_only=True)
     step = checkpoints.latest_step()
-    state = checkpoints.restore(
-        step, abstract_state(config, recipe.optimizer), make_data_mesh(1)
-    )
+    state = checkpoints.restore(step, abstract_state(config, recipe.optimizer), make_data_mesh(1))
     source = open_source(config.dataset, config.dataset.test_split)
     batch = next(
         evaluation_batches(
@@ -75,7 +73,9 @@ def main(workdir: str, output: str) -> None:
         of_unit = probabilities[:, segment]
         used = np.argsort(-of_unit.sum(axis=0))[:_UNITS_SHOWN]
         rows = [
-            np.concatenate([images[i, ..., 0] for i in np.argsort(-of_unit[:, u])[:_IMAGES_A_ROW]], 1)
+            np.concatenate(
+                [images[i, ..., 0] for i in np.argsort(-of_unit[:, u])[:_IMAGES_A_ROW]], 1
+            )
             for u in used
         ]
         axis.imshow(255 - np.concatenate(rows, 0), cmap="gray", vmin=0, vmax=255)

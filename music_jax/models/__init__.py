@@ -13,8 +13,9 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
     "small_resnet": partial(
         ResNet,
         block=BasicBlock,
-        stage_sizes=(1, 1, 1),
-        widths=(32, 64, 128),
+        stage_sizes=(1, 1),
+        widths=(64, 128),
+        stem_width=32,
         first_stride=2,
     ),
     "resnet18": partial(
