@@ -41,6 +41,7 @@ def get_config() -> config_dict.ConfigDict:
 
     config.backbone.name = "resnet18"
     config.backbone.stem = "cifar"
+    config.backbone.zero_init_residual = False
     config.projector.hidden_sizes = (1024, 1024)
 
     config.optimizer.name = "sgd"

@@ -42,6 +42,7 @@ def get_config() -> config_dict.ConfigDict:
 
     config.backbone.name = "small_resnet"
     config.backbone.stem = "cifar"
+    config.backbone.zero_init_residual = False
     config.projector.hidden_sizes = (512,)
 
     config.optimizer.name = "adamw"

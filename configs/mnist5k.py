@@ -26,27 +26,28 @@ def get_config() -> config_dict.ConfigDict:
     set_views(
         config,
         affine_probability=1.0,
-        rotation_degrees=20.0,
-        translation=0.1,
-        scale=(0.8, 1.2),
-        shear_degrees=15.0,
+        rotation_degrees=15.0,
+        translation=0.07,
+        scale=(0.85, 1.15),
+        shear_degrees=10.0,
         noise_probability=1.0,
         noise_std=0.1,
     )
 
     config.backbone.name = "small_resnet"
     config.backbone.stem = "strided"
+    config.backbone.zero_init_residual = False
     config.projector.hidden_sizes = (512,)
 
     config.optimizer.name = "adamw"
-    config.optimizer.base_learning_rate = 2e-3
+    config.optimizer.base_learning_rate = 1e-2
     config.optimizer.weight_decay = 1e-4
-    config.optimizer.warmup_epochs = 4
+    config.optimizer.warmup_epochs = 3
 
     config.checkpoint.every_steps = 150
 
-    config.linear_eval.num_epochs = 60
-    config.linear_eval.base_learning_rates = (0.01, 0.03, 0.1, 0.3)
+    config.linear_eval.num_epochs = 100
+    config.linear_eval.base_learning_rates = (0.01, 0.03, 0.1, 0.3, 1.0)
     config.linear_eval.weight_decay = 0.0
     config.linear_eval.random_crops = False
     config.linear_eval.standardize = True

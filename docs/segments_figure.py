@@ -3,8 +3,8 @@
     .venv/bin/python docs/segments_figure.py runs/mnist5k docs/segments.png
 
 Each panel is one segment, each row one of its units, and each row shows the test images that the
-segment assigns to the unit with the most certainty. The segments shown are the ones whose units share
-the most, and the least, information with the labels, which the training never saw.
+segment assigns to the unit with the most certainty. The segments shown are the two that share the
+most information with the labels, which the training never saw, and the one that shares the least.
 """
 
 import sys

@@ -66,6 +66,7 @@ def default_config() -> config_dict.ConfigDict:
     config.backbone = config_dict.ConfigDict()
     config.backbone.name = "resnet50"
     config.backbone.stem = "imagenet"  # imagenet, cifar, strided
+    config.backbone.zero_init_residual = True  # blocks start as their shortcuts
 
     config.projector = config_dict.ConfigDict()
     config.projector.hidden_sizes = (8192,)

@@ -7,7 +7,7 @@ from music_jax.models.resnet import Backbone, BasicBlock, Bottleneck, ResNet
 
 _IMAGENET_WIDTHS = (64, 128, 256, 512)
 
-# Each takes the keyword arguments stem, channels, dtype and rngs.
+# Each takes the keyword arguments stem, zero_init_residual, channels, dtype and rngs.
 BACKBONES: dict[str, Callable[..., Backbone]] = {
     # For 8-32 px on a CPU: with the `strided` stem only the first convolution sees over 16 px.
     "small_resnet": partial(

@@ -22,7 +22,11 @@ class _Modules(nnx.Module):
     def __init__(self, config: config_dict.ConfigDict, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.compute_dtype)
         self.backbone = BACKBONES[config.backbone.name](
-            stem=config.backbone.stem, channels=config.dataset.num_channels, dtype=dtype, rngs=rngs
+            stem=config.backbone.stem,
+            zero_init_residual=config.backbone.zero_init_residual,
+            channels=config.dataset.num_channels,
+            dtype=dtype,
+            rngs=rngs,
         )
         self.projector = Projector(
             self.backbone.num_features,

@@ -61,16 +61,24 @@ class _Shortcut(nnx.Module):
 
 
 class BasicBlock(nnx.Module):
-    """Two 3 x 3 convolutions; the last normalisation's scale starts at 0."""
+    """Two 3 x 3 convolutions."""
 
     expansion = 1
 
-    def __init__(self, c_in: int, width: int, stride: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        c_in: int,
+        width: int,
+        stride: int,
+        zero_init: bool,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
         """Sets up for `c_in` channels in and `width` channels out."""
         self.conv1 = _conv(c_in, width, 3, stride, dtype, rngs)
         self.norm1 = BatchNorm(width)
         self.conv2 = _conv(width, width, 3, 1, dtype, rngs)
-        self.norm2 = BatchNorm(width, zero_scale=True)
+        self.norm2 = BatchNorm(width, zero_scale=zero_init)
         self.shortcut = _Shortcut(c_in, width, stride, dtype, rngs)
 
     def __call__(self, x: jax.Array, *, train: bool, num_views: int) -> jax.Array:
@@ -81,11 +89,19 @@ class BasicBlock(nnx.Module):
 
 
 class Bottleneck(nnx.Module):
-    """1 x 1, 3 x 3 and 1 x 1 convolutions; the last normalisation's scale starts at 0."""
+    """1 x 1, 3 x 3 and 1 x 1 convolutions."""
 
     expansion = 4
 
-    def __init__(self, c_in: int, width: int, stride: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        c_in: int,
+        width: int,
+        stride: int,
+        zero_init: bool,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
         """Sets up for `c_in` channels in and `4 * width` channels out."""
         c_out = self.expansion * width
         self.conv1 = _conv(c_in, width, 1, 1, dtype, rngs)
@@ -93,7 +109,7 @@ class Bottleneck(nnx.Module):
         self.conv2 = _conv(width, width, 3, stride, dtype, rngs)
         self.norm2 = BatchNorm(width)
         self.conv3 = _conv(width, c_out, 1, 1, dtype, rngs)
-        self.norm3 = BatchNorm(c_out, zero_scale=True)
+        self.norm3 = BatchNorm(c_out, zero_scale=zero_init)
         self.shortcut = _Shortcut(c_in, c_out, stride, dtype, rngs)
 
     def __call__(self, x: jax.Array, *, train: bool, num_views: int) -> jax.Array:
@@ -118,6 +134,7 @@ class ResNet(nnx.Module):
         stage_sizes: Sequence[int],
         widths: Sequence[int],
         stem: str,
+        zero_init_residual: bool,
         channels: int,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
@@ -132,6 +149,8 @@ class ResNet(nnx.Module):
           widths: width of each stage.
           stem: `imagenet` (7 x 7 with stride 2, then 3 x 3 max-pooling with stride 2), `cifar`
             (3 x 3 with stride 1, no pooling) or `strided` (3 x 3 with stride 2, no pooling).
+          zero_init_residual: start the scale of each block's last normalisation at 0, so that the
+            block starts as its shortcut.
           channels: channels of the images.
           dtype: what the convolutions compute in; parameters and statistics are float32.
           rngs: gives the initial weights.
@@ -147,7 +166,7 @@ class ResNet(nnx.Module):
         for stage, (size, width) in enumerate(zip(stage_sizes, widths, strict=True)):
             for i in range(size):
                 stride = 1 if i > 0 else first_stride if stage == 0 else 2
-                blocks.append(block(c_in, width, stride, dtype, rngs))
+                blocks.append(block(c_in, width, stride, zero_init_residual, dtype, rngs))
                 c_in = width * block.expansion
         self.blocks = nnx.List(blocks)
         self.num_features = c_in

@@ -53,10 +53,12 @@ def test_shapes_of_features_and_embeddings(name, stem, side, features):
 
 
 def test_residual_blocks_start_as_the_identity_but_for_the_shortcut():
-    params, _ = init_network(_config(name="resnet18", stem="cifar"), jax.random.key(0))
-    for block in params["backbone"]["blocks"].values():
-        assert not np.any(block["norm2"]["scale"])
-        assert np.all(block["norm1"]["scale"] == 1)
+    for zero in (True, False):
+        config = _config(name="resnet18", stem="cifar", zero_init_residual=zero)
+        params, _ = init_network(config, jax.random.key(0))
+        for block in params["backbone"]["blocks"].values():
+            assert np.all(block["norm2"]["scale"] == (0 if zero else 1))
+            assert np.all(block["norm1"]["scale"] == 1)
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
