@@ -140,6 +140,7 @@ class ResNet(nnx.Module):
         rngs: nnx.Rngs,
         stem_width: int | None = None,
         first_stride: int = 1,
+        pool_grid: int = 1,
     ):
         """Builds the network.
 
@@ -156,6 +157,8 @@ class ResNet(nnx.Module):
           rngs: gives the initial weights.
           stem_width: channels after the stem; by default the first stage's width.
           first_stride: stride of the first stage.
+          pool_grid: the last feature map is averaged over each cell of a grid of this side. 1 is
+            the usual global average; more keeps where things are, at so many times the features.
         """
         self.dtype = dtype
         c_in = stem_width or widths[0]
@@ -169,7 +172,8 @@ class ResNet(nnx.Module):
                 blocks.append(block(c_in, width, stride, zero_init_residual, dtype, rngs))
                 c_in = width * block.expansion
         self.blocks = nnx.List(blocks)
-        self.num_features = c_in
+        self.pool_grid = pool_grid
+        self.num_features = c_in * pool_grid**2
 
     def __call__(self, images: jax.Array, *, train: bool, num_views: int = 1) -> jax.Array:
         """Maps images [batch * num_views, height, width, channels] to float32 features."""
@@ -179,4 +183,19 @@ class ResNet(nnx.Module):
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for block in self.blocks:
             x = block(x, train=train, num_views=num_views)
-        return jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+        height, width = x.shape[1:3]
+        # Cells as equal as can be: a side of 7 in 2 is rows 0-3 and 3-6, as in PyTorch.
+        cells = jnp.stack(
+            [
+                jnp.mean(x[:, top:bottom, left:right].astype(jnp.float32), axis=(1, 2))
+                for top, bottom in _cells(height, self.pool_grid)
+                for left, right in _cells(width, self.pool_grid)
+            ],
+            axis=1,
+        )  # [batch, grid * grid, channels]
+        return cells.reshape(x.shape[0], self.num_features)
+
+
+def _cells(length: int, count: int) -> list[tuple[int, int]]:
+    """Start and end of `count` equal parts of a side; they overlap where it does not divide."""
+    return [(i * length // count, -(-(i + 1) * length // count)) for i in range(count)]
