@@ -43,7 +43,7 @@ def get_config() -> config_dict.ConfigDict:
     config.backbone.name = "small_resnet"
     config.backbone.stem = "cifar"
     config.backbone.zero_init_residual = False
-    config.projector.hidden_sizes = (512,)
+    config.projector.hidden_sizes = ()
 
     config.optimizer.name = "adamw"
     config.optimizer.base_learning_rate = 6e-3
@@ -52,8 +52,8 @@ def get_config() -> config_dict.ConfigDict:
 
     config.checkpoint.every_steps = 110
 
-    config.linear_eval.num_epochs = 60
-    config.linear_eval.base_learning_rates = (0.01, 0.03, 0.1, 0.3)
+    config.linear_eval.num_epochs = 100
+    config.linear_eval.base_learning_rates = (0.001, 0.003, 0.01, 0.03, 0.1)
     config.linear_eval.weight_decay = 0.0
     config.linear_eval.random_crops = False
     config.linear_eval.standardize = True

@@ -50,9 +50,9 @@ def use_cores(batch_size: int) -> None:
     Args:
       batch_size: the devices are as many as divide it.
     """
-    if jax.config.jax_num_cpu_devices != -1 or jax.distributed.is_initialized():
-        return
-    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    chosen = "JAX_NUM_CPU_DEVICES" in os.environ
+    chosen |= "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if chosen or jax.distributed.is_initialized():
         return
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -17,6 +17,7 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
         widths=(64, 128),
         stem_width=32,
         first_stride=2,
+        pool_grid=4,
     ),
     "resnet18": partial(
         ResNet, block=BasicBlock, stage_sizes=(2, 2, 2, 2), widths=_IMAGENET_WIDTHS

@@ -188,14 +188,14 @@ class ResNet(nnx.Module):
         cells = jnp.stack(
             [
                 jnp.mean(x[:, top:bottom, left:right].astype(jnp.float32), axis=(1, 2))
-                for top, bottom in _cells(height, self.pool_grid)
-                for left, right in _cells(width, self.pool_grid)
+                for top, bottom in pooling_cells(height, self.pool_grid)
+                for left, right in pooling_cells(width, self.pool_grid)
             ],
             axis=1,
         )  # [batch, grid * grid, channels]
         return cells.reshape(x.shape[0], self.num_features)
 
 
-def _cells(length: int, count: int) -> list[tuple[int, int]]:
+def pooling_cells(length: int, count: int) -> list[tuple[int, int]]:
     """Start and end of `count` equal parts of a side; they overlap where it does not divide."""
     return [(i * length // count, -(-(i + 1) * length // count)) for i in range(count)]

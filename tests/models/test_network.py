@@ -7,6 +7,7 @@ import pytest
 
 from music_jax.config import default_config
 from music_jax.models.network import init_network, make_network
+from music_jax.models.resnet import pooling_cells
 
 # Parameters of torchvision's ResNets without the classifier (model.fc).
 _TORCHVISION_SIZES = {"resnet18": 11_176_512, "resnet34": 21_284_672, "resnet50": 23_508_032}
@@ -34,8 +35,8 @@ def test_resnets_have_torchvisions_number_of_parameters(name):
 @pytest.mark.parametrize(
     ("name", "stem", "side", "features"),
     [
-        ("small_resnet", "strided", 28, 128),
-        ("small_resnet", "cifar", 8, 128),
+        ("small_resnet", "strided", 28, 2048),
+        ("small_resnet", "cifar", 8, 2048),
         ("resnet18", "cifar", 32, 512),
         ("resnet50", "imagenet", 64, 2048),
     ],
@@ -93,3 +94,18 @@ def test_features_in_inference_do_not_depend_on_the_rest_of_the_batch():
     np.testing.assert_allclose(
         whole[:2], network.features(params, stats, images[:2]), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("length", "count", "expected"),
+    # What torch.nn.AdaptiveAvgPool2d averages over.
+    [
+        (7, 1, [(0, 7)]),
+        (4, 2, [(0, 2), (2, 4)]),
+        (7, 2, [(0, 4), (3, 7)]),
+        (7, 3, [(0, 3), (2, 5), (4, 7)]),
+        (1, 2, [(0, 1), (0, 1)]),
+    ],
+)
+def test_pooling_cells_are_pytorchs(length, count, expected):
+    assert pooling_cells(length, count) == expected
