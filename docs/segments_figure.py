@@ -21,8 +21,8 @@ from music_jax.data.loader import evaluation_batches
 from music_jax.data.sources import open_source
 from music_jax.mesh import make_data_mesh
 from music_jax.objectives import segment_probabilities
+from music_jax.records import read_config
 from music_jax.train.checkpoints import Checkpoints
-from music_jax.train.records import read_config
 from music_jax.train.state import abstract_state
 from music_jax.train.step import make_recipe
 

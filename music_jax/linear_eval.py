@@ -45,11 +45,10 @@ def linear_eval(
     Raises:
       UserError: there is no such run or checkpoint, or an override would change what was trained.
     """
-    from music_jax import progress
+    from music_jax import progress, records
     from music_jax.data import sources
     from music_jax.evaluation.evaluate import evaluate, read_results, results_table
     from music_jax.mesh import is_main_process, make_data_mesh
-    from music_jax.train import records
     from music_jax.train.checkpoints import Checkpoints
     from music_jax.train.state import abstract_state
     from music_jax.train.step import make_recipe

@@ -9,7 +9,7 @@ from music_jax.cli import field_names
 from music_jax.config import default_config, differences, from_json, validate
 from music_jax.errors import UserError
 from music_jax.models.network import make_network
-from music_jax.train.records import as_json
+from music_jax.records import as_json
 
 _CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 

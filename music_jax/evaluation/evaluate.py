@@ -26,7 +26,7 @@ from music_jax.evaluation.knn import knn_predict
 from music_jax.evaluation.linear_probe import ProbeRecipe
 from music_jax.mesh import is_main_process
 from music_jax.models.network import Network, init_network
-from music_jax.train.records import as_json, write_json
+from music_jax.records import as_json, write_json
 
 _LINEAR_FILE = "linear_eval.json"
 _KNN_FILE = "knn.json"

@@ -183,17 +183,21 @@ class ResNet(nnx.Module):
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for block in self.blocks:
             x = block(x, train=train, num_views=num_views)
-        height, width = x.shape[1:3]
-        # Cells as equal as can be: a side of 7 in 2 is rows 0-3 and 3-6, as in PyTorch.
-        cells = jnp.stack(
-            [
-                jnp.mean(x[:, top:bottom, left:right].astype(jnp.float32), axis=(1, 2))
-                for top, bottom in pooling_cells(height, self.pool_grid)
-                for left, right in pooling_cells(width, self.pool_grid)
-            ],
-            axis=1,
-        )  # [batch, grid * grid, channels]
-        return cells.reshape(x.shape[0], self.num_features)
+        return _grid_mean(x.astype(jnp.float32), self.pool_grid)
+
+
+def _grid_mean(x: jax.Array, grid: int) -> jax.Array:
+    """Means of [batch, height, width, channels] over a grid's cells: [batch, grid² * channels]."""
+    batch, height, width, channels = x.shape
+    if height % grid == 0 and width % grid == 0:
+        cells = x.reshape(batch, grid, height // grid, grid, width // grid, channels)
+        return jnp.mean(cells, axis=(2, 4)).reshape(batch, -1)
+    means = [
+        jnp.mean(x[:, top:bottom, left:right], axis=(1, 2))
+        for top, bottom in pooling_cells(height, grid)
+        for left, right in pooling_cells(width, grid)
+    ]
+    return jnp.concatenate(means, axis=1)
 
 
 def pooling_cells(length: int, count: int) -> list[tuple[int, int]]:

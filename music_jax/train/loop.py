@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from music_jax import config as config_lib
-from music_jax import progress
+from music_jax import progress, records
 from music_jax.data import sources
 from music_jax.data.crops import Crop
 from music_jax.data.loader import TrainingOrder, training_batches
@@ -28,7 +28,6 @@ from music_jax.mesh import (
     make_data_mesh,
     to_devices,
 )
-from music_jax.train import records
 from music_jax.train.checkpoints import Checkpoints
 from music_jax.train.signals import StopSignal
 from music_jax.train.state import TrainState, init_state
