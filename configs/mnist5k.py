@@ -1,8 +1,8 @@
 """5,000 MNIST digits that come inside a package: the whole of music_jax in a few minutes.
 
 Paper: MUSIC, Niu & Wang, arXiv 2206.06461 (which has no experiment on this dataset).
-Expected: not yet measured.
-Hardware and time: not yet measured.
+Expected: linear top-1 0.978, kNN top-1 0.970 (seed 0, once); raw pixels 0.904 and 0.931.
+Hardware and time: 2 CPU cores, 4 min 52 s after installation, 1.1 GB.
 Command: launch/local.sh --config=configs/mnist5k.py --workdir=runs/mnist5k
 """
 
@@ -53,7 +53,7 @@ def get_config() -> config_dict.ConfigDict:
     config.checkpoint.every_steps = 150
 
     config.linear_eval.num_epochs = 100
-    config.linear_eval.base_learning_rates = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    config.linear_eval.base_learning_rates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     config.linear_eval.weight_decay = 0.0
     config.linear_eval.random_crops = False
     config.linear_eval.standardize = True

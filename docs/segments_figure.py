@@ -68,7 +68,7 @@ def main(workdir: str, output: str) -> None:
     order = np.argsort(information)
     shown = (order[-1], order[-2], order[0])
 
-    figure, axes = plt.subplots(1, len(shown), figsize=(13, 4.6), facecolor="white")
+    figure, axes = plt.subplots(1, len(shown), figsize=(13, 3.1), facecolor="white")
     for axis, segment in zip(axes, shown, strict=True):
         of_unit = probabilities[:, segment]
         used = np.argsort(-of_unit.sum(axis=0))[:_UNITS_SHOWN]

@@ -60,13 +60,11 @@ def test_a_run_leaves_what_the_interface_names(finished):
 def test_running_again_trains_nothing_and_says_so(finished, data):
     workdir, _ = finished
     before = (workdir / "metrics.jsonl").read_bytes()
-    began = time.monotonic()
     code, out, err = run(_MAIN, DIGITS, *SMALL, data, f"--workdir={workdir}")
     assert (code, (workdir / "metrics.jsonl").read_bytes()) == (0, before)
     assert "is done: 22 steps" in out
     assert "trained backbone" in out
     assert "pre-training" not in err
-    assert time.monotonic() - began < 60
 
 
 @pytest.mark.slow
