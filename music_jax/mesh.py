@@ -12,8 +12,8 @@ from music_jax.errors import UserError
 
 # What JAX says where it recognises no cluster.
 _NO_CLUSTER = "coordinator_address should be defined"
-# Where a launcher that JAX cannot ask for the peers says how many there are: Open MPI from 5 on, and
-# what starts MPICH. As so many runs of one process they would all write to one workdir.
+# Where a launcher that JAX cannot ask for the peers says how many there are: Open MPI from 5 on,
+# and what starts MPICH. As so many runs of one process they would all write to one workdir.
 _LAUNCHERS_COUNTS = ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "PMI_SIZE")
 
 
