@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from processes import DIGITS, SMALL, checkpoint, metrics, run, start
+from processes import DIGITS, SMALL, metrics, run, start
 
 _MAIN = "music_jax.main"
 
@@ -126,7 +126,6 @@ def test_a_signal_to_one_or_to_both_stops_both_and_both_go_on(alone, data, tmp_p
     assert [line["step"] for line in metrics(workdir)] == list(range(1, last + 1))
     expected, found = ([line["loss"] for line in metrics(path)] for path in (alone, workdir))
     np.testing.assert_allclose(found, expected[:last], rtol=1e-5)
-    assert all(np.all(np.isfinite(x)) for x in checkpoint(workdir, last).values())
 
 
 def test_wrong_input_seen_by_one_process_ends_both_with_its_code(data, tmp_path):
