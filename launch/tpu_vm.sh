@@ -112,14 +112,13 @@ on_workers() {
 
 # Empty if there is no such queued resource; anything else that goes wrong ends the script.
 state() {
-  local output
-  if output=$(gcloud compute tpus queued-resources describe "$name" "${where[@]}" \
-    --format='value(state.state)' 2>&1); then
-    tail -n 1 <<<"$output"
-  elif [[ $output != *NOT_FOUND* ]]; then
-    echo "$output" >&2
-    return 1
-  fi
+  local errors result=0
+  errors=$(mktemp)
+  gcloud compute tpus queued-resources describe "$name" "${where[@]}" \
+    --format='value(state.state)' 2>"$errors" || result=$?
+  if ((result)) && ! grep -q NOT_FOUND "$errors"; then cat "$errors" >&2; else result=0; fi
+  rm -f "$errors"
+  return "$result"
 }
 
 create() {
