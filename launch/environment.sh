@@ -1,5 +1,6 @@
 # Makes the project's Python environment, .venv, from the pinned requirements.
-# Sourced by launch/local.sh, tests/run.sh and .ci/run. Sets root and venv.
+# Sourced by the launchers, tests/run.sh and .ci/run. Sets root and venv.
+# ACCELERATOR=tpu, cuda13 or cuda12 adds JAX's package for it, of the version that the pins give JAX.
 # shellcheck shell=bash
 
 # What the user's shell holds for other projects must not reach into this one.
@@ -8,6 +9,7 @@ export PIP_USER=0
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv
+accelerator=${ACCELERATOR:-cpu}
 
 # Prints the first Python that really runs (a pyenv shim may not), is new enough and can make environments.
 find_python() {
@@ -34,10 +36,28 @@ is_installed() {
   [[ -x $venv/bin/python ]]
 }
 
+has_accelerator() { [[ $accelerator == cpu || -e $venv/installed-jax-$accelerator ]]; }
+
+# install WHAT PIP_ARGUMENT...: shows what pip said only if it fails.
+install() {
+  if ! "$venv/bin/python" -I -m pip install --quiet --no-input "${@:2}" >"$venv/pip.log" 2>&1; then
+    cat "$venv/pip.log" >&2
+    echo "error: could not install $1; the same command tries again" >&2
+    exit 1
+  fi
+}
+
 # ensure_environment FILE...: brings .venv to what the requirements files pin.
 # The first is the base: when it has changed, or an installation was cut short, .venv is made anew.
 ensure_environment() {
-  if is_installed "$@"; then return; fi
+  case $accelerator in
+    cpu | tpu | cuda12 | cuda13) ;;
+    *)
+      echo "error: ACCELERATOR is cpu, tpu, cuda12 or cuda13, not '$accelerator'" >&2
+      return 2
+      ;;
+  esac
+  if is_installed "$@" && has_accelerator; then return; fi
   (
     python=$(find_python)
     if [[ -e $venv/pyvenv.cfg && ! -e $venv/music_jax.lock ]]; then
@@ -48,7 +68,7 @@ ensure_environment() {
     # One installation at a time. Python locks, as macOS has no flock command; closing 9 unlocks.
     exec 9>"$venv/music_jax.lock"
     "$python" -I -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
-    if is_installed "$@"; then exit; fi
+    if is_installed "$@" && has_accelerator; then exit; fi
 
     echo "Making the Python environment $venv (once, one to three minutes) ..." >&2
     if ! is_installed "$1"; then
@@ -59,17 +79,17 @@ ensure_environment() {
       if is_installed "$file"; then continue; fi
       copy=$venv/installing.txt
       cp "$root/$file" "$copy"
-      if ! "$venv/bin/python" -I -m pip install --quiet --no-input -r "$copy" >"$venv/pip.log" 2>&1; then
-        cat "$venv/pip.log" >&2
-        echo "error: could not install $file; the same command tries again" >&2
-        exit 1
-      fi
+      install "$file" -r "$copy"
       # music_jax itself, by a relative path, so that the repository can be moved.
       for site_packages in "$venv"/lib/python3*/site-packages; do
         echo ../../../.. >"$site_packages/music_jax.pth"
       done
       mv "$copy" "$(stamp "$file")"
     done
+    if ! has_accelerator; then
+      install "jax[$accelerator]" -c "$root/$1" "jax[$accelerator]"
+      touch "$venv/installed-jax-$accelerator"
+    fi
     echo "Made it in $SECONDS s." >&2
   )
 }

@@ -3,7 +3,8 @@
 #
 #   launch/local.sh --config=configs/mnist5k.py --workdir=DIR
 #
-# All arguments go to music_jax.main. PYTHON=... chooses the interpreter of a new environment.
+# All arguments go to music_jax.main. PYTHON=... chooses the interpreter of a new environment;
+# ACCELERATOR=tpu, cuda13 or cuda12 adds what JAX needs for it.
 set -euo pipefail
 
 # shellcheck source=launch/environment.sh

@@ -4,6 +4,7 @@ import difflib
 import runpy
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
@@ -43,6 +44,14 @@ def run(main: Callable[[], None], usage: str) -> None:
             fail(error)
         except KeyboardInterrupt:
             fail(StoppedError("nothing saved is lost; run the same command to go on"))
+        except Exception as error:
+            _end_peers(1, f"{type(error).__name__}: {_one_line(error)}", unexpected=True)
+            raise
+        else:
+            if _has_peers():
+                from music_jax import peers
+
+                peers.stop_watching()
 
     app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, usage))
 
@@ -55,10 +64,31 @@ def join_cluster() -> None:
 
 
 def fail(error: MusicError) -> None:
-    """Prints the error as one line and exits with its code."""
+    """Prints the error as one line and exits with its code, all processes of the run alike."""
     name = "stopped" if error.exit_code == 75 else "error"
     print(f"{name}: {error}", file=sys.stderr, flush=True)
+    _end_peers(error.exit_code, str(error))
     sys.exit(error.exit_code)
+
+
+def _has_peers() -> bool:
+    if "jax" not in sys.modules:  # An error so early that there cannot be any.
+        return False
+    from music_jax import peers
+
+    return peers.exist()
+
+
+def _end_peers(exit_code: int, message: str, *, unexpected: bool = False) -> None:
+    """Ends the run's other processes, if there are any, and with them this one."""
+    if not _has_peers():
+        return
+    from music_jax import peers
+
+    if unexpected:  # A collective that breaks because another process failed needs no traceback.
+        cause = peers.failure_of_another()
+        print(f"error: {cause}" if cause else traceback.format_exc(), file=sys.stderr, flush=True)
+    peers.end_run(exit_code, message)
 
 
 def _parse_flags(argv: Sequence[str], usage: str) -> list[str]:

@@ -7,7 +7,14 @@ import numpy as np
 from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from music_jax import peers
 from music_jax.errors import UserError
+
+# What JAX says where it recognises no cluster.
+_NO_CLUSTER = "coordinator_address should be defined"
+# Where a launcher that JAX cannot ask for the peers says how many there are: Open MPI from 5 on,
+# and what starts MPICH. As so many runs of one process they would all write to one workdir.
+_LAUNCHERS_COUNTS = ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "PMI_SIZE")
 
 
 def join_cluster(
@@ -21,7 +28,8 @@ def join_cluster(
       process_id: index of this one.
 
     Raises:
-      UserError: only some of the three are given, or the processes do not find each other.
+      UserError: only some of the three are given, the processes do not find each other, or a
+        launcher has started several without saying where process 0 is.
     """
     given = (coordinator_address, num_processes, process_id)
     if any(g is None for g in given) and any(g is not None for g in given):
@@ -33,12 +41,22 @@ def join_cluster(
     try:
         jax.distributed.initialize(coordinator_address, num_processes, process_id)
     except (ValueError, RuntimeError) as error:
-        if coordinator_address is not None:
+        message = " ".join(str(error).split())
+        if _NO_CLUSTER not in message:
+            where = f"of {num_processes} processes at {coordinator_address}"
             raise UserError(
-                f"cannot join the run of {num_processes} processes at {coordinator_address}: "
-                f"{' '.join(str(error).split())}"
+                f"cannot join the run {where if coordinator_address else 'of this cluster'}: "
+                f"{message}; is process 0 running, and its port reachable?"
             ) from error
+        for name in _LAUNCHERS_COUNTS:
+            if int(os.environ.get(name) or 1) > 1:
+                raise UserError(
+                    f"{name} says that there are {os.environ[name]} processes, but not where "
+                    "process 0 is; give --coordinator_address, --num_processes and --process_id"
+                ) from error
         logging.info("running as a single process: %s", error)
+    if peers.exist():
+        peers.watch()
 
 
 def use_cores(batch_size: int) -> None:

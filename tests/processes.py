@@ -23,9 +23,10 @@ SMALL = (
 )
 
 
-def start(module, *arguments, devices=1, **popen):
-    """Starts `python -m MODULE ARGUMENTS`."""
+def start(module, *arguments, devices=1, env=None, **popen):
+    """Starts `python -m MODULE ARGUMENTS`, with more environment variables if given."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    environment |= env or {}
     return subprocess.Popen(
         [sys.executable, "-m", module, *map(str, arguments)],
         env=environment,

@@ -134,6 +134,24 @@ def test_changed_requirements_make_the_environment_anew(clone):
     assert not left_over.exists()
 
 
+def test_accelerator_is_added_once_at_the_pinned_version(clone):
+    clone.run()
+    for _ in range(2):
+        assert clone.run(ACCELERATOR="tpu").returncode == 0
+
+    first, second = clone.installations
+    assert first.endswith(f"-r {clone.root}/.venv/installing.txt")
+    assert second.endswith(f"-c {clone.root}/requirements.txt jax[tpu]")
+
+
+def test_unknown_accelerator_is_one_line_and_exit_2(clone):
+    result = clone.run(ACCELERATOR="gpu")
+
+    assert result.returncode == 2
+    assert result.stderr == "error: ACCELERATOR is cpu, tpu, cuda12 or cuda13, not 'gpu'\n"
+    assert not (clone.root / ".venv").exists()
+
+
 def test_failed_installation_is_shown_and_tried_again(clone):
     failed = clone.run(PIP_EXITS="1")
     again = clone.run()

@@ -3,7 +3,6 @@
 import json
 import random
 import signal
-import socket
 import time
 
 import numpy as np
@@ -138,40 +137,6 @@ def test_a_loss_that_is_not_finite_ends_with_3_and_names_the_step(data, tmp_path
     kept = {int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()}
     assert max(kept) == diverged - 1
     assert all(np.all(np.isfinite(x)) for x in checkpoint(workdir, max(kept)).values())
-
-
-def _free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(finished, data, tmp_path):
-    # AdamW divides by the root of tiny squares, which lets rounding grow faster than elsewhere;
-    # a low learning rate keeps the comparison to the arithmetic of the step.
-    low = "--config.optimizer.base_learning_rate=1e-5"
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    code, _, err = run(_MAIN, DIGITS, *SMALL, data, low, f"--workdir={alone}")
-    assert code == 0, err
-    address = f"--coordinator_address=127.0.0.1:{_free_port()}"
-    processes = [
-        start(
-            _MAIN,
-            *(DIGITS, *SMALL, data, low, f"--workdir={together}"),
-            *(address, "--num_processes=2", f"--process_id={i}"),
-        )
-        for i in range(2)
-    ]
-    results = [process.communicate(timeout=400) for process in processes]
-    assert [p.returncode for p in processes] == [0, 0], [err[-2000:] for _, err in results]
-    losses = [[line["loss"] for line in metrics(path)] for path in (alone, together)]
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
-    for file in ("linear_eval.json", "knn.json"):
-        a, b = (json.loads((path / file).read_text()) for path in (alone, together))
-        assert abs(a["top1"] - b["top1"]) <= 0.01
-    assert "trained backbone" in results[0][0]
-    assert "trained backbone" not in results[1][0]  # only the main process prints
 
 
 @pytest.mark.slow

@@ -12,13 +12,18 @@ class StopSignal:
     """A context in which the first signal asks for a stop and a second one exits at once.
 
     With several processes the stop must be agreed on, so there the signal is left to JAX's
-    coordination service, which hears SIGTERM and tells all processes at which step to stop;
-    SIGINT is passed on to it as SIGTERM.
+    coordination service, which hears SIGTERM and tells all processes at which step to stop
+    (`Checkpoints.reached_preemption`); SIGINT is passed on to it as SIGTERM.
     """
 
     def __init__(self) -> None:
-        self.received = False
+        self._received = False
         self._previous: dict[int, object] = {}
+
+    @property
+    def received(self) -> bool:
+        """Whether this process, being the only one, is to stop."""
+        return self._received and jax.process_count() == 1
 
     def __enter__(self) -> "StopSignal":
         alone = jax.process_count() == 1
@@ -34,13 +39,16 @@ class StopSignal:
     ) -> None:
         for number, previous in self._previous.items():
             signal.signal(number, previous)  # type: ignore[arg-type]
+        if jax.process_count() > 1:
+            # Nothing asks the service for a step any more; SIGTERM goes to Python's handler again.
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
+        if self._received:
             sys.stderr.write("\nstopping at once; what was saved before is intact\n")
             sys.stderr.flush()
             os._exit(128 + number)
-        self.received = True
+        self._received = True
         sys.stderr.write("\nstopping after this step; once more to stop at once\n")
         sys.stderr.flush()
         if jax.process_count() > 1:

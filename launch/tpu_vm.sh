@@ -1,0 +1,235 @@
+#!/usr/bin/env bash
+# Trains on Cloud TPU VMs, one or a whole slice, that come as a queued resource; see --help.
+set -euo pipefail
+
+usage() {
+  cat <<'EOF'
+Trains on a Cloud TPU slice, spot or not, and again after each preemption until it is done.
+
+  launch/tpu_vm.sh train  --name=NAME --zone=ZONE --type=TYPE [--spot] -- ARGUMENTS OF music_jax.main
+  launch/tpu_vm.sh create --name=NAME --zone=ZONE --type=TYPE [--spot]
+  launch/tpu_vm.sh setup  --name=NAME --zone=ZONE      copies the repository, makes the environment
+  launch/tpu_vm.sh run    --name=NAME --zone=ZONE -- ARGUMENTS    on all workers, once
+  launch/tpu_vm.sh stop   --name=NAME --zone=ZONE      the run saves and exits with 75
+  launch/tpu_vm.sh status --name=NAME --zone=ZONE
+  launch/tpu_vm.sh delete --name=NAME --zone=ZONE
+
+`train` does it all: creates the slice if it is not there, waits for it, sets it up, runs, and when
+the slice is preempted deletes it, asks for another and goes on. The workdir must be a gs:// one.
+It leaves the slice in place at the end; `delete` it. Ctrl-C stops the run, saved.
+
+  --name=NAME      of the queued resource and of its TPU
+  --zone=ZONE      such as us-central1-a
+  --type=TYPE      accelerator type, such as v5litepod-32 or v6e-16
+  --project=ID     if not gcloud's own
+  --runtime=IMAGE  TPU software version; by default the one for the type
+  --spot           cheap and preemptible
+  --dry-run        prints the commands, and runs none
+
+Exit codes are those of music_jax.main; 2 and 3 end `train`, 75 does not.
+EOF
+}
+
+die() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+poll_seconds=${POLL_SECONDS:-60}
+name='' zone='' type='' project='' runtime='' spot='' dry_run=''
+main_arguments=()
+
+command=${1:-}
+case $command in
+  train | create | setup | run | stop | status | delete) shift ;;
+  -h | --help | help)
+    usage
+    exit
+    ;;
+  '') die "say what to do: train, create, setup, run, stop, status or delete; --help tells more" ;;
+  *) die "unknown command '$command'; --help lists them" ;;
+esac
+while (($#)); do
+  case $1 in
+    --name=* | --zone=* | --type=* | --project=* | --runtime=*)
+      option=${1%%=*}
+      printf -v "${option#--}" %s "${1#*=}"
+      ;;
+    --spot) spot=1 ;;
+    --dry-run) dry_run=1 ;;
+    -h | --help)
+      usage
+      exit
+      ;;
+    --)
+      shift
+      main_arguments=("$@")
+      break
+      ;;
+    *) die "unknown option '$1'; options of music_jax.main go behind --, and --help lists the others" ;;
+  esac
+  shift
+done
+
+[[ -n $name && -n $zone ]] || die "--name=NAME and --zone=ZONE are needed"
+case $command in train | create) [[ -n $type ]] || die "--type=TYPE is needed, such as v5litepod-32" ;; esac
+case $command in
+  train | run)
+    workdir=
+    for argument in ${main_arguments[@]+"${main_arguments[@]}"}; do
+      case $argument in --workdir=*) workdir=${argument#*=} ;; esac
+    done
+    [[ $workdir == gs://* ]] ||
+      die "behind -- must come --workdir=gs://BUCKET/DIR, which all workers and later slices can reach"
+    ;;
+esac
+if [[ -z $runtime ]]; then
+  case $type in
+    v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
+    v5p-*) runtime=v2-alpha-tpuv5 ;;
+    v6e-*) runtime=v2-alpha-tpuv6e ;;
+    *) runtime=tpu-ubuntu2204-base ;;
+  esac
+fi
+where=(--zone="$zone")
+if [[ -n $project ]]; then where+=(--project="$project"); fi
+
+# Runs a command, or prints it as one could type it.
+do_() {
+  if [[ -n $dry_run ]]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+# on_workers COMMAND: in a shell on all workers; gives the exit code of one that failed.
+on_workers() {
+  do_ gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all --command="$1"
+}
+
+# Empty if there is no such queued resource; anything else that goes wrong ends the script.
+state() {
+  local errors result=0
+  errors=$(mktemp)
+  gcloud compute tpus queued-resources describe "$name" "${where[@]}" \
+    --format='value(state.state)' 2>"$errors" || result=$?
+  if ((result)) && ! grep -q NOT_FOUND "$errors"; then cat "$errors" >&2; else result=0; fi
+  rm -f "$errors"
+  return "$result"
+}
+
+create() {
+  local options=(--node-id="$name" --accelerator-type="$type" --runtime-version="$runtime")
+  if [[ -n $spot ]]; then options+=(--spot); fi
+  do_ gcloud compute tpus queued-resources create "$name" "${where[@]}" "${options[@]}"
+}
+
+delete() {
+  do_ gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
+}
+
+# Packs the files under version control as they are now, changes included.
+setup() {
+  local archive commit
+  archive=$(mktemp -d)/music_jax.tar.gz
+  commit=$(git -C "$root" stash create 2>/dev/null) || die "$root is not a git checkout"
+  do_ git -C "$root" archive --format=tar.gz --output="$archive" "${commit:-HEAD}" || return
+  do_ gcloud compute tpus tpu-vm scp "$archive" "$name:music_jax.tar.gz" "${where[@]}" \
+    --worker=all || return
+  rm -rf "$(dirname "$archive")"
+  on_workers "$(
+    cat <<'EOF'
+set -eu
+mkdir -p music_jax
+cd music_jax
+find . -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +
+tar -xzf ../music_jax.tar.gz
+export ACCELERATOR=tpu
+# Some images come with an older Python than this project needs.
+if ! bash -c 'source launch/environment.sh; find_python' >/dev/null 2>&1; then
+  PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
+  python3 -m uv python install --quiet 3.12
+  PYTHON=$(python3 -m uv python find 3.12)
+  export PYTHON
+fi
+bash -euc 'source launch/environment.sh; ensure_environment requirements.txt'
+EOF
+  )"
+}
+
+run() {
+  local arguments
+  printf -v arguments ' %q' "${main_arguments[@]}"
+  on_workers "cd music_jax && ACCELERATOR=tpu exec launch/local.sh$arguments"
+}
+
+# The brackets keep pkill from finding its own shell.
+stop() { on_workers "pkill -TERM -f '[m]usic_jax.main' || true"; }
+
+# Waits until the slice is there; asks for one where there is none, and again where it was lost.
+await_slice() {
+  local now
+  while :; do
+    now=$(state) || now='not known'
+    case $now in
+      ACTIVE) return ;;
+      '')
+        create
+        is_set_up=
+        ;;
+      FAILED | SUSPENDED)
+        echo "the slice is $now; asking for another" >&2
+        delete
+        is_set_up=
+        continue
+        ;;
+      *) echo "the slice is $now; waiting" >&2 ;;
+    esac
+    sleep "$poll_seconds"
+  done
+}
+
+train() {
+  local code failures=0
+  is_set_up=
+  if [[ -n $dry_run ]]; then
+    create
+    setup
+    run
+    return
+  fi
+  state >/dev/null # Not signed in, or no such project: ends here rather than in the loop.
+  trap 'echo "stopping the run; the same command goes on" >&2; stop; exit 75' INT TERM
+  while :; do
+    await_slice
+    code=0
+    if [[ -z $is_set_up ]]; then
+      (setup) || code=$?
+      if ((code == 0)); then is_set_up=1; fi
+    fi
+    if ((code == 0)); then
+      run || code=$?
+      case $code in 0 | 2 | 3) return "$code" ;; esac
+      if ((code == 75)); then failures=0; else stop || true; fi
+    fi
+    # A slice that is being preempted stays ACTIVE for a while.
+    sleep "$poll_seconds"
+    if ((code != 75)) && [[ $(state) == ACTIVE ]]; then
+      failures=$((failures + 1))
+      if ((failures == 3)); then
+        echo "error: failed $failures times on a slice that is there, last with exit code $code" >&2
+        return "$code"
+      fi
+    fi
+    echo "exit code $code; going on" >&2
+  done
+}
+
+status() {
+  do_ gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)'
+}
+
+"$command"

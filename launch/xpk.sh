@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Trains on a GKE cluster that xpk made, as an xpk workload; see --help.
+set -euo pipefail
+
+usage() {
+  cat <<'EOF'
+Trains on a GKE cluster that xpk made, as an xpk workload that restarts after preemption.
+
+  launch/xpk.sh --cluster=CLUSTER --workload=NAME --tpu-type=v5litepod-32 --docker-image=IMAGE \
+    [XPK OPTION ...] -- ARGUMENTS OF music_jax.main
+
+All before -- goes to `xpk workload create`, such as --zone, --project, --num-slices or
+--device-type for GPUs. IMAGE is built from launch/Dockerfile. --dry-run prints the command.
+Exit codes 2 and 3 of music_jax.main end the workload, 75 and lost nodes restart it.
+EOF
+}
+
+options=() dry_run='' behind='' workdir=''
+command='exec python -m music_jax.main'
+for argument in "$@"; do
+  if [[ -n $behind ]]; then
+    printf -v quoted %q "$argument"
+    command+=" $quoted"
+    case $argument in --workdir=gs://*) workdir=1 ;; esac
+    continue
+  fi
+  case $argument in
+    -h | --help)
+      usage
+      exit
+      ;;
+    --dry-run) dry_run=1 ;;
+    --) behind=1 ;;
+    *) options+=("$argument") ;;
+  esac
+done
+if [[ -z $workdir ]]; then
+  echo "error: behind -- must come --workdir=gs://BUCKET/DIR, which all workers can reach" >&2
+  exit 2
+fi
+
+# exec, so that the SIGTERM which xpk passes on reaches Python and not a shell around it.
+create=(xpk workload create ${options[@]+"${options[@]}"} --max-restarts=100
+  --restart-on-exit-codes=75 --termination-grace-period-seconds=300 --command="$command")
+if [[ -n $dry_run ]]; then
+  printf '%q ' "${create[@]}"
+  echo
+  exit
+fi
+if ! command -v xpk >/dev/null; then
+  echo "error: xpk is not installed; pip install xpk" >&2
+  exit 2
+fi
+exec "${create[@]}"

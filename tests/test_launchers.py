@@ -1,0 +1,338 @@
+"""The launchers for clusters: what they would run, and that clusters take the files as they are."""
+
+import json
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
+
+import kubernetes_validate
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+AWKWARD = '--workdir=gs://bucket/it\'s a $(run) of "$HOME"'
+TPU_VM = ("--name=slice", "--zone=us-central1-a")
+GKE = ("--name=run", "--image=image", "--accelerator=tpu-v5-lite-podslice", "--topology=4x8")
+
+# Plays gcloud: takes notes, and answers `describe` and `ssh` as the test has laid down, in turn.
+FAKE_GCLOUD = """#!{python}
+import json, pathlib, sys
+here = pathlib.Path(__file__).parent
+kind = next((k for k in ("describe", "scp", "create", "delete") if k in sys.argv), "ssh")
+if kind == "ssh":
+    kind = "stop" if "pkill" in sys.argv[-1] else "run" if "local.sh" in sys.argv[-1] else "setup"
+with open(here / "calls", "a") as f:
+    f.write(kind + "\\n")
+answers = here / kind
+if answers.exists():
+    first, *rest = json.loads(answers.read_text())
+    answers.write_text(json.dumps(rest or [first]))
+    if isinstance(first, int):
+        sys.exit(first)
+    print(first, file=sys.stderr if "NOT_FOUND" in first else sys.stdout)
+    sys.exit("NOT_FOUND" in first)
+"""
+
+
+def launch(script, *arguments, **environment):
+    command = [ROOT / "launch" / script, *arguments]
+    if not os.access(command[0], os.X_OK):
+        command.insert(0, "bash")
+    return subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def commands(output):
+    """The commands of a dry run, as a shell would read them."""
+    return [line for line in map(list, _logical_lines(output)) if line]
+
+
+def _logical_lines(output):
+    for line in output.splitlines():
+        yield subprocess.run(
+            ["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True
+        ).stdout.split("\0")[:-1]
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    """A directory to put on PATH, whose gcloud answers by files and takes notes in `calls`."""
+    gcloud = tmp_path / "gcloud"
+    gcloud.write_text(FAKE_GCLOUD.format(python=sys.executable))
+    gcloud.chmod(0o755)
+    return tmp_path
+
+
+def train_on(cloud, **answers):
+    for kind, values in answers.items():
+        (cloud / kind).write_text(json.dumps(values))
+    result = launch(
+        "tpu_vm.sh",
+        *("train", *TPU_VM, "--type=v5litepod-32", "--spot", "--", AWKWARD),
+        PATH=f"{cloud}{os.pathsep}{os.environ['PATH']}",
+        POLL_SECONDS="0.01",
+    )
+    calls = (cloud / "calls").read_text().split()
+    return result, [call for call in calls if call not in ("describe", "scp")]
+
+
+def test_tpu_vm_trains_again_after_preemption_until_it_is_done(cloud):
+    result, calls = train_on(
+        cloud,
+        # The first is the check before the loop; the slice is lost while the run is under way.
+        describe=[
+            *("NOT_FOUND", "NOT_FOUND", "PROVISIONING", "ACTIVE"),
+            *("SUSPENDING", "SUSPENDED", "NOT_FOUND", "ACTIVE"),
+        ],
+        run=[255, 75, 0],
+    )
+    assert result.returncode == 0, result.stderr
+    assert calls == ["create", "setup", "run", "stop", "delete", "create", "setup", "run", "run"]
+
+
+@pytest.mark.parametrize("code", [2, 3])
+def test_tpu_vm_does_not_repeat_what_cannot_succeed(cloud, code):
+    result, calls = train_on(cloud, describe=["ACTIVE"], run=[code])
+    assert (result.returncode, calls) == (code, ["setup", "run"])
+
+
+def test_tpu_vm_gives_up_on_what_fails_again_and_again(cloud):
+    result, calls = train_on(cloud, describe=["ACTIVE"], run=[1])
+    assert (result.returncode, calls.count("run")) == (1, 3)
+    assert "failed 3 times on a slice that is there" in result.stderr
+
+
+def test_tpu_vm_hands_the_arguments_over_unchanged(tmp_path):
+    result = launch(
+        "tpu_vm.sh",
+        *("train", *TPU_VM, "--type=v6e-16", "--spot", "--project=p", "--dry-run"),
+        *("--", "--config=configs/imagenet.py", AWKWARD),
+        PATH=f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin",
+    )
+    assert result.returncode == 0, result.stderr
+    create, archive, copy, setup, run = commands(result.stdout)
+    assert create[:6] == ["gcloud", "compute", "tpus", "queued-resources", "create", "slice"]
+    assert {"--spot", "--project=p", "--runtime-version=v2-alpha-tpuv6e"} <= set(create)
+    assert archive[:4] == ["git", "-C", str(ROOT), "archive"]
+    assert copy[-1] == run[-2] == setup[-2] == "--worker=all"
+    remote = shlex.split(run[-1].removeprefix("--command="))
+    assert remote[-2:] == ["--config=configs/imagenet.py", AWKWARD]
+    # What the workers' shells are given is a script that is at least well formed.
+    for command in (setup[-1], run[-1]):
+        script = command.removeprefix("--command=")
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("tpu_vm.sh", (), "say what to do"),
+        ("tpu_vm.sh", ("trian",), "unknown command 'trian'"),
+        ("tpu_vm.sh", ("status", "--name=a"), "--name=NAME and --zone=ZONE are needed"),
+        ("tpu_vm.sh", ("create", *TPU_VM), "--type=TYPE is needed"),
+        ("tpu_vm.sh", ("run", *TPU_VM, "--config=x"), "unknown option '--config=x'"),
+        ("tpu_vm.sh", ("run", *TPU_VM, "--", "--workdir=runs/x"), "must come --workdir=gs://"),
+        ("xpk.sh", ("--cluster=c", "--", "--workdir=runs/x"), "must come --workdir=gs://"),
+        ("gke.py", (*GKE, "--", "--workdir=runs/x"), "must come --workdir=gs://"),
+        ("gke.py", (*GKE[:3], "--", AWKWARD), "needs --topology, such as 4x8"),
+        ("gke.py", (*GKE, "--name=Run", "--", AWKWARD), "--name takes up to 32 small letters"),
+        ("gke.py", (*GKE, "--accelerator=v5e", "--", AWKWARD), "--accelerator is one of"),
+    ],
+)
+def test_wrong_use_is_one_clear_line_and_exit_code_2(script, arguments, message):
+    result = launch(script, *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr.splitlines()[-1]
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "gke.py", "xpk.sh"])
+def test_help_is_no_error(script):
+    result = launch(script, "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "--dry-run" in result.stdout
+
+
+def test_xpk_hands_the_arguments_over_unchanged():
+    result = launch("xpk.sh", "--cluster=c", "--workload=w", "--dry-run", "--", AWKWARD)
+    assert result.returncode == 0, result.stderr
+    ((*xpk, command),) = commands(result.stdout)
+    assert xpk[:5] == ["xpk", "workload", "create", "--cluster=c", "--workload=w"]
+    assert "--restart-on-exit-codes=75" in xpk
+    run = shlex.split(command.removeprefix("--command="))
+    assert run == ["exec", "python", "-m", "music_jax.main", AWKWARD]
+
+
+def jobset(*arguments):
+    result = launch("gke.py", *arguments, "--dry-run", "--", "--config=c.py", AWKWARD)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def expand(argument, variables):
+    """As Kubernetes expands $(NAME) and $$(NAME) in a container's arguments."""
+    for name, value in variables.items():
+        argument = argument.replace(f"$({name})", value)
+    return argument.replace("$$(", "$(")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "nodes", "limits"),
+    [
+        (GKE, 8, {"google.com/tpu": 4}),
+        ((*GKE, "--topology=1x1", "--spot"), 1, {"google.com/tpu": 1}),
+        ((*GKE, "--accelerator=tpu-v5p-slice", "--topology=4x4x4"), 16, {"google.com/tpu": 4}),
+        (
+            (*GKE[:2], "--accelerator=nvidia-h100-80gb", "--nodes=3", "--service-account=a"),
+            3,
+            {"nvidia.com/gpu": 8},
+        ),
+    ],
+)
+def test_gke_makes_a_jobset_whose_job_kubernetes_takes(arguments, nodes, limits):
+    whole = jobset(*arguments)
+    assert (whole["apiVersion"], whole["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert whole["spec"].keys() == {"failurePolicy", "replicatedJobs"}
+    (replicated,) = whole["spec"]["replicatedJobs"]
+    assert replicated.keys() == {"name", "replicas", "template"}
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}}
+    kubernetes_validate.validate(job | replicated["template"], "1.33", strict=True)
+
+    spec = replicated["template"]["spec"]
+    assert (spec["parallelism"], spec["completions"]) == (nodes, nodes)
+    (container,) = spec["template"]["spec"]["containers"]
+    assert container["resources"]["limits"] == limits
+    given = [expand(a, {"JOB_COMPLETION_INDEX": "1"}) for a in container["args"]]
+    assert given[:2] == ["--config=c.py", AWKWARD]
+    if "nvidia.com/gpu" in limits:
+        assert given[2:] == [
+            "--coordinator_address=run-train-0-0.run:8476",
+            "--num_processes=3",
+            "--process_id=1",
+        ]
+    else:
+        assert given[2:] == []
+
+
+def test_gke_restarts_all_but_wrong_input_and_divergence():
+    spec = jobset(*GKE)["spec"]
+    job = spec["replicatedJobs"][0]["template"]["spec"]
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2, 3])
+    assert job["backoffLimit"] == 0  # any other failure fails the job at once, and so restarts all
+    assert spec["failurePolicy"]["maxRestarts"] == 100
+    (rule,) = spec["failurePolicy"]["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """A checkout whose environment is a stand-in, and a Slurm that takes notes."""
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    (tmp_path / "launch/environment.sh").write_text(
+        "venv=/venv\nensure_environment() { echo ready >>notes; }\n"
+    )
+    for name, body in (("srun", 'exit "$SRUN_EXITS"'), ("scontrol", "")):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >>notes\n{body}\n')
+        (tmp_path / name).chmod(0o755)
+
+    def submit(*arguments, **environment):
+        spooled = shutil.copy(tmp_path / "launch/slurm.sbatch", tmp_path / "slurm_script")
+        environment |= {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path)}
+        environment["PATH"] = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+        return subprocess.run(
+            ["bash", spooled, *arguments],
+            cwd=tmp_path,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    submit.notes = tmp_path / "notes"
+    return submit
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (2, False), (3, False), (75, True)])
+def test_slurm_requeues_only_what_was_stopped_and_saved(slurm, code, requeued):
+    result = slurm("--config=c.py", "--workdir=a b", SRUN_EXITS=str(code))
+    assert result.returncode == code, result.stderr
+    ready, srun, *rest = slurm.notes.read_text().splitlines()
+    assert ready == "ready"
+    assert srun.endswith("/venv/bin/python -m music_jax.main --config=c.py --workdir=a b")
+    assert rest == (["scontrol requeue 7"] if requeued else [])
+
+
+def test_slurm_dry_run_runs_nothing(slurm):
+    result = slurm("--dry-run", "--workdir=a b")
+    assert commands(result.stdout)[0][-2:] == ["music_jax.main", "--workdir=a b"]
+    assert not slurm.notes.exists()
+
+
+def test_skypilot_recovers_from_a_stop_and_from_nothing_else():
+    # SkyPilot's own schema is in a package too large for here; these are the fields it has.
+    task = yaml.safe_load((ROOT / "launch/skypilot.yaml").read_text())
+    known = {"name", "workdir", "envs", "resources", "file_mounts", "setup", "run"}
+    assert task.keys() == known
+    assert task["resources"].keys() == {"use_spot", "any_of", "job_recovery"}
+    assert task["resources"]["use_spot"] is True
+    assert task["resources"]["job_recovery"] == {"recover_on_exit_codes": [75]}
+    for choice in task["resources"]["any_of"]:
+        assert choice.keys() <= {"infra", "accelerators", "accelerator_args"}
+    for script in (task["setup"], task["run"]):
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "nodes", "expected"),
+    [
+        (False, 4, []),
+        (True, 1, []),
+        (
+            True,
+            2,
+            ["--coordinator_address=10.0.0.1:8476", "--num_processes=2", "--process_id=1"],
+        ),
+    ],
+)
+def test_skypilot_tells_gpu_nodes_of_each_other(tmp_path, gpu, nodes, expected):
+    task = yaml.safe_load((ROOT / "launch/skypilot.yaml").read_text())
+    (tmp_path / "launch").mkdir()
+    for path, body in (
+        ("nvidia-smi", f"exit {int(not gpu)}"),
+        ("launch/local.sh", 'printf "%s\\n" "$ACCELERATOR" "$@"'),
+    ):
+        (tmp_path / path).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / path).chmod(0o755)
+    environment = task["envs"] | {"BUCKET": "b", "RUN": "r", "ARGUMENTS": "--config.seed=1"}
+    environment |= {"SKYPILOT_NUM_NODES": str(nodes), "SKYPILOT_NODE_RANK": "1"}
+    environment |= {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
+    environment |= {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    output = subprocess.run(
+        ["bash", "-c", task["run"]],
+        cwd=tmp_path,
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    assert output[0] == ("cuda13" if gpu else "tpu")
+    assert output[1:4] == [
+        "--config=configs/imagenet.py",
+        "--config.dataset.data_dir=/datasets",
+        "--workdir=gs://b/runs/r",
+    ]
+    assert output[4:] == ["--config.seed=1", *expected]
+
+
+def test_image_copies_only_what_is_there_and_starts_the_trainer():
+    lines = (ROOT / "launch/Dockerfile").read_text().splitlines()
+    copied = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]]
+    assert set(copied) == {"requirements.txt", "LICENSE", "README.md", "configs", "music_jax"}
+    assert all((ROOT / name).exists() for name in copied)
+    assert "USER 1000" in lines
+    assert lines[-1] == 'ENTRYPOINT ["python", "-m", "music_jax.main"]'
