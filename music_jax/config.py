@@ -10,7 +10,14 @@ from music_jax.data.augment import ViewAugmentation
 from music_jax.errors import UserError
 
 # What may change between two runs of one workdir without changing what is trained.
-FREE_FIELDS = ("checkpoint", "evaluation", "linear_eval", "knn", "log_every_steps", "num_decode_threads")
+FREE_FIELDS = (
+    "checkpoint",
+    "evaluation",
+    "linear_eval",
+    "knn",
+    "log_every_steps",
+    "num_decode_threads",
+)
 FREE_DATASET_FIELDS = ("data_dir", "manual_dir", "max_skipped_share", "try_gcs", "test_split")
 
 
@@ -44,7 +51,7 @@ def default_config() -> config_dict.ConfigDict:
     config.dataset = config_dict.ConfigDict()
     config.dataset.name = ""  # any TFDS name
     # In place of a TFDS name: a folder of images, or what music_jax.pack made of one.
-    config.dataset.path = config_dict.placeholder(str)
+    config.dataset.path = ""
     config.dataset.train_split = "train"
     config.dataset.test_split = "test"
     config.dataset.data_dir = config_dict.placeholder(str)  # None: TFDS's own default

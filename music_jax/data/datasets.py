@@ -26,7 +26,7 @@ def prepare(config: config_dict.ConfigDict) -> None:
       UserError: as `sources.prepare`.
     """
     named = [_tfds_set(config, spec) for spec in (config.evaluation.train, config.evaluation.test)]
-    if config.dataset.path is None:
+    if not config.dataset.path:
         named.append((config.dataset, ""))
     for dataset in {found[0].name: found[0] for found in named if found}.values():
         sources.prepare(dataset)
@@ -38,7 +38,7 @@ def training_source(config: config_dict.ConfigDict) -> Source:
     Raises:
       UserError: it is not there or cannot be used.
     """
-    if config.dataset.path is not None:
+    if config.dataset.path:
         return open_path(config.dataset.path)
     return sources.open_source(config.dataset, config.dataset.train_split)
 
@@ -55,7 +55,7 @@ def evaluation_sources(
     Raises:
       UserError: a source is not there, has no labels, or the two have different classes.
     """
-    if not config.evaluation.test and config.dataset.path is not None:
+    if not config.evaluation.test and config.dataset.path:
         if config.evaluation.train:
             raise UserError(
                 "config.evaluation.train is given but not config.evaluation.test; name both, or "
@@ -88,9 +88,7 @@ def open_path(path: str) -> Source:
     return packed.open_packed(path) if packed.is_packed(path) else folder.open_folder(path)
 
 
-def open_named(
-    config: config_dict.ConfigDict, name: str, *, prepare: bool = False
-) -> Source:
+def open_named(config: config_dict.ConfigDict, name: str, *, prepare: bool = False) -> Source:
     """Opens a folder, or a split of a TFDS dataset written `NAME:SPLIT`.
 
     Args:

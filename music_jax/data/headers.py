@@ -1,6 +1,6 @@
 """What an image file says of itself in its first bytes: its size, before anything is decoded.
 
-Only the formats named here are ever given to the decoder. Every loop is bounded, whatever the bytes.
+Only the formats named here are given to the decoder. Every loop is bounded, whatever the bytes.
 """
 
 import struct
@@ -41,7 +41,7 @@ def read_header(encoded: bytes) -> Header:
     The orientation is applied for JPEG only: the size of the others is not used to cut them.
 
     Raises:
-      UndecodableError: it is none of these, its header is damaged, or it has more than `MAX_PIXELS`.
+      UndecodableError: it is none of these, is damaged, or has more than `MAX_PIXELS`.
     """
     try:
         header = _parse(encoded)

@@ -251,9 +251,7 @@ def _read_options(num_threads: int | None) -> grain.ReadOptions:
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
 
 
-def _skip(
-    skipped: SkippedImages | None, source: Source, key: int, error: UndecodableError
-) -> None:
+def _skip(skipped: SkippedImages | None, source: Source, key: int, error: UndecodableError) -> None:
     if skipped is None:
         name = source.record_name(key)
         raise UnusableDataError(f"image {name} of {source.name}: {error}") from error

@@ -50,9 +50,7 @@ class Packing:
             ("shard_size", 1, 2**24),
         ):
             if not low <= getattr(self, name) <= high:
-                raise UserError(
-                    f"--{name} must be from {low} to {high}; got {getattr(self, name)}"
-                )
+                raise UserError(f"--{name} must be from {low} to {high}; got {getattr(self, name)}")
         for name, known in (("encoding", ("jpeg", "raw")), ("channels", (1, 3))):
             if getattr(self, name) not in known:
                 raise UserError(
@@ -138,7 +136,9 @@ def _begin(directory: epath.Path, index: dict[str, Any]) -> bool:
         directory.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             if any(directory.iterdir()):
-                raise UserError(f"{directory} is not empty, and holds no packed images to go on with")
+                raise UserError(
+                    f"{directory} is not empty, and holds no packed images to go on with"
+                )
             _write_json(path, index)
             return False
     except OSError as error:

@@ -164,7 +164,10 @@ def _builder(dataset: config_dict.ConfigDict) -> Any:
     import music_jax.data.builders  # noqa: F401  (registers ours with TFDS)
 
     if not dataset.name:
-        raise UserError("config.dataset.name is empty; name a TFDS dataset, such as mnist5k")
+        raise UserError(
+            "no dataset is named: give a TFDS name, such as mnist5k, with --config.dataset.name=, "
+            "or a folder of images with --config.dataset.path="
+        )
     try:
         return tfds.builder(
             dataset.name,
