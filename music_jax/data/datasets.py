@@ -112,7 +112,7 @@ def _tfds_set(
     if ":" not in name or os.path.isdir(os.path.expanduser(name)):
         return None
     dataset = config_dict.ConfigDict(config.dataset.to_dict())
-    dataset.name, _, split = name.rpartition(":")
+    dataset.name, _, split = name.partition(":")
     return dataset, split
 
 

@@ -55,7 +55,8 @@ class SkippedImages:
 
     def _add(self, source: Source, image: str, reason: str) -> None:
         with self._lock:
-            self._note(source.name, image, reason)
+            if (source.name, image) not in self._reasons:
+                self._write(source.name, image, reason)
             count = self._counts[source.name]
         if count > self._max_share * len(source):
             raise UnusableDataError(
@@ -67,9 +68,12 @@ class SkippedImages:
     def merge(self) -> None:
         """Joins what all processes noted; for process 0, once the others add nothing any more."""
         with self._lock:
+            listed = set(_read(self.path))
             for part in self._parts():
                 for (source, image), reason in _read(part).items():
-                    self._note(source, image, reason)
+                    if (source, image) not in listed:
+                        listed.add((source, image))
+                        self._write(source, image, reason)
                 part.unlink()
 
     def summary(self) -> str:
@@ -77,11 +81,10 @@ class SkippedImages:
         said = ", ".join(f"{count} of {source}" for source, count in sorted(self._counts.items()))
         return f"skipped images that cannot be read: {said}; they are listed in {self.path}"
 
-    def _note(self, source: str, image: str, reason: str) -> None:
-        if (source, image) in self._reasons:
-            return
-        self._reasons[source, image] = reason
-        self._counts[source] += 1
+    def _write(self, source: str, image: str, reason: str) -> None:
+        if (source, image) not in self._reasons:
+            self._reasons[source, image] = reason
+            self._counts[source] += 1
         with self._own.open("a") as file:
             file.write(json.dumps({"source": source, "image": image, "reason": reason}) + "\n")
 
