@@ -5,7 +5,8 @@
 makes 500 x 375 JPEGs from scikit-image's photos in a temporary folder, and compares
 
 - decode: OpenCV decodes each file from memory at its full size, and nothing else;
-- loader: `training_batches` over a folder of 20,000 such files, two crops of 224 pixels (scale 0.08 to 1);
+- loader: `training_batches` over a folder of 20,000 names of such files, two crops of 224 pixels
+  (scale 0.08 to 1);
 - pillow: Pillow reads and decodes each file, and cuts the same two crops by
   `Image.resize(box=...)`, bilinear: what torchvision does by default.
 

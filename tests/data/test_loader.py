@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import cv2
 import numpy as np
@@ -226,6 +227,32 @@ def test_a_process_reads_only_its_share():
         assert len(read) == 5 * 2
         read_by_all += read
     assert sorted(read_by_all) == list(range(40))  # an epoch: each image once, by one process
+
+
+def test_batches_are_made_ahead_while_one_is_used_but_not_without_end():
+    read = []
+
+    class Counting(_Records):
+        def __getitem__(self, i):
+            read.append(int(i))
+            return super().__getitem__(i)
+
+    batches = training_batches(
+        Source("numbers", Counting(200), "image", "label", 200),
+        TrainingOrder(200, 4, 0),
+        crop=_WHOLE,
+        channels=1,
+        positions=np.arange(4),
+        num_steps=50,
+        num_threads=2,
+    )
+    next(batches)
+    deadline = time.monotonic() + 20
+    while len(read) < 4 * 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(read) >= 4 * 3
+    time.sleep(0.2)
+    assert len(read) <= 4 * 6
 
 
 @pytest.mark.parametrize(("height", "width"), [(1200, 900), (700, 2000)])

@@ -156,6 +156,14 @@ def test_a_killed_command_goes_on_and_comes_to_the_same_files(photos, tmp_path):
         assert (tmp_path / "killed" / path.name).read_bytes() == path.read_bytes()
 
 
+def test_the_command_helps_with_its_own_flags_only():
+    code, out, _ = run("music_jax.pack", "--help")
+    assert code == 0
+    for flag in ("--source", "--output", "--shorter_side", "--quality", "Exit codes"):
+        assert flag in out
+    assert "--workdir" not in out
+
+
 def test_the_command_names_what_is_missing(tmp_path):
     code, _, err = run("music_jax.pack", f"--output={tmp_path}")
     assert code == 2
