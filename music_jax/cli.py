@@ -23,7 +23,7 @@ NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
 
 
-def run(main: Callable[[], None], usage: str) -> None:
+def run(main: Callable[[], None], usage: str, *, on_a_run: bool = True) -> None:
     """Parses the command line, runs `main` and exits with the code that its outcome calls for.
 
     A command defines its own flags just before, not at import: flags are global to the process.
@@ -31,7 +31,11 @@ def run(main: Callable[[], None], usage: str) -> None:
     Args:
       main: the command; it reads its own flags.
       usage: what `--help` prints above the flags.
+      on_a_run: whether it takes a workdir and the flags by which processes find each other.
     """
+    if not on_a_run:
+        for flag in (WORKDIR, COORDINATOR, NUM_PROCESSES, PROCESS_ID):
+            delattr(flags.FLAGS, flag.name)
     logging.set_verbosity(logging.ERROR)
 
     def guarded(argv: Sequence[str]) -> None:
@@ -97,7 +101,7 @@ def _parse_flags(argv: Sequence[str], usage: str) -> list[str]:
         sys.exit(0)
     try:
         rest = flags.FLAGS(argv)
-        if flags.FLAGS["config"].value is not None:
+        if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
             list(flags.FLAGS.config)  # raises if the file could not be loaded
         return rest
     except flags.Error as error:

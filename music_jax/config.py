@@ -10,8 +10,15 @@ from music_jax.data.augment import ViewAugmentation
 from music_jax.errors import UserError
 
 # What may change between two runs of one workdir without changing what is trained.
-FREE_FIELDS = ("checkpoint", "linear_eval", "knn", "log_every_steps", "num_decode_threads")
-FREE_DATASET_FIELDS = ("data_dir", "try_gcs", "test_split")
+FREE_FIELDS = (
+    "checkpoint",
+    "evaluation",
+    "linear_eval",
+    "knn",
+    "log_every_steps",
+    "num_decode_threads",
+)
+FREE_DATASET_FIELDS = ("data_dir", "manual_dir", "max_skipped_share", "try_gcs", "test_split")
 
 
 def default_config() -> config_dict.ConfigDict:
@@ -43,10 +50,14 @@ def default_config() -> config_dict.ConfigDict:
 
     config.dataset = config_dict.ConfigDict()
     config.dataset.name = ""  # any TFDS name
+    # In place of a TFDS name: a folder of images, or what music_jax.pack made of one.
+    config.dataset.path = ""
     config.dataset.train_split = "train"
     config.dataset.test_split = "test"
     config.dataset.data_dir = config_dict.placeholder(str)  # None: TFDS's own default
+    config.dataset.manual_dir = config_dict.placeholder(str)  # None: downloads/manual in data_dir
     config.dataset.try_gcs = False
+    config.dataset.max_skipped_share = 0.01  # of the images, that may be unreadable
     config.dataset.image_key = "image"
     config.dataset.label_key = "label"
     config.dataset.num_channels = 3
@@ -83,6 +94,11 @@ def default_config() -> config_dict.ConfigDict:
     config.checkpoint = config_dict.ConfigDict()
     config.checkpoint.every_steps = 1000
     config.checkpoint.max_to_keep = 2
+
+    # What is probed, if not the dataset's own splits: a labelled folder, or NAME:SPLIT of TFDS.
+    config.evaluation = config_dict.ConfigDict()
+    config.evaluation.train = ""  # "": the images of the pre-training
+    config.evaluation.test = ""  # "": dataset.test_split; with dataset.path, there is no probe
 
     config.linear_eval = config_dict.ConfigDict()
     config.linear_eval.num_epochs = 100
@@ -175,6 +191,8 @@ def validate(config: config_dict.ConfigDict) -> None:
         value = _get(config, field)
         if len(value) != 2 or not 0 < value[0] <= value[1] <= limit:
             raise _wrong(config, field, f"be a pair 0 < low <= high <= {limit}")
+    if not 0 <= config.dataset.max_skipped_share <= 1:
+        raise _wrong(config, "dataset.max_skipped_share", "be in [0, 1]")
     for field in ("dataset.mean", "dataset.std"):
         if len(_get(config, field)) != config.dataset.num_channels:
             raise _wrong(

@@ -25,6 +25,10 @@ class UnusableDataError(MusicError):
     exit_code = 3
 
 
+class UndecodableError(UnusableDataError):
+    """One image cannot be read; the message begins with "it" or "its"."""
+
+
 class StoppedError(MusicError):
     """A signal stopped the run and everything is saved: the same command goes on."""
 

@@ -46,7 +46,7 @@ def linear_eval(
       UserError: there is no such run or checkpoint, or an override would change what was trained.
     """
     from music_jax import progress, records
-    from music_jax.data import sources
+    from music_jax.data import datasets
     from music_jax.evaluation.evaluate import evaluate, read_results, results_table
     from music_jax.mesh import is_main_process, make_data_mesh
     from music_jax.train.checkpoints import Checkpoints
@@ -60,7 +60,14 @@ def linear_eval(
     config = from_json(saved)
     _apply(config, overrides or {})
     validate(config)
-    sources.prepare(config.dataset)
+    datasets.prepare(config)
+    sources = datasets.evaluation_sources(config, datasets.training_source(config))
+    if sources is None:
+        raise UserError(
+            f"{workdir} was trained on images without a test set; name labelled ones with "
+            "--config.evaluation.test=, and --config.evaluation.train= to learn from"
+        )
+    skipped = records.open_skipped(directory, config)
 
     mesh = make_data_mesh()
     recipe = make_recipe(config, steps_per_epoch=1)  # the optimiser is only needed for its shapes
@@ -73,6 +80,8 @@ def linear_eval(
     evaluate(
         config,
         directory,
+        sources,
+        skipped=skipped,
         network=recipe.network,
         params=state.params,
         batch_stats=state.batch_stats,
@@ -82,6 +91,7 @@ def linear_eval(
     results = read_results(config, directory, step) if is_main_process() else None
     if results is not None:
         progress.say(results_table(results))
+    records.report_skipped(skipped)
 
 
 def _apply(config: config_dict.ConfigDict, overrides: dict[str, object]) -> None:
@@ -89,7 +99,7 @@ def _apply(config: config_dict.ConfigDict, overrides: dict[str, object]) -> None
         if not is_free(field):
             raise UserError(
                 f"config.{field} belongs to the training, which is over; only how it is evaluated "
-                "can change: linear_eval, knn, dataset.test_split, dataset.data_dir"
+                "can change: evaluation, linear_eval, knn, dataset.test_split, dataset.data_dir"
             )
         config.update_from_flattened_dict({field: value})
 

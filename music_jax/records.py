@@ -1,4 +1,4 @@
-"""The files beside the checkpoints: config.json and metrics.jsonl."""
+"""The files beside the checkpoints: config.json, metrics.jsonl and skipped.jsonl."""
 
 import datetime
 import importlib.metadata
@@ -8,10 +8,13 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import config_dict
 
 import music_jax
+from music_jax import progress
 from music_jax.config import differences
+from music_jax.data.skipped import SkippedImages
 from music_jax.errors import UserError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -104,6 +107,25 @@ def write_json(path: epath.Path, record: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".new")
     temporary.write_text(json.dumps(record, indent=2) + "\n")
     temporary.replace(path)
+
+
+def open_skipped(workdir: epath.Path, config: config_dict.ConfigDict) -> SkippedImages:
+    """Opens skipped.jsonl: this process's notes of images that cannot be decoded."""
+    return SkippedImages(
+        workdir,
+        max_share=config.dataset.max_skipped_share,
+        process_index=jax.process_index(),
+    )
+
+
+def report_skipped(skipped: SkippedImages) -> None:
+    """Joins what all processes noted in skipped.jsonl, and says how many images were skipped."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("skipped images noted by all processes")
+    if jax.process_index() == 0:
+        skipped.merge()
+        if len(skipped):
+            progress.say(skipped.summary())
 
 
 class MetricsLog:

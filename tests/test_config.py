@@ -75,6 +75,7 @@ def test_imagenet_is_the_recipe_of_the_paper():
         ("dataset.num_channels", 2, "must be one of 1, 3"),
         ("dataset.mean", (0.1, 0.2), "num_channels"),
         ("dataset.std", (0.0,), "positive"),
+        ("dataset.max_skipped_share", 1.5, r"in \[0, 1\]"),
         ("augmentation.view_1.flip_probability", 1.5, "flip_probability"),
         ("linear_eval.base_learning_rates", (), "one or more"),
         ("linear_eval.validation_fraction", 1.0, r"in \(0, 1\)"),

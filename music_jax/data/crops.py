@@ -1,12 +1,11 @@
-"""Decoding and cropping on the host, with OpenCV: encoded bytes to uint8 crops."""
+"""Cutting views out of images, on the host."""
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import cv2
 import numpy as np
-
-from music_jax.errors import UnusableDataError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,59 +22,75 @@ class Crop:
     scale: tuple[float, float] = (0.08, 1.0)
     aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
-
-def decode(encoded: bytes, channels: int) -> np.ndarray:
-    """Decodes an image file to uint8 [height, width, channels]; channels are 1 (gray) or 3 (RGB).
-
-    Raises:
-      UnusableDataError: the bytes are no image that OpenCV can read.
-    """
-    flag = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
-    buffer = np.frombuffer(encoded, np.uint8)
-    image = cv2.imdecode(buffer, flag) if buffer.size else None
-    if image is None:
-        raise UnusableDataError(f"{len(encoded)} bytes cannot be decoded as an image")
-    return image.reshape(image.shape[0], image.shape[1], channels)
+    def is_whole(self, height: int, width: int) -> bool:
+        """Whether the crop can only be the whole of an image of this size."""
+        return self.scale == (1.0, 1.0) and self.aspect_ratio == (1.0, 1.0) and height == width
 
 
-def random_resized_crop(image: np.ndarray, crop: Crop, rng: np.random.Generator) -> np.ndarray:
-    """A random part of the image, resized to a square: torchvision's `RandomResizedCrop`.
+class Box(NamedTuple):
+    """A part of an image, in pixels."""
 
-    Area and aspect ratio are drawn at most ten times; if none fits, the largest centred crop
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def draw_box(height: int, width: int, crop: Crop, rng: np.random.Generator) -> Box:
+    """Draws a random part of an image, as torchvision's `RandomResizedCrop` does.
+
+    Area and aspect ratio are drawn at most ten times; if none fits, the largest centred part
     within the range of aspect ratios is taken.
 
     Args:
-      image: uint8 [height, width, channels].
-      crop: the ranges to draw from and the size to reach.
-      rng: gives the same crop for the same state.
-
-    Returns:
-      uint8 [size, size, channels].
+      height: of the image.
+      width: of the image.
+      crop: the ranges to draw from.
+      rng: gives the same part for the same state.
     """
-    height, width = image.shape[:2]
-    if crop.scale == (1.0, 1.0) and crop.aspect_ratio == (1.0, 1.0) and height == width:
-        return resize(image, crop.size, crop.size)
-    top, left, crop_height, crop_width = _draw_box(height, width, crop, rng)
-    part = image[top : top + crop_height, left : left + crop_width]
-    return resize(part, crop.size, crop.size)
-
-
-def _draw_box(
-    height: int, width: int, crop: Crop, rng: np.random.Generator
-) -> tuple[int, int, int, int]:
-    low, high = (math.log(r) for r in crop.aspect_ratio)
+    low, high = crop.scale
+    log_low, log_high = (math.log(r) for r in crop.aspect_ratio)
     for _ in range(10):
-        area = height * width * rng.uniform(*crop.scale)
-        ratio = math.exp(rng.uniform(low, high))
+        area = height * width * (low + (high - low) * rng.random())
+        ratio = math.exp(log_low + (log_high - log_low) * rng.random())
         crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < crop_width <= width and 0 < crop_height <= height:
-            top = int(rng.integers(0, height - crop_height + 1))
-            left = int(rng.integers(0, width - crop_width + 1))
-            return top, left, crop_height, crop_width
+            top = int((height - crop_height + 1) * rng.random())
+            left = int((width - crop_width + 1) * rng.random())
+            return Box(top, left, crop_height, crop_width)
     ratio = min(max(width / height, crop.aspect_ratio[0]), crop.aspect_ratio[1])
     crop_width = min(width, max(1, round(height * ratio)))
     crop_height = min(height, max(1, round(width / ratio)))
-    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+    return Box((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width)
+
+
+def cut(image: np.ndarray, box: Box, out: np.ndarray, *, reduction: int = 1) -> None:
+    """Cuts a part out of an image and resizes it to a square: quickly, for training.
+
+    Halves the part, each pixel the mean of four, while it is twice as large as the square or more,
+    then interpolates bilinearly. Averaging over every pixel at once, as `resize` does, takes five
+    to ten times as long; the mean difference is one grey level.
+
+    Args:
+      image: uint8 [height, width, channels].
+      box: the part, in pixels of the image before it was reduced.
+      out: uint8 [size, size, channels], contiguous; the square is written there.
+      reduction: by how much smaller than that the image is.
+    """
+    top, left, height, width = box
+    if reduction > 1:
+        height = -(-(top + height) // reduction) - top // reduction
+        width = -(-(left + width) // reduction) - left // reduction
+        top, left = top // reduction, left // reduction
+    part = image[top : top + height, left : left + width]
+    size = out.shape[0]
+    while height >= 2 * size and width >= 2 * size:
+        height, width = height // 2, width // 2
+        part = cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA)
+    if (height, width) == (size, size):
+        out[:] = part.reshape(out.shape)
+    else:
+        cv2.resize(part, (size, size), dst=out, interpolation=cv2.INTER_LINEAR)
 
 
 def center_crop(image: np.ndarray, size: int, resize_shorter_side: int) -> np.ndarray:

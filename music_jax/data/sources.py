@@ -1,4 +1,4 @@
-"""Random access to a dataset's encoded images, whatever TFDS builder they come from."""
+"""Random access to a dataset's encoded images; here, those of any TFDS builder."""
 
 import dataclasses
 import difflib
@@ -22,6 +22,13 @@ class _Selected:
     def __getitem__(self, index: int) -> Any:
         return self.records[int(self.indices[index])]
 
+    def record_name(self, index: int) -> str:
+        return _record_name(self.records, int(self.indices[index]))
+
+
+def _record_name(records: Any, index: int) -> str:
+    return getattr(records, "record_name", str)(index)
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -29,10 +36,13 @@ class Source:
 
     Attributes:
       name: the dataset and the split, for messages.
-      records: `len()` and `[index]`, giving dictionaries that hold the encoded image and the label.
+      records: `len()` and `[index]`, giving dictionaries that hold the encoded image and the label;
+        `record_name(index)`, if it is there, says what an image is called.
       image_key: where a record holds the encoded image's bytes.
       label_key: where it holds the integer label.
-      num_classes: how many labels there are.
+      num_classes: how many labels there are; 0 where the images have none.
+      class_names: what the labels are called, if they have names.
+      left_out: name and reason of each image that is not among the records though it is there.
     """
 
     name: str
@@ -40,6 +50,8 @@ class Source:
     image_key: str
     label_key: str
     num_classes: int
+    class_names: tuple[str, ...] = ()
+    left_out: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -49,9 +61,13 @@ class Source:
         return dataclasses.replace(self, records=_Selected(self.records, indices))
 
     def example(self, index: int) -> tuple[bytes, int]:
-        """The encoded image and its label."""
+        """The encoded image and its label, -1 if it has none."""
         record = self.records[index]
         return record[self.image_key], int(record[self.label_key])
+
+    def record_name(self, index: int) -> str:
+        """What an image is called: its path in a folder, else its index."""
+        return _record_name(self.records, index)
 
 
 def open_source(dataset: config_dict.ConfigDict, split: str) -> Source:
@@ -101,6 +117,7 @@ def open_source(dataset: config_dict.ConfigDict, split: str) -> Source:
         image_key=dataset.image_key,
         label_key=dataset.label_key,
         num_classes=features[dataset.label_key].num_classes,
+        class_names=tuple(features[dataset.label_key].names),
     )
 
 
@@ -108,8 +125,8 @@ def prepare(dataset: config_dict.ConfigDict) -> None:
     """Writes the dataset's array_record files if they are not there yet, downloading as TFDS does.
 
     Args:
-      dataset: the config's `dataset` part: `name`, `data_dir` (None for TFDS's own default) and
-        `try_gcs`.
+      dataset: the config's `dataset` part: `name`, `data_dir` (None for TFDS's own default),
+        `manual_dir` (None for `downloads/manual` in it) and `try_gcs`.
 
     Raises:
       UserError: no such dataset, no room or permission to write it, or TensorFlow is needed to
@@ -124,7 +141,9 @@ def prepare(dataset: config_dict.ConfigDict) -> None:
         _hide_accelerators_from_tensorflow(dataset.name)
     try:
         builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(try_download_gcs=dataset.try_gcs),
+            download_config=tfds.download.DownloadConfig(
+                try_download_gcs=dataset.try_gcs, manual_dir=_expanded(dataset.manual_dir)
+            ),
             file_format="array_record",
         )
     except OSError as error:
@@ -134,7 +153,8 @@ def prepare(dataset: config_dict.ConfigDict) -> None:
         ) from error
     except AssertionError as error:  # What TFDS raises where files must be placed by hand.
         raise UserError(
-            f"cannot prepare dataset {dataset.name!r}: {' '.join(str(error).split())}"
+            f"cannot prepare dataset {dataset.name!r}: {' '.join(str(error).split())}; another "
+            "place for such files is --config.dataset.manual_dir=DIR"
         ) from error
 
 
@@ -144,11 +164,14 @@ def _builder(dataset: config_dict.ConfigDict) -> Any:
     import music_jax.data.builders  # noqa: F401  (registers ours with TFDS)
 
     if not dataset.name:
-        raise UserError("config.dataset.name is empty; name a TFDS dataset, such as mnist5k")
+        raise UserError(
+            "no dataset is named: give a TFDS name, such as mnist5k, with --config.dataset.name=, "
+            "or a folder of images with --config.dataset.path="
+        )
     try:
         return tfds.builder(
             dataset.name,
-            data_dir=dataset.data_dir and os.path.expanduser(dataset.data_dir),
+            data_dir=_expanded(dataset.data_dir),
             file_format="array_record",
         )
     except tfds.core.DatasetNotFoundError as error:
@@ -160,6 +183,10 @@ def _builder(dataset: config_dict.ConfigDict) -> Any:
         raise UserError(
             f"cannot open dataset {dataset.name!r}: {' '.join(str(error).split())}"
         ) from error
+
+
+def _expanded(directory: str | None) -> str | None:
+    return directory and os.path.expanduser(directory)
 
 
 def _hide_accelerators_from_tensorflow(name: str) -> None:

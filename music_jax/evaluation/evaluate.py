@@ -11,7 +11,9 @@ from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from music_jax import progress
-from music_jax.data.sources import Source, open_source
+from music_jax.data.datasets import EvaluationSources
+from music_jax.data.skipped import SkippedImages
+from music_jax.data.sources import Source
 from music_jax.errors import UserError
 from music_jax.evaluation import linear_probe
 from music_jax.evaluation.features import (
@@ -35,7 +37,9 @@ _KNN_FILE = "knn.json"
 def evaluate(
     config: config_dict.ConfigDict,
     workdir: epath.Path,
+    sources: EvaluationSources,
     *,
+    skipped: SkippedImages,
     network: Network,
     params: dict,
     batch_stats: dict,
@@ -50,14 +54,14 @@ def evaluate(
     Args:
       config: its parts `linear_eval` and `knn` say how.
       workdir: where the files go.
+      sources: the images to learn from, and those to test on.
+      skipped: takes note of images that cannot be decoded, which count in no figure.
       network: the network.
       params: its trained parameters.
       batch_stats: its trained statistics.
       step: of the checkpoint that they come from.
       mesh: the devices.
     """
-    train = open_source(config.dataset, config.dataset.train_split)
-    test = open_source(config.dataset, config.dataset.test_split)
     extractors = {"trained": backbone_extractor(network, params, batch_stats, config, mesh)}
     if config.linear_eval.random_init:
         initial = jax.jit(lambda key: init_network(config, key))(jax.random.key(config.seed))
@@ -69,15 +73,15 @@ def evaluate(
 
     linear, knn = {}, {}
     for name, extractor in extractors.items():
-        representation = _Representation(name, extractor, train, test, config, mesh)
+        representation = _Representation(
+            name, extractor, sources.train, sources.test, config, mesh, skipped
+        )
         linear[name] = representation.linear_probe()
         if config.knn.enabled:
-            knn[name] = representation.knn_top1()
+            knn[name] = representation.knn()
 
     record = {
         **linear["trained"],
-        "num_train": len(train),
-        "num_test": len(test),
         "step": step,
         "protocol": protocol(config),
         "raw_pixels_top1": linear.get("raw_pixels", {}).get("top1"),
@@ -85,29 +89,31 @@ def evaluate(
     }
     if is_main_process():
         if knn:
-            settings = {"num_train": len(train), "num_test": len(test), "step": step}
-            write_json(workdir / _KNN_FILE, _knn_record(knn, settings, config))
+            write_json(workdir / _KNN_FILE, _knn_record(knn, step, config))
         write_json(workdir / _LINEAR_FILE, record)
 
 
 def _knn_record(
-    knn: dict[str, float], settings: dict[str, int], config: config_dict.ConfigDict
+    knn: dict[str, dict[str, Any]], step: int, config: config_dict.ConfigDict
 ) -> dict[str, Any]:
     return {
-        "top1": knn["trained"],
-        **settings,
+        **knn["trained"],
+        "step": step,
         "k": config.knn.k,
         "temperature": config.knn.temperature,
-        "raw_pixels_top1": knn.get("raw_pixels"),
-        "random_init_top1": knn.get("random_init"),
+        "raw_pixels_top1": knn.get("raw_pixels", {}).get("top1"),
+        "random_init_top1": knn.get("random_init", {}).get("top1"),
     }
 
 
 def protocol(config: config_dict.ConfigDict) -> dict[str, Any]:
     """What the figures depend on besides the checkpoint."""
     everything = as_json(config)
-    parts = {key: everything[key] for key in ("linear_eval", "knn", "seed")}
-    return parts | {"test_split": config.dataset.test_split, "dataset": config.dataset.name}
+    parts = {key: everything[key] for key in ("evaluation", "linear_eval", "knn", "seed")}
+    return parts | {
+        "test_split": config.dataset.test_split,
+        "dataset": config.dataset.path or config.dataset.name,
+    }
 
 
 def read_results(
@@ -159,6 +165,7 @@ class _Representation:
     test: Source
     config: config_dict.ConfigDict
     mesh: Mesh
+    skipped: SkippedImages
 
     def __post_init__(self) -> None:
         self._cache: dict[str, LabelledFeatures] = {}
@@ -175,7 +182,7 @@ class _Representation:
         )
 
     def features(self, split: str) -> LabelledFeatures:
-        """Features of the whole split (`train` or `test`), standardised if the config says so."""
+        """Features of the whole split, `train` or `test`."""
         if split not in self._cache:
             source = self.train if split == "train" else self.test
             self._cache[split] = self._extract(source, f"features of {self.name}, {split}")
@@ -183,52 +190,61 @@ class _Representation:
 
     def _extract(self, source: Source, description: str) -> LabelledFeatures:
         found = extract_split(
-            self.extractor, source, self.config, self.mesh, description=description
+            self.extractor,
+            source,
+            self.config,
+            self.mesh,
+            skipped=self.skipped,
+            description=description,
         )
+        if not len(found.rows()):
+            raise UserError(f"none of the {len(found)} images of {source.name} has a label")
         if not np.all(np.isfinite(found.features)):
             raise UserError(f"some features of {source.name} are not finite; nothing to probe")
         return found
 
-    def linear_probe(self) -> dict[str, float]:
+    def linear_probe(self) -> dict[str, Any]:
         """Chooses the learning rate on a part of the training split; tests on the test split."""
         rates = self._recipe.base_learning_rates
         if len(rates) > 1:
             rest, held_out = _split(len(self.train), self.config)
-            heads = self._fit(self._recipe, rest, f"learning rates for {self.name}")
-            scores = linear_probe.accuracies(heads, *self._standardized(*self._part(held_out)))
+            heads, _ = self._fit(self._recipe, rest, f"learning rates for {self.name}")
+            scores = linear_probe.accuracies(heads, *self._standardized(self._part(held_out)))
             rates = (rates[int(np.argmax(scores[:, 0]))],)
         recipe = dataclasses.replace(self._recipe, base_learning_rates=rates)
-        heads = self._fit(recipe, np.arange(len(self.train)), f"linear probe of {self.name}")
-        test = self.features("test")
-        top1, top5 = linear_probe.accuracies(
-            heads, *self._standardized(test.features, test.labels)
-        )[0]
+        everything = np.arange(len(self.train))
+        heads, num_train = self._fit(recipe, everything, f"linear probe of {self.name}")
+        test = self.features("test").rows()
+        top1, top5 = linear_probe.accuracies(heads, *self._standardized(test))[0]
         return {
             "top1": float(top1),
             "top5": float(top5),
             "learning_rate": rates[0] * recipe.batch_size / 256,
+            "num_train": num_train,
+            "num_test": len(test),
         }
 
-    def _part(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _part(self, rows: np.ndarray) -> LabelledFeatures:
         if self._random_crops:
-            part = self._extract(self.train.subset(rows), f"features of {self.name}, validation")
-            return part.features, part.labels
-        train = self.features("train")
-        return train.features[rows], train.labels[rows]
+            part = self.train.subset(rows)
+            return self._extract(part, f"features of {self.name}, validation").rows()
+        return self.features("train").rows(rows)
 
-    def _standardized(
-        self, features: np.ndarray, labels: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _standardized(self, part: LabelledFeatures) -> tuple[np.ndarray, np.ndarray]:
+        features = part.features
         if self.config.linear_eval.standardize:
-            train = self.features("train").features
+            train = self.features("train").rows().features
             features = (features - train.mean(axis=0)) / (train.std(axis=0) + 1e-6)
-        return features, labels
+        return features, part.labels
 
-    def _fit(self, recipe: ProbeRecipe, rows: np.ndarray, description: str) -> Any:
-        batch_size = min(recipe.batch_size, len(rows)) // self.mesh.size * self.mesh.size
+    def _fit(self, recipe: ProbeRecipe, rows: np.ndarray, description: str) -> tuple[Any, int]:
+        """Classifiers from the samples at these rows, and how many those are."""
+        part = None if self._random_crops else self._part(rows)
+        count = len(rows) if part is None else len(part)
+        batch_size = min(recipe.batch_size, count) // self.mesh.size * self.mesh.size
         recipe = dataclasses.replace(recipe, batch_size=max(batch_size, 1))
-        steps_per_epoch = len(rows) // recipe.batch_size
-        if self._random_crops:
+        steps_per_epoch = count // recipe.batch_size
+        if part is None:
             batches = random_crop_batches(
                 self.extractor,
                 self.train.subset(rows),
@@ -237,15 +253,16 @@ class _Representation:
                 batch_size=recipe.batch_size,
                 num_epochs=recipe.num_epochs,
                 seed=self._seed,
+                skipped=self.skipped,
             )
             num_features = self.features("test").features.shape[1]
         else:
-            features, labels = self._standardized(*self._part(rows))
+            features, labels = self._standardized(part)
             batches = linear_probe.shuffled_batches(features, labels, recipe, self._seed)
             num_features = features.shape[1]
         total = recipe.num_epochs * steps_per_epoch
         with progress.bar(total, unit="step", description=description) as bar:
-            return linear_probe.fit(
+            heads = linear_probe.fit(
                 _counted(batches, bar),
                 recipe,
                 num_features=num_features,
@@ -253,10 +270,11 @@ class _Representation:
                 steps_per_epoch=steps_per_epoch,
                 seed=self._seed,
             )
+        return heads, count
 
-    def knn_top1(self) -> float:
+    def knn(self) -> dict[str, Any]:
         """Top-1 accuracy of the weighted vote of the nearest training samples."""
-        train, test = self.features("train"), self.features("test")
+        train, test = self.features("train").rows(), self.features("test").rows()
         predicted = knn_predict(
             train.features,
             train.labels,
@@ -265,7 +283,8 @@ class _Representation:
             k=self.config.knn.k,
             temperature=self.config.knn.temperature,
         )
-        return float(np.mean(np.asarray(predicted) == test.labels))
+        top1 = float(np.mean(np.asarray(predicted) == test.labels))
+        return {"top1": top1, "num_train": len(train), "num_test": len(test)}
 
 
 def _counted(batches: Any, bar: Any) -> Any:

@@ -15,6 +15,7 @@ from music_jax import progress
 from music_jax.data.augment import normalize_images
 from music_jax.data.crops import Crop
 from music_jax.data.loader import TrainingOrder, evaluation_batches, training_batches
+from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.mesh import local_positions, to_devices
 from music_jax.models.network import Network
@@ -25,10 +26,21 @@ Extractor = Callable[[jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class LabelledFeatures:
-    """Features [samples, features] and labels [samples], in the order of the split."""
+    """Features [samples, features] and labels [samples], in the order of the split.
+
+    The label is -1 where the image could not be decoded; its features mean nothing.
+    """
 
     features: np.ndarray
     labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rows(self, rows: np.ndarray | slice = slice(None)) -> "LabelledFeatures":
+        """Those of the samples that could be decoded."""
+        present = self.labels[rows] >= 0
+        return LabelledFeatures(self.features[rows][present], self.labels[rows][present])
 
 
 def backbone_extractor(
@@ -70,6 +82,7 @@ def extract_split(
     config: config_dict.ConfigDict,
     mesh: Mesh,
     *,
+    skipped: SkippedImages,
     description: str,
 ) -> LabelledFeatures:
     """Features and labels of the central view of every image of a split, no remainder left out.
@@ -79,6 +92,7 @@ def extract_split(
       source: the split.
       config: gives the views' size and the channels.
       mesh: the devices.
+      skipped: takes note of images that cannot be decoded.
       description: what the progress bar says.
 
     Returns:
@@ -92,6 +106,7 @@ def extract_split(
         channels=config.dataset.num_channels,
         batch_size=batch_size,
         positions=local_positions(batch_size, mesh),
+        skipped=skipped,
         num_threads=config.num_decode_threads,
     )
     features, labels = [], []
@@ -115,6 +130,7 @@ def random_crop_batches(
     batch_size: int,
     num_epochs: int,
     seed: int,
+    skipped: SkippedImages,
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
     """Features [batch, features] and labels [batch] of randomly cropped and flipped images."""
     order = TrainingOrder(len(source), batch_size, seed)
@@ -127,6 +143,7 @@ def random_crop_batches(
         num_steps=num_epochs * order.steps_per_epoch,
         num_views=1,
         flip=True,
+        skipped=skipped,
         num_threads=config.num_decode_threads,
     )
     for batch in batches:

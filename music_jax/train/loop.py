@@ -16,9 +16,11 @@ from ml_collections import config_dict
 
 from music_jax import config as config_lib
 from music_jax import progress, records
-from music_jax.data import sources
+from music_jax.data import datasets
 from music_jax.data.crops import Crop
 from music_jax.data.loader import TrainingOrder, training_batches
+from music_jax.data.skipped import SkippedImages
+from music_jax.data.sources import Source
 from music_jax.errors import DivergedError, StoppedError, UserError
 from music_jax.evaluation.evaluate import evaluate, read_results, results_table
 from music_jax.mesh import (
@@ -57,19 +59,21 @@ def train_and_evaluate(config: config_dict.ConfigDict, workdir: str) -> TrainSta
     directory = records.open_workdir(workdir)
     records.check_same_run(directory, config)
 
-    _prepare_dataset(config.dataset)
-    source = sources.open_source(config.dataset, config.dataset.train_split)
+    _prepare_datasets(config)
+    source = datasets.training_source(config)
     if config.batch_size > len(source):
         raise UserError(
             f"config.batch_size = {config.batch_size} is larger than the dataset {source.name} of "
             f"{len(source)} images; take at most {len(source)}"
         )
-    sources.open_source(config.dataset, config.dataset.test_split)  # fails now, not after training
+    probed = datasets.evaluation_sources(config, source)  # fails now, not after training
     order = TrainingOrder(len(source), config.batch_size, config.seed)
     num_steps = config.num_epochs * order.steps_per_epoch
     if is_main_process():
         records.write_config(directory, config)
 
+    skipped = records.open_skipped(directory, config)
+    skipped.add_left_out(source)
     recipe = make_recipe(config, order.steps_per_epoch)
     state = init_state(config, recipe.optimizer, mesh)
     checkpoints = Checkpoints(directory, max_to_keep=config.checkpoint.max_to_keep)
@@ -78,22 +82,30 @@ def train_and_evaluate(config: config_dict.ConfigDict, workdir: str) -> TrainSta
         if start_step:
             state = checkpoints.restore(start_step, state, mesh, order)
         results = read_results(config, directory, num_steps)
-        if start_step == num_steps and results is not None:
-            progress.say(f"{workdir} is done: {num_steps} steps trained and evaluated")
-            progress.say(results_table(results))
+        if start_step == num_steps and (results is not None or probed is None):
+            done = "trained and evaluated" if results else "trained"
+            progress.say(f"{workdir} is done: {num_steps} steps {done}")
+            if results:
+                progress.say(results_table(results))
             return state
-        _describe(config, mesh, order, state, start_step)
+        _describe(config, mesh, source, order, state, start_step)
         if start_step < num_steps:
-            batches = _batches(config, source, order, mesh, start_step, num_steps)
+            batches = _batches(config, source, order, mesh, start_step, num_steps, skipped)
             state = _train(
                 config, recipe, state, batches, order, mesh, checkpoints, directory, start_step
             )
     finally:
         checkpoints.close()
 
+    if probed is None:
+        progress.say("not probed: name labelled images with --config.evaluation.test=")
+        records.report_skipped(skipped)
+        return state
     evaluate(
         config,
         directory,
+        probed,
+        skipped=skipped,
         network=recipe.network,
         params=state.params,
         batch_stats=state.batch_stats,
@@ -102,6 +114,7 @@ def train_and_evaluate(config: config_dict.ConfigDict, workdir: str) -> TrainSta
     )
     if is_main_process():
         progress.say(results_table(read_results(config, directory, num_steps) or {}))
+    records.report_skipped(skipped)
     return state
 
 
@@ -201,11 +214,12 @@ def _shown(scalars: dict[str, float]) -> dict[str, str]:
 
 def _batches(
     config: config_dict.ConfigDict,
-    source: sources.Source,
+    source: Source,
     order: TrainingOrder,
     mesh: Mesh,
     start_step: int,
     num_steps: int,
+    skipped: SkippedImages,
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
     """Global batches on the mesh, the next ones on their way while one is used."""
     size = config.batch_size
@@ -217,6 +231,7 @@ def _batches(
         positions=local_positions(size, mesh),
         num_steps=num_steps,
         start_step=start_step,
+        skipped=skipped,
         num_threads=config.num_decode_threads,
     )
     moving = (
@@ -232,18 +247,19 @@ def _batches(
         queue.extend(itertools.islice(moving, 1))
 
 
-def _prepare_dataset(dataset: config_dict.ConfigDict) -> None:
+def _prepare_datasets(config: config_dict.ConfigDict) -> None:
     """Prepares on the main process first, since the files may be shared by all."""
     if is_main_process():
-        sources.prepare(dataset)
+        datasets.prepare(config)
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("dataset prepared by the main process")
-        sources.prepare(dataset)
+        multihost_utils.sync_global_devices("datasets prepared by the main process")
+        datasets.prepare(config)
 
 
 def _describe(
     config: config_dict.ConfigDict,
     mesh: Mesh,
+    source: Source,
     order: TrainingOrder,
     state: TrainState,
     start_step: int,
@@ -264,7 +280,7 @@ def _describe(
         ),
         (
             "training",
-            f"{config.num_epochs} epochs x {order.steps_per_epoch} steps of {config.dataset.name} "
+            f"{config.num_epochs} epochs x {order.steps_per_epoch} steps of {source.name} "
             f"({order.num_records} images), {config.compute_dtype}",
         ),
         (

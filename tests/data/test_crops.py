@@ -3,9 +3,9 @@
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
-from music_jax.data.crops import Crop, center_crop, decode, random_resized_crop, resize
-from music_jax.errors import UnusableDataError
+from music_jax.data.crops import Box, Crop, center_crop, cut, draw_box, resize
 
 
 def _rng(seed=0):
@@ -20,45 +20,15 @@ def _gradient(height, width):
     return image
 
 
-def _encode(image, suffix):
-    bgr = image[..., ::-1] if image.shape[-1] == 3 else image
-    return cv2.imencode(suffix, bgr)[1].tobytes()
-
-
-def test_png_decodes_to_the_same_rgb():
-    image = _gradient(20, 30)
-    np.testing.assert_array_equal(decode(_encode(image, ".png"), 3), image)
-
-
-def test_jpeg_decodes_to_nearly_the_same_rgb():
-    image = np.full((16, 16, 3), (200, 60, 20), np.uint8)
-    difference = decode(_encode(image, ".jpg"), 3).astype(int) - image
-    assert np.abs(difference).max() <= 3
-
-
-def test_a_gray_image_can_be_read_as_either():
-    image = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
-    encoded = _encode(image, ".png")
-    np.testing.assert_array_equal(decode(encoded, 1), image)
-    np.testing.assert_array_equal(decode(encoded, 3), np.repeat(image, 3, axis=2))
-
-
-@pytest.mark.parametrize("encoded", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + b"\0" * 20])
-def test_what_is_no_image_is_an_error(encoded):
-    with pytest.raises(UnusableDataError, match="cannot be decoded"):
-        decode(encoded, 3)
-
-
 def test_crop_areas_and_ratios_stay_in_their_ranges():
     crop = Crop(size=128, scale=(0.2, 0.6), aspect_ratio=(0.75, 1.25))
     areas, ratios = [], []
     for seed in range(300):
-        part = random_resized_crop(_gradient(128, 128), crop, _rng(seed))
-        assert part.shape == (128, 128, 3)
-        height = int(part[..., 0].max()) - int(part[..., 0].min()) + 1
-        width = int(part[..., 1].max()) - int(part[..., 1].min()) + 1
-        areas.append(height * width / 128**2)
-        ratios.append(width / height)
+        box = draw_box(128, 128, crop, _rng(seed))
+        assert 0 <= box.top <= 128 - box.height
+        assert 0 <= box.left <= 128 - box.width
+        areas.append(box.height * box.width / 128**2)
+        ratios.append(box.width / box.height)
     # One pixel of rounding at each side.
     assert min(areas) > 0.18
     assert max(areas) < 0.63
@@ -67,25 +37,67 @@ def test_crop_areas_and_ratios_stay_in_their_ranges():
     np.testing.assert_allclose(np.mean(areas), 0.4, atol=0.02)
 
 
-def test_the_same_state_gives_the_same_crop_and_another_another():
+def test_boxes_lie_anywhere_with_the_same_probability():
+    crop = Crop(size=8, scale=(0.25, 0.25), aspect_ratio=(1.0, 1.0))
+    boxes = np.asarray([draw_box(10, 10, crop, _rng(seed)) for seed in range(600)])
+    for side in (0, 1):  # top and left are 0 to 5
+        counts = np.bincount(boxes[:, side], minlength=6)
+        assert len(counts) == 6
+        assert counts.min() > 60  # 100 expected, deviation 9
+
+
+def test_the_same_state_gives_the_same_box_and_another_another():
     crop = Crop(size=16, scale=(0.1, 0.5))
-    image = _gradient(60, 90)
-    first = random_resized_crop(image, crop, _rng(1))
-    np.testing.assert_array_equal(first, random_resized_crop(image, crop, _rng(1)))
-    assert np.any(first != random_resized_crop(image, crop, _rng(2)))
-
-
-def test_the_whole_image_is_taken_where_the_crop_says_so():
-    crop = Crop(size=28, scale=(1.0, 1.0), aspect_ratio=(1.0, 1.0))
-    image = _gradient(28, 28)
-    np.testing.assert_array_equal(random_resized_crop(image, crop, _rng()), image)
+    assert draw_box(60, 90, crop, _rng(1)) == draw_box(60, 90, crop, _rng(1))
+    assert draw_box(60, 90, crop, _rng(1)) != draw_box(60, 90, crop, _rng(2))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 500), (700, 2)])
-def test_images_too_narrow_for_any_crop_are_cropped_all_the_same(shape):
+def test_images_too_narrow_for_any_box_are_cut_all_the_same(shape):
     image = np.full((*shape, 3), 7, np.uint8)
-    part = random_resized_crop(image, Crop(size=8, scale=(0.9, 1.0)), _rng())
-    np.testing.assert_array_equal(part, np.full((8, 8, 3), 7))
+    box = draw_box(*shape, Crop(size=8, scale=(0.9, 1.0)), _rng())
+    np.testing.assert_array_equal(_cut(image, box, 8), np.full((8, 8, 3), 7))
+
+
+def _cut(image, box, size, **kwargs):
+    out = np.full((size, size, image.shape[2]), 99, np.uint8)
+    cut(image, box, out, **kwargs)
+    return out
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_box_of_the_size_wanted_is_cut_out_as_it_is(channels):
+    image = _gradient(50, 60)[..., :channels]
+    np.testing.assert_array_equal(_cut(image, Box(5, 7, 28, 28), 28), image[5:33, 7:35])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("box", [(3, 5, 40, 30), (0, 0, 150, 200), (10, 0, 101, 99)])
+def test_a_view_is_what_pillow_makes_of_the_box(box, channels):
+    noise = np.random.default_rng(0).random((150, 200, 3))
+    smooth = cv2.GaussianBlur(noise, (0, 0), 4)
+    image = cv2.normalize(smooth, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)[..., :channels]
+    top, left, height, width = box
+    expected = Image.fromarray(image.squeeze()).resize(
+        (48, 48), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height)
+    )
+    found = _cut(image, Box(*box), 48)
+    difference = np.abs(found.squeeze().astype(int) - np.asarray(expected))
+    assert difference.mean() < 2
+
+
+def test_a_large_box_is_averaged_so_that_fine_patterns_do_not_alias():
+    checks = (np.indices((256, 256)).sum(axis=0) % 2 * 255).astype(np.uint8)[..., None]
+    assert np.all(np.abs(_cut(checks, Box(0, 0, 256, 256), 60).astype(int) - 128) <= 1)
+
+
+@pytest.mark.parametrize("reduction", [2, 4])
+def test_a_box_of_an_image_that_was_decoded_smaller_is_the_same_part(reduction):
+    image = cv2.GaussianBlur(_gradient(256, 248), (0, 0), 2)
+    reduced = resize(image, 256 // reduction, 248 // reduction)
+    box = Box(61, 40, 150, 131)
+    whole, smaller = _cut(image, box, 32), _cut(reduced, box, 32, reduction=reduction)
+    assert np.abs(whole.astype(int) - smaller.astype(int)).max() <= reduction
 
 
 def test_center_crop_takes_the_centre():

@@ -1,13 +1,17 @@
 """The order of samples and the batches that are made of them."""
 
 import dataclasses
+import json
+import time
 
 import cv2
 import numpy as np
 import pytest
+from etils import epath
 
 from music_jax.data.crops import Crop
 from music_jax.data.loader import TrainingOrder, evaluation_batches, training_batches
+from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.errors import UnusableDataError
 
@@ -120,14 +124,174 @@ def test_views_are_uint8_side_by_side_and_cut_differently():
     assert np.any(batch["images"][:, 0] != batch["images"][:, 1])
 
 
-def test_an_image_that_cannot_be_decoded_is_named():
+class _PartlyBroken(_Records):
+    """Every fifth image, beginning with number 2, is broken."""
+
+    def __getitem__(self, i):
+        record = super().__getitem__(i)
+        return record | {"image": b"broken"} if i % 5 == 2 else record
+
+
+def _partly_broken(count=40):
+    return Source("partly", _PartlyBroken(count), "image", "label", num_classes=count)
+
+
+def _skipped(path, max_share=0.5, process_index=0):
+    return SkippedImages(epath.Path(path), max_share=max_share, process_index=process_index)
+
+
+def test_without_a_list_an_image_that_cannot_be_decoded_is_an_error_that_names_it():
+    with pytest.raises(UnusableDataError, match=r"image \d+ of partly: it is no JPEG, PNG"):
+        _batches(_partly_broken(), TrainingOrder(40, 8, 0))
+
+
+def test_another_image_takes_the_place_of_a_broken_one_and_the_others_keep_theirs(tmp_path):
+    order = TrainingOrder(40, 8, 0)
+    whole = _batches(_source(40), order)
+    found = _batches(_partly_broken(), order, skipped=_skipped(tmp_path))
+    expected = np.concatenate([b["label"] for b in whole])
+    labels = np.concatenate([b["label"] for b in found])
+    images = np.concatenate([b["images"][:, :, 0, 0, 0] for b in found])
+    broken = expected % 5 == 2
+    assert 0 < broken.sum() < 40
+    np.testing.assert_array_equal(labels[~broken], expected[~broken])
+    assert np.all(labels % 5 != 2)
+    assert len(set(labels[broken])) > 1
+    np.testing.assert_array_equal(images, np.stack([labels, labels], axis=1))
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_what_takes_its_place_is_the_same_on_any_number_of_processes_and_after_a_resume(
+    parts, tmp_path
+):
+    order = TrainingOrder(40, 8, 0)
+    whole = _batches(_partly_broken(), order, skipped=_skipped(tmp_path))
+    rows = np.split(np.arange(8), parts)
+    shares = [
+        _batches(
+            _partly_broken(),
+            order,
+            positions=rows[i],
+            start_step=2,
+            skipped=_skipped(tmp_path, process_index=i),
+        )
+        for i in range(parts)
+    ]
+    for step, batch in enumerate(whole[2:]):
+        for name, value in batch.items():
+            joined = np.concatenate([share[step][name] for share in shares])
+            np.testing.assert_array_equal(joined, value)
+
+
+def test_every_broken_image_is_listed_once_by_name(tmp_path):
+    skipped = _skipped(tmp_path)
+    _batches(_partly_broken(), TrainingOrder(40, 8, 0), num_steps=10, skipped=skipped)
+    lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert sorted(int(line["image"]) for line in lines) == [2, 7, 12, 17, 22, 27, 32, 37]
+    assert {line["source"] for line in lines} == {"partly"}
+
+
+def test_more_than_the_share_that_may_be_broken_is_an_error(tmp_path):
+    with pytest.raises(
+        UnusableDataError, match=r"[5-8] of the 40 images of partly.*= 0\.1;.*skipped\."
+    ):
+        _batches(
+            _partly_broken(),
+            TrainingOrder(40, 8, 0),
+            num_steps=10,
+            skipped=_skipped(tmp_path, max_share=0.1),
+        )
+
+
+def test_a_dataset_of_nothing_but_broken_images_is_an_error(tmp_path):
     class Broken(_Records):
         def __getitem__(self, i):
             return {"image": b"broken", "label": i}
 
     source = Source("broken", Broken(23), "image", "label", 23)
-    with pytest.raises(UnusableDataError, match=r"image \d+ of broken"):
-        _batches(source, TrainingOrder(23, 5, 0))
+    with pytest.raises(UnusableDataError, match="100 images of broken, drawn at random"):
+        _batches(source, TrainingOrder(23, 5, 0), skipped=_skipped(tmp_path, max_share=1.0))
+
+
+def test_a_process_reads_only_its_share():
+    class Counting(_Records):
+        def __getitem__(self, i):
+            read.append(int(i))
+            return super().__getitem__(i)
+
+    order = TrainingOrder(40, 8, 3)
+    read_by_all = []
+    for positions in np.split(np.arange(8), 4):
+        read = []
+        _batches(Source("numbers", Counting(40), "image", "label", 40), order, positions=positions)
+        assert len(read) == 5 * 2
+        read_by_all += read
+    assert sorted(read_by_all) == list(range(40))  # an epoch: each image once, by one process
+
+
+def test_batches_are_made_ahead_while_one_is_used_but_not_without_end():
+    read = []
+
+    class Counting(_Records):
+        def __getitem__(self, i):
+            read.append(int(i))
+            return super().__getitem__(i)
+
+    batches = training_batches(
+        Source("numbers", Counting(200), "image", "label", 200),
+        TrainingOrder(200, 4, 0),
+        crop=_WHOLE,
+        channels=1,
+        positions=np.arange(4),
+        num_steps=50,
+        num_threads=2,
+    )
+    next(batches)
+    deadline = time.monotonic() + 20
+    while len(read) < 4 * 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(read) >= 4 * 3
+    time.sleep(0.2)
+    assert len(read) <= 4 * 6
+
+
+@pytest.mark.parametrize(("height", "width"), [(1200, 900), (700, 2000)])
+def test_views_of_a_large_jpeg_are_those_of_the_whole_though_it_is_decoded_smaller(height, width):
+    noise = np.random.default_rng(0).random((height // 50, width // 50, 3))
+    smooth = cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+    image = cv2.normalize(smooth, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
+    suffixes = ((".jpg", [cv2.IMWRITE_JPEG_QUALITY, 98]), (".bmp", []))
+    jpeg, bmp = (cv2.imencode(suffix, image, options)[1].tobytes() for suffix, options in suffixes)
+
+    def views(encoded):
+        class One(_Records):
+            def __getitem__(self, i):
+                return {"image": encoded, "label": 0}
+
+        source = Source("one", One(4), "image", "label", 1)
+        crop = Crop(128, (0.3, 1.0))
+        return _batches(source, TrainingOrder(4, 4, 0), num_steps=1, crop=crop, channels=3)[0]
+
+    difference = views(jpeg)["images"].astype(int) - views(bmp)["images"]
+    assert np.abs(difference).mean() < 3
+    assert np.abs(difference).max() < 30
+
+
+def test_evaluation_leaves_a_blank_without_a_label_for_a_broken_image_and_lists_it(tmp_path):
+    skipped = _skipped(tmp_path)
+    batches = evaluation_batches(
+        _partly_broken(10),
+        size=8,
+        resize_shorter_side=8,
+        channels=1,
+        batch_size=10,
+        positions=np.arange(10),
+        skipped=skipped,
+    )
+    (batch,) = list(batches)
+    np.testing.assert_array_equal(batch["label"], [0, 1, -1, 3, 4, 5, 6, -1, 8, 9])
+    assert not np.any(batch["images"][[2, 7]])
+    assert len(skipped) == 2
 
 
 def test_evaluation_takes_every_image_once_in_order_and_marks_the_filling():

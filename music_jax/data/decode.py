@@ -1,0 +1,82 @@
+"""Decoding on the host, with OpenCV: the bytes of an image file to uint8 pixels.
+
+JPEG (gray, colour and CMYK), PNG (8 and 16 bits, palette), WebP, BMP and the first frame of a GIF.
+Sixteen bits are cut to the upper eight; transparency is dropped, so that the colour below it is
+seen; Exif orientation is applied.
+"""
+
+import cv2
+import numpy as np
+
+from music_jax.data.headers import Header, read_header
+from music_jax.errors import UndecodableError
+
+# What cannot be decoded is reported by the caller, with the image's name.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+_FLAGS = {
+    (1, 1): cv2.IMREAD_GRAYSCALE,
+    (1, 2): cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    (1, 4): cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    (1, 8): cv2.IMREAD_REDUCED_GRAYSCALE_8,
+    (3, 1): cv2.IMREAD_COLOR_RGB,
+    (3, 2): cv2.IMREAD_REDUCED_COLOR_2,  # these give BGR
+    (3, 4): cv2.IMREAD_REDUCED_COLOR_4,
+    (3, 8): cv2.IMREAD_REDUCED_COLOR_8,
+}
+
+
+def use_one_thread() -> None:
+    """Keeps OpenCV from starting threads of its own beside those that call it."""
+    cv2.setNumThreads(0)
+
+
+def largest_reduction(header: Header, factor: float) -> int:
+    """By how much an image may be decoded smaller where it is to be shrunk by `factor`.
+
+    A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size for a fraction of the time. It then still
+    has at least the pixels that are wanted, and is shrunk the rest of the way.
+
+    Returns:
+      1, 2, 4 or 8.
+    """
+    if not header.is_jpeg:
+        return 1
+    return next(n for n in (8, 4, 2, 1) if n <= max(factor, 1))
+
+
+def decode(
+    encoded: bytes, channels: int, *, header: Header | None = None, reduction: int = 1
+) -> np.ndarray:
+    """Decodes an image file.
+
+    Args:
+      encoded: the file's bytes.
+      channels: 1 (gray) or 3 (RGB).
+      header: what `read_header` gave, if it was called already.
+      reduction: 1, or 2, 4 or 8 for a JPEG at that part of its size.
+
+    Returns:
+      uint8 [height, width, channels], each side that of the header divided by `reduction`, rounded
+      up.
+
+    Raises:
+      UndecodableError: the bytes are no whole image of a known format, or too large a one.
+    """
+    header = header or read_header(encoded)
+    try:
+        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), _FLAGS[channels, reduction])
+    except cv2.error as error:
+        raise UndecodableError(f"it cannot be decoded: {error.err}") from error
+    if image is None:
+        raise UndecodableError(f"its {len(encoded):,} bytes cannot be decoded")
+    if header.is_jpeg and image.shape[:2] != (
+        -(-header.height // reduction),
+        -(-header.width // reduction),
+    ):
+        raise UndecodableError(
+            f"its header says {header.width} x {header.height} pixels, which are not what it holds"
+        )
+    if channels == 1:
+        return image[..., None]
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image) if reduction > 1 else image

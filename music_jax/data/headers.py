@@ -1,0 +1,133 @@
+"""What an image file says of itself in its first bytes: its size, before anything is decoded.
+
+Only the formats named here are given to the decoder. Every loop is bounded, whatever the bytes.
+"""
+
+import struct
+from typing import NamedTuple
+
+from music_jax.errors import UndecodableError
+
+# 134 million pixels, 400 MB decoded; above, a file is refused unread. Pillow warns at 178 million.
+MAX_PIXELS = 2**27
+
+_MAX_JPEG_SEGMENTS = 4096
+_MAX_EXIF_ENTRIES = 512
+_ORIENTATION = 0x0112  # the tag's number in Exif
+# Start-of-frame markers: 0xC0 to 0xCF without those of Huffman tables, extensions and arithmetic
+# coding tables.
+_START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_START_OF_SCAN, _END_OF_IMAGE, _APP1 = 0xDA, 0xD9, 0xE1
+_WITHOUT_LENGTH = frozenset([0x01, *range(0xD0, 0xD9)])  # TEM, RST0 to RST7, SOI
+
+
+class Header(NamedTuple):
+    """Size of an image as it is to be looked at, its Exif orientation applied.
+
+    Attributes:
+      height: in pixels.
+      width: in pixels.
+      is_jpeg: whether it can be decoded at a half, a quarter or an eighth of its size.
+    """
+
+    height: int
+    width: int
+    is_jpeg: bool = False
+
+
+def read_header(encoded: bytes) -> Header:
+    """Reads the size of a JPEG, PNG, WebP, BMP or GIF file.
+
+    The orientation is applied for JPEG only: the size of the others is not used to cut them.
+
+    Raises:
+      UndecodableError: it is none of these, is damaged, or has more than `MAX_PIXELS`.
+    """
+    try:
+        header = _parse(encoded)
+    except (struct.error, IndexError) as error:
+        raise UndecodableError("its header is cut off") from error
+    if header.height <= 0 or header.width <= 0:
+        raise UndecodableError(f"its header says {header.width} x {header.height} pixels")
+    if header.height * header.width > MAX_PIXELS:
+        raise UndecodableError(
+            f"its header says {header.width} x {header.height} pixels, more than the "
+            f"{MAX_PIXELS:,} that are read"
+        )
+    return header
+
+
+def _parse(encoded: bytes) -> Header:
+    if encoded[:3] == b"\xff\xd8\xff":
+        return _jpeg(encoded)
+    if encoded[:8] == b"\x89PNG\r\n\x1a\n":
+        width, height = struct.unpack_from(">II", encoded, 16)
+        return Header(height, width)
+    if encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP":
+        return _webp(encoded)
+    if encoded[:2] == b"BM":
+        if struct.unpack_from("<I", encoded, 14)[0] == 12:
+            width, height = struct.unpack_from("<HH", encoded, 18)
+        else:
+            width, height = struct.unpack_from("<ii", encoded, 18)
+        return Header(abs(height), width)  # rows from the top down have a negative height
+    if encoded[:4] == b"GIF8":
+        width, height = struct.unpack_from("<HH", encoded, 6)
+        return Header(height, width)
+    raise UndecodableError("it is no JPEG, PNG, WebP, BMP or GIF file")
+
+
+def _jpeg(encoded: bytes) -> Header:
+    at, turned = 2, False
+    for _ in range(_MAX_JPEG_SEGMENTS):
+        at = encoded.find(b"\xff", at)  # decoders skip what lies between segments
+        if at < 0:
+            break
+        while encoded[at] == 0xFF:  # fill bytes
+            at += 1
+        marker = encoded[at]
+        at += 1
+        if marker == 0 or marker in _WITHOUT_LENGTH:
+            continue
+        if marker in (_START_OF_SCAN, _END_OF_IMAGE):
+            break
+        (length,) = struct.unpack_from(">H", encoded, at)
+        if marker in _START_OF_FRAME:
+            height, width = struct.unpack_from(">HH", encoded, at + 3)
+            return Header(width, height, True) if turned else Header(height, width, True)
+        if marker == _APP1 and encoded[at + 2 : at + 8] == b"Exif\0\0":
+            turned = _is_turned(encoded[at + 8 : at + length])
+        at += length
+    raise UndecodableError("its header gives no size")
+
+
+def _is_turned(exif: bytes) -> bool:
+    """Whether the orientation of an Exif block exchanges height and width; False if damaged."""
+    try:
+        order = {b"II": "<", b"MM": ">"}[exif[:2]]
+        (at,) = struct.unpack_from(order + "I", exif, 4)
+        (count,) = struct.unpack_from(order + "H", exif, at)
+        for entry in range(min(count, _MAX_EXIF_ENTRIES)):
+            tag, _, _, value = struct.unpack_from(order + "HHIH", exif, at + 2 + 12 * entry)
+            if tag == _ORIENTATION:
+                return 5 <= value <= 8
+    except (KeyError, struct.error):
+        pass
+    return False
+
+
+def _webp(encoded: bytes) -> Header:
+    kind = encoded[12:16]
+    if kind == b"VP8X":  # width and height less one, three bytes each
+        width = int.from_bytes(encoded[24:27], "little") + 1
+        height = int.from_bytes(encoded[27:30], "little") + 1
+    elif kind == b"VP8 ":
+        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", encoded, 26))
+    elif kind == b"VP8L":  # fourteen bits each, less one
+        (bits,) = struct.unpack_from("<I", encoded, 21)
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    else:
+        raise UndecodableError("its header gives no size")
+    if len(encoded) < 30:
+        raise UndecodableError("its header is cut off")
+    return Header(height, width)

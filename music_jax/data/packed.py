@@ -1,0 +1,96 @@
+"""Packed images: array_record shards beside an index, made by `music_jax.pack`.
+
+A record is the label, a little-endian int32, followed by an image file. `index.json` names the
+shards, in order, and the classes; a directory that has one is a packed dataset. Until it is whole
+its index says so, and beside each shard that is finished lies a JSON file with what it holds.
+"""
+
+import json
+import os
+import struct
+from typing import Any
+
+from etils import epath
+
+from music_jax.data.sources import Source
+from music_jax.errors import UndecodableError, UserError
+
+INDEX_FILE = "index.json"
+FORMAT = "music_jax packed images, version 1"
+
+
+def is_packed(path: str) -> bool:
+    """Whether a directory has the index of a packed dataset."""
+    return os.path.isfile(os.path.join(os.path.expanduser(path), INDEX_FILE))
+
+
+def read_index(path: str) -> dict[str, Any]:
+    """Reads and checks the index of a packed dataset.
+
+    Raises:
+      UserError: it is no index, or one that does not name shards in the same directory.
+    """
+    file = epath.Path(path).expanduser() / INDEX_FILE
+    try:
+        index = json.loads(file.read_text())
+        if index["format"] != FORMAT:
+            raise ValueError(f"its format is {index['format']!r}, not {FORMAT!r}")
+        shards = [str(shard["file"]) for shard in index["shards"]]
+        if any("/" in name or name.startswith(".") for name in shards):
+            raise ValueError("a shard lies in another directory")
+        if not all(isinstance(name, str) for name in index["class_names"]):
+            raise ValueError("a class has no name")
+        if not isinstance(index["complete"], bool):
+            raise ValueError("'complete' is neither true nor false")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is no index of packed images: {error!r}") from error
+    return index
+
+
+def open_packed(path: str) -> Source:
+    """Opens a packed dataset.
+
+    Raises:
+      UserError: it was not packed to the end, or its files are damaged.
+    """
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    index = read_index(path)
+    if not index["complete"]:
+        raise UserError(f"{path!r} is not packed to the end; run music_jax.pack again to go on")
+    root = epath.Path(path).expanduser()
+    files = [os.fspath(root / shard["file"]) for shard in index["shards"]]
+    try:
+        records = ArrayRecordDataSource(files)
+        if len(records) != index["num_images"]:
+            raise ValueError(f"they hold {len(records)} images, not {index['num_images']}")
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"cannot read the shards of {path!r}: {error}") from error
+    names = tuple(index["class_names"])
+    return Source(
+        name=path,
+        records=_Records(records),
+        image_key="image",
+        label_key="label",
+        num_classes=len(names),
+        class_names=names,
+    )
+
+
+def encode_record(image: bytes, label: int) -> bytes:
+    """The record of an image file and its label, -1 if it has none."""
+    return struct.pack("<i", label) + image
+
+
+class _Records:
+    def __init__(self, records: Any):
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self._records[index]
+        if len(record) < 4:
+            raise UndecodableError("its record is cut off")
+        return {"image": record[4:], "label": struct.unpack_from("<i", record)[0]}

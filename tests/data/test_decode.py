@@ -1,0 +1,193 @@
+"""Decoding what people have, against Pillow, and refusing what must not be decoded."""
+
+import contextlib
+import io
+import struct
+import tracemalloc
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from music_jax.data.decode import decode, largest_reduction
+from music_jax.data.headers import MAX_PIXELS, Header, read_header
+from music_jax.errors import UndecodableError
+
+_ORIENTATION = 0x0112
+
+
+def _photo(height=40, width=61):
+    noise = np.random.default_rng(0).random((height, width, 3))
+    smooth = cv2.GaussianBlur(noise, (0, 0), 5)
+    return cv2.normalize(smooth, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
+
+
+def _save(image, format, **options):
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def _turned(orientation):
+    exif = Image.Exif()
+    exif[_ORIENTATION] = orientation
+    return exif
+
+
+_RGB = Image.fromarray(_photo())
+_ALPHA = Image.fromarray(np.dstack([_photo(), _photo()[..., 0]]))
+_CASES = {
+    "jpeg": _save(_RGB, "JPEG", quality=95),
+    "jpeg_progressive": _save(_RGB, "JPEG", progressive=True),
+    "jpeg_gray": _save(_RGB.convert("L"), "JPEG"),
+    "jpeg_cmyk": _save(_RGB.convert("CMYK"), "JPEG", quality=95),
+    "png": _save(_RGB, "PNG"),
+    "png_gray": _save(_RGB.convert("L"), "PNG"),
+    "png_alpha": _save(_ALPHA, "PNG"),
+    "png_gray_alpha": _save(_ALPHA.convert("LA"), "PNG"),
+    "png_palette": _save(_RGB.quantize(64), "PNG"),
+    "png_palette_transparent": _save(_RGB.quantize(64), "PNG", transparency=3),
+    "png_one_bit": _save(_RGB.convert("1"), "PNG"),
+    "webp": _save(_RGB, "WEBP", lossless=True),
+    "webp_lossy": _save(_RGB, "WEBP", quality=90),
+    "webp_alpha": _save(_ALPHA, "WEBP", lossless=True, exact=True),
+    "bmp": _save(_RGB, "BMP"),
+    "bmp_palette": _save(_RGB.quantize(64), "BMP"),
+    "gif": _save(_RGB.quantize(64), "GIF"),
+    "gif_moving": _save(
+        _RGB.quantize(64), "GIF", save_all=True, append_images=[Image.new("P", _RGB.size)]
+    ),
+    **{
+        f"jpeg_orientation_{n}": _save(_RGB, "JPEG", quality=95, exif=_turned(n))
+        for n in range(1, 9)
+    },
+    "png_orientation_6": _save(_RGB, "PNG", exif=_turned(6)),
+    "webp_orientation_6": _save(_RGB, "WEBP", lossless=True, exif=_turned(6)),
+}
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_colours_are_those_that_pillow_reads(name):
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(_CASES[name])))
+    expected = np.asarray(image.convert("RGB")).astype(int)
+    found = decode(_CASES[name], 3)
+    assert found.dtype == np.uint8
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= 1
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_grays_are_those_that_pillow_reads(name):
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(_CASES[name])))
+    expected = np.asarray(image.convert("RGB").convert("L")).astype(int)[..., None]
+    found = decode(_CASES[name], 1)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= 3
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_are_scaled_to_eight(channels):
+    values = _photo()[..., :1].astype(np.uint16) * 256 + 77
+    png = cv2.imencode(".png", values)[1].tobytes()
+    expected = np.repeat(_photo()[..., :1], channels, axis=2)
+    np.testing.assert_array_equal(decode(png, channels), expected)
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_headers_give_the_size_without_decoding(name):
+    image = Image.open(io.BytesIO(_CASES[name]))
+    turned = image.getexif().get(_ORIENTATION, 1) >= 5 and name.startswith("jpeg")
+    width, height = image.size[::-1] if turned else image.size
+    assert read_header(_CASES[name]) == Header(height, width, name.startswith("jpeg"))
+
+
+def test_a_jpeg_with_a_thumbnail_and_fill_bytes_has_its_own_size():
+    jpeg, thumbnail = _CASES["jpeg"], _save(_RGB.resize((8, 6)), "JPEG")
+    segment = b"\xff\xff\xff\xe2" + struct.pack(">H", 2 + len(thumbnail)) + thumbnail
+    assert read_header(jpeg[:2] + segment + jpeg[2:]) == read_header(jpeg)
+
+
+@pytest.mark.parametrize("name", ["jpeg", "jpeg_progressive", "webp", "bmp", "gif", "png"])
+@pytest.mark.parametrize("part", [0.01, 0.1, 0.5, 0.97])
+def test_a_file_that_is_cut_off_is_refused(name, part):
+    encoded = _CASES[name]
+    with pytest.raises(UndecodableError):
+        decode(encoded[: int(part * len(encoded))], 3)
+
+
+@pytest.mark.parametrize("encoded", [b"", b"no image", b"\xff\xd8\xff", b"II*\0" + bytes(60)])
+def test_what_is_no_image_is_refused(encoded):
+    with pytest.raises(UndecodableError):
+        decode(encoded, 3)
+
+
+def test_damage_anywhere_gives_an_image_or_the_error_that_is_meant():
+    rng = np.random.default_rng(0)
+    for name in ("jpeg_orientation_6", "png_palette", "webp_lossy", "webp", "bmp", "gif"):
+        for _ in range(60):
+            damaged = bytearray(_CASES[name])
+            for at in rng.integers(0, min(len(damaged), 300), 3):
+                damaged[at] = rng.integers(256)
+            with contextlib.suppress(UndecodableError):
+                assert decode(bytes(damaged), 3).dtype == np.uint8
+
+
+def _bombs(width, height):
+    """Small files whose headers say that they are large."""
+    jpeg = bytearray(_CASES["jpeg"])
+    frame = jpeg.index(b"\xff\xc0")
+    jpeg[frame + 5 : frame + 9] = struct.pack(">HH", height, width)
+    png = bytearray(_CASES["png"])
+    png[16:24] = struct.pack(">II", width, height)
+    bmp = bytearray(_CASES["bmp"])
+    bmp[18:26] = struct.pack("<ii", width, -height)
+    gif = bytearray(_CASES["gif"])
+    gif[6:10] = struct.pack("<HH", width, height)
+    extended = bytearray(_CASES["webp_orientation_6"])
+    extended[24:30] = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    return {"jpeg": jpeg, "png": png, "bmp": bmp, "gif": gif, "webp": extended}
+
+
+@pytest.mark.parametrize("name", ["jpeg", "png", "bmp", "gif", "webp"])
+def test_a_decompression_bomb_is_refused_by_its_header(name):
+    encoded = bytes(_bombs(60_000, 50_000)[name])
+    tracemalloc.start()
+    with pytest.raises(UndecodableError, match="60000 x 50000 pixels, more than"):
+        decode(encoded, 3)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+def test_as_many_pixels_as_the_limit_are_not_too_many():
+    encoded = bytes(_bombs(2**14, MAX_PIXELS // 2**14)["png"])
+    assert read_header(encoded) == Header(MAX_PIXELS // 2**14, 2**14)
+
+
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_jpeg_decoded_smaller_is_the_jpeg_averaged(reduction, orientation, channels):
+    photo = Image.fromarray(_photo(160, 240))
+    encoded = _save(photo, "JPEG", quality=98, exif=_turned(orientation))
+    whole = decode(encoded, channels)
+    smaller = decode(encoded, channels, reduction=reduction)
+    height, width = (side // reduction for side in whole.shape[:2])
+    averaged = whole.reshape(height, reduction, width, reduction, channels).mean(axis=(1, 3))
+    assert smaller.shape == averaged.shape
+    assert np.abs(smaller - averaged).mean() < 1.5
+    assert np.abs(smaller - averaged).max() < 8
+
+
+@pytest.mark.parametrize(
+    ("header", "factor", "expected"),
+    [
+        (Header(9, 9, True), 0.3, 1),
+        (Header(9, 9, True), 1.99, 1),
+        (Header(9, 9, True), 2.0, 2),
+        (Header(9, 9, True), 100.0, 8),
+        (Header(9, 9, False), 100.0, 1),
+    ],
+)
+def test_no_pixel_that_is_wanted_is_lost(header, factor, expected):
+    assert largest_reduction(header, factor) == expected

@@ -1,0 +1,170 @@
+"""Packing: what comes out, that it is read like a folder, and that a kill harms nothing."""
+
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+from etils import epath
+from mixed_images import write_mixed
+from processes import run, start
+
+from music_jax.data.datasets import open_path
+from music_jax.data.decode import decode
+from music_jax.data.folder import open_folder
+from music_jax.data.packing import Packing, pack
+from music_jax.errors import UnusableDataError, UserError
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    return folder, write_mixed(folder, 40, broken_every=9)
+
+
+def _pack(photos, directory, **fields):
+    packing = Packing(**{"shorter_side": 24, "shard_size": 16} | fields)
+    return pack(open_folder(str(photos)), epath.Path(directory), packing, max_skipped_share=0.2)
+
+
+@pytest.mark.parametrize(("encoding", "tolerance"), [("raw", 10), ("jpeg", 40)])
+def test_packed_images_are_those_of_the_folder_smaller_in_the_same_order(
+    photos, tmp_path, encoding, tolerance
+):
+    folder, broken = photos
+    assert _pack(folder, tmp_path / "packed", encoding=encoding) == 40 - len(broken)
+    whole, packed = open_folder(str(folder)), open_path(str(tmp_path / "packed"))
+    assert packed.class_names == ("bright", "dark")
+    kept = [i for i in range(40) if whole.record_name(i) not in broken]
+    assert len(packed) == len(kept)
+    for i, key in enumerate(kept):
+        (encoded, label), (small, small_label) = whole.example(key), packed.example(i)
+        assert small_label == label
+        image = decode(small, 3)
+        assert image.shape == (24, 32, 3)
+        averaged = decode(encoded, 3).reshape(24, 2, 32, 2, 3).mean(axis=(1, 3))
+        assert np.abs(image - averaged).max() <= tolerance
+    lines = (tmp_path / "packed" / "skipped.jsonl").read_text().splitlines()
+    assert {json.loads(line)["image"] for line in lines} == broken
+    files = sorted(path.name for path in (tmp_path / "packed").iterdir())
+    shards = [f"images-{k:05d}-of-00003.array_record" for k in range(3)]
+    assert files == [*shards, "index.json", "skipped.jsonl"]
+
+
+def test_images_that_are_small_already_are_not_enlarged_nor_compressed_twice(photos, tmp_path):
+    _pack(photos[0], tmp_path / "packed", shorter_side=48)
+    whole, packed = open_folder(str(photos[0])), open_path(str(tmp_path / "packed"))
+    assert whole.record_name(0).endswith(".jpg")
+    assert packed.example(0) == whole.example(0)
+    assert decode(packed.example(5)[0], 3).shape == (48, 64, 3)
+
+
+def test_packing_again_does_nothing_and_in_another_way_is_an_error(photos, tmp_path):
+    _pack(photos[0], tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert _pack(photos[0], tmp_path) == 36
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    with pytest.raises(UserError, match=r"another way.*quality: 90"):
+        _pack(photos[0], tmp_path, quality=80)
+
+
+def test_what_was_not_packed_to_the_end_is_not_read_and_is_finished_by_packing_again(
+    photos, tmp_path
+):
+    _pack(photos[0], tmp_path / "whole")
+    (tmp_path / "part").mkdir()
+    for name in ("images-00000-of-00003.array_record", "index.json"):
+        (tmp_path / "part" / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    index = json.loads((tmp_path / "part" / "index.json").read_text())
+    index |= {"complete": False, "shards": []}
+    (tmp_path / "part" / "index.json").write_text(json.dumps(index))
+    half = (tmp_path / "part" / "images-00000-of-00003.array_record").read_bytes()[:500]
+    (tmp_path / "part" / "images-00000-of-00003.array_record").write_bytes(half)
+    with pytest.raises(UserError, match="not packed to the end"):
+        open_path(str(tmp_path / "part"))
+    _pack(photos[0], tmp_path / "part")
+    whole, part = open_path(str(tmp_path / "whole")), open_path(str(tmp_path / "part"))
+    assert [part.example(i) for i in range(len(part))] == [
+        whole.example(i) for i in range(len(whole))
+    ]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "not json",
+        json.dumps({"format": "other"}),
+        json.dumps(
+            {
+                "format": "music_jax packed images, version 1",
+                "complete": True,
+                "class_names": [],
+                "shards": [{"file": "../../etc/passwd", "images": 3}],
+            }
+        ),
+    ],
+)
+def test_a_damaged_index_is_an_error(tmp_path, damage):
+    (tmp_path / "index.json").write_text(damage)
+    with pytest.raises(UserError, match="is no index of packed images"):
+        open_path(str(tmp_path))
+
+
+def test_a_directory_with_other_things_in_it_is_left_alone(photos, tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="not empty"):
+        _pack(photos[0], tmp_path)
+
+
+def test_too_many_broken_images_are_an_error(photos, tmp_path):
+    with pytest.raises(UnusableDataError, match="of the 40 images"):
+        pack(open_folder(str(photos[0])), epath.Path(tmp_path), Packing(), max_skipped_share=0.05)
+
+
+@pytest.mark.parametrize("fields", [{"shorter_side": 0}, {"quality": 101}, {"encoding": "png"}])
+def test_arguments_that_cannot_be_meant_are_named(fields):
+    with pytest.raises(UserError, match=f"--{next(iter(fields))} must be"):
+        Packing(**fields)
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_and_comes_to_the_same_files(photos, tmp_path):
+    def arguments(output):
+        return (
+            "music_jax.pack",
+            f"--source={photos[0]}",
+            f"--output={output}",
+            "--shorter_side=24",
+            "--shard_size=1",
+            "--max_skipped_share=0.2",
+        )
+
+    code, out, err = run(*arguments(tmp_path / "whole"))
+    assert code == 0, err
+    assert "holds 36 images; train on them with --config.dataset.path=" in out
+    process = start(*arguments(tmp_path / "killed"))
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        if len(list((tmp_path / "killed").glob("images-*"))) > 5:
+            break
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    code, _, err = run(*arguments(tmp_path / "killed"))
+    assert code == 0, err
+    for path in (tmp_path / "whole").glob("images-*"):
+        assert (tmp_path / "killed" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_command_helps_with_its_own_flags_only():
+    code, out, _ = run("music_jax.pack", "--help")
+    assert code == 0
+    for flag in ("--source", "--output", "--shorter_side", "--quality", "Exit codes"):
+        assert flag in out
+    assert "--workdir" not in out
+
+
+def test_the_command_names_what_is_missing(tmp_path):
+    code, _, err = run("music_jax.pack", f"--output={tmp_path}")
+    assert code == 2
+    assert err.splitlines()[-1] == "error: --source is missing: a folder, or NAME:SPLIT of TFDS"

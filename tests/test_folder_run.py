@@ -1,0 +1,95 @@
+"""`python -m music_jax.main` on a folder of mixed and partly broken files, as a user runs it."""
+
+import json
+
+import pytest
+from mixed_images import write_mixed
+from processes import ROOT, metrics, run
+
+_FOLDER = (
+    f"--config={ROOT / 'configs' / 'folder.py'}",
+    "--config.batch_size=32",
+    "--config.num_epochs=2",
+    "--config.optimizer.warmup_epochs=1",
+    "--config.compute_dtype=float32",
+    "--config.objective.num_segments=8",
+    "--config.objective.units_per_segment=8",
+    "--config.projector.hidden_sizes=()",
+    "--config.backbone.name=small_resnet",
+    "--config.crop.size=32",
+    "--config.crop.eval_resize=36",
+    "--config.linear_eval.num_epochs=2",
+    "--config.linear_eval.batch_size=32",
+    "--config.linear_eval.base_learning_rates=(0.1,)",
+)
+
+
+def _skipped(workdir):
+    return [json.loads(line) for line in (workdir / "skipped.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_folder_with_broken_files_is_trained_on_and_probed_and_every_one_is_listed(tmp_path):
+    broken = write_mixed(tmp_path / "train", 200, broken_every=23)
+    broken_test = write_mixed(tmp_path / "test", 60, broken_every=29, seed=1)
+    workdir = tmp_path / "run"
+    arguments = (
+        "music_jax.main",
+        *_FOLDER,
+        f"--config.dataset.path={tmp_path / 'train'}",
+        f"--config.evaluation.test={tmp_path / 'test'}",
+        f"--workdir={workdir}",
+    )
+    code, out, err = run(*arguments)
+    assert code == 0, err
+    assert metrics(workdir)[-1]["step"] == 12
+    lines = _skipped(workdir)
+    found = {(line["source"].rpartition("/")[2], line["image"]) for line in lines}
+    assert found == {("train", n) for n in broken} | {("test", n) for n in broken_test}
+    assert len(lines) == len(found)
+    assert f"{len(broken)} of {tmp_path / 'train'}" in out
+    linear = json.loads((workdir / "linear_eval.json").read_text())
+    assert linear["num_test"] == 60 - len(broken_test)
+    assert linear["top1"] > 0.9  # dark or bright
+
+    code, out, err = run(*arguments)
+    assert (code, _skipped(workdir)) == (0, lines), err
+    assert "is done: 12 steps" in out
+
+
+@pytest.mark.slow
+def test_an_unlabelled_folder_is_trained_on_and_not_probed(tmp_path):
+    write_mixed(tmp_path / "photos", 40, broken_every=100)
+    for i, path in enumerate(sorted((tmp_path / "photos").rglob("*.*"))):
+        path.rename(tmp_path / "photos" / f"{i}{path.suffix}")
+    arguments = (
+        "music_jax.main",
+        *_FOLDER,
+        f"--config.dataset.path={tmp_path / 'photos'}",
+        f"--workdir={tmp_path / 'run'}",
+    )
+    code, out, err = run(*arguments)
+    assert code == 0, err
+    assert "no labels" in out
+    assert "not probed" in out
+    assert not (tmp_path / "run" / "linear_eval.json").exists()
+    code, out, err = run(*arguments)
+    assert code == 0, err
+    assert "is done: 2 steps trained" in out
+
+
+@pytest.mark.slow
+def test_more_broken_files_than_allowed_end_the_run_with_exit_code_3(tmp_path):
+    write_mixed(tmp_path / "photos", 80, broken_every=4)
+    code, out, err = run(
+        "music_jax.main",
+        *_FOLDER,
+        f"--config.dataset.path={tmp_path / 'photos'}",
+        f"--workdir={tmp_path / 'run'}",
+    )
+    assert code == 3, err
+    line = err.splitlines()[-1]
+    assert "of the 80 images of" in line
+    assert "max_skipped_share = 0.1" in line
+    assert "skipped.jsonl" in line
+    assert "Traceback" not in err + out
