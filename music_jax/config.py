@@ -10,7 +10,14 @@ from music_jax.data.augment import ViewAugmentation
 from music_jax.errors import UserError
 
 # What may change between two runs of one workdir without changing what is trained.
-FREE_FIELDS = ("checkpoint", "linear_eval", "knn", "log_every_steps", "num_decode_threads")
+FREE_FIELDS = (
+    "checkpoint",
+    "linear_eval",
+    "knn",
+    "log_every_steps",
+    "num_decode_threads",
+    "sharding",
+)
 FREE_DATASET_FIELDS = ("data_dir", "try_gcs", "test_split")
 
 
@@ -23,6 +30,7 @@ def default_config() -> config_dict.ConfigDict:
     config = config_dict.ConfigDict()
     config.seed = 0
     config.batch_size = 256  # global, over all devices and processes
+    config.accumulation_steps = 1  # embed the batch in so many parts, to save memory
     config.num_epochs = 100
     config.compute_dtype = "float32"  # or bfloat16; parameters and statistics stay float32
     config.log_every_steps = 50
@@ -79,6 +87,9 @@ def default_config() -> config_dict.ConfigDict:
     config.optimizer.momentum = 0.9  # lars and sgd
     config.optimizer.warmup_epochs = 10
     config.optimizer.final_scale = 1e-3
+
+    config.sharding = config_dict.ConfigDict()
+    config.sharding.fsdp = 1  # devices over which the parameters themselves are split
 
     config.checkpoint = config_dict.ConfigDict()
     config.checkpoint.every_steps = 1000
@@ -144,6 +155,8 @@ def validate(config: config_dict.ConfigDict) -> None:
     _one_of(config, "dataset.num_channels", (1, 3))
     for field in (
         "batch_size",
+        "accumulation_steps",
+        "sharding.fsdp",
         "num_epochs",
         "log_every_steps",
         "crop.size",
@@ -167,6 +180,10 @@ def validate(config: config_dict.ConfigDict) -> None:
     for field in ("optimizer.momentum", "linear_eval.momentum"):
         if not 0 <= _get(config, field) < 1:
             raise _wrong(config, field, "be in [0, 1)")
+    if config.batch_size % config.accumulation_steps:
+        raise _wrong(
+            config, "accumulation_steps", f"divide batch_size = {config.batch_size}"
+        )
     if not 0 <= config.seed < 2**32:
         raise _wrong(config, "seed", "be in [0, 2**32)")
     if config.crop.eval_resize < config.crop.size:
