@@ -11,14 +11,17 @@ from music_jax.errors import UserError
 
 # What may change between two runs of one workdir without changing what is trained.
 FREE_FIELDS = (
+    "backbone.remat",
     "checkpoint",
-    "linear_eval",
+    "dataset.data_dir",
+    "dataset.test_split",
+    "dataset.try_gcs",
     "knn",
+    "linear_eval",
     "log_every_steps",
     "num_decode_threads",
     "sharding",
 )
-FREE_DATASET_FIELDS = ("data_dir", "try_gcs", "test_split")
 
 
 def default_config() -> config_dict.ConfigDict:
@@ -73,8 +76,10 @@ def default_config() -> config_dict.ConfigDict:
 
     config.backbone = config_dict.ConfigDict()
     config.backbone.name = "resnet50"
-    config.backbone.stem = "imagenet"  # imagenet, cifar, strided
-    config.backbone.zero_init_residual = True  # blocks start as their shortcuts
+    config.backbone.remat = False  # compute each block's activations twice, to save memory
+    # Of ResNets alone; None is their own default, imagenet and True.
+    config.backbone.stem = config_dict.placeholder(str)  # imagenet, cifar, strided
+    config.backbone.zero_init_residual = config_dict.placeholder(bool)  # start as the shortcuts
 
     config.projector = config_dict.ConfigDict()
     config.projector.hidden_sizes = (8192,)
@@ -143,13 +148,12 @@ def validate(config: config_dict.ConfigDict) -> None:
     """
     from music_jax.models import BACKBONES
     from music_jax.models.network import embedding_size
-    from music_jax.models.resnet import STEMS
     from music_jax.train.objective import OBJECTIVES
     from music_jax.train.optimizer import OPTIMIZERS
 
     _one_of(config, "objective.name", OBJECTIVES)
     _one_of(config, "backbone.name", BACKBONES)
-    _one_of(config, "backbone.stem", STEMS)
+    _check_backbone(config)
     _one_of(config, "optimizer.name", OPTIMIZERS)
     _one_of(config, "compute_dtype", ("float32", "bfloat16"))
     _one_of(config, "dataset.num_channels", (1, 3))
@@ -214,6 +218,26 @@ def validate(config: config_dict.ConfigDict) -> None:
     view_augmentations(config)
 
 
+def _check_backbone(config: config_dict.ConfigDict) -> None:
+    from music_jax.models import BACKBONES
+    from music_jax.models.resnet import STEMS
+
+    backbone = config.backbone
+    spec = BACKBONES[backbone.name]
+    for field in ("stem", "zero_init_residual"):
+        if field not in spec.fields and backbone[field] is not None:
+            raise UserError(
+                f"config.backbone.{field} = {backbone[field]!r} means nothing to {backbone.name}; "
+                "leave it unset"
+            )
+    if backbone.stem is not None:
+        _one_of(config, "backbone.stem", STEMS)
+    if config.crop.size % spec.image_multiple:
+        raise _wrong(
+            config, "crop.size", f"be a multiple of {spec.image_multiple} for {backbone.name}"
+        )
+
+
 def _check_embedding(config: config_dict.ConfigDict, size: int) -> None:
     segments, units = config.objective.num_segments, config.objective.units_per_segment
     if size < 1:
@@ -228,8 +252,7 @@ def _check_embedding(config: config_dict.ConfigDict, size: int) -> None:
 
 def is_free(field: str) -> bool:
     """Whether a field, by its dotted name, may change without changing what is trained."""
-    first, _, rest = field.partition(".")
-    return first in FREE_FIELDS or (first == "dataset" and rest in FREE_DATASET_FIELDS)
+    return any(field == free or field.startswith(free + ".") for free in FREE_FIELDS)
 
 
 def from_json(record: dict[str, Any]) -> config_dict.ConfigDict:
