@@ -1,13 +1,12 @@
 """Rematerialisation: a block's activations are computed again instead of being kept."""
 
-import functools
 from typing import Any
 
 import jax
 from flax import nnx
 
 
-def apply_block(block: nnx.Module, x: jax.Array, *, remat: bool, **options: Any) -> jax.Array:
+def apply_block(block: Any, x: jax.Array, *, remat: bool, **options: Any) -> jax.Array:
     """Applies a block of a backbone, and under `remat` keeps nothing but `x` for the gradient.
 
     Args:
@@ -19,5 +18,7 @@ def apply_block(block: nnx.Module, x: jax.Array, *, remat: bool, **options: Any)
     Returns:
       The block's output.
     """
-    call = functools.partial(type(block).__call__, **options)
+    def call(block: Any, x: jax.Array) -> jax.Array:
+        return block(x, **options)
+
     return (nnx.remat(call) if remat else call)(block, x)

@@ -15,6 +15,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # Smaller arrays stay whole: biases and normalisation layers, which are many and weigh nothing.
@@ -62,9 +63,19 @@ def split_for_update(tree: Any, mesh: Mesh) -> Any:
     return jax.lax.with_sharding_constraint(tree, of_updates(tree, mesh))
 
 
-def gather(params: Any, mesh: Mesh) -> Any:
-    """Has every device hold every parameter; to be called under `jax.jit`."""
-    return jax.lax.with_sharding_constraint(params, NamedSharding(mesh, PartitionSpec()))
+def gather(params: Any, mesh: Mesh, dtype: jnp.dtype) -> Any:
+    """Has every device hold every parameter; to be called under `jax.jit`.
+
+    What is split along `fsdp` arrives in `dtype`, to which the network casts it in any case: so half
+    as much is sent, and held, where that is bfloat16.
+    """
+
+    def gathered(x: jax.Array) -> jax.Array:
+        split = mesh.shape["fsdp"] > 1 and any(parameter_spec(x.shape, mesh))
+        whole = NamedSharding(mesh, PartitionSpec())
+        return jax.lax.with_sharding_constraint(x.astype(dtype) if split else x, whole)
+
+    return jax.tree.map(gathered, params)
 
 
 def _axis_to_split(shape: tuple[int, ...], parts: int) -> int | None:

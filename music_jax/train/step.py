@@ -144,9 +144,8 @@ def _embed(
         std=recipe.std,
         dtype=recipe.dtype,
     )
-    _, embeddings, batch_stats = recipe.network.embed(
-        sharding.gather(params, mesh), batch_stats, views
-    )
+    whole = sharding.gather(params, mesh, recipe.dtype)
+    _, embeddings, batch_stats = recipe.network.embed(whole, batch_stats, views)
     return embeddings, batch_stats
 
 
