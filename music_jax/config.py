@@ -185,9 +185,7 @@ def validate(config: config_dict.ConfigDict) -> None:
         if not 0 <= _get(config, field) < 1:
             raise _wrong(config, field, "be in [0, 1)")
     if config.batch_size % config.accumulation_steps:
-        raise _wrong(
-            config, "accumulation_steps", f"divide batch_size = {config.batch_size}"
-        )
+        raise _wrong(config, "accumulation_steps", f"divide batch_size = {config.batch_size}")
     if not 0 <= config.seed < 2**32:
         raise _wrong(config, "seed", "be in [0, 2**32)")
     if config.crop.eval_resize < config.crop.size:

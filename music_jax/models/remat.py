@@ -18,6 +18,7 @@ def apply_block(block: Any, x: jax.Array, *, remat: bool, **options: Any) -> jax
     Returns:
       The block's output.
     """
+
     def call(block: Any, x: jax.Array) -> jax.Array:
         return block(x, **options)
 

@@ -54,7 +54,9 @@ def _from_timm(tensors, prefix):
         name = name.removeprefix(prefix)
         if name == "cls_token":
             array = array.reshape(-1)
-        elif name == "patch_embed.proj.weight":  # [width, channels, y, x] to [(y, x, channels), width]
+        elif (
+            name == "patch_embed.proj.weight"
+        ):  # [width, channels, y, x] to [(y, x, channels), width]
             array = array.transpose(2, 3, 1, 0).reshape(-1, array.shape[0])
         elif array.ndim == 2:
             array = array.T
@@ -80,7 +82,9 @@ def _with_weights(model, reference):
     flat = nnx.to_flat_state(state)
     weights = _from_timm(reference, "param/")
     assert {path for path, _ in flat} == weights.keys()
-    params = nnx.from_flat_state([(path, v.replace(jnp.asarray(weights[path]))) for path, v in flat])
+    params = nnx.from_flat_state(
+        [(path, v.replace(jnp.asarray(weights[path]))) for path, v in flat]
+    )
 
     @jax.jit
     def features(params, images):
