@@ -1,5 +1,6 @@
 """What was compiled is kept in the workdir, so that a run that goes on need not compile again."""
 
+import os
 import re
 import warnings
 from typing import Any
@@ -16,10 +17,10 @@ _FAILED = re.compile(r"Error (reading|writing) persistent compilation cache entr
 
 
 def use_compilation_cache(workdir: str) -> None:
-    """Has this process keep what it compiles in `workdir`/compilation_cache, and read it from there.
+    """Keeps what this process compiles in `workdir`/compilation_cache, and reads it from there.
 
     To be called before anything is compiled. It leaves alone what the user has chosen by
-    JAX_COMPILATION_CACHE_DIR or JAX_ENABLE_COMPILATION_CACHE. A program is found by its text, the
+    JAX_COMPILATION_CACHE_DIR. A program is found by its text, the
     compiler's version and the devices, so that another one is never taken for it. What cannot be
     read is compiled anew and kept in the damaged file's place; what cannot be written is not kept;
     the run goes on in either case, and one line says so.
@@ -30,7 +31,7 @@ def use_compilation_cache(workdir: str) -> None:
     Args:
       workdir: of the run; may be a `gs://` one.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     directory = epath.Path(workdir) / "compilation_cache"
     jax.config.update("jax_compilation_cache_dir", str(directory))

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from tests.processes import ROOT
 
 # Compiles one program, and says what it gave and how often the cache had it.

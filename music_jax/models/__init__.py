@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from music_jax.models.resnet import Backbone, BasicBlock, Bottleneck, ResNet
 from music_jax.models.vision_transformer import VisionTransformer
@@ -23,11 +24,11 @@ class BackboneSpec:
     image_multiple: int = 1
 
 
-def _resnet(**arguments: object) -> BackboneSpec:
+def _resnet(**arguments: Any) -> BackboneSpec:
     return BackboneSpec(partial(ResNet, **arguments), fields=("stem", "zero_init_residual"))
 
 
-def _vit(**arguments: int) -> BackboneSpec:
+def _vit(**arguments: Any) -> BackboneSpec:
     return BackboneSpec(partial(VisionTransformer, patch_size=16, **arguments), image_multiple=16)
 
 

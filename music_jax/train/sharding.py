@@ -66,8 +66,8 @@ def split_for_update(tree: Any, mesh: Mesh) -> Any:
 def gather(params: Any, mesh: Mesh, dtype: jnp.dtype) -> Any:
     """Has every device hold every parameter; to be called under `jax.jit`.
 
-    What is split along `fsdp` arrives in `dtype`, to which the network casts it in any case: so half
-    as much is sent, and held, where that is bfloat16.
+    What is split along `fsdp` arrives in `dtype`, to which the network casts it in any case: where
+    that is bfloat16, half as much is sent and held.
     """
 
     def gathered(x: jax.Array) -> jax.Array:

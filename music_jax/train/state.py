@@ -68,11 +68,9 @@ def _init(
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     """Where each array of the state lives; see `music_jax.train.sharding`."""
-    whole = NamedSharding(mesh, PartitionSpec())
-    return TrainState(
-        step=whole,
+    whole = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), state)
+    return dataclasses.replace(
+        whole,
         params=sharding.of_parameters(state.params, mesh),
-        batch_stats=jax.tree.map(lambda _: whole, state.batch_stats),
         opt_state=sharding.of_updates(state.opt_state, mesh),
-        diverged_step=whole,
     )
