@@ -67,7 +67,12 @@ def _bytes(tree):
 
 @pytest.mark.parametrize(
     ("optimizer", "layouts"),
-    [("lars", [(4, 1), (4, 2), (4, 4)]), ("sgd", [(4, 2)]), ("adamw", [(4, 2)])],
+    [
+        ("lars", [(4, 1), (4, 2)]),
+        pytest.param("lars", [(4, 4)], marks=pytest.mark.slow),
+        pytest.param("sgd", [(4, 2)], marks=pytest.mark.slow),
+        pytest.param("adamw", [(4, 2)], marks=pytest.mark.slow),
+    ],
 )
 def test_losses_are_those_of_one_device(optimizer, layouts):
     config = _config(optimizer)
@@ -84,6 +89,7 @@ def test_losses_are_those_of_one_device(optimizer, layouts):
             assert _bytes(state.opt_state) == _bytes(expected_state.opt_state)
 
 
+@pytest.mark.slow
 def test_losses_in_microbatches_are_those_of_one_device():
     config = _config(accumulation_steps=2)
     expected = _run(config, devices=1)[1]
