@@ -94,7 +94,9 @@ def default_config() -> config_dict.ConfigDict:
     config.optimizer.final_scale = 1e-3
 
     config.sharding = config_dict.ConfigDict()
-    config.sharding.fsdp = 1  # devices over which the parameters themselves are split
+    # Devices over which the parameters themselves are split; None: all. Of several slices of a TPU,
+    # best those of one.
+    config.sharding.fsdp = config_dict.placeholder(int)
 
     config.checkpoint = config_dict.ConfigDict()
     config.checkpoint.every_steps = 1000
@@ -160,7 +162,6 @@ def validate(config: config_dict.ConfigDict) -> None:
     for field in (
         "batch_size",
         "accumulation_steps",
-        "sharding.fsdp",
         "num_epochs",
         "log_every_steps",
         "crop.size",
@@ -184,6 +185,8 @@ def validate(config: config_dict.ConfigDict) -> None:
     for field in ("optimizer.momentum", "linear_eval.momentum"):
         if not 0 <= _get(config, field) < 1:
             raise _wrong(config, field, "be in [0, 1)")
+    if config.sharding.fsdp is not None:
+        _at_least(config, "sharding.fsdp", 1)
     if config.batch_size % config.accumulation_steps:
         raise _wrong(config, "accumulation_steps", f"divide batch_size = {config.batch_size}")
     if not 0 <= config.seed < 2**32:

@@ -66,14 +66,14 @@ def use_cores(batch_size: int) -> None:
 def make_data_mesh(
     num_devices: int | None = None,
     *,
-    fsdp: int = 1,
+    fsdp: int | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
     """A mesh of the axes `data` and `fsdp`; a batch is split over both.
 
     Args:
       num_devices: how many devices to take; by default all.
-      fsdp: size of the axis over which the parameters themselves are split.
+      fsdp: size of the axis over which the parameters themselves are split; by default all.
       devices: what to take them from; by default the run's own.
 
     Returns:
@@ -83,6 +83,7 @@ def make_data_mesh(
       UserError: `fsdp` does not divide the number of devices.
     """
     devices = (jax.devices() if devices is None else devices)[:num_devices]
+    fsdp = len(devices) if fsdp is None else fsdp
     if len(devices) % fsdp:
         raise UserError(
             f"config.sharding.fsdp = {fsdp} does not divide the {len(devices)} devices; take a "

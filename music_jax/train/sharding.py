@@ -1,11 +1,11 @@
 """Which device holds which part of each parameter and of what the optimiser keeps of it.
 
-Every device needs every parameter to compute with, but only one needs to update it. So the
-optimiser's state, and the update itself, are split over all devices (weight-update sharding, Xu et
-al, arXiv 2004.13336; ZeRO stage 1): gradients are reduced straight to the device that updates them,
-and the updated parameters are gathered again. Along the axis `fsdp` of the mesh the parameters are
-not gathered after the update but before they are used, so that between steps each device holds only
-its part.
+Every device needs every parameter to compute with, but only one needs to keep and to update it. So
+the optimiser's state, and the update itself, are split over all devices: gradients are reduced
+straight to the device that updates their part (weight-update sharding, Xu et al, arXiv 2004.13336;
+ZeRO, Rajbhandari et al, arXiv 1910.02054). Along the mesh's axis `fsdp` parameters stay split
+between steps, and are gathered for a step, in what the network computes in; along `data` they are
+gathered as soon as they are updated.
 
 The rules depend on an array's shape alone: what the optimiser keeps has its parameter's shape, and
 so its parameter's place.
