@@ -11,14 +11,20 @@ from music_jax.errors import UserError
 
 # What may change between two runs of one workdir without changing what is trained.
 FREE_FIELDS = (
+    "backbone.remat",
     "checkpoint",
+    "dataset.data_dir",
+    "dataset.manual_dir",
+    "dataset.max_skipped_share",
+    "dataset.test_split",
+    "dataset.try_gcs",
     "evaluation",
-    "linear_eval",
     "knn",
+    "linear_eval",
     "log_every_steps",
     "num_decode_threads",
+    "sharding",
 )
-FREE_DATASET_FIELDS = ("data_dir", "manual_dir", "max_skipped_share", "try_gcs", "test_split")
 
 
 def default_config() -> config_dict.ConfigDict:
@@ -30,6 +36,7 @@ def default_config() -> config_dict.ConfigDict:
     config = config_dict.ConfigDict()
     config.seed = 0
     config.batch_size = 256  # global, over all devices and processes
+    config.accumulation_steps = 1  # embed the batch in so many parts, to save memory
     config.num_epochs = 100
     config.compute_dtype = "float32"  # or bfloat16; parameters and statistics stay float32
     config.log_every_steps = 50
@@ -76,8 +83,10 @@ def default_config() -> config_dict.ConfigDict:
 
     config.backbone = config_dict.ConfigDict()
     config.backbone.name = "resnet50"
-    config.backbone.stem = "imagenet"  # imagenet, cifar, strided
-    config.backbone.zero_init_residual = True  # blocks start as their shortcuts
+    config.backbone.remat = False  # compute each block's activations twice, to save memory
+    # Of ResNets alone; None is their own default, imagenet and True.
+    config.backbone.stem = config_dict.placeholder(str)  # imagenet, cifar, strided
+    config.backbone.zero_init_residual = config_dict.placeholder(bool)  # start as the shortcuts
 
     config.projector = config_dict.ConfigDict()
     config.projector.hidden_sizes = (8192,)
@@ -90,6 +99,11 @@ def default_config() -> config_dict.ConfigDict:
     config.optimizer.momentum = 0.9  # lars and sgd
     config.optimizer.warmup_epochs = 10
     config.optimizer.final_scale = 1e-3
+
+    config.sharding = config_dict.ConfigDict()
+    # Devices over which the parameters themselves are split; None: all. Of several slices of a TPU,
+    # best those of one.
+    config.sharding.fsdp = config_dict.placeholder(int)
 
     config.checkpoint = config_dict.ConfigDict()
     config.checkpoint.every_steps = 1000
@@ -148,18 +162,18 @@ def validate(config: config_dict.ConfigDict) -> None:
     """
     from music_jax.models import BACKBONES
     from music_jax.models.network import embedding_size
-    from music_jax.models.resnet import STEMS
     from music_jax.train.objective import OBJECTIVES
     from music_jax.train.optimizer import OPTIMIZERS
 
     _one_of(config, "objective.name", OBJECTIVES)
     _one_of(config, "backbone.name", BACKBONES)
-    _one_of(config, "backbone.stem", STEMS)
+    _check_backbone(config)
     _one_of(config, "optimizer.name", OPTIMIZERS)
     _one_of(config, "compute_dtype", ("float32", "bfloat16"))
     _one_of(config, "dataset.num_channels", (1, 3))
     for field in (
         "batch_size",
+        "accumulation_steps",
         "num_epochs",
         "log_every_steps",
         "crop.size",
@@ -183,6 +197,10 @@ def validate(config: config_dict.ConfigDict) -> None:
     for field in ("optimizer.momentum", "linear_eval.momentum"):
         if not 0 <= _get(config, field) < 1:
             raise _wrong(config, field, "be in [0, 1)")
+    if config.sharding.fsdp is not None:
+        _at_least(config, "sharding.fsdp", 1)
+    if config.batch_size % config.accumulation_steps:
+        raise _wrong(config, "accumulation_steps", f"divide batch_size = {config.batch_size}")
     if not 0 <= config.seed < 2**32:
         raise _wrong(config, "seed", "be in [0, 2**32)")
     if config.crop.eval_resize < config.crop.size:
@@ -215,6 +233,26 @@ def validate(config: config_dict.ConfigDict) -> None:
     view_augmentations(config)
 
 
+def _check_backbone(config: config_dict.ConfigDict) -> None:
+    from music_jax.models import BACKBONES
+    from music_jax.models.resnet import STEMS
+
+    backbone = config.backbone
+    spec = BACKBONES[backbone.name]
+    for field in ("stem", "zero_init_residual"):
+        if field not in spec.fields and backbone[field] is not None:
+            raise UserError(
+                f"config.backbone.{field} = {backbone[field]!r} means nothing to {backbone.name}; "
+                "leave it unset"
+            )
+    if backbone.stem is not None:
+        _one_of(config, "backbone.stem", STEMS)
+    if config.crop.size % spec.image_multiple:
+        raise _wrong(
+            config, "crop.size", f"be a multiple of {spec.image_multiple} for {backbone.name}"
+        )
+
+
 def _check_embedding(config: config_dict.ConfigDict, size: int) -> None:
     segments, units = config.objective.num_segments, config.objective.units_per_segment
     if size < 1:
@@ -229,8 +267,7 @@ def _check_embedding(config: config_dict.ConfigDict, size: int) -> None:
 
 def is_free(field: str) -> bool:
     """Whether a field, by its dotted name, may change without changing what is trained."""
-    first, _, rest = field.partition(".")
-    return first in FREE_FIELDS or (first == "dataset" and rest in FREE_DATASET_FIELDS)
+    return any(field == free or field.startswith(free + ".") for free in FREE_FIELDS)
 
 
 def from_json(record: dict[str, Any]) -> config_dict.ConfigDict:

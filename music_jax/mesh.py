@@ -1,6 +1,7 @@
 """Devices and processes: the mesh, which rows of a batch are whose, and how they get there."""
 
 import os
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -9,6 +10,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from music_jax import peers
 from music_jax.errors import UserError
+
+BATCH_AXES = ("data", "fsdp")
 
 # What JAX says where it recognises no cluster.
 _NO_CLUSTER = "coordinator_address should be defined"
@@ -78,15 +81,40 @@ def use_cores(batch_size: int) -> None:
     jax.config.update("jax_num_cpu_devices", divisors[0])
 
 
-def make_data_mesh(num_devices: int | None = None) -> Mesh:
-    """A mesh of one axis, `data`, over all devices or the first `num_devices` of them."""
-    devices = jax.devices()[:num_devices]
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+def make_data_mesh(
+    num_devices: int | None = None,
+    *,
+    fsdp: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh of the axes `data` and `fsdp`; a batch is split over both.
+
+    Args:
+      num_devices: how many devices to take; by default all.
+      fsdp: size of the axis over which the parameters themselves are split; by default all.
+      devices: what to take them from; by default the run's own.
+
+    Returns:
+      The mesh, [devices / fsdp, fsdp].
+
+    Raises:
+      UserError: `fsdp` does not divide the number of devices.
+    """
+    devices = (jax.devices() if devices is None else devices)[:num_devices]
+    fsdp = len(devices) if fsdp is None else fsdp
+    if len(devices) % fsdp:
+        raise UserError(
+            f"config.sharding.fsdp = {fsdp} does not divide the {len(devices)} devices; take a "
+            "divisor of them"
+        )
+    return jax.make_mesh(
+        (len(devices) // fsdp, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Splits the leading axis over the mesh."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """Splits the leading axis over all devices of the mesh."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def check_divisible(batch_size: int, mesh: Mesh, field: str) -> None:

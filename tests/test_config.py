@@ -62,6 +62,9 @@ def test_imagenet_is_the_recipe_of_the_paper():
         ("backbone.stem", "big", "must be one of"),
         ("optimizer.name", "adam", "must be one of lars"),
         ("compute_dtype", "float16", "must be one of"),
+        ("accumulation_steps", 3, "accumulation_steps must divide batch_size = "),
+        ("accumulation_steps", 0, "accumulation_steps must be at least 1"),
+        ("sharding.fsdp", 0, "fsdp must be at least 1"),
         ("batch_size", 0, "batch_size must be at least 1"),
         ("num_epochs", -3, "num_epochs must be at least 1"),
         ("optimizer.warmup_epochs", 1000, "warmup_epochs must be in"),
@@ -90,6 +93,21 @@ def test_a_value_that_cannot_be_meant_is_named(field, value, message):
         validate(config)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("backbone.stem", "imagenet", "stem = 'imagenet' means nothing to vit_s16; leave it unset"),
+        ("backbone.zero_init_residual", False, "means nothing to vit_s16"),
+        ("crop.size", 100, "crop.size must be a multiple of 16 for vit_s16; got 100"),
+    ],
+)
+def test_what_a_vision_transformer_cannot_take_is_named(field, value, message):
+    config = _load(next(path for path in _CONFIGS if path.stem == "imagenet_vit"))
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=message):
+        validate(config)
+
+
 def test_a_config_survives_its_json():
     config = _config()
     assert as_json(from_json(as_json(config))) == as_json(config)
@@ -106,6 +124,8 @@ def test_differences_name_what_is_trained_and_pass_over_the_rest():
     new["optimizer"]["base_learning_rate"] = 7.0
     new["checkpoint"]["every_steps"] = 3
     new["dataset"]["data_dir"] = "elsewhere"
+    new["sharding"]["fsdp"] = 2
+    new["backbone"]["remat"] = True
     found = differences(old, new)
     assert len(found) == 1
     assert "optimizer.base_learning_rate" in found[0]

@@ -90,6 +90,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finished, data, tmp_path, number
     code, out, err = run(*arguments)
     assert code == 0, err
     assert f"after step {stopped}" in out
+    # The step was not compiled again, and so not kept once more.
+    assert len(list((workdir / "compilation_cache").glob("jit_training_step-*"))) == 1
     assert [line["step"] for line in metrics(workdir)] == list(range(1, 23))
     expected, found = checkpoint(finished[0], 22), checkpoint(workdir, 22)
     assert expected.keys() == found.keys()

@@ -21,12 +21,14 @@ Tree = Any  # a nested dictionary of arrays
 class _Modules(nnx.Module):
     def __init__(self, config: config_dict.ConfigDict, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.compute_dtype)
-        self.backbone = BACKBONES[config.backbone.name](
-            stem=config.backbone.stem,
-            zero_init_residual=config.backbone.zero_init_residual,
+        spec = BACKBONES[config.backbone.name]
+        chosen = {field: config.backbone[field] for field in spec.fields}
+        self.backbone = spec.make(
             channels=config.dataset.num_channels,
             dtype=dtype,
             rngs=rngs,
+            remat=config.backbone.remat,
+            **{field: value for field, value in chosen.items() if value is not None},
         )
         self.projector = Projector(
             self.backbone.num_features,

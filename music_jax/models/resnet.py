@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from music_jax.models.batch_norm import BatchNorm
+from music_jax.models.remat import apply_block
 
 # Of each stem: the convolution's size and stride, and whether a max-pooling follows.
 STEMS = {"imagenet": (7, 2, True), "cifar": (3, 1, False), "strided": (3, 2, False)}
@@ -133,11 +134,12 @@ class ResNet(nnx.Module):
         block: type[BasicBlock] | type[Bottleneck],
         stage_sizes: Sequence[int],
         widths: Sequence[int],
-        stem: str,
-        zero_init_residual: bool,
         channels: int,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
+        stem: str = "imagenet",
+        zero_init_residual: bool = True,
+        remat: bool = False,
         stem_width: int | None = None,
         first_stride: int = 1,
         pool_grid: int = 1,
@@ -148,19 +150,21 @@ class ResNet(nnx.Module):
           block: the residual block.
           stage_sizes: blocks of each stage; each stage after the first halves the resolution.
           widths: width of each stage.
+          channels: channels of the images.
+          dtype: what the convolutions compute in; parameters and statistics are float32.
+          rngs: gives the initial weights.
           stem: `imagenet` (7 x 7 with stride 2, then 3 x 3 max-pooling with stride 2), `cifar`
             (3 x 3 with stride 1, no pooling) or `strided` (3 x 3 with stride 2, no pooling).
           zero_init_residual: start the scale of each block's last normalisation at 0, so that the
             block starts as its shortcut.
-          channels: channels of the images.
-          dtype: what the convolutions compute in; parameters and statistics are float32.
-          rngs: gives the initial weights.
+          remat: compute each block's activations again for the gradient instead of keeping them.
           stem_width: channels after the stem; by default the first stage's width.
           first_stride: stride of the first stage.
           pool_grid: the last feature map is averaged over each cell of a grid of this side. 1 is
             the usual global average; more keeps where things are, at so many times the features.
         """
         self.dtype = dtype
+        self.remat = remat
         c_in = stem_width or widths[0]
         size, stride, self.pools = STEMS[stem]
         self.conv = _conv(channels, c_in, size, stride, dtype, rngs)
@@ -182,7 +186,7 @@ class ResNet(nnx.Module):
         if self.pools:
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for block in self.blocks:
-            x = block(x, train=train, num_views=num_views)
+            x = apply_block(block, x, remat=self.remat, train=train, num_views=num_views)
         return _grid_mean(x.astype(jnp.float32), self.pool_grid)
 
 

@@ -54,7 +54,7 @@ def train_and_evaluate(config: config_dict.ConfigDict, workdir: str) -> TrainSta
       StoppedError: a signal came; all is saved and the same call goes on.
     """
     config_lib.validate(config)
-    mesh = make_data_mesh()
+    mesh = make_data_mesh(fsdp=config.sharding.fsdp)
     check_divisible(config.batch_size, mesh, "batch_size")
     directory = records.open_workdir(workdir)
     records.check_same_run(directory, config)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
 from music_jax.models.network import init_network
+from music_jax.train import sharding
 
 
 @jax.tree_util.register_dataclass
@@ -66,5 +67,10 @@ def _init(
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
-    """Where each array of the state lives: whole on every device."""
-    return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), state)
+    """Where each array of the state lives; see `music_jax.train.sharding`."""
+    whole = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), state)
+    return dataclasses.replace(
+        whole,
+        params=sharding.of_parameters(state.params, mesh),
+        opt_state=sharding.of_updates(state.opt_state, mesh),
+    )

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from music_jax.config import view_augmentations
 from music_jax.data.augment import ViewAugmentation, augment_views
 from music_jax.mesh import batch_sharding
 from music_jax.models.network import Network, make_network
+from music_jax.train import sharding
+from music_jax.train.gradients import accumulated_gradients, batch_gradients
 from music_jax.train.objective import OBJECTIVES, Metrics, Objective
 from music_jax.train.optimizer import OPTIMIZERS, make_schedule
 from music_jax.train.state import TrainState, state_shardings
@@ -35,6 +38,7 @@ class Recipe:
       std: of each channel, in [0, 1].
       dtype: what the backbone computes in.
       seed: of the augmentations.
+      accumulation_steps: microbatches in which a batch is embedded.
     """
 
     network: Network
@@ -46,6 +50,7 @@ class Recipe:
     std: tuple[float, ...]
     dtype: jnp.dtype
     seed: int
+    accumulation_steps: int
 
 
 def make_recipe(config: config_dict.ConfigDict, steps_per_epoch: int) -> Recipe:
@@ -61,44 +66,45 @@ def make_recipe(config: config_dict.ConfigDict, steps_per_epoch: int) -> Recipe:
         std=tuple(config.dataset.std),
         dtype=jnp.dtype(config.compute_dtype),
         seed=config.seed,
+        accumulation_steps=config.accumulation_steps,
     )
 
 
 def training_step(
-    state: TrainState, images: jax.Array, sample_index: jax.Array, *, recipe: Recipe
+    state: TrainState, images: jax.Array, sample_index: jax.Array, *, recipe: Recipe, mesh: Mesh
 ) -> tuple[TrainState, Metrics]:
-    """Takes one step.
+    """Takes one step; to be called under `jax.jit` and `jax.set_mesh(mesh)`.
 
     Args:
       state: the state before it.
       images: the host's crops, uint8 [batch, views, height, width, channels].
       sample_index: global index of each sample, uint32 [batch].
       recipe: what to do with them.
+      mesh: the devices that share the work.
 
     Returns:
       The state after the step and scalars to log. If the loss or the gradient is not finite, now or
       in an earlier step, the parameters stay and `diverged_step` tells the first such step.
     """
-    key = jax.random.fold_in(jax.random.key(recipe.seed), _AUGMENTATION_STREAM)
-    views = augment_views(
-        images,
-        sample_index,
-        key,
-        views=recipe.views,
-        mean=recipe.mean,
-        std=recipe.std,
-        dtype=recipe.dtype,
-    )
+    embed = functools.partial(_embed, recipe, mesh)
+    batch = (state.params, state.batch_stats, images, sample_index)
+    if recipe.accumulation_steps == 1:
+        loss, metrics, grads, batch_stats = batch_gradients(embed, recipe.objective, *batch)
+    else:
+        loss, metrics, grads, batch_stats = accumulated_gradients(
+            embed,
+            recipe.objective,
+            *batch,
+            steps=recipe.accumulation_steps,
+            place=functools.partial(sharding.split_for_update, mesh=mesh),
+        )
 
-    def loss_of(params: dict) -> tuple[jax.Array, tuple[dict, Metrics]]:
-        _, embeddings, batch_stats = recipe.network.embed(params, state.batch_stats, views)
-        loss, metrics = recipe.objective(embeddings[:, 0], embeddings[:, 1])
-        return loss, (batch_stats, metrics)
-
-    (loss, (batch_stats, metrics)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    # From here on each device sees to its part of the parameters.
+    grads = sharding.split_for_update(grads, mesh)
+    old_params = sharding.split_for_update(state.params, mesh)
     grad_norm = optax.tree.norm(grads)
-    updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    updates, opt_state = recipe.optimizer.update(grads, state.opt_state, old_params)
+    params = optax.apply_updates(old_params, updates)
 
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     good = finite & (state.diverged_step < 0)
@@ -106,7 +112,7 @@ def training_step(
     step = state.step + 1
     new_state = TrainState(
         step=step,
-        params=keep(params, state.params),
+        params=keep(params, old_params),
         batch_stats=keep(batch_stats, state.batch_stats),
         opt_state=keep(opt_state, state.opt_state),
         diverged_step=jnp.where(finite | (state.diverged_step >= 0), state.diverged_step, step),
@@ -119,6 +125,30 @@ def training_step(
     return new_state, metrics
 
 
+def _embed(
+    recipe: Recipe,
+    mesh: Mesh,
+    params: Any,
+    batch_stats: Any,
+    images: jax.Array,
+    sample_index: jax.Array,
+) -> tuple[jax.Array, Any]:
+    """Embeddings [batch, views, dim] of a batch's crops, and the new running statistics."""
+    key = jax.random.fold_in(jax.random.key(recipe.seed), _AUGMENTATION_STREAM)
+    views = augment_views(
+        images,
+        sample_index,
+        key,
+        views=recipe.views,
+        mean=recipe.mean,
+        std=recipe.std,
+        dtype=recipe.dtype,
+    )
+    whole = sharding.gather(params, mesh, recipe.dtype)
+    _, embeddings, batch_stats = recipe.network.embed(whole, batch_stats, views)
+    return embeddings, batch_stats
+
+
 StepFunction = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]
 
 
@@ -128,19 +158,12 @@ def compile_step(recipe: Recipe, state: TrainState, mesh: Mesh) -> StepFunction:
     Args:
       recipe: what the step does.
       state: the state, or its shapes.
-      mesh: the devices; the batch is split over the axis `data`.
+      mesh: the devices; see `music_jax.mesh.make_data_mesh`.
 
     Returns:
-      A function as `training_step`, without the recipe.
+      A function as `training_step`, without the recipe and the mesh.
     """
-    states = state_shardings(state, mesh)
-    batch = batch_sharding(mesh)
-    jitted = jax.jit(
-        functools.partial(training_step, recipe=recipe),
-        in_shardings=(states, batch, batch),
-        out_shardings=(states, NamedSharding(mesh, PartitionSpec())),
-        donate_argnums=0,
-    )
+    jitted = _jit_step(recipe, state, mesh)
 
     def step(
         state: TrainState, images: jax.Array, sample_index: jax.Array
@@ -149,3 +172,42 @@ def compile_step(recipe: Recipe, state: TrainState, mesh: Mesh) -> StepFunction:
             return jitted(state, images, sample_index)
 
     return step
+
+
+def lower_step(
+    recipe: Recipe, state: TrainState, mesh: Mesh, images_shape: tuple[int, ...]
+) -> jax.stages.Lowered:
+    """The step as `compile_step` runs it, lowered for the mesh's devices, which need not be there.
+
+    Args:
+      recipe: what the step does.
+      state: the state, or its shapes.
+      mesh: the devices, for instance those of a topology's description.
+      images_shape: of the global batch of crops, [batch, views, height, width, channels].
+
+    Returns:
+      What `.compile()` compiles.
+    """
+    batch = batch_sharding(mesh)
+    arguments = (
+        jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            state,
+            state_shardings(state, mesh),
+        ),
+        jax.ShapeDtypeStruct(images_shape, jnp.uint8, sharding=batch),
+        jax.ShapeDtypeStruct(images_shape[:1], jnp.uint32, sharding=batch),
+    )
+    with jax.set_mesh(mesh):
+        return _jit_step(recipe, state, mesh).lower(*arguments)
+
+
+def _jit_step(recipe: Recipe, state: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
+    states = state_shardings(state, mesh)
+    batch = batch_sharding(mesh)
+    return jax.jit(
+        functools.partial(training_step, recipe=recipe, mesh=mesh),
+        in_shardings=(states, batch, batch),
+        out_shardings=(states, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+    )
