@@ -83,6 +83,7 @@ def default_config() -> config_dict.ConfigDict:
     config.checkpoint = config_dict.ConfigDict()
     config.checkpoint.every_steps = 1000
     config.checkpoint.max_to_keep = 2
+    config.checkpoint.ignore_failed_saves = False  # say so and go on, such as on a full disk
 
     config.linear_eval = config_dict.ConfigDict()
     config.linear_eval.num_epochs = 100

@@ -105,6 +105,16 @@ class Checkpoints:
             self._manager.reload()
         return found
 
+    def check_whole(self, step: int) -> None:
+        """Checks that a checkpoint is as it was saved.
+
+        Raises:
+          UserError: it is damaged.
+        """
+        wrong = find_damage(self._directory_of(step))
+        if wrong is not None:
+            raise UserError(f"the checkpoint of step {step} is damaged: {wrong}")
+
     def _directory_of(self, step: int) -> epath.Path:
         return epath.Path(self._manager.directory) / str(step)
 
