@@ -75,7 +75,13 @@ def linear_eval(
     recipe = make_recipe(config, steps_per_epoch=1)  # the optimiser is only needed for its shapes
     checkpoints = Checkpoints(directory, read_only=True)
     try:
-        step = _step(checkpoint, directory, checkpoints.all_steps())
+        if checkpoint is None:
+            step = checkpoints.latest_whole_step()
+        else:
+            step = _named_step(checkpoint, directory, checkpoints.all_steps())
+            checkpoints.check_whole(step)
+        if step is None:
+            raise UserError(f"{directory} has no checkpoint yet")
         state = checkpoints.restore(step, abstract_state(config, recipe.optimizer), mesh)
     finally:
         checkpoints.close()
@@ -106,18 +112,14 @@ def _apply(config: config_dict.ConfigDict, overrides: dict[str, object]) -> None
         config.update_from_flattened_dict({field: value})
 
 
-def _step(checkpoint: str | None, directory: epath.Path, steps: list[int]) -> int:
-    if not steps:
-        raise UserError(f"{directory} has no checkpoint yet")
-    if checkpoint is None:
-        return max(steps)
+def _named_step(checkpoint: str, directory: epath.Path, steps: list[int]) -> int:
     name = checkpoint.rstrip("/").rpartition("/")[2]
     if "/" in checkpoint:
         where = epath.Path(checkpoint.rstrip("/")).expanduser().resolve().parent
         if where != directory / "checkpoints":
             raise UserError(f"--checkpoint={checkpoint} is not below {directory}/checkpoints")
     if not name.isdigit() or int(name) not in steps:
-        known = ", ".join(str(step) for step in sorted(steps))
+        known = ", ".join(str(step) for step in sorted(steps)) or "none"
         raise UserError(f"there is no checkpoint {checkpoint!r}; the run has the steps {known}")
     return int(name)
 

@@ -3,13 +3,21 @@
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from music_jax import progress
 from music_jax.data.loader import TrainingOrder
 from music_jax.errors import UserError
+from music_jax.mesh import is_main_process
+from music_jax.train.integrity import find_damage, write_checksums
 from music_jax.train.state import TrainState, state_shardings
+
+_NONE_WHOLE = -2  # what the main process tells the others where every checkpoint is damaged
 
 
 class Checkpoints:
@@ -17,14 +25,33 @@ class Checkpoints:
 
     A checkpoint of step `s` holds the parameters, the batch statistics, the optimiser's state, the
     step, and the position in the input: the global index of the next sample, with the size of the
-    dataset and of the batch that give it its meaning.
+    dataset and of the batch that give it its meaning; and checksums of all this.
     """
 
-    def __init__(self, workdir: epath.Path, *, max_to_keep: int = 2, read_only: bool = False):
-        """Opens `workdir/checkpoints`, which unless `read_only` is made if needed."""
+    def __init__(
+        self,
+        workdir: epath.Path,
+        *,
+        max_to_keep: int = 2,
+        read_only: bool = False,
+        ignore_failed_saves: bool = False,
+    ):
+        """Opens `workdir/checkpoints`.
+
+        Args:
+          workdir: of the run.
+          max_to_keep: the newest so many are kept.
+          read_only: change nothing; else the directory is made if needed.
+          ignore_failed_saves: say that a save failed and go on, in place of raising an error.
+        """
+        self._workdir = workdir
+        self._read_only = read_only
+        self._ignore_failed_saves = ignore_failed_saves
+        self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
             workdir / "checkpoints",
             options=ocp.CheckpointManagerOptions(
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
                 preservation_policy=ocp.checkpoint_managers.LatestN(max_to_keep),
                 save_decision_policy=ocp.checkpoint_managers.AnySavePolicy([]),
                 cleanup_tmp_directories=not read_only,
@@ -42,18 +69,123 @@ class Checkpoints:
         """Steps of all checkpoints."""
         return sorted(self._manager.all_steps())
 
+    def latest_whole_step(self) -> int | None:
+        """Step of the newest checkpoint that is as it was saved; None if none was ever saved.
+
+        Newer ones that are damaged are reported and, unless the workdir is opened to read only,
+        moved to `workdir/damaged`. All processes get the answer of the main one.
+
+        Raises:
+          UserError: there are checkpoints, and all are damaged; they stay where they are.
+        """
+        found, damage = None, {}
+        if is_main_process():
+            for step in sorted(self._manager.all_steps(), reverse=True):
+                wrong = find_damage(self._directory_of(step))
+                if wrong is None:
+                    found = step
+                    break
+                damage[step] = wrong
+            if found is not None:
+                for step, wrong in damage.items():
+                    self._set_aside(step, wrong)
+            elif damage:
+                found = _NONE_WHOLE
+        if jax.process_count() > 1:
+            said = np.int32(-1 if found is None else found)
+            told = int(multihost_utils.broadcast_one_to_all(said))
+            found = None if told == -1 else told
+        if found == _NONE_WHOLE:
+            details = "; ".join(f"step {step}: {wrong}" for step, wrong in damage.items())
+            raise UserError(
+                f"no checkpoint in {self._manager.directory} is whole ({details}); put back a copy "
+                "of one, or remove them all to start anew"
+            )
+        if not self._read_only:
+            self._manager.reload()
+        return found
+
+    def check_whole(self, step: int) -> None:
+        """Checks that a checkpoint is as it was saved.
+
+        Raises:
+          UserError: it is damaged.
+        """
+        wrong = find_damage(self._directory_of(step))
+        if wrong is not None:
+            raise UserError(f"the checkpoint of step {step} is damaged: {wrong}")
+
+    def _directory_of(self, step: int) -> epath.Path:
+        return epath.Path(self._manager.directory) / str(step)
+
+    def _set_aside(self, step: int, wrong: str) -> None:
+        message = f"the checkpoint of step {step} is damaged ({wrong}); going on from an older one"
+        if not self._read_only:
+            parent = self._workdir / "damaged"
+            parent.mkdir(parents=True, exist_ok=True)
+            taken = {path.name for path in parent.iterdir()}
+            names = [str(step), *(f"{step}-{n}" for n in range(1, len(taken) + 1))]
+            kept = parent / next(name for name in names if name not in taken)
+            self._directory_of(step).rename(kept)
+            message += f"; it is kept as {kept}"
+        progress.say(message)
+
     def save(self, step: int, state: TrainState, order: TrainingOrder) -> None:
-        """Starts to save; returns once the state is copied off the devices."""
+        """Starts to save; returns once the state is copied off the devices.
+
+        Raises:
+          UserError: this save or the one before it failed, such as on a full disk, unless failed
+            saves are ignored.
+        """
         if step == self.latest_step():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_as_tree(state)),
-                input=ocp.args.JsonSave(_input_position(step, order)),
-            ),
-            force=True,
-        )
+        self.wait()
+        self._saving = step
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_as_tree(state)),
+                    input=ocp.args.JsonSave(_input_position(step, order)),
+                ),
+                force=True,
+            )
+        except Exception as error:  # whatever a file system raises, and what Orbax makes of it
+            self._save_failed(error)
+
+    def wait(self) -> None:
+        """Waits until what is being saved is on disk.
+
+        Raises:
+          UserError: as `save`.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._save_failed(error)
+
+    def _save_failed(self, error: Exception) -> None:
+        kept = [step for step in self.all_steps() if step != self._saving]
+        intact = f"step {max(kept)} is intact" if kept else "there is no earlier checkpoint"
+        reason = " ".join(str(error).split())[:300]
+        message = f"could not save step {self._saving} in {self._manager.directory}: {reason}"
+        logging.debug("could not save", exc_info=error)
+        if not self._ignore_failed_saves:
+            raise UserError(
+                f"{message}; {intact}. Free some space or give write permission, and run the same "
+                "command again (--config.checkpoint.ignore_failed_saves goes on without)"
+            ) from error
+        progress.say(f"{message}; {intact}; going on, as checkpoint.ignore_failed_saves says")
+
+    def _seal(self) -> None:
+        """Writes the checksums, while the checkpoint still has its temporary name."""
+        if not is_main_process():
+            return
+        directory = epath.Path(self._manager.directory)
+        step = str(self._saving)
+        candidates = [path for path in directory.iterdir() if path.name.split(".")[0] == step]
+        for path in candidates:
+            write_checksums(path)
 
     def restore(
         self, step: int, like: TrainState, mesh: Mesh, order: TrainingOrder | None = None
@@ -95,17 +227,20 @@ class Checkpoints:
             )
         return TrainState(**restored["state"])
 
-    def wait(self) -> None:
-        """Waits until what is being saved is on disk."""
-        self._manager.wait_until_finished()
-
     def reached_preemption(self, step: int) -> bool:
         """Whether the cluster has announced that it stops this run, agreed by all processes."""
         return bool(self._manager.reached_preemption(step))
 
     def close(self) -> None:
-        """Waits for saves to finish and frees the manager's threads."""
-        self._manager.close()
+        """Waits for saves to finish and frees the manager's threads.
+
+        Raises:
+          UserError: as `save`.
+        """
+        try:
+            self._manager.close()
+        except Exception as error:
+            self._save_failed(error)
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:

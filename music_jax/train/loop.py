@@ -1,6 +1,7 @@
 """Pre-training from start to end; read `train_and_evaluate` and you know the run."""
 
 import collections
+import contextlib
 import itertools
 import time
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from music_jax.mesh import (
     to_devices,
 )
 from music_jax.train.checkpoints import Checkpoints
+from music_jax.train.lock import WorkdirLock
 from music_jax.train.signals import StopSignal
 from music_jax.train.state import TrainState, init_state
 from music_jax.train.step import Recipe, compile_step, make_recipe
@@ -58,7 +60,13 @@ def train_and_evaluate(config: config_dict.ConfigDict, workdir: str) -> TrainSta
     check_divisible(config.batch_size, mesh, "batch_size")
     directory = records.open_workdir(workdir)
     records.check_same_run(directory, config)
+    with WorkdirLock(directory) if is_main_process() else contextlib.nullcontext():
+        return _train_and_evaluate(config, directory, mesh)
 
+
+def _train_and_evaluate(
+    config: config_dict.ConfigDict, directory: epath.Path, mesh: Mesh
+) -> TrainState:
     _prepare_datasets(config)
     source = datasets.training_source(config)
     if config.batch_size > len(source):
@@ -76,15 +84,19 @@ def train_and_evaluate(config: config_dict.ConfigDict, workdir: str) -> TrainSta
     skipped.add_left_out(source)
     recipe = make_recipe(config, order.steps_per_epoch)
     state = init_state(config, recipe.optimizer, mesh)
-    checkpoints = Checkpoints(directory, max_to_keep=config.checkpoint.max_to_keep)
+    checkpoints = Checkpoints(
+        directory,
+        max_to_keep=config.checkpoint.max_to_keep,
+        ignore_failed_saves=config.checkpoint.ignore_failed_saves,
+    )
     try:
-        start_step = checkpoints.latest_step() or 0
+        start_step = checkpoints.latest_whole_step() or 0
         if start_step:
             state = checkpoints.restore(start_step, state, mesh, order)
         results = read_results(config, directory, num_steps)
         if start_step == num_steps and (results is not None or probed is None):
             done = "trained and evaluated" if results else "trained"
-            progress.say(f"{workdir} is done: {num_steps} steps {done}")
+            progress.say(f"{directory} is done: {num_steps} steps {done}")
             if results:
                 progress.say(results_table(results))
             return state

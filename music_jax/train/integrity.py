@@ -1,0 +1,82 @@
+"""Finding damage to a checkpoint: checksums over every file that Orbax wrote.
+
+Orbax checks the blocks of its key-value store as it reads them, but neither its JSON files nor what
+is missing altogether. The checksums are written into the checkpoint's directory before it gets its
+final name, so a checkpoint without them is not whole either.
+"""
+
+import hashlib
+import json
+
+from etils import epath
+
+CHECKSUMS = "CHECKSUMS.json"
+
+# Orbax stamps these two when it gives the directory its final name, after the checksums.
+_STEP_METADATA = "_CHECKPOINT_METADATA"
+_COMMIT_MARK = "commit_success.txt"
+_STAMPED_FIELD = "commit_timestamp_nsecs"
+
+_CHUNK = 1 << 22  # bytes
+
+
+def write_checksums(directory: epath.Path) -> None:
+    """Writes the checksums of all files below a checkpoint's directory into it."""
+    record = {
+        "files": {name: _fingerprint(path) for name, path in sorted(_files(directory).items())},
+        "step_metadata": _step_metadata(directory),
+    }
+    (directory / CHECKSUMS).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def find_damage(directory: epath.Path) -> str | None:
+    """What is wrong with a checkpoint, in words, or None if it is as it was written."""
+    try:
+        record = json.loads((directory / CHECKSUMS).read_text())
+        expected, step_metadata = dict(record["files"]), record["step_metadata"]
+    except FileNotFoundError:
+        return f"{CHECKSUMS} is missing"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{CHECKSUMS} cannot be read"
+    try:
+        if _step_metadata(directory) != step_metadata:
+            return f"{_STEP_METADATA} has changed"
+        present = _files(directory)
+        for name in sorted(expected.keys() | present.keys()):
+            if name not in present:
+                return f"{name} is missing"
+            if name not in expected:
+                return f"{name} was not there when it was saved"
+            if _fingerprint(present[name]) != expected[name]:
+                return f"{name} has changed"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"cannot be read: {' '.join(str(error).split())}"
+    return None
+
+
+def _files(directory: epath.Path, prefix: str = "") -> dict[str, epath.Path]:
+    """Every file below a directory but those that are stamped later, by relative name."""
+    found: dict[str, epath.Path] = {}
+    for path in directory.iterdir():
+        name = prefix + path.name
+        if path.is_dir():
+            found |= _files(path, f"{name}/")
+        elif name not in (CHECKSUMS, _STEP_METADATA, _COMMIT_MARK):
+            found[name] = path
+    return found
+
+
+def _fingerprint(path: epath.Path) -> list[int | str]:
+    """Size in bytes and BLAKE2b of a file."""
+    digest, size = hashlib.blake2b(digest_size=16), 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return [size, digest.hexdigest()]
+
+
+def _step_metadata(directory: epath.Path) -> dict:
+    """The step's metadata without the field that is stamped later."""
+    record = json.loads((directory / _STEP_METADATA).read_text())
+    return {key: value for key, value in record.items() if key != _STAMPED_FIELD}
