@@ -1,6 +1,7 @@
 """Devices and processes: the mesh, which rows of a batch are whose, and how they get there."""
 
 import os
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -60,9 +61,16 @@ def use_cores(batch_size: int) -> None:
     jax.config.update("jax_num_cpu_devices", divisors[0])
 
 
-def make_data_mesh(num_devices: int | None = None) -> Mesh:
-    """A mesh of one axis, `data`, over all devices or the first `num_devices` of them."""
-    devices = jax.devices()[:num_devices]
+def make_data_mesh(
+    num_devices: int | None = None, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh of one axis, `data`.
+
+    Args:
+      num_devices: over the first so many of them.
+      devices: to choose from; by default all that are attached.
+    """
+    devices = (jax.devices() if devices is None else devices)[:num_devices]
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 

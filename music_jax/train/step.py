@@ -133,14 +133,7 @@ def compile_step(recipe: Recipe, state: TrainState, mesh: Mesh) -> StepFunction:
     Returns:
       A function as `training_step`, without the recipe.
     """
-    states = state_shardings(state, mesh)
-    batch = batch_sharding(mesh)
-    jitted = jax.jit(
-        functools.partial(training_step, recipe=recipe),
-        in_shardings=(states, batch, batch),
-        out_shardings=(states, NamedSharding(mesh, PartitionSpec())),
-        donate_argnums=0,
-    )
+    jitted = jit_step(recipe, state, mesh)
 
     def step(
         state: TrainState, images: jax.Array, sample_index: jax.Array
@@ -149,3 +142,15 @@ def compile_step(recipe: Recipe, state: TrainState, mesh: Mesh) -> StepFunction:
             return jitted(state, images, sample_index)
 
     return step
+
+
+def jit_step(recipe: Recipe, state: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
+    """What `compile_step` calls, to be lowered under `jax.set_mesh(mesh)` by whoever plans it."""
+    states = state_shardings(state, mesh)
+    batch = batch_sharding(mesh)
+    return jax.jit(
+        functools.partial(training_step, recipe=recipe),
+        in_shardings=(states, batch, batch),
+        out_shardings=(states, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+    )
