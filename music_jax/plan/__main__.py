@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from ml_collections import config_dict, config_flags
@@ -13,6 +14,9 @@ from ml_collections import config_dict, config_flags
 from music_jax import cli
 from music_jax.errors import UserError
 from music_jax.plan.chips import CHIPS, chip_of
+
+if TYPE_CHECKING:
+    from music_jax.plan.report import Plan
 
 _USAGE = """
 Compiles the training step that a config describes for TPU slices that are not at hand, and tells
@@ -110,11 +114,12 @@ def _num_images(config: config_dict.ConfigDict) -> int:
 
 def _make_plans(
     config: config_dict.ConfigDict, topologies: list[str], num_images: int
-) -> list["report.Plan"]:  # noqa: F821
+) -> list["Plan"]:
     from music_jax import progress
     from music_jax.plan import worker
 
-    jobs = min(flags.FLAGS.jobs or os.cpu_count() or 1, len(topologies))
+    options: Any = flags.FLAGS
+    jobs = min(options.jobs or os.cpu_count() or 1, len(topologies))
     pool = concurrent.futures.ProcessPoolExecutor(
         jobs, multiprocessing.get_context("spawn"), initializer=worker.quiet
     )
@@ -123,8 +128,8 @@ def _make_plans(
             config=config.to_json(),
             topology=topology,
             num_images=num_images,
-            decode_rate=flags.FLAGS["decode-rate"].value,
-            find_batch_size=flags.FLAGS["find-batch-size"].value,
+            decode_rate=options["decode-rate"].value,
+            find_batch_size=options["find-batch-size"].value,
         )
         for topology in topologies
     ]

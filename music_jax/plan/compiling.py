@@ -112,8 +112,9 @@ def open_slice(topology: str) -> Slice:
             f"--topology={topology}: {_sentence(error)}; the sizes must be those of a slice, such "
             f"as {chip.example}"
         ) from error
-    mesh = make_data_mesh(devices=description.devices)
-    chips = len({tuple(device.coords) for device in description.devices})
+    devices: Any = description.devices
+    mesh = make_data_mesh(devices=devices)
+    chips = len({tuple(device.coords) for device in devices})
     return Slice(mesh, chips, _hbm_of_device(mesh))
 
 
@@ -180,8 +181,8 @@ def measure(
             compile_seconds=time.perf_counter() - start,
         )
     seconds = time.perf_counter() - start
-    program = hlo.parse(compiled.as_text())
-    memory = compiled.memory_analysis()
+    program = read(compiled)
+    memory: Any = compiled.memory_analysis()
     flops, traffic = costs(compiled, program)
     sent = counts.collectives(program, mesh.size)
     return Figures(
@@ -233,7 +234,12 @@ def objective_flops(recipe: Recipe, config: config_dict.ConfigDict, mesh: Mesh) 
     step = jax.jit(jax.value_and_grad(loss), in_shardings=batch, out_shardings=(None, batch))
     with jax.set_mesh(mesh):
         compiled = step.lower(embeddings).compile()
-    return costs(compiled, hlo.parse(compiled.as_text()))[0]
+    return costs(compiled, read(compiled))[0]
+
+
+def read(compiled: jax.stages.Compiled) -> hlo.Program:
+    """The program that XLA has compiled for one device."""
+    return hlo.parse(compiled.as_text() or "")
 
 
 def costs(compiled: jax.stages.Compiled, program: hlo.Program) -> tuple[float, float]:
@@ -277,4 +283,3 @@ def largest_batch(
 
 def _sentence(error: BaseException) -> str:
     return " ".join(re.sub(r"^[A-Z_]+: ", "", str(error).splitlines()[0]).split())
-

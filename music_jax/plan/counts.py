@@ -178,7 +178,9 @@ def _flops(program: Program, computation: str, instruction: Instruction) -> int:
     for axis, (size, options) in enumerate(_window(instruction.attributes)):
         digit = str(axis)
         inputs = left.shape[image.index(digit)]
-        positions *= _meeting(inputs, instruction.arrays[0].shape[result.index(digit)], size, options)
+        positions *= _meeting(
+            inputs, instruction.arrays[0].shape[result.index(digit)], size, options
+        )
     batch = instruction.arrays[0].shape[result.index("b")]
     features = right.shape[kernel.index("i")] * right.shape[kernel.index("o")]
     return 2 * batch * features * positions
