@@ -76,10 +76,12 @@ def _sent(program: Program, instruction: Instruction, devices: int) -> list[tupl
     """Kind, bytes of the result and size of the group of each collective of an instruction."""
     kind = instruction.opcode.removesuffix("-start")
     if kind in _COLLECTIVES:
-        sizes = [array.size for array in instruction.arrays]
-        # What starts a collective gives its operands as well, before its results.
-        started = instruction.opcode != kind and kind != "all-reduce"
-        size = sizes[-1] if started else sum(sizes)
+        arrays = instruction.arrays
+        if instruction.opcode != kind and kind != "all-reduce":
+            # What starts a collective gives its operands, its results and some counters.
+            arrays = tuple(array for array in arrays if array.shape)
+            arrays = arrays[len(arrays) // 2 :]
+        size = sum(array.size for array in arrays)
         return [(kind, size, _group_size(instruction.attributes, devices))]
     called = instruction.called.get("calls", "")
     # One that overlaps with computation is written three times: its start and its end are fusions

@@ -70,19 +70,20 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         """The plan as it is written; figures of what does not fit are null."""
         derived = {
-            "bound": self.bound,
-            "seconds_per_step": self.seconds_per_step,
-            "least_seconds_per_step": self.least_seconds_per_step,
-            "seconds_at_peak": self.peak_seconds,
-            "seconds_per_epoch": self.seconds_per_epoch,
-            "seconds_per_run": self.num_epochs * self.seconds_per_epoch,
-            "images_per_second": self.images_per_second,
-            "decode_cores": self.images_per_second / self.decode_rate,
+            "bound": lambda: self.bound,
+            "seconds_per_step": lambda: self.seconds_per_step,
+            "least_seconds_per_step": lambda: self.least_seconds_per_step,
+            "seconds_at_peak": lambda: self.peak_seconds,
+            "seconds_per_epoch": lambda: self.seconds_per_epoch,
+            "seconds_per_run": lambda: self.num_epochs * self.seconds_per_epoch,
+            "images_per_second": lambda: self.images_per_second,
+            "decode_cores": lambda: self.images_per_second / self.decode_rate,
         }
+        fits = self.figures.fits
         return {
             "topology": self.topology,
             **dataclasses.asdict(self.figures),
-            **(derived if self.figures.fits else dict.fromkeys(derived)),
+            **{name: figure() if fits else None for name, figure in derived.items()},
             "largest_batch_size": self.largest_batch_size,
         }
 
