@@ -90,11 +90,8 @@ def _output() -> pathlib.Path | None:
     if not flags.FLAGS.json:
         return None
     path = pathlib.Path(flags.FLAGS.json).expanduser()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    except OSError as error:
-        raise UserError(f"cannot write --json={path}: {error.strerror}") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"--json={path} cannot be written; name a file in a directory that exists")
     return path
 
 
@@ -138,8 +135,10 @@ def _make_plans(
             for task in tasks:  # what is wrong is told before minutes are spent
                 pool.submit(worker.check, task).result()
             running = {pool.submit(worker.run, task): task for task in tasks}
-            for topology in topologies:
-                progress.say(f"compiling for {topology} ... about 2 min on one core")
+            progress.say(
+                f"compiling for {', '.join(topologies)}, {jobs} at a time ... about 2 min of one "
+                "core each for ResNet-50"
+            )
             for done in concurrent.futures.as_completed(running):
                 seconds = done.result().figures.compile_seconds
                 progress.say(f"compiled for {running[done].topology} in {seconds:.0f} s")
