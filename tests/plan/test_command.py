@@ -1,11 +1,14 @@
 """The command as a user runs it."""
 
 import json
+import os
 import subprocess
 import sys
 
 import processes
 import pytest
+
+from music_jax.plan.compiling import ENVIRONMENT
 
 _DIGITS = (processes.DIGITS, "--config.batch_size=64")
 
@@ -38,6 +41,22 @@ def test_without_libtpu_it_says_how_to_get_it():
     assert found.returncode == 2
     assert "pip install libtpu" in found.stderr
     assert found.stderr.count("\n") == 1
+
+
+def test_libtpu_beside_it_does_not_make_another_command_look_for_a_tpu():
+    start = (
+        "import jax; from music_jax.mesh import look_for_no_absent_tpu;"
+        "look_for_no_absent_tpu(); print(jax.devices()[0].platform)"
+    )
+    unset = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("JAX_PLATFORMS", *ENVIRONMENT)
+    }
+    found = subprocess.run(
+        [sys.executable, "-c", start], capture_output=True, text=True, env=unset, cwd=processes.ROOT
+    )
+    assert (found.stdout, found.stderr) == ("cpu\n", "")
 
 
 @pytest.mark.slow
