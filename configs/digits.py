@@ -15,7 +15,7 @@ def get_config() -> config_dict.ConfigDict:
     """The config."""
     config = default_config()
     config.batch_size = 128
-    config.num_epochs = 40
+    config.num_epochs = 12
     config.log_every_steps = 11
 
     config.objective.num_segments = 32
@@ -48,13 +48,13 @@ def get_config() -> config_dict.ConfigDict:
     config.optimizer.name = "adamw"
     config.optimizer.base_learning_rate = 6e-3
     config.optimizer.weight_decay = 1e-4
-    config.optimizer.warmup_epochs = 4
+    config.optimizer.warmup_epochs = 2
 
-    config.checkpoint.every_steps = 110
+    config.checkpoint.every_steps = 66
 
-    config.linear_eval.num_epochs = 100
+    config.linear_eval.num_epochs = 50
     config.linear_eval.base_learning_rates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-    config.linear_eval.weight_decay = 0.0
+    config.linear_eval.weight_decay = 1e-2
     config.linear_eval.random_crops = False
     config.linear_eval.standardize = True
     config.linear_eval.raw_pixels = True

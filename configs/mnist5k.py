@@ -31,6 +31,11 @@ def get_config() -> config_dict.ConfigDict:
     config.crop.aspect_ratio = (1.0, 1.0)
     set_views(
         config,
+        jitter_probability=0.8,
+        brightness=0.4,
+        contrast=0.4,
+        blur_probability=0.5,
+        blur_sigma=(0.3, 1.2),
         affine_probability=1.0,
         rotation_degrees=20.0,
         translation=0.1,
@@ -54,7 +59,7 @@ def get_config() -> config_dict.ConfigDict:
 
     config.linear_eval.num_epochs = 100
     config.linear_eval.base_learning_rates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-    config.linear_eval.weight_decay = 0.0
+    config.linear_eval.weight_decay = 1e-2
     config.linear_eval.random_crops = False
     config.linear_eval.standardize = True
     config.linear_eval.raw_pixels = True

@@ -43,6 +43,7 @@ def run(main: Callable[[], None], usage: str, *, on_a_run: bool = True) -> None:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; every option starts with --")
             signal.signal(signal.SIGTERM, signal.default_int_handler)
+            _look_for_no_absent_tpu()
             main()
         except MusicError as error:
             fail(error)
@@ -65,6 +66,12 @@ def join_cluster() -> None:
     from music_jax.mesh import join_cluster
 
     join_cluster(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+
+
+def _look_for_no_absent_tpu() -> None:
+    from music_jax.mesh import look_for_no_absent_tpu
+
+    look_for_no_absent_tpu()
 
 
 def fail(error: MusicError) -> None:

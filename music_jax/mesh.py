@@ -1,6 +1,9 @@
 """Devices and processes: the mesh, which rows of a batch are whose, and how they get there."""
 
+import importlib.metadata
+import importlib.util
 import os
+import pathlib
 from collections.abc import Sequence
 
 import jax
@@ -60,6 +63,21 @@ def join_cluster(
         logging.info("running as a single process: %s", error)
     if peers.exist():
         peers.watch()
+
+
+def look_for_no_absent_tpu() -> None:
+    """Where there is libtpu but no TPU, as on a machine that plans, has JAX not look for one.
+
+    It would find the CPU as well, but only after libtpu's warnings. To be called before anything
+    uses JAX's devices; it leaves alone what the user has chosen, and any other accelerator.
+    """
+    if os.environ.get("JAX_PLATFORMS") or importlib.util.find_spec("libtpu") is None:
+        return
+    vendors = pathlib.Path("/sys/bus/pci/devices").glob("*/vendor")
+    on_google_hardware = any(path.read_text().strip() == "0x1ae0" for path in vendors)
+    others = importlib.metadata.entry_points(group="jax_plugins")
+    if not (on_google_hardware or others or importlib.util.find_spec("jax_plugins")):
+        jax.config.update("jax_platforms", "cpu")
 
 
 def use_cores(batch_size: int) -> None:

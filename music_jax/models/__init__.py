@@ -39,8 +39,8 @@ BACKBONES: dict[str, BackboneSpec] = {
     "small_resnet": _resnet(
         block=BasicBlock,
         stage_sizes=(1, 1),
-        widths=(64, 128),
-        stem_width=32,
+        widths=(48, 96),
+        stem_width=24,
         first_stride=2,
         pool_grid=4,
     ),

@@ -182,12 +182,16 @@ class ResNet(nnx.Module):
     def __call__(self, images: jax.Array, *, train: bool, num_views: int = 1) -> jax.Array:
         """Maps images [batch * num_views, height, width, channels] to float32 features."""
         x = self.conv(images.astype(self.dtype))
-        x = nnx.relu(self.norm(x, train=train, num_views=num_views))
-        if self.pools:
-            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        max_pool = _max_pool if self.pools else None
+        x = nnx.relu(self.norm(x, train=train, num_views=num_views, max_pool=max_pool))
         for block in self.blocks:
             x = apply_block(block, x, remat=self.remat, train=train, num_views=num_views)
         return _grid_mean(x.astype(jnp.float32), self.pool_grid)
+
+
+def _max_pool(x: jax.Array) -> jax.Array:
+    """3 x 3 with stride 2. Before or after a ReLU, which rises, is the same."""
+    return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
 def _grid_mean(x: jax.Array, grid: int) -> jax.Array:

@@ -23,7 +23,6 @@ import functools
 import importlib.util
 import json
 import os
-import re
 import resource
 import statistics
 import subprocess
@@ -35,9 +34,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from music_jax.mesh import batch_sharding
 from music_jax.objectives import music_loss
+from music_jax.plan import compiling, counts
 
 # name: batch a device, segments, units
 SHAPES = {
@@ -48,11 +48,6 @@ SHAPES = {
 }
 # topology: global batch
 TOPOLOGIES = {"v5e:4x8": 2048, "v5e:16x16": 4096, "v6e:4x4": 2048}
-ITEM_BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1}
-COLLECTIVE = re.compile(
-    r"= (.+?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
-    r".*?replica_groups=(\[[\d,]+\]|\{\{.*?\}\})?"
-)
 
 
 def dense_loss(za: jax.Array, zb: jax.Array, *, num_segments: int) -> jax.Array:
@@ -179,75 +174,34 @@ def print_torch_memory(name: str) -> None:
 
 def compile_for(topology: str, form: str, dtype: str) -> dict[str, Any]:
     """Figures of one chip of a TPU slice that need not be at hand."""
-    from jax.experimental import topologies
-
     batch, (_, segments, units) = TOPOLOGIES[topology], SHAPES["imagenet"]
-    description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    devices = np.array(description.devices)
-    mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    mesh = compiling.open_slice(topology).mesh
+    sharding = batch_sharding(mesh)
     dim = segments * units
     argument = jax.ShapeDtypeStruct((batch, dim), jnp.dtype(dtype), sharding=sharding)
     loss = {"sharded": music_loss, "dense": dense_loss}[form]
     step = jax.jit(jax.value_and_grad(functools.partial(loss, num_segments=segments), (0, 1)))
     start = time.perf_counter()
     compiled = step.lower(argument, argument).compile()
-    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
-    sent, by_kind = collective_bytes(compiled.as_text(), devices.size)
-    floor = 3 * 2 * batch * dim**2 / devices.size
+    program = compiling.read(compiled)
+    flops, traffic = compiling.costs(compiled, program)
+    sent = counts.collectives(program, mesh.size)
+    floor = 3 * 2 * batch * dim**2 / mesh.size
     return {
         "topology": topology,
         "form": form,
-        "chips": devices.size,
+        "chips": mesh.size,
         "batch": batch,
         "dtype": dtype,
-        "collective_mb": sum(by_kind.values()) / 1e6,
-        "collective_mb_by_kind": {kind: size / 1e6 for kind, size in by_kind.items()},
-        "received_mb": sent / 1e6,
-        "hbm_traffic_mb": cost["bytes accessed"] / 1e6,
-        "temporary_mb": memory.temp_size_in_bytes / 1e6,
-        "gflops": cost["flops"] / 1e9,
-        "flops_over_products": cost["flops"] / floor,
+        "collective_mb": sum(sent.by_kind.values()) / 1e6,
+        "collective_mb_by_kind": {kind: size / 1e6 for kind, size in sent.by_kind.items()},
+        "received_mb": sent.received / 1e6,
+        "hbm_traffic_mb": traffic / 1e6,
+        "temporary_mb": compiled.memory_analysis().temp_size_in_bytes / 1e6,
+        "gflops": flops / 1e9,
+        "flops_over_products": flops / floor,
         "compile_seconds": time.perf_counter() - start,
     }
-
-
-def collective_bytes(program: str, chips: int) -> tuple[float, dict[str, float]]:
-    """Bytes that a chip receives over the network, and bytes of the collectives' results by kind.
-
-    A ring of g chips brings each (g - 1) / g of what an all-gather or an all-to-all returns,
-    g - 1 times what a reduce-scatter returns, and twice (g - 1) / g of what an all-reduce returns.
-    """
-    received, by_kind, computation = 0.0, dict[str, float](), ""
-    for line in program.splitlines():
-        if line.endswith("{"):
-            computation = line
-        # One that overlaps with computation is written three times: its start and its end are
-        # fusions of their own.
-        repeated = computation.startswith("%fused_computation")
-        if repeated or not (found := COLLECTIVE.search(line)):
-            continue
-        result, kind, start, groups = found.groups()
-        arrays = re.findall(r"(\w+)\[([\d,]*)\]", result)
-        sizes = [
-            ITEM_BYTES[item] * int(np.prod([int(n) for n in shape.split(",") if n]))
-            for item, shape in arrays
-            if item in ITEM_BYTES
-        ]
-        size = sizes[-1] if start and kind != "all-reduce" else sum(sizes)
-        by_kind[kind] = by_kind.get(kind, 0.0) + size
-        group = _group_size(groups, chips)
-        ring = {"all-reduce": 2 * (group - 1) / group, "reduce-scatter": group - 1.0}
-        received += size * ring.get(kind, (group - 1) / group)
-    return received, by_kind
-
-
-def _group_size(groups: str | None, chips: int) -> int:
-    if groups is None:
-        return chips
-    if groups.startswith("["):  # [number of groups, chips in each]
-        return int(groups.strip("[]").split(",")[-1])
-    return groups.split("}")[0].count(",") + 1
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -275,8 +229,8 @@ def main() -> None:
     if arguments.torch_memory:
         return print_torch_memory(arguments.torch_memory)
     if arguments.part == "tpu":
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+        os.environ.update(compiling.ENVIRONMENT)
+        jax.config.update("jax_platforms", "cpu")
         rows = [
             compile_for(topology, form, arguments.dtype or "bfloat16")
             for topology in arguments.topologies.split(",")

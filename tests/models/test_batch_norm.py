@@ -59,3 +59,25 @@ def test_statistics_are_those_of_the_global_batch(devices):
     sharded = apply(jax.device_put(x, batch_sharding(mesh)))
     np.testing.assert_allclose(sharded, apply(x), rtol=1e-5, atol=1e-6)
     assert sharded.sharding.spec == PartitionSpec("data")
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_pooling_with_it_is_pooling_after_it(train):
+    def pool(x):
+        return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+    def step(scale, x, together):
+        norm = BatchNorm(4)
+        norm.scale[...], norm.bias[...] = scale, jnp.asarray([0.1, -0.2, 0.3, 0.0])
+        if together:
+            y = norm(x, train=train, num_views=2, max_pool=pool)
+        else:
+            y = pool(norm(x, train=train, num_views=2))
+        return jnp.sum(jnp.sin(y)), (y, norm.mean[...], norm.var[...])
+
+    scale = jnp.asarray([1.5, -0.7, 0.3, -2.0])  # normalising falls where it is negative
+    x = _input((6, 2, 8, 8, 4)).reshape(12, 8, 8, 4)
+    gradient = jax.value_and_grad(step, (0, 1), has_aux=True)
+    expected, found = (gradient(scale, x, together) for together in (False, True))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

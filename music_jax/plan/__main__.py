@@ -1,0 +1,173 @@
+"""`python -m music_jax.plan`: what a training step costs on chips that are not at hand."""
+
+import concurrent.futures
+import importlib.util
+import json
+import multiprocessing
+import os
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+from ml_collections import config_dict, config_flags
+
+from music_jax import cli
+from music_jax.errors import UserError
+from music_jax.plan.chips import CHIPS, chip_of
+
+if TYPE_CHECKING:
+    from music_jax.plan.report import Plan
+
+_USAGE = """
+Compiles the training step that a config describes for TPU slices that are not at hand, and tells
+what it needs: memory, FLOPs, bytes, network; which of them rules at the chips' published peaks, and
+what a step, an epoch and the run then take. Needs libtpu (Linux on x86-64), and for ResNet-50 about
+two minutes of one core and 3 GB of memory a slice.
+
+  python -m music_jax.plan --config=configs/imagenet.py --topology=v5e:4x8
+  python -m music_jax.plan --config=configs/imagenet.py --topology=v5e:4x8,v4:4x4x4 --json=plan.json
+
+Exit codes: 0 done, whether it fits or not; 2 wrong input.
+"""
+
+# Training splits of datasets that are seldom prepared where a run is planned.
+_NUM_IMAGES = {("imagenet2012", "train"): 1_281_167}
+
+
+def main() -> None:
+    """Reads the flags, compiles and reports."""
+    config, topologies = _config(), _topologies()
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "planning needs libtpu, the compiler for TPUs; on Linux and x86-64: pip install libtpu"
+        )
+    for name in ("num-images", "decode-rate", "jobs"):
+        value = flags.FLAGS[name].value
+        if value is not None and value <= 0:
+            raise UserError(f"--{name} must be positive; got {value}")
+    output = _output()
+
+    from music_jax.config import validate
+    from music_jax.plan import compiling
+
+    os.environ.update(compiling.ENVIRONMENT)
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    validate(config)
+    num_images = flags.FLAGS["num-images"].value or _num_images(config)
+    from music_jax import progress
+    from music_jax.plan import report
+
+    plans = _make_plans(config, topologies, num_images)
+    progress.say("")
+    progress.say(report.table(plans))
+    progress.say("")
+    progress.say(report.notes(plans))
+    if output is not None:
+        output.write_text(json.dumps([plan.as_json() for plan in plans], indent=2) + "\n")
+
+
+def _config() -> config_dict.ConfigDict:
+    config = flags.FLAGS.config
+    if config is None:
+        raise UserError("--config=FILE is missing, such as --config=configs/imagenet.py")
+    return config
+
+
+def _topologies() -> list[str]:
+    topologies = list(dict.fromkeys(flags.FLAGS.topology or ()))
+    if not topologies:
+        examples = ",".join(chip.example for chip in CHIPS.values())
+        raise UserError(f"--topology=NAME[,NAME...] is missing; they are written like {examples}")
+    for topology in topologies:
+        chip_of(topology)
+    return topologies
+
+
+def _output() -> pathlib.Path | None:
+    """The file for the JSON, seen to be writable before minutes are spent."""
+    if not flags.FLAGS.json:
+        return None
+    path = pathlib.Path(flags.FLAGS.json).expanduser()
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"--json={path} cannot be written; name a file in a directory that exists")
+    return path
+
+
+def _num_images(config: config_dict.ConfigDict) -> int:
+    from music_jax.data.sources import open_source
+
+    dataset = config.dataset
+    published = _NUM_IMAGES.get((dataset.name, dataset.train_split))
+    try:
+        return published or len(open_source(dataset, dataset.train_split))
+    except UserError as error:
+        raise UserError(
+            f"how many images does {dataset.name}:{dataset.train_split} have? It is not prepared "
+            f"here; tell with --num-images=N ({error})"
+        ) from error
+
+
+def _make_plans(
+    config: config_dict.ConfigDict, topologies: list[str], num_images: int
+) -> list["Plan"]:
+    from music_jax import progress
+    from music_jax.plan import worker
+
+    options: Any = flags.FLAGS
+    jobs = min(options.jobs or os.cpu_count() or 1, len(topologies))
+    pool = concurrent.futures.ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), initializer=worker.quiet
+    )
+    tasks = [
+        worker.Task(
+            config=config.to_json(),
+            topology=topology,
+            num_images=num_images,
+            decode_rate=options["decode-rate"].value,
+            find_batch_size=options["find-batch-size"].value,
+        )
+        for topology in topologies
+    ]
+    try:
+        with pool:
+            for task in tasks:  # what is wrong is told before minutes are spent
+                pool.submit(worker.check, task).result()
+            running = {pool.submit(worker.run, task): task for task in tasks}
+            progress.say(
+                f"compiling for {', '.join(topologies)}, {jobs} at a time ... about 2 min of one "
+                "core each for ResNet-50"
+            )
+            for done in concurrent.futures.as_completed(running):
+                seconds = done.result().figures.compile_seconds
+                progress.say(f"compiled for {running[done].topology} in {seconds:.0f} s")
+            return [done.result() for done in running]
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise UserError(
+            f"a compilation was killed, as happens when memory runs out; try --jobs=1, not {jobs}"
+        ) from error
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file(
+        "config", None, "The config file; --config.FIELD=VALUE overrides any of its fields."
+    )
+    flags.DEFINE_list("topology", None, "One or more slices, such as v5e:4x8,v4:4x4x4.")
+    flags.DEFINE_string("json", None, "File for the figures, one object a topology.")
+    flags.DEFINE_boolean(
+        "find-batch-size",
+        False,
+        "Also look for the largest batch that fits, by bisection: about ten compilations.",
+    )
+    flags.DEFINE_integer(
+        "num-images", None, "Images of the training split, if the dataset is not prepared here."
+    )
+    flags.DEFINE_float(
+        "decode-rate",
+        1381.0,
+        "Images a second that a core of the host decodes and cuts both crops from; by default "
+        "JPEGs of 500 x 375 pixels.",
+    )
+    flags.DEFINE_integer("jobs", None, "Slices to compile for at a time; by default one a core.")
+    cli.run(main, _USAGE)

@@ -1,0 +1,241 @@
+"""What a compiled program sends over the network, reads, writes and multiplies, from its text.
+
+Sizes and FLOPs in a plan are XLA's own wherever it gives them. It does not give the collectives,
+and it counts the body of a loop once, however often the loop turns: what is counted here tells by
+which factor that falls short.
+"""
+
+import dataclasses
+import math
+import re
+
+import numpy as np
+
+from music_jax.plan.hlo import Array, Instruction, Program
+
+_COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
+# They only name, regroup or wait for what others have written.
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call",
+    "conditional", "opt-barrier", "partition-id", "replica-id", "after-all",
+}  # fmt: skip
+_DEVICE_LIST = re.compile(r"replica_groups=(\[[\d,]+\]|\{\{[^}]*\})")
+_DEVICE_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_DIM_LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+_WINDOW = re.compile(r"window=\{([^}]*)\}")
+_CONTRACTING = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collectives:
+    """What the collectives of one device move in one run of the program.
+
+    Attributes:
+      received: bytes that enter the device, each collective going round a ring.
+      by_kind: bytes of the collectives' results, by kind.
+    """
+
+    received: float
+    by_kind: dict[str, int]
+
+
+def collectives(program: Program, devices: int) -> Collectives:
+    """Counts the collectives of a program.
+
+    A ring of g devices brings each (g - 1) / g of what an all-gather or an all-to-all returns,
+    g - 1 times what a reduce-scatter returns, and twice (g - 1) / g of what an all-reduce returns.
+
+    Args:
+      program: the program.
+      devices: how many devices it runs on.
+    """
+    received, by_kind = 0.0, dict[str, int]()
+    for name, times in program.runs.items():
+        for instruction in program.computations[name].values():
+            for kind, size, group in _sent(program, instruction, devices):
+                by_kind[kind] = by_kind.get(kind, 0) + times * size
+                received += times * size * _share(kind, group)
+    return Collectives(received, by_kind)
+
+
+def _share(kind: str, group: int) -> float:
+    if kind == "collective-permute":
+        return 1.0
+    return {"all-reduce": 2 * (group - 1) / group, "reduce-scatter": group - 1.0}.get(
+        kind, (group - 1) / group
+    )
+
+
+def _sent(program: Program, instruction: Instruction, devices: int) -> list[tuple[str, int, int]]:
+    """Kind, bytes of the result and size of the group of each collective of an instruction."""
+    kind = instruction.opcode.removesuffix("-start")
+    if kind in _COLLECTIVES:
+        arrays = instruction.arrays
+        if instruction.opcode != kind and kind != "all-reduce":
+            # What starts a collective gives its operands, its results and some counters.
+            arrays = tuple(array for array in arrays if array.shape)
+            arrays = arrays[len(arrays) // 2 :]
+        size = sum(array.size for array in arrays)
+        return [(kind, size, _group_size(instruction.attributes, devices))]
+    called = instruction.called.get("calls", "")
+    # One that overlaps with computation is written three times: its start and its end are fusions
+    # with it inside, which are named so.
+    if instruction.opcode != "fusion" or called.startswith("fused_computation"):
+        return []
+    sent = [
+        found
+        for inner in program.computations[called].values()
+        for found in _sent(program, inner, devices)
+    ]
+    if called.startswith("all-reduce-scatter"):
+        # An all-reduce of which each device keeps its share: what moves is a reduce-scatter.
+        return [("reduce-scatter", size // group, group) for _, size, group in sent]
+    return sent
+
+
+def _group_size(attributes: str, devices: int) -> int:
+    if found := _DEVICE_MESH.search(attributes):
+        sizes = dict(axis.split("=") for axis in found[1].split(","))
+        return math.prod(int(sizes[axis]) for axis in found[2].split(","))
+    found = _DEVICE_LIST.search(attributes)
+    if found is None:
+        return devices
+    if found[1].startswith("["):  # [number of groups, devices in each]
+        return int(found[1].strip("[]").split(",")[-1])
+    return found[1].count(",") + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one device does in one run of a program.
+
+    Attributes:
+      flops: of its matrix products and convolutions.
+      bytes: read and written by its instructions, in whatever memory.
+      hbm_bytes: those in the device's main memory.
+    """
+
+    flops: float
+    bytes: float
+    hbm_bytes: float
+
+
+def work(program: Program, *, loops_once: bool = False) -> Work:
+    """Counts what a program does.
+
+    Args:
+      program: the program.
+      loops_once: count a loop's body once, as XLA's own cost analysis does.
+    """
+    flops, total, hbm = 0, 0, 0
+    for name, runs in program.runs.items():
+        times = 1 if loops_once else runs
+        for instruction in program.computations[name].values():
+            flops += times * _flops(program, name, instruction)
+            for array in _touched(program, name, instruction):
+                total += times * array.size
+                hbm += times * array.size * array.in_hbm
+    return Work(float(flops), float(total), float(hbm))
+
+
+def _touched(program: Program, computation: str, instruction: Instruction) -> list[Array]:
+    """The arrays that an instruction reads or writes."""
+    if instruction.opcode in _FREE or instruction.opcode.endswith(("-done", "-update")):
+        return []
+    if instruction.opcode == "custom-call" and "ConcatBitcast" in instruction.attributes:
+        return []  # several arrays that lie one behind the other, seen as one
+    if instruction.opcode in ("copy-start", "slice-start"):
+        # It gives its operand and its result, in either order; of the larger it touches a part.
+        source, result = instruction.arrays[:2]
+        smaller = min(source, result, key=lambda array: array.size)
+        return [dataclasses.replace(smaller, in_hbm=a.in_hbm) for a in (source, result)]
+    return [*instruction.arrays, *program.operands(computation, instruction)]
+
+
+def _flops(program: Program, computation: str, instruction: Instruction) -> int:
+    if instruction.opcode == "fusion":
+        called = instruction.called["calls"]
+        return sum(
+            _flops(program, called, inner) for inner in program.computations[called].values()
+        )
+    if instruction.opcode not in ("convolution", "dot"):
+        return 0
+    outputs = math.prod(instruction.arrays[0].shape)
+    left, right = program.operands(computation, instruction)[:2]
+    if instruction.opcode == "dot":
+        found = _CONTRACTING.search(instruction.attributes)
+        axes = [int(n) for n in found[1].split(",") if n] if found else []
+        return 2 * outputs * math.prod(left.shape[axis] for axis in axes)
+    found = _DIM_LABELS.search(instruction.attributes)
+    if found is None:
+        return 0
+    image, kernel, result = found.groups()
+    positions = 1  # pairs of a position of the output and one of the kernel that meet the image
+    for axis, (size, options) in enumerate(_window(instruction.attributes)):
+        digit = str(axis)
+        inputs = left.shape[image.index(digit)]
+        positions *= _meeting(
+            inputs, instruction.arrays[0].shape[result.index(digit)], size, options
+        )
+    batch = instruction.arrays[0].shape[result.index("b")]
+    features = right.shape[kernel.index("i")] * right.shape[kernel.index("o")]
+    return 2 * batch * features * positions
+
+
+def _window(attributes: str) -> list[tuple[int, dict[str, tuple[int, ...]]]]:
+    """Of each spatial axis of a convolution: the kernel's size, and strides, padding, dilation."""
+    found = _WINDOW.search(attributes)
+    if found is None:
+        return []
+    fields = dict(field.split("=") for field in found[1].split())
+    axes = {
+        name: [tuple(int(n) for n in axis.split("_")) for axis in value.split("x")]
+        for name, value in fields.items()
+        if name in ("size", "stride", "pad", "lhs_dilate", "rhs_dilate")
+    }
+    sizes = axes.pop("size")
+    return [
+        (size, {name: values[axis] for name, values in axes.items()})
+        for axis, (size,) in enumerate(sizes)
+    ]
+
+
+def _meeting(inputs: int, outputs: int, size: int, options: dict[str, tuple[int, ...]]) -> int:
+    stride, kernel_step = options.get("stride", (1,))[0], options.get("rhs_dilate", (1,))[0]
+    dilation, before = options.get("lhs_dilate", (1,))[0], options.get("pad", (0, 0))[0]
+    where = np.arange(outputs)[:, None] * stride + np.arange(size)[None, :] * kernel_step - before
+    inside = (where >= 0) & (where <= (inputs - 1) * dilation) & (where % dilation == 0)
+    return int(np.count_nonzero(inside))
+
+
+def largest_arrays(program: Program, count: int) -> list[tuple[int, Array, int, str]]:
+    """The largest arrays that the program writes to the device's main memory.
+
+    Args:
+      program: the program.
+      count: how many kinds of them.
+
+    Returns:
+      Bytes of one, the array, how many such are written, and what writes the first; arrays of the
+      same shape and type are one kind. They need not all live at the same time.
+    """
+    kinds: dict[Array, list[str]] = {}
+    for name in program.runs:
+        for instruction in program.computations[name].values():
+            if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
+                continue
+            for array in instruction.arrays:
+                if array.in_hbm:
+                    kinds.setdefault(array, []).append(instruction.scope)
+    largest = sorted(kinds, key=lambda array: array.size, reverse=True)[:count]
+    return [(array.size, array, len(kinds[array]), _last(kinds[array])) for array in largest]
+
+
+def _last(scopes: list[str]) -> str:
+    return next((scope.rpartition("/")[2] for scope in scopes if scope), "")

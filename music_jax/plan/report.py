@@ -1,0 +1,169 @@
+"""A plan as a person reads it, and as JSON."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from music_jax import progress
+from music_jax.plan.chips import chip_of
+from music_jax.plan.compiling import Figures
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One topology's figures and what follows from them at the chip's published peaks.
+
+    Attributes:
+      topology: its name.
+      figures: XLA's.
+      num_images: of the training split.
+      num_epochs: of the run.
+      decode_rate: images a second that one core of the host decodes and crops.
+      largest_batch_size: the largest that fits, if it was looked for.
+    """
+
+    topology: str
+    figures: Figures
+    num_images: int
+    num_epochs: int
+    decode_rate: float
+    largest_batch_size: int | None = None
+
+    @property
+    def peak_seconds(self) -> dict[str, float]:
+        """Time that each resource alone needs for a step at its published peak."""
+        chip, figures = chip_of(self.topology), self.figures
+        return {
+            "compute": (figures.flops or 0.0) / chip.flops_per_second,
+            "hbm": (figures.hbm_traffic_bytes or 0.0) / chip.hbm_bytes_per_second,
+            "network": (figures.received_bytes or 0.0) / chip.network_bytes_per_second,
+        }
+
+    @property
+    def bound(self) -> str:
+        """The resource that needs the longest."""
+        seconds = self.peak_seconds
+        return max(seconds, key=lambda name: seconds[name])
+
+    @property
+    def seconds_per_step(self) -> float:
+        """What that resource needs, by XLA's bytes accessed as if all went through the HBM."""
+        return max(self.peak_seconds.values())
+
+    @property
+    def least_seconds_per_step(self) -> float:
+        """The same if what XLA keeps in on-chip memory cost nothing: no step can be faster."""
+        hbm = (self.figures.hbm_only_bytes or 0.0) / chip_of(self.topology).hbm_bytes_per_second
+        return max(self.peak_seconds["compute"], self.peak_seconds["network"], hbm)
+
+    @property
+    def seconds_per_epoch(self) -> float:
+        """Of the epoch's whole batches."""
+        return self.num_images // self.figures.batch_size * self.seconds_per_step
+
+    @property
+    def images_per_second(self) -> float:
+        """A chip; an image counts once, however many views are made of it."""
+        return self.figures.batch_size / self.figures.chips / self.seconds_per_step
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan as it is written; figures of what does not fit are null."""
+        derived = {
+            "bound": lambda: self.bound,
+            "seconds_per_step": lambda: self.seconds_per_step,
+            "least_seconds_per_step": lambda: self.least_seconds_per_step,
+            "seconds_at_peak": lambda: self.peak_seconds,
+            "seconds_per_epoch": lambda: self.seconds_per_epoch,
+            "seconds_per_run": lambda: self.num_epochs * self.seconds_per_epoch,
+            "images_per_second": lambda: self.images_per_second,
+            "decode_cores": lambda: self.images_per_second / self.decode_rate,
+        }
+        fits = self.figures.fits
+        return {
+            "topology": self.topology,
+            **dataclasses.asdict(self.figures),
+            **{name: figure() if fits else None for name, figure in derived.items()},
+            "largest_batch_size": self.largest_batch_size,
+        }
+
+
+def table(plans: Sequence[Plan]) -> str:
+    """All plans side by side, one column a topology; figures of one chip."""
+    rows: list[tuple[str, list[str]]] = []
+
+    def row(name: str, cells: list[str]) -> None:
+        if any(cells):
+            rows.append((name, cells))
+
+    def if_fits(name: str, text: Any) -> None:
+        row(name, [text(plan) if plan.figures.fits else "" for plan in plans])
+
+    row("chips", [str(plan.figures.chips) for plan in plans])
+    row("batch", [str(plan.figures.batch_size) for plan in plans])
+    row("", ["" if plan.figures.fits else "DOES NOT FIT" for plan in plans])
+    row("HBM needed", [_gb(plan.figures.hbm_needed_bytes) for plan in plans])
+    row("HBM available", [_gb(plan.figures.hbm_available_bytes) for plan in plans])
+    if_fits("HBM free", lambda p: _gb(p.figures.hbm_available_bytes - p.figures.hbm_needed_bytes))
+    if_fits("arguments", lambda p: _gb(p.figures.argument_bytes))
+    if_fits("temporaries", lambda p: _gb(p.figures.temporary_bytes))
+    if_fits("compute", lambda p: f"{p.figures.flops / 1e12:.3f} TFLOP")
+    if_fits("  of it the objective", lambda p: f"{p.figures.objective_flops / p.figures.flops:.2%}")
+    if_fits("bytes accessed", lambda p: _gb(p.figures.hbm_traffic_bytes))
+    if_fits("  of them not on chip", lambda p: _gb(p.figures.hbm_only_bytes))
+    if_fits("received from others", lambda p: _gb(p.figures.received_bytes))
+    for kind in sorted({kind for plan in plans for kind in plan.figures.collective_bytes}):
+        if_fits(f"  {kind}", lambda p, k=kind: _gb(p.figures.collective_bytes.get(k, 0.0)))
+    for name in ("compute", "hbm", "network"):
+        if_fits(f"{name} at peak", lambda p, n=name: f"{p.peak_seconds[n] * 1e3:.1f} ms")
+    if_fits("bound by", lambda p: p.bound)
+    if_fits("a step", lambda p: f"{p.seconds_per_step * 1e3:.1f} ms")
+    if_fits("  at the very least", lambda p: f"{p.least_seconds_per_step * 1e3:.1f} ms")
+    if_fits("an epoch", lambda p: _duration(p.seconds_per_epoch))
+    if_fits("the whole run", lambda p: _duration(p.num_epochs * p.seconds_per_epoch))
+    if_fits("images/s", lambda p: f"{p.images_per_second:,.0f}")
+    if_fits("cores to decode them", lambda p: f"{p.images_per_second / p.decode_rate:.1f}")
+    row("largest batch", [str(plan.largest_batch_size or "") for plan in plans])
+    row("compiled in", [f"{plan.figures.compile_seconds or 0:.0f} s" for plan in plans])
+    header = ["a chip and a step", *(plan.topology for plan in plans)]
+    return progress.table(header, [[name, *cells] for name, cells in rows])
+
+
+def notes(plans: Sequence[Plan]) -> str:
+    """What each step's largest arrays are, and where the figures are from."""
+    lines = []
+    for plan in plans:
+        if not plan.figures.fits:
+            lines.append(
+                f"{plan.topology}: batch {plan.figures.batch_size} does not fit: needs "
+                f"{_gb(plan.figures.hbm_needed_bytes)} of {_gb(plan.figures.hbm_available_bytes)}"
+            )
+            continue
+        lines.append(f"{plan.topology}, largest arrays that a device writes to its memory:")
+        lines += [
+            f"  {_gb(array['bytes']):>9}  {array['count']:3d} x {array['array']} "
+            f"{array['operation']}".rstrip()
+            for array in plan.figures.largest_arrays
+        ]
+    sources = dict.fromkeys(chip.source for chip in (chip_of(plan.topology) for plan in plans))
+    lines += [
+        "Sizes, FLOPs and bytes accessed are XLA's own for the compiled step. Times are bounds,",
+        "not measurements: that work at the chip's published peaks, with all bytes going through",
+        "the HBM; at the very least, without those of arrays that XLA keeps in on-chip memory,",
+        "which it counts too. Peaks are from",
+        *(f"  {source}" for source in sources),
+    ]
+    return "\n".join(lines)
+
+
+def _gb(size: float | None) -> str:
+    if size is None:
+        return ""
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.3f} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"

@@ -1,0 +1,18 @@
+"""libtpu is loaded once, to compile only, and says on standard error that it sits on no TPU."""
+
+import os
+
+import pytest
+
+from music_jax.plan import compiling
+
+pytest.importorskip("libtpu", reason="libtpu has wheels for Linux on x86-64 alone")
+os.environ.update(
+    {name: value for name, value in compiling.ENVIRONMENT.items() if name != "JAX_PLATFORMS"}
+)
+
+
+@pytest.fixture(scope="session")
+def four_chips():
+    """Four TPU v5e chips that are not at hand."""
+    return compiling.open_slice("v5e:2x2")

@@ -1,0 +1,36 @@
+"""Names of topologies, and the published peaks against those that the documentation gives."""
+
+import pytest
+
+from music_jax.errors import UserError
+from music_jax.plan.chips import CHIPS, chip_of
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+def test_each_chip_knows_its_own_example(chip):
+    assert chip_of(chip.example) is chip
+
+
+def test_peaks_of_v5e_are_the_documented_ones():
+    chip = CHIPS["v5e"]
+    # 197 TFLOPs, 819 GBps, and 1,600 Gbps of links, which are 200 GB/s.
+    assert chip.flops_per_second == 197e12
+    assert chip.hbm_bytes_per_second == 819e9
+    assert chip.network_bytes_per_second == 1600e9 / 8
+
+
+@pytest.mark.parametrize(
+    ("topology", "expected"),
+    [
+        ("v6:2x2", "did you mean 'v6e'"),
+        ("gpu:h100:8", r"the chip 'gpu' is not known.*v5e:4x8"),
+        ("v5e", "expected 2 sizes joined by x after 'v5e', such as v5e:4x8; got ''"),
+        ("v5e:4x4x4", "expected 2 sizes"),
+        ("v4:2x2", "expected 3 sizes"),
+        ("v5e:0x2", "expected 2 sizes"),
+        ("v5e:4x8;rm", "expected 2 sizes"),
+    ],
+)
+def test_what_cannot_be_a_topology_is_told(topology, expected):
+    with pytest.raises(UserError, match=expected):
+        chip_of(topology)

@@ -1,0 +1,81 @@
+"""The command as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import processes
+import pytest
+
+from music_jax.plan.compiling import ENVIRONMENT
+
+_DIGITS = (processes.DIGITS, "--config.batch_size=64")
+
+
+def test_an_unknown_topology_is_told_in_one_line():
+    code, _, err = processes.run("music_jax.plan", *_DIGITS, "--topology=v5e:4x8,v9:2x2")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "the chip 'v9' is not known" in err
+
+
+def test_a_topology_that_libtpu_refuses_is_told_before_the_others_are_compiled():
+    code, out, err = processes.run("music_jax.plan", *_DIGITS, "--topology=v5e:2x2,v5e:3x5")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "v5e:3x5" in err
+    assert "compiling" not in out
+
+
+def test_without_libtpu_it_says_how_to_get_it():
+    hidden = (
+        "import importlib.util as u, runpy, sys; find = u.find_spec;"
+        "u.find_spec = lambda name, *a: None if name == 'libtpu' else find(name, *a);"
+        f"sys.argv = ['plan', {processes.DIGITS!r}, '--topology=v5e:2x2'];"
+        "runpy.run_module('music_jax.plan', run_name='__main__', alter_sys=True)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", hidden], capture_output=True, text=True, cwd=processes.ROOT
+    )
+    assert found.returncode == 2
+    assert "pip install libtpu" in found.stderr
+    assert found.stderr.count("\n") == 1
+
+
+def test_libtpu_beside_it_does_not_make_another_command_look_for_a_tpu():
+    start = (
+        "import jax; from music_jax.mesh import look_for_no_absent_tpu;"
+        "look_for_no_absent_tpu(); print(jax.devices()[0].platform)"
+    )
+    unset = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("JAX_PLATFORMS", *ENVIRONMENT)
+    }
+    found = subprocess.run(
+        [sys.executable, "-c", start], capture_output=True, text=True, env=unset, cwd=processes.ROOT
+    )
+    assert (found.stdout, found.stderr) == ("cpu\n", "")
+
+
+@pytest.mark.slow
+def test_a_small_config_is_planned_from_start_to_end(tmp_path):
+    file = tmp_path / "plan.json"
+    code, out, err = processes.run(
+        "music_jax.plan",
+        *_DIGITS,
+        "--topology=v5e:2x2",
+        f"--json={file}",
+        "--num-images=1437",
+        timeout=600,
+    )
+    assert (code, err) == (0, "")
+    assert "bound by" in out
+    (plan,) = json.loads(file.read_text())
+    assert (plan["topology"], plan["chips"], plan["batch_size"]) == ("v5e:2x2", 4, 64)
+    assert plan["fits"]
+    assert 0 < plan["objective_flops"] < plan["flops"]
+    assert plan["argument_bytes"] < plan["hbm_needed_bytes"] < plan["hbm_available_bytes"]
+    # Each chip gets the gradient of every parameter from the others.
+    assert plan["collective_bytes"]["all-reduce"] > 1e6

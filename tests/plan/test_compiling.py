@@ -1,0 +1,68 @@
+"""Slices that are not at hand, what fits into them, and the real step compiled for one."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from music_jax.config import default_config
+from music_jax.errors import UserError
+from music_jax.plan import compiling
+
+_GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("topology", "chips", "devices", "published_gib"),
+    [("v5e:2x2", 4, 4, 16), ("v3:2x2", 4, 8, 32), ("v4:2x2x1", 4, 4, 32), ("v6e:4x4", 16, 16, 32)],
+)
+def test_a_slice_is_as_large_as_documented(topology, chips, devices, published_gib):
+    found = compiling.open_slice(topology)
+    assert (found.chips, found.mesh.size) == (chips, devices)
+    # XLA keeps a little of the memory for itself.
+    usable = found.hbm_bytes * found.devices_per_chip
+    assert 0.93 * published_gib * _GIB < usable <= published_gib * _GIB
+
+
+def test_a_slice_that_does_not_exist_is_told():
+    with pytest.raises(UserError, match=r"v5e:3x5.*such as v5e:4x8"):
+        compiling.open_slice("v5e:3x5")
+
+
+def test_what_does_not_fit_is_a_figure_and_not_an_error(four_chips, monkeypatch):
+    config = default_config()
+    config.batch_size, config.crop.size = 4, 32
+    config.backbone.name, config.objective.num_segments = "small_resnet", 4
+
+    def too_large(config, recipe, mesh):
+        whole = NamedSharding(mesh, PartitionSpec())
+        matrix = jax.ShapeDtypeStruct((2**18, 2**18), jnp.bfloat16, sharding=whole)
+        return jax.jit(lambda x: x @ x, out_shardings=whole).lower(matrix)
+
+    monkeypatch.setattr(compiling, "lower_step", too_large)
+    found = compiling.measure(config, four_chips, steps_per_epoch=1, with_objective=False)
+    assert not found.fits
+    assert found.hbm_needed_bytes >= 2**18 * 2**18 * 2 > found.hbm_available_bytes
+    assert found.flops is None
+
+
+def test_a_batch_that_cannot_be_divided_is_told(four_chips):
+    config = default_config()
+    config.batch_size = 6
+    with pytest.raises(UserError, match="batch_size = 6 cannot be divided over 4 devices"):
+        compiling.measure(config, four_chips, steps_per_epoch=1, with_objective=False)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 63, 64, 65, 100, 200])
+@pytest.mark.parametrize("start", [0, 64])
+def test_the_largest_batch_is_found_in_few_steps(limit, start):
+    asked = []
+
+    def fits(batch):
+        asked.append(batch)
+        return batch <= 4 * limit
+
+    known = (4 * start, None) if start <= limit else (0, 4 * start)
+    assert compiling.largest_batch(fits, 4, *known) == 4 * limit
+    assert all(batch % 4 == 0 for batch in asked)
+    assert len(asked) == len(set(asked)) <= 16

@@ -1,0 +1,86 @@
+"""What follows from a step's figures, against sums done by hand."""
+
+import json
+
+import pytest
+
+from music_jax.plan import report
+from music_jax.plan.compiling import Figures
+
+# A v5e chip does 197 TFLOP/s, 819 GB/s of HBM and 200 GB/s of network.
+_FIGURES = Figures(
+    chips=32,
+    batch_size=2048,
+    fits=True,
+    hbm_available_bytes=16.9e9,
+    hbm_needed_bytes=5.5e9,
+    argument_bytes=0.9e9,
+    temporary_bytes=4.6e9,
+    flops=1.97e12,
+    hbm_traffic_bytes=81.9e9,
+    hbm_only_bytes=40.95e9,
+    received_bytes=2e9,
+    collective_bytes={"all-reduce": 1e9},
+    objective_flops=0.0197e12,
+    largest_arrays=[{"bytes": 2e8, "array": "bf16[128,56]", "count": 3, "operation": "add"}],
+    compile_seconds=130.0,
+)
+_TOO_LARGE = Figures(
+    chips=4, batch_size=4096, fits=False, hbm_available_bytes=16.9e9, hbm_needed_bytes=50e9
+)
+
+
+def _plan(figures, topology="v5e:4x8"):
+    return report.Plan(
+        topology=topology, figures=figures, num_images=20_481, num_epochs=100, decode_rate=320.0
+    )
+
+
+def test_times_at_the_published_peaks():
+    plan = _plan(_FIGURES)
+    assert plan.peak_seconds == pytest.approx({"compute": 0.01, "hbm": 0.1, "network": 0.01})
+    assert plan.bound == "hbm"
+    written = plan.as_json()
+    assert written["seconds_per_step"] == pytest.approx(0.1)
+    assert written["least_seconds_per_step"] == pytest.approx(0.05)
+    assert written["images_per_second"] == pytest.approx(640)  # a chip: 64 images in 0.1 s
+    assert written["decode_cores"] == pytest.approx(2)
+    assert written["seconds_per_epoch"] == pytest.approx(1)  # 10 whole batches of 2,048
+    assert written["seconds_per_run"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "bound"),
+    [("flops", 197e12, "compute"), ("received_bytes", 200e9, "network")],
+)
+def test_the_scarcest_resource_rules(field, value, bound):
+    figures = Figures(**{**vars(_FIGURES), field: value})
+    assert _plan(figures).bound == bound
+    assert _plan(figures).seconds_per_step == pytest.approx(1.0)
+
+
+def test_json_has_the_documented_fields_whether_it_fits_or_not():
+    documented = {
+        "topology", "chips", "batch_size", "argument_bytes", "temporary_bytes",
+        "hbm_available_bytes", "flops", "hbm_traffic_bytes", "collective_bytes", "objective_flops",
+        "bound", "seconds_per_step", "images_per_second", "compile_seconds",
+    }  # fmt: skip
+    fitting, not_fitting = (_plan(figures).as_json() for figures in (_FIGURES, _TOO_LARGE))
+    assert documented <= fitting.keys() == not_fitting.keys()
+    assert not any(fitting[name] is None for name in documented)
+    assert not_fitting["fits"] is False
+    assert not_fitting["bound"] is not_fitting["seconds_per_step"] is None
+    json.dumps([fitting, not_fitting], allow_nan=False)
+
+
+def test_the_table_has_a_column_a_topology_and_says_what_does_not_fit():
+    plans = [_plan(_FIGURES), _plan(_TOO_LARGE, "v5e:2x2")]
+    rows = {line.split("  ")[0]: line.split() for line in report.table(plans).splitlines()}
+    assert rows["a chip and a step"][-2:] == ["v5e:4x8", "v5e:2x2"]
+    assert rows["HBM needed"][2:] == ["5.50", "GB", "50.00", "GB"]
+    assert rows["bound by"][-1] == "hbm"
+    assert "DOES NOT FIT" in report.table(plans)
+    notes = report.notes(plans)
+    assert "v5e:2x2: batch 4096 does not fit: needs 50.00 GB of 16.90 GB" in notes
+    assert "3 x bf16[128,56] add" in notes
+    assert "cloud.google.com/tpu/docs/v5e" in notes

@@ -1,0 +1,32 @@
+"""Looking for the largest batch, with the compiler replaced by one whose limit is known."""
+
+import runpy
+
+import processes
+
+from music_jax.plan import worker
+from music_jax.plan.compiling import Figures
+
+
+def test_the_largest_batch_is_looked_for_from_the_configs_own(four_chips, monkeypatch, capsys):
+    def measure(config, slice_, *, steps_per_epoch, with_objective):
+        assert steps_per_epoch == max(1, 1437 // config.batch_size)
+        fits = config.batch_size <= 4 * 77
+        return Figures(slice_.chips, config.batch_size, fits, 16e9, compile_seconds=1.0)
+
+    monkeypatch.setattr(worker, "open_slice", lambda topology, fsdp: four_chips)
+    monkeypatch.setattr(worker, "measure", measure)
+    config = runpy.run_path(str(processes.ROOT / "configs" / "digits.py"))["get_config"]()
+    config.batch_size = 64
+    plan = worker.run(
+        worker.Task(
+            config=config.to_json(),
+            topology="v5e:2x2",
+            num_images=1437,
+            decode_rate=1000.0,
+            find_batch_size=True,
+        )
+    )
+    assert plan.largest_batch_size == 4 * 77
+    assert plan.figures.batch_size == 64
+    assert "with a batch of 128" in capsys.readouterr().out
