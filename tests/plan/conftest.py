@@ -15,4 +15,4 @@ os.environ.update(
 @pytest.fixture(scope="session")
 def four_chips():
     """Four TPU v5e chips that are not at hand."""
-    return compiling.open_slice("v5e:2x2")
+    return compiling.open_slice("v5e:2x2", fsdp=1)

@@ -34,7 +34,7 @@ def test_what_does_not_fit_is_a_figure_and_not_an_error(four_chips, monkeypatch)
     config.batch_size, config.crop.size = 4, 32
     config.backbone.name, config.objective.num_segments = "small_resnet", 4
 
-    def too_large(config, recipe, mesh):
+    def too_large(recipe, state, mesh, images_shape):
         whole = NamedSharding(mesh, PartitionSpec())
         matrix = jax.ShapeDtypeStruct((2**18, 2**18), jnp.bfloat16, sharding=whole)
         return jax.jit(lambda x: x @ x, out_shardings=whole).lower(matrix)
