@@ -15,7 +15,7 @@ def get_config() -> config_dict.ConfigDict:
     """The config."""
     config = default_config()
     config.batch_size = 128
-    config.num_epochs = 12
+    config.num_epochs = 24
     config.log_every_steps = 11
 
     config.objective.num_segments = 32
@@ -53,7 +53,7 @@ def get_config() -> config_dict.ConfigDict:
     config.checkpoint.every_steps = 66
 
     config.linear_eval.num_epochs = 50
-    config.linear_eval.base_learning_rates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    config.linear_eval.base_learning_rates = (3e-3, 1e-2, 3e-2)
     config.linear_eval.weight_decay = 1e-2
     config.linear_eval.random_crops = False
     config.linear_eval.standardize = True
