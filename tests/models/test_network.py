@@ -38,7 +38,7 @@ def test_resnets_have_torchvisions_number_of_parameters(name):
         ("small_resnet", "strided", 28, 1536),
         ("small_resnet", "cifar", 8, 1536),
         ("resnet18", "cifar", 32, 512),
-        ("resnet50", "imagenet", 64, 1536),
+        ("resnet50", "imagenet", 64, 2048),
     ],
 )
 def test_shapes_of_features_and_embeddings(name, stem, side, features):
