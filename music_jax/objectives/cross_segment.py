@@ -38,11 +38,13 @@ class Tile(NamedTuple):
       batch: samples in the global batch, N.
       units: units a segment, K.
       precision: `precision` of the products.
+      whole: whether it is all of P, and so begins and ends with a segment.
     """
 
     batch: int
     units: int
     precision: Any
+    whole: bool
 
 
 def cross_segment_entropy(
@@ -70,7 +72,8 @@ def cross_segment_entropy(
       A scalar, the same on every device.
     """
     batch, num_segments, units = pa.shape
-    tile = Tile(batch * axis_size(axis_name), units, precision)
+    devices = axis_size(axis_name)
+    tile = Tile(batch * devices, units, precision, whole=devices == 1)
     flat_a, flat_b = (p.reshape(batch, -1).astype(product_dtype) for p in (pa, pb))  # [n, D]
     divergence = _sum_of_tiles(tile, flat_a, flat_b, axis_name).astype(pa.dtype)
     pairs = num_segments * (num_segments - 1)
@@ -244,6 +247,13 @@ def _mass(
     tile: Tile, pa: jax.Array, pb: jax.Array, row_start: jax.Array, column_start: jax.Array
 ) -> jax.Array:
     """Sum of P over the tile's elements between different segments, from the segments' sums."""
+    dtype = accumulation_dtype(pa.dtype)
+    all_a, all_b = (jnp.sum(p, axis=1, dtype=dtype) for p in (pa, pb))  # [N]
+    if tile.whole:
+        sums = [
+            jnp.sum(p.reshape(len(p), -1, tile.units), axis=2, dtype=dtype) for p in (pa, pb)
+        ]  # [N, S]
+        return (jnp.vdot(all_a, all_b) - jnp.vdot(*sums)) / tile.batch
     # Only the segments that the tile's rows and columns share are taken off.
     first = jnp.maximum(row_start, column_start) // tile.units
     shared = -(-min(pa.shape[1], pb.shape[1]) // tile.units) + 1
@@ -252,8 +262,6 @@ def _mass(
     for p, start in ((pa, row_start), (pb, column_start)):
         members = _segments(tile, start, p.shape[1])[:, None] == shared_segments[None, :]
         segment_sums.append(_dot(tile, p, members.astype(p.dtype), 1, 0))  # [N, shared]
-    dtype = accumulation_dtype(pa.dtype)
-    all_a, all_b = (jnp.sum(p, axis=1, dtype=dtype) for p in (pa, pb))  # [N]
     return (jnp.vdot(all_a, all_b) - jnp.vdot(*segment_sums)) / tile.batch
 
 

@@ -68,7 +68,7 @@ def test_tiles_at_any_place_sum_their_own_elements(rows, columns):
     elements *= segments[:, None] != segments[None, :]
     window = [slice(start, start + count) for start, count in (rows, columns)]
     value = cross_segment.tile_divergence(
-        cross_segment.Tile(batch, units, None),
+        cross_segment.Tile(batch, units, None, whole=False),
         jnp.asarray(pa[:, window[0]]),
         jnp.asarray(pb[:, window[1]]),
         jnp.int32(rows[0]),
