@@ -33,7 +33,7 @@ def use_compilation_cache(workdir: str) -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    directory = epath.Path(workdir) / "compilation_cache"
+    directory = epath.Path(workdir).expanduser() / "compilation_cache"
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
     _watch(directory)

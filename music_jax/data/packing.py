@@ -20,6 +20,7 @@ from music_jax.data.packed import FORMAT, INDEX_FILE, encode_record, read_index
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.errors import UndecodableError, UserError
+from music_jax.records import write_json
 
 _AHEAD = 64  # images on their way for each thread
 
@@ -118,7 +119,7 @@ def pack(
             bar.update(keys.stop - bar.n)
             shards.append(shard)
     num_images = sum(shard["images"] for shard in shards)
-    _write_json(
+    write_json(
         directory / INDEX_FILE,
         index | {"complete": True, "num_images": num_images, "shards": shards},
     )
@@ -139,7 +140,7 @@ def _begin(directory: epath.Path, index: dict[str, Any]) -> bool:
                 raise UserError(
                     f"{directory} is not empty, and holds no packed images to go on with"
                 )
-            _write_json(path, index)
+            write_json(path, index)
             return False
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error}") from error
@@ -226,7 +227,7 @@ def _write_shard(
         writer.close()
     temporary.replace(directory / name)
     shard = {"file": name, "images": count}
-    _write_json(directory / f"{name}.json", shard)
+    write_json(directory / f"{name}.json", shard)
     return shard
 
 
@@ -237,9 +238,3 @@ def _finished(directory: epath.Path, name: str) -> dict[str, Any] | None:
         return {"file": name, "images": int(shard["images"])}
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _write_json(path: epath.Path, record: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(path)

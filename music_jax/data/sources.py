@@ -105,7 +105,7 @@ def open_source(dataset: config_dict.ConfigDict, split: str) -> Source:
             f"cannot read split {split!r} of {dataset.name!r}, which has the splits "
             f"{sorted(builder.info.splits)}: {' '.join(str(error).split())}"
         ) from error
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # What TFDS raises for a format without random access.
         raise UserError(
             f"{dataset.name!r} was prepared at {builder.data_path} in a format without random "
             "access; prepare it again elsewhere with --config.dataset.data_dir=DIR, which writes "
