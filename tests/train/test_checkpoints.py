@@ -8,6 +8,7 @@ import pytest
 from etils import epath
 
 from music_jax.data.loader import TrainingOrder
+from music_jax.errors import UserError
 from music_jax.mesh import make_data_mesh
 from music_jax.train.checkpoints import Checkpoints
 from music_jax.train.state import TrainState, state_shardings
@@ -42,3 +43,24 @@ def test_restored_onto_other_devices(tmp_path, devices, fsdp):
     expected = state_shardings(_state(), mesh)
     for a, s in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.sharding == s
+
+
+def test_damaged_checkpoints_are_set_aside_until_none_is_whole(tmp_path):
+    order, mesh = TrainingOrder(32, 16, 0), make_data_mesh(1)
+    state = jax.device_put(_state(), state_shardings(_state(), mesh))
+    checkpoints = Checkpoints(epath.Path(tmp_path))
+    for step in (3, 7):
+        checkpoints.save(step, state, order)
+    checkpoints.wait()
+    assert checkpoints.latest_whole_step() == 7
+
+    (tmp_path / "checkpoints" / "7" / "state" / "_METADATA").unlink()
+    assert checkpoints.latest_whole_step() == 3
+    assert checkpoints.all_steps() == [3]
+    assert (tmp_path / "damaged" / "7").is_dir()
+
+    (tmp_path / "checkpoints" / "3" / "state" / "_METADATA").write_text("{}")
+    with pytest.raises(UserError, match=r"whole \(step 3: state/_METADATA has changed\)"):
+        checkpoints.latest_whole_step()
+    assert checkpoints.all_steps() == [3]
+    checkpoints.close()
