@@ -4,10 +4,15 @@ Of the three terms this one alone needs matrix products: P = paᵀ pb / N, and t
 gradient. Here they are taken a block of rows of P at a time, and across devices each computes a
 tile of P: the devices stand in a grid, whose rows share rows of P and whose columns share columns.
 
-What is summed over the tiles is P log(P K²) - P, whose slope log(P K²) is small where the joint
-distribution is near to uniform, as it is at first and at the minimum. The slope of P log P is near
-1 - 2 log K everywhere instead, of which the softmax's gradient leaves nothing but rounding errors.
-The difference, (1 - 2 log K) P, sums up without a matrix product: see `_mass_of_clamp`.
+What is summed over the tiles is J log J - J, where J = P K² is the ratio of P to the uniform
+distribution: its slope log J is small where the joint distribution is near to uniform, as it is at
+first and at the minimum. The slope of P log P is near 1 - 2 log K everywhere instead, of which the
+softmax's gradient leaves nothing but rounding errors. The difference, (1 - 2 log K) P, sums up
+without a matrix product: see `_mass_of_clamp`.
+
+The probabilities come as ratios K p - c: see `music_jax.objectives.ratios`. With ra and rb those of
+the two views, c 0 or 1, and means over the N samples,
+J = mean((ra + c) (rb + c)) = mean(ra rb) + c (mean(ra) + mean(rb)) + c.
 """
 
 import functools
@@ -48,10 +53,11 @@ class Tile(NamedTuple):
 
 
 def cross_segment_entropy(
-    pa: jax.Array,
-    pb: jax.Array,
+    ra: jax.Array,
+    rb: jax.Array,
     added_a: jax.Array,
     added_b: jax.Array,
+    centre: jax.Array,
     *,
     axis_name: AxisName | None,
     product_dtype: Any,
@@ -60,10 +66,12 @@ def cross_segment_entropy(
     """Mean over ordered pairs of different segments of the sum of P log P over their units.
 
     Args:
-      pa: [local batch, num_segments, units] clamped probabilities of the first view.
-      pb: [local batch, num_segments, units] those of the second view.
-      added_a: [local batch, num_segments], what the clamp has added to each segment's sum of `pa`.
-      added_b: [local batch, num_segments], likewise of `pb`.
+      ra: [local batch, num_segments, units] ratios of the first view.
+      rb: [local batch, num_segments, units] those of the second view.
+      added_a: [local batch, num_segments], what the clamp has added to the sum of each segment's
+        probabilities in the first view.
+      added_b: [local batch, num_segments], likewise in the second.
+      centre: c.
       axis_name: axis, or axes, over which the batch is split.
       product_dtype: dtype of the products' operands.
       precision: `precision` of the products.
@@ -71,14 +79,14 @@ def cross_segment_entropy(
     Returns:
       A scalar, the same on every device.
     """
-    batch, num_segments, units = pa.shape
+    batch, num_segments, units = ra.shape
     devices = axis_size(axis_name)
     tile = Tile(batch * devices, units, precision, whole=devices == 1)
-    flat_a, flat_b = (p.reshape(batch, -1).astype(product_dtype) for p in (pa, pb))  # [n, D]
-    divergence = _sum_of_tiles(tile, flat_a, flat_b, axis_name).astype(pa.dtype)
+    flat_a, flat_b = (r.reshape(batch, -1).astype(product_dtype) for r in (ra, rb))  # [n, D]
+    divergence = _sum_of_tiles(tile, flat_a, flat_b, centre, axis_name).astype(ra.dtype)
     pairs = num_segments * (num_segments - 1)
     mass = 1 + global_mean(_mass_of_clamp(added_a, added_b), axis_name) / pairs
-    return divergence / pairs + (1 - 2 * math.log(units)) * mass
+    return divergence / (pairs * units**2) + (1 - 2 * math.log(units)) * mass
 
 
 def _mass_of_clamp(added_a: jax.Array, added_b: jax.Array) -> jax.Array:
@@ -94,24 +102,25 @@ def _mass_of_clamp(added_a: jax.Array, added_b: jax.Array) -> jax.Array:
 
 
 def _sum_of_tiles(
-    tile: Tile, pa: jax.Array, pb: jax.Array, axis_name: AxisName | None
+    tile: Tile, ra: jax.Array, rb: jax.Array, centre: jax.Array, axis_name: AxisName | None
 ) -> jax.Array:
-    batch, devices = pa.shape[0], axis_size(axis_name)
+    batch, devices = ra.shape[0], axis_size(axis_name)
     if axis_name is None or devices == 1:
         zero = jnp.zeros((), jnp.int32)
-        return global_sum(tile_divergence(tile, pa, pb, zero, zero), axis_name)
+        return global_sum(tile_divergence(tile, ra, rb, centre, zero, zero), axis_name)
     rows, columns = device_grid(devices)
     lines = np.arange(devices).reshape(rows, columns)
     index = jax.lax.axis_index(axis_name)
-    pa = _own_units(pa, axis_name, exchange=lines.T, gather=lines)
-    pb = _own_units(pb, axis_name, exchange=lines, gather=lines.T)
+    ra = _own_units(ra, centre, axis_name, exchange=lines.T, gather=lines)
+    rb = _own_units(rb, centre, axis_name, exchange=lines, gather=lines.T)
     # The samples of both views in one order: [columns, rows, local batch, units held]
-    pa = pa.reshape(columns, rows, batch, -1)
-    pb = pb.reshape(rows, columns, batch, -1).swapaxes(0, 1)
-    pa, pb = (p.reshape(devices * batch, -1) for p in (pa, pb))  # [N, units held]
-    row_start = index // columns * pa.shape[1]
-    column_start = index % columns * pb.shape[1]
-    return global_sum(tile_divergence(tile, pa, pb, row_start, column_start), axis_name)
+    ra = ra.reshape(columns, rows, batch, -1)
+    rb = rb.reshape(rows, columns, batch, -1).swapaxes(0, 1)
+    ra, rb = (r.reshape(devices * batch, -1) for r in (ra, rb))  # [N, units held]
+    row_start = index // columns * ra.shape[1]
+    column_start = index % columns * rb.shape[1]
+    tiles = tile_divergence(tile, ra, rb, centre, row_start, column_start)
+    return global_sum(tiles, axis_name)
 
 
 def device_grid(devices: int) -> tuple[int, int]:
@@ -124,27 +133,39 @@ def device_grid(devices: int) -> tuple[int, int]:
 
 
 def _own_units(
-    p: jax.Array, axis_name: AxisName, *, exchange: np.ndarray, gather: np.ndarray
+    r: jax.Array,
+    centre: jax.Array,
+    axis_name: AxisName,
+    *,
+    exchange: np.ndarray,
+    gather: np.ndarray,
 ) -> jax.Array:
     """From a device's samples of all units to all samples of its units.
 
     Args:
-      p: [local batch, dim].
+      r: [local batch, dim] ratios.
+      centre: c.
       axis_name: axis, or axes, over which the batch is split.
       exchange: groups of devices, in each of which the units are divided.
       gather: groups of devices that hold the same units.
 
     Returns:
       [N, units held], samples ordered by place in the `gather` group, then in `exchange`. The units
-      are filled up with zeros to a multiple of the devices in an `exchange` group.
+      are filled up with ratios of nothing to a multiple of the devices in an `exchange` group.
     """
     parts = exchange.shape[1]
-    p = jnp.pad(p, ((0, 0), (0, -p.shape[1] % parts)))
+    r = _fill_up(r, -r.shape[1] % parts, centre)
     if parts > 1:
-        p = jax.lax.all_to_all(p, axis_name, 1, 0, axis_index_groups=_groups(exchange), tiled=True)
+        r = jax.lax.all_to_all(r, axis_name, 1, 0, axis_index_groups=_groups(exchange), tiled=True)
     if gather.shape[1] > 1:
-        p = jax.lax.all_gather(p, axis_name, axis_index_groups=_groups(gather), tiled=True)
-    return p
+        r = jax.lax.all_gather(r, axis_name, axis_index_groups=_groups(gather), tiled=True)
+    return r
+
+
+def _fill_up(r: jax.Array, count: int, centre: jax.Array | int) -> jax.Array:
+    """Adds so many columns of units that no sample is in."""
+    nothing = -jnp.asarray(centre, r.dtype)
+    return jnp.pad(r, ((0, 0), (0, count)), constant_values=nothing) if count else r
 
 
 def _groups(groups: np.ndarray) -> list[list[int]] | None:
@@ -153,9 +174,14 @@ def _groups(groups: np.ndarray) -> list[list[int]] | None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def tile_divergence(
-    tile: Tile, pa: jax.Array, pb: jax.Array, row_start: jax.Array, column_start: jax.Array
+    tile: Tile,
+    ra: jax.Array,
+    rb: jax.Array,
+    centre: jax.Array,
+    row_start: jax.Array,
+    column_start: jax.Array,
 ) -> jax.Array:
-    """Sum of P log(P K²) - P over the elements of a tile of P between different segments.
+    """Sum of J log J - J over the elements of a tile of J = P K² between different segments.
 
     Purely local. Differentiated, one pass over the tile gives the value and both gradients, three
     matrix products in all. Differentiable once more in reverse, at the cost of that pass's own
@@ -163,114 +189,164 @@ def tile_divergence(
 
     Args:
       tile: what is known at compile time.
-      pa: [N, rows] probabilities of the first view for the units of the tile's rows.
-      pb: [N, columns] probabilities of the second view for the units of the tile's columns.
+      ra: [N, rows] ratios of the first view for the units of the tile's rows.
+      rb: [N, columns] ratios of the second view for the units of the tile's columns.
+      centre: c.
       row_start: the first row's unit.
       column_start: the first column's unit.
 
     Returns:
       A scalar.
     """
-    joint_and_slope = functools.partial(_joint_and_slope, tile, pb, row_start, column_start)
-    padded, starts = _blocks(pa, pb)
-
-    def step(total: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
-        joint, slope = joint_and_slope(_block(padded, starts, start), start)
-        return total + jnp.sum(joint * slope), None
-
-    zero = jnp.zeros((), accumulation_dtype(pb.dtype))
-    total = _loop(step, _varying_like(zero, pb), starts)
-    return total - _mass(tile, pa, pb, row_start, column_start)
+    return _centred_or_not(functools.partial(_value, tile), centre, ra, rb, row_start, column_start)
 
 
 def _tile_divergence_forward(
-    tile: Tile, pa: jax.Array, pb: jax.Array, row_start: jax.Array, column_start: jax.Array
+    tile: Tile,
+    ra: jax.Array,
+    rb: jax.Array,
+    centre: jax.Array,
+    row_start: jax.Array,
+    column_start: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    joint_and_slope = functools.partial(_joint_and_slope, tile, pb, row_start, column_start)
-    padded, starts = _blocks(pa, pb)
+    value, gradients = _centred_or_not(
+        functools.partial(_value_and_gradients, tile), centre, ra, rb, row_start, column_start
+    )
+    return value, gradients
+
+
+def _tile_divergence_backward(
+    tile: Tile, gradients: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array, None, None, None]:
+    gradient_a, gradient_b = (
+        (cotangent * gradient.astype(cotangent.dtype)).astype(gradient.dtype)
+        for gradient in gradients
+    )
+    return gradient_a, gradient_b, None, None, None
+
+
+tile_divergence.defvjp(_tile_divergence_forward, _tile_divergence_backward)
+
+
+def _centred_or_not(function: Callable[..., Any], centre: jax.Array, *arguments: jax.Array) -> Any:
+    """`function(c, *arguments)`, c being known when it is compiled: 0 costs nothing."""
+    centred, plain = (functools.partial(function, c) for c in (1, 0))
+    return jax.lax.cond(centre > 0, centred, plain, *arguments)
+
+
+def _value(
+    tile: Tile,
+    centre: int,
+    ra: jax.Array,
+    rb: jax.Array,
+    row_start: jax.Array,
+    column_start: jax.Array,
+) -> jax.Array:
+    joint_and_slope = _joint_and_slope(tile, centre, rb, row_start, column_start)
+    padded, starts = _blocks(ra, rb, centre)
+
+    def step(total: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
+        joint, slope = joint_and_slope(_block(padded, starts, start), start)
+        return total + jnp.sum((joint + centre) * slope), None
+
+    zero = jnp.zeros((), accumulation_dtype(rb.dtype))
+    total = _loop(step, _varying_like(zero, rb), starts)
+    return total - _mass(tile, centre, ra, rb, row_start, column_start)
+
+
+def _value_and_gradients(
+    tile: Tile,
+    centre: int,
+    ra: jax.Array,
+    rb: jax.Array,
+    row_start: jax.Array,
+    column_start: jax.Array,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    joint_and_slope = _joint_and_slope(tile, centre, rb, row_start, column_start)
+    padded, starts = _blocks(ra, rb, centre)
+    whole_b = rb + centre  # K p, by which and the slope the gradient is made
 
     def step(
         gradients: tuple[jax.Array, jax.Array], start: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         gradient_a, gradient_b = gradients
         block = _block(padded, starts, start)
-        slope = joint_and_slope(block, start)[1].astype(pb.dtype)
+        slope = joint_and_slope(block, start)[1].astype(rb.dtype)
         # [N, columns] [r, columns] -> [N, r] and [N, r] [r, columns] -> [N, columns]
-        block_gradient = _dot(tile, pb, slope, 1, 1) / tile.batch
+        block_gradient = _dot(tile, whole_b, slope, 1, 1) / tile.batch
         gradient_a = jax.lax.dynamic_update_slice_in_dim(gradient_a, block_gradient, start, axis=1)
-        gradient_b += _dot(tile, block, slope, 1, 0) / tile.batch
+        gradient_b += _dot(tile, block + centre, slope, 1, 0) / tile.batch
         return (gradient_a, gradient_b), None
 
-    dtype = accumulation_dtype(pb.dtype)
-    zeros = tuple(_varying_like(jnp.zeros(p.shape, dtype), pb) for p in (padded, pb))
+    dtype = accumulation_dtype(rb.dtype)
+    zeros = tuple(_varying_like(jnp.zeros(r.shape, dtype), rb) for r in (padded, rb))
     gradient_a, gradient_b = _loop(step, zeros, starts)
-    gradient_a = gradient_a[:, : pa.shape[1]]
-    # P is linear in pa, so that the sum of P times its slope is that of pa times the gradient: the
-    # block's elements need not be gone through once more.
-    value = jnp.sum(pa.astype(gradient_a.dtype) * gradient_a)
-    value -= _mass(tile, pa, pb, row_start, column_start)
-    return value, (gradient_a.astype(pa.dtype), gradient_b.astype(pb.dtype))
-
-
-def _tile_divergence_backward(
-    tile: Tile, gradients: tuple[jax.Array, jax.Array], cotangent: jax.Array
-) -> tuple[jax.Array, jax.Array, None, None]:
-    gradient_a, gradient_b = (
-        (cotangent * gradient.astype(cotangent.dtype)).astype(gradient.dtype)
-        for gradient in gradients
-    )
-    return gradient_a, gradient_b, None, None
-
-
-tile_divergence.defvjp(_tile_divergence_forward, _tile_divergence_backward)
+    gradient_a = gradient_a[:, : ra.shape[1]]
+    # J is linear in K pa, so that the sum of J times its slope is that of K pa times the gradient:
+    # the block's elements need not be gone through once more.
+    value = jnp.sum((ra + centre).astype(dtype) * gradient_a)
+    value -= _mass(tile, centre, ra, rb, row_start, column_start)
+    return value, (gradient_a.astype(ra.dtype), gradient_b.astype(rb.dtype))
 
 
 def _joint_and_slope(
-    tile: Tile,
-    pb: jax.Array,
-    row_start: jax.Array,
-    column_start: jax.Array,
-    block: jax.Array,
-    start: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """A block of rows of P, and log(P K²) between different segments, else 0: [r, columns]."""
-    joint = _dot(tile, block, pb, 0, 0) / tile.batch  # [N, r] [N, columns] -> [r, columns]
-    # Clamped probabilities give P >= 1e-16: only units that fill up a tile are smaller.
-    slope = jnp.log(jnp.maximum(joint, 1e-30)) + 2 * math.log(tile.units)
-    row_segments = _segments(tile, row_start + start, block.shape[1])
-    column_segments = _segments(tile, column_start, pb.shape[1])
-    different = row_segments[:, None] != column_segments[None, :]
-    return joint, jnp.where(different, slope, 0.0)
+    tile: Tile, centre: int, rb: jax.Array, row_start: jax.Array, column_start: jax.Array
+) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """From a block of rows and its start to J - c, and log J between different segments, else 0."""
+
+    def mean(r: jax.Array) -> jax.Array:
+        return jnp.mean(r, axis=0, dtype=accumulation_dtype(r.dtype))
+
+    def joint_and_slope(block: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+        joint = _dot(tile, block, rb, 0, 0) / tile.batch  # [N, r] [N, columns] -> [r, columns]
+        # Only the units that fill up a block have a J near to 0.
+        if centre:
+            joint += mean(block)[:, None] + mean(rb)[None, :]
+            slope = jnp.log1p(jnp.maximum(joint, -0.5))
+        else:
+            slope = jnp.log(jnp.maximum(joint, 1e-30))
+        row_segments = _segments(tile, row_start + start, block.shape[1])
+        column_segments = _segments(tile, column_start, rb.shape[1])
+        different = row_segments[:, None] != column_segments[None, :]
+        return joint, jnp.where(different, slope, 0.0)
+
+    return joint_and_slope
 
 
 def _mass(
-    tile: Tile, pa: jax.Array, pb: jax.Array, row_start: jax.Array, column_start: jax.Array
+    tile: Tile,
+    centre: int,
+    ra: jax.Array,
+    rb: jax.Array,
+    row_start: jax.Array,
+    column_start: jax.Array,
 ) -> jax.Array:
-    """Sum of P over the tile's elements between different segments, from the segments' sums."""
-    dtype = accumulation_dtype(pa.dtype)
-    all_a, all_b = (jnp.sum(p, axis=1, dtype=dtype) for p in (pa, pb))  # [N]
+    """Sum of J over the tile's elements between different segments, from the segments' sums."""
+    dtype = accumulation_dtype(ra.dtype)
+    ra, rb = (r + centre for r in (ra, rb))
+    all_a, all_b = (jnp.sum(r, axis=1, dtype=dtype) for r in (ra, rb))  # [N]
     if tile.whole:
         sums = [
-            jnp.sum(p.reshape(len(p), -1, tile.units), axis=2, dtype=dtype) for p in (pa, pb)
+            jnp.sum(r.reshape(len(r), -1, tile.units), axis=2, dtype=dtype) for r in (ra, rb)
         ]  # [N, S]
         return (jnp.vdot(all_a, all_b) - jnp.vdot(*sums)) / tile.batch
     # Only the segments that the tile's rows and columns share are taken off.
     first = jnp.maximum(row_start, column_start) // tile.units
-    shared = -(-min(pa.shape[1], pb.shape[1]) // tile.units) + 1
+    shared = -(-min(ra.shape[1], rb.shape[1]) // tile.units) + 1
     shared_segments = first + jnp.arange(shared, dtype=jnp.int32)
     segment_sums = []
-    for p, start in ((pa, row_start), (pb, column_start)):
-        members = _segments(tile, start, p.shape[1])[:, None] == shared_segments[None, :]
-        segment_sums.append(_dot(tile, p, members.astype(p.dtype), 1, 0))  # [N, shared]
+    for r, start in ((ra, row_start), (rb, column_start)):
+        members = _segments(tile, start, r.shape[1])[:, None] == shared_segments[None, :]
+        segment_sums.append(_dot(tile, r, members.astype(r.dtype), 1, 0))  # [N, shared]
     return (jnp.vdot(all_a, all_b) - jnp.vdot(*segment_sums)) / tile.batch
 
 
-def _blocks(pa: jax.Array, pb: jax.Array) -> tuple[jax.Array, np.ndarray]:
-    """The tile's rows, filled up with zeros to blocks of equal size, and each block's first row."""
-    rows = pa.shape[1]
-    count = -(-rows * pb.shape[1] // _BLOCK_ELEMENTS)
+def _blocks(ra: jax.Array, rb: jax.Array, centre: int) -> tuple[jax.Array, np.ndarray]:
+    """The tile's rows, filled up to blocks of equal size, and each block's first row."""
+    rows = ra.shape[1]
+    count = -(-rows * rb.shape[1] // _BLOCK_ELEMENTS)
     size = -(-rows // count)
-    padded = jnp.pad(pa, ((0, 0), (0, count * size - rows)))
+    padded = _fill_up(ra, count * size - rows, centre)
     return padded, np.arange(count, dtype=np.int32) * size
 
 

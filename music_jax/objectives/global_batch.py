@@ -27,6 +27,11 @@ def global_mean(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
     return x if axis_name is None else jax.lax.pmean(x, axis_name)
 
 
+def global_max(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
+    """Maximum over the devices along `axis_name`; `x` itself for None."""
+    return x if axis_name is None else jax.lax.pmax(x, axis_name)
+
+
 def accumulation_dtype(dtype: Any) -> jnp.dtype:
     """float64 for float64, and float32 for all that is narrower."""
     return jnp.dtype(jnp.float64) if dtype == jnp.float64 else jnp.dtype(jnp.float32)

@@ -16,7 +16,8 @@ from music_jax.objectives.global_batch import (
     global_mean,
     over_global_batch,
 )
-from music_jax.objectives.probabilities import clamp, segment_probabilities
+from music_jax.objectives.probabilities import unit_logits
+from music_jax.objectives.ratios import centre_of, divergence, log_ratio, unit_ratios
 
 
 class MusicTerms(NamedTuple):
@@ -251,30 +252,35 @@ def _terms(
     precision: Any,
     axis_name: AxisName | None,
 ) -> MusicTerms:
-    probabilities = [
-        segment_probabilities(z, num_segments=num_segments, temperature=temperature)  # [n, S, K]
+    logits_a, logits_b = (
+        unit_logits(z, num_segments=num_segments, temperature=temperature)  # [n, S, K]
         for z in (embeddings_a, embeddings_b)
-    ]
-    pa, pb = (clamp(p) for p in probabilities)
-    added_a, added_b = (
-        jnp.sum(clamped - p, axis=-1)  # [n, S]
-        for clamped, p in zip((pa, pb), probabilities, strict=True)
     )
+    centre = centre_of(logits_a, logits_b, axis_name)
+    (ra, added_a), (rb, added_b) = (unit_ratios(z, centre) for z in (logits_a, logits_b))
     cross_segment = cross_segment_entropy(
-        pa,
-        pb,
+        ra,
+        rb,
         added_a,
         added_b,
+        centre,
         axis_name=axis_name,
         product_dtype=product_dtype,
         precision=precision,
     )
     # The diagonal of P and the agreement of a sample's views need no matrix product.
-    products = pa * pb  # [n, S, K]
-    diagonal = global_mean(jnp.mean(products, axis=0), axis_name)  # [S, K]
-    log_agreement = jnp.log(jnp.sum(products, axis=-1))  # [n, S]
+    units = ra.shape[-1]
+    products = ra * rb  # [n, S, K]
+    # K times the sum over k of p^a p^b, less c: a segment's ratios sum to 0 if they are centred.
+    agreement = jnp.mean(products, axis=-1)  # [n, S]
+    log_agreement = log_ratio(agreement, centre)
+    mean_agreement = global_mean(jnp.mean(agreement), axis_name) + centre
+    # J_ii = P_ii K², less c
+    diagonal = global_mean(jnp.mean(products + centre * (ra + rb), axis=0), axis_name)  # [S, K]
+    entropy = jnp.sum(divergence(diagonal, centre)) / (num_segments * units**2)
+    log_units = math.log(units)
     return MusicTerms(
-        diagonal=jnp.sum(diagonal * jnp.log(diagonal)) / num_segments,
+        diagonal=entropy + (1 - 2 * log_units) / units * mean_agreement,
         cross_segment=cross_segment,
-        invariance=-global_mean(jnp.mean(log_agreement), axis_name),
+        invariance=log_units - global_mean(jnp.mean(log_agreement), axis_name),
     )

@@ -47,6 +47,23 @@ def segment_probabilities(
     check_embeddings(embeddings)
     check_segments(embeddings.shape[1], num_segments)
     check_temperature(temperature)
+    logits = unit_logits(embeddings, num_segments=num_segments, temperature=temperature)
+    return jax.nn.softmax(logits, axis=-1)
+
+
+def unit_logits(
+    embeddings: jax.Array, *, num_segments: int, temperature: float | jax.Array
+) -> jax.Array:
+    """What the softmax is taken of, the largest of each segment being 0: [batch, segments, units].
+
+    Args:
+      embeddings: [batch, dim] floating array, dim = num_segments * units.
+      num_segments: number of segments.
+      temperature: the softmax's temperature.
+
+    Returns:
+      float32, or float64 for float64.
+    """
     batch, dim = embeddings.shape
     dtype = accumulation_dtype(embeddings.dtype)
     z = jnp.asarray(embeddings, dtype).reshape(
@@ -55,7 +72,7 @@ def segment_probabilities(
     # The largest is taken off before the division, so that no finite input over a small temperature
     # overflows.
     z = z - jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
-    return jax.nn.softmax(z / jnp.asarray(temperature, dtype), axis=-1)
+    return z / jnp.asarray(temperature, dtype)
 
 
 def segment_codes(embeddings: jax.Array, *, num_segments: int) -> jax.Array:
