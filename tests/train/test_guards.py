@@ -65,19 +65,19 @@ def test_a_descent_a_slow_rise_and_a_fall_trip_nothing(sign):
 
 def test_a_leap_trips_at_its_step_and_holds_back_all_that_follows():
     losses = _descent(300)
-    losses[250] += 3.0
+    losses[250] += 10.0
     state, goods = _watched(losses)
     assert goods == [True] * 250 + [False] * 50
     trip = read_trip(state)
     assert (trip.step, trip.first_step, trip.what) == (251, 251, "the loss leapt")
     np.testing.assert_allclose(trip.seen["loss"], losses[250], rtol=1e-6)
-    np.testing.assert_allclose(trip.seen["loss_mean"], losses[200:250].mean(), atol=0.2)
+    np.testing.assert_allclose(trip.seen["loss_mean"], losses[225:250].mean(), atol=0.2)
     before, _ = _watched(losses[:250])
     np.testing.assert_array_equal(state.loss_mean, before.loss_mean)  # the leap is no part of it
 
 
 def test_the_running_mean_and_deviation_are_those_of_numpy():
-    losses = np.random.default_rng(0).normal(3.0, 2.0, 50)
+    losses = np.random.default_rng(0).normal(3.0, 2.0, 25)
     state, _ = _watched(losses)
     np.testing.assert_allclose(state.loss_mean, losses.mean(), rtol=1e-5)
     np.testing.assert_allclose(state.loss_variance, losses.var(), rtol=1e-5)
@@ -88,7 +88,7 @@ def test_the_running_mean_and_deviation_are_those_of_numpy():
 )
 def test_a_leap_that_is_not_looked_for(fields):
     losses = _descent(300)
-    losses[250] += 2.0
+    losses[250] += 10.0
     assert all(_watched(losses, guards=_guards(**fields))[1])
 
 
@@ -162,7 +162,7 @@ def test_deviation_and_usage_are_those_of_numpy():
 def test_what_collapsed_embeddings_look_like():
     alike = embedding_statistics(jnp.ones((64, 32)), num_segments=4)
     assert float(alike["embedding_std"]) < 1e-6
-    assert float(alike["effective_rank"]) == 0
+    assert float(alike["effective_rank"]) < 1.001  # of the rounding
     zeros = embedding_statistics(jnp.zeros((64, 32)), num_segments=4)
     assert float(zeros["embedding_std"]) == float(zeros["effective_rank"]) == 0
     one_unit = 50 * jnp.tile(jnp.eye(8)[0], (64, 4))
