@@ -184,8 +184,8 @@ def test_a_flipped_bit_is_found_and_undone(small, tmp_path):
     (found,) = _events(flipped, "corrupted")
     assert found["step"] == 10
     assert "devices differ in" in found["what"]
-    assert "TFRT_CPU_3 of process 0" in found["what"]
-    assert "TFRT_CPU_2" not in found["what"]
+    assert "cpu:3 of process 0" in found["what"]
+    assert "cpu:2" not in found["what"]
     assert _same(healthy, flipped)
 
 

@@ -48,7 +48,7 @@ def test_a_bit_that_one_device_holds_otherwise(fsdp, dtype):
     wrong = flip_a_bit(state)
     assert checks.replicas(1, wrong, saving=False) is None  # not due
     found = checks.replicas(2, wrong, saving=False)
-    assert found == "devices differ in params/bias on TFRT_CPU_3 of process 0"
+    assert found == "devices differ in params/bias on cpu:3 of process 0"
     assert checks.replicas(1, wrong, saving=True) == found
     assert _checks(state, mesh, replicas=0).replicas(2, wrong, saving=True) is None
 
@@ -85,8 +85,8 @@ def test_a_step_that_gives_other_bits_the_second_time():
     assert len(calls) == 2
     state, _, wrong = checks.step(6, step_function, state, batch)  # 3 and 4
     assert wrong == (
-        "done twice, it gave other bits in batch_stats/mean on TFRT_CPU_0 of process 0, "
-        "TFRT_CPU_1 of process 0"
+        "done twice, it gave other bits in batch_stats/mean on cpu:0 of process 0, "
+        "cpu:1 of process 0"
     )
     assert int(state.step) == 9
     checks.step(7, step_function, state, batch)

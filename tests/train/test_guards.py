@@ -142,7 +142,9 @@ def test_effective_rank_is_that_of_the_eigenvalues(rank, dim):
     eigenvalues = np.linalg.eigvalsh(np.cov(unit.T, bias=True).astype(np.float64))
     expected = eigenvalues.sum() ** 2 / (eigenvalues**2).sum()
     found = embedding_statistics(jnp.asarray(z))["effective_rank"]
-    np.testing.assert_allclose(found, expected, rtol=1e-4 if rank == 1 or dim == 40 else 0.15)
+    np.testing.assert_allclose(
+        found, expected, rtol=1e-4 if dim == 40 else 0.01 if rank == 1 else 0.15
+    )
 
 
 def test_deviation_and_usage_are_those_of_numpy():
