@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from ml_collections import config_dict
 
-from music_jax.errors import UserError
+from music_jax.errors import UndecodableError, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +61,25 @@ class Source:
         return dataclasses.replace(self, records=_Selected(self.records, indices))
 
     def example(self, index: int) -> tuple[bytes, int]:
-        """The encoded image and its label, -1 if it has none."""
-        record = self.records[index]
-        return record[self.image_key], int(record[self.label_key])
+        """The encoded image and its label, -1 if it has none.
+
+        Raises:
+          UndecodableError: the record is damaged, or its label is none of the classes.
+        """
+        try:
+            record = self.records[index]
+            encoded, label = record[self.image_key], int(record[self.label_key])
+        except UndecodableError:
+            raise
+        except Exception as error:  # whatever a format's reader raises on damage
+            raise UndecodableError(
+                f"its record cannot be read: {' '.join(str(error).split())[:300]}"
+            ) from error
+        if not isinstance(encoded, bytes):
+            raise UndecodableError("its record holds no encoded image")
+        if not -1 <= label < max(self.num_classes, 1):
+            raise UndecodableError(f"its label {label} is none of {self.num_classes} classes")
+        return encoded, label
 
     def record_name(self, index: int) -> str:
         """What an image is called: its path in a folder, else its index."""
@@ -179,7 +195,7 @@ def _builder(dataset: config_dict.ConfigDict) -> Any:
         nearest = difflib.get_close_matches(dataset.name, known, n=1, cutoff=0.5)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise UserError(f"TFDS knows no dataset {dataset.name!r}{hint}") from error
-    except (ValueError, AttributeError, AssertionError) as error:
+    except Exception as error:  # whatever TFDS raises on an unknown version or damaged metadata
         raise UserError(
             f"cannot open dataset {dataset.name!r}: {' '.join(str(error).split())}"
         ) from error
