@@ -160,11 +160,11 @@ class MetricsLog:
     def __init__(self, workdir: epath.Path, start_step: int):
         """Opens the file, without what was logged after `start_step` by a run that was cut off."""
         path = workdir / "metrics.jsonl"
-        lines = read_text(path).splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= start_step]
-        if kept != lines:
+        text = read_text(path) if path.exists() else ""
+        kept = "".join(f"{line}\n" for line in text.split("\n") if _step_of(line) <= start_step)
+        if kept != text:
             temporary = path.with_name(path.name + ".new")
-            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.write_text(kept)
             temporary.replace(path)
         self._file = path.open("a")
 

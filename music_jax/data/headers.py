@@ -106,7 +106,7 @@ def _jpeg(encoded: bytes) -> Header:
 
 def _check_scans(encoded: bytes, at: int, pixels: int) -> None:
     """Refuses a JPEG with so many scans that decoding it would take minutes."""
-    most = min(_MAX_SCANS, _MAX_PIXELS_OF_ALL_SCANS // max(pixels, 1))
+    most = min(_MAX_SCANS, max(1, _MAX_PIXELS_OF_ALL_SCANS // max(pixels, 1)))
     if encoded.count(b"\xff\xda", at) <= most:  # what follows the image may have some too
         return
     scans = 0

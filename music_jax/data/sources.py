@@ -116,16 +116,16 @@ def open_source(dataset: config_dict.ConfigDict, split: str) -> Source:
             if isinstance(feature, tfds.features.Image)
         }
         records = builder.as_data_source(split=split, decoders=still_encoded)
-    except (ValueError, KeyError, AssertionError) as error:
-        raise UserError(
-            f"cannot read split {split!r} of {dataset.name!r}, which has the splits "
-            f"{sorted(builder.info.splits)}: {' '.join(str(error).split())}"
-        ) from error
     except NotImplementedError as error:  # What TFDS raises for a format without random access.
         raise UserError(
             f"{dataset.name!r} was prepared at {builder.data_path} in a format without random "
             "access; prepare it again elsewhere with --config.dataset.data_dir=DIR, which writes "
             "array_record files"
+        ) from error
+    except Exception as error:  # whatever TFDS raises on an unknown split or damaged metadata
+        raise UserError(
+            f"cannot read split {split!r} of {dataset.name!r}, which has the splits "
+            f"{sorted(builder.info.splits)}: {' '.join(str(error).split())}"
         ) from error
     return Source(
         name=f"{dataset.name}:{split}",
@@ -167,7 +167,9 @@ def prepare(dataset: config_dict.ConfigDict) -> None:
             f"cannot prepare dataset {dataset.name!r} in {builder.data_path}: {error}; choose "
             "another place with --config.dataset.data_dir=DIR"
         ) from error
-    except AssertionError as error:  # What TFDS raises where files must be placed by hand.
+    except UserError:
+        raise
+    except Exception as error:  # whatever TFDS raises on files to be placed by hand, or damaged
         raise UserError(
             f"cannot prepare dataset {dataset.name!r}: {' '.join(str(error).split())}; another "
             "place for such files is --config.dataset.manual_dir=DIR"
