@@ -8,6 +8,7 @@ final name, so a checkpoint without them is not whole either.
 import hashlib
 import json
 import os
+import stat
 
 from etils import epath
 
@@ -62,8 +63,10 @@ def _files(directory: epath.Path, prefix: str = "") -> dict[str, epath.Path]:
     found: dict[str, epath.Path] = {}
     for path in directory.iterdir():
         name = prefix + path.name
-        if os.path.islink(path) or not (path.is_dir() or path.is_file()):
-            raise OSError(f"{name} is neither a file nor a directory")  # it could lead anywhere
+        if "://" not in str(path):
+            mode = os.lstat(path).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # it could lead anywhere
+                raise OSError(f"{name} is neither a file nor a directory")
         if path.is_dir():
             found |= _files(path, f"{name}/")
         elif name not in (CHECKSUMS, _STEP_METADATA, _COMMIT_MARK):
