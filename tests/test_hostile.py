@@ -11,7 +11,6 @@ import json
 import os
 import pathlib
 import random
-import time
 
 import numpy as np
 import pytest
@@ -28,6 +27,7 @@ from music_jax.data.decode import decode
 from music_jax.data.folder import open_folder
 from music_jax.data.headers import read_header
 from music_jax.data.loader import TrainingOrder, training_batches
+from music_jax.data.png import without_texts
 from music_jax.data.sources import Source
 from music_jax.errors import MusicError, UndecodableError, UserError
 from music_jax.json_files import parse_json
@@ -83,10 +83,9 @@ def test_deeply_nested_json_is_refused(text):
 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iTXt"])
 def test_texts_of_a_png_are_not_decompressed(kind):
-    encoded = text_bomb(kind, 300, 7_900_000)  # 2.4 GB, a minute
-    began = time.process_time()
+    encoded = text_bomb(kind, 300, 7_900_000)  # 2.4 GB
+    assert kind not in without_texts(encoded)
     assert decode(encoded, 3).shape == (37, 24, 3)  # turned by its Exif
-    assert time.process_time() - began < 5
 
 
 def test_a_jpeg_of_many_scans_is_refused_but_not_for_what_follows_it():
