@@ -2,12 +2,15 @@
 
 import dataclasses
 import math
+import reprlib
 from typing import Any
 
 from ml_collections import config_dict
 
 from music_jax.data.augment import ViewAugmentation
 from music_jax.errors import UserError
+
+_MAX_NUMBER = 2**32  # in any field; larger ones overflow somewhere
 
 # What may change between two runs of one workdir without changing what is trained.
 FREE_FIELDS = (
@@ -183,6 +186,7 @@ def validate(config: config_dict.ConfigDict) -> None:
     from music_jax.train.objective import OBJECTIVES
     from music_jax.train.optimizer import OPTIMIZERS
 
+    _check_values(config)
     _one_of(config, "objective.name", OBJECTIVES)
     _one_of(config, "backbone.name", BACKBONES)
     _check_backbone(config)
@@ -252,6 +256,36 @@ def validate(config: config_dict.ConfigDict) -> None:
     view_augmentations(config)
 
 
+def _check_values(config: config_dict.ConfigDict) -> None:
+    """Checks that all fields are there and numbers are finite and of a size that can be meant."""
+    for field, default in default_config().to_dict().items():
+        _check_value(config, field, default)
+
+
+def _check_value(config: config_dict.ConfigDict, field: str, default: Any) -> None:
+    value = _get(config, field)
+    if isinstance(default, dict):
+        if not isinstance(value, config_dict.ConfigDict):
+            raise UserError(f"config.{field} must be a group of fields; got {value!r}")
+        for key, inner in default.items():
+            _check_value(config, f"{field}.{key}", inner)
+    elif isinstance(value, str):
+        if "\0" in value:
+            raise _wrong(config, field, "hold no zero byte")
+    elif isinstance(value, tuple):
+        for number in value:
+            if not _is_meant(number) or (
+                default and isinstance(default[0], int) and not isinstance(number, int)
+            ):
+                raise _wrong(config, field, "be a tuple of numbers")
+    elif not (value is None and default is None) and not _is_meant(value):
+        raise _wrong(config, field, f"be a finite number up to {_MAX_NUMBER}")
+
+
+def _is_meant(number: Any) -> bool:
+    return isinstance(number, int | float) and abs(number) <= _MAX_NUMBER
+
+
 def _check_backbone(config: config_dict.ConfigDict) -> None:
     from music_jax.models import BACKBONES
     from music_jax.models.resnet import STEMS
@@ -316,7 +350,7 @@ def from_json(record: dict[str, Any]) -> config_dict.ConfigDict:
     config = default_config()
     try:
         config.update(_tuples(record))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever a ConfigDict raises on a record of another form
         raise UserError(
             f"the saved config does not fit this version: {' '.join(str(error).split())}"
         ) from error
@@ -340,7 +374,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, name + ".")
         elif a != b:
-            found.append(f"{name}: {a!r} there, {b!r} now")
+            found.append(f"{name}: {reprlib.repr(a)} there, {reprlib.repr(b)} now")
     return found
 
 

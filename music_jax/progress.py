@@ -12,6 +12,8 @@ from music_jax.mesh import is_main_process
 def say(text: str) -> None:
     """Prints on the main process, above any progress bar."""
     if is_main_process():
+        encoding = sys.stdout.encoding or "utf-8"  # names of files may have bytes that it has not
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
         tqdm.tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 

@@ -4,6 +4,8 @@ import datetime
 import importlib.metadata
 import json
 import math
+import os
+import stat
 import sys
 from typing import Any
 
@@ -17,6 +19,7 @@ from music_jax import progress
 from music_jax.config import differences
 from music_jax.data.skipped import SkippedImages
 from music_jax.errors import UserError
+from music_jax.json_files import parse_json, read_json, read_text
 from music_jax.mesh import is_main_process
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -26,13 +29,15 @@ def open_workdir(path: str, *, create: bool = True) -> epath.Path:
     """Makes the workdir if needed and checks that it can be written to.
 
     Raises:
-      UserError: it cannot be made or written to, or (without `create`) is not there.
+      UserError: it cannot be made or written to, has a link that leads out of it, a pipe or a
+        device in it, or (without `create`) is not there.
     """
     workdir = epath.Path(path).expanduser()
     if not create and not workdir.exists():
         raise UserError(f"the workdir {path} does not exist")
     if "://" not in str(path):
         workdir = epath.Path(workdir.resolve())  # Orbax wants absolute paths.
+        _check_nothing_leads_out(os.fspath(workdir))
     probe = workdir / f".writable.{jax.process_index()}"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -41,6 +46,27 @@ def open_workdir(path: str, *, create: bool = True) -> epath.Path:
     except OSError as error:
         raise UserError(f"cannot write to the workdir {path}: {error}") from error
     return workdir
+
+
+def _check_nothing_leads_out(workdir: str) -> None:
+    """Nothing that is written into the workdir may come to lie elsewhere, or wait for ever."""
+    for folder, folders, files in os.walk(workdir):
+        for name in (*folders, *files):
+            path = os.path.join(folder, name)
+            try:
+                mode = os.lstat(path).st_mode
+            except FileNotFoundError:  # another process tidies up
+                continue
+            if stat.S_ISLNK(mode):
+                target = os.path.realpath(path) if os.path.exists(path) else "nowhere"
+                if os.path.commonpath([workdir, os.path.abspath(target)]) == workdir:
+                    continue
+                raise UserError(
+                    f"{path} in the workdir is a link that leads out of it, to {target}; put what "
+                    "it leads to in its place, or give another --workdir"
+                )
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise UserError(f"{path} in the workdir is a pipe or a device; remove it")
 
 
 def read_config(workdir: epath.Path) -> dict[str, Any] | None:
@@ -53,7 +79,7 @@ def read_config(workdir: epath.Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        config = json.loads(path.read_text())["config"]
+        config = read_json(path)["config"]
         if not isinstance(config, dict):
             raise ValueError("'config' is not an object")
         return config
@@ -136,11 +162,11 @@ class MetricsLog:
     def __init__(self, workdir: epath.Path, start_step: int):
         """Opens the file, without what was logged after `start_step` by a run that was cut off."""
         path = workdir / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= start_step]
-        if kept != lines:
+        text = read_text(path) if path.exists() else ""
+        kept = "".join(f"{line}\n" for line in text.split("\n") if _step_of(line) <= start_step)
+        if kept != text:
             temporary = path.with_name(path.name + ".new")
-            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.write_text(kept)
             temporary.replace(path)
         self._file = path.open("a")
 
@@ -191,6 +217,7 @@ def finite(value: Any) -> Any:
 def _step_of(line: str) -> float:
     """The line's step; a line that was cut off counts as later than any."""
     try:
-        return int(json.loads(line)["step"])
+        step = parse_json(line)["step"]
+        return step if type(step) is int and step >= 0 else float("inf")
     except (ValueError, KeyError, TypeError):
         return float("inf")

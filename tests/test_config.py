@@ -68,7 +68,7 @@ def test_imagenet_is_the_recipe_of_the_paper():
         ("batch_size", 0, "batch_size must be at least 1"),
         ("num_epochs", -3, "num_epochs must be at least 1"),
         ("optimizer.warmup_epochs", 1000, "warmup_epochs must be in"),
-        ("optimizer.base_learning_rate", float("nan"), "must be positive"),
+        ("optimizer.base_learning_rate", float("nan"), "must be a finite number"),
         ("objective.temperature", 0.0, "must be positive"),
         ("objective.num_segments", 1, "must be at least 2"),
         ("projector.output_size", 100, "32 segments of 16 units need an embedding of 512.* is 100"),

@@ -104,6 +104,7 @@ def center_crop(image: np.ndarray, size: int, resize_shorter_side: int) -> np.nd
     Returns:
       uint8 [size, size, channels].
     """
+    image = _without_far_ends(image)
     height, width = image.shape[:2]
     ratio = resize_shorter_side / min(height, width)
     new_height = max(round(height * ratio), size)
@@ -111,6 +112,16 @@ def center_crop(image: np.ndarray, size: int, resize_shorter_side: int) -> np.nd
     image = resize(image, new_height, new_width)
     top, left = (new_height - size) // 2, (new_width - size) // 2
     return image[top : top + size, left : left + size]
+
+
+def _without_far_ends(image: np.ndarray) -> np.ndarray:
+    """The middle of a long strip of an image, which enlarged as a whole might fill the memory."""
+    for axis in (0, 1):
+        longer, shorter = image.shape[axis], image.shape[1 - axis]
+        cut_off = (longer - 4 * shorter) // 2
+        if longer > 16 * shorter:
+            image = image.take(range(cut_off, longer - cut_off), axis)
+    return image
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:

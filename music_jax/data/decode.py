@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 
 from music_jax.data.headers import Header, read_header
+from music_jax.data.png import without_texts
 from music_jax.errors import UndecodableError
 
 # What cannot be decoded is reported by the caller, with the image's name.
@@ -57,15 +58,16 @@ def decode(
       reduction: 1, or 2, 4 or 8 for a JPEG at that part of its size.
 
     Returns:
-      uint8 [height, width, channels], each side that of the header divided by `reduction`, rounded
-      up.
+      uint8 [height, width, channels]; of a JPEG, each side is that of the header divided by
+      `reduction`, rounded up; others may be turned, or have another size than their header says.
 
     Raises:
       UndecodableError: the bytes are no whole image of a known format, or too large a one.
     """
     header = header or read_header(encoded)
+    readable = np.frombuffer(without_texts(encoded), np.uint8)
     try:
-        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), _FLAGS[channels, reduction])
+        image = cv2.imdecode(readable, _FLAGS[channels, reduction])
     except cv2.error as error:
         raise UndecodableError(f"it cannot be decoded: {error.err}") from error
     if image is None:

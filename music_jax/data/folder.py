@@ -1,6 +1,7 @@
 """A folder of image files as a source, in an order that does not depend on the file system."""
 
 import os
+import stat
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -21,8 +22,10 @@ def open_folder(path: str) -> Source:
     """Lists the images of a folder and of all folders in it; reads none of them.
 
     A file is an image by its name (`EXTENSIONS`, in upper or lower case). Hidden files and folders
-    are passed over. Links are followed as long as they stay inside the folder. The class of an
-    image is the first sub-folder on its path; the source has labels if every image has a class.
+    are passed over. Links are followed as long as they stay inside the folder; of several to the
+    same folder the first by name, and none to folders below one, so that there are never many more
+    images than files. The class of an image is the first sub-folder on its path; the source has
+    labels if every image has a class.
 
     Args:
       path: the folder.
@@ -34,7 +37,7 @@ def open_folder(path: str) -> Source:
       UserError: there is no such folder, it cannot be listed, or it holds no image.
     """
     root = os.path.abspath(os.path.expanduser(path))
-    if not os.path.isdir(root):
+    if "\0" in root or not os.path.isdir(root):
         raise UserError(f"there is no folder {path!r}")
     started = time.monotonic()
     listing = _Listing(root)
@@ -44,10 +47,10 @@ def open_folder(path: str) -> Source:
         raise UserError(f"cannot list the folder {path!r}: {error}") from error
     names = sorted(listing.names)
     if not names:
-        outside = f", but {len(listing.outside)} links that lead out of it"
+        links = f", but {len(listing.left_out)} links that are not followed"
         raise UserError(
             f"the folder {path!r} holds no image ({', '.join(EXTENSIONS)})"
-            + (outside if listing.outside else "")
+            + (links if listing.left_out else "")
         )
     classes = [name.partition("/")[0] if "/" in name else None for name in names]
     class_names = () if None in classes else tuple(sorted({c for c in classes if c is not None}))
@@ -65,7 +68,7 @@ def open_folder(path: str) -> Source:
         label_key="label",
         num_classes=len(class_names),
         class_names=class_names,
-        left_out=tuple((name, "a link out of the folder") for name in sorted(listing.outside)),
+        left_out=tuple(sorted(listing.left_out.items())),
     )
 
 
@@ -74,24 +77,37 @@ class _Listing:
 
     def __init__(self, root: str):
         self.names: list[str] = []
-        self.outside: list[str] = []
+        self.left_out: dict[str, str] = {}
         self._root = root
         self._real_root = os.path.realpath(root)
         self._said = time.monotonic()
 
     def walk(self) -> None:
-        # Each folder comes with the real folders that lead to it, so that no link runs in a circle.
-        waiting = [("", self._real_root, frozenset([self._real_root]))]
+        followed: set[str] = set()
+        for name, target in sorted(self._walk_below("", self._real_root)):
+            if target in followed:
+                self.left_out[name] = "a second link to the same folder"
+                continue
+            followed.add(target)
+            for link, _ in self._walk_below(name + "/", target):
+                self.left_out[link] = "a link to a folder below such a link"
+
+    def _walk_below(self, prefix: str, real: str) -> list[tuple[str, str]]:
+        """Lists what is below a folder; gives the links to folders, with their real paths."""
+        links, waiting = [], [(prefix, real)]
         while waiting:
-            prefix, real, above = waiting.pop()
+            prefix, real = waiting.pop()
             for entry, target in self._entries(prefix, real):
                 name = prefix + entry.name
                 if entry.is_dir():
-                    if target not in above:
-                        waiting.append((name + "/", target, above | {target}))
+                    if not entry.is_symlink():
+                        waiting.append((name + "/", target))
+                    elif not f"{real}/".startswith(f"{target}/"):  # else it runs in a circle
+                        links.append((name, target))
                 elif entry.is_file() and name.lower().endswith(EXTENSIONS):
                     self.names.append(name)
             self._say_now_and_then()
+        return links
 
     def _entries(self, prefix: str, real: str) -> Iterator[tuple[os.DirEntry, str]]:
         """What is in a folder, each with its real path, without what is hidden or leads out."""
@@ -101,9 +117,16 @@ class _Listing:
                     continue
                 target = f"{real}/{entry.name}"
                 if entry.is_symlink():
+                    try:
+                        os.stat(target)
+                    except FileNotFoundError:
+                        continue
+                    except OSError as error:  # such as a link to itself
+                        self.left_out[prefix + entry.name] = f"a link: {error.strerror}"
+                        continue
                     target = os.path.realpath(target)
                     if os.path.commonpath([self._real_root, target]) != self._real_root:
-                        self.outside.append(prefix + entry.name)
+                        self.left_out[prefix + entry.name] = "a link out of the folder"
                         continue
                 yield entry, target
 
@@ -134,7 +157,10 @@ class _Files:
             # Without waiting: the file could have become a pipe since it was listed.
             descriptor = os.open(f"{self._root}/{name}", os.O_RDONLY | os.O_NONBLOCK)
             try:
-                size = os.fstat(descriptor).st_size
+                status = os.fstat(descriptor)
+                if not stat.S_ISREG(status.st_mode):
+                    raise UndecodableError("it is no longer a file, but a pipe, device or folder")
+                size = status.st_size
                 if size > MAX_FILE_BYTES:
                     raise UndecodableError(f"its {size:,} bytes are more than {MAX_FILE_BYTES:,}")
                 content = os.read(descriptor, size)

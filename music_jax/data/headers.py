@@ -3,6 +3,7 @@
 Only the formats named here are given to the decoder. Every loop is bounded, whatever the bytes.
 """
 
+import re
 import struct
 from typing import NamedTuple
 
@@ -18,7 +19,13 @@ _ORIENTATION = 0x0112  # the tag's number in Exif
 # coding tables.
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _START_OF_SCAN, _END_OF_IMAGE, _APP1 = 0xDA, 0xD9, 0xE1
-_WITHOUT_LENGTH = frozenset([0x01, *range(0xD0, 0xD9)])  # TEM, RST0 to RST7, SOI
+# The next marker that a segment follows: none of stuffed and fill bytes, TEM, RST0 to RST7, SOI.
+_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)
+
+# Decoders go over all pixels for each scan, however few bytes it has. What programs write has ten
+# scans or so; as many pixels as this take two seconds.
+_MAX_SCANS = 100
+_MAX_PIXELS_OF_ALL_SCANS = 2**31
 
 
 class Header(NamedTuple):
@@ -80,25 +87,39 @@ def _parse(encoded: bytes) -> Header:
 def _jpeg(encoded: bytes) -> Header:
     at, turned = 2, False
     for _ in range(_MAX_JPEG_SEGMENTS):
-        at = encoded.find(b"\xff", at)  # decoders skip what lies between segments
-        if at < 0:
+        found = _MARKER.search(encoded, at)  # decoders skip what lies between segments
+        if found is None:
             break
-        while encoded[at] == 0xFF:  # fill bytes
-            at += 1
-        marker = encoded[at]
-        at += 1
-        if marker == 0 or marker in _WITHOUT_LENGTH:
-            continue
+        marker, at = found[1][0], found.end()
         if marker in (_START_OF_SCAN, _END_OF_IMAGE):
             break
         (length,) = struct.unpack_from(">H", encoded, at)
         if marker in _START_OF_FRAME:
             height, width = struct.unpack_from(">HH", encoded, at + 3)
+            _check_scans(encoded, at + length, height * width)
             return Header(width, height, True) if turned else Header(height, width, True)
         if marker == _APP1 and encoded[at + 2 : at + 8] == b"Exif\0\0":
             turned = _is_turned(encoded[at + 8 : at + length])
         at += length
     raise UndecodableError("its header gives no size")
+
+
+def _check_scans(encoded: bytes, at: int, pixels: int) -> None:
+    """Refuses a JPEG with so many scans that decoding it would take minutes."""
+    most = min(_MAX_SCANS, max(1, _MAX_PIXELS_OF_ALL_SCANS // max(pixels, 1)))
+    if encoded.count(b"\xff\xda", at) <= most:  # what follows the image may have some too
+        return
+    scans = 0
+    for _ in range(_MAX_JPEG_SEGMENTS):
+        found = _MARKER.search(encoded, at)
+        if found is None or found[1][0] == _END_OF_IMAGE:
+            return
+        scans += found[1][0] == _START_OF_SCAN
+        if scans > most:
+            break
+        (length,) = struct.unpack_from(">H", encoded, found.end())
+        at = found.end() + length
+    raise UndecodableError(f"it has more than {most} scans, more than are read")
 
 
 def _is_turned(exif: bytes) -> bool:

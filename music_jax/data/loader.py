@@ -113,18 +113,19 @@ class _TrainingBatches:
             header = read_header(encoded)
         except UndecodableError as error:
             return error
-        whole = self.crop.is_whole(header.height, header.width)
-        flips = [False] * self.num_views
-        if whole and not self.flip:
-            boxes = [Box(0, 0, header.height, header.width)] * self.num_views
-        else:
-            rng = np.random.Generator(np.random.Philox(key=[self.order.seed, sample_index]))
-            boxes = [
-                draw_box(header.height, header.width, self.crop, rng) for _ in range(self.num_views)
-            ]
-            if self.flip:
-                flips = [rng.random() < 0.5 for _ in boxes]
+        boxes, flips = self._draw(sample_index, header.height, header.width)
         return _Plan(encoded, label, header, boxes, flips)
+
+    def _draw(self, sample_index: int, height: int, width: int) -> tuple[list[Box], list[bool]]:
+        """What is cut out of an image of this size for each view, and whether it is mirrored."""
+        flips = [False] * self.num_views
+        if self.crop.is_whole(height, width) and not self.flip:
+            return [Box(0, 0, height, width)] * self.num_views, flips
+        rng = np.random.Generator(np.random.Philox(key=[self.order.seed, sample_index]))
+        boxes = [draw_box(height, width, self.crop, rng) for _ in range(self.num_views)]
+        if self.flip:
+            flips = [rng.random() < 0.5 for _ in boxes]
+        return boxes, flips
 
     def _fill(
         self, sample_index: int, key: int, plan: "_Plan | UndecodableError", views: np.ndarray
@@ -134,7 +135,7 @@ class _TrainingBatches:
             try:
                 if isinstance(plan, UndecodableError):
                     raise plan
-                self._cut_views(plan, views)
+                self._cut_views(sample_index, plan, views)
                 return plan.label
             except UndecodableError as error:
                 _skip(self.skipped, self.source, key, error)
@@ -144,11 +145,14 @@ class _TrainingBatches:
             f"{_MAX_TRIES} images of {self.source.name}, drawn at random, cannot be decoded"
         )
 
-    def _cut_views(self, plan: "_Plan", views: np.ndarray) -> None:
+    def _cut_views(self, sample_index: int, plan: "_Plan", views: np.ndarray) -> None:
         smallest = min(min(box.height, box.width) for box in plan.boxes)
         reduction = largest_reduction(plan.header, smallest / self.crop.size)
         image = decode(plan.encoded, self.channels, header=plan.header, reduction=reduction)
-        for box, flip, view in zip(plan.boxes, plan.flips, views, strict=True):
+        boxes, flips = plan.boxes, plan.flips
+        if reduction == 1 and image.shape[:2] != (plan.header.height, plan.header.width):
+            boxes, flips = self._draw(sample_index, *image.shape[:2])  # such as a turned PNG
+        for box, flip, view in zip(boxes, flips, views, strict=True):
             cut(image, box, view, reduction=reduction)
             if flip:
                 view[:] = view[:, ::-1].copy()

@@ -5,18 +5,20 @@ shards, in order, and the classes; a directory that has one is a packed dataset.
 its index says so, and beside each shard that is finished lies a JSON file with what it holds.
 """
 
-import json
 import os
+import stat
 import struct
 from typing import Any
 
 from etils import epath
 
 from music_jax.data.sources import Source
-from music_jax.errors import UndecodableError, UserError
+from music_jax.errors import UserError
+from music_jax.json_files import read_json
 
 INDEX_FILE = "index.json"
 FORMAT = "music_jax packed images, version 1"
+_SUFFIX = ".array_record"
 
 
 def is_packed(path: str) -> bool:
@@ -32,12 +34,17 @@ def read_index(path: str) -> dict[str, Any]:
     """
     file = epath.Path(path).expanduser() / INDEX_FILE
     try:
-        index = json.loads(file.read_text())
+        index = read_json(file)
         if index["format"] != FORMAT:
             raise ValueError(f"its format is {index['format']!r}, not {FORMAT!r}")
         shards = [str(shard["file"]) for shard in index["shards"]]
-        if any("/" in name or name.startswith(".") for name in shards):
-            raise ValueError("a shard lies in another directory")
+        for name in shards:
+            if "/" in name or name.startswith(".") or not name.isprintable():
+                raise ValueError("a shard lies in another directory")
+            if not name.endswith(_SUFFIX):
+                raise ValueError(f"a shard's name does not end with {_SUFFIX}")
+        if len(set(shards)) < len(shards):
+            raise ValueError("a shard is named twice")
         if not all(isinstance(name, str) for name in index["class_names"]):
             raise ValueError("a class has no name")
         if not isinstance(index["complete"], bool):
@@ -61,11 +68,15 @@ def open_packed(path: str) -> Source:
     root = epath.Path(path).expanduser()
     files = [os.fspath(root / shard["file"]) for shard in index["shards"]]
     try:
+        for name in files:
+            if not stat.S_ISREG(os.lstat(name).st_mode):
+                raise ValueError(f"{os.path.basename(name)} is a link or no file")
         records = ArrayRecordDataSource(files)
         if len(records) != index["num_images"]:
             raise ValueError(f"they hold {len(records)} images, not {index['num_images']}")
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"cannot read the shards of {path!r}: {error}") from error
+    except Exception as error:  # whatever the reader raises on damage
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"cannot read the shards of {path!r}: {reason}") from error
     names = tuple(index["class_names"])
     return Source(
         name=path,
@@ -91,6 +102,4 @@ class _Records:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._records[index]
-        if len(record) < 4:
-            raise UndecodableError("its record is cut off")
         return {"image": record[4:], "label": struct.unpack_from("<i", record)[0]}

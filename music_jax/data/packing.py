@@ -3,7 +3,6 @@
 import concurrent.futures
 import dataclasses
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +19,7 @@ from music_jax.data.packed import FORMAT, INDEX_FILE, encode_record, read_index
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.errors import UndecodableError, UserError
+from music_jax.json_files import read_json
 from music_jax.records import write_json
 
 _AHEAD = 64  # images on their way for each thread
@@ -234,7 +234,7 @@ def _write_shard(
 def _finished(directory: epath.Path, name: str) -> dict[str, Any] | None:
     """What a shard holds, if it is whole: what lies beside it was written after it."""
     try:
-        shard = json.loads((directory / f"{name}.json").read_text())
+        shard = read_json(directory / f"{name}.json")
         return {"file": name, "images": int(shard["images"])}
     except (OSError, ValueError, KeyError, TypeError):
         return None

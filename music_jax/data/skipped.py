@@ -7,7 +7,8 @@ import threading
 from etils import epath
 
 from music_jax.data.sources import Source
-from music_jax.errors import UnusableDataError
+from music_jax.errors import UnusableDataError, UserError
+from music_jax.json_files import parse_json, read_text
 
 _FILE = "skipped.jsonl"
 
@@ -25,6 +26,9 @@ class SkippedImages:
           directory: where the list is.
           max_share: the largest share of a source's images that may be skipped.
           process_index: of this process.
+
+        Raises:
+          UserError: the list cannot be read.
         """
         self.path = directory / _FILE
         self._max_share = max_share
@@ -99,18 +103,26 @@ def _part(directory: epath.Path, process: int | str) -> epath.Path:
 def _read(path: epath.Path) -> dict[tuple[str, str], str]:
     """The lines of a list; one that was cut off is left out, and noted again when it is met."""
     found = {}
-    lines = path.read_text().splitlines() if path.exists() else []
-    for line in lines:
+    for line in _text(path).splitlines():
         try:
-            record = json.loads(line)
-            found[record["source"], record["image"]] = record["reason"]
+            record = parse_json(line)
+            said = record["source"], record["image"], record["reason"]
         except (ValueError, KeyError, TypeError):
             continue
+        if all(isinstance(each, str) for each in said):
+            found[said[:2]] = said[2]
     return found
 
 
+def _text(path: epath.Path) -> str:
+    try:
+        return read_text(path) if path.exists() else ""
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}; remove it to go on") from error
+
+
 def _drop_cut_off_line(path: epath.Path) -> None:
-    text = path.read_text() if path.exists() else ""
+    text = _text(path)
     if text and not text.endswith("\n"):
         temporary = path.with_name(path.name + ".new")
         temporary.write_text(text[: text.rfind("\n") + 1])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from ml_collections import config_dict
 
-from music_jax.errors import UserError
+from music_jax.errors import UndecodableError, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +61,25 @@ class Source:
         return dataclasses.replace(self, records=_Selected(self.records, indices))
 
     def example(self, index: int) -> tuple[bytes, int]:
-        """The encoded image and its label, -1 if it has none."""
-        record = self.records[index]
-        return record[self.image_key], int(record[self.label_key])
+        """The encoded image and its label, -1 if it has none.
+
+        Raises:
+          UndecodableError: the record is damaged, or its label is none of the classes.
+        """
+        try:
+            record = self.records[index]
+            encoded, label = record[self.image_key], int(record[self.label_key])
+        except UndecodableError:
+            raise
+        except Exception as error:  # whatever a format's reader raises on damage
+            raise UndecodableError(
+                f"its record cannot be read: {' '.join(str(error).split())[:300]}"
+            ) from error
+        if not isinstance(encoded, bytes):
+            raise UndecodableError("its record holds no encoded image")
+        if not -1 <= label < max(self.num_classes, 1):
+            raise UndecodableError(f"its label {label} is none of {self.num_classes} classes")
+        return encoded, label
 
     def record_name(self, index: int) -> str:
         """What an image is called: its path in a folder, else its index."""
@@ -100,16 +116,16 @@ def open_source(dataset: config_dict.ConfigDict, split: str) -> Source:
             if isinstance(feature, tfds.features.Image)
         }
         records = builder.as_data_source(split=split, decoders=still_encoded)
-    except (ValueError, KeyError, AssertionError) as error:
-        raise UserError(
-            f"cannot read split {split!r} of {dataset.name!r}, which has the splits "
-            f"{sorted(builder.info.splits)}: {' '.join(str(error).split())}"
-        ) from error
     except NotImplementedError as error:  # What TFDS raises for a format without random access.
         raise UserError(
             f"{dataset.name!r} was prepared at {builder.data_path} in a format without random "
             "access; prepare it again elsewhere with --config.dataset.data_dir=DIR, which writes "
             "array_record files"
+        ) from error
+    except Exception as error:  # whatever TFDS raises on an unknown split or damaged metadata
+        raise UserError(
+            f"cannot read split {split!r} of {dataset.name!r}, which has the splits "
+            f"{sorted(builder.info.splits)}: {' '.join(str(error).split())}"
         ) from error
     return Source(
         name=f"{dataset.name}:{split}",
@@ -151,7 +167,9 @@ def prepare(dataset: config_dict.ConfigDict) -> None:
             f"cannot prepare dataset {dataset.name!r} in {builder.data_path}: {error}; choose "
             "another place with --config.dataset.data_dir=DIR"
         ) from error
-    except AssertionError as error:  # What TFDS raises where files must be placed by hand.
+    except UserError:
+        raise
+    except Exception as error:  # whatever TFDS raises on files to be placed by hand, or damaged
         raise UserError(
             f"cannot prepare dataset {dataset.name!r}: {' '.join(str(error).split())}; another "
             "place for such files is --config.dataset.manual_dir=DIR"
@@ -179,7 +197,7 @@ def _builder(dataset: config_dict.ConfigDict) -> Any:
         nearest = difflib.get_close_matches(dataset.name, known, n=1, cutoff=0.5)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise UserError(f"TFDS knows no dataset {dataset.name!r}{hint}") from error
-    except (ValueError, AttributeError, AssertionError) as error:
+    except Exception as error:  # whatever TFDS raises on an unknown version or damaged metadata
         raise UserError(
             f"cannot open dataset {dataset.name!r}: {' '.join(str(error).split())}"
         ) from error

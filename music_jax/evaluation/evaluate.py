@@ -1,7 +1,6 @@
 """The evaluation of a trained backbone, beside raw pixels and the backbone before training."""
 
 import dataclasses
-import json
 from typing import Any
 
 import jax
@@ -26,12 +25,17 @@ from music_jax.evaluation.features import (
 )
 from music_jax.evaluation.knn import knn_predict
 from music_jax.evaluation.linear_probe import ProbeRecipe
+from music_jax.json_files import read_json
 from music_jax.mesh import is_main_process
 from music_jax.models.network import Network, init_network
 from music_jax.records import as_json, write_json
 
 _LINEAR_FILE = "linear_eval.json"
 _KNN_FILE = "knn.json"
+_FIGURES = {
+    "linear": ("top1", "top5", "random_init_top1", "raw_pixels_top1"),
+    "knn": ("top1", "random_init_top1", "raw_pixels_top1"),
+}
 
 
 def evaluate(
@@ -125,12 +129,22 @@ def read_results(
         if name == "knn" and not config.knn.enabled:
             continue
         try:
-            results[name] = json.loads((workdir / file).read_text())
+            results[name] = read_json(workdir / file)
         except (OSError, ValueError):
             return None
         if not isinstance(results[name], dict) or results[name].get("step") != step:
             return None
+        if not all(_is_figure(results[name], figure) for figure in _FIGURES[name]):
+            return None
     return results if results["linear"].get("protocol") == protocol(config) else None
+
+
+def _is_figure(result: dict[str, Any], name: str) -> bool:
+    """Whether a result has a share under this name, or None where it may be left out."""
+    value = result.get(name)
+    if value is None:
+        return name.endswith("_top1")
+    return isinstance(value, float) and 0 <= value <= 1
 
 
 def results_table(results: dict[str, dict[str, Any]]) -> str:

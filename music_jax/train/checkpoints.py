@@ -235,7 +235,7 @@ class Checkpoints:
             args["input"] = ocp.args.JsonRestore()
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-        except (ValueError, KeyError, FileNotFoundError, OSError) as error:
+        except Exception as error:  # whatever Orbax raises on metadata that were tampered with
             raise UserError(
                 f"cannot restore step {step} of {self._manager.directory}: "
                 f"{' '.join(str(error).split())[:300]}"

@@ -7,8 +7,12 @@ final name, so a checkpoint without them is not whole either.
 
 import hashlib
 import json
+import os
+import stat
 
 from etils import epath
+
+from music_jax.json_files import read_json
 
 CHECKSUMS = "CHECKSUMS.json"
 
@@ -32,7 +36,7 @@ def write_checksums(directory: epath.Path) -> None:
 def find_damage(directory: epath.Path) -> str | None:
     """What is wrong with a checkpoint, in words, or None if it is as it was written."""
     try:
-        record = json.loads((directory / CHECKSUMS).read_text())
+        record = read_json(directory / CHECKSUMS)
         expected, step_metadata = dict(record["files"]), record["step_metadata"]
     except FileNotFoundError:
         return f"{CHECKSUMS} is missing"
@@ -59,6 +63,10 @@ def _files(directory: epath.Path, prefix: str = "") -> dict[str, epath.Path]:
     found: dict[str, epath.Path] = {}
     for path in directory.iterdir():
         name = prefix + path.name
+        if "://" not in str(path):
+            mode = os.lstat(path).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # it could lead anywhere
+                raise OSError(f"{name} is neither a file nor a directory")
         if path.is_dir():
             found |= _files(path, f"{name}/")
         elif name not in (CHECKSUMS, _STEP_METADATA, _COMMIT_MARK):
@@ -78,5 +86,5 @@ def _fingerprint(path: epath.Path) -> list[int | str]:
 
 def _step_metadata(directory: epath.Path) -> dict:
     """The step's metadata without the field that is stamped later."""
-    record = json.loads((directory / _STEP_METADATA).read_text())
+    record = read_json(directory / _STEP_METADATA)
     return {key: value for key, value in record.items() if key != _STAMPED_FIELD}

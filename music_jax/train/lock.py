@@ -11,8 +11,10 @@ from typing import IO
 from etils import epath
 
 from music_jax.errors import UserError
+from music_jax.json_files import parse_json
 
 _FILE = "lock"
+_MAX_CHARACTERS = 4096  # what is written is far shorter
 
 
 class WorkdirLock:
@@ -66,7 +68,7 @@ def _holder(file: IO[str]) -> str:
     """Who holds the lock, by what it wrote into the file."""
     file.seek(0)
     try:
-        record = json.loads(file.read())
+        record = parse_json(file.read(_MAX_CHARACTERS))
         return f"process {record['pid']} on {record['host']}, since {record['started']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

@@ -1,0 +1,56 @@
+"""Reading JSON that anyone may have written: it is data, or a `ValueError`."""
+
+import json
+import stat
+from typing import Any
+
+from etils import epath
+
+_MAX_DEPTH = 32
+
+
+def parse_json(text: str) -> Any:
+    """What a JSON text says.
+
+    Raises:
+      ValueError: it is not JSON, or nested deeper than anything that this package writes.
+    """
+    if text.count("[") + text.count("{") > _MAX_DEPTH and _depth(text) > _MAX_DEPTH:
+        raise ValueError(f"it is nested more than {_MAX_DEPTH} levels deep")
+    return json.loads(text)
+
+
+def read_json(path: epath.Path) -> Any:
+    """What a JSON file says.
+
+    Raises:
+      OSError: it cannot be read, or is no file but a pipe or a device.
+      ValueError: as `parse_json`.
+    """
+    return parse_json(read_text(path, errors="strict"))
+
+
+def read_text(path: epath.Path, *, errors: str = "replace") -> str:
+    """The text of a file in UTF-8; what is not is replaced, or with `strict` a `ValueError`.
+
+    Raises:
+      OSError: it cannot be read, or is no file but a pipe or a device, which could be waited for
+        for ever.
+    """
+    if "://" not in str(path):
+        mode = path.stat().mode
+        if mode is not None and not stat.S_ISREG(mode):
+            raise OSError(f"{path} is not a regular file")
+    return path.read_bytes().decode("utf-8", errors)
+
+
+def _depth(text: str) -> int:
+    """How deep brackets are nested, at least; those within strings count too."""
+    depth = deepest = 0
+    for character in text:
+        if character in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character in "]}":
+            depth -= 1
+    return deepest
