@@ -5,6 +5,7 @@ import json
 import time
 
 import cv2
+import grain
 import numpy as np
 import pytest
 from etils import epath
@@ -60,6 +61,13 @@ def test_the_remainder_of_an_epoch_is_left_out_and_differs_between_epochs():
         assert len(set(seen)) == 20
         left_out.append(frozenset(range(23)) - set(seen))
     assert len(set(left_out)) > 5
+
+
+def test_the_order_is_that_of_grains_shuffle():
+    order = TrainingOrder(1000, 5, seed=2**32 - 1)
+    shuffled = grain.MapDataset.range(1000).shuffle(seed=2**32 - 1)
+    for index in (*range(20), *range(3990, 4010)):
+        assert order.record_key(index) == shuffled[index]
 
 
 def test_sample_indices_are_never_repeated():
