@@ -13,6 +13,7 @@ from ml_collections import config_dict
 
 import music_jax
 from music_jax import progress
+from music_jax.appending import open_to_append
 from music_jax.config import differences
 from music_jax.data.skipped import SkippedImages
 from music_jax.errors import UserError
@@ -26,6 +27,7 @@ def open_workdir(path: str, *, create: bool = True) -> epath.Path:
     Raises:
       UserError: it cannot be made or written to, or (without `create`) is not there.
     """
+    check_reachable(path)
     workdir = epath.Path(path).expanduser()
     if not create and not workdir.exists():
         raise UserError(f"the workdir {path} does not exist")
@@ -39,6 +41,31 @@ def open_workdir(path: str, *, create: bool = True) -> epath.Path:
     except OSError as error:
         raise UserError(f"cannot write to the workdir {path}: {error}") from error
     return workdir
+
+
+def check_reachable(path: str) -> None:
+    """Checks that the place of a workdir, such as a bucket, can be reached.
+
+    Raises:
+      UserError: it cannot; the message says why, and which package is missing.
+    """
+    if "://" not in str(path):
+        return
+    try:
+        epath.Path(path).exists()
+    except KeyError as error:
+        raise UserError(
+            f"the workdir {path} is in no place that is known; give a directory or gs://BUCKET/NAME"
+        ) from error
+    except ImportError as error:
+        raise UserError(
+            f"cannot reach the workdir {path}: {error}; buckets need one more package: pip install "
+            "gcsfs for gs://, s3fs for s3://"
+        ) from error
+    except Exception as error:  # whatever the client of a bucket raises
+        raise UserError(
+            f"cannot reach the workdir {path}: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def read_config(workdir: epath.Path) -> dict[str, Any] | None:
@@ -120,10 +147,12 @@ def open_skipped(workdir: epath.Path, config: config_dict.ConfigDict) -> Skipped
 
 def report_skipped(skipped: SkippedImages) -> None:
     """Joins what all processes noted in skipped.jsonl, and says how many images were skipped."""
+    skipped.close()
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("skipped images noted by all processes")
     if jax.process_index() == 0:
         skipped.merge()
+        skipped.close()
         if len(skipped):
             progress.say(skipped.summary())
 
@@ -140,7 +169,7 @@ class MetricsLog:
             temporary = path.with_name(path.name + ".new")
             temporary.write_text("".join(line + "\n" for line in kept))
             temporary.replace(path)
-        self._file = path.open("a")
+        self._file = open_to_append(path)
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds a line."""
