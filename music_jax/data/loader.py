@@ -114,18 +114,25 @@ class _TrainingBatches:
     def _plan(self, sample_indices: list[int], keys: list[int]) -> "list[_Plan | UndecodableError]":
         """Reads images and draws what is to be cut out of them."""
         read = [self._read(key) for key in keys]
-        sizes = np.asarray([(1, 1) if isinstance(r, Exception) else r[2][:2] for r in read])
-        heights, widths = np.repeat(sizes, self.num_views, axis=0).T
-        numbers = _uniform(
-            self.order.seed, sample_indices, self.num_views * (NUMBERS_PER_BOX + 1)
-        ).reshape(len(heights), NUMBERS_PER_BOX + 1)
-        shape = (len(keys), self.num_views, -1)
-        boxes = draw_boxes(heights, widths, self.crop, numbers[:, :-1]).reshape(shape).tolist()
-        flips = (self.flip & (numbers[:, -1] < 0.5)).reshape(shape[:2]).tolist()
+        sizes = [(1, 1) if isinstance(r, UndecodableError) else r[2][:2] for r in read]
         return [
-            r if isinstance(r, UndecodableError) else _Plan(*r, [Box(*box) for box in some], flip)
-            for r, some, flip in zip(read, boxes, flips, strict=True)
+            r if isinstance(r, UndecodableError) else _Plan(*r, *drawn)
+            for r, drawn in zip(read, self._draw(sample_indices, sizes), strict=True)
         ]
+
+    def _draw(
+        self, sample_indices: list[int], sizes: list[tuple[int, int]]
+    ) -> list[tuple[list[Box], list[bool]]]:
+        """What is cut out of images of these heights and widths for each view, and mirrored."""
+        heights, widths = np.repeat(np.asarray(sizes), self.num_views, axis=0).T
+        count = NUMBERS_PER_BOX + 1
+        numbers = _uniform(self.order.seed, sample_indices, self.num_views * count)
+        numbers = numbers.reshape(-1, count)
+        boxes = draw_boxes(heights, widths, self.crop, numbers[:, :-1])
+        flips = self.flip & (numbers[:, -1] < 0.5)
+        shape = (len(sizes), self.num_views)
+        each = zip(boxes.reshape(*shape, -1).tolist(), flips.reshape(shape).tolist(), strict=True)
+        return [([Box(*box) for box in some], flip) for some, flip in each]
 
     def _read(self, key: int) -> tuple[bytes, int, Header] | UndecodableError:
         try:
@@ -142,7 +149,7 @@ class _TrainingBatches:
             try:
                 if isinstance(plan, UndecodableError):
                     raise plan
-                self._cut_views(plan, views)
+                self._cut_views(sample_index, plan, views)
                 return plan.label
             except UndecodableError as error:
                 _skip(self.skipped, self.source, key, error)
@@ -152,11 +159,14 @@ class _TrainingBatches:
             f"{_MAX_TRIES} images of {self.source.name}, drawn at random, cannot be decoded"
         )
 
-    def _cut_views(self, plan: "_Plan", views: np.ndarray) -> None:
+    def _cut_views(self, sample_index: int, plan: "_Plan", views: np.ndarray) -> None:
         smallest = min(min(box.height, box.width) for box in plan.boxes)
         reduction = largest_reduction(plan.header, smallest / self.crop.size)
         image = decode(plan.encoded, self.channels, header=plan.header, reduction=reduction)
-        for box, flip, view in zip(plan.boxes, plan.flips, views, strict=True):
+        boxes, flips = plan.boxes, plan.flips
+        if reduction == 1 and image.shape[:2] != (plan.header.height, plan.header.width):
+            ((boxes, flips),) = self._draw([sample_index], [image.shape[:2]])  # a turned PNG, say
+        for box, flip, view in zip(boxes, flips, views, strict=True):
             cut(image, box, view, reduction=reduction)
             if flip:
                 view[:] = view[:, ::-1].copy()
