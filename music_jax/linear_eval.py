@@ -117,7 +117,9 @@ def _apply(config: config_dict.ConfigDict, overrides: dict[str, object]) -> None
 def _named_step(checkpoint: str, directory: epath.Path, steps: list[int]) -> int:
     name = checkpoint.rstrip("/").rpartition("/")[2]
     if "/" in checkpoint:
-        where = epath.Path(checkpoint.rstrip("/")).expanduser().resolve().parent
+        from music_jax.records import absolute
+
+        where = absolute(checkpoint.rstrip("/")).parent
         if where != directory / "checkpoints":
             raise UserError(f"--checkpoint={checkpoint} is not below {directory}/checkpoints")
     if not name.isdigit() or int(name) not in steps:

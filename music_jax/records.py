@@ -28,11 +28,9 @@ def open_workdir(path: str, *, create: bool = True) -> epath.Path:
       UserError: it cannot be made or written to, or (without `create`) is not there.
     """
     check_reachable(path)
-    workdir = epath.Path(path).expanduser()
+    workdir = absolute(path)
     if not create and not workdir.exists():
         raise UserError(f"the workdir {path} does not exist")
-    if "://" not in str(path):
-        workdir = epath.Path(workdir.resolve())  # Orbax wants absolute paths.
     probe = workdir / f".writable.{jax.process_index()}"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -41,6 +39,13 @@ def open_workdir(path: str, *, create: bool = True) -> epath.Path:
     except OSError as error:
         raise UserError(f"cannot write to the workdir {path}: {error}") from error
     return workdir
+
+
+def absolute(path: str) -> epath.Path:
+    """The path from the root, as Orbax wants it, without links; that of a bucket as it is."""
+    if "://" in str(path):
+        return epath.Path(path)
+    return epath.Path(epath.Path(path).expanduser().resolve())
 
 
 def check_reachable(path: str) -> None:
