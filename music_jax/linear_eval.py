@@ -24,11 +24,13 @@ def main() -> None:
     """Reads the flags and evaluates."""
     if not cli.WORKDIR.value:
         raise UserError("--workdir=DIR is missing: the directory of the run to evaluate")
+    from music_jax import records
     from music_jax.compilation_cache import use_compilation_cache
     from music_jax.mesh import use_cores
 
     cli.join_cluster()
     use_cores(batch_size=4)  # any batch is filled up, so that all devices get some of it
+    records.check_reachable(cli.WORKDIR.value)
     use_compilation_cache(cli.WORKDIR.value)
     overrides = dict(config_flags.get_override_values(flags.FLAGS["config"]))
     linear_eval(cli.WORKDIR.value, checkpoint=flags.FLAGS.checkpoint, overrides=overrides)
@@ -115,7 +117,9 @@ def _apply(config: config_dict.ConfigDict, overrides: dict[str, object]) -> None
 def _named_step(checkpoint: str, directory: epath.Path, steps: list[int]) -> int:
     name = checkpoint.rstrip("/").rpartition("/")[2]
     if "/" in checkpoint:
-        where = epath.Path(checkpoint.rstrip("/")).expanduser().resolve().parent
+        from music_jax.records import absolute
+
+        where = absolute(checkpoint.rstrip("/")).parent
         if where != directory / "checkpoints":
             raise UserError(f"--checkpoint={checkpoint} is not below {directory}/checkpoints")
     if not name.isdigit() or int(name) not in steps:

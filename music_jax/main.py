@@ -25,11 +25,13 @@ def main() -> None:
     if not cli.WORKDIR.value:
         raise UserError("--workdir=DIR is missing: the directory for checkpoints and results")
     cli.join_cluster()
+    from music_jax import records
     from music_jax.compilation_cache import use_compilation_cache
     from music_jax.mesh import use_cores
     from music_jax.train import train_and_evaluate
 
     use_cores(config.batch_size)
+    records.check_reachable(cli.WORKDIR.value)
     use_compilation_cache(cli.WORKDIR.value)
     train_and_evaluate(config, cli.WORKDIR.value)
 

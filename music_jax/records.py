@@ -16,6 +16,7 @@ from ml_collections import config_dict
 
 import music_jax
 from music_jax import progress
+from music_jax.appending import open_to_append
 from music_jax.config import differences
 from music_jax.data.skipped import SkippedImages
 from music_jax.errors import UserError
@@ -32,11 +33,11 @@ def open_workdir(path: str, *, create: bool = True) -> epath.Path:
       UserError: it cannot be made or written to, has a link that leads out of it, a pipe or a
         device in it, or (without `create`) is not there.
     """
-    workdir = epath.Path(path).expanduser()
+    check_reachable(path)
+    workdir = absolute(path)
     if not create and not workdir.exists():
         raise UserError(f"the workdir {path} does not exist")
     if "://" not in str(path):
-        workdir = epath.Path(workdir.resolve())  # Orbax wants absolute paths.
         _check_nothing_leads_out(os.fspath(workdir))
     probe = workdir / f".writable.{jax.process_index()}"
     try:
@@ -67,6 +68,38 @@ def _check_nothing_leads_out(workdir: str) -> None:
                 )
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise UserError(f"{path} in the workdir is a pipe or a device; remove it")
+
+
+def absolute(path: str) -> epath.Path:
+    """The path from the root, as Orbax wants it, without links; that of a bucket as it is."""
+    if "://" in str(path):
+        return epath.Path(path)
+    return epath.Path(epath.Path(path).expanduser().resolve())
+
+
+def check_reachable(path: str) -> None:
+    """Checks that the place of a workdir, such as a bucket, can be reached.
+
+    Raises:
+      UserError: it cannot; the message says why, and which package is missing.
+    """
+    if "://" not in str(path):
+        return
+    try:
+        epath.Path(path).exists()
+    except KeyError as error:
+        raise UserError(
+            f"the workdir {path} is in no place that is known; give a directory or gs://BUCKET/NAME"
+        ) from error
+    except ImportError as error:
+        raise UserError(
+            f"cannot reach the workdir {path}: {error}; buckets need one more package: pip install "
+            "gcsfs for gs://, s3fs for s3://"
+        ) from error
+    except Exception as error:  # whatever the client of a bucket raises
+        raise UserError(
+            f"cannot reach the workdir {path}: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def read_config(workdir: epath.Path) -> dict[str, Any] | None:
@@ -148,10 +181,12 @@ def open_skipped(workdir: epath.Path, config: config_dict.ConfigDict) -> Skipped
 
 def report_skipped(skipped: SkippedImages) -> None:
     """Joins what all processes noted in skipped.jsonl, and says how many images were skipped."""
+    skipped.close()
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("skipped images noted by all processes")
     if jax.process_index() == 0:
         skipped.merge()
+        skipped.close()
         if len(skipped):
             progress.say(skipped.summary())
 
@@ -168,7 +203,7 @@ class MetricsLog:
             temporary = path.with_name(path.name + ".new")
             temporary.write_text(kept)
             temporary.replace(path)
-        self._file = path.open("a")
+        self._file = open_to_append(path)
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds a line."""

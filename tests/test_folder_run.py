@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from mixed_images import write_mixed
+from mixed_images import write_mixed, write_odd
 from processes import ROOT, metrics, run
 
 _FOLDER = (
@@ -30,7 +30,11 @@ def _skipped(workdir):
 
 @pytest.mark.slow
 def test_a_folder_with_broken_files_is_trained_on_and_probed_and_every_one_is_listed(tmp_path):
-    broken = write_mixed(tmp_path / "train", 200, broken_every=23)
+    broken = write_mixed(tmp_path / "train", 890, broken_every=23)
+    broken |= write_odd(tmp_path / "train", 104)
+    files = [path for path in (tmp_path / "train").rglob("*") if not path.is_dir()]
+    links_out = 6  # listed with the images that are skipped, but not among the images
+    assert len(files) - links_out == 1000
     broken_test = write_mixed(tmp_path / "test", 60, broken_every=29, seed=1)
     workdir = tmp_path / "run"
     arguments = (
@@ -42,7 +46,7 @@ def test_a_folder_with_broken_files_is_trained_on_and_probed_and_every_one_is_li
     )
     code, out, err = run(*arguments)
     assert code == 0, err
-    assert metrics(workdir)[-1]["step"] == 12
+    assert metrics(workdir)[-1]["step"] == 62
     lines = _skipped(workdir)
     found = {(line["source"].rpartition("/")[2], line["image"]) for line in lines}
     assert found == {("train", n) for n in broken} | {("test", n) for n in broken_test}
@@ -54,7 +58,7 @@ def test_a_folder_with_broken_files_is_trained_on_and_probed_and_every_one_is_li
 
     code, out, err = run(*arguments)
     assert (code, _skipped(workdir)) == (0, lines), err
-    assert "is done: 12 steps" in out
+    assert "is done: 62 steps" in out
 
 
 @pytest.mark.slow

@@ -22,10 +22,6 @@ class Crop:
     scale: tuple[float, float] = (0.08, 1.0)
     aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
-    def is_whole(self, height: int, width: int) -> bool:
-        """Whether the crop can only be the whole of an image of this size."""
-        return self.scale == (1.0, 1.0) and self.aspect_ratio == (1.0, 1.0) and height == width
-
 
 class Box(NamedTuple):
     """A part of an image, in pixels."""
@@ -36,32 +32,44 @@ class Box(NamedTuple):
     width: int
 
 
-def draw_box(height: int, width: int, crop: Crop, rng: np.random.Generator) -> Box:
-    """Draws a random part of an image, as torchvision's `RandomResizedCrop` does.
+_TRIES = 10
+NUMBERS_PER_BOX = 2 * _TRIES + 2  # area and aspect ratio of each try, then top and left
+
+
+def draw_boxes(
+    heights: np.ndarray, widths: np.ndarray, crop: Crop, numbers: np.ndarray
+) -> np.ndarray:
+    """Draws a random part of each of many images, as torchvision's `RandomResizedCrop` does.
 
     Area and aspect ratio are drawn at most ten times; if none fits, the largest centred part
     within the range of aspect ratios is taken.
 
     Args:
-      height: of the image.
-      width: of the image.
+      heights: of the images, [n].
+      widths: of the images, [n].
       crop: the ranges to draw from.
-      rng: gives the same part for the same state.
+      numbers: uniform in [0, 1), [n, NUMBERS_PER_BOX]; each row gives one part.
+
+    Returns:
+      int64 [n, 4], the fields of `Box`.
     """
     low, high = crop.scale
     log_low, log_high = (math.log(r) for r in crop.aspect_ratio)
-    for _ in range(10):
-        area = height * width * (low + (high - low) * rng.random())
-        ratio = math.exp(log_low + (log_high - log_low) * rng.random())
-        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < crop_width <= width and 0 < crop_height <= height:
-            top = int((height - crop_height + 1) * rng.random())
-            left = int((width - crop_width + 1) * rng.random())
-            return Box(top, left, crop_height, crop_width)
-    ratio = min(max(width / height, crop.aspect_ratio[0]), crop.aspect_ratio[1])
-    crop_width = min(width, max(1, round(height * ratio)))
-    crop_height = min(height, max(1, round(width / ratio)))
-    return Box((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width)
+    h, w = heights[:, None], widths[:, None]
+    areas = h * w * (low + (high - low) * numbers[:, :_TRIES])
+    ratios = np.exp(log_low + (log_high - log_low) * numbers[:, _TRIES : 2 * _TRIES])
+    tried_w, tried_h = np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
+    fits = (tried_w > 0) & (tried_w <= w) & (tried_h > 0) & (tried_h <= h)  # [n, tries]
+    first = fits.argmax(axis=1)[:, None]
+    any_fits = fits.any(axis=1)
+    ratio = np.clip(widths / heights, *crop.aspect_ratio)
+    largest_w = np.minimum(widths, np.maximum(1, np.rint(heights * ratio)))
+    largest_h = np.minimum(heights, np.maximum(1, np.rint(widths / ratio)))
+    box_w = np.where(any_fits, np.take_along_axis(tried_w, first, axis=1)[:, 0], largest_w)
+    box_h = np.where(any_fits, np.take_along_axis(tried_h, first, axis=1)[:, 0], largest_h)
+    top = np.where(any_fits, (heights - box_h + 1) * numbers[:, -2], (heights - box_h) // 2)
+    left = np.where(any_fits, (widths - box_w + 1) * numbers[:, -1], (widths - box_w) // 2)
+    return np.stack([top, left, box_h, box_w], axis=1).astype(np.int64)
 
 
 def cut(image: np.ndarray, box: Box, out: np.ndarray, *, reduction: int = 1) -> None:

@@ -8,16 +8,19 @@ run was resumed.
 """
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import grain
 import numpy as np
+from grain.experimental import index_shuffle
 
-from music_jax.data.crops import Box, Crop, center_crop, cut, draw_box
+from music_jax.data.crops import NUMBERS_PER_BOX, Box, Crop, center_crop, cut, draw_boxes
 from music_jax.data.decode import decode, largest_reduction, use_one_thread
 from music_jax.data.headers import Header, read_header
+from music_jax.data.memory import BatchMemory
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.errors import UndecodableError, UnusableDataError
@@ -37,10 +40,6 @@ class TrainingOrder:
     batch_size: int
     seed: int
 
-    def __post_init__(self) -> None:
-        shuffled = grain.MapDataset.range(self.num_records).shuffle(seed=self.seed)
-        object.__setattr__(self, "_shuffled", shuffled)
-
     @property
     def steps_per_epoch(self) -> int:
         """Whole batches in an epoch."""
@@ -57,8 +56,13 @@ class TrainingOrder:
         return int(np.random.Generator(bits).integers(self.num_records))
 
     def record_key(self, sample_index: int) -> int:
-        """Which of the dataset's images a global sample index stands for."""
-        return int(self._shuffled[sample_index])  # type: ignore[attr-defined]
+        """Which of the dataset's images a global sample index stands for.
+
+        The same as `grain.MapDataset.shuffle` gives, without what that costs for each element.
+        """
+        epoch, index = divmod(sample_index, self.num_records)
+        seed = (self.seed + epoch) % 2**32
+        return index_shuffle(index, max_index=self.num_records - 1, seed=seed, rounds=4)
 
 
 # So many samples are read and planned before they are decoded: between two images that are decoded,
@@ -85,20 +89,21 @@ class _TrainingBatches:
     num_steps: int
     flip: bool
     skipped: SkippedImages | None
+    memory: BatchMemory
 
     def __len__(self) -> int:
         return self.num_steps
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         count, size = len(self.positions), self.crop.size
-        images = np.empty((count, self.num_views, size, size, self.channels), np.uint8)
-        indices = [self.order.sample_index(int(step), int(p)) for p in self.positions]
+        images = self.memory.take((count, self.num_views, size, size, self.channels))
+        first = self.order.sample_index(int(step), 0)
+        indices = [first + position for position in self.positions.tolist()]
         labels: list[int] = []
         for start in range(0, count, _PLANNED_AT_ONCE):
             some = indices[start : start + _PLANNED_AT_ONCE]
             keys = [self.order.record_key(index) for index in some]
-            plans = [self._plan(*pair) for pair in zip(some, keys, strict=True)]
-            for index, key, plan in zip(some, keys, plans, strict=True):
+            for index, key, plan in zip(some, keys, self._plan(some, keys), strict=True):
                 labels.append(self._fill(index, key, plan, images[len(labels)]))
         return {
             "images": images,
@@ -106,26 +111,35 @@ class _TrainingBatches:
             "label": np.asarray(labels, np.int32),
         }
 
-    def _plan(self, sample_index: int, key: int) -> "_Plan | UndecodableError":
-        """Reads an image and draws what is to be cut out of it."""
+    def _plan(self, sample_indices: list[int], keys: list[int]) -> "list[_Plan | UndecodableError]":
+        """Reads images and draws what is to be cut out of them."""
+        read = [self._read(key) for key in keys]
+        sizes = [(1, 1) if isinstance(r, UndecodableError) else r[2][:2] for r in read]
+        return [
+            r if isinstance(r, UndecodableError) else _Plan(*r, *drawn)
+            for r, drawn in zip(read, self._draw(sample_indices, sizes), strict=True)
+        ]
+
+    def _draw(
+        self, sample_indices: list[int], sizes: list[tuple[int, int]]
+    ) -> list[tuple[list[Box], list[bool]]]:
+        """What is cut out of images of these heights and widths for each view, and mirrored."""
+        heights, widths = np.repeat(np.asarray(sizes), self.num_views, axis=0).T
+        count = NUMBERS_PER_BOX + 1
+        numbers = _uniform(self.order.seed, sample_indices, self.num_views * count)
+        numbers = numbers.reshape(-1, count)
+        boxes = draw_boxes(heights, widths, self.crop, numbers[:, :-1])
+        flips = self.flip & (numbers[:, -1] < 0.5)
+        shape = (len(sizes), self.num_views)
+        each = zip(boxes.reshape(*shape, -1).tolist(), flips.reshape(shape).tolist(), strict=True)
+        return [([Box(*box) for box in some], flip) for some, flip in each]
+
+    def _read(self, key: int) -> tuple[bytes, int, Header] | UndecodableError:
         try:
             encoded, label = self.source.example(key)
-            header = read_header(encoded)
+            return encoded, label, read_header(encoded)
         except UndecodableError as error:
             return error
-        boxes, flips = self._draw(sample_index, header.height, header.width)
-        return _Plan(encoded, label, header, boxes, flips)
-
-    def _draw(self, sample_index: int, height: int, width: int) -> tuple[list[Box], list[bool]]:
-        """What is cut out of an image of this size for each view, and whether it is mirrored."""
-        flips = [False] * self.num_views
-        if self.crop.is_whole(height, width) and not self.flip:
-            return [Box(0, 0, height, width)] * self.num_views, flips
-        rng = np.random.Generator(np.random.Philox(key=[self.order.seed, sample_index]))
-        boxes = [draw_box(height, width, self.crop, rng) for _ in range(self.num_views)]
-        if self.flip:
-            flips = [rng.random() < 0.5 for _ in boxes]
-        return boxes, flips
 
     def _fill(
         self, sample_index: int, key: int, plan: "_Plan | UndecodableError", views: np.ndarray
@@ -140,7 +154,7 @@ class _TrainingBatches:
             except UndecodableError as error:
                 _skip(self.skipped, self.source, key, error)
                 key = self.order.substitute(sample_index, attempt)
-                plan = self._plan(sample_index, key)
+                (plan,) = self._plan([sample_index], [key])
         raise UnusableDataError(
             f"{_MAX_TRIES} images of {self.source.name}, drawn at random, cannot be decoded"
         )
@@ -151,11 +165,26 @@ class _TrainingBatches:
         image = decode(plan.encoded, self.channels, header=plan.header, reduction=reduction)
         boxes, flips = plan.boxes, plan.flips
         if reduction == 1 and image.shape[:2] != (plan.header.height, plan.header.width):
-            boxes, flips = self._draw(sample_index, *image.shape[:2])  # such as a turned PNG
+            ((boxes, flips),) = self._draw([sample_index], [image.shape[:2]])  # a turned PNG, say
         for box, flip, view in zip(boxes, flips, views, strict=True):
             cut(image, box, view, reduction=reduction)
             if flip:
                 view[:] = view[:, ::-1].copy()
+
+
+def _uniform(seed: int, sample_indices: list[int], count: int) -> np.ndarray:
+    """[samples, count] numbers in [0, 1), a function of the seed and each sample's index alone.
+
+    A sample's numbers are at its own place in one stream; neighbours are drawn together.
+    """
+    blocks = -(-count // 4)  # Philox gives four numbers for each value of its counter
+    numbers = np.empty((len(sample_indices), 4 * blocks))
+    indices = np.asarray(sample_indices)
+    starts = [0, *(np.flatnonzero(np.diff(indices) != 1) + 1).tolist(), len(indices)]
+    for start, end in itertools.pairwise(starts):
+        bits = np.random.Philox(key=[seed, 0], counter=[sample_indices[start] * blocks, 0, 0, 0])
+        np.random.Generator(bits).random(out=numbers[start:end])
+    return numbers[:, :count]
 
 
 class _Plan(NamedTuple):
@@ -207,7 +236,16 @@ def training_batches(
     """
     use_one_thread()
     batches = _TrainingBatches(
-        source, order, crop, num_views, channels, positions, num_steps, flip, skipped
+        source,
+        order,
+        crop,
+        num_views,
+        channels,
+        positions,
+        num_steps,
+        flip,
+        skipped,
+        BatchMemory(),
     )
     dataset = grain.MapDataset.source(batches)[start_step:]
     return iter(dataset.to_iter_dataset(_read_options(num_threads)))

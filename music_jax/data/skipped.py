@@ -6,6 +6,7 @@ import threading
 
 from etils import epath
 
+from music_jax.appending import Appended, open_to_append
 from music_jax.data.sources import Source
 from music_jax.errors import UnusableDataError, UserError
 from music_jax.json_files import parse_json, read_text
@@ -34,6 +35,7 @@ class SkippedImages:
         self._max_share = max_share
         self._own = self.path if process_index == 0 else _part(directory, process_index)
         self._lock = threading.Lock()
+        self._file: Appended | None = None  # open from the first image on
         # (source, image): reason
         self._reasons: dict[tuple[str, str], str] = {}
         for path in {self.path, self._own, *self._parts()}:
@@ -80,6 +82,13 @@ class SkippedImages:
                         self._write(source, image, reason)
                 part.unlink()
 
+    def close(self) -> None:
+        """Makes all that was noted visible to others; more may be noted later."""
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
+
     def summary(self) -> str:
         """What to say at the end of a run: how many of each source, and where they are listed."""
         said = ", ".join(f"{count} of {source}" for source, count in sorted(self._counts.items()))
@@ -89,8 +98,11 @@ class SkippedImages:
         if (source, image) not in self._reasons:
             self._reasons[source, image] = reason
             self._counts[source] += 1
-        with self._own.open("a") as file:
-            file.write(json.dumps({"source": source, "image": image, "reason": reason}) + "\n")
+        if self._file is None:
+            self._file = open_to_append(self._own)
+        line = json.dumps({"source": source, "image": image, "reason": reason})
+        self._file.write(line + "\n")
+        self._file.flush()
 
     def _parts(self) -> list[epath.Path]:
         return sorted(self.path.parent.glob(_part(self.path.parent, "*").name))

@@ -127,6 +127,8 @@ class Checkpoints:
         if not self._read_only:
             parent = self._workdir / "damaged"
             parent.mkdir(parents=True, exist_ok=True)
+            if "://" in str(parent):  # a directory of a bucket is there once it holds something
+                (parent / "README").write_text("Checkpoints that were found to be damaged.\n")
             taken = {path.name for path in parent.iterdir()}
             names = [str(step), *(f"{step}-{n}" for n in range(1, len(taken) + 1))]
             kept = parent / next(name for name in names if name not in taken)

@@ -11,9 +11,9 @@ makes 500 x 375 JPEGs from scikit-image's photos in a temporary folder, and comp
   `Image.resize(box=...)`, bilinear: what torchvision does by default.
 
 Each is run on one thread and on two. They take turns, so that the load of the machine is the same
-for all; a rate is the median of its turns, a ratio the median of the turns' ratios. Rates are in
-images per second: `wall` by the clock, `core` by the time that the process spent on the cores,
-which other programs disturb less.
+for all; a rate is the median of its turns, a ratio the median of the turns' ratios. `wall` goes by
+the clock, `core` by the time that the process spent on the cores, which other programs disturb
+less. Beside the ratios stands what is asked of them.
 
 `--part=memory` reads 20,000 samples and prints the resident memory on the way.
 """
@@ -35,9 +35,10 @@ import psutil
 import skimage
 from PIL import Image
 
-from music_jax.data.crops import Crop, draw_box
+from music_jax.data.crops import NUMBERS_PER_BOX, Crop, draw_boxes
 from music_jax.data.folder import open_folder
 from music_jax.data.loader import TrainingOrder, training_batches
+from music_jax.data.sources import Source
 
 WIDTH, HEIGHT, QUALITY, SIZE = 500, 375, 95, 224
 BATCH = 64
@@ -75,16 +76,16 @@ def decode_all(encoded: list[bytes]) -> None:
 def pillow_all(paths: list[str]) -> None:
     crop = Crop(SIZE)
     rng = np.random.default_rng(0)
+    sides = np.full(2, HEIGHT), np.full(2, WIDTH)
     for path in paths:
         image = Image.open(path).convert("RGB")
-        for _ in range(2):
-            top, left, height, width = draw_box(image.height, image.width, crop, rng)
+        boxes = draw_boxes(*sides, crop, rng.random((2, NUMBERS_PER_BOX)))
+        for top, left, height, width in boxes.tolist():
             box = (left, top, left + width, top + height)
             np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=box))
 
 
-def batches(folder: str, num_samples: int, threads: int) -> Iterator[dict[str, np.ndarray]]:
-    source = open_folder(folder)
+def batches(source: Source, num_samples: int, threads: int) -> Iterator[dict[str, np.ndarray]]:
     return training_batches(
         source,
         TrainingOrder(len(source), BATCH, seed=0),
@@ -96,8 +97,8 @@ def batches(folder: str, num_samples: int, threads: int) -> Iterator[dict[str, n
     )
 
 
-def loader_all(folder: str, num_samples: int, threads: int) -> None:
-    for _ in batches(folder, num_samples, threads):
+def loader_all(source: Source, num_samples: int, threads: int) -> None:
+    for _ in batches(source, num_samples, threads):
         pass
 
 
@@ -107,13 +108,16 @@ def in_threads(function: Callable, items: list, threads: int) -> None:
         list(pool.map(function, parts))
 
 
-def rates(run: Callable[[], None], count: int) -> tuple[float, float]:
+def rates(run: Callable[[], None], count: int) -> dict[str, float]:
     wall, core = time.perf_counter(), time.process_time()
     run()
-    return count / (time.perf_counter() - wall), count / (time.process_time() - core)
+    return {
+        "wall": count / (time.perf_counter() - wall),
+        "core": count / (time.process_time() - core),
+    }
 
 
-def measure_rates(folder: str, paths: list[str], repeats: int) -> dict:
+def measure_rates(source: Source, paths: list[str], repeats: int) -> dict:
     encoded = []
     for path in paths:
         with open(path, "rb") as file:
@@ -121,52 +125,78 @@ def measure_rates(folder: str, paths: list[str], repeats: int) -> dict:
     count = len(paths) // BATCH * BATCH
     forms: dict[str, Callable[[int], None]] = {
         "decode": lambda threads: in_threads(decode_all, encoded[:count], threads),
-        "loader": lambda threads: loader_all(folder, count, threads),
+        "loader": lambda threads: loader_all(source, count, threads),
         "pillow": lambda threads: in_threads(pillow_all, paths[:count], threads),
     }
     cv2.setNumThreads(0)
-    turns: list[dict[str, tuple[float, float]]] = []
-    for _ in range(repeats):
-        turns.append(
-            {
-                f"{name}_{threads}": rates(lambda run=run, n=threads: run(n), count)
-                for threads in (1, 2)
-                for name, run in forms.items()
-            }
-        )
+    turns = [
+        {
+            f"{name}_{threads}": rates(lambda run=run, n=threads: run(n), count)
+            for threads in (1, 2)
+            for name, run in forms.items()
+        }
+        for _ in range(repeats)
+    ]
 
-    def median(number: Callable[[dict], float]) -> float:
-        return round(statistics.median(number(turn) for turn in turns), 3)
+    def ratio(a: str, b: str, clock: str) -> float:
+        return round(statistics.median(turn[a][clock] / turn[b][clock] for turn in turns), 3)
 
-    result = {
+    return {
         "files": len(paths),
         "mean_file_bytes": round(sum(map(len, encoded)) / len(encoded)),
         "cores": len(os.sched_getaffinity(0)),
         "repeats": repeats,
+        "images_per_second": {
+            form: {
+                clock: round(statistics.median(turn[form][clock] for turn in turns), 1)
+                for clock in ("wall", "core")
+            }
+            for form in turns[0]
+        },
+        "ratios": {
+            "loader over decode": {
+                "needed": 0.75,
+                "wall": ratio("loader_1", "decode_1", "wall"),
+                "core": ratio("loader_1", "decode_1", "core"),
+            },
+            "loader over pillow": {
+                "needed": 2.5,
+                "wall": ratio("loader_1", "pillow_1", "wall"),
+                "core": ratio("loader_1", "pillow_1", "core"),
+            },
+            "loader, two threads over one": {
+                "needed": 1.8,
+                "wall": ratio("loader_2", "loader_1", "wall"),
+            },
+            "decode, two threads over one": {"wall": ratio("decode_2", "decode_1", "wall")},
+        },
     }
-    for i, unit in enumerate(("wall", "core")):
-        for key in turns[0]:
-            result[f"{key}_images_per_{unit}_second"] = median(lambda t, k=key, i=i: t[k][i])
-        for other in ("decode", "pillow"):
-            for n in (1, 2):
-                result[f"loader_over_{other}_{n}_{unit}"] = median(
-                    lambda t, o=other, n=n, i=i: t[f"loader_{n}"][i] / t[f"{o}_{n}"][i]
-                )
-    for name in forms:
-        result[f"{name}_2_over_1_wall"] = median(
-            lambda t, name=name: t[f"{name}_2"][0] / t[f"{name}_1"][0]
-        )
-    return result
 
 
-def measure_memory(folder: str, num_samples: int) -> dict:
+def measure_memory(source: Source, num_samples: int) -> dict:
     process = psutil.Process()
     every = max(1, num_samples // BATCH // 10)
     resident = {}
-    for step, _ in enumerate(batches(folder, num_samples, threads=2)):
+    for step, _ in enumerate(batches(source, num_samples, threads=2)):
         if step % every == 0:
             resident[step * BATCH] = round(process.memory_info().rss / 2**20, 1)
-    return {"resident_mib_by_samples": resident}
+    first, *later = list(resident.values())[1:]
+    return {"resident_mib_by_samples": resident, "growth_mib": round(max(later) - first, 1)}
+
+
+def print_table(result: dict) -> None:
+    for name, clocks in result.get("images_per_second", {}).items():
+        form, threads = name.split("_")
+        print(f"{form:8s} {threads} thread(s)  {clocks['wall']:8.1f} images/s by the clock", end="")
+        print(f", {clocks['core']:8.1f} a second on a core")
+    for name, found in result.get("ratios", {}).items():
+        needed = f"at least {found['needed']}" if "needed" in found else "what the machine gives"
+        core = f", {found['core']:.2f} by time on the cores" if "core" in found else ""
+        print(f"{name:30s} {found['wall']:.2f} by the clock{core} ({needed})")
+    if "growth_mib" in result:
+        resident = result["resident_mib_by_samples"]
+        print(", ".join(f"{samples:,}: {mib} MiB" for samples, mib in resident.items()))
+        print(f"resident memory grew by {result['growth_mib']} MiB after the first tenth (flat)")
 
 
 def main() -> None:
@@ -180,11 +210,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = make_files(folder, arguments.files)
         link_files(folder, paths, arguments.samples)
+        source = open_folder(folder)
         if arguments.part == "rates":
-            result = measure_rates(folder, paths, arguments.repeats)
+            result = measure_rates(source, paths, arguments.repeats)
         else:
-            result = measure_memory(folder, arguments.samples)
-    print(json.dumps(result, indent=2))
+            result = measure_memory(source, arguments.samples)
+    print_table(result)
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump(result, file, indent=2)

@@ -5,11 +5,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from music_jax.data.crops import Box, Crop, center_crop, cut, draw_box, resize
+from music_jax.data.crops import (
+    NUMBERS_PER_BOX,
+    Box,
+    Crop,
+    center_crop,
+    cut,
+    draw_boxes,
+    resize,
+)
 
 
-def _rng(seed=0):
-    return np.random.Generator(np.random.Philox(key=[seed, 0]))
+def _boxes(height, width, crop, count, seed=0):
+    numbers = np.random.default_rng(seed).random((count, NUMBERS_PER_BOX))
+    boxes = draw_boxes(np.full(count, height), np.full(count, width), crop, numbers)
+    return [Box(*box) for box in boxes.tolist()]
 
 
 def _gradient(height, width):
@@ -23,8 +33,7 @@ def _gradient(height, width):
 def test_crop_areas_and_ratios_stay_in_their_ranges():
     crop = Crop(size=128, scale=(0.2, 0.6), aspect_ratio=(0.75, 1.25))
     areas, ratios = [], []
-    for seed in range(300):
-        box = draw_box(128, 128, crop, _rng(seed))
+    for box in _boxes(128, 128, crop, 300):
         assert 0 <= box.top <= 128 - box.height
         assert 0 <= box.left <= 128 - box.width
         areas.append(box.height * box.width / 128**2)
@@ -39,23 +48,61 @@ def test_crop_areas_and_ratios_stay_in_their_ranges():
 
 def test_boxes_lie_anywhere_with_the_same_probability():
     crop = Crop(size=8, scale=(0.25, 0.25), aspect_ratio=(1.0, 1.0))
-    boxes = np.asarray([draw_box(10, 10, crop, _rng(seed)) for seed in range(600)])
+    boxes = np.asarray(_boxes(10, 10, crop, 600))
     for side in (0, 1):  # top and left are 0 to 5
         counts = np.bincount(boxes[:, side], minlength=6)
         assert len(counts) == 6
         assert counts.min() > 60  # 100 expected, deviation 9
 
 
-def test_the_same_state_gives_the_same_box_and_another_another():
-    crop = Crop(size=16, scale=(0.1, 0.5))
-    assert draw_box(60, 90, crop, _rng(1)) == draw_box(60, 90, crop, _rng(1))
-    assert draw_box(60, 90, crop, _rng(1)) != draw_box(60, 90, crop, _rng(2))
+def test_each_box_depends_on_its_own_numbers_and_image_alone():
+    crop = Crop(size=16, scale=(0.1, 0.9))
+    numbers = np.random.default_rng(0).random((50, NUMBERS_PER_BOX))
+    heights, widths = np.random.default_rng(1).integers(5, 300, (2, 50))
+    together = draw_boxes(heights, widths, crop, numbers)
+    one = [
+        draw_boxes(heights[i : i + 1], widths[i : i + 1], crop, numbers[i : i + 1])
+        for i in range(50)
+    ]
+    np.testing.assert_array_equal(together, np.concatenate(one))
+
+
+@pytest.mark.parametrize("shape", [(375, 500), (200, 900), (40, 41)])
+def test_boxes_are_distributed_as_torchvisions(shape):
+    # Its algorithm, written anew with its own calls: areas, tries and the last resort.
+    height, width = shape
+    crop = Crop(size=8, scale=(0.08, 1.0))
+    rng = np.random.default_rng(3)
+
+    def one():
+        for _ in range(10):
+            area = height * width * rng.uniform(*crop.scale)
+            ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+            w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                return rng.integers(0, height - h + 1), rng.integers(0, width - w + 1), h, w
+        ratio = width / height
+        h = height if ratio > 4 / 3 else round(width / (3 / 4)) if ratio < 3 / 4 else height
+        w = round(height * 4 / 3) if ratio > 4 / 3 else width
+        return (height - h) // 2, (width - w) // 2, h, w
+
+    expected = np.asarray([one() for _ in range(4000)])
+    found = np.asarray(_boxes(height, width, crop, 4000))
+    for quantile in (0.1, 0.5, 0.9):
+        a, b = (np.quantile(boxes, quantile, axis=0) for boxes in (expected, found))
+        np.testing.assert_allclose(a, b, atol=0.03 * max(shape))
+
+
+def test_a_crop_of_everything_takes_the_whole_of_a_square_image():
+    crop = Crop(size=8, scale=(1.0, 1.0), aspect_ratio=(1.0, 1.0))
+    for side in range(1, 200):
+        assert set(_boxes(side, side, crop, 5)) == {Box(0, 0, side, side)}
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 500), (700, 2)])
 def test_images_too_narrow_for_any_box_are_cut_all_the_same(shape):
     image = np.full((*shape, 3), 7, np.uint8)
-    box = draw_box(*shape, Crop(size=8, scale=(0.9, 1.0)), _rng())
+    (box,) = _boxes(*shape, Crop(size=8, scale=(0.9, 1.0)), 1)
     np.testing.assert_array_equal(_cut(image, box, 8), np.full((8, 8, 3), 7))
 
 

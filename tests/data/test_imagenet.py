@@ -1,10 +1,10 @@
 """TFDS's imagenet2012 from tars of the real layout: a handful of images, placed by hand."""
 
 import io
-import tarfile
 
 import numpy as np
 import pytest
+from imagenet_tars import write_tars
 
 from music_jax.config import default_config
 from music_jax.data.decode import decode
@@ -22,17 +22,6 @@ def _jpeg(value):
     return file.getvalue()
 
 
-def _tar(files):
-    """The bytes of a tar of these files."""
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return out.getvalue()
-
-
 def _dataset(tmp_path):
     dataset = default_config().dataset
     dataset.update(
@@ -44,14 +33,11 @@ def _dataset(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # TensorFlow's own
 def test_imagenet_is_prepared_from_its_tars_and_read_at_random(tmp_path):
-    (tmp_path / "manual").mkdir()
     train = {
-        f"{synset}.tar": _tar({f"{synset}_{i}.JPEG": _jpeg(60 * number + 10 * i) for i in range(2)})
+        synset: {f"{synset}_{i}.JPEG": _jpeg(60 * number + 10 * i) for i in range(2)}
         for number, synset in enumerate(_SYNSETS)
     }
-    (tmp_path / "manual/ILSVRC2012_img_train.tar").write_bytes(_tar(train))
-    validation = {f"ILSVRC2012_val_{i:08d}.JPEG": _jpeg(20 * i) for i in (1, 2, 3)}
-    (tmp_path / "manual/ILSVRC2012_img_val.tar").write_bytes(_tar(validation))
+    write_tars(tmp_path / "manual", train, [_jpeg(20 * i) for i in (1, 2, 3)])
     dataset = _dataset(tmp_path)
     prepare(dataset)
 

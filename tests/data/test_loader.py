@@ -1,13 +1,16 @@
 """The order of samples and the batches that are made of them."""
 
 import dataclasses
+import io
 import json
 import time
 
 import cv2
+import grain
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 
 from music_jax.data.crops import Crop
 from music_jax.data.loader import TrainingOrder, evaluation_batches, training_batches
@@ -60,6 +63,13 @@ def test_the_remainder_of_an_epoch_is_left_out_and_differs_between_epochs():
         assert len(set(seen)) == 20
         left_out.append(frozenset(range(23)) - set(seen))
     assert len(set(left_out)) > 5
+
+
+def test_the_order_is_that_of_grains_shuffle():
+    order = TrainingOrder(1000, 5, seed=2**32 - 1)
+    shuffled = grain.MapDataset.range(1000).shuffle(seed=2**32 - 1)
+    for index in (*range(20), *range(3990, 4010)):
+        assert order.record_key(index) == shuffled[index]
 
 
 def test_sample_indices_are_never_repeated():
@@ -275,6 +285,25 @@ def test_views_of_a_large_jpeg_are_those_of_the_whole_though_it_is_decoded_small
     difference = views(jpeg)["images"].astype(int) - views(bmp)["images"]
     assert np.abs(difference).mean() < 3
     assert np.abs(difference).max() < 30
+
+
+def test_a_png_that_is_to_be_turned_is_cut_as_it_is_turned():
+    file = io.BytesIO()
+    wide = Image.fromarray(np.tile(np.arange(90, dtype=np.uint8), (20, 1)))  # brighter to the right
+    exif = wide.getexif()
+    exif[0x0112] = 6  # to be turned by a quarter to the right
+    wide.save(file, "PNG", exif=exif)
+
+    class One(_Records):
+        def __getitem__(self, i):
+            return {"image": file.getvalue(), "label": 0}
+
+    source = Source("one", One(4), "image", "label", 1)
+    crop = Crop(8, (0.1, 0.2))
+    views = _batches(source, TrainingOrder(4, 4, 0), num_steps=4, crop=crop)
+    images = np.concatenate([batch["images"] for batch in views]).astype(int)
+    assert np.all(np.diff(images, axis=2) >= 0)  # brighter downwards
+    assert np.ptp(images.mean(axis=(2, 3, 4))) > 30  # from anywhere in it
 
 
 def test_evaluation_leaves_a_blank_without_a_label_for_a_broken_image_and_lists_it(tmp_path):

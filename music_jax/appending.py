@@ -1,0 +1,83 @@
+"""Files that grow line by line, on disks and in buckets."""
+
+import atexit
+import time
+from typing import Protocol
+
+from etils import epath
+
+_SECONDS_BETWEEN_UPLOADS = 10.0
+_LARGEST_SHARE = 0.05  # of the time, that may be spent on uploading
+
+
+class Appended(Protocol):
+    """What `open_to_append` gives: a part of what text files do."""
+
+    def write(self, text: str, /) -> object:
+        """Adds text."""
+
+    def flush(self) -> None:
+        """Makes it visible to others: on a disk at once, in a bucket some seconds later."""
+
+    def close(self) -> None:
+        """Makes it visible to others and ends."""
+
+
+def open_to_append(path: epath.Path) -> Appended:
+    """Opens a text file to add lines to what is there.
+
+    An object in a bucket (`gs://`) cannot grow, and opening it with mode `a` replaces it: it is
+    written anew as a whole, at most every ten seconds, when it is closed, and when Python exits. A
+    process that is killed loses what came after the last of these.
+    """
+    return _Object(path) if "://" in str(path) else _File(path)
+
+
+class _File:
+    """On a disk; it is open only while it is written to."""
+
+    def __init__(self, path: epath.Path):
+        self._path = path
+        self._added = ""
+
+    def write(self, text: str) -> None:
+        self._added += text
+
+    def flush(self) -> None:
+        added, self._added = self._added, ""
+        with self._path.open("a") as file:
+            file.write(added)
+
+    def close(self) -> None:
+        if self._added:
+            self.flush()
+
+
+class _Object:
+    """In a bucket."""
+
+    def __init__(self, path: epath.Path):
+        self._path = path
+        self._text = path.read_text() if path.exists() else ""
+        self._uploaded = len(self._text)
+        self._next_upload = 0.0
+        atexit.register(self.close)
+
+    def write(self, text: str) -> None:
+        self._text += text
+
+    def flush(self) -> None:
+        if time.monotonic() >= self._next_upload:
+            self._upload()
+
+    def close(self) -> None:
+        self._upload()
+        atexit.unregister(self.close)
+
+    def _upload(self) -> None:
+        if self._uploaded == len(self._text):
+            return
+        started = time.monotonic()
+        self._path.write_text(self._text)
+        self._uploaded, now = len(self._text), time.monotonic()
+        self._next_upload = now + max(_SECONDS_BETWEEN_UPLOADS, (now - started) / _LARGEST_SHARE)
