@@ -86,27 +86,14 @@ class BatchNorm(nnx.Module):
         axes = (0, *range(2, wide.ndim - 1))
         mean = jnp.mean(wide, axis=axes)  # [views, channels]
         var = jnp.maximum(jnp.mean(jnp.square(wide), axis=axes) - jnp.square(mean), 0.0)
-        factor, offset = self.affine(mean * sign[None], var)
-        factor = factor * sign[None]
+        for v in range(num_views):
+            self.mean[...] = self.momentum * self.mean[...] + (1 - self.momentum) * mean[v] * sign
+            self.var[...] = self.momentum * self.var[...] + (1 - self.momentum) * var[v]
+        factor = (scale * sign)[None] * jax.lax.rsqrt(var + self.epsilon)  # [views, channels]
+        offset = self.bias[...][None] - mean * factor
         shape = (1, num_views) + (1,) * (wide.ndim - 3) + (channels,)
         if max_pool is not None:
             x = max_pool(x)
             wide = x.reshape(-1, num_views, *x.shape[1:]).astype(jnp.float32)
         normalized = wide * factor.reshape(shape) + offset.reshape(shape)
         return normalized.astype(x.dtype).reshape(x.shape)
-
-    def affine(self, mean: jax.Array, var: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Moves the running statistics, and gives what normalises.
-
-        Args:
-          mean: [views, channels], float32, of the global batch.
-          var: likewise; biased.
-
-        Returns:
-          The factor and the offset of each view, [views, channels].
-        """
-        for v in range(len(mean)):
-            self.mean[...] = self.momentum * self.mean[...] + (1 - self.momentum) * mean[v]
-            self.var[...] = self.momentum * self.var[...] + (1 - self.momentum) * var[v]
-        factor = self.scale[...][None] * jax.lax.rsqrt(var + self.epsilon)
-        return factor, self.bias[...][None] - mean * factor

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from music_jax.models.batch_norm import BatchNorm
-from music_jax.models.pointwise_norm import convolve_and_normalize
 from music_jax.models.remat import apply_block
 
 # Of each stem: the convolution's size and stride, and whether a max-pooling follows.
@@ -118,10 +117,7 @@ class Bottleneck(nnx.Module):
         """Applies the block to a feature map [batch * num_views, height, width, c_in]."""
         y = nnx.relu(self.norm1(self.conv1(x), train=train, num_views=num_views))
         y = nnx.relu(self.norm2(self.conv2(y), train=train, num_views=num_views))
-        if train:
-            y = convolve_and_normalize(y, self.conv3, self.norm3, num_views=num_views)
-        else:
-            y = self.norm3(self.conv3(y), train=False, num_views=num_views)
+        y = self.norm3(self.conv3(y), train=train, num_views=num_views)
         return nnx.relu(y + self.shortcut(x, train=train, num_views=num_views))
 
 
