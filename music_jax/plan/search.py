@@ -22,8 +22,8 @@ def largest_batch(memory_share: Callable[[int], float], unit: int, start: int) -
       A multiple of `unit` that was seen to fit, or 0 if none is.
     """
     shares = {start // unit: memory_share(start)}
-    low, high = 0, None  # in units: the largest seen to fit, the least seen not to
     while True:
+        # In units: the largest seen to fit, and the least seen not to.
         low = max((n for n, share in shares.items() if share <= 1), default=0)
         high = min((n for n, share in shares.items() if share > 1), default=None)
         if high is not None and high - low <= max(1, int(low * _TOLERANCE)):
