@@ -14,21 +14,29 @@ from ml_collections import config_dict, config_flags
 from music_jax import cli
 from music_jax.errors import UserError
 from music_jax.plan.chips import CHIPS, chip_of
+from music_jax.plan.gpus import check_plugin
 
 if TYPE_CHECKING:
+    from music_jax.plan import worker
     from music_jax.plan.report import Plan
 
 _USAGE = """
-Compiles the training step that a config describes for TPU slices that are not at hand, and tells
-what it needs: memory, FLOPs, bytes, network; which of them rules at the chips' published peaks, and
-what a step, an epoch and the run then take. Needs libtpu (Linux on x86-64), and for ResNet-50 about
-two minutes of one core and 3 GB of memory a slice.
+Compiles the training step that a config describes for TPU slices or GPUs that are not at hand, and
+tells what it needs: memory, FLOPs, bytes, network; which of them rules at the chips' published
+peaks, and what a step, an epoch and the run then take. Needs libtpu (Linux on x86-64), for GPUs
+JAX's CUDA plugin, and for ResNet-50 some minutes of two cores and 3 GB of memory a topology. What
+was compiled is remembered in ~/.cache/music_jax/plan: the same command goes on where it stopped.
 
   python -m music_jax.plan --config=configs/imagenet.py --topology=v5e:4x8
   python -m music_jax.plan --config=configs/imagenet.py --topology=v5e:4x8,v4:4x4x4 --json=plan.json
+  python -m music_jax.plan --config=configs/imagenet.py --topology=h100:8 --config.batch_size=1024
 
 Exit codes: 0 done, whether it fits or not; 2 wrong input.
 """
+
+# Images a second that a core decodes and cuts both crops from, JPEGs of 500 x 375 pixels: a
+# prototype's, on one core of a cloud machine. tests/benchmarks/input.py measures it anywhere.
+_DECODE_RATE = 1381.0
 
 # Training splits of datasets that are seldom prepared where a run is planned.
 _NUM_IMAGES = {("imagenet2012", "train"): 1_281_167}
@@ -37,10 +45,7 @@ _NUM_IMAGES = {("imagenet2012", "train"): 1_281_167}
 def main() -> None:
     """Reads the flags, compiles and reports."""
     config, topologies = _config(), _topologies()
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            "planning needs libtpu, the compiler for TPUs; on Linux and x86-64: pip install libtpu"
-        )
+    _check_compilers(topologies)
     for name in ("num-images", "decode-rate", "jobs"):
         value = flags.FLAGS[name].value
         if value is not None and value <= 0:
@@ -85,6 +90,17 @@ def _topologies() -> list[str]:
     return topologies
 
 
+def _check_compilers(topologies: list[str]) -> None:
+    chips = [chip_of(topology) for topology in topologies]
+    if any(chip.gpu is not None for chip in chips):
+        check_plugin()
+    if any(chip.gpu is None for chip in chips) and importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "planning for TPUs needs libtpu, their compiler; on Linux and x86-64: "
+            "pip install libtpu"
+        )
+
+
 def _output() -> pathlib.Path | None:
     """The file for the JSON, seen to be writable before minutes are spent."""
     if not flags.FLAGS.json:
@@ -112,7 +128,6 @@ def _num_images(config: config_dict.ConfigDict) -> int:
 def _make_plans(
     config: config_dict.ConfigDict, topologies: list[str], num_images: int
 ) -> list["Plan"]:
-    from music_jax import progress
     from music_jax.plan import worker
 
     options: Any = flags.FLAGS
@@ -132,42 +147,59 @@ def _make_plans(
     ]
     try:
         with pool:
-            for task in tasks:  # what is wrong is told before minutes are spent
-                pool.submit(worker.check, task).result()
-            running = {pool.submit(worker.run, task): task for task in tasks}
-            progress.say(
-                f"compiling for {', '.join(topologies)}, {jobs} at a time ... about 2 min of one "
-                "core each for ResNet-50"
-            )
-            for done in concurrent.futures.as_completed(running):
-                seconds = done.result().figures.compile_seconds
-                progress.say(f"compiled for {running[done].topology} in {seconds:.0f} s")
-            return [done.result() for done in running]
+            return _compile(pool, tasks, jobs)
     except concurrent.futures.process.BrokenProcessPool as error:
         raise UserError(
             f"a compilation was killed, as happens when memory runs out; try --jobs=1, not {jobs}"
         ) from error
 
 
+def _compile(
+    pool: concurrent.futures.Executor, tasks: list["worker.Task"], jobs: int
+) -> list["Plan"]:
+    from music_jax import progress
+    from music_jax.plan import worker
+
+    names = ", ".join(task.topology for task in tasks)
+    try:
+        for task in tasks:  # what is wrong is told before minutes are spent
+            pool.submit(worker.check, task).result()
+        progress.say(
+            f"compiling for {names}, {jobs} at a time ... minutes each for ResNet-50, unless "
+            "remembered"
+        )
+        running = {pool.submit(worker.run, task): task for task in tasks}
+        for done in concurrent.futures.as_completed(running):
+            seconds = done.result().figures.compile_seconds
+            progress.say(f"{running[done].topology}: took {seconds:.0f} s to compile")
+        return [done.result() for done in running]
+    except KeyboardInterrupt:
+        for compiling in multiprocessing.active_children():
+            compiling.kill()  # it would compile to the end
+        raise
+
+
 if __name__ == "__main__":
     config_flags.DEFINE_config_file(
         "config", None, "The config file; --config.FIELD=VALUE overrides any of its fields."
     )
-    flags.DEFINE_list("topology", None, "One or more slices, such as v5e:4x8,v4:4x4x4.")
+    flags.DEFINE_list(
+        "topology", None, "One or more of v3:2x2, v4:4x4x4, v5e:4x8, h100:8 and the like."
+    )
     flags.DEFINE_string("json", None, "File for the figures, one object a topology.")
     flags.DEFINE_boolean(
         "find-batch-size",
         False,
-        "Also look for the largest batch that fits, by bisection: about ten compilations.",
+        "Also look for the largest batch that fits, to within 3 %: five to ten compilations.",
     )
     flags.DEFINE_integer(
         "num-images", None, "Images of the training split, if the dataset is not prepared here."
     )
     flags.DEFINE_float(
         "decode-rate",
-        1381.0,
-        "Images a second that a core of the host decodes and cuts both crops from; by default "
-        "JPEGs of 500 x 375 pixels.",
+        _DECODE_RATE,
+        "Images a second that a core of the host decodes and cuts both crops from; by default what "
+        "a prototype did with JPEGs of 500 x 375 pixels. tests/benchmarks/input.py measures yours.",
     )
-    flags.DEFINE_integer("jobs", None, "Slices to compile for at a time; by default one a core.")
+    flags.DEFINE_integer("jobs", None, "Topologies at a time; by default one a core.")
     cli.run(main, _USAGE)

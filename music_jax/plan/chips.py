@@ -5,6 +5,7 @@ import difflib
 import re
 
 from music_jax.errors import UserError
+from music_jax.plan.gpus import A100, H100, H200, Gpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Chip:
       example: a topology.
       source: where the figures are published.
       configuration: what libtpu calls the way in which a chip is seen, where there is a choice.
+      gpu: what else a compiler for GPUs is to know; None for TPUs.
     """
 
     flops_per_second: float
@@ -28,21 +30,30 @@ class Chip:
     example: str
     source: str
     configuration: str = "default"
+    gpu: Gpu | None = None
 
 
+# The bf16 peak, the HBM's bandwidth and the links' are those of the documentation's pages "TPU v3",
+# "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x (Ironwood)"; it gives the links' in both
+# directions together, which is halved here. For v3 and v4 it gives no links': those (4 of 70 GB/s,
+# 6 of 50 GB/s) are of table 4 of Jouppi et al, arXiv 2304.01433.
 _DOCS = "https://cloud.google.com/tpu/docs/"
-# Links of v3 and v4 (4 of 70 GB/s, 6 of 50 GB/s): table 4 of Jouppi et al, arXiv 2304.01433.
 _PAPER = "; links: arXiv 2304.01433"
-# The documentation gives the links' bandwidth in both directions together; here it is halved.
+# Of the SXM form, bf16 without sparsity; NVLink's is halved likewise.
+_NVIDIA = "https://www.nvidia.com/en-us/data-center/"
 CHIPS = {
     "v3": Chip(123e12, 900e9, 4 * 70e9, 2, "v3:2x2", _DOCS + "v3" + _PAPER),
     # Its two cores are one device to JAX on Cloud TPU, which is not libtpu's default.
     "v4": Chip(275e12, 1200e9, 6 * 50e9, 3, "v4:4x4x4", _DOCS + "v4" + _PAPER, "megacore"),
     "v5e": Chip(197e12, 819e9, 400e9 / 2, 2, "v5e:4x8", _DOCS + "v5e"),
-    "v5p": Chip(459e12, 2765e9, 1200e9 / 2, 3, "v5p:4x4x4", _DOCS + "tpu7x"),
-    "v6e": Chip(918e12, 1638e9, 800e9 / 2, 2, "v6e:8x8", _DOCS + "tpu7x"),
+    "v5p": Chip(459e12, 2765e9, 1200e9 / 2, 3, "v5p:4x4x4", _DOCS + "v5p"),
+    "v6e": Chip(918e12, 1638e9, 800e9 / 2, 2, "v6e:8x8", _DOCS + "v6e"),
     "tpu7x": Chip(2307e12, 7380e9, 1200e9 / 2, 3, "tpu7x:2x2x1", _DOCS + "tpu7x"),
+    "a100": Chip(312e12, 2039e9, 600e9 / 2, 1, "a100:8", _NVIDIA + "a100", gpu=A100),
+    "h100": Chip(989e12, 3350e9, 900e9 / 2, 1, "h100:8", _NVIDIA + "h100", gpu=H100),
+    "h200": Chip(989e12, 4800e9, 900e9 / 2, 1, "h200:8", _NVIDIA + "h200", gpu=H200),
 }
+_GPUS_OF_A_MACHINE = 8
 
 
 def chip_of(topology: str) -> Chip:
@@ -60,6 +71,14 @@ def chip_of(topology: str) -> Chip:
             f"Topologies are written like {known}"
         )
     chip = CHIPS[name]
+    if chip.gpu is not None:
+        if not re.fullmatch(r"[1-9]\d*", grid) or int(grid) > _GPUS_OF_A_MACHINE:
+            raise UserError(
+                f"--topology={topology}: expected 1 to {_GPUS_OF_A_MACHINE} GPUs after {name!r}, "
+                f"those of one machine (what joins machines has no published peak), such as "
+                f"{chip.example}; got {grid!r}"
+            )
+        return chip
     if not re.fullmatch(r"[1-9]\d{0,2}(x[1-9]\d{0,2})*", grid) or grid.count("x") + 1 != chip.axes:
         raise UserError(
             f"--topology={topology}: expected {chip.axes} sizes joined by x after {name!r}, such "

@@ -1,12 +1,14 @@
 """Compiling the real training step for chips that are not at hand, and XLA's figures of it.
 
+TPUs are compiled for by libtpu, GPUs by JAX's CUDA plugin: the same compilers that the chips' own
+machines use.
+
 Everything here runs in a process whose environment `ENVIRONMENT` was set before JAX was imported.
 """
 
 import dataclasses
 import re
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +21,7 @@ from music_jax.errors import UserError
 from music_jax.mesh import batch_sharding, check_divisible, make_data_mesh
 from music_jax.plan import counts, hlo
 from music_jax.plan.chips import chip_of
+from music_jax.plan.remembered import remember
 from music_jax.train.state import abstract_state
 from music_jax.train.step import Recipe, lower_step, make_recipe
 
@@ -26,6 +29,7 @@ from music_jax.train.step import Recipe, lower_step, make_recipe
 # the machine with others that do.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
+    "TF_CPP_MIN_LOG_LEVEL": "3",  # that there is no GPU is no news
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "none",
@@ -57,6 +61,7 @@ class Figures:
       objective_flops: of the objective and its gradient alone.
       largest_arrays: the largest that the step writes: bytes, type and shape, how many, by what.
       compile_seconds: how long the step took to compile.
+      estimates: of each figure that is not XLA's own for the chip, how it was found.
     """
 
     chips: int
@@ -74,6 +79,20 @@ class Figures:
     objective_flops: float | None = None
     largest_arrays: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     compile_seconds: float | None = None
+    estimates: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+# For GPUs XLA tells the memory, but neither FLOPs nor bytes.
+_GPU_ESTIMATES = {
+    "hbm_available_bytes": "the share of the memory that JAX takes by default",
+    "temporary_bytes": "XLA's, without the workspaces that cuDNN asks for on a GPU",
+    "hbm_needed_bytes": "likewise",
+    "flops": "counted in XLA's program for this GPU: matrix products and convolutions alone",
+    "objective_flops": "likewise",
+    "hbm_traffic_bytes": "counted in XLA's program for this GPU: what each kernel takes and gives, "
+    "as if none of it were found in a cache",
+    "hbm_only_bytes": "likewise",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,14 +100,18 @@ class Slice:
     """Chips that need not be at hand.
 
     Attributes:
+      topology: its name.
       mesh: of their devices.
       chips: how many chips they are; a chip of two devices counts once.
       hbm_bytes: what XLA may use of the memory of one device.
+      estimates: of the figures that XLA does not give for these chips, how they are found.
     """
 
+    topology: str
     mesh: Mesh
     chips: int
     hbm_bytes: float
+    estimates: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def devices_per_chip(self) -> int:
@@ -97,7 +120,7 @@ class Slice:
 
 
 def open_slice(topology: str, fsdp: int | None = None) -> Slice:
-    """The chips that a topology such as `v5e:4x8` names.
+    """The chips that a topology such as `v5e:4x8` or `h100:8` names.
 
     Args:
       topology: its name.
@@ -107,6 +130,14 @@ def open_slice(topology: str, fsdp: int | None = None) -> Slice:
       UserError: libtpu knows no such topology, or `fsdp` does not divide its devices.
     """
     chip = chip_of(topology)
+    if chip.gpu is not None:
+        description = topologies.get_topology_desc(
+            platform="cuda",
+            target_config=chip.gpu.target(chip.hbm_bytes_per_second),
+            topology=f"1x1x{topology.partition(':')[2]}",  # GPUs of one machine
+        )
+        mesh = make_data_mesh(devices=description.devices, fsdp=fsdp)
+        return Slice(topology, mesh, mesh.size, chip.gpu.usable_bytes, _GPU_ESTIMATES)
     try:
         description = topologies.get_topology_desc(
             platform="tpu", topology_name=topology, chip_config_name=chip.configuration
@@ -119,7 +150,7 @@ def open_slice(topology: str, fsdp: int | None = None) -> Slice:
     devices: Any = description.devices
     mesh = make_data_mesh(devices=devices, fsdp=fsdp)
     chips = len({tuple(device.coords) for device in devices})
-    return Slice(mesh, chips, _hbm_of_device(mesh))
+    return Slice(topology, mesh, chips, _hbm_of_device(mesh))
 
 
 def _hbm_of_device(mesh: Mesh) -> float:
@@ -152,7 +183,7 @@ def _out_of_memory(error: jax.errors.JaxRuntimeError) -> tuple[float, float] | N
 def measure(
     config: config_dict.ConfigDict, slice_: Slice, *, steps_per_epoch: int, with_objective: bool
 ) -> Figures:
-    """Compiles the training step for a slice.
+    """Compiles the training step for a slice, unless the same was compiled before.
 
     Args:
       config: what is trained.
@@ -166,14 +197,32 @@ def measure(
     Raises:
       UserError: the batch cannot be divided over the devices.
     """
-    mesh, per_chip = slice_.mesh, slice_.devices_per_chip
+    mesh = slice_.mesh
     check_divisible(config.batch_size, mesh, "batch_size")
     recipe = make_recipe(config, steps_per_epoch)
     state, side = abstract_state(config, recipe.optimizer), config.crop.size
     images = (config.batch_size, len(recipe.views), side, side, config.dataset.num_channels)
+    lowered = lower_step(recipe, state, mesh, images)
+
+    def make() -> Figures:
+        return _measure(lowered, config, recipe, slice_, with_objective=with_objective)
+
+    chips = f"{slice_.topology} objective={with_objective}"
+    return remember(lowered.as_text(), chips, make, Figures)
+
+
+def _measure(
+    lowered: jax.stages.Lowered,
+    config: config_dict.ConfigDict,
+    recipe: Recipe,
+    slice_: Slice,
+    *,
+    with_objective: bool,
+) -> Figures:
+    mesh, per_chip = slice_.mesh, slice_.devices_per_chip
     start = time.perf_counter()
     try:
-        compiled = lower_step(recipe, state, mesh, images).compile()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         sizes = _out_of_memory(error)
         if sizes is None:
@@ -189,6 +238,17 @@ def measure(
     seconds = time.perf_counter() - start
     program = read(compiled)
     memory: Any = compiled.memory_analysis()
+    peak = memory.peak_memory_in_bytes
+    if peak > slice_.hbm_bytes:  # where XLA compiles what does not fit, as for GPUs
+        return Figures(
+            chips=slice_.chips,
+            batch_size=config.batch_size,
+            fits=False,
+            hbm_available_bytes=slice_.hbm_bytes * per_chip,
+            hbm_needed_bytes=peak * per_chip,
+            compile_seconds=seconds,
+            estimates=slice_.estimates,
+        )
     flops, traffic = costs(compiled, program)
     sent = counts.collectives(program, mesh.size)
     return Figures(
@@ -196,7 +256,7 @@ def measure(
         batch_size=config.batch_size,
         fits=True,
         hbm_available_bytes=slice_.hbm_bytes * per_chip,
-        hbm_needed_bytes=memory.peak_memory_in_bytes * per_chip,
+        hbm_needed_bytes=peak * per_chip,
         argument_bytes=memory.argument_size_in_bytes * per_chip,
         temporary_bytes=memory.temp_size_in_bytes * per_chip,
         flops=flops * per_chip,
@@ -212,6 +272,7 @@ def measure(
             for size, array, count, scope in counts.largest_arrays(program, _LARGEST_ARRAYS)
         ],
         compile_seconds=seconds,
+        estimates=slice_.estimates,
     )
 
 
@@ -239,39 +300,15 @@ def costs(compiled: jax.stages.Compiled, program: hlo.Program) -> tuple[float, f
     """FLOPs and bytes accessed a device.
 
     XLA's cost analysis takes a loop's body once. What its further turns add is counted here, and is
-    nothing for a program without loops.
+    nothing for a program without loops. For GPUs that are not at hand it has none: all is counted
+    here.
     """
     analysis: Any = compiled.cost_analysis()
     all_turns, one_turn = counts.work(program), counts.work(program, loops_once=True)
+    if analysis is None:
+        return all_turns.flops, all_turns.bytes
     flops = analysis["flops"] + all_turns.flops - one_turn.flops
     return flops, analysis["bytes accessed"] + all_turns.bytes - one_turn.bytes
-
-
-def largest_batch(
-    step_fits: Callable[[int], bool], unit: int, known_to_fit: int, known_not_to_fit: int | None
-) -> int:
-    """The largest multiple of `unit` for which `step_fits`, by doubling and bisection.
-
-    Args:
-      step_fits: whether a batch fits.
-      unit: what the batch must be a multiple of.
-      known_to_fit: a multiple of `unit` that fits, or 0.
-      known_not_to_fit: a larger one that does not, or None.
-    """
-    low, high = known_to_fit // unit, known_not_to_fit and known_not_to_fit // unit
-    while high is None:
-        candidate = max(2 * low, 1)
-        if step_fits(candidate * unit):
-            low = candidate
-        else:
-            high = candidate
-    while high - low > 1:
-        middle = (low + high) // 2
-        if step_fits(middle * unit):
-            low = middle
-        else:
-            high = middle
-    return low * unit
 
 
 def _sentence(error: BaseException) -> str:

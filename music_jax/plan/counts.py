@@ -30,6 +30,9 @@ _DEVICE_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _DIM_LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _CONTRACTING = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+# Of cuBLAS and cuDNN.
+_LIBRARY_CALL = re.compile(r'custom_call_target="__(cublas|cudnn)\$([\w$]+)"')
+_GEMM_CONTRACTING = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,26 +167,51 @@ def _flops(program: Program, computation: str, instruction: Instruction) -> int:
         return sum(
             _flops(program, called, inner) for inner in program.computations[called].values()
         )
+    if instruction.opcode == "custom-call":
+        return _library_flops(program, computation, instruction)
     if instruction.opcode not in ("convolution", "dot"):
         return 0
-    outputs = math.prod(instruction.arrays[0].shape)
+    result = instruction.arrays[0]
     left, right = program.operands(computation, instruction)[:2]
     if instruction.opcode == "dot":
         found = _CONTRACTING.search(instruction.attributes)
-        axes = [int(n) for n in found[1].split(",") if n] if found else []
-        return 2 * outputs * math.prod(left.shape[axis] for axis in axes)
-    found = _DIM_LABELS.search(instruction.attributes)
+        return _product_flops(left, result, found[1] if found else "")
+    return _convolution_flops(left, right, result, instruction.attributes)
+
+
+def _library_flops(program: Program, computation: str, instruction: Instruction) -> int:
+    call = _LIBRARY_CALL.search(instruction.attributes)
+    if call is None:
+        return 0
+    result = instruction.arrays[0]
+    left, right = program.operands(computation, instruction)[:2]
+    if call[1] == "cublas":
+        found = _GEMM_CONTRACTING.search(instruction.attributes)
+        return _product_flops(left, result, found[1].replace('"', "") if found else "")
+    # The attributes are always those of the forward convolution.
+    if call[2] == "convBackwardInput":
+        left, result = result, left
+    elif call[2] == "convBackwardFilter":
+        right, result = result, right
+    return _convolution_flops(left, right, result, instruction.attributes)
+
+
+def _product_flops(left: Array, result: Array, contracting: str) -> int:
+    axes = [int(n) for n in contracting.split(",") if n]
+    return 2 * math.prod(result.shape) * math.prod(left.shape[axis] for axis in axes)
+
+
+def _convolution_flops(left: Array, right: Array, result: Array, attributes: str) -> int:
+    found = _DIM_LABELS.search(attributes)
     if found is None:
         return 0
-    image, kernel, result = found.groups()
+    image, kernel, output = found.groups()
     positions = 1  # pairs of a position of the output and one of the kernel that meet the image
-    for axis, (size, options) in enumerate(_window(instruction.attributes)):
+    for axis, (size, options) in enumerate(_window(attributes)):
         digit = str(axis)
-        inputs = left.shape[image.index(digit)]
-        positions *= _meeting(
-            inputs, instruction.arrays[0].shape[result.index(digit)], size, options
-        )
-    batch = instruction.arrays[0].shape[result.index("b")]
+        inputs, outputs = left.shape[image.index(digit)], result.shape[output.index(digit)]
+        positions *= _meeting(inputs, outputs, size, options)
+    batch = result.shape[output.index("b")]
     features = right.shape[kernel.index("i")] * right.shape[kernel.index("o")]
     return 2 * batch * features * positions
 

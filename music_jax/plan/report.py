@@ -9,6 +9,13 @@ from music_jax import progress
 from music_jax.plan.chips import chip_of
 from music_jax.plan.compiling import Figures
 
+# What XLA does not give for any chip.
+_COUNTED = {
+    "hbm_only_bytes": "XLA's bytes accessed, counted in its program without on-chip memory",
+    "received_bytes": "counted in XLA's program, each collective going round a ring",
+    "collective_bytes": "counted in XLA's program: the collectives' results",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -29,6 +36,11 @@ class Plan:
     num_epochs: int
     decode_rate: float
     largest_batch_size: int | None = None
+
+    @property
+    def estimates(self) -> dict[str, str]:
+        """Of each figure that is not XLA's own for the chip, how it was found."""
+        return _COUNTED | self.figures.estimates
 
     @property
     def peak_seconds(self) -> dict[str, float]:
@@ -83,50 +95,74 @@ class Plan:
         return {
             "topology": self.topology,
             **dataclasses.asdict(self.figures),
+            "estimates": self.estimates,
             **{name: figure() if fits else None for name, figure in derived.items()},
             "largest_batch_size": self.largest_batch_size,
         }
 
 
 def table(plans: Sequence[Plan]) -> str:
-    """All plans side by side, one column a topology; figures of one chip."""
+    """All plans side by side, one column a topology; figures of one chip, ~ before estimates."""
     rows: list[tuple[str, list[str]]] = []
 
     def row(name: str, cells: list[str]) -> None:
         if any(cells):
             rows.append((name, cells))
 
-    def if_fits(name: str, text: Any) -> None:
-        row(name, [text(plan) if plan.figures.fits else "" for plan in plans])
+    def if_fits(name: str, text: Any, field: str = "") -> None:
+        marks = ["~" if field in plan.estimates else "" for plan in plans]
+        cells = [text(plan) if plan.figures.fits else "" for plan in plans]
+        row(name, [cell and mark + cell for cell, mark in zip(cells, marks, strict=True)])
+
+    def heading(name: str) -> None:
+        rows.extend([("", [""] * len(plans)), (name, [""] * len(plans))])
 
     row("chips", [str(plan.figures.chips) for plan in plans])
-    row("batch", [str(plan.figures.batch_size) for plan in plans])
-    row("", ["" if plan.figures.fits else "DOES NOT FIT" for plan in plans])
-    row("HBM needed", [_gb(plan.figures.hbm_needed_bytes) for plan in plans])
-    row("HBM available", [_gb(plan.figures.hbm_available_bytes) for plan in plans])
-    if_fits("HBM free", lambda p: _gb(p.figures.hbm_available_bytes - p.figures.hbm_needed_bytes))
-    if_fits("arguments", lambda p: _gb(p.figures.argument_bytes))
-    if_fits("temporaries", lambda p: _gb(p.figures.temporary_bytes))
-    if_fits("compute", lambda p: f"{p.figures.flops / 1e12:.3f} TFLOP")
-    if_fits("  of it the objective", lambda p: f"{p.figures.objective_flops / p.figures.flops:.2%}")
-    if_fits("bytes accessed", lambda p: _gb(p.figures.hbm_traffic_bytes))
-    if_fits("  of them not on chip", lambda p: _gb(p.figures.hbm_only_bytes))
-    if_fits("received from others", lambda p: _gb(p.figures.received_bytes))
-    for kind in sorted({kind for plan in plans for kind in plan.figures.collective_bytes}):
-        if_fits(f"  {kind}", lambda p, k=kind: _gb(p.figures.collective_bytes.get(k, 0.0)))
-    for name in ("compute", "hbm", "network"):
-        if_fits(f"{name} at peak", lambda p, n=name: f"{p.peak_seconds[n] * 1e3:.1f} ms")
+    row("batch, of all chips", [f"{plan.figures.batch_size:,}" for plan in plans])
+    row(
+        "largest batch that fits",
+        [f"{p.largest_batch_size:,}" if p.largest_batch_size is not None else "" for p in plans],
+    )
+    row("it fits", ["yes" if plan.figures.fits else "NO" for plan in plans])
     if_fits("bound by", lambda p: p.bound)
-    if_fits("a step", lambda p: f"{p.seconds_per_step * 1e3:.1f} ms")
-    if_fits("  at the very least", lambda p: f"{p.least_seconds_per_step * 1e3:.1f} ms")
-    if_fits("an epoch", lambda p: _duration(p.seconds_per_epoch))
-    if_fits("the whole run", lambda p: _duration(p.num_epochs * p.seconds_per_epoch))
-    if_fits("images/s", lambda p: f"{p.images_per_second:,.0f}")
-    if_fits("cores to decode them", lambda p: f"{p.images_per_second / p.decode_rate:.1f}")
-    row("largest batch", [str(plan.largest_batch_size or "") for plan in plans])
-    row("compiled in", [f"{plan.figures.compile_seconds or 0:.0f} s" for plan in plans])
+    if_fits("a step, at best", lambda p: _duration(p.seconds_per_step))
+    if_fits("an epoch, at best", lambda p: _duration(p.seconds_per_epoch))
+    if_fits("the run, at best", lambda p: _duration(p.num_epochs * p.seconds_per_epoch))
+    if_fits("images/s, at best", lambda p: f"{p.images_per_second:,.0f}")
+    if_fits("host cores to decode them", lambda p: f"{p.images_per_second / p.decode_rate:.1f}")
+    heading("MEMORY")
+    row("needed at the peak", [_mark(p, "hbm_needed_bytes", _gb) for p in plans])
+    row("available", [_mark(p, "hbm_available_bytes", _gb) for p in plans])
+    if_fits("arguments", lambda p: _gb(p.figures.argument_bytes))
+    if_fits("temporaries", lambda p: _gb(p.figures.temporary_bytes), "temporary_bytes")
+    heading("WORK")
+    if_fits("FLOPs", lambda p: f"{p.figures.flops / 1e12:,.3f} T", "flops")
+    if_fits("  of the objective", _objective_share, "objective_flops")
+    if_fits("bytes accessed", lambda p: _gb(p.figures.hbm_traffic_bytes), "hbm_traffic_bytes")
+    if_fits("  not in on-chip memory", lambda p: _gb(p.figures.hbm_only_bytes), "hbm_only_bytes")
+    if_fits("received from other chips", lambda p: _gb(p.figures.received_bytes), "received_bytes")
+    for kind in sorted({kind for plan in plans for kind in plan.figures.collective_bytes}):
+        if_fits(
+            f"  by {kind}",
+            lambda p, k=kind: _gb(p.figures.collective_bytes.get(k, 0.0)),
+            "collective_bytes",
+        )
+    heading("TIME AT THE PUBLISHED PEAKS")
+    for name in ("compute", "hbm", "network"):
+        if_fits(name, lambda p, n=name: _duration(p.peak_seconds[n]))
+    if_fits("at the very least", lambda p: _duration(p.least_seconds_per_step))
+    row("compiled in", [_duration(plan.figures.compile_seconds or 0.0) for plan in plans])
     header = ["a chip and a step", *(plan.topology for plan in plans)]
     return progress.table(header, [[name, *cells] for name, cells in rows])
+
+
+def _objective_share(plan: Plan) -> str:
+    return f"{(plan.figures.objective_flops or 0.0) / (plan.figures.flops or 1.0):.2%}"
+
+
+def _mark(plan: Plan, field: str, text: Any) -> str:
+    cell = text(getattr(plan.figures, field))
+    return "~" + cell if cell and field in plan.estimates else cell
 
 
 def notes(plans: Sequence[Plan]) -> str:
@@ -145,12 +181,15 @@ def notes(plans: Sequence[Plan]) -> str:
             f"{array['operation']}".rstrip()
             for array in plan.figures.largest_arrays
         ]
+    estimates = {name: how for plan in plans for name, how in plan.estimates.items()}
+    lines.append("~ marks what is not XLA's own figure for the chip:")
+    lines += [f"  {name}: {how}" for name, how in estimates.items()]
     sources = dict.fromkeys(chip.source for chip in (chip_of(plan.topology) for plan in plans))
     lines += [
-        "Sizes, FLOPs and bytes accessed are XLA's own for the compiled step. Times are bounds,",
-        "not measurements: that work at the chip's published peaks, with all bytes going through",
-        "the HBM; at the very least, without those of arrays that XLA keeps in on-chip memory,",
-        "which it counts too. Peaks are from",
+        "All else of memory and work is XLA's own for the step compiled for these chips. Times are",
+        "bounds and not measurements: what the scarcest of compute, HBM and network needs at the",
+        "chip's published peak, with all bytes accessed going through the HBM; at the very least,",
+        "without those of arrays that XLA keeps in on-chip memory, which it counts too. Peaks:",
         *(f"  {source}" for source in sources),
     ]
     return "\n".join(lines)
@@ -163,6 +202,8 @@ def _gb(size: float | None) -> str:
 
 
 def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
     if seconds < 120:
         return f"{seconds:.1f} s"
     minutes = math.ceil(seconds / 60)

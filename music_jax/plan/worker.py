@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import os
+import signal
 
 from ml_collections import config_dict
 
 from music_jax import progress
 from music_jax.config import from_json
 from music_jax.mesh import check_divisible
-from music_jax.plan.compiling import Figures, largest_batch, measure, open_slice
+from music_jax.plan.compiling import Figures, measure, open_slice
 from music_jax.plan.report import Plan
+from music_jax.plan.search import largest_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,11 @@ class Task:
 
 
 def quiet() -> None:
-    """Silences libtpu, which warns on standard error that it does not sit on a TPU."""
+    """Silences compilers, which warn on standard error that they sit on no TPU or GPU.
+
+    Ctrl-C reaches the process that started this one, which then ends it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
@@ -60,18 +66,19 @@ def run(task: Task) -> Plan:
             config, slice_, steps_per_epoch=steps_per_epoch, with_objective=with_objective
         )
 
-    def fits(batch_size: int) -> bool:
-        progress.say(f"compiling for {task.topology} with a batch of {batch_size} ...")
-        found = figures(batch_size)
-        progress.say(f"  {'fits' if found.fits else 'does not fit'}")
-        return found.fits
-
     wanted = config.batch_size
     main = figures(wanted, with_objective=True)
+
+    def memory_share(batch_size: int) -> float:
+        found = main if batch_size == wanted else figures(batch_size)
+        share = (found.hbm_needed_bytes or 0.0) / found.hbm_available_bytes
+        says = "fits" if found.fits else "does not fit"
+        progress.say(f"{task.topology}: a batch of {batch_size:,} needs {share:.0%} and {says}")
+        return min(share, 1.0) if found.fits else max(share, 1.0 + 1e-9)
+
     largest = None
     if task.find_batch_size:
-        known = (wanted, None) if main.fits else (0, wanted)
-        largest = largest_batch(fits, slice_.mesh.size, *known)
+        largest = largest_batch(memory_share, slice_.mesh.size, wanted)
     return Plan(
         topology=task.topology,
         figures=main,

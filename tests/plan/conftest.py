@@ -16,3 +16,8 @@ os.environ.update(
 def four_chips():
     """Four TPU v5e chips that are not at hand."""
     return compiling.open_slice("v5e:2x2", fsdp=1)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -19,6 +19,14 @@ def test_peaks_of_v5e_are_the_documented_ones():
     assert chip.network_bytes_per_second == 1600e9 / 8
 
 
+def test_peaks_of_h100_are_the_datasheets_without_sparsity():
+    chip = CHIPS["h100"]
+    # 1,979 TFLOPS with sparsity, 3.35 TB/s, and 900 GB/s of NVLink in both directions.
+    assert chip.flops_per_second == pytest.approx(1979e12 / 2, rel=1e-3)
+    assert chip.hbm_bytes_per_second == 3350e9
+    assert chip.network_bytes_per_second == 900e9 / 2
+
+
 @pytest.mark.parametrize(
     ("topology", "expected"),
     [
@@ -29,6 +37,10 @@ def test_peaks_of_v5e_are_the_documented_ones():
         ("v4:2x2", "expected 3 sizes"),
         ("v5e:0x2", "expected 2 sizes"),
         ("v5e:4x8;rm", "expected 2 sizes"),
+        ("h100", "expected 1 to 8 GPUs after 'h100', .* such as h100:8; got ''"),
+        ("h100:0", "expected 1 to 8 GPUs"),
+        ("h100:16", "expected 1 to 8 GPUs"),
+        ("h100:2x4", "expected 1 to 8 GPUs"),
     ],
 )
 def test_what_cannot_be_a_topology_is_told(topology, expected):

@@ -1,11 +1,14 @@
 """The command as a user runs it."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import processes
+import psutil
 import pytest
 
 from music_jax.plan.compiling import ENVIRONMENT
@@ -28,19 +31,50 @@ def test_a_topology_that_libtpu_refuses_is_told_before_the_others_are_compiled()
     assert "compiling" not in out
 
 
-def test_without_libtpu_it_says_how_to_get_it():
-    hidden = (
+@pytest.mark.parametrize(
+    ("hidden", "topology", "expected"),
+    [
+        ("libtpu", "v5e:2x2", "pip install libtpu"),
+        ("jax_plugins.xla_cuda", "h100:8", "pip install jax-cuda13-plugin=="),
+    ],
+)
+def test_without_a_compiler_it_says_how_to_get_it(hidden, topology, expected):
+    start = (
         "import importlib.util as u, runpy, sys; find = u.find_spec;"
-        "u.find_spec = lambda name, *a: None if name == 'libtpu' else find(name, *a);"
-        f"sys.argv = ['plan', {processes.DIGITS!r}, '--topology=v5e:2x2'];"
+        f"u.find_spec = lambda name, *a: None if name.startswith({hidden!r}) else find(name, *a);"
+        f"sys.argv = ['plan', {processes.DIGITS!r}, '--topology={topology}'];"
         "runpy.run_module('music_jax.plan', run_name='__main__', alter_sys=True)"
     )
     found = subprocess.run(
-        [sys.executable, "-c", hidden], capture_output=True, text=True, cwd=processes.ROOT
+        [sys.executable, "-c", start], capture_output=True, text=True, cwd=processes.ROOT
     )
     assert found.returncode == 2
-    assert "pip install libtpu" in found.stderr
+    assert expected in found.stderr
     assert found.stderr.count("\n") == 1
+
+
+def test_an_interrupted_plan_ends_at_once_with_all_its_processes():
+    command = [sys.executable, "-m", "music_jax.plan", *_DIGITS, "--topology=v5e:2x2,v5e:2x4"]
+    plan = subprocess.Popen(
+        [*command, "--num-images=1437"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=processes.ROOT,
+    )
+    assert plan.stdout is not None
+    assert plan.stderr is not None
+    assert "compiling" in plan.stdout.readline()
+    children = psutil.Process(plan.pid).children(recursive=True)
+    plan.send_signal(signal.SIGINT)
+    try:
+        assert plan.wait(timeout=60) == 75
+        assert "run the same command" in plan.stderr.read()
+        assert not psutil.wait_procs(children, timeout=30)[1]
+    finally:
+        for process in (plan, *children):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def test_libtpu_beside_it_does_not_make_another_command_look_for_a_tpu():

@@ -51,18 +51,3 @@ def test_a_batch_that_cannot_be_divided_is_told(four_chips):
     config.batch_size = 6
     with pytest.raises(UserError, match="batch_size = 6 cannot be divided over 4 devices"):
         compiling.measure(config, four_chips, steps_per_epoch=1, with_objective=False)
-
-
-@pytest.mark.parametrize("limit", [0, 1, 2, 63, 64, 65, 100, 200])
-@pytest.mark.parametrize("start", [0, 64])
-def test_the_largest_batch_is_found_in_few_steps(limit, start):
-    asked = []
-
-    def fits(batch):
-        asked.append(batch)
-        return batch <= 4 * limit
-
-    known = (4 * start, None) if start <= limit else (0, 4 * start)
-    assert compiling.largest_batch(fits, 4, *known) == 4 * limit
-    assert all(batch % 4 == 0 for batch in asked)
-    assert len(asked) == len(set(asked)) <= 16

@@ -1,5 +1,6 @@
 """What follows from a step's figures, against sums done by hand."""
 
+import dataclasses
 import json
 
 import pytest
@@ -77,10 +78,22 @@ def test_the_table_has_a_column_a_topology_and_says_what_does_not_fit():
     plans = [_plan(_FIGURES), _plan(_TOO_LARGE, "v5e:2x2")]
     rows = {line.split("  ")[0]: line.split() for line in report.table(plans).splitlines()}
     assert rows["a chip and a step"][-2:] == ["v5e:4x8", "v5e:2x2"]
-    assert rows["HBM needed"][2:] == ["5.50", "GB", "50.00", "GB"]
+    assert rows["needed at the peak"][4:] == ["5.50", "GB", "50.00", "GB"]
     assert rows["bound by"][-1] == "hbm"
-    assert "DOES NOT FIT" in report.table(plans)
+    assert rows["it fits"][2:] == ["yes", "NO"]
     notes = report.notes(plans)
     assert "v5e:2x2: batch 4096 does not fit: needs 50.00 GB of 16.90 GB" in notes
     assert "3 x bf16[128,56] add" in notes
     assert "cloud.google.com/tpu/docs/v5e" in notes
+
+
+def test_estimates_are_marked_and_explained():
+    estimated = dataclasses.replace(_FIGURES, estimates={"flops": "counted in the program"})
+    rows = {
+        line.split("  ")[0]: line.split()
+        for line in report.table([_plan(_FIGURES), _plan(estimated, "h100:8")]).splitlines()
+    }
+    assert rows["FLOPs"][1:] == ["1.970", "T", "~1.970", "T"]
+    notes = report.notes([_plan(estimated, "h100:8")])
+    assert "flops: counted in the program" in notes
+    assert "nvidia.com" in notes
