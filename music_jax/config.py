@@ -18,11 +18,16 @@ FREE_FIELDS = (
     "dataset.max_skipped_share",
     "dataset.test_split",
     "dataset.try_gcs",
+    "clustering",
     "evaluation",
+    "few_shot",
+    "finetune",
     "knn",
     "linear_eval",
     "log_every_steps",
     "num_decode_threads",
+    "retrieval",
+    "semi_supervised",
     "sharding",
 )
 
@@ -114,6 +119,9 @@ def default_config() -> config_dict.ConfigDict:
     config.evaluation = config_dict.ConfigDict()
     config.evaluation.train = ""  # "": the images of the pre-training
     config.evaluation.test = ""  # "": dataset.test_split; with dataset.path, there is no probe
+    config.evaluation.batch_size = 256  # of images whose features are computed at once
+    config.evaluation.view_images = 1024  # whose training views are compared (LiDAR, alignment)
+    config.evaluation.num_views = 10  # of each of them
 
     config.linear_eval = config_dict.ConfigDict()
     config.linear_eval.num_epochs = 100
@@ -131,7 +139,39 @@ def default_config() -> config_dict.ConfigDict:
     config.knn = config_dict.ConfigDict()
     config.knn.enabled = True  # holds the features of the whole training split in memory
     config.knn.k = 20
+    config.knn.more_k = (10, 200)  # reported beside it
     config.knn.temperature = 0.07
+
+    config.few_shot = config_dict.ConfigDict()
+    config.few_shot.shots = (1, 5, 10)  # labelled samples a class
+    config.few_shot.draws = 20
+    config.few_shot.inverse_regularization = 1.0  # scikit-learn's C, times the samples drawn
+
+    config.semi_supervised = config_dict.ConfigDict()  # fine-tuning on a part of the labels
+    config.semi_supervised.fractions = (0.01, 0.1)
+    # Files that name the images of each fraction, one a line, such as SimCLR's for ImageNet; "" for
+    # a stratified draw.
+    config.semi_supervised.lists = ("", "")
+    config.semi_supervised.backbone_learning_rates = (0.03, 0.01)  # times batch_size / 256
+    config.semi_supervised.head_learning_rates = (0.08, 0.1)
+    config.semi_supervised.num_epochs = 20
+    config.semi_supervised.batch_size = 256
+    config.semi_supervised.momentum = 0.9
+    config.semi_supervised.weight_decay = 0.0
+
+    config.finetune = config_dict.ConfigDict()  # on all labels
+    config.finetune.backbone_learning_rate = 0.01  # times batch_size / 256
+    config.finetune.head_learning_rate = 0.1
+    config.finetune.num_epochs = 20
+    config.finetune.batch_size = 256
+    config.finetune.momentum = 0.9
+    config.finetune.weight_decay = 0.0
+
+    config.retrieval = config_dict.ConfigDict()
+    config.retrieval.max_gallery = 200_000  # training images, at random, that are ranked
+
+    config.clustering = config_dict.ConfigDict()
+    config.clustering.num_starts = 10  # of k-means on the joint code
     return config.lock()
 
 
@@ -183,6 +223,15 @@ def validate(config: config_dict.ConfigDict) -> None:
         "linear_eval.num_epochs",
         "linear_eval.batch_size",
         "knn.k",
+        "evaluation.batch_size",
+        "evaluation.view_images",
+        "few_shot.draws",
+        "semi_supervised.num_epochs",
+        "semi_supervised.batch_size",
+        "finetune.num_epochs",
+        "finetune.batch_size",
+        "retrieval.max_gallery",
+        "clustering.num_starts",
     ):
         _at_least(config, field, 1)
     for field in ("objective.num_segments", "objective.units_per_segment"):
@@ -191,11 +240,15 @@ def validate(config: config_dict.ConfigDict) -> None:
         "objective.temperature",
         "optimizer.base_learning_rate",
         "knn.temperature",
+        "few_shot.inverse_regularization",
+        "finetune.backbone_learning_rate",
+        "finetune.head_learning_rate",
     ):
         _positive(config, field)
-    for field in ("optimizer.weight_decay", "linear_eval.weight_decay"):
+    parts = ("optimizer", "linear_eval", "semi_supervised", "finetune")
+    for field in [f"{part}.weight_decay" for part in parts]:
         _at_least(config, field, 0)
-    for field in ("optimizer.momentum", "linear_eval.momentum"):
+    for field in [f"{part}.momentum" for part in parts]:
         if not 0 <= _get(config, field) < 1:
             raise _wrong(config, field, "be in [0, 1)")
     if config.sharding.fsdp is not None:
@@ -230,8 +283,30 @@ def validate(config: config_dict.ConfigDict) -> None:
         raise _wrong(config, "linear_eval.base_learning_rates", "be one or more positive numbers")
     if not 0 < config.linear_eval.validation_fraction < 1:
         raise _wrong(config, "linear_eval.validation_fraction", "be in (0, 1)")
+    _check_evaluation(config)
     _check_embedding(config, embedding_size(config))
     view_augmentations(config)
+
+
+def _check_evaluation(config: config_dict.ConfigDict) -> None:
+    _at_least(config, "evaluation.num_views", 2)
+    for field in ("knn.more_k", "few_shot.shots"):
+        if any(value < 1 for value in _get(config, field)):
+            raise _wrong(config, field, "be positive numbers")
+    if not config.few_shot.shots:
+        raise _wrong(config, "few_shot.shots", "be one or more numbers")
+    semi = config.semi_supervised
+    if not semi.fractions or not all(0 < fraction <= 1 for fraction in semi.fractions):
+        raise _wrong(config, "semi_supervised.fractions", "be one or more numbers in (0, 1]")
+    for field in ("lists", "backbone_learning_rates", "head_learning_rates"):
+        if len(semi[field]) != len(semi.fractions):
+            raise _wrong(
+                config,
+                f"semi_supervised.{field}",
+                f"have one entry for each of semi_supervised.fractions = {semi.fractions}",
+            )
+        if field != "lists" and not all(rate > 0 for rate in semi[field]):
+            raise _wrong(config, f"semi_supervised.{field}", "be positive")
 
 
 def _check_backbone(config: config_dict.ConfigDict) -> None:
