@@ -91,7 +91,7 @@ def _checksum(array: np.ndarray) -> int:
 
 def content_bytes(array: np.ndarray) -> memoryview:
     """What an array holds, in C order, as bytes."""
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _all_processes(here: bool) -> bool:
