@@ -26,6 +26,7 @@ FREE_FIELDS = (
     "linear_eval",
     "log_every_steps",
     "num_decode_threads",
+    "online_probe",
     "retrieval",
     "semi_supervised",
     "sharding",
@@ -170,6 +171,15 @@ def default_config() -> config_dict.ConfigDict:
     config.retrieval = config_dict.ConfigDict()
     config.retrieval.max_gallery = 200_000  # training images, at random, that are ranked
 
+    config.online_probe = config_dict.ConfigDict()  # a classifier beside the pre-training
+    config.online_probe.enabled = False  # logs online_top1; costs a forward pass of its batch
+    config.online_probe.train = ""  # labelled images, as evaluation.train; "": those of that
+    config.online_probe.every_steps = 1  # of the training's
+    config.online_probe.batch_size = 256
+    config.online_probe.learning_rate = 0.03
+    config.online_probe.momentum = 0.9
+    config.online_probe.weight_decay = 1e-3
+
     config.clustering = config_dict.ConfigDict()
     config.clustering.num_starts = 10  # of k-means on the joint code
     return config.lock()
@@ -232,6 +242,8 @@ def validate(config: config_dict.ConfigDict) -> None:
         "finetune.batch_size",
         "retrieval.max_gallery",
         "clustering.num_starts",
+        "online_probe.every_steps",
+        "online_probe.batch_size",
     ):
         _at_least(config, field, 1)
     for field in ("objective.num_segments", "objective.units_per_segment"):
@@ -243,9 +255,10 @@ def validate(config: config_dict.ConfigDict) -> None:
         "few_shot.inverse_regularization",
         "finetune.backbone_learning_rate",
         "finetune.head_learning_rate",
+        "online_probe.learning_rate",
     ):
         _positive(config, field)
-    parts = ("optimizer", "linear_eval", "semi_supervised", "finetune")
+    parts = ("optimizer", "linear_eval", "semi_supervised", "finetune", "online_probe")
     for field in [f"{part}.weight_decay" for part in parts]:
         _at_least(config, field, 0)
     for field in [f"{part}.momentum" for part in parts]:
