@@ -13,15 +13,16 @@ from music_jax.errors import UserError
 FREE_FIELDS = (
     "backbone.remat",
     "checkpoint",
+    "clustering",
     "dataset.data_dir",
     "dataset.manual_dir",
     "dataset.max_skipped_share",
     "dataset.test_split",
     "dataset.try_gcs",
-    "clustering",
     "evaluation",
     "few_shot",
     "finetune",
+    "guards",
     "knn",
     "linear_eval",
     "log_every_steps",
@@ -110,6 +111,22 @@ def default_config() -> config_dict.ConfigDict:
     # Devices over which the parameters themselves are split; None: all. Of several slices of a TPU,
     # best those of one.
     config.sharding.fsdp = config_dict.placeholder(int)
+
+    # What ends a training early; see music_jax.train.guards.
+    config.guards = config_dict.ConfigDict()
+    config.guards.enabled = True  # False: only the loss and the gradient must be finite
+    config.guards.policy = "stop"  # or rewind: to before the bad steps, and go on without them
+    config.guards.max_rewinds = 3  # of a whole training; then it stops
+    config.guards.warmup_steps = 100  # before which only what is not finite trips
+    config.guards.loss_spike_deviations = 10.0  # of the running mean; 0: a leap trips nothing
+    config.guards.loss_spike_window = 100  # steps that the running mean looks back
+    config.guards.collapse_steps = 50  # in a row that look collapsed, for any of the four below
+    config.guards.min_usage_entropy = 0.1  # of segments, 1 being uniform; 0: trips nothing
+    config.guards.max_dead_units = 0.95  # a share; 1: trips nothing
+    config.guards.min_embedding_std = 0.01  # of unit vectors, 1 being all around; 0: trips nothing
+    config.guards.min_effective_rank = 1.1  # of the embeddings; 0: trips nothing
+    config.guards.check_replicas_every_steps = 0  # all devices hold the same bits; 0: never
+    config.guards.check_determinism_every_steps = 0  # a step done twice gives the same; 0: never
 
     config.checkpoint = config_dict.ConfigDict()
     config.checkpoint.every_steps = 1000
@@ -246,6 +263,7 @@ def validate(config: config_dict.ConfigDict) -> None:
         "online_probe.batch_size",
     ):
         _at_least(config, field, 1)
+    _check_guards(config)
     for field in ("objective.num_segments", "objective.units_per_segment"):
         _at_least(config, field, 2)
     for field in (
@@ -340,6 +358,24 @@ def _check_backbone(config: config_dict.ConfigDict) -> None:
         raise _wrong(
             config, "crop.size", f"be a multiple of {spec.image_multiple} for {backbone.name}"
         )
+
+
+def _check_guards(config: config_dict.ConfigDict) -> None:
+    _one_of(config, "guards.policy", ("stop", "rewind"))
+    for field in ("guards.loss_spike_window", "guards.collapse_steps"):
+        _at_least(config, field, 1)
+    for field in (
+        "guards.max_rewinds",
+        "guards.warmup_steps",
+        "guards.loss_spike_deviations",
+        "guards.min_effective_rank",
+        "guards.check_replicas_every_steps",
+        "guards.check_determinism_every_steps",
+    ):
+        _at_least(config, field, 0)
+    for field in ("min_usage_entropy", "max_dead_units", "min_embedding_std"):
+        if not 0 <= config.guards[field] <= 1:
+            raise _wrong(config, f"guards.{field}", "be in [0, 1]")
 
 
 def _check_embedding(config: config_dict.ConfigDict, size: int) -> None:

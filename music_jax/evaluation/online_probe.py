@@ -17,10 +17,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
 from music_jax import progress
+from music_jax.data import datasets
 from music_jax.data.crops import Crop
+from music_jax.data.datasets import EvaluationSources
 from music_jax.data.loader import TrainingOrder, training_batches
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
+from music_jax.errors import UserError
 from music_jax.evaluation.features import Placing, normalize
 from music_jax.mesh import is_main_process
 from music_jax.models.network import Network, Tree
@@ -116,6 +119,46 @@ def probe_step(
     )
 
 
+def make_online_probe(
+    config: config_dict.ConfigDict,
+    probed: EvaluationSources | None,
+    network: Network,
+    mesh: Mesh,
+    directory: epath.Path,
+    skipped: SkippedImages,
+) -> "OnlineProbe | None":
+    """The probe that a config asks for, if it does.
+
+    Args:
+      config: its part `online_probe` says how, and with which images.
+      probed: what the run is evaluated with, if there is anything.
+      network: the network that is trained.
+      mesh: the devices.
+      directory: the workdir.
+      skipped: takes note of images that cannot be decoded.
+
+    Raises:
+      UserError: it asks for one, but there are no labelled images to learn from.
+    """
+    if not config.online_probe.enabled:
+        return None
+    if config.online_probe.train:
+        source = datasets.open_named(config, config.online_probe.train, prepare=True)
+    elif probed is not None:
+        source = probed.train
+    else:
+        raise UserError(
+            "config.online_probe.enabled needs labelled images; name some with "
+            "--config.online_probe.train=, a folder or NAME:SPLIT of TFDS"
+        )
+    if source.num_classes < 2:
+        raise UserError(
+            f"{source.name} has no labels for the online probe; name a labelled set with "
+            "--config.online_probe.train=, a folder or NAME:SPLIT of TFDS"
+        )
+    return OnlineProbe(config, source, network, mesh, directory, skipped)
+
+
 class OnlineProbe:
     """Trains the probe along with the steps of a training, and goes on where that was resumed."""
 
@@ -152,6 +195,7 @@ class OnlineProbe:
         def step(
             probe: ProbeState, params: Tree, batch_stats: Tree, images: jax.Array, labels: jax.Array
         ) -> ProbeState:
+            params = jax.lax.with_sharding_constraint(params, self._whole)
             return probe_step(
                 probe,
                 network.features(params, batch_stats, normalize(images, config)),
