@@ -46,7 +46,7 @@ def test_records_of_tfds_are_found_by_their_file_name(tmp_path):
 
 
 def test_a_list_that_does_not_fit_is_an_error_that_names_an_image(source, tmp_path):
-    with pytest.raises(UserError, match="1 of the 2 images .* such as 'n09_1.JPEG'.*n01_0.JPEG"):
+    with pytest.raises(UserError, match=r"1 of the 2 images .* such as 'n09_1.JPEG'.*n01_0.JPEG"):
         rows_of_list(source, _list(tmp_path, "n09_1.JPEG", "n01_0.JPEG"))
     with pytest.raises(UserError, match="is empty"):
         rows_of_list(source, _list(tmp_path))
