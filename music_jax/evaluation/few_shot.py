@@ -70,7 +70,7 @@ def few_shot(
     for draw in range(draws):
         rows = draw_shots(train_labels, shots, seed=seed, draw=draw)
         classifier = LogisticRegression(
-            C=inverse_regularization * len(rows), max_iter=1000, tol=1e-4
+            C=inverse_regularization * len(rows), max_iter=1000, tol=1e-5
         )
         drawn, tested = _in_span(train[rows], test)
         # On so little data, threads would wait for one another most of the time.

@@ -27,11 +27,11 @@ def test_accuracies_are_logistic_regressions_on_the_drawn_samples():
             unit[rows].astype(np.float64), train_labels[rows]
         )
         expected.append(theirs.score(unit_test.astype(np.float64), test_labels))
-    np.testing.assert_allclose(result.accuracies, expected, atol=0.002)
+    np.testing.assert_allclose(result.accuracies, expected, atol=0.005)
     low, high = scipy.stats.t.interval(
         0.95, 3, np.mean(result.accuracies), scipy.stats.sem(result.accuracies)
     )
-    np.testing.assert_allclose(result.top1, (np.mean(expected), (high - low) / 2), atol=0.002)
+    np.testing.assert_allclose(result.top1, (np.mean(expected), (high - low) / 2), atol=0.005)
 
 
 def test_a_draw_has_so_many_of_each_class_and_each_draw_its_own():
