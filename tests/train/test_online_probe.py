@@ -14,7 +14,7 @@ _PROBE = ("--config.online_probe.enabled=True", "--config.online_probe.batch_siz
 
 def test_a_step_is_sgd_of_optax_on_standardised_features():
     rng = np.random.default_rng(0)
-    features = jnp.asarray(rng.normal(3, 2, size=(3, 50, 8)), jnp.float32)
+    features = rng.normal(3, 2, size=(3, 50, 8)).astype(np.float32)
     labels = jnp.asarray(rng.integers(4, size=(3, 50)), jnp.int32)
     step = jax.jit(probe_step, static_argnames=("learning_rate", "momentum", "weight_decay"))
     probe = init_probe(8, 4)
