@@ -120,7 +120,7 @@ def default_config() -> config_dict.ConfigDict:
     config.guards.max_rewinds = 3  # of a whole training; then it stops
     config.guards.warmup_steps = 100  # before which only what is not finite trips
     config.guards.loss_spike_deviations = 10.0  # of the running mean; 0: a leap trips nothing
-    config.guards.loss_spike_window = 100  # steps that the running mean looks back
+    config.guards.loss_spike_window = 50  # steps that the running mean looks back
     config.guards.collapse_steps = 50  # in a row that look collapsed, for any of the four below
     config.guards.min_usage_entropy = 0.1  # of segments, 1 being uniform; 0: trips nothing
     config.guards.max_dead_units = 0.95  # a share; 1: trips nothing
