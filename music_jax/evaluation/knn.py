@@ -1,22 +1,24 @@
-"""Weighted k-nearest-neighbour classification (Wu et al, arXiv 1805.01978)."""
+"""Nearest neighbours, and classification by their weighted vote (Wu et al, arXiv 1805.01978)."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+_BANK_BLOCK = 65_536  # training samples on the device at once
 
 
-@functools.partial(jax.jit, static_argnames=("num_classes", "k", "block_size"))
 def knn_predict(
-    train_features: jax.Array,
-    train_labels: jax.Array,
-    test_features: jax.Array,
+    train_features: np.ndarray | jax.Array,
+    train_labels: np.ndarray | jax.Array,
+    test_features: np.ndarray | jax.Array,
     *,
     num_classes: int,
     k: int = 20,
     temperature: float = 0.07,
     block_size: int = 256,
-) -> jax.Array:
+) -> np.ndarray:
     """Predicts labels by a vote of the nearest training samples.
 
     Features are normalised to unit length; each of the `k` neighbours with the largest cosine
@@ -29,8 +31,7 @@ def knn_predict(
       num_classes: number of labels.
       k: neighbours that vote; all training samples if there are fewer.
       temperature: of the weights.
-      block_size: test samples that are compared at once, which bounds the memory to
-        `block_size * train` similarities.
+      block_size: as in `nearest_neighbours`.
 
     Returns:
       int32 [test].
@@ -43,28 +44,108 @@ def knn_predict(
             f"expected one label for each of {train_features.shape[0]} training features; got "
             f"{train_labels.shape[0]}"
         )
-    if train_features.shape[1] != test_features.shape[1]:
+    similarities, nearest = nearest_neighbours(
+        train_features, test_features, k=k, block_size=block_size
+    )
+    return weighted_vote(
+        similarities,
+        np.asarray(train_labels)[nearest],
+        num_classes=num_classes,
+        temperature=temperature,
+    )
+
+
+def nearest_neighbours(
+    bank: np.ndarray | jax.Array,
+    queries: np.ndarray | jax.Array,
+    *,
+    k: int,
+    block_size: int = 256,
+    bank_block_size: int = _BANK_BLOCK,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The samples of a bank with the largest cosine similarity to each query.
+
+    Only a block of the bank is on the device at a time, and of it no more than `block_size *
+    bank_block_size` similarities, so that the bank may be as large as the host's memory holds.
+
+    Args:
+      bank: [bank, features].
+      queries: [queries, features].
+      k: how many to find; the whole bank if it is smaller.
+      block_size: queries that are compared at once.
+      bank_block_size: samples of the bank that they are compared with at once.
+
+    Returns:
+      Similarities, float32 [queries, k], from the largest on, and the neighbours' rows in the bank,
+      int32 [queries, k]; of equal similarities the earlier row comes first.
+
+    Raises:
+      ValueError: the features differ in size, or the bank is empty.
+    """
+    if bank.shape[1] != queries.shape[1]:
         raise ValueError(
             "expected features of one size; got "
-            f"{train_features.shape[1]} (training) and {test_features.shape[1]} (test)"
+            f"{bank.shape[1]} (training) and {queries.shape[1]} (test)"
         )
-    bank = _unit(train_features)
-    k = min(k, bank.shape[0])
+    if not bank.shape[0]:
+        raise ValueError("expected at least one sample to be near to; got none")
+    num_queries = queries.shape[0]
+    padding = -num_queries % block_size
+    unit = np.pad(unit_length(queries), ((0, padding), (0, 0)))
+    blocks = jnp.asarray(unit.reshape(-1, block_size, unit.shape[1]))
+    found: tuple[jax.Array, jax.Array] | None = None
+    for start in range(0, bank.shape[0], bank_block_size):
+        part = jnp.asarray(unit_length(bank[start : start + bank_block_size]))
+        similarities, rows = _nearest(blocks, part, min(k, part.shape[0]))
+        rows = rows + start
+        if found is not None:
+            similarities = jnp.concatenate([found[0], similarities], axis=-1)
+            rows = jnp.concatenate([found[1], rows], axis=-1)
+            similarities, order = jax.lax.top_k(similarities, min(k, similarities.shape[-1]))
+            rows = jnp.take_along_axis(rows, order, axis=-1)
+        found = similarities, rows
+    assert found is not None
+    size = found[0].shape[-1]
+    return (
+        np.asarray(found[0]).reshape(-1, size)[:num_queries],
+        np.asarray(found[1]).reshape(-1, size)[:num_queries],
+    )
 
-    def predict(block: jax.Array) -> jax.Array:
-        similarities, nearest = jax.lax.top_k(block @ bank.T, k)  # [block, k]
-        # The largest similarity is 1, so subtracting 1 keeps the exponential in range.
-        weights = jnp.exp((similarities - 1.0) / temperature)
-        votes = jax.nn.one_hot(train_labels[nearest], num_classes)  # [block, k, classes]
-        return jnp.argmax(jnp.einsum("bk,bkc->bc", weights, votes), axis=-1).astype(jnp.int32)
 
-    num_test = test_features.shape[0]
-    padding = -num_test % block_size
-    blocks = jnp.pad(_unit(test_features), ((0, padding), (0, 0)))
-    blocks = blocks.reshape(-1, block_size, blocks.shape[1])
-    return jax.lax.map(predict, blocks).reshape(-1)[:num_test]
+@functools.partial(jax.jit, static_argnames="k")
+def _nearest(blocks: jax.Array, bank: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Similarities and rows [blocks, block, k] of the blocks [blocks, block, features]."""
+    return jax.lax.map(
+        lambda block: jax.lax.top_k(
+            jnp.matmul(block, bank.T, precision=jax.lax.Precision.HIGHEST), k
+        ),
+        blocks,
+    )
 
 
-def _unit(features: jax.Array) -> jax.Array:
-    norms = jnp.linalg.norm(features, axis=1, keepdims=True)
-    return features / jnp.maximum(norms, 1e-12)
+def weighted_vote(
+    similarities: np.ndarray, labels: np.ndarray, *, num_classes: int, temperature: float = 0.07
+) -> np.ndarray:
+    """The label with the most votes, each neighbour's weighing `exp(similarity / temperature)`.
+
+    Args:
+      similarities: float [queries, k], at most 1.
+      labels: of the neighbours, integers [queries, k].
+      num_classes: number of labels.
+      temperature: of the weights.
+
+    Returns:
+      int32 [queries].
+    """
+    # The largest similarity is 1, so subtracting 1 keeps the exponential in range.
+    weights = np.exp((similarities.astype(np.float64) - 1.0) / temperature)
+    votes = np.zeros((len(labels), num_classes))
+    np.add.at(votes, (np.arange(len(labels))[:, None], labels), weights)
+    return np.argmax(votes, axis=1).astype(np.int32)
+
+
+def unit_length(features: np.ndarray | jax.Array) -> np.ndarray:
+    """Features [samples, features] scaled to length 1, float32."""
+    features = np.asarray(features, np.float32)
+    norms = np.linalg.norm(features, axis=1, keepdims=True)
+    return features / np.maximum(norms, 1e-12)

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import optax
 
 _INIT_STD = 0.01
+_BLOCK = 4096  # samples that are scored at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,7 @@ def fit(
     num_classes: int,
     steps_per_epoch: int,
     seed: int,
+    after_step: Callable[[], None] = lambda: None,
 ) -> Heads:
     """Trains one classifier for each learning rate, all on the same batches.
 
@@ -65,6 +68,7 @@ def fit(
       num_classes: number of labels.
       steps_per_epoch: steps an epoch, for the schedule.
       seed: of the initial kernel, drawn from N(0, 0.01).
+      after_step: called after each step, such as to move a progress bar.
 
     Returns:
       The classifiers.
@@ -83,6 +87,7 @@ def fit(
         heads, velocity = _sgd_step(
             heads, velocity, features, labels, rates * scale, recipe.momentum, recipe.weight_decay
         )
+        after_step()
     return heads
 
 
@@ -120,6 +125,141 @@ def _sgd_step(
     return jax.tree.map(move, heads, velocity), velocity
 
 
+class ProbeResult(NamedTuple):
+    """What a linear probe found.
+
+    Attributes:
+      top1: accuracy over all test samples, in [0, 1].
+      top5: share of the test samples whose label is among the five best.
+      base_learning_rate: the one chosen, at a batch of 256.
+      num_train: training samples.
+      predictions: of the test samples, int32 [test].
+    """
+
+    top1: float
+    top5: float
+    base_learning_rate: float
+    num_train: int
+    predictions: np.ndarray
+
+
+def linear_probe(
+    train_features: np.ndarray,
+    train_labels: np.ndarray,
+    test_features: np.ndarray,
+    test_labels: np.ndarray,
+    recipe: ProbeRecipe,
+    *,
+    num_classes: int,
+    standardize: bool = False,
+    validation_fraction: float = 0.1,
+    seed: int = 0,
+    after_step: Callable[[], None] = lambda: None,
+) -> ProbeResult:
+    """Trains a linear classifier on features of one view of each image, and tests it.
+
+    Where there are several learning rates, the one is taken that is best on a part of the training
+    samples, after training on the rest; then all of them are trained on.
+
+    Args:
+      train_features: [train, features].
+      train_labels: integers [train].
+      test_features: [test, features].
+      test_labels: integers [test].
+      recipe: how to train.
+      num_classes: number of labels.
+      standardize: scale each feature by the training samples' mean and deviation.
+      validation_fraction: of the training samples, to choose the learning rate.
+      seed: of the initial kernel, the batches and the validation part.
+      after_step: called after each of `num_steps` steps, such as to move a progress bar.
+
+    Returns:
+      The accuracies over the whole test set, and the predictions.
+
+    Raises:
+      ValueError: features and labels do not fit together.
+    """
+    if len(train_features) != len(train_labels) or len(test_features) != len(test_labels):
+        raise ValueError(
+            f"expected a label for each sample; got {len(train_features)} training features and "
+            f"{len(train_labels)} labels, {len(test_features)} test features and "
+            f"{len(test_labels)} labels"
+        )
+    if standardize:
+        mean, std = train_features.mean(axis=0), train_features.std(axis=0) + 1e-6
+        train_features, test_features = (train_features - mean) / std, (test_features - mean) / std
+
+    def trained(recipe: ProbeRecipe, rows: np.ndarray) -> Heads:
+        recipe = clip_batch(recipe, len(rows))
+        return fit(
+            shuffled_batches(train_features[rows], train_labels[rows], recipe, seed),
+            recipe,
+            num_features=train_features.shape[1],
+            num_classes=num_classes,
+            steps_per_epoch=len(rows) // recipe.batch_size,
+            seed=seed,
+            after_step=after_step,
+        )
+
+    rates = recipe.base_learning_rates
+    if len(rates) > 1:
+        rest, held_out = split_for_validation(len(train_labels), validation_fraction, seed)
+        heads = trained(recipe, rest)
+        scores = accuracies(heads, train_features[held_out], train_labels[held_out])
+        rates = (rates[int(np.argmax(scores[:, 0]))],)
+    recipe = dataclasses.replace(recipe, base_learning_rates=rates)
+    heads = trained(recipe, np.arange(len(train_labels)))
+    return score_heads(heads, test_features, test_labels, rates[0], num_train=len(train_labels))
+
+
+def num_steps(recipe: ProbeRecipe, num_train: int, validation_fraction: float) -> int:
+    """How many steps `linear_probe` takes."""
+
+    def steps(count: int) -> int:
+        return recipe.num_epochs * (count // clip_batch(recipe, count).batch_size)
+
+    if len(recipe.base_learning_rates) == 1:
+        return steps(num_train)
+    rest, _ = split_for_validation(num_train, validation_fraction, 0)
+    return steps(len(rest)) + steps(num_train)
+
+
+def clip_batch(recipe: ProbeRecipe, num_train: int) -> ProbeRecipe:
+    """The recipe with a batch that is no larger than the training set."""
+    return dataclasses.replace(recipe, batch_size=min(recipe.batch_size, num_train))
+
+
+def split_for_validation(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random disjoint rows, ascending: the rest, and the part held out."""
+    order = np.random.Generator(np.random.Philox(key=[seed, 2**32])).permutation(count)
+    held_out = min(max(1, round(count * fraction)), count - 1)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def score_heads(
+    heads: Heads,
+    features: np.ndarray,
+    labels: np.ndarray,
+    base_learning_rate: float,
+    *,
+    num_train: int,
+) -> ProbeResult:
+    """What the first of the classifiers is worth on the test samples."""
+    top1, top5 = accuracies(heads, features, labels)[0]
+    return ProbeResult(
+        float(top1), float(top5), base_learning_rate, num_train, predict(heads, features)
+    )
+
+
+def predict(heads: Heads, features: np.ndarray) -> np.ndarray:
+    """The first classifier's label of each sample, int32 [samples]."""
+    blocks = [
+        np.argmax(np.asarray(_jitted_logits(heads, features[start : start + _BLOCK]))[0], axis=1)
+        for start in range(0, len(features), _BLOCK)
+    ]
+    return np.concatenate(blocks).astype(np.int32)
+
+
 def logits(heads: Heads, features: jax.Array) -> jax.Array:
     """Scores [rates, batch, classes] of features [batch, features]."""
     return jnp.einsum("bf,rfc->rbc", features, heads.kernel) + heads.bias[:, None, :]
@@ -130,8 +270,8 @@ def accuracies(
 ) -> np.ndarray:
     """Top-k accuracies in [0, 1], float64 [rates, len(top)], over all samples given."""
     correct = np.zeros((heads.bias.shape[0], len(top)), np.int64)
-    for start in range(0, len(labels), 4096):
-        block = slice(start, start + 4096)
+    for start in range(0, len(labels), _BLOCK):
+        block = slice(start, start + _BLOCK)
         scores = np.asarray(_jitted_logits(heads, features[block]))  # [rates, block, classes]
         of_label = np.take_along_axis(scores, labels[None, block, None], axis=2)
         # Ties and NaN count against the label: scores that are all alike are never right.

@@ -18,6 +18,7 @@ from music_jax.data import datasets
 from music_jax.data.loader import TrainingOrder
 from music_jax.errors import StoppedError, UserError
 from music_jax.evaluation.evaluate import evaluate, read_results, results_table
+from music_jax.evaluation.online_probe import OnlineProbe, make_online_probe
 from music_jax.mesh import check_divisible, is_main_process, make_data_mesh
 from music_jax.train import guards
 from music_jax.train.checkpoints import Checkpoints
@@ -106,6 +107,7 @@ def _train_and_evaluate(
             step_function=_blocking(compile_step(recipe, shapes, mesh), mesh),
             skip=compile_skip(shapes, mesh),
             checks=CorruptionChecks(config, shapes, mesh),
+            probe=make_online_probe(config, probed, recipe.network, mesh, directory, skipped),
         )
         with StopSignal() as stop:
             while True:  # A rewind is a resume from an older checkpoint.
@@ -160,6 +162,7 @@ class _Run:
     step_function: StepFunction
     skip: Any
     checks: CorruptionChecks
+    probe: OnlineProbe | None
 
 
 def _train(run: _Run, state: TrainState, start_step: int, stop: StopSignal) -> TrainState:
@@ -170,6 +173,8 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: StopSignal) -> T
       StoppedError: a signal came, and all is saved.
     """
     config, num_steps = run.config, run.training.num_steps
+    if run.probe:
+        run.probe.start(start_step, num_steps)
     log = _Log(run, start_step)
     with log:
         for step, batch in enumerate(run.training.on_devices(start_step), start=start_step + 1):
@@ -179,6 +184,8 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: StopSignal) -> T
                 run.events.write("skipped", step=step)
             else:
                 state, metrics, wrong = run.checks.step(step, run.step_function, state, batch)
+            if run.probe:
+                run.probe.after_step(step, state.params, state.batch_stats)
             last = step == num_steps
             stopping = stop.received or run.checkpoints.reached_preemption(step)
             saving = step % config.checkpoint.every_steps == 0 or last or stopping
@@ -190,9 +197,12 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: StopSignal) -> T
                 if (trip := guards.read_trip(state.guard)) is not None:
                     raise WentWrongError(Trouble.of_trip(trip))
                 if metrics is not None:
-                    log.write(step, {name: float(value) for name, value in metrics.items()})
+                    scalars = {name: float(value) for name, value in metrics.items()}
+                    log.write(step, scalars | (run.probe.metrics() if run.probe else {}))
             if saving:
                 run.checkpoints.save(step, state, run.training.order)
+                if run.probe:
+                    run.probe.save(step, run.checkpoints.all_steps())
             if stopping and not last:
                 run.checkpoints.wait()
                 raise StoppedError(
