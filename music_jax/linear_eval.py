@@ -1,7 +1,6 @@
 """`python -m music_jax.linear_eval`: linear probe and kNN of a checkpoint."""
 
 from absl import flags
-from etils import epath
 from ml_collections import config_dict, config_flags
 
 from music_jax import cli
@@ -51,9 +50,7 @@ def linear_eval(
     from music_jax.data import datasets
     from music_jax.evaluation.evaluate import evaluate, read_results, results_table
     from music_jax.mesh import is_main_process, make_data_mesh
-    from music_jax.train.checkpoints import Checkpoints
-    from music_jax.train.state import abstract_state
-    from music_jax.train.step import make_recipe
+    from music_jax.train.restore import restore_run
 
     directory = records.open_workdir(workdir, create=False)
     saved = records.read_config(directory)
@@ -72,19 +69,7 @@ def linear_eval(
     skipped = records.open_skipped(directory, config)
 
     mesh = make_data_mesh()
-    recipe = make_recipe(config, steps_per_epoch=1)  # the optimiser is only needed for its shapes
-    checkpoints = Checkpoints(directory, read_only=True)
-    try:
-        if checkpoint is None:
-            step = checkpoints.latest_whole_step()
-        else:
-            step = _named_step(checkpoint, directory, checkpoints.all_steps())
-            checkpoints.check_whole(step)
-        if step is None:
-            raise UserError(f"{directory} has no checkpoint yet")
-        state = checkpoints.restore(step, abstract_state(config, recipe.optimizer), mesh)
-    finally:
-        checkpoints.close()
+    step, recipe, state = restore_run(directory, config, checkpoint, mesh)
     evaluate(
         config,
         directory,
@@ -110,18 +95,6 @@ def _apply(config: config_dict.ConfigDict, overrides: dict[str, object]) -> None
                 "can change: evaluation, linear_eval, knn, dataset.test_split, dataset.data_dir"
             )
         config.update_from_flattened_dict({field: value})
-
-
-def _named_step(checkpoint: str, directory: epath.Path, steps: list[int]) -> int:
-    name = checkpoint.rstrip("/").rpartition("/")[2]
-    if "/" in checkpoint:
-        where = epath.Path(checkpoint.rstrip("/")).expanduser().resolve().parent
-        if where != directory / "checkpoints":
-            raise UserError(f"--checkpoint={checkpoint} is not below {directory}/checkpoints")
-    if not name.isdigit() or int(name) not in steps:
-        known = ", ".join(str(step) for step in sorted(steps)) or "none"
-        raise UserError(f"there is no checkpoint {checkpoint!r}; the run has the steps {known}")
-    return int(name)
 
 
 if __name__ == "__main__":
