@@ -1,5 +1,7 @@
 """Runs for tests that have to read one: saved without any training."""
 
+import dataclasses
+
 import jax
 import numpy as np
 from etils import epath
@@ -9,7 +11,7 @@ from music_jax.config import default_config, validate
 from music_jax.data.loader import TrainingOrder
 from music_jax.mesh import make_data_mesh
 from music_jax.train.checkpoints import Checkpoints
-from music_jax.train.state import init_state
+from music_jax.train.state import abstract_state, state_shardings
 from music_jax.train.step import make_recipe
 
 
@@ -25,17 +27,23 @@ def small_config(**backbone):
 
 
 def save_run(directory, config, step=3):
-    """Writes a workdir whose weights and statistics are all random, none at 0 or 1."""
+    """Writes a workdir whose weights and statistics are all random."""
     validate(config)
     rng = np.random.Generator(np.random.Philox(key=0))
-    state = init_state(config, make_recipe(config, steps_per_epoch=1).optimizer, make_data_mesh())
+    shapes = abstract_state(config, make_recipe(config, steps_per_epoch=1).optimizer)
 
-    def shaken(x):
-        values = np.asarray(x) + 0.1 * np.abs(rng.standard_normal(x.shape, np.float32))
-        return jax.device_put(values, x.sharding)
+    def drawn(x):
+        if len(x.shape) == 1:
+            return rng.uniform(0.5, 1.5, x.shape).astype(np.float32)
+        return rng.standard_normal(x.shape, np.float32) / np.float32(np.sqrt(np.prod(x.shape[:-1])))
 
-    for tree in (state.params, state.batch_stats):
-        tree.update(jax.tree.map(shaken, tree))
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    state = dataclasses.replace(
+        state,
+        params=jax.tree.map(drawn, shapes.params),
+        batch_stats=jax.tree.map(drawn, shapes.batch_stats),
+    )
+    state = jax.device_put(state, state_shardings(shapes, make_data_mesh()))
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(directory)

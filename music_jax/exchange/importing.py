@@ -1,9 +1,11 @@
 """Weights from elsewhere as a run, so that they are evaluated like one."""
 
+import dataclasses
 import hashlib
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from ml_collections import config_dict
 
@@ -16,7 +18,7 @@ from music_jax.exchange.model_card import IMPORTED_FILE
 from music_jax.exchange.tensors import Tensors, read_safetensors
 from music_jax.mesh import make_data_mesh
 from music_jax.train.checkpoints import Checkpoints
-from music_jax.train.state import init_state
+from music_jax.train.state import TrainState, abstract_state, state_shardings
 from music_jax.train.step import make_recipe
 
 # A tensor that every state dict of a backbone of ours has.
@@ -53,9 +55,7 @@ def import_weights(
     directory = records.open_workdir(workdir)
     if records.read_config(directory) is not None:
         raise UserError(f"{workdir} holds a run already; name another --workdir")
-    state = init_state(config, make_recipe(config, steps_per_epoch=1).optimizer, make_data_mesh())
-    for tree in (state.params["backbone"], state.batch_stats.get("backbone", {})):
-        _fill(tree, ours)
+    state = _state(config, ours)
     order = TrainingOrder(config.batch_size, config.batch_size, config.seed)
     checkpoints = Checkpoints(directory)
     try:
@@ -130,13 +130,26 @@ def _config_for(
     return config
 
 
+def _state(config: config_dict.ConfigDict, tensors: Tensors) -> TrainState:
+    """The state before any training, with a random head on the backbone that the tensors are of."""
+    shapes = abstract_state(config, make_recipe(config, steps_per_epoch=1).optimizer)
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    for tree in (state.params["backbone"], state.batch_stats.get("backbone", {})):
+        _fill(tree, tensors)
+    head = state.params["projector"]["output"]
+    rng = np.random.Generator(np.random.Philox(key=config.seed))
+    size = head["kernel"].shape
+    head["kernel"] = rng.standard_normal(size, np.float32) / np.float32(np.sqrt(size[0]))
+    state = dataclasses.replace(state, diverged_step=np.asarray(-1, np.int32))
+    return jax.device_put(state, state_shardings(shapes, make_data_mesh()))
+
+
 def _fill(tree: Any, tensors: Tensors, prefix: str = "") -> None:
-    """Puts the tensors into nested dictionaries, each where the array there is."""
     for key, value in tree.items():
         if isinstance(value, dict):
             _fill(value, tensors, f"{prefix}{key}.")
         else:
-            tree[key] = jax.device_put(tensors[f"{prefix}{key}"], value.sharding)
+            tree[key] = tensors[f"{prefix}{key}"]
 
 
 def _sha256(path: epath.Path) -> str:
