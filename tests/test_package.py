@@ -1,6 +1,7 @@
 """What a user gets from `pip install`: a light import, a typed wheel that works on its own."""
 
 import pathlib
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -48,19 +49,21 @@ def test_the_objectives_are_light():
 
 @pytest.mark.slow
 def test_the_wheel_installs_alone_and_is_typed(tmp_path):
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", f"--outdir={tmp_path}"],
-        cwd=_ROOT,
-        check=True,
-        capture_output=True,
-    )
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(_ROOT / "music_jax", source / "music_jax", ignore=ignored)
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(_ROOT / name, source)
+    # The wheel is built from the source distribution.
+    build = [sys.executable, "-m", "build", "--no-isolation", f"--outdir={tmp_path}", source]
+    subprocess.run(build, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         packed = set(archive.namelist())
-    for source in (_ROOT / "music_jax").rglob("*.py"):
-        assert str(source.relative_to(_ROOT)) in packed
+    for module in (_ROOT / "music_jax").rglob("*.py"):
+        assert str(module.relative_to(_ROOT)) in packed
     assert "music_jax/py.typed" in packed
-    assert not [name for name in packed if name.startswith(("tests", "configs", "build"))]
+    assert not [name for name in packed if name.startswith(("tests", "configs"))]
 
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)

@@ -53,8 +53,8 @@ def import_weights(
     ours = torch_names.from_torch(config, tensors, weights)
 
     directory = records.open_workdir(workdir)
-    if records.read_config(directory) is not None:
-        raise UserError(f"{workdir} holds a run already; name another --workdir")
+    if records.read_config(directory) is not None or (directory / "checkpoints").exists():
+        raise UserError(f"{workdir} holds a run already; name another --workdir, or remove it")
     state = _state(config, ours)
     order = TrainingOrder(config.batch_size, config.batch_size, config.seed)
     checkpoints = Checkpoints(directory)

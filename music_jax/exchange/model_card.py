@@ -1,5 +1,6 @@
 """The model card: what a backbone is, how it is used, and how it came to be; Markdown."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from etils import epath
 
 import music_jax
 from music_jax.config import view_augmentations
+from music_jax.data.augment import ViewAugmentation
 from music_jax.exchange.formats import FORMATS, preprocessing
 from music_jax.exchange.trained import TrainedBackbone
 
@@ -77,10 +79,10 @@ def _preprocessing(trained: TrainedBackbone) -> str:
     channels = "three channels, RGB" if steps["channels"] == 3 else "one channel, gray"
     return "\n".join(
         [
-            f"1. {channels}, values divided by 255",
+            f"1. {channels}, values from 0 to 255",
             f"2. shorter side resized to {resize} px (by area where it shrinks, else bilinear), "
             f"central {size} x {size} px",
-            f"3. minus {steps['mean']}, divided by {steps['std']}",
+            f"3. divided by 255; minus {steps['mean']}, divided by {steps['std']}",
         ]
     )
 
@@ -114,8 +116,16 @@ def _recipe(trained: TrainedBackbone) -> str:
         ("seed", str(config.seed)),
     ]
     for i, view in enumerate(view_augmentations(config), start=1):
-        rows += [(f"view {i}", f"{_code(str(view))}")]
+        rows += [(f"view {i}", _augmentation(view))]
     return _table(("", ""), rows)
+
+
+def _augmentation(view: ViewAugmentation) -> str:
+    """The fields of a view's augmentation that are not as by default."""
+    nothing = ViewAugmentation()
+    fields = {field.name: getattr(view, field.name) for field in dataclasses.fields(view)}
+    said = [f"{k} {v}" for k, v in fields.items() if v != getattr(nothing, k)]
+    return ", ".join(said).replace("_", " ") or "the crop alone"
 
 
 def _results(workdir: epath.Path | None, step: int) -> str:
