@@ -55,4 +55,4 @@ if __name__ == "__main__":
         "checkpoint", None, "Step of the checkpoint, or its directory; by default the latest."
     )
     flags.DEFINE_integer("batch_size", 128, "Images that go through the backbone at once.")
-    cli.run(main, _USAGE)
+    cli.run(main, _USAGE, in_processes=False)

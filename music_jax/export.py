@@ -113,4 +113,4 @@ if __name__ == "__main__":
         "With torchvision: size of the classifier, all zero, that its networks have; 0 for none.",
     )
     flags.DEFINE_string("license", None, "Of the weights, for the model card.")
-    cli.run(main, _USAGE)
+    cli.run(main, _USAGE, in_processes=False)

@@ -59,4 +59,4 @@ if __name__ == "__main__":
         default_config(),
         "--config.FIELD=VALUE says on what and how it is to be evaluated.",
     )
-    cli.run(main, _usage())
+    cli.run(main, _usage(), in_processes=False)
