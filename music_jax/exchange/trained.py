@@ -132,8 +132,12 @@ def _read_file(path: epath.Path) -> TrainedBackbone:
             f"{path} was not exported by music_jax.export ({type(error).__name__}: {error}); "
             "weights from elsewhere become a run with python -m music_jax.import_weights"
         ) from error
-    config = _in_float32(from_json(config))
-    validate(config)
+    try:
+        config = _in_float32(from_json(config))
+        validate(config)
+        np.asarray((config.dataset.mean, config.dataset.std), np.float32)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the description in {path} is not a config: {error}") from error
     if layout == "torchvision":
         tensors = torch_names.from_torch(config, tensors, str(path))
     trained = TrainedBackbone(config, step, tensors)

@@ -11,7 +11,8 @@ import orbax.checkpoint as ocp
 import pytest
 from philox_weights import philox_images
 from runs import save_run, small_config
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 import music_jax
 from music_jax.errors import UserError
@@ -192,6 +193,35 @@ def test_wrong_arguments_are_told(arguments, message, tmp_path, monkeypatch):
     save_run(tmp_path / "run", small_config())
     with pytest.raises(UserError, match=message):
         export("run", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("dataset", {"mean": ["a"]}, "is not a config"),
+        ("dataset", {"std": ["a"]}, "is not a config"),
+        ("dataset", {"num_channels": 3, "mean": [0.1] * 3, "std": [1] * 3}, "does not fit"),
+        ("backbone", {"name": "resnet18"}, "does not fit the backbone"),
+        ("backbone", {"name": "os.system"}, "must be one of"),
+        ("crop", {"size": -1}, "must be at least 1"),
+        ("extra", 1, "does not fit this version"),
+    ],
+)
+def test_a_file_with_another_description_is_refused(part, value, message, tmp_path):
+    save_run(tmp_path / "run", small_config())
+    form = {"form": "safetensors", "output": str(tmp_path / "b.safetensors")}
+    export(str(tmp_path / "run"), **form)
+    with safe_open(tmp_path / "b.safetensors", "np") as file:
+        metadata = file.metadata()
+    described = json.loads(metadata["music_jax"])
+    if isinstance(value, dict):
+        described["config"][part].update(value)
+    else:
+        described["config"][part] = value
+    tensors = load_file(tmp_path / "b.safetensors")
+    save_file(tensors, tmp_path / "c", {"music_jax": json.dumps(described)})
+    with pytest.raises(UserError, match=message):
+        music_jax.load(tmp_path / "c")
 
 
 @pytest.mark.parametrize("where", ["nothing", "empty", "weights.safetensors"])

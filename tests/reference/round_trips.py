@@ -62,7 +62,7 @@ def main():
         encoder = music_jax.load(run)
         config = encoder.trained.config
         images = philox_images(3, encoder.size, encoder.channels)
-        expected = encoder(images)
+        expected = _features(encoder, images)
         inputs = (images / 255 - config.dataset.mean) / config.dataset.std
         inputs = np.ascontiguousarray(inputs.astype(np.float32).transpose(0, 3, 1, 2))
         np.save(directory / "images.npy", images[:2])
@@ -79,14 +79,14 @@ def main():
         def write(form, directory=directory, run=run):
             return str(export(str(run), form=form, output=str(directory / form))[0])
 
-        say("safetensors", music_jax.load(write("safetensors"))(images))
+        say("safetensors", _features(music_jax.load(write("safetensors")), images))
         with ocp.StandardCheckpointer() as checkpointer:
             tree = checkpointer.restore(write("orbax"))
         tensors = {}
         for part in tree.values():
             for path, value in jax.tree_util.tree_flatten_with_path(part)[0]:
                 tensors[".".join(str(key.key) for key in path)] = np.asarray(value)
-        say("orbax", Encoder(TrainedBackbone(config, 0, tensors))(images))
+        say("orbax", _features(Encoder(TrainedBackbone(config, 0, tensors)), images))
         session = onnxruntime.InferenceSession(write("onnx"))
         say("onnx", session.run(["features"], {"images": inputs})[0])
         output = str(directory / "features.npy")
@@ -100,7 +100,10 @@ def main():
             continue
         (directory / "back.safetensors").write_bytes(pathlib.Path(weights).read_bytes())
         import_weights(str(directory / "back.safetensors"), str(directory / "back"), config)
-        say("torchvision's form, imported again", music_jax.load(directory / "back")(images))
+        say(
+            "torchvision's form, imported again",
+            _features(music_jax.load(directory / "back"), images),
+        )
         assert load_file(weights).keys() == _names(config.backbone.name)
         if torch:
             theirs = {"timm": torch_names.TIMM_NAMES[config.backbone.name]}
@@ -110,6 +113,11 @@ def main():
             subprocess.run([*program, str(directory / "torch"), json.dumps(theirs)], check=True)
             for library in theirs:
                 say(f"{library}, strict=True", np.load(directory / f"torch.{library}.npy"))
+
+
+def _features(encoder, images):
+    """Of images that are cut already, as all other forms take them."""
+    return encoder.encode_views(images, codes=False)[0]
 
 
 def _names(backbone):
