@@ -42,7 +42,7 @@ def main() -> None:
 
     use_cores(batch_size=4)  # any batch is filled up
     source = datasets.open_path(given.images)
-    trained = read_trained(cli.WORKDIR.value, checkpoint=given.checkpoint)
+    trained = read_trained(str(cli.WORKDIR.value), checkpoint=given.checkpoint)
     encoder = Encoder(trained, batch_size=given.batch_size)
     progress.say(encode_folder(encoder, source, given.output, codes=given.codes))
 

@@ -184,7 +184,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 def _read_part(file: pathlib.Path) -> _Part | None:
     """A part, or None if it is not there or damaged."""
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
             names = json.loads(arrays["names"].tobytes())
             return _Part(names["files"], arrays["features"], arrays["codes"], names["broken"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
