@@ -1,6 +1,45 @@
 """MUSIC: self-supervised pre-training of vision backbones, in JAX.
 
 MUlti-Segmental Informational Coding, Niu & Wang, arXiv 2206.06461 (2022).
+
+`music_jax.load`, `music_jax.objectives` and `music_jax.optim` are imported once they are used.
 """
 
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from music_jax import objectives as objectives
+    from music_jax import optim as optim
+    from music_jax.exchange.encoder import Encoder
+
 __version__ = "0.1.0"
+
+
+def load(path: str | os.PathLike[str], *, checkpoint: str | None = None) -> "Encoder":
+    """Loads a trained backbone as a function from images to features.
+
+        import music_jax
+        encoder = music_jax.load("runs/mnist5k")
+        features = encoder(images)  # uint8 [images, height, width, channels], or a list of paths
+
+    Args:
+      path: a run's workdir, or a safetensors file that `music_jax.export` wrote.
+      checkpoint: of a workdir: its step, or its directory; by default the latest.
+
+    Returns:
+      The function; see `music_jax.exchange.encoder.Encoder`.
+
+    Raises:
+      UserError: there is no such run, checkpoint or file, or it is damaged.
+    """
+    from music_jax.exchange.encoder import load
+
+    return load(path, checkpoint=checkpoint)
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("objectives", "optim"):
+        return importlib.import_module(f"music_jax.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

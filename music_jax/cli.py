@@ -23,7 +23,9 @@ NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
 
 
-def run(main: Callable[[], None], usage: str, *, on_a_run: bool = True) -> None:
+def run(
+    main: Callable[[], None], usage: str, *, on_a_run: bool = True, in_processes: bool = True
+) -> None:
     """Parses the command line, runs `main` and exits with the code that its outcome calls for.
 
     A command defines its own flags just before, not at import: flags are global to the process.
@@ -31,11 +33,13 @@ def run(main: Callable[[], None], usage: str, *, on_a_run: bool = True) -> None:
     Args:
       main: the command; it reads its own flags.
       usage: what `--help` prints above the flags.
-      on_a_run: whether it takes a workdir and the flags by which processes find each other.
+      on_a_run: whether it takes a workdir.
+      in_processes: whether it may run in several processes at once, and takes the flags by which
+        they find each other; not without a workdir.
     """
-    if not on_a_run:
-        for flag in (WORKDIR, COORDINATOR, NUM_PROCESSES, PROCESS_ID):
-            delattr(flags.FLAGS, flag.name)
+    unused = () if in_processes and on_a_run else (COORDINATOR, NUM_PROCESSES, PROCESS_ID)
+    for flag in unused if on_a_run else (WORKDIR, *unused):
+        delattr(flags.FLAGS, flag.name)
     logging.set_verbosity(logging.ERROR)
 
     def guarded(argv: Sequence[str]) -> None:

@@ -39,6 +39,7 @@ from music_jax.errors import UndecodableError, UserError
 from music_jax.evaluation import evaluate
 from music_jax.mesh import make_data_mesh
 from music_jax.train.checkpoints import Checkpoints
+from music_jax.train.guards import init_guard_state
 from music_jax.train.integrity import CHECKSUMS, write_checksums
 from music_jax.train.lock import WorkdirLock
 from music_jax.train.state import TrainState
@@ -302,7 +303,7 @@ def _state() -> TrainState:
         params=params,
         batch_stats={"mean": jnp.arange(3.0)},
         opt_state=optax.trace(0.9).init(params),
-        diverged_step=jnp.asarray(-1, jnp.int32),
+        guard=init_guard_state(),
     )
 
 

@@ -17,7 +17,8 @@ import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
-from music_jax.data.crops import NUMBERS_PER_BOX, Box, Crop, center_crop, cut, draw_boxes
+from music_jax.data.central import central_view
+from music_jax.data.crops import NUMBERS_PER_BOX, Box, Crop, cut, draw_boxes
 from music_jax.data.decode import decode, largest_reduction, use_one_thread
 from music_jax.data.headers import Header, read_header
 from music_jax.data.memory import BatchMemory
@@ -283,14 +284,15 @@ class _EvaluationBatches:
         """Fills in the central view and gives the label; None if the image cannot be decoded."""
         try:
             encoded, label = self.source.example(key)
-            header = read_header(encoded)
-            shrink = min(header.height, header.width) / self.resize_shorter_side
-            reduction = largest_reduction(header, shrink)
-            image = decode(encoded, self.channels, header=header, reduction=reduction)
+            view[:] = central_view(
+                encoded,
+                size=self.size,
+                resize_shorter_side=self.resize_shorter_side,
+                channels=self.channels,
+            )
         except UndecodableError as error:
             _skip(self.skipped, self.source, key, error)
             return None
-        view[:] = center_crop(image, self.size, self.resize_shorter_side)
         return label
 
 

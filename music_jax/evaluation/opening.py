@@ -1,6 +1,5 @@
 """Opening a run's workdir, to evaluate it."""
 
-from etils import epath
 from ml_collections import config_dict
 
 from music_jax import records
@@ -9,9 +8,7 @@ from music_jax.data import datasets
 from music_jax.errors import UserError
 from music_jax.evaluation.run import Run
 from music_jax.mesh import make_data_mesh
-from music_jax.train.checkpoints import Checkpoints
-from music_jax.train.state import abstract_state
-from music_jax.train.step import make_recipe
+from music_jax.train.restore import restore_run
 
 
 def open_run(
@@ -42,19 +39,7 @@ def open_run(
     sources = datasets.evaluation_sources(config, training)
 
     mesh = make_data_mesh()
-    recipe = make_recipe(config, steps_per_epoch=1)  # the optimiser is only needed for its shapes
-    checkpoints = Checkpoints(directory, read_only=True)
-    try:
-        if checkpoint is None:
-            step = checkpoints.latest_whole_step()
-        else:
-            step = _named_step(checkpoint, directory, checkpoints.all_steps())
-            checkpoints.check_whole(step)
-        if step is None:
-            raise UserError(f"{directory} has no checkpoint yet")
-        state = checkpoints.restore(step, abstract_state(config, recipe.optimizer), mesh)
-    finally:
-        checkpoints.close()
+    step, recipe, state = restore_run(directory, config, checkpoint, mesh)
     return Run(
         config=config,
         workdir=directory,
@@ -78,15 +63,3 @@ def _apply(config: config_dict.ConfigDict, overrides: dict[str, object]) -> None
                 "retrieval, clustering, dataset.test_split, dataset.data_dir"
             )
         config.update_from_flattened_dict({field: value})
-
-
-def _named_step(checkpoint: str, directory: epath.Path, steps: list[int]) -> int:
-    name = checkpoint.rstrip("/").rpartition("/")[2]
-    if "/" in checkpoint:
-        where = records.absolute(checkpoint.rstrip("/")).parent
-        if where != directory / "checkpoints":
-            raise UserError(f"--checkpoint={checkpoint} is not below {directory}/checkpoints")
-    if not name.isdigit() or int(name) not in steps:
-        known = ", ".join(str(step) for step in sorted(steps)) or "none"
-        raise UserError(f"there is no checkpoint {checkpoint!r}; the run has the steps {known}")
-    return int(name)

@@ -1,11 +1,10 @@
 """Backbones, by name."""
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from music_jax.models.resnet import Backbone, BasicBlock, Bottleneck, ResNet
+from music_jax.models.resnet import BasicBlock, Bottleneck, ResNet
 from music_jax.models.vision_transformer import VisionTransformer
 
 
@@ -14,12 +13,13 @@ class BackboneSpec:
     """What a config can ask of a backbone.
 
     Attributes:
-      make: makes it, from the keyword arguments channels, dtype, rngs, remat and those of `fields`.
+      make: its class with its sizes; takes the keyword arguments channels, dtype, rngs, remat and
+        those of `fields`.
       fields: the fields of `config.backbone` that are its own; for others it has no use.
       image_multiple: the side of an image is a multiple of this.
     """
 
-    make: Callable[..., Backbone]
+    make: partial[Any]
     fields: tuple[str, ...] = ()
     image_multiple: int = 1
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+EPSILON = 1e-5
+
 
 class BatchNorm(nnx.Module):
     """Batch normalisation over all but the channel axis, separately for each of several views.
@@ -28,7 +30,7 @@ class BatchNorm(nnx.Module):
         channels: int,
         *,
         momentum: float = 0.9,
-        epsilon: float = 1e-5,
+        epsilon: float = EPSILON,
         zero_scale: bool = False,
     ):
         """Sets up for inputs of `channels` channels.

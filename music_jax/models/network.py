@@ -14,29 +14,33 @@ from ml_collections import config_dict
 
 from music_jax.models import BACKBONES
 from music_jax.models.projector import Projector
+from music_jax.models.resnet import Backbone
 
 Tree = Any  # a nested dictionary of arrays
 
 
 class _Modules(nnx.Module):
     def __init__(self, config: config_dict.ConfigDict, rngs: nnx.Rngs):
-        dtype = jnp.dtype(config.compute_dtype)
-        spec = BACKBONES[config.backbone.name]
-        chosen = {field: config.backbone[field] for field in spec.fields}
-        self.backbone = spec.make(
-            channels=config.dataset.num_channels,
-            dtype=dtype,
-            rngs=rngs,
-            remat=config.backbone.remat,
-            **{field: value for field, value in chosen.items() if value is not None},
-        )
+        self.backbone = _make_backbone(config, rngs)
         self.projector = Projector(
             self.backbone.num_features,
             config.projector.hidden_sizes,
             embedding_size(config),
-            dtype=dtype,
+            dtype=jnp.dtype(config.compute_dtype),
             rngs=rngs,
         )
+
+
+def _make_backbone(config: config_dict.ConfigDict, rngs: nnx.Rngs) -> Backbone:
+    spec = BACKBONES[config.backbone.name]
+    chosen = {field: config.backbone[field] for field in spec.fields}
+    return spec.make(
+        channels=config.dataset.num_channels,
+        dtype=jnp.dtype(config.compute_dtype),
+        rngs=rngs,
+        remat=config.backbone.remat,
+        **{field: value for field, value in chosen.items() if value is not None},
+    )
 
 
 def embedding_size(config: config_dict.ConfigDict) -> int:
@@ -117,3 +121,35 @@ def init_network(config: config_dict.ConfigDict, key: jax.Array) -> tuple[Tree, 
     modules = _Modules(config, nnx.Rngs(key))
     params, batch_stats = nnx.state(modules, nnx.Param), nnx.state(modules, nnx.BatchStat)
     return nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenBackbone:
+    """A backbone alone as a pure function, with the shapes of its arrays.
+
+    Attributes:
+      graph: the module without its arrays.
+      num_features: size of the features.
+      params: shapes of the parameters, which are a network's at `backbone`.
+      batch_stats: shapes of the running statistics, likewise.
+    """
+
+    graph: Any
+    num_features: int
+    params: Tree
+    batch_stats: Tree
+
+    def features(self, params: Tree, batch_stats: Tree, images: jax.Array) -> jax.Array:
+        """Features [batch, features] of images [batch, ...], by the running statistics."""
+        backbone = nnx.merge(self.graph, params, batch_stats, copy=True)
+        return backbone(images, train=False, num_views=1)
+
+
+def make_frozen_backbone(config: config_dict.ConfigDict) -> FrozenBackbone:
+    """The backbone that a config describes, without its projection head and any array."""
+    module = nnx.eval_shape(lambda: _make_backbone(config, nnx.Rngs(0)))
+    graph = nnx.split(module, nnx.Param, nnx.BatchStat)[0]
+    params, batch_stats = nnx.state(module, nnx.Param), nnx.state(module, nnx.BatchStat)
+    return FrozenBackbone(
+        graph, module.num_features, nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
+    )

@@ -13,7 +13,7 @@ from flax import nnx
 
 from music_jax.models.remat import apply_block
 
-_EPSILON = 1e-6
+EPSILON = 1e-6
 
 # MoCo v3's: Xavier's uniform distribution, in which queries, keys and values each are a matrix of
 # their own (variance 1 / width).
@@ -43,9 +43,9 @@ class TransformerBlock(nnx.Module):
         self, width: int, num_heads: int, mlp_width: int, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
         """Sets up for tokens of `width`."""
-        self.norm1 = nnx.LayerNorm(width, epsilon=_EPSILON, rngs=rngs)
+        self.norm1 = nnx.LayerNorm(width, epsilon=EPSILON, rngs=rngs)
         self.attention = _Attention(width, num_heads, dtype, rngs)
-        self.norm2 = nnx.LayerNorm(width, epsilon=_EPSILON, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(width, epsilon=EPSILON, rngs=rngs)
         self.mlp_in = nnx.Linear(width, mlp_width, dtype=dtype, kernel_init=_KERNEL_INIT, rngs=rngs)
         self.mlp_out = nnx.Linear(
             mlp_width, width, dtype=dtype, kernel_init=_KERNEL_INIT, rngs=rngs
@@ -107,7 +107,7 @@ class VisionTransformer(nnx.Module):
                 for _ in range(depth)
             ]
         )
-        self.norm = nnx.LayerNorm(width, epsilon=_EPSILON, rngs=rngs)
+        self.norm = nnx.LayerNorm(width, epsilon=EPSILON, rngs=rngs)
 
     def __call__(self, images: jax.Array, *, train: bool, num_views: int = 1) -> jax.Array:
         """Maps images [batch * num_views, height, width, channels] to float32 features.

@@ -1,0 +1,1 @@
+"""Backbones out of here, for use elsewhere, and in, for evaluation side by side."""

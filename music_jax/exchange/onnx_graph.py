@@ -1,0 +1,216 @@
+"""The backbones as ONNX graphs, written node by node: operators of opset 17, none of them custom.
+
+The input `images` is [batch, channels, size, size], normalised, and the output `features` is
+[batch, features], both float32; the size of the batch is free.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from music_jax.exchange.extras import needs
+from music_jax.exchange.trained import TrainedBackbone
+from music_jax.models import BACKBONES
+from music_jax.models.batch_norm import EPSILON as BATCH_NORM_EPSILON
+from music_jax.models.resnet import STEMS, Bottleneck, pooling_cells
+from music_jax.models.vision_transformer import EPSILON as LAYER_NORM_EPSILON
+from music_jax.models.vision_transformer import sincos_positions
+
+_OPSET = 17
+_IR_VERSION = 8  # of ONNX 1.12, the first with this opset
+
+
+def onnx_model(trained: TrainedBackbone, metadata: dict[str, str]) -> Any:
+    """The backbone in inference mode, with metadata, as a checked `onnx.ModelProto`."""
+    with needs("onnx", "export"):
+        import onnx
+    from onnx import TensorProto, helper
+
+    graph = _Graph(trained)
+    size, channels = trained.config.crop.size, trained.config.dataset.num_channels
+    if "stage_sizes" in graph.sizes:
+        graph.resnet(size)
+    else:
+        graph.vision_transformer(size)
+    model = helper.make_model(
+        helper.make_graph(
+            graph.nodes,
+            "backbone",
+            [
+                helper.make_tensor_value_info(
+                    "images", TensorProto.FLOAT, ["batch", channels, size, size]
+                )
+            ],
+            [
+                helper.make_tensor_value_info(
+                    "features", TensorProto.FLOAT, ["batch", trained.backbone.num_features]
+                )
+            ],
+            graph.initializers,
+        ),
+        opset_imports=[helper.make_opsetid("", _OPSET)],
+        ir_version=_IR_VERSION,
+        producer_name="music_jax",
+    )
+    helper.set_model_props(model, metadata)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+class _Graph:
+    """Nodes and constants; each method adds the nodes of a layer and gives its output's name."""
+
+    def __init__(self, trained: TrainedBackbone):
+        self.nodes: list[Any] = []
+        self.initializers: list[Any] = []
+        self.sizes = BACKBONES[trained.config.backbone.name].make.keywords
+        self._stem = trained.config.backbone.stem or "imagenet"
+        self._tensors = trained.tensors
+        self._named: set[str] = set()
+
+    def resnet(self, size: int) -> None:
+        kernel, stride, pools = STEMS[self._stem]
+        x = self._conv("images", "conv", stride)
+        size = _convolved(size, kernel, stride)
+        x = self._node("Relu", [self._batch_norm(x, "norm")])
+        if pools:
+            x = self._node("MaxPool", [x], kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
+            size = _convolved(size, 3, 2)
+        number = 0
+        for stage, count in enumerate(self.sizes["stage_sizes"]):
+            for place in range(count):
+                first = self.sizes.get("first_stride", 1) if stage == 0 else 2
+                stride = 1 if place else first
+                x = self._block(x, f"blocks.{number}", stride)
+                size = _convolved(size, 3, stride)
+                number += 1
+        self._pool(x, size, self.sizes.get("pool_grid", 1))
+
+    def _block(self, x: str, name: str, stride: int) -> str:
+        # The stride of a bottleneck is that of its 3 x 3 convolution.
+        strides = (1, stride, 1) if self.sizes["block"] is Bottleneck else (stride, 1)
+        y = x
+        for i, step in enumerate(strides, start=1):
+            y = self._batch_norm(self._conv(y, f"{name}.conv{i}", step), f"{name}.norm{i}")
+            if i < len(strides):
+                y = self._node("Relu", [y])
+        if f"{name}.shortcut.conv.kernel" in self._tensors:
+            x = self._conv(x, f"{name}.shortcut.conv", stride)
+            x = self._batch_norm(x, f"{name}.shortcut.norm")
+        return self._node("Relu", [self._node("Add", [y, x])])
+
+    def _pool(self, x: str, size: int, grid: int) -> None:
+        if grid == 1:
+            self._node("Flatten", [self._node("GlobalAveragePool", [x])], output="features")
+            return
+        means = []
+        for top, bottom in pooling_cells(size, grid):
+            for left, right in pooling_cells(size, grid):
+                window = [self._integers(v) for v in ((top, left), (bottom, right), (2, 3))]
+                cell = self._node("Slice", [x, *window])
+                means.append(self._node("ReduceMean", [cell], axes=[2, 3], keepdims=0))
+        self._node("Concat", means, axis=1, output="features")
+
+    def vision_transformer(self, size: int) -> None:
+        width, heads = self.sizes["width"], self.sizes["num_heads"]
+        patch = self.sizes["patch_size"]
+        rows = size // patch
+        kernel = self._tensors["patches.kernel"].reshape(patch, patch, -1, width)
+        weights = [
+            self._constant("patches.kernel", kernel.transpose(3, 2, 0, 1)),
+            self._own("patches.bias"),
+        ]
+        x = self._node("Conv", ["images", *weights], strides=[patch, patch])
+        x = self._node("Reshape", [x, self._integers((0, width, rows * rows))])
+        x = self._node("Transpose", [x], perm=[0, 2, 1])
+        positions = self._constant("positions", sincos_positions(rows, rows, width)[None])
+        x = self._node("Add", [x, positions])
+        token = self._constant("class_token", self._tensors["class_token"].reshape(1, 1, width))
+        batch = self._node("Slice", [self._node("Shape", [x]), *map(self._integers, ([0], [1]))])
+        shape = self._node("Concat", [batch, self._integers((1, width))], axis=0)
+        x = self._node("Concat", [self._node("Expand", [token, shape]), x], axis=1)
+        for i in range(self.sizes["depth"]):
+            x = self._transformer_block(x, f"blocks.{i}", width, heads)
+        first = self._node("Gather", [x, self._constant("first", np.asarray(0, np.int64))], axis=1)
+        self._layer_norm(first, "norm", output="features")
+
+    def _transformer_block(self, x: str, name: str, width: int, heads: int) -> str:
+        y = self._linear(self._layer_norm(x, f"{name}.norm1"), f"{name}.attention.qkv")
+        y = self._node("Reshape", [y, self._integers((0, 0, 3, heads, width // heads))])
+        y = self._node("Transpose", [y], perm=[2, 0, 3, 1, 4])  # [3, batch, heads, tokens, size]
+        query, key, value = (
+            self._node("Gather", [y, self._constant(f"part{i}", np.asarray(i, np.int64))], axis=0)
+            for i in range(3)
+        )
+        key = self._node("Transpose", [key], perm=[0, 1, 3, 2])
+        scale = self._constant("scale", np.asarray((width // heads) ** -0.5, np.float32))
+        scores = self._node("Mul", [self._node("MatMul", [query, key]), scale])
+        y = self._node("MatMul", [self._node("Softmax", [scores], axis=-1), value])
+        y = self._node("Transpose", [y], perm=[0, 2, 1, 3])
+        y = self._node("Reshape", [y, self._integers((0, 0, width))])
+        x = self._node("Add", [x, self._linear(y, f"{name}.attention.output")])
+        y = self._linear(self._layer_norm(x, f"{name}.norm2"), f"{name}.mlp_in")
+        y = self._linear(self._gelu(y), f"{name}.mlp_out")
+        return self._node("Add", [x, y])
+
+    def _gelu(self, x: str) -> str:
+        """Exact: x / 2 * (1 + erf(x / sqrt 2)); opset 17 has no operator for it."""
+        root, one, half = (
+            self._constant(name, np.asarray(value, np.float32))
+            for name, value in (("root", 2**-0.5), ("one", 1), ("half", 0.5))
+        )
+        cdf = self._node("Add", [self._node("Erf", [self._node("Mul", [x, root])]), one])
+        return self._node("Mul", [self._node("Mul", [x, half]), cdf])
+
+    def _conv(self, x: str, name: str, stride: int) -> str:
+        kernel = self._tensors[f"{name}.kernel"].transpose(3, 2, 0, 1)
+        return self._node(
+            "Conv",
+            [x, self._constant(f"{name}.kernel", kernel)],
+            kernel_shape=list(kernel.shape[2:]),
+            strides=[stride, stride],
+            pads=4 * [kernel.shape[2] // 2],
+        )
+
+    def _batch_norm(self, x: str, name: str) -> str:
+        weights = [self._own(f"{name}.{leaf}") for leaf in ("scale", "bias", "mean", "var")]
+        return self._node("BatchNormalization", [x, *weights], epsilon=BATCH_NORM_EPSILON)
+
+    def _layer_norm(self, x: str, name: str, **options: Any) -> str:
+        weights = [self._own(f"{name}.{leaf}") for leaf in ("scale", "bias")]
+        return self._node(
+            "LayerNormalization", [x, *weights], axis=-1, epsilon=LAYER_NORM_EPSILON, **options
+        )
+
+    def _linear(self, x: str, name: str) -> str:
+        product = self._node("MatMul", [x, self._own(f"{name}.kernel")])
+        return self._node("Add", [product, self._own(f"{name}.bias")])
+
+    def _own(self, name: str) -> str:
+        """A tensor of the backbone as it is."""
+        return self._constant(name, self._tensors[name])
+
+    def _integers(self, values: Any) -> str:
+        return self._constant("i" + "_".join(str(v) for v in values), np.asarray(values, np.int64))
+
+    def _constant(self, name: str, value: np.ndarray) -> str:
+        """The value under a name, which stands for the same value wherever it is used."""
+        from onnx import numpy_helper
+
+        if name not in self._named:
+            self._named.add(name)
+            contiguous = np.array(value, order="C")
+            self.initializers.append(numpy_helper.from_array(contiguous, name))
+        return name
+
+    def _node(self, kind: str, inputs: list[str], *, output: str = "", **attributes: Any) -> str:
+        from onnx import helper
+
+        output = output or f"{kind.lower()}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
+        return output
+
+
+def _convolved(size: int, kernel: int, stride: int) -> int:
+    """Side of the output of a convolution padded by half its kernel."""
+    return (size + 2 * (kernel // 2) - kernel) // stride + 1

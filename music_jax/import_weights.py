@@ -1,0 +1,62 @@
+"""`python -m music_jax.import_weights`: weights from elsewhere as a run, to be evaluated."""
+
+from absl import flags
+from ml_collections import config_flags
+
+from music_jax import cli
+from music_jax.config import default_config
+from music_jax.errors import UserError
+
+_USAGE = """
+Makes a workdir of a ResNet-18/34/50 in the layout of torchvision and timm, which the checkpoints of
+Barlow Twins and VICReg have, too, or of a vision transformer of timm's with MoCo v3's position
+embedding. linear_eval, evaluate, export and encode then take it like any run.
+
+  python -m music_jax.import_weights --weights=resnet50.safetensors --workdir=runs/barlow \\
+      --config.dataset.name=imagenet2012 --config.dataset.test_split=validation
+  python -m music_jax.linear_eval --workdir=runs/barlow
+
+Which backbone it is follows from the file, and so does a prefix such as module.backbone.; heads are
+left out. A .pth file is a pickle, which is not opened here; where torch is, convert it:
+
+  {convert}
+
+Exit codes: 0 done; 2 wrong input.
+"""
+
+
+def main() -> None:
+    """Reads the flags and imports."""
+    given = flags.FLAGS
+    if not given.weights:
+        raise UserError("--weights=FILE is missing: a safetensors file")
+    if not cli.WORKDIR.value:
+        raise UserError("--workdir=DIR is missing: a directory for the run")
+    from music_jax import progress
+    from music_jax.exchange.importing import import_weights
+
+    config = import_weights(given.weights, cli.WORKDIR.value, given.config, prefix=given.prefix)
+    stem = f" with the stem {config.backbone.stem}" if config.backbone.stem else ""
+    progress.say(
+        f"{cli.WORKDIR.value} holds the {config.backbone.name}{stem} of {given.weights}; "
+        f"python -m music_jax.linear_eval --workdir={cli.WORKDIR.value} evaluates it"
+    )
+
+
+def _usage() -> str:
+    from music_jax.exchange.tensors import CONVERT_COMMAND
+
+    return _USAGE.format(convert=CONVERT_COMMAND)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("weights", None, "The safetensors file.")
+    flags.DEFINE_string(
+        "prefix", None, "What the backbone's tensors begin with, if the file has several backbones."
+    )
+    config_flags.DEFINE_config_dict(
+        "config",
+        default_config(),
+        "--config.FIELD=VALUE says on what and how it is to be evaluated.",
+    )
+    cli.run(main, _usage(), in_processes=False)

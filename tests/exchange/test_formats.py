@@ -1,0 +1,232 @@
+"""What is exported gives the same features where it is used: in other libraries and processes."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import onnxruntime
+import orbax.checkpoint as ocp
+import pytest
+from philox_weights import philox_images
+from runs import save_run, small_config
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import music_jax
+from music_jax.errors import UserError
+from music_jax.exchange.tensors import by_name
+from music_jax.export import export
+
+_CIFAR = {"num_channels": 3, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+
+
+def _save(directory, name):
+    if name == "small":
+        config = small_config()
+    elif name == "uneven":  # the last map, 4 x 4 of 30 pixels, is averaged over 4 x 4 cells
+        config = small_config(stem="imagenet")
+        config.crop.size = config.crop.eval_resize = 36
+    else:
+        config = small_config(name=name, stem="cifar" if name == "resnet18" else None)
+        config.dataset.update(_CIFAR)
+        config.crop.size = config.crop.eval_resize = 32
+        config.compute_dtype = "bfloat16"
+    return save_run(directory, config)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "small",
+        pytest.param("uneven", marks=pytest.mark.slow),
+        pytest.param("resnet18", marks=pytest.mark.slow),
+        pytest.param("vit_s16", marks=pytest.mark.slow),
+    ],
+)
+def run(request, tmp_path_factory):
+    """A workdir, its images and their features."""
+    directory = tmp_path_factory.mktemp("run") / request.param
+    _save(directory, request.param)
+    encoder = music_jax.load(directory)
+    images = philox_images(5, encoder.size, encoder.channels)
+    return directory, images, encoder(images)
+
+
+def _agree(found, expected):
+    assert expected.std() > 0
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * max(1, np.abs(expected).max()))
+
+
+def test_onnx_agrees_for_batches_of_any_size(run, tmp_path):
+    directory, images, expected = run
+    export(str(directory), form="onnx", output=str(tmp_path / "b.onnx"))
+    session = onnxruntime.InferenceSession(tmp_path / "b.onnx")
+    steps = json.loads(session.get_modelmeta().custom_metadata_map["preprocessing"])
+    inputs = ((images / 255 - steps["mean"]) / steps["std"]).astype(np.float32)
+    for count in (1, 5):
+        batch = inputs[:count].transpose(0, 3, 1, 2)
+        (found,) = session.run(["features"], {"images": batch})
+        _agree(found, expected[:count])
+    assert steps["center_crop"] == images.shape[1]
+
+
+_RELOAD = """
+import sys
+import jax, jax.export
+import numpy as np
+
+with open(sys.argv[1], "rb") as file:
+    program = jax.export.deserialize(bytearray(file.read()))
+np.save(sys.argv[3], program.call(np.load(sys.argv[2])))
+assert not [name for name in sys.modules if name.startswith(("music_jax", "flax"))]
+"""
+
+
+def test_stablehlo_runs_in_another_process_for_another_batch(run, tmp_path):
+    directory, images, expected = run
+    export(str(directory), form="stablehlo", output=str(tmp_path / "b.stablehlo"))
+    np.save(tmp_path / "images.npy", images[:3])
+    files = [str(tmp_path / name) for name in ("b.stablehlo", "images.npy", "features.npy")]
+    subprocess.run([sys.executable, "-c", _RELOAD, *files], check=True, cwd=tmp_path)
+    _agree(np.load(tmp_path / "features.npy"), expected[:3])
+
+
+def test_a_safetensors_file_is_loaded_like_a_run(run, tmp_path):
+    directory, images, expected = run
+    export(str(directory), form="safetensors", output=str(tmp_path / "b.safetensors"))
+    encoder = music_jax.load(tmp_path / "b.safetensors")
+    np.testing.assert_allclose(encoder(images), expected, rtol=1e-5, atol=1e-6)
+    assert encoder.trained.step == 3
+    with pytest.raises(UserError, match="codes need the projection head"):
+        encoder.codes(images)
+
+
+def test_orbax_holds_the_backbone_alone(run, tmp_path):
+    directory, _, _ = run
+    path, _ = export(str(directory), form="orbax", output=str(tmp_path / "b"))
+    with ocp.StandardCheckpointer() as checkpointer:
+        found = checkpointer.restore(path)
+    assert found.keys() == {"params", "batch_stats"}
+    tensors = by_name(found["params"]) | by_name(found["batch_stats"])
+    expected = music_jax.load(directory).trained.tensors
+    assert tensors.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(tensors[name], value)
+    with pytest.raises(UserError, match="is there already"):
+        export(str(directory), form="orbax", output=str(tmp_path / "b"))
+
+
+@pytest.mark.slow
+def test_the_torchvision_form_is_loaded_back(tmp_path):
+    config = small_config(name="resnet18", stem="imagenet")
+    config.dataset.update(_CIFAR)
+    save_run(tmp_path / "run", config)
+    form = {"form": "torchvision", "output": str(tmp_path / "b.safetensors")}
+    _, card = export(str(tmp_path / "run"), **form, num_classes=10)
+    tensors = load_file(tmp_path / "b.safetensors")
+    assert tensors["fc.weight"].shape == (10, 512)
+    assert "torchvision.models.resnet18(num_classes=10)" in card.read_text()
+    images = philox_images(2, 28, 3)
+    np.testing.assert_allclose(
+        music_jax.load(tmp_path / "b.safetensors")(images),
+        music_jax.load(tmp_path / "run")(images),
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("backbone", "channels", "reason"),
+    [
+        ({}, 1, "neither has a small_resnet"),
+        ({"name": "resnet18", "stem": "cifar"}, 3, "the stem 'imagenet', and this one 'cifar'"),
+        ({"name": "resnet18", "stem": None}, 1, "takes 3 channels, and this one 1"),
+    ],
+)
+def test_what_torchvision_has_not_is_refused(backbone, channels, reason, tmp_path):
+    config = small_config(**backbone)
+    config.dataset.update(_CIFAR if channels == 3 else {})
+    save_run(tmp_path / "run", config)
+    with pytest.raises(UserError, match=reason):
+        export(str(tmp_path / "run"), form="torchvision", output=str(tmp_path / "b"))
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_card_says_what_where_and_how_well(tmp_path):
+    directory = tmp_path / "run"
+    save_run(directory, small_config())
+    linear = {"step": 3, "top1": 0.983, "raw_pixels_top1": 0.901, "num_test": 1000}
+    linear["protocol"] = {"dataset": "mnist"}
+    (directory / "linear_eval.json").write_text(json.dumps(linear))
+    (directory / "knn.json").write_text(json.dumps({"step": 2, "top1": 0.5}))
+    output = str(tmp_path / "b.onnx")
+    _, card = export(str(directory), form="onnx", output=output, license_name="cc-by-4.0")
+    text = card.read_text()
+    assert card.name == "b.onnx.md"
+    for part in (
+        'license: "cc-by-4.0"',
+        "[0.13], divided by [0.31]",
+        "`mnist` (TFDS)",
+        "6 segments of 5 units",
+        "| linear probe, top-1 | 98.3 % | - | 90.1 % |",
+        "1000 test images",
+        "from the checkpoint of step 3",
+    ):
+        assert part in text
+    assert "kNN" not in text  # of another checkpoint
+    assert jax.__version__ in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"form": "pickle", "output": "b"}, "must be one of safetensors, torchvision, onnx"),
+        ({"form": "onnx", "output": "."}, "is there already"),
+        ({"form": "onnx", "output": "run/config.json/b"}, "cannot write --output"),
+        ({"form": "onnx", "output": "b", "checkpoint": "7"}, "the run has the steps 3"),
+        ({"form": "onnx", "output": "b", "num_classes": -1}, "must be 0 or more"),
+    ],
+)
+def test_wrong_arguments_are_told(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_run(tmp_path / "run", small_config())
+    with pytest.raises(UserError, match=message):
+        export("run", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("dataset", {"mean": ["a"]}, "is not a config"),
+        ("dataset", {"std": ["a"]}, "is not a config"),
+        ("dataset", {"num_channels": 3, "mean": [0.1] * 3, "std": [1] * 3}, "does not fit"),
+        ("backbone", {"name": "resnet18"}, "does not fit the backbone"),
+        ("backbone", {"name": "os.system"}, "must be one of"),
+        ("crop", {"size": -1}, "must be at least 1"),
+        ("extra", 1, "does not fit this version"),
+    ],
+)
+def test_a_file_with_another_description_is_refused(part, value, message, tmp_path):
+    save_run(tmp_path / "run", small_config())
+    form = {"form": "safetensors", "output": str(tmp_path / "b.safetensors")}
+    export(str(tmp_path / "run"), **form)
+    with safe_open(tmp_path / "b.safetensors", "np") as file:
+        metadata = file.metadata()
+    described = json.loads(metadata["music_jax"])
+    if isinstance(value, dict):
+        described["config"][part].update(value)
+    else:
+        described["config"][part] = value
+    tensors = load_file(tmp_path / "b.safetensors")
+    save_file(tensors, tmp_path / "c", {"music_jax": json.dumps(described)})
+    with pytest.raises(UserError, match=message):
+        music_jax.load(tmp_path / "c")
+
+
+@pytest.mark.parametrize("where", ["nothing", "empty", "weights.safetensors"])
+def test_what_is_no_backbone_is_not_loaded(where, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "weights.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    with pytest.raises(UserError, match=r"neither|holds no run|was not exported"):
+        music_jax.load(tmp_path / where)

@@ -1,0 +1,79 @@
+"""What a user gets from `pip install`: a light import, a typed wheel that works on its own."""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_HEAVY = (
+    "tensorflow",
+    "tensorflow_datasets",
+    "grain",
+    "cv2",
+    "clu",
+    "flax",
+    "orbax",
+    "safetensors",
+)
+
+_USE = f"""
+import sys
+import music_jax
+
+assert "jax" not in sys.modules
+import jax.numpy as jnp
+
+z = jnp.eye(8)
+loss = music_jax.objectives.music_loss(z, z, num_segments=2)
+assert bool(jnp.isfinite(loss)), loss
+music_jax.optim.lars(0.1)
+loaded = [name for name in {_HEAVY} if name in sys.modules]
+assert not loaded, loaded
+try:
+    music_jax.nothing
+except AttributeError:
+    print(music_jax.__file__)
+"""
+
+
+def test_the_objectives_are_light():
+    done = subprocess.run(
+        [sys.executable, "-c", _USE], capture_output=True, text=True, cwd=_ROOT, check=True
+    )
+    assert done.stdout.strip() == str(_ROOT / "music_jax" / "__init__.py")
+
+
+@pytest.mark.slow
+def test_the_wheel_installs_alone_and_is_typed(tmp_path):
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(_ROOT / "music_jax", source / "music_jax", ignore=ignored)
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(_ROOT / name, source)
+    # The wheel is built from the source distribution.
+    build = [sys.executable, "-m", "build", "--no-isolation", f"--outdir={tmp_path}", source]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = set(archive.namelist())
+    for module in (_ROOT / "music_jax").rglob("*.py"):
+        assert str(module.relative_to(_ROOT)) in packed
+    assert "music_jax/py.typed" in packed
+    assert not [name for name in packed if name.startswith(("tests", "configs"))]
+
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    python = environment / "bin" / "python"
+    pip = [python, "-m", "pip", "install", "--quiet", "-c", _ROOT / "requirements.txt", wheel]
+    installed = subprocess.run(pip, capture_output=True, text=True)
+    if "NewConnectionError" in installed.stderr:
+        pytest.skip("no package index can be reached")
+    assert installed.returncode == 0, installed.stderr
+    done = subprocess.run(
+        [python, "-c", _USE], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert str(environment) in done.stdout
