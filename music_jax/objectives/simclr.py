@@ -34,12 +34,13 @@ def simclr_loss(
       -\frac{1}{2N} \sum_{i=1}^{2N} \log
       \frac{\exp(s_{i p(i)} / \tau)}{\sum_{j \ne i} \exp(s_{ij} / \tau)}
 
-    where s is the cosine similarity among the 2N embeddings of both views and p(i) is the other view
-    of i's sample. The negatives are those of the global batch.
+    where s is the cosine similarity among the 2N embeddings of both views and p(i) is the other
+    view of i's sample. The negatives are those of the global batch.
 
-    It is `optax.losses.ntxent` with each sample its own label, but with matrix products: optax
-    multiplies [2N, 2N, D] element by element, which takes 1.6 GB where N is 256 and D is 512. On several devices each gathers the others' embeddings and compares its own samples with them.
-    The three ways of calling there are those of :func:`music_loss`.
+    It is `optax.losses.ntxent` with each sample its own label, but by matrix products: optax
+    multiplies [2N, 2N, D] element by element, which takes 1.6 GB where N is 256 and D is 512. On
+    several devices each gathers the others' embeddings and compares its own samples with them. The
+    three ways of calling there are those of :func:`music_loss`.
 
     Args:
       embeddings_a: [batch, dim] floating array, the first view.
