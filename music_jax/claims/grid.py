@@ -1,4 +1,4 @@
-"""The claims: each has points of a plot, and a point is a setting that some seeds are trained of."""
+"""The claims: each has points of a plot, and a point is a setting trained for some seeds."""
 
 import dataclasses
 from typing import Any

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import config_dict
 from sklearn.metrics import normalized_mutual_info_score
@@ -108,7 +109,7 @@ def _probabilities(outputs: Outputs, config: config_dict.ConfigDict) -> np.ndarr
     objective = config.objective
     return np.asarray(
         segment_probabilities(
-            outputs.embeddings,
+            jnp.asarray(outputs.embeddings),
             num_segments=objective.num_segments,
             temperature=objective.temperature,
         )

@@ -5,7 +5,6 @@ import shlex
 import sys
 from typing import Any
 
-import jax
 import numpy as np
 import scipy.stats
 from etils import epath
@@ -16,12 +15,14 @@ from music_jax.claims.results import Table, markdown
 _PREAMBLE = """# Results: the paper's claims, put to the test
 
 Every table is written by `python -m music_jax.claims ... --results=RESULTS.md` from the runs' own
-files. Means ± half-widths of 95 % Student-t intervals over seeds; accuracies in percent on the whole
-test split. A learning rate with * was the least or the largest that was tried, so that another one
-may be better. Differences are Welch's, with 95 % intervals, without a correction for how many there
-are. These are small images, small backbones and short runs: nothing here says how the methods
-compare on ImageNet.
+files. Means ± half-widths of 95 % Student-t intervals over seeds; accuracies in percent on the
+whole test split. The intervals tell how seeds vary, not how another test set would. A learning rate
+with * was the least or the largest that was tried, so that another one may be better. Differences
+are Welch's, with 95 % intervals, without a correction for how many there are. These are small
+images, small backbones and short runs: nothing here says how the methods compare on ImageNet.
 """
+
+_INCOMPLETE = "**The tables are not complete**: the last column says how many seeds there are."
 
 
 def write_section(path: epath.Path, sweep: Sweep, tables: list[Table]) -> None:
@@ -39,34 +40,32 @@ def write_section(path: epath.Path, sweep: Sweep, tables: list[Table]) -> None:
 
 
 def _section(sweep: Sweep, tables: list[Table]) -> str:
-    config, done = sweep.config, 0
-    for setting in sweep.settings_in_order():
-        done += sum(sweep.result(cell) is not None for cell in sweep.cells(setting))
-    total = sweep.num_cells()
-    hours = _seconds(sweep) / 3600
-    changes = {**sweep.settings.overrides}
-    shared = ", ".join(f"`{name}` {value!r}" for name, value in changes.items())
+    config, settings = sweep.config, sweep.settings
+    rest, held_out = settings.search_splits
+    done = sum(
+        sweep.result(cell) is not None
+        for setting in sweep.settings_in_order()
+        for cell in sweep.cells(setting)
+    )
+    total, hours = sweep.num_cells(), _seconds(sweep) / 3600
+    changes = [f"`{name}` {value!r}" for name, value in settings.overrides.items()]
+    state = f"{done} of {total} cells done, in {hours:.1f} hours of a worker."
     lines = [
         f"## {config.dataset.name}",
         "",
-        f"`python -m music_jax.claims {_arguments()}`: {done} of {total} cells done"
-        + (
-            ". **The tables are not complete**: the last column says how many seeds there are."
-            if done < total
-            else "."
-        )
-        + f" {hours:.1f} hours of {jax.devices()[0].device_kind} in all.",
+        f"`python -m music_jax.claims {_arguments()}`: {state}",
         "",
-        f"Every run has the config's augmentations, optimiser and objective, but for {shared or 'nothing'}; "
-        f"embedding {config.objective.num_segments} x {config.objective.units_per_segment}, "
-        f"batch {config.batch_size}. Learning rates are chosen by the linear probe's accuracy on "
-        f"`{sweep.settings.search_splits[1]}` after training on `{sweep.settings.search_splits[0]}`, "
-        "once, with the first seed: for each method alone among "
-        f"{', '.join(f'{rate:g}' for rate in sweep.settings.learning_rates)}, and for its other "
-        f"depths, dimensions and batch sizes among a {sweep.settings.rate_step:g}th of that one, it "
-        f"itself and {sweep.settings.rate_step:g} times it. Where claims 5, 6 and 7 change the "
-        "objective's weights or the augmentations, the rate stays.",
+        "Every run has the config's augmentations, optimiser and objective, but for "
+        f"{', '.join(changes) or 'nothing'}; embedding {config.objective.num_segments} x "
+        f"{config.objective.units_per_segment}, batch {config.batch_size}. Learning rates are "
+        f"chosen by the linear probe's accuracy on `{held_out}` after training on `{rest}`, once, "
+        "with the first seed: for each method alone among "
+        f"{', '.join(f'{rate:g}' for rate in settings.learning_rates)}, and for its other depths, "
+        f"dimensions and batch sizes among that one and what is {settings.rate_step:g} times less "
+        "and more. Where the objective's weights or the augmentations change, the rate stays.",
     ]
+    if done < total:
+        lines[3:3] = ["", _INCOMPLETE]
     for table in tables:
         lines += ["", f"### {table['claim']}. {table['title']}", "", f"*{table['question']}*", ""]
         lines += [markdown(table), ""]
@@ -143,8 +142,8 @@ def _objectives(table: Table) -> list[str]:
     recipe = rows.get("music,full_recipe")
     if recipe and recipe["measures"]:
         found.append(
-            "The config's own recipe is longer and has a larger backbone: it compares with no other "
-            "row."
+            "The config's own recipe is longer and has a larger backbone: it is not to be compared "
+            "with the other rows."
         )
     return found
 

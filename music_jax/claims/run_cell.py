@@ -248,7 +248,8 @@ def _measure_run(
             rng = np.random.Generator(np.random.Philox(key=[config.seed, _SAMPLE]))
             rows = np.sort(rng.permutation(len(source))[:_SAMPLE])
             outputs.append(_extract(config, directory, state, source.subset(rows), None))
-        result = measuring.measure(*outputs, config)
+        train, test = outputs
+        result = measuring.measure(train, test, config)
     for file, name in (("linear_eval.json", "linear_top1"), ("knn.json", "knn_top1")):
         if (directory / file).exists():
             result[name] = json.loads((directory / file).read_text())["top1"]

@@ -35,7 +35,7 @@ def main() -> None:
     use_compilation_cache(setup["directory"])
     while True:
         task = tasks.get()
-        answer = {"error": None}
+        answer: dict[str, str | None] = {"error": None}
         try:
             run_cell(CellTask(**task))
         except Exception as error:

@@ -49,7 +49,7 @@ class Recipe:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     dtype: jnp.dtype
-    seed: int
+    seed: int | jax.Array
     accumulation_steps: int
 
 
