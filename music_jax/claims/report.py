@@ -47,9 +47,9 @@ def _section(sweep: Sweep, tables: list[Table]) -> str:
         for setting in sweep.settings_in_order()
         for cell in sweep.cells(setting)
     )
-    total, hours = sweep.num_cells(), _seconds(sweep) / 3600
+    total, hours = sweep.num_cells(), _core_seconds(sweep) / 3600
     changes = [f"`{name}` {value!r}" for name, value in settings.overrides.items()]
-    state = f"{done} of {total} cells done, in {hours:.1f} hours of a worker."
+    state = f"{done} of {total} cells done, in {hours:.1f} hours of a CPU core."
     lines = [
         f"## {config.dataset.name}",
         "",
@@ -82,9 +82,9 @@ def _arguments() -> str:
     return " ".join(shlex.quote(argument) for argument in kept)
 
 
-def _seconds(sweep: Sweep) -> float:
+def _core_seconds(sweep: Sweep) -> float:
     return sum(
-        (sweep.result(cell) or {}).get("seconds", 0.0)
+        (sweep.result(cell) or {}).get("core_seconds", 0.0)
         for setting in sweep.settings_in_order()
         for cell in sweep.cells(setting)
     )

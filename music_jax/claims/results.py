@@ -85,7 +85,7 @@ def _row(sweep: Sweep, point: Point) -> dict[str, Any]:
         "seeds": len(found),
         "seeds_wanted": sweep.num_seeds,
         "diverged": sum("diverged" in result for result in found),
-        "seconds": [result["seconds"] for result in found],
+        "core_seconds": [result["core_seconds"] for result in found],
     }
     whole = [result for result in found if "diverged" not in result]
     row["measures"] = _measures(whole)

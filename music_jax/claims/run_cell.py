@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
 from music_jax import records
@@ -27,10 +28,10 @@ from music_jax.data.loader import TrainingOrder, training_batches
 from music_jax.data.sources import Source, open_source
 from music_jax.errors import DivergedError, UserError
 from music_jax.evaluation.features import extract_split
-from music_jax.mesh import local_positions, make_data_mesh, to_devices
+from music_jax.mesh import batch_sharding, local_positions, make_data_mesh, to_devices
 from music_jax.train import train_and_evaluate
 from music_jax.train.optimizer import OPTIMIZERS
-from music_jax.train.state import TrainState, initial_state
+from music_jax.train.state import TrainState, abstract_state, initial_state, state_shardings
 from music_jax.train.step import make_recipe, training_step
 
 # Programs are the same for all seeds and learning rates, which are arguments of theirs.
@@ -59,7 +60,7 @@ class CellTask:
 
 def run_cell(task: CellTask) -> None:
     """Trains, measures and writes result.json, which is there once everything is done."""
-    started = time.monotonic()
+    started, cpu_started = time.monotonic(), time.process_time()
     config = from_json(task.config)
     validate(config)
     directory = records.open_workdir(task.directory)
@@ -77,6 +78,7 @@ def run_cell(task: CellTask) -> None:
     except DivergedError as error:
         result["diverged"] = str(error)
     result["seconds"] = time.monotonic() - started
+    result["core_seconds"] = time.process_time() - cpu_started
     records.write_json(result_file(directory), result)
 
 
@@ -143,14 +145,24 @@ def _programs(config_json: str, steps_per_epoch: int) -> _Programs:
         )
         return training_step(state, images, index, recipe=own, mesh=mesh)
 
+    states = state_shardings(abstract_state(config, recipe.optimizer), mesh)
+    batch, whole = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+
     def outputs(params: Any, batch_stats: Any, images: jax.Array) -> jax.Array:
         x = normalize_images(images, mean=recipe.mean, std=recipe.std, dtype=recipe.dtype)
         found = recipe.network.infer(params, batch_stats, x)
         return jnp.concatenate([y.astype(jnp.float32) for y in found], axis=1)
 
     return _Programs(
-        init=jax.jit(functools.partial(initial_state, config, recipe.optimizer)),
-        step=jax.jit(step, donate_argnums=0),
+        init=jax.jit(
+            functools.partial(initial_state, config, recipe.optimizer), out_shardings=states
+        ),
+        step=jax.jit(
+            step,
+            in_shardings=(states, batch, batch, whole, whole),
+            out_shardings=(states, whole),
+            donate_argnums=0,
+        ),
         outputs=jax.jit(outputs),
         num_features=recipe.network.num_features,
     )
