@@ -32,7 +32,7 @@ FACTORS: dict[str, tuple[str, ...]] = {
 # between two values, so that no two images are alike.
 _SPREAD = 0.3
 
-_SUPERSAMPLING = 4  # of the outlines
+_SUPERSAMPLING = 8  # of the outlines
 _SUBPIXEL_BITS = 4
 _OFFSET = 0.12  # of the outer positions from the centre, of the side
 _TEXTURE_PERIOD = 0.16  # of the side

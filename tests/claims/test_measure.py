@@ -16,8 +16,8 @@ def problem(samples, seed):
     embeddings = np.concatenate([20 * np.eye(4, dtype=np.float32)[code] for code in codes], axis=1)
     features = np.concatenate(
         [
-            np.eye(4)[labels["label"]] + 0.1 * rng.normal(size=(samples, 4)),
-            rng.normal(size=(samples, 4)),
+            np.eye(4)[labels["label"]] + rng.normal(scale=0.1, size=(samples, 4)),
+            rng.normal(scale=0.2, size=(samples, 4)),
         ],
         axis=1,
     )

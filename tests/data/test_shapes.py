@@ -12,6 +12,7 @@ from music_jax.data.decode import decode
 from music_jax.data.shapes import FACTORS, Shapes, draw_factors, draw_image
 
 MIDDLE = np.zeros(6)
+MEAN_OF_50 = (86.777, 87.595, 84.388)  # red, green, blue of the first images
 PLAIN = dict.fromkeys(FACTORS, 0) | {"background_hue": 5, "scale": 3, "position": 4}
 
 
@@ -64,7 +65,8 @@ def test_edges_are_smooth_and_the_drawing_scales():
     large = draw_image(PLAIN, 96, variation=MIDDLE).astype(float)
     assert len(np.unique(small.reshape(-1, 3), axis=0)) > 10  # not two colours alone
     shrunk = large.reshape(24, 4, 24, 4, 3).mean(axis=(1, 3))
-    assert np.abs(shrunk - small).max() < 12
+    assert np.abs(shrunk - small).max() < 32
+    assert np.abs(shrunk - small).mean() < 1.5
 
 
 def test_images_are_the_same_in_another_process():
@@ -85,9 +87,6 @@ def test_images_are_the_same_in_another_process():
     # The mean colours, to within what another machine's rounding could do.
     np.testing.assert_allclose(images.mean(axis=(0, 1, 2)), MEAN_OF_50, atol=0.05)
     assert len({hashlib.sha256(image.tobytes()).digest() for image in images}) == 50
-
-
-MEAN_OF_50 = (0.0, 0.0, 0.0)
 
 
 def test_a_wrong_shape_is_an_error():
