@@ -25,10 +25,13 @@ class _Worker:
         self._directory, self._core = directory, core
         self.log = directory / f"worker-{number}.log"
         self._process: subprocess.Popen[str] | None = None
+        self._lock, self._stopped = threading.Lock(), False
 
     def run(self, task: CellTask) -> str | None:
         """Runs a cell; gives what went wrong, if anything did."""
         process = self._running()
+        if process is None:
+            return "the sweep is being stopped"
         assert process.stdin is not None
         assert process.stdout is not None
         try:
@@ -43,28 +46,34 @@ class _Worker:
             return f"its process ended with exit code {code}"
         return json.loads(line)["error"]
 
-    def _running(self) -> subprocess.Popen[str]:
-        if self._process is None:
-            with self.log.open("a") as log:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "music_jax.claims.worker"],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    text=True,
-                    start_new_session=True,  # a Ctrl-C is for the sweep, which then ends them
-                )
-            assert self._process.stdin is not None
-            setup = {"core": self._core, "directory": str(self._directory)}
-            self._process.stdin.write(json.dumps(setup) + "\n")
-            self._process.stdin.flush()
-        return self._process
+    def _running(self) -> subprocess.Popen[str] | None:
+        with self._lock:
+            return None if self._stopped else self._process or self._start()
+
+    def _start(self) -> subprocess.Popen[str]:
+        with self.log.open("a") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "music_jax.claims.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,  # a Ctrl-C is for the sweep, which then ends them
+            )
+        assert process.stdin is not None
+        setup = {"core": self._core, "directory": str(self._directory)}
+        process.stdin.write(json.dumps(setup) + "\n")
+        process.stdin.flush()
+        self._process = process
+        return process
 
     def stop(self) -> None:
         """Ends the process, and the cell in work with it."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+        with self._lock:
+            self._stopped = True
+            if self._process is not None:
+                self._process.kill()
+                self._process.wait()
 
 
 def run_missing(sweep: Sweep, *, cores: list[int | None]) -> None:
