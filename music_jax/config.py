@@ -6,6 +6,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
+from music_jax.config_evaluation import add_evaluation
 from music_jax.data.augment import ViewAugmentation
 from music_jax.errors import UserError
 
@@ -13,16 +14,23 @@ from music_jax.errors import UserError
 FREE_FIELDS = (
     "backbone.remat",
     "checkpoint",
+    "clustering",
     "dataset.data_dir",
     "dataset.manual_dir",
     "dataset.max_skipped_share",
     "dataset.test_split",
     "dataset.try_gcs",
     "evaluation",
+    "few_shot",
+    "finetune",
+    "guards",
     "knn",
     "linear_eval",
     "log_every_steps",
     "num_decode_threads",
+    "online_probe",
+    "retrieval",
+    "semi_supervised",
     "sharding",
 )
 
@@ -106,33 +114,28 @@ def default_config() -> config_dict.ConfigDict:
     # best those of one.
     config.sharding.fsdp = config_dict.placeholder(int)
 
+    # What ends a training early; see music_jax.train.guards.
+    config.guards = config_dict.ConfigDict()
+    config.guards.enabled = True  # False: only the loss and the gradient must be finite
+    config.guards.policy = "stop"  # or rewind: to before the bad steps, and go on without them
+    config.guards.max_rewinds = 3  # of a whole training; then it stops
+    config.guards.warmup_steps = 100  # before which only what is not finite trips
+    config.guards.loss_spike_deviations = 10.0  # of the running mean; 0: a leap trips nothing
+    config.guards.loss_spike_window = 50  # steps that the running mean looks back
+    config.guards.collapse_steps = 50  # in a row that look collapsed, for any of the four below
+    config.guards.min_usage_entropy = 0.1  # of segments, 1 being uniform; 0: trips nothing
+    config.guards.max_dead_units = 0.95  # a share; 1: trips nothing
+    config.guards.min_embedding_std = 0.01  # of unit vectors, 1 being all around; 0: trips nothing
+    config.guards.min_effective_rank = 1.1  # of the embeddings; 0: trips nothing
+    config.guards.check_replicas_every_steps = 0  # all devices hold the same bits; 0: never
+    config.guards.check_determinism_every_steps = 0  # a step done twice gives the same; 0: never
+
     config.checkpoint = config_dict.ConfigDict()
     config.checkpoint.every_steps = 1000
     config.checkpoint.max_to_keep = 2
     config.checkpoint.ignore_failed_saves = False  # say so and go on, such as on a full disk
 
-    # What is probed, if not the dataset's own splits: a labelled folder, or NAME:SPLIT of TFDS.
-    config.evaluation = config_dict.ConfigDict()
-    config.evaluation.train = ""  # "": the images of the pre-training
-    config.evaluation.test = ""  # "": dataset.test_split; with dataset.path, there is no probe
-
-    config.linear_eval = config_dict.ConfigDict()
-    config.linear_eval.num_epochs = 100
-    config.linear_eval.batch_size = 256
-    config.linear_eval.base_learning_rates = (0.02,)  # times batch_size / 256; the best is taken
-    config.linear_eval.momentum = 0.9
-    config.linear_eval.weight_decay = 1e-6
-    config.linear_eval.drop_epochs = ()  # () for a cosine; else a tenth after each of them
-    config.linear_eval.random_crops = True  # new crops and flips each epoch; else one centre view
-    config.linear_eval.standardize = False  # features by the training split's mean and deviation
-    config.linear_eval.validation_fraction = 0.1  # of the training split, to choose the rate
-    config.linear_eval.raw_pixels = False  # the same probe on raw pixels, for comparison
-    config.linear_eval.random_init = False  # and on the backbone before training
-
-    config.knn = config_dict.ConfigDict()
-    config.knn.enabled = True  # holds the features of the whole training split in memory
-    config.knn.k = 20
-    config.knn.temperature = 0.07
+    add_evaluation(config)
     return config.lock()
 
 
@@ -184,8 +187,20 @@ def validate(config: config_dict.ConfigDict) -> None:
         "linear_eval.num_epochs",
         "linear_eval.batch_size",
         "knn.k",
+        "evaluation.batch_size",
+        "evaluation.view_images",
+        "few_shot.draws",
+        "semi_supervised.num_epochs",
+        "semi_supervised.batch_size",
+        "finetune.num_epochs",
+        "finetune.batch_size",
+        "retrieval.max_gallery",
+        "clustering.num_starts",
+        "online_probe.every_steps",
+        "online_probe.batch_size",
     ):
         _at_least(config, field, 1)
+    _check_guards(config)
     for field in ("objective.num_segments", "objective.units_per_segment"):
         _at_least(config, field, 2)
     for field in (
@@ -193,11 +208,16 @@ def validate(config: config_dict.ConfigDict) -> None:
         "objective.contrast_temperature",
         "optimizer.base_learning_rate",
         "knn.temperature",
+        "few_shot.inverse_regularization",
+        "finetune.backbone_learning_rate",
+        "finetune.head_learning_rate",
+        "online_probe.learning_rate",
     ):
         _positive(config, field)
-    for field in ("optimizer.weight_decay", "linear_eval.weight_decay"):
+    parts = ("optimizer", "linear_eval", "semi_supervised", "finetune", "online_probe")
+    for field in [f"{part}.weight_decay" for part in parts]:
         _at_least(config, field, 0)
-    for field in ("optimizer.momentum", "linear_eval.momentum"):
+    for field in [f"{part}.momentum" for part in parts]:
         if not 0 <= _get(config, field) < 1:
             raise _wrong(config, field, "be in [0, 1)")
     if config.sharding.fsdp is not None:
@@ -232,8 +252,30 @@ def validate(config: config_dict.ConfigDict) -> None:
         raise _wrong(config, "linear_eval.base_learning_rates", "be one or more positive numbers")
     if not 0 < config.linear_eval.validation_fraction < 1:
         raise _wrong(config, "linear_eval.validation_fraction", "be in (0, 1)")
+    _check_evaluation(config)
     _check_embedding(config, embedding_size(config))
     view_augmentations(config)
+
+
+def _check_evaluation(config: config_dict.ConfigDict) -> None:
+    _at_least(config, "evaluation.num_views", 2)
+    for field in ("knn.more_k", "few_shot.shots"):
+        if any(value < 1 for value in _get(config, field)):
+            raise _wrong(config, field, "be positive numbers")
+    if not config.few_shot.shots:
+        raise _wrong(config, "few_shot.shots", "be one or more numbers")
+    semi = config.semi_supervised
+    if not semi.fractions or not all(0 < fraction <= 1 for fraction in semi.fractions):
+        raise _wrong(config, "semi_supervised.fractions", "be one or more numbers in (0, 1]")
+    for field in ("lists", "backbone_learning_rates", "head_learning_rates"):
+        if len(semi[field]) != len(semi.fractions):
+            raise _wrong(
+                config,
+                f"semi_supervised.{field}",
+                f"have one entry for each of semi_supervised.fractions = {semi.fractions}",
+            )
+        if field != "lists" and not all(rate > 0 for rate in semi[field]):
+            raise _wrong(config, f"semi_supervised.{field}", "be positive")
 
 
 def _check_backbone(config: config_dict.ConfigDict) -> None:
@@ -254,6 +296,24 @@ def _check_backbone(config: config_dict.ConfigDict) -> None:
         raise _wrong(
             config, "crop.size", f"be a multiple of {spec.image_multiple} for {backbone.name}"
         )
+
+
+def _check_guards(config: config_dict.ConfigDict) -> None:
+    _one_of(config, "guards.policy", ("stop", "rewind"))
+    for field in ("guards.loss_spike_window", "guards.collapse_steps"):
+        _at_least(config, field, 1)
+    for field in (
+        "guards.max_rewinds",
+        "guards.warmup_steps",
+        "guards.loss_spike_deviations",
+        "guards.min_effective_rank",
+        "guards.check_replicas_every_steps",
+        "guards.check_determinism_every_steps",
+    ):
+        _at_least(config, field, 0)
+    for field in ("min_usage_entropy", "max_dead_units", "min_embedding_std"):
+        if not 0 <= config.guards[field] <= 1:
+            raise _wrong(config, f"guards.{field}", "be in [0, 1]")
 
 
 def _check_embedding(config: config_dict.ConfigDict, size: int) -> None:

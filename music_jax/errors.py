@@ -14,7 +14,13 @@ class UserError(MusicError):
 
 
 class DivergedError(MusicError):
-    """A loss or a gradient was not finite."""
+    """A guard tripped: a loss that was not finite or leapt, or a collapse; see `train.guards`."""
+
+    exit_code = 3
+
+
+class CorruptedError(MusicError):
+    """Devices do not hold, or do not compute, the same bits."""
 
     exit_code = 3
 

@@ -1,11 +1,10 @@
 """`python -m music_jax.linear_eval`: linear probe and kNN of a checkpoint."""
 
 from absl import flags
-from etils import epath
-from ml_collections import config_dict, config_flags
+from ml_collections import config_flags
 
 from music_jax import cli
-from music_jax.config import default_config, from_json, is_free, validate
+from music_jax.config import default_config
 from music_jax.errors import UserError
 
 _USAGE = """
@@ -48,80 +47,13 @@ def linear_eval(
       UserError: there is no such run or checkpoint, or an override would change what was trained.
     """
     from music_jax import progress, records
-    from music_jax.data import datasets
-    from music_jax.evaluation.evaluate import evaluate, read_results, results_table
-    from music_jax.mesh import is_main_process, make_data_mesh
-    from music_jax.train.checkpoints import Checkpoints
-    from music_jax.train.state import abstract_state
-    from music_jax.train.step import make_recipe
+    from music_jax.evaluation.evaluate import final_protocols, measure
+    from music_jax.evaluation.opening import open_run
+    from music_jax.evaluation.tables import results_table
 
-    directory = records.open_workdir(workdir, create=False)
-    saved = records.read_config(directory)
-    if saved is None:
-        raise UserError(f"{workdir} holds no run: it has no config.json")
-    config = from_json(saved)
-    _apply(config, overrides or {})
-    validate(config)
-    datasets.prepare(config)
-    sources = datasets.evaluation_sources(config, datasets.training_source(config))
-    if sources is None:
-        raise UserError(
-            f"{workdir} was trained on images without a test set; name labelled ones with "
-            "--config.evaluation.test=, and --config.evaluation.train= to learn from"
-        )
-    skipped = records.open_skipped(directory, config)
-
-    mesh = make_data_mesh()
-    recipe = make_recipe(config, steps_per_epoch=1)  # the optimiser is only needed for its shapes
-    checkpoints = Checkpoints(directory, read_only=True)
-    try:
-        if checkpoint is None:
-            step = checkpoints.latest_whole_step()
-        else:
-            step = _named_step(checkpoint, directory, checkpoints.all_steps())
-            checkpoints.check_whole(step)
-        if step is None:
-            raise UserError(f"{directory} has no checkpoint yet")
-        state = checkpoints.restore(step, abstract_state(config, recipe.optimizer), mesh)
-    finally:
-        checkpoints.close()
-    evaluate(
-        config,
-        directory,
-        sources,
-        skipped=skipped,
-        network=recipe.network,
-        params=state.params,
-        batch_stats=state.batch_stats,
-        step=step,
-        mesh=mesh,
-    )
-    results = read_results(config, directory, step) if is_main_process() else None
-    if results is not None:
-        progress.say(results_table(results))
-    records.report_skipped(skipped)
-
-
-def _apply(config: config_dict.ConfigDict, overrides: dict[str, object]) -> None:
-    for field, value in overrides.items():
-        if not is_free(field):
-            raise UserError(
-                f"config.{field} belongs to the training, which is over; only how it is evaluated "
-                "can change: evaluation, linear_eval, knn, dataset.test_split, dataset.data_dir"
-            )
-        config.update_from_flattened_dict({field: value})
-
-
-def _named_step(checkpoint: str, directory: epath.Path, steps: list[int]) -> int:
-    name = checkpoint.rstrip("/").rpartition("/")[2]
-    if "/" in checkpoint:
-        where = epath.Path(checkpoint.rstrip("/")).expanduser().resolve().parent
-        if where != directory / "checkpoints":
-            raise UserError(f"--checkpoint={checkpoint} is not below {directory}/checkpoints")
-    if not name.isdigit() or int(name) not in steps:
-        known = ", ".join(str(step) for step in sorted(steps)) or "none"
-        raise UserError(f"there is no checkpoint {checkpoint!r}; the run has the steps {known}")
-    return int(name)
+    run = open_run(workdir, checkpoint=checkpoint, overrides=overrides)
+    progress.say(results_table(measure(run, final_protocols(run.config), again=True)))
+    records.report_skipped(run.skipped)
 
 
 if __name__ == "__main__":

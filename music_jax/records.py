@@ -1,8 +1,9 @@
-"""The files beside the checkpoints: config.json, metrics.jsonl and skipped.jsonl."""
+"""The files beside the checkpoints: config.json, metrics.jsonl, events.jsonl, skipped.jsonl."""
 
 import datetime
 import importlib.metadata
 import json
+import math
 import sys
 from typing import Any
 
@@ -16,6 +17,7 @@ from music_jax import progress
 from music_jax.config import differences
 from music_jax.data.skipped import SkippedImages
 from music_jax.errors import UserError
+from music_jax.mesh import is_main_process
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -150,6 +152,40 @@ class MetricsLog:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+class EventsLog:
+    """events.jsonl: a line for each resume, tripped guard, rewind, skip or failed save, as it came.
+
+    Unlike metrics.jsonl it tells of every attempt, and nothing is ever taken out. Every process may
+    write; what the others write is dropped but for the main one's.
+    """
+
+    def __init__(self, workdir: epath.Path):
+        """Names the file, and ends a line that was cut off."""
+        self._path = workdir / "events.jsonl"
+        if is_main_process() and self._path.exists():
+            text = self._path.read_text()
+            if text and not text.endswith("\n"):
+                self._path.write_text(text + "\n")
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Adds a line; numbers that JSON cannot hold become text."""
+        if not is_main_process():
+            return
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        record = {"event": event, "time": now} | finite(fields)
+        with self._path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """The value with every number that JSON has no name for as text, such as "nan"."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
 
 
 def _step_of(line: str) -> float:

@@ -47,7 +47,7 @@ def test_a_run_leaves_what_the_interface_names(finished):
     assert (linear["num_train"], linear["num_test"], linear["step"]) == (1437, 360, 22)
     for name in ("top1", "top5", "raw_pixels_top1", "random_init_top1"):
         assert 0.1 < linear[name] <= 1
-    assert linear["protocol"]["linear_eval"]["num_epochs"] == 2
+    assert linear["hyper_parameters"]["linear_eval"]["num_epochs"] == 2
     assert linear["learning_rate"] > 0
     assert (workdir / "checkpoints" / "22").is_dir()
     for text in ("kernel", "lower bound", "trained backbone", "random backbone", "raw pixels"):
@@ -116,7 +116,7 @@ def test_linear_eval_repeats_the_figures_and_takes_another_protocol(finished, tm
     code, _, err = run(_LINEAR_EVAL, f"--workdir={workdir}", longer, "--checkpoint=20")
     assert code == 0, err
     after = json.loads((workdir / "linear_eval.json").read_text())
-    assert (after["step"], after["protocol"]["linear_eval"]["num_epochs"]) == (20, 3)
+    assert (after["step"], after["hyper_parameters"]["linear_eval"]["num_epochs"]) == (20, 3)
 
 
 @pytest.mark.slow

@@ -228,14 +228,17 @@ class _EvaluationBatches:
         shape = (len(self.positions), self.size, self.size, self.channels)
         images = np.zeros(shape, np.uint8)
         labels = np.full(len(self.positions), -1, np.int32)
+        decoded = np.zeros(len(self.positions), bool)
         for i, position in enumerate(self.positions):
             key = int(k) * self.batch_size + int(position)
             if key < len(self.source):
-                labels[i] = self._cut_center(key, images[i])
-        return {"images": images, "label": labels}
+                label = self._cut_center(key, images[i])
+                if label is not None:
+                    labels[i], decoded[i] = label, True
+        return {"images": images, "label": labels, "decoded": decoded}
 
-    def _cut_center(self, key: int, view: np.ndarray) -> int:
-        """Fills in the central view and gives the label, -1 where the image cannot be decoded."""
+    def _cut_center(self, key: int, view: np.ndarray) -> int | None:
+        """Fills in the central view and gives the label; None if the image cannot be decoded."""
         try:
             encoded, label = self.source.example(key)
             header = read_header(encoded)
@@ -244,7 +247,7 @@ class _EvaluationBatches:
             image = decode(encoded, self.channels, header=header, reduction=reduction)
         except UndecodableError as error:
             _skip(self.skipped, self.source, key, error)
-            return -1
+            return None
         view[:] = center_crop(image, self.size, self.resize_shorter_side)
         return label
 
@@ -274,8 +277,8 @@ def evaluation_batches(
       num_threads: decoding threads; by default one a core.
 
     Yields:
-      Dictionaries of `images`, uint8 [positions, size, size, channels], and `label`, int32
-      [positions].
+      Dictionaries of `images`, uint8 [positions, size, size, channels]; `label`, int32 [positions],
+      -1 where there is none; `decoded`, bool [positions], False for a blank.
     """
     use_one_thread()
     batches = _EvaluationBatches(

@@ -75,12 +75,7 @@ def agreement_between_segments(codes: np.ndarray) -> np.ndarray:
 
 
 def joint_clusters(
-    train_probabilities: np.ndarray,
-    probabilities: np.ndarray,
-    *,
-    num_clusters: int,
-    num_starts: int = 10,
-    seed: int = 0,
+    probabilities: np.ndarray, *, num_clusters: int, num_starts: int = 10, seed: int = 0
 ) -> np.ndarray:
     """Clusters by the joint code: all segments' probabilities side by side.
 
@@ -88,8 +83,7 @@ def joint_clusters(
     between the segments' distributions.
 
     Args:
-      train_probabilities: what the centres are found from, [train, segments, units].
-      probabilities: the samples to be assigned to the nearest centre, [samples, segments, units].
+      probabilities: [samples, segments, units].
       num_clusters: how many clusters.
       num_starts: the best of so many random starts is taken, by k-means' own criterion.
       seed: of the starts.
@@ -97,10 +91,6 @@ def joint_clusters(
     Returns:
       int32 [samples], in [0, num_clusters).
     """
+    roots = np.sqrt(np.asarray(probabilities, np.float32)).reshape(len(probabilities), -1)
     kmeans = KMeans(num_clusters, n_init=num_starts, random_state=seed)
-    kmeans.fit(_roots(train_probabilities))
-    return kmeans.predict(_roots(probabilities)).astype(np.int32)
-
-
-def _roots(probabilities: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.asarray(probabilities, np.float32)).reshape(len(probabilities), -1)
+    return kmeans.fit_predict(roots).astype(np.int32)

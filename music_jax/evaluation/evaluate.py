@@ -1,11 +1,11 @@
-"""The evaluation of a trained backbone, beside raw pixels and the backbone before training."""
+"""The protocols by name, and what they leave in the workdir."""
 
-import dataclasses
+import difflib
+import functools
 import json
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import config_dict
@@ -13,25 +13,50 @@ from ml_collections import config_dict
 from music_jax import progress
 from music_jax.data.datasets import EvaluationSources
 from music_jax.data.skipped import SkippedImages
-from music_jax.data.sources import Source
 from music_jax.errors import UserError
-from music_jax.evaluation import linear_probe
-from music_jax.evaluation.features import (
-    Extractor,
-    LabelledFeatures,
-    backbone_extractor,
-    extract_split,
-    pixel_extractor,
-    random_crop_batches,
-)
-from music_jax.evaluation.knn import knn_predict
-from music_jax.evaluation.linear_probe import ProbeRecipe
+from music_jax.evaluation import feature_protocols, image_protocols
+from music_jax.evaluation.run import Run
+from music_jax.evaluation.tables import results_table
+from music_jax.evaluation.transfer import transfer
 from music_jax.mesh import is_main_process
-from music_jax.models.network import Network, init_network
+from music_jax.models.network import Network
 from music_jax.records import as_json, write_json
 
-_LINEAR_FILE = "linear_eval.json"
-_KNN_FILE = "knn.json"
+Figures = dict[str, Any]
+
+__all__ = ["PROTOCOLS", "evaluate", "measure", "read_results", "results_table"]
+
+
+class Protocol(NamedTuple):
+    """One way of evaluating a run.
+
+    Attributes:
+      measure: from the run to its figures, as JSON holds them.
+      parts: of the config that say how.
+      labels: whether it needs labelled images.
+      segments: whether it needs the segments of the MUSIC objective.
+      file: of the workdir, that the figures are written to; by default the protocol's own name.
+    """
+
+    measure: Callable[..., Figures]
+    parts: tuple[str, ...] = ()
+    labels: bool = True
+    segments: bool = False
+    file: str | None = None
+
+
+PROTOCOLS = {
+    "linear": Protocol(feature_protocols.linear, ("linear_eval",), file="linear_eval.json"),
+    "knn": Protocol(feature_protocols.knn, ("knn",)),
+    "fewshot": Protocol(feature_protocols.fewshot, ("few_shot",)),
+    "retrieval": Protocol(feature_protocols.retrieval, ("retrieval",)),
+    "clustering": Protocol(feature_protocols.clustering, ("clustering",), segments=True),
+    "label_free": Protocol(feature_protocols.label_free, labels=False),
+    "segments": Protocol(feature_protocols.segments, labels=False, segments=True),
+    "semi": Protocol(image_protocols.semi_supervised, ("semi_supervised",)),
+    "finetune": Protocol(image_protocols.full_finetune, ("finetune",)),
+    "transfer": Protocol(transfer, ("linear_eval", "knn"), labels=False),
+}
 
 
 def evaluate(
@@ -46,7 +71,7 @@ def evaluate(
     step: int,
     mesh: Mesh,
 ) -> None:
-    """Runs the linear probe and kNN and writes linear_eval.json and knn.json.
+    """What every training ends with: the linear probe and kNN.
 
     The test split is read only for the reported figures: learning rates are chosen on a part of the
     training split.
@@ -62,240 +87,151 @@ def evaluate(
       step: of the checkpoint that they come from.
       mesh: the devices.
     """
-    extractors = {"trained": backbone_extractor(network, params, batch_stats, config, mesh)}
-    if config.linear_eval.random_init:
-        initial = jax.jit(lambda key: init_network(config, key))(jax.random.key(config.seed))
-        extractors["random_init"] = backbone_extractor(
-            network, initial[0], initial[1], config, mesh
-        )
-    if config.linear_eval.raw_pixels:
-        extractors["raw_pixels"] = pixel_extractor(config)
-
-    linear, knn = {}, {}
-    for name, extractor in extractors.items():
-        representation = _Representation(
-            name, extractor, sources.train, sources.test, config, mesh, skipped
-        )
-        linear[name] = representation.linear_probe()
-        if config.knn.enabled:
-            knn[name] = representation.knn()
-
-    record = {
-        **linear["trained"],
-        "step": step,
-        "protocol": protocol(config),
-        "raw_pixels_top1": linear.get("raw_pixels", {}).get("top1"),
-        "random_init_top1": linear.get("random_init", {}).get("top1"),
-    }
-    if is_main_process():
-        if knn:
-            write_json(workdir / _KNN_FILE, _knn_record(knn, step, config))
-        write_json(workdir / _LINEAR_FILE, record)
+    run = Run(
+        config=config,
+        workdir=workdir,
+        sources=sources,
+        images=sources.test,
+        network=network,
+        params=params,
+        batch_stats=batch_stats,
+        step=step,
+        mesh=mesh,
+        skipped=skipped,
+    )
+    measure(run, final_protocols(config), again=True)
 
 
-def _knn_record(
-    knn: dict[str, dict[str, Any]], step: int, config: config_dict.ConfigDict
-) -> dict[str, Any]:
-    return {
-        **knn["trained"],
-        "step": step,
-        "k": config.knn.k,
-        "temperature": config.knn.temperature,
-        "raw_pixels_top1": knn.get("raw_pixels", {}).get("top1"),
-        "random_init_top1": knn.get("random_init", {}).get("top1"),
-    }
+def final_protocols(config: config_dict.ConfigDict) -> list[str]:
+    """The protocols that a training ends with."""
+    return ["linear", "knn"] if config.knn.enabled else ["linear"]
 
 
-def protocol(config: config_dict.ConfigDict) -> dict[str, Any]:
-    """What the figures depend on besides the checkpoint."""
+def measure(
+    run: Run, names: Sequence[str], *, transfer_sets: tuple[str, ...] = (), again: bool = False
+) -> dict[str, Figures]:
+    """Measures a run by some protocols and writes each one's JSON file into its workdir.
+
+    Protocols that the run is not fit for, having no labels or no segments, are passed over with a
+    line that says so.
+
+    Args:
+      run: the run.
+      names: of the protocols.
+      transfer_sets: the datasets of `transfer`; see `transfer.transfer`.
+      again: measure anew what the workdir already has, measured in the same way.
+
+    Returns:
+      What the files hold, by protocol.
+
+    Raises:
+      UserError: a protocol is unknown, or the run is fit for none of those named.
+    """
+    check_names(names, transfer_sets)
+    chosen = _fit_protocols(run, names)
+    results = {}
+    for name in chosen:
+        about = envelope(name, run.config, run.step)
+        measured = PROTOCOLS[name].measure
+        if name == "transfer":
+            about["data"] = {"sets": list(transfer_sets)}
+            measured = functools.partial(transfer, sets=transfer_sets)
+        known = None if again else _read(run.workdir, name)
+        if known is not None and about.items() <= known.items():
+            progress.say(f"{name}: measured before, in {run.workdir / _file(name)}")
+            results[name] = known
+            continue
+        results[name] = measured(run) | about
+        if is_main_process():
+            write_json(run.workdir / _file(name), results[name])
+    return results
+
+
+def envelope(name: str, config: config_dict.ConfigDict, step: int) -> Figures:
+    """What the figures of a protocol depend on: protocol, data, hyper-parameters, step and seed."""
     everything = as_json(config)
-    parts = {key: everything[key] for key in ("evaluation", "linear_eval", "knn", "seed")}
-    return parts | {
-        "test_split": config.dataset.test_split,
-        "dataset": config.dataset.path or config.dataset.name,
+    dataset, evaluation = config.dataset, everything["evaluation"]
+    own = dataset.path or f"{dataset.name}:{dataset.train_split}"
+    train = evaluation.pop("train") or own
+    test = evaluation.pop("test") or (
+        None if dataset.path else f"{dataset.name}:{dataset.test_split}"
+    )
+    return {
+        "protocol": name,
+        "data": {"train": train, "test": test}
+        if PROTOCOLS[name].labels
+        else {"images": test or own},
+        "hyper_parameters": {part: everything[part] for part in PROTOCOLS[name].parts}
+        | {"evaluation": evaluation},
+        "step": step,
+        "seed": config.seed,
     }
+
+
+def check_names(names: Sequence[str], transfer_sets: Sequence[str] = ()) -> None:
+    """Checks the names of protocols.
+
+    Raises:
+      UserError: there are none, one is unknown, or `transfer` has no dataset to go to.
+    """
+    for name in names:
+        if name not in PROTOCOLS:
+            nearest = difflib.get_close_matches(name, PROTOCOLS, n=1, cutoff=0.0)
+            raise UserError(
+                f"there is no protocol {name!r}; the nearest one is {nearest[0]!r}, and all are "
+                f"{', '.join(PROTOCOLS)}"
+            )
+    if not names:
+        raise UserError(f"name some protocols: {', '.join(PROTOCOLS)}")
+    if "transfer" in names and not transfer_sets:
+        raise UserError(
+            "the protocol transfer needs a dataset to go to: --transfer=NAME:TRAIN:TEST, such as "
+            "cifar10:train:test, or --transfer=FOLDER:FOLDER"
+        )
+
+
+def _fit_protocols(run: Run, names: Sequence[str]) -> list[str]:
+    unlabelled = [n for n in names if PROTOCOLS[n].labels and run.sources is None]
+    music = run.config.objective.name == "music"
+    without = [n for n in names if PROTOCOLS[n].segments and not music and n not in unlabelled]
+    why = []
+    if unlabelled:
+        why.append(
+            f"{', '.join(unlabelled)}: there are no labelled images; name some with "
+            "--config.evaluation.test=, and --config.evaluation.train= to learn from"
+        )
+    if without:
+        why.append(
+            f"{', '.join(without)}: the objective {run.config.objective.name} has no segments"
+        )
+    chosen = [name for name in dict.fromkeys(names) if name not in (*unlabelled, *without)]
+    if not chosen:
+        raise UserError(f"nothing can be measured; {'; '.join(why)}")
+    for line in why:
+        progress.say(f"not measured: {line}")
+    return chosen
+
+
+def _file(name: str) -> str:
+    return PROTOCOLS[name].file or f"{name}.json"
+
+
+def _read(workdir: epath.Path, name: str) -> Figures | None:
+    try:
+        found = json.loads((workdir / _file(name)).read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def read_results(
     config: config_dict.ConfigDict, workdir: epath.Path, step: int
-) -> dict[str, dict[str, Any]] | None:
-    """The figures of a step by the config's protocol, if they have been written."""
+) -> dict[str, Figures] | None:
+    """What a training ends with, if it has been written for a step and the config's protocols."""
     results = {}
-    for name, file in (("linear", _LINEAR_FILE), ("knn", _KNN_FILE)):
-        if name == "knn" and not config.knn.enabled:
-            continue
-        try:
-            results[name] = json.loads((workdir / file).read_text())
-        except (OSError, ValueError):
+    for name in final_protocols(config):
+        found = _read(workdir, name)
+        if found is None or not envelope(name, config, step).items() <= found.items():
             return None
-        if not isinstance(results[name], dict) or results[name].get("step") != step:
-            return None
-    return results if results["linear"].get("protocol") == protocol(config) else None
-
-
-def results_table(results: dict[str, dict[str, Any]]) -> str:
-    """The figures as a table, in percent."""
-    linear, knn = results["linear"], results.get("knn", {})
-
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{100 * value:.1f} %"
-
-    rows = [
-        (
-            "trained backbone",
-            percent(linear["top1"]),
-            percent(linear["top5"]),
-            percent(knn.get("top1")),
-        )
-    ]
-    for key, label in (("random_init", "random backbone"), ("raw_pixels", "raw pixels")):
-        values = [linear.get(f"{key}_top1"), knn.get(f"{key}_top1")]
-        if values[0] is not None:
-            rows.append((label, percent(values[0]), "", percent(values[1])))
-    return progress.table(("", "linear top-1", "linear top-5", "kNN top-1"), rows)
-
-
-@dataclasses.dataclass
-class _Representation:
-    """One way of turning images into features, with the features of both splits once extracted."""
-
-    name: str
-    extractor: Extractor
-    train: Source
-    test: Source
-    config: config_dict.ConfigDict
-    mesh: Mesh
-    skipped: SkippedImages
-
-    def __post_init__(self) -> None:
-        self._cache: dict[str, LabelledFeatures] = {}
-        settings = self.config.linear_eval
-        self._random_crops = settings.random_crops
-        self._seed = self.config.seed
-        self._recipe = ProbeRecipe(
-            num_epochs=settings.num_epochs,
-            batch_size=settings.batch_size,
-            base_learning_rates=tuple(settings.base_learning_rates),
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            drop_epochs=tuple(settings.drop_epochs),
-        )
-
-    def features(self, split: str) -> LabelledFeatures:
-        """Features of the whole split, `train` or `test`."""
-        if split not in self._cache:
-            source = self.train if split == "train" else self.test
-            self._cache[split] = self._extract(source, f"features of {self.name}, {split}")
-        return self._cache[split]
-
-    def _extract(self, source: Source, description: str) -> LabelledFeatures:
-        found = extract_split(
-            self.extractor,
-            source,
-            self.config,
-            self.mesh,
-            skipped=self.skipped,
-            description=description,
-        )
-        if not len(found.rows()):
-            raise UserError(f"none of the {len(found)} images of {source.name} has a label")
-        if not np.all(np.isfinite(found.features)):
-            raise UserError(f"some features of {source.name} are not finite; nothing to probe")
-        return found
-
-    def linear_probe(self) -> dict[str, Any]:
-        """Chooses the learning rate on a part of the training split; tests on the test split."""
-        rates = self._recipe.base_learning_rates
-        if len(rates) > 1:
-            rest, held_out = _split(len(self.train), self.config)
-            heads, _ = self._fit(self._recipe, rest, f"learning rates for {self.name}")
-            scores = linear_probe.accuracies(heads, *self._standardized(self._part(held_out)))
-            rates = (rates[int(np.argmax(scores[:, 0]))],)
-        recipe = dataclasses.replace(self._recipe, base_learning_rates=rates)
-        everything = np.arange(len(self.train))
-        heads, num_train = self._fit(recipe, everything, f"linear probe of {self.name}")
-        test = self.features("test").rows()
-        top1, top5 = linear_probe.accuracies(heads, *self._standardized(test))[0]
-        return {
-            "top1": float(top1),
-            "top5": float(top5),
-            "learning_rate": rates[0] * recipe.batch_size / 256,
-            "num_train": num_train,
-            "num_test": len(test),
-        }
-
-    def _part(self, rows: np.ndarray) -> LabelledFeatures:
-        if self._random_crops:
-            part = self.train.subset(rows)
-            return self._extract(part, f"features of {self.name}, validation").rows()
-        return self.features("train").rows(rows)
-
-    def _standardized(self, part: LabelledFeatures) -> tuple[np.ndarray, np.ndarray]:
-        features = part.features
-        if self.config.linear_eval.standardize:
-            train = self.features("train").rows().features
-            features = (features - train.mean(axis=0)) / (train.std(axis=0) + 1e-6)
-        return features, part.labels
-
-    def _fit(self, recipe: ProbeRecipe, rows: np.ndarray, description: str) -> tuple[Any, int]:
-        """Classifiers from the samples at these rows, and how many those are."""
-        part = None if self._random_crops else self._part(rows)
-        count = len(rows) if part is None else len(part)
-        batch_size = min(recipe.batch_size, count) // self.mesh.size * self.mesh.size
-        recipe = dataclasses.replace(recipe, batch_size=max(batch_size, 1))
-        steps_per_epoch = count // recipe.batch_size
-        if part is None:
-            batches = random_crop_batches(
-                self.extractor,
-                self.train.subset(rows),
-                self.config,
-                self.mesh,
-                batch_size=recipe.batch_size,
-                num_epochs=recipe.num_epochs,
-                seed=self._seed,
-                skipped=self.skipped,
-            )
-            num_features = self.features("test").features.shape[1]
-        else:
-            features, labels = self._standardized(part)
-            batches = linear_probe.shuffled_batches(features, labels, recipe, self._seed)
-            num_features = features.shape[1]
-        total = recipe.num_epochs * steps_per_epoch
-        with progress.bar(total, unit="step", description=description) as bar:
-            heads = linear_probe.fit(
-                _counted(batches, bar),
-                recipe,
-                num_features=num_features,
-                num_classes=self.train.num_classes,
-                steps_per_epoch=steps_per_epoch,
-                seed=self._seed,
-            )
-        return heads, count
-
-    def knn(self) -> dict[str, Any]:
-        """Top-1 accuracy of the weighted vote of the nearest training samples."""
-        train, test = self.features("train").rows(), self.features("test").rows()
-        predicted = knn_predict(
-            train.features,
-            train.labels,
-            test.features,
-            num_classes=self.train.num_classes,
-            k=self.config.knn.k,
-            temperature=self.config.knn.temperature,
-        )
-        top1 = float(np.mean(np.asarray(predicted) == test.labels))
-        return {"top1": top1, "num_train": len(train), "num_test": len(test)}
-
-
-def _counted(batches: Any, bar: Any) -> Any:
-    for batch in batches:
-        yield batch
-        bar.update(1)
-
-
-def _split(count: int, config: config_dict.ConfigDict) -> tuple[np.ndarray, np.ndarray]:
-    """Random disjoint indices: the rest, and the part held out for validation."""
-    rng = np.random.Generator(np.random.Philox(key=[config.seed, 2**32]))
-    order = rng.permutation(count)
-    held_out = min(max(1, round(count * config.linear_eval.validation_fraction)), count - 1)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+        results[name] = found
+    return results

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
 
 from music_jax.evaluation.statistics import Interval, mean_interval
 
@@ -69,12 +70,14 @@ def few_shot(
     for draw in range(draws):
         rows = draw_shots(train_labels, shots, seed=seed, draw=draw)
         classifier = LogisticRegression(
-            C=inverse_regularization * len(rows), max_iter=1000, tol=1e-4
+            C=inverse_regularization * len(rows), max_iter=1000, tol=1e-5
         )
-        with warnings.catch_warnings():
+        drawn, tested = _in_span(train[rows], test)
+        # On so little data, threads would wait for one another most of the time.
+        with threadpool_limits(1), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            classifier.fit(train[rows], train_labels[rows])
-        accuracies[draw] = np.mean(classifier.predict(test) == test_labels)
+            classifier.fit(drawn, train_labels[rows])
+        accuracies[draw] = np.mean(classifier.predict(tested) == test_labels)
         after_draw()
     return FewShotResult(shots, mean_interval(accuracies), accuracies)
 
@@ -121,6 +124,14 @@ def stratified_subset(labels: np.ndarray, fraction: float, *, seed: int) -> np.n
         members = rng.permutation(np.flatnonzero(labels == label))
         rows.append(members[: max(1, round(fraction * len(members)))])
     return np.sort(np.concatenate(rows))
+
+
+def _in_span(drawn: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates in the span of the drawn samples, in which an L2-penalised kernel lies anyway."""
+    if drawn.shape[0] >= drawn.shape[1]:
+        return drawn, test
+    basis, _ = np.linalg.qr(drawn.T)  # [features, drawn]
+    return drawn @ basis, test @ basis
 
 
 def _unit(features: np.ndarray) -> np.ndarray:

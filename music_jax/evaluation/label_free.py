@@ -32,7 +32,7 @@ def rankme(features: np.ndarray) -> float:
       Garrido et al, `RankMe <https://arxiv.org/abs/2210.02885>`_, 2023
     """
     features = _checked(features, ndim=2)
-    return _exp_entropy(np.linalg.svd(features, compute_uv=False))
+    return _exp_entropy(_singular_values(features))
 
 
 def lidar(views: np.ndarray, *, delta: float = 1e-4) -> float:
@@ -71,7 +71,7 @@ def lidar(views: np.ndarray, *, delta: float = 1e-4) -> float:
     factor = scipy.linalg.cholesky(within, lower=True)
     whitened = scipy.linalg.solve_triangular(factor, between.T, lower=True)
     eigenvalues = np.zeros(size)
-    found = np.linalg.svd(whitened, compute_uv=False) ** 2
+    found = _singular_values(whitened) ** 2
     eigenvalues[: len(found)] = found
     return _exp_entropy(eigenvalues)
 
@@ -99,7 +99,7 @@ def alpha_req(features: np.ndarray, *, first: int = 6, last: int = 50) -> float:
       <https://doi.org/10.1038/s41586-019-1346-5>`_, 2019
     """
     features = _checked(features, ndim=2)
-    singular = np.linalg.svd(features - features.mean(axis=0), compute_uv=False)
+    singular = _singular_values(features - features.mean(axis=0))
     floor = singular[0] * max(features.shape) * np.finfo(np.float32).eps
     eigenvalues = singular[singular > floor] ** 2 / len(features)
     ranks = np.arange(first, min(last, len(eigenvalues)) + 1)
@@ -170,6 +170,16 @@ def _potentials(blocks: jax.Array, unit: jax.Array, t: float) -> jax.Array:
         return jnp.sum(jnp.exp(-2 * t * (1 - similarities)), axis=1)  # distance² = 2 - 2 cos
 
     return jax.lax.map(of_block, blocks)
+
+
+def _singular_values(x: np.ndarray) -> np.ndarray:
+    """From the largest on, in float64.
+
+    They are taken from the smaller Gram matrix, which is many times faster than a decomposition of
+    the matrix itself; what is lost is below 1e-8 of the largest, which no measure here sees.
+    """
+    gram = x.T @ x if x.shape[0] > x.shape[1] else x @ x.T
+    return np.sqrt(np.maximum(scipy.linalg.eigvalsh(gram)[::-1], 0.0))
 
 
 def _exp_entropy(values: np.ndarray) -> float:

@@ -132,12 +132,14 @@ class ProbeResult(NamedTuple):
       top1: accuracy over all test samples, in [0, 1].
       top5: share of the test samples whose label is among the five best.
       base_learning_rate: the one chosen, at a batch of 256.
+      num_train: training samples.
       predictions: of the test samples, int32 [test].
     """
 
     top1: float
     top5: float
     base_learning_rate: float
+    num_train: int
     predictions: np.ndarray
 
 
@@ -207,7 +209,7 @@ def linear_probe(
         rates = (rates[int(np.argmax(scores[:, 0]))],)
     recipe = dataclasses.replace(recipe, base_learning_rates=rates)
     heads = trained(recipe, np.arange(len(train_labels)))
-    return score_heads(heads, test_features, test_labels, rates[0])
+    return score_heads(heads, test_features, test_labels, rates[0], num_train=len(train_labels))
 
 
 def num_steps(recipe: ProbeRecipe, num_train: int, validation_fraction: float) -> int:
@@ -235,11 +237,18 @@ def split_for_validation(count: int, fraction: float, seed: int) -> tuple[np.nda
 
 
 def score_heads(
-    heads: Heads, features: np.ndarray, labels: np.ndarray, base_learning_rate: float
+    heads: Heads,
+    features: np.ndarray,
+    labels: np.ndarray,
+    base_learning_rate: float,
+    *,
+    num_train: int,
 ) -> ProbeResult:
     """What the first of the classifiers is worth on the test samples."""
     top1, top5 = accuracies(heads, features, labels)[0]
-    return ProbeResult(float(top1), float(top5), base_learning_rate, predict(heads, features))
+    return ProbeResult(
+        float(top1), float(top5), base_learning_rate, num_train, predict(heads, features)
+    )
 
 
 def predict(heads: Heads, features: np.ndarray) -> np.ndarray:

@@ -52,7 +52,7 @@ def measure_segments(probabilities: np.ndarray) -> SegmentMeasures:
     chosen = p.argmax(axis=2)  # [samples, segments]
     used = np.stack([np.bincount(codes, minlength=units) for codes in chosen.T])
     usage_entropy = _entropy(usage)
-    assignment_entropy = np.mean(_entropy(p), axis=0, dtype=np.float64)
+    assignment_entropy = _entropy(p).mean(axis=0, dtype=np.float64)
     return SegmentMeasures(
         usage_entropy=usage_entropy,
         usage=usage,

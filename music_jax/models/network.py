@@ -84,6 +84,14 @@ class Network:
             nnx.to_pure_dict(nnx.state(modules, nnx.BatchStat)),
         )
 
+    def train_features(
+        self, params: Tree, batch_stats: Tree, images: jax.Array
+    ) -> tuple[jax.Array, Tree]:
+        """Features [batch, features] by the batch's statistics, and the new running ones."""
+        modules = nnx.merge(self.graph, params, batch_stats, copy=True)
+        features = modules.backbone(images, train=True, num_views=1)
+        return features, nnx.to_pure_dict(nnx.state(modules, nnx.BatchStat))
+
     def features(self, params: Tree, batch_stats: Tree, images: jax.Array) -> jax.Array:
         """Features [batch, features] of images [batch, ...], by the running statistics."""
         return self.infer(params, batch_stats, images)[0]

@@ -14,6 +14,7 @@ from music_jax import progress
 from music_jax.data.loader import TrainingOrder
 from music_jax.errors import UserError
 from music_jax.mesh import is_main_process
+from music_jax.records import EventsLog
 from music_jax.train.integrity import find_damage, write_checksums
 from music_jax.train.state import TrainState, state_shardings
 
@@ -35,6 +36,7 @@ class Checkpoints:
         max_to_keep: int = 2,
         read_only: bool = False,
         ignore_failed_saves: bool = False,
+        events: EventsLog | None = None,
     ):
         """Opens `workdir/checkpoints`.
 
@@ -43,10 +45,12 @@ class Checkpoints:
           max_to_keep: the newest so many are kept.
           read_only: change nothing; else the directory is made if needed.
           ignore_failed_saves: say that a save failed and go on, in place of raising an error.
+          events: where failed saves and damaged checkpoints are noted.
         """
         self._workdir = workdir
         self._read_only = read_only
         self._ignore_failed_saves = ignore_failed_saves
+        self._events = events
         self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
             workdir / "checkpoints",
@@ -129,6 +133,11 @@ class Checkpoints:
             self._directory_of(step).rename(kept)
             message += f"; it is kept as {kept}"
         progress.say(message)
+        self._note("damaged", step, wrong)
+
+    def _note(self, event: str, step: int | None, reason: str) -> None:
+        if self._events is not None:
+            self._events.write(event, step=step, reason=reason)
 
     def save(self, step: int, state: TrainState, order: TrainingOrder) -> None:
         """Starts to save; returns once the state is copied off the devices.
@@ -164,12 +173,23 @@ class Checkpoints:
         except Exception as error:
             self._save_failed(error)
 
+    def discard_from(self, step: int) -> None:
+        """Removes the checkpoints of a step and of later ones, the newest first.
+
+        To be called by all processes. A kill in between leaves older ones, to go on from.
+        """
+        self.wait()
+        for newer in reversed(self.all_steps()):
+            if newer >= step:
+                self._manager.delete(newer)
+
     def _save_failed(self, error: Exception) -> None:
         kept = [step for step in self.all_steps() if step != self._saving]
         intact = f"step {max(kept)} is intact" if kept else "there is no earlier checkpoint"
         reason = " ".join(str(error).split())[:300]
         message = f"could not save step {self._saving} in {self._manager.directory}: {reason}"
         logging.debug("could not save", exc_info=error)
+        self._note("save_failed", self._saving, reason)
         if not self._ignore_failed_saves:
             raise UserError(
                 f"{message}; {intact}. Free some space or give write permission, and run the same "
@@ -249,7 +269,7 @@ def _as_tree(state: TrainState) -> dict[str, Any]:
         "params": state.params,
         "batch_stats": state.batch_stats,
         "opt_state": state.opt_state,
-        "diverged_step": state.diverged_step,
+        "guard": state.guard,
     }
 
 

@@ -2,14 +2,11 @@
 
 import collections
 import contextlib
-import itertools
+import dataclasses
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
-from clu import parameter_overview
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -18,26 +15,21 @@ from ml_collections import config_dict
 from music_jax import config as config_lib
 from music_jax import progress, records
 from music_jax.data import datasets
-from music_jax.data.crops import Crop
-from music_jax.data.loader import TrainingOrder, training_batches
-from music_jax.data.skipped import SkippedImages
-from music_jax.data.sources import Source
-from music_jax.errors import DivergedError, StoppedError, UserError
+from music_jax.data.loader import TrainingOrder
+from music_jax.errors import StoppedError, UserError
 from music_jax.evaluation.evaluate import evaluate, read_results, results_table
-from music_jax.mesh import (
-    check_divisible,
-    is_main_process,
-    local_positions,
-    make_data_mesh,
-    to_devices,
-)
+from music_jax.evaluation.online_probe import OnlineProbe, make_online_probe
+from music_jax.mesh import check_divisible, is_main_process, make_data_mesh
+from music_jax.train import guards
 from music_jax.train.checkpoints import Checkpoints
+from music_jax.train.corruption import CorruptionChecks
+from music_jax.train.describe import describe
+from music_jax.train.input import TrainingInput
 from music_jax.train.lock import WorkdirLock
+from music_jax.train.recovery import Recovery, Trouble, WentWrongError
 from music_jax.train.signals import StopSignal
-from music_jax.train.state import TrainState, init_state
-from music_jax.train.step import Recipe, compile_step, make_recipe
-
-_BATCHES_AHEAD = 2  # on their way to the devices while a step runs
+from music_jax.train.state import TrainState, abstract_state, init_state
+from music_jax.train.step import StepFunction, compile_skip, compile_step, make_recipe
 
 
 def train_and_evaluate(config: config_dict.ConfigDict, workdir: str) -> TrainState:
@@ -52,7 +44,8 @@ def train_and_evaluate(config: config_dict.ConfigDict, workdir: str) -> TrainSta
 
     Raises:
       UserError: the config, the dataset or the workdir cannot be used.
-      DivergedError: a loss or gradient was not finite.
+      DivergedError: a guard tripped; see `music_jax.train.guards`.
+      CorruptedError: devices did not hold, or did not compute, the same bits.
       StoppedError: a signal came; all is saved and the same call goes on.
     """
     config_lib.validate(config)
@@ -83,29 +76,54 @@ def _train_and_evaluate(
     skipped = records.open_skipped(directory, config)
     skipped.add_left_out(source)
     recipe = make_recipe(config, order.steps_per_epoch)
-    state = init_state(config, recipe.optimizer, mesh)
+    shapes = abstract_state(config, recipe.optimizer)
+    training = TrainingInput(config, source, order, mesh, skipped)
+    events = records.EventsLog(directory)
+    recovery = Recovery(config, directory, training, events)
     checkpoints = Checkpoints(
         directory,
         max_to_keep=config.checkpoint.max_to_keep,
         ignore_failed_saves=config.checkpoint.ignore_failed_saves,
+        events=events,
     )
     try:
         start_step = checkpoints.latest_whole_step() or 0
-        if start_step:
-            state = checkpoints.restore(start_step, state, mesh, order)
         results = read_results(config, directory, num_steps)
         if start_step == num_steps and (results is not None or probed is None):
             done = "trained and evaluated" if results else "trained"
             progress.say(f"{directory} is done: {num_steps} steps {done}")
             if results:
                 progress.say(results_table(results))
-            return state
-        _describe(config, mesh, source, order, state, start_step)
-        if start_step < num_steps:
-            batches = _batches(config, source, order, mesh, start_step, num_steps, skipped)
-            state = _train(
-                config, recipe, state, batches, order, mesh, checkpoints, directory, start_step
-            )
+            return checkpoints.restore(start_step, shapes, mesh, order)
+        describe(config, mesh, source, order, shapes, start_step)
+        run = _Run(
+            config=config,
+            mesh=mesh,
+            directory=directory,
+            training=training,
+            checkpoints=checkpoints,
+            recovery=recovery,
+            events=events,
+            step_function=_blocking(compile_step(recipe, shapes, mesh), mesh),
+            skip=compile_skip(shapes, mesh),
+            checks=CorruptionChecks(config, shapes, mesh),
+            probe=make_online_probe(config, probed, recipe.network, mesh, directory, skipped),
+        )
+        with StopSignal() as stop:
+            while True:  # A rewind is a resume from an older checkpoint.
+                if start_step:
+                    state = checkpoints.restore(start_step, shapes, mesh, order)
+                    events.write("resumed", step=start_step)
+                else:
+                    state = init_state(config, recipe.optimizer, mesh)
+                try:
+                    state = _train(run, state, start_step, stop)
+                    break
+                except WentWrongError as error:
+                    trouble = error.trouble
+                del state  # so that only one is held
+                recovery.recover(trouble, checkpoints)
+                start_step = checkpoints.latest_whole_step() or 0
     finally:
         checkpoints.close()
 
@@ -130,133 +148,132 @@ def _train_and_evaluate(
     return state
 
 
-def _train(
-    config: config_dict.ConfigDict,
-    recipe: Recipe,
-    state: TrainState,
-    batches: Iterator[tuple[jax.Array, jax.Array]],
-    order: TrainingOrder,
-    mesh: Mesh,
-    checkpoints: Checkpoints,
-    directory: epath.Path,
-    start_step: int,
-) -> TrainState:
-    num_steps = config.num_epochs * order.steps_per_epoch
-    step_function = compile_step(recipe, state, mesh)
-    # Fake devices share the real cores; unfinished steps of several of them can starve each other.
-    block_each_step = mesh.size > 1 and jax.default_backend() == "cpu"
-    log = records.MetricsLog(directory, start_step) if is_main_process() else None
-    bar = progress.bar(
-        num_steps * config.batch_size,
-        unit="img",
-        description="pre-training",
-        done=start_step * config.batch_size,
-    )
-    with StopSignal() as stop, bar:
-        clock = _Clock(start_step)
-        for step, batch in enumerate(batches, start=start_step + 1):
-            state, metrics = step_function(state, *batch)
-            if block_each_step:
-                jax.block_until_ready(state)
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What a training works with; nothing of it changes when it rewinds."""
+
+    config: config_dict.ConfigDict
+    mesh: Mesh
+    directory: epath.Path
+    training: TrainingInput
+    checkpoints: Checkpoints
+    recovery: Recovery
+    events: records.EventsLog
+    step_function: StepFunction
+    skip: Any
+    checks: CorruptionChecks
+    probe: OnlineProbe | None
+
+
+def _train(run: _Run, state: TrainState, start_step: int, stop: StopSignal) -> TrainState:
+    """Trains from a state to the last step.
+
+    Raises:
+      WentWrongError: a guard tripped, or a check for corruption failed.
+      StoppedError: a signal came, and all is saved.
+    """
+    config, num_steps = run.config, run.training.num_steps
+    if run.probe:
+        run.probe.start(start_step, num_steps)
+    log = _Log(run, start_step)
+    with log:
+        for step, batch in enumerate(run.training.on_devices(start_step), start=start_step + 1):
+            metrics, wrong = None, None
+            if step in run.recovery.skipped:
+                state = run.skip(state)
+                run.events.write("skipped", step=step)
+            else:
+                state, metrics, wrong = run.checks.step(step, run.step_function, state, batch)
+            if run.probe:
+                run.probe.after_step(step, state.params, state.batch_stats)
             last = step == num_steps
-            stopping = stop.received or checkpoints.reached_preemption(step)
+            stopping = stop.received or run.checkpoints.reached_preemption(step)
             saving = step % config.checkpoint.every_steps == 0 or last or stopping
+            wrong = wrong or run.checks.replicas(step, state, saving=saving)
+            if wrong:
+                raise WentWrongError(Trouble.of_corruption(step, wrong))
             if step % config.log_every_steps == 0 or step == start_step + 1 or saving:
-                scalars = {name: float(value) for name, value in metrics.items()}
-                _check_finite(state, checkpoints)
-                rate = clock.images_per_second(step, config.batch_size)
-                record = {
-                    "step": step,
-                    "epoch": step / order.steps_per_epoch,
-                    **scalars,
-                    "images_per_second": rate,
-                }
-                if log:
-                    log.write(record)
-                bar.set_postfix(collections.OrderedDict(_shown(scalars)), refresh=False)
-                bar.update(step * config.batch_size - bar.n)
+                # The guards' state holds all that happened since it was last looked at.
+                if (trip := guards.read_trip(state.guard)) is not None:
+                    raise WentWrongError(Trouble.of_trip(trip))
+                if metrics is not None:
+                    scalars = {name: float(value) for name, value in metrics.items()}
+                    log.write(step, scalars | (run.probe.metrics() if run.probe else {}))
             if saving:
-                checkpoints.save(step, state, order)
+                run.checkpoints.save(step, state, run.training.order)
+                if run.probe:
+                    run.probe.save(step, run.checkpoints.all_steps())
             if stopping and not last:
-                checkpoints.wait()
+                run.checkpoints.wait()
                 raise StoppedError(
                     f"saved at step {step} of {num_steps}; run the same command to go on"
                 )
-    if log:
-        log.close()
-    checkpoints.wait()
+    run.checkpoints.wait()
     return state
 
 
-class _Clock:
-    """Images per second since it was last asked; the first answer, with compilation, is None."""
+def _blocking(step_function: StepFunction, mesh: Mesh) -> StepFunction:
+    """Waits for each step on several CPU devices, which share the real cores.
 
-    def __init__(self, step: int):
-        self._step = step
+    Unfinished steps of several of them can starve each other.
+    """
+    if mesh.size == 1 or jax.default_backend() != "cpu":
+        return step_function
+    return lambda *arguments: jax.block_until_ready(step_function(*arguments))
+
+
+class _Log:
+    """What is seen of a training: metrics.jsonl and the progress bar."""
+
+    def __init__(self, run: _Run, start_step: int):
+        self._steps_per_epoch = run.training.order.steps_per_epoch
+        self._batch_size = run.config.batch_size
+        self._file = records.MetricsLog(run.directory, start_step) if is_main_process() else None
+        self._bar = progress.bar(
+            run.training.num_steps * self._batch_size,
+            unit="img",
+            description="pre-training",
+            done=start_step * self._batch_size,
+        )
+        self._step = start_step
         self._time: float | None = None
 
-    def images_per_second(self, step: int, batch_size: int) -> float | None:
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+        if self._file:
+            self._file.close()
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Logs a step."""
+        record = {
+            "step": step,
+            "epoch": step / self._steps_per_epoch,
+            **scalars,
+            "images_per_second": self._images_per_second(step),
+        }
+        if self._file:
+            self._file.write(record)
+        self._bar.set_postfix(collections.OrderedDict(_shown(scalars)), refresh=False)
+        self._bar.update(step * self._batch_size - self._bar.n)
+
+    def _images_per_second(self, step: int) -> float | None:
+        """Since it was last asked; the first answer, with compilation, is None."""
         now = time.monotonic()
         rate = None
         if self._time is not None and now > self._time:
-            rate = (step - self._step) * batch_size / (now - self._time)
+            rate = (step - self._step) * self._batch_size / (now - self._time)
         self._step, self._time = step, now
         return rate
 
 
-def _check_finite(state: TrainState, checkpoints: Checkpoints) -> None:
-    diverged = int(state.diverged_step)
-    if diverged < 0:
-        return
-    checkpoints.wait()
-    kept = checkpoints.latest_step()
-    saved = "there is no checkpoint before it" if kept is None else f"step {kept} is saved"
-    raise DivergedError(
-        f"the loss or the gradient was not finite at step {diverged}; {saved}. Try a lower "
-        "optimizer.base_learning_rate or a longer optimizer.warmup_epochs, in another workdir"
-    )
-
-
 def _shown(scalars: dict[str, float]) -> dict[str, str]:
     """The loss first, then its terms, for the progress bar."""
-    hidden = ("loss", "learning_rate", "grad_norm")
+    hidden = ("loss", "learning_rate", "grad_norm", *guards.STATISTICS)
     terms = {name: value for name, value in scalars.items() if name not in hidden}
     return {name: f"{value:.3f}" for name, value in ({"loss": scalars["loss"]} | terms).items()}
-
-
-def _batches(
-    config: config_dict.ConfigDict,
-    source: Source,
-    order: TrainingOrder,
-    mesh: Mesh,
-    start_step: int,
-    num_steps: int,
-    skipped: SkippedImages,
-) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Global batches on the mesh, the next ones on their way while one is used."""
-    size = config.batch_size
-    host = training_batches(
-        source,
-        order,
-        crop=Crop(config.crop.size, tuple(config.crop.scale), tuple(config.crop.aspect_ratio)),
-        channels=config.dataset.num_channels,
-        positions=local_positions(size, mesh),
-        num_steps=num_steps,
-        start_step=start_step,
-        skipped=skipped,
-        num_threads=config.num_decode_threads,
-    )
-    moving = (
-        (
-            to_devices(batch["images"], size, mesh),
-            to_devices(batch["sample_index"], size, mesh),
-        )
-        for batch in host
-    )
-    queue = collections.deque(itertools.islice(moving, _BATCHES_AHEAD))
-    while queue:
-        yield queue.popleft()
-        queue.extend(itertools.islice(moving, 1))
 
 
 def _prepare_datasets(config: config_dict.ConfigDict) -> None:
@@ -266,52 +283,3 @@ def _prepare_datasets(config: config_dict.ConfigDict) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("datasets prepared by the main process")
         datasets.prepare(config)
-
-
-def _describe(
-    config: config_dict.ConfigDict,
-    mesh: Mesh,
-    source: Source,
-    order: TrainingOrder,
-    state: TrainState,
-    start_step: int,
-) -> None:
-    device = mesh.devices.flat[0]
-    objective = config.objective
-    progress.say(
-        parameter_overview.get_parameter_overview(
-            _plain(state.params), include_stats=False, max_lines=80
-        )
-    )
-    lines: list[tuple[str, Any]] = [
-        ("devices", f"{mesh.size} x {device.device_kind} in {jax.process_count()} process(es)"),
-        (
-            "batch",
-            f"{config.batch_size} = {jax.process_count()} process(es) x "
-            f"{mesh.size // jax.process_count()} device(s) x {config.batch_size // mesh.size}",
-        ),
-        (
-            "training",
-            f"{config.num_epochs} epochs x {order.steps_per_epoch} steps of {source.name} "
-            f"({order.num_records} images), {config.compute_dtype}",
-        ),
-        (
-            "objective",
-            f"{objective.name}, {objective.num_segments} segments x "
-            f"{objective.units_per_segment} units",
-        ),
-    ]
-    if objective.name == "music":
-        bound = -3 * np.log(objective.units_per_segment)
-        lines.append(("lower bound", f"-3 log {objective.units_per_segment} = {bound:.4f}"))
-    if start_step:
-        lines.append(("resuming", f"after step {start_step}"))
-    for name, value in lines:
-        progress.say(f"{name:12s} {value}")
-
-
-def _plain(tree: Any) -> Any:
-    """The tree with text keys, as the parameter table wants them."""
-    if isinstance(tree, dict):
-        return {str(key): _plain(value) for key, value in tree.items()}
-    return tree

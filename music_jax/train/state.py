@@ -12,6 +12,7 @@ from ml_collections import config_dict
 
 from music_jax.models.network import init_network
 from music_jax.train import sharding
+from music_jax.train.guards import GuardState, init_guard_state
 
 
 @jax.tree_util.register_dataclass
@@ -24,15 +25,14 @@ class TrainState:
       params: the network's parameters.
       batch_stats: running statistics of its normalisation layers.
       opt_state: the optimiser's state.
-      diverged_step: int32, the first step whose loss or gradient was not finite, or -1. From that
-        step on nothing else changes.
+      guard: what the guards remember. From the step on that tripped one nothing else changes.
     """
 
     step: jax.Array
     params: Any
     batch_stats: Any
     opt_state: Any
-    diverged_step: jax.Array
+    guard: GuardState
 
 
 def init_state(
@@ -65,7 +65,7 @@ def initial_state(
         params=params,
         batch_stats=batch_stats,
         opt_state=optimizer.init(params),
-        diverged_step=jnp.full((), -1, jnp.int32),
+        guard=init_guard_state(),
     )
 
 

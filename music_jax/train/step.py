@@ -15,7 +15,7 @@ from music_jax.config import view_augmentations
 from music_jax.data.augment import ViewAugmentation, augment_views
 from music_jax.mesh import batch_sharding
 from music_jax.models.network import Network, make_network
-from music_jax.train import sharding
+from music_jax.train import guards, sharding
 from music_jax.train.gradients import accumulated_gradients, batch_gradients
 from music_jax.train.objective import OBJECTIVES, Metrics, Objective
 from music_jax.train.optimizer import OPTIMIZERS, make_schedule
@@ -31,6 +31,7 @@ class Recipe:
     Attributes:
       network: the backbone and its projection head.
       objective: what the embeddings of the two views are trained for.
+      guards: what of them, of the loss and of the gradient is watched.
       optimizer: what turns gradients into updates.
       schedule: the learning rate of each step, for the log.
       views: the augmentation of each view.
@@ -43,6 +44,7 @@ class Recipe:
 
     network: Network
     objective: Objective
+    guards: guards.Guards
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     views: tuple[ViewAugmentation, ...]
@@ -59,6 +61,7 @@ def make_recipe(config: config_dict.ConfigDict, steps_per_epoch: int) -> Recipe:
     return Recipe(
         network=make_network(config),
         objective=OBJECTIVES[config.objective.name](config.objective),
+        guards=guards.make_guards(config),
         optimizer=OPTIMIZERS[config.optimizer.name](schedule, config.optimizer),
         schedule=schedule,
         views=view_augmentations(config),
@@ -83,17 +86,18 @@ def training_step(
       mesh: the devices that share the work.
 
     Returns:
-      The state after the step and scalars to log. If the loss or the gradient is not finite, now or
-      in an earlier step, the parameters stay and `diverged_step` tells the first such step.
+      The state after the step and scalars to log. If a guard trips, now or in an earlier step, the
+      parameters stay and `guard` tells the first such step.
     """
     embed = functools.partial(_embed, recipe, mesh)
+    objective = guards.with_statistics(recipe.objective, recipe.guards)
     batch = (state.params, state.batch_stats, images, sample_index)
     if recipe.accumulation_steps == 1:
-        loss, metrics, grads, batch_stats = batch_gradients(embed, recipe.objective, *batch)
+        loss, metrics, grads, batch_stats = batch_gradients(embed, objective, *batch)
     else:
         loss, metrics, grads, batch_stats = accumulated_gradients(
             embed,
-            recipe.objective,
+            objective,
             *batch,
             steps=recipe.accumulation_steps,
             place=functools.partial(sharding.split_for_update, mesh=mesh),
@@ -106,21 +110,22 @@ def training_step(
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, old_params)
     params = optax.apply_updates(old_params, updates)
 
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    good = finite & (state.diverged_step < 0)
-    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
     step = state.step + 1
+    good, guard = guards.watch(recipe.guards, state.guard, step, loss, grad_norm, metrics)
+    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
     new_state = TrainState(
         step=step,
         params=keep(params, old_params),
         batch_stats=keep(batch_stats, state.batch_stats),
         opt_state=keep(opt_state, state.opt_state),
-        diverged_step=jnp.where(finite | (state.diverged_step >= 0), state.diverged_step, step),
+        guard=guard,
     )
     metrics = metrics | {
         "loss": loss,
         "grad_norm": grad_norm,
-        "learning_rate": jnp.asarray(recipe.schedule(state.step), jnp.float32),
+        "learning_rate": jnp.asarray(
+            recipe.schedule(state.step - state.guard.skipped), jnp.float32
+        ),
     }
     return new_state, metrics
 
@@ -172,6 +177,25 @@ def compile_step(recipe: Recipe, state: TrainState, mesh: Mesh) -> StepFunction:
             return jitted(state, images, sample_index)
 
     return step
+
+
+def compile_skip(state: TrainState, mesh: Mesh) -> Callable[[TrainState], TrainState]:
+    """Goes past a step without its batch: nothing but the count of steps changes.
+
+    Args:
+      state: the state, or its shapes.
+      mesh: the devices.
+
+    Returns:
+      A jitted function, to which the state's buffers are donated.
+    """
+
+    def skip(state: TrainState) -> TrainState:
+        guard = state.guard._replace(skipped=state.guard.skipped + 1)
+        return dataclasses.replace(state, step=state.step + 1, guard=guard)
+
+    states = state_shardings(state, mesh)
+    return jax.jit(skip, in_shardings=(states,), out_shardings=states, donate_argnums=0)
 
 
 def lower_step(

@@ -290,6 +290,7 @@ def test_evaluation_leaves_a_blank_without_a_label_for_a_broken_image_and_lists_
     )
     (batch,) = list(batches)
     np.testing.assert_array_equal(batch["label"], [0, 1, -1, 3, 4, 5, 6, -1, 8, 9])
+    np.testing.assert_array_equal(batch["decoded"], batch["label"] >= 0)
     assert not np.any(batch["images"][[2, 7]])
     assert len(skipped) == 2
 

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
-from music_jax.evaluation.knn import knn_predict
+from music_jax.evaluation.knn import knn_predict, nearest_neighbours
 
 
 def _digits():
@@ -16,7 +16,9 @@ def _digits():
     return images[:1200], labels[:1200], images[1200:], labels[1200:]
 
 
-@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (20, 0.07), (50, 1.0), (200, 0.5)])
+@pytest.mark.parametrize(
+    ("k", "temperature"), [(1, 0.07), (10, 0.07), (20, 0.07), (200, 0.07), (200, 0.5)]
+)
 def test_predictions_are_scikit_learns(k, temperature):
     train, train_labels, test, _ = _digits()
     theirs = KNeighborsClassifier(
@@ -40,6 +42,18 @@ def test_the_block_size_changes_nothing():
     ]
     np.testing.assert_array_equal(found[0], found[1])
     np.testing.assert_array_equal(found[0], found[2])
+
+
+def test_a_bank_in_blocks_has_the_same_neighbours():
+    train, _, test, _ = _digits()
+    whole = nearest_neighbours(train, test, k=30)
+    blocks = nearest_neighbours(train, test, k=30, bank_block_size=97)
+    np.testing.assert_allclose(blocks[0], whole[0], atol=1e-6)
+    theirs = NearestNeighbors(n_neighbors=30, metric="cosine", algorithm="brute").fit(train)
+    distances, rows = theirs.kneighbors(test)
+    np.testing.assert_allclose(1 - whole[0], distances, atol=1e-6)
+    assert np.mean(whole[1] == rows) > 0.98
+    assert np.mean(blocks[1] == rows) > 0.98
 
 
 def test_nearer_neighbours_outvote_more_distant_ones():

@@ -1,5 +1,7 @@
 """The linear probe against scikit-learn's logistic regression and torch's SGD by hand."""
 
+import itertools
+
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
@@ -11,7 +13,9 @@ from music_jax.evaluation.linear_probe import (
     ProbeRecipe,
     accuracies,
     fit,
+    linear_probe,
     logits,
+    num_steps,
     shuffled_batches,
 )
 
@@ -36,10 +40,32 @@ def _fit(recipe, features, labels, seed=0):
 
 def test_accuracy_is_that_of_logistic_regression():
     train, train_labels, test, test_labels = _digits()
-    recipe = ProbeRecipe(num_epochs=100, batch_size=100, base_learning_rates=(0.1,))
-    top1 = accuracies(_fit(recipe, train, train_labels), test, test_labels)[0, 0]
-    theirs = LogisticRegression(C=10.0, max_iter=2000).fit(train, train_labels)
-    assert abs(top1 - theirs.score(test, test_labels)) <= 0.01
+    decay = 1e-2  # of half the squared kernel, added to the mean loss: C is 1 / (decay * samples)
+    recipe = ProbeRecipe(100, 100, (0.03, 0.1, 0.3), weight_decay=decay)
+    found = linear_probe(train, train_labels, test, test_labels, recipe, num_classes=10)
+    theirs = LogisticRegression(C=1 / (decay * 1200), max_iter=5000).fit(train, train_labels)
+    assert abs(found.top1 - theirs.score(test, test_labels)) <= 0.005
+    assert np.mean(found.predictions == theirs.predict(test)) >= 0.99
+    assert found.top1 == np.mean(found.predictions == test_labels)
+
+
+def test_the_learning_rate_is_chosen_without_the_test_samples():
+    train, train_labels, test, test_labels = _digits()
+    recipe = ProbeRecipe(5, 100, (1e-6, 0.1))
+    for labels in (test_labels, 9 - test_labels):
+        steps = itertools.count()
+        found = linear_probe(
+            train,
+            train_labels,
+            test,
+            labels,
+            recipe,
+            num_classes=10,
+            standardize=True,
+            after_step=steps.__next__,
+        )
+        assert found.base_learning_rate == 0.1
+        assert next(steps) == num_steps(recipe, len(train), 0.1)
 
 
 def test_each_learning_rate_is_trained_as_if_alone():

@@ -11,6 +11,7 @@ from music_jax.data.loader import TrainingOrder
 from music_jax.errors import UserError
 from music_jax.mesh import make_data_mesh
 from music_jax.train.checkpoints import Checkpoints
+from music_jax.train.guards import init_guard_state
 from music_jax.train.state import TrainState, state_shardings
 
 
@@ -21,7 +22,7 @@ def _state():
         params=params,
         batch_stats={"mean": jnp.arange(3.0)},
         opt_state=optax.trace(0.9).init(jax.tree.map(jnp.ones_like, params)),
-        diverged_step=jnp.asarray(-1, jnp.int32),
+        guard=init_guard_state(),
     )
 
 

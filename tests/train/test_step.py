@@ -119,7 +119,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_named():
     step_function = compile_step(recipe, state, mesh)
     for images, index in _batches(config, 2):
         state, _ = step_function(state, images, index)
-    assert int(state.diverged_step) == -1
+    assert int(state.guard.tripped_step) == -1
     good = jax.tree.map(np.asarray, (state.params, state.batch_stats, state.opt_state))
 
     bad = dataclasses.replace(recipe, objective=lambda a, b: (jnp.sum(a) * jnp.nan, {}))
@@ -127,7 +127,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_named():
     for images, index in _batches(config, 3):
         state, metrics = bad_step(state, images, index)
         assert not np.isfinite(float(metrics["loss"]))
-    assert int(state.diverged_step) == 3
+    assert int(state.guard.tripped_step) == 3
     assert int(state.step) == 5
     kept = (state.params, state.batch_stats, state.opt_state)
     for a, b in zip(jax.tree.leaves(good), jax.tree.leaves(kept), strict=True):

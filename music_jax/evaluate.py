@@ -1,0 +1,123 @@
+"""`python -m music_jax.evaluate`: a checkpoint measured by any of the protocols."""
+
+from absl import flags
+from ml_collections import config_flags
+
+from music_jax import cli
+from music_jax.config import default_config
+from music_jax.errors import UserError
+
+_USAGE = """
+Measures a run's latest checkpoint by the protocols named, and writes NAME.json of each (for the
+linear probe linear_eval.json) into the workdir:
+
+  linear      linear classifier on frozen features, learning rates swept
+  knn         weighted vote of the 10, 20 and 200 nearest training images
+  fewshot     1, 5 and 10 labels a class, over 20 draws
+  retrieval   mean average precision of searches among the training images
+  clustering  the segments' units as clusters, with nothing trained; for the objective MUSIC
+  label_free  RankMe, LiDAR, alpha-ReQ, uniformity, alignment; needs no labels
+  segments    use of the units, information between segments, distance to the bound; no labels
+  semi        fine-tuning on 1 % and 10 % of the labels
+  finetune    fine-tuning on all labels
+  transfer    linear and knn on other datasets, named by --transfer
+
+  python -m music_jax.evaluate --workdir=runs/mnist5k
+  python -m music_jax.evaluate --workdir=runs/mnist5k --protocols=knn,segments --checkpoint=300
+  python -m music_jax.evaluate --workdir=runs/cifar10 --protocols=transfer \\
+      --transfer=cifar100:train:test
+  python -m music_jax.evaluate --workdir=runs/folder --protocols=linear \\
+      --config.evaluation.train=photos/train --config.evaluation.test=photos/test
+
+Features are computed once and kept in the workdir's features/, which may be deleted at any time.
+What has been measured in the same way before is not measured again; see --again.
+
+Exit codes: 0 done; 2 wrong input; 3 unusable data.
+"""
+
+_DEFAULT = ("linear", "knn", "fewshot", "retrieval", "clustering", "label_free", "segments")
+
+
+def main() -> None:
+    """Reads the flags and evaluates."""
+    if not cli.WORKDIR.value:
+        raise UserError("--workdir=DIR is missing: the directory of the run to evaluate")
+    from music_jax.compilation_cache import use_compilation_cache
+    from music_jax.mesh import use_cores
+
+    cli.join_cluster()
+    use_cores(batch_size=4)  # any batch is filled up, so that all devices get some of it
+    use_compilation_cache(cli.WORKDIR.value)
+    evaluate(
+        cli.WORKDIR.value,
+        protocols=tuple(name.strip() for name in flags.FLAGS.protocols if name.strip()),
+        checkpoint=flags.FLAGS.checkpoint,
+        transfer_sets=tuple(flags.FLAGS.transfer or ()),
+        overrides=dict(config_flags.get_override_values(flags.FLAGS["config"])),
+        again=flags.FLAGS.again,
+    )
+
+
+def evaluate(
+    workdir: str,
+    *,
+    protocols: tuple[str, ...] = _DEFAULT,
+    checkpoint: str | None = None,
+    transfer_sets: tuple[str, ...] = (),
+    overrides: dict[str, object] | None = None,
+    again: bool = False,
+) -> dict[str, dict]:
+    """Measures a checkpoint of a run, writes the figures into its workdir and prints them.
+
+    Args:
+      workdir: of the run.
+      protocols: names, as `music_jax.evaluation.evaluate.PROTOCOLS` has them.
+      checkpoint: its step, or its directory; None for the latest.
+      transfer_sets: `NAME:TRAIN:TEST` or `FOLDER:FOLDER`; adds the protocol `transfer`.
+      overrides: config fields, by dotted name, to evaluate with in place of the run's own.
+      again: measure anew what was measured before in the same way.
+
+    Returns:
+      What the JSON files hold, by protocol.
+
+    Raises:
+      UserError: there is no such run, checkpoint, protocol or dataset, or an override would change
+        what was trained.
+    """
+    from music_jax import progress, records
+    from music_jax.evaluation.evaluate import check_names, measure
+    from music_jax.evaluation.opening import open_run
+    from music_jax.evaluation.tables import summary_table
+    from music_jax.evaluation.transfer import parse_set
+
+    if transfer_sets and "transfer" not in protocols:
+        protocols = (*protocols, "transfer")
+    check_names(protocols, transfer_sets)
+    for spec in transfer_sets:
+        parse_set(spec)
+    run = open_run(workdir, checkpoint=checkpoint, overrides=overrides)
+    results = measure(run, protocols, transfer_sets=transfer_sets, again=again)
+    progress.say(summary_table(results))
+    records.report_skipped(run.skipped)
+    return results
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_dict(
+        "config",
+        default_config(),
+        "--config.few_shot.draws=VALUE, --config.knn.FIELD=VALUE and the like change how the run "
+        "is evaluated.",
+    )
+    flags.DEFINE_list("protocols", list(_DEFAULT), "Names of protocols, with commas between.")
+    flags.DEFINE_multi_string(
+        "transfer",
+        None,
+        "A dataset to transfer to: NAME:TRAIN:TEST with the splits of TFDS, or FOLDER:FOLDER. May "
+        "be given more than once.",
+    )
+    flags.DEFINE_string(
+        "checkpoint", None, "Step of the checkpoint, or its directory; by default the latest."
+    )
+    flags.DEFINE_bool("again", False, "Measure anew what was measured before in the same way.")
+    cli.run(main, _USAGE)

@@ -1,0 +1,101 @@
+"""Arrays that take long to compute, kept below the workdir; deleting them loses nothing."""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from music_jax import progress
+from music_jax.mesh import is_main_process
+from music_jax.records import write_json
+
+_INDEX = "index.json"
+_FORMAT = 1
+
+
+class ArrayCache:
+    """Directories of .npy files, each named by what its arrays were computed from."""
+
+    def __init__(self, directory: epath.Path):
+        """Opens the cache; the directory is made when something is kept in it."""
+        self._directory = directory
+
+    def get(
+        self, name: str, key: dict[str, Any], compute: Callable[[], dict[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """The arrays that were kept for a key, or else computes and keeps them.
+
+        What is there but damaged is computed again, as is what cannot be read. Where the disk is
+        full, nothing is kept and a line says so.
+
+        Args:
+          name: first part of the directory's name, for people.
+          key: all that the arrays depend on, as JSON holds it.
+          compute: what gives the arrays, called by all processes of a run or by none.
+
+        Returns:
+          The arrays by name.
+        """
+        text = json.dumps({"format": _FORMAT, **key}, sort_keys=True)
+        entry = self._directory / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        arrays = _read(entry)
+        if _all_processes(arrays is not None) and arrays is not None:
+            return arrays
+        arrays = compute()
+        if is_main_process():
+            try:
+                _write(entry, json.loads(text), arrays)
+            except OSError as error:
+                progress.say(f"features are not kept for the next time: {error}")
+        return arrays
+
+
+def _read(entry: epath.Path) -> dict[str, np.ndarray] | None:
+    if not (entry / _INDEX).exists():
+        return None
+    try:
+        index = json.loads((entry / _INDEX).read_text())
+        found = {}
+        for name, checksum in index["crc32"].items():
+            with (entry / f"{name}.npy").open("rb") as file:
+                array = np.lib.format.read_array(file, allow_pickle=False)
+            if _checksum(array) != checksum:
+                raise ValueError(f"{name}.npy has changed")
+            found[name] = array
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+        progress.say(f"features in {entry} are damaged and are computed again: {error}")
+        return None
+
+
+def _write(entry: epath.Path, key: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    entry.mkdir(parents=True, exist_ok=True)
+    (entry / _INDEX).unlink(missing_ok=True)  # which is written last: without it, nothing is there
+    for name, array in arrays.items():
+        with (entry / f"{name}.npy").open("wb") as file:
+            np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
+    checksums = {name: _checksum(array) for name, array in arrays.items()}
+    write_json(entry / _INDEX, {"key": key, "crc32": checksums})
+
+
+def _checksum(array: np.ndarray) -> int:
+    described = f"{array.dtype.str}{array.shape}".encode()
+    return zlib.crc32(content_bytes(array), zlib.crc32(described))
+
+
+def content_bytes(array: np.ndarray) -> memoryview:
+    """What an array holds, in C order, as bytes."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _all_processes(here: bool) -> bool:
+    """Whether it is so on all processes."""
+    if jax.process_count() == 1:
+        return here
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(here))))

@@ -1,0 +1,268 @@
+"""The protocols that need nothing but features: from a run to figures, as JSON holds them."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from music_jax import progress
+from music_jax.evaluation import linear_probe
+from music_jax.evaluation.clustering import (
+    agreement_between_segments,
+    cluster_scores,
+    joint_clusters,
+)
+from music_jax.evaluation.few_shot import few_shot
+from music_jax.evaluation.image_protocols import random_crop_probe
+from music_jax.evaluation.knn import nearest_neighbours, weighted_vote
+from music_jax.evaluation.label_free import alignment, alpha_req, lidar, rankme, uniformity
+from music_jax.evaluation.linear_probe import ProbeRecipe, ProbeResult
+from music_jax.evaluation.retrieval import average_precisions
+from music_jax.evaluation.run import Run
+from music_jax.evaluation.segments import bound_distances, measure_segments
+
+Figures = dict[str, Any]
+
+_MAX_RANKED = 25_600  # samples whose singular values are taken, as in RankMe's paper
+
+
+def linear(run: Run) -> Figures:
+    """The linear probe, beside those of raw pixels and of the backbone before the training."""
+    settings = run.config.linear_eval
+    trained = _linear_probe(run, "trained")
+    others = {
+        f"{of}_top1": _linear_probe(run, of).top1 if settings[of] else None
+        for of in ("raw_pixels", "random_init")
+    }
+    return {
+        "top1": trained.top1,
+        "top5": trained.top5,
+        "num_train": trained.num_train,
+        "num_test": len(run.test()),
+        "learning_rate": trained.base_learning_rate * settings.batch_size / 256,
+        **others,
+    }
+
+
+def _linear_probe(run: Run, of: str) -> ProbeResult:
+    settings = run.config.linear_eval
+    recipe = ProbeRecipe(
+        num_epochs=settings.num_epochs,
+        batch_size=settings.batch_size,
+        base_learning_rates=tuple(settings.base_learning_rates),
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        drop_epochs=tuple(settings.drop_epochs),
+    )
+    description = f"linear probe, {of.replace('_', ' ')}"
+    if settings.random_crops:
+        return random_crop_probe(run, of, recipe, description)
+    train, test = run.train(of), run.test(of)
+    total = linear_probe.num_steps(recipe, len(train), settings.validation_fraction)
+    with progress.bar(total, unit="step", description=description) as bar:
+        return linear_probe.linear_probe(
+            train.features,
+            train.labels,
+            test.features,
+            test.labels,
+            recipe,
+            num_classes=run.num_classes,
+            standardize=settings.standardize,
+            validation_fraction=settings.validation_fraction,
+            seed=run.config.seed,
+            after_step=bar.update,
+        )
+
+
+def knn(run: Run) -> Figures:
+    """The weighted vote of the nearest training samples, for several numbers of neighbours."""
+    settings = run.config.knn
+    ks = sorted({settings.k, *settings.more_k})
+
+    def by_k(of: str) -> dict[int, float]:
+        train, test = run.train(of), run.test(of)
+        similarities, nearest = nearest_neighbours(train.features, test.features, k=max(ks))
+        accuracies = {}
+        for k in ks:
+            predicted = weighted_vote(
+                similarities[:, :k],
+                train.labels[nearest[:, :k]],
+                num_classes=run.num_classes,
+                temperature=settings.temperature,
+            )
+            accuracies[k] = float(np.mean(predicted == test.labels))
+        return accuracies
+
+    trained = by_k("trained")
+    linear_eval = run.config.linear_eval
+    return {
+        "top1": trained[settings.k],
+        "top1_by_k": {str(k): top1 for k, top1 in trained.items()},
+        "k": settings.k,
+        "temperature": settings.temperature,
+        "num_train": len(run.train()),
+        "num_test": len(run.test()),
+        **{
+            f"{of}_top1": by_k(of)[settings.k] if linear_eval[of] else None
+            for of in ("raw_pixels", "random_init")
+        },
+    }
+
+
+def fewshot(run: Run) -> Figures:
+    """Logistic regression on a few samples a class: mean and 95 % interval over the draws."""
+    settings, train, test = run.config.few_shot, run.train(), run.test()
+    found = {}
+    total = len(settings.shots) * settings.draws
+    with progress.bar(total, unit="draw", description="few-shot") as bar:
+        for shots in settings.shots:
+            result = few_shot(
+                train.features,
+                train.labels,
+                test.features,
+                test.labels,
+                shots=shots,
+                draws=settings.draws,
+                inverse_regularization=settings.inverse_regularization,
+                seed=run.config.seed,
+                after_draw=bar.update,
+            )
+            found[str(shots)] = {
+                "top1": result.top1.mean,
+                "interval": _finite(result.top1.half_width),
+                "draws": result.accuracies.tolist(),
+            }
+    return {"top1_by_shots": found, "num_test": len(test)}
+
+
+def retrieval(run: Run) -> Figures:
+    """Mean average precision of the test images' searches among the training images."""
+    train, test = run.train(), run.test()
+    limit = run.config.retrieval.max_gallery
+    if len(train) > limit:
+        rng = np.random.Generator(np.random.Philox(key=[run.config.seed, 2**34]))
+        train = train.rows(np.sort(rng.permutation(len(train))[:limit]))
+    precisions = average_precisions(train.features, train.labels, test.features, test.labels)
+    return {
+        "map": float(np.nanmean(precisions)),
+        "num_gallery": len(train),
+        "num_queries": int(np.sum(np.isfinite(precisions))),
+    }
+
+
+def clustering(run: Run) -> Figures:
+    """Each segment's units as clusters of the test images, and clusters of the joint code."""
+    outputs, probabilities = run.unlabelled(), run.probabilities()
+    labelled = np.flatnonzero(outputs.labels >= 0)
+    labels = outputs.labels[labelled]
+    codes = probabilities.argmax(axis=2)  # [images, segments]
+    agreement = agreement_between_segments(codes)
+    scores = [cluster_scores(codes[labelled, s], labels) for s in range(codes.shape[1])]
+    chosen = int(np.argmax(agreement))
+    oracle = int(np.argmax([score.accuracy for score in scores]))
+    num_clusters = len(np.unique(labels))
+    joint = joint_clusters(
+        probabilities,
+        num_clusters=num_clusters,
+        num_starts=run.config.clustering.num_starts,
+        seed=run.config.seed,
+    )
+    return {
+        "joint_code": {
+            **cluster_scores(joint[labelled], labels)._asdict(),
+            "num_clusters": num_clusters,
+        },
+        "chosen_segment": {
+            "rule": "without labels: the segment whose mean NMI with the others is largest",
+            "segment": chosen,
+            "agreement": float(agreement[chosen]),
+            **scores[chosen]._asdict(),
+        },
+        "oracle_segment": {
+            "rule": "by the test labels: the segment of the highest accuracy",
+            "segment": oracle,
+            **scores[oracle]._asdict(),
+        },
+        "segments": [
+            {"agreement": float(a), **score._asdict()}
+            for a, score in zip(agreement, scores, strict=True)
+        ],
+        "num_images": len(labels),
+    }
+
+
+def label_free(run: Run) -> Figures:
+    """RankMe, α-ReQ and uniformity of one view of each image; LiDAR and alignment of several."""
+    outputs, views = run.unlabelled().arrays, run.views()
+    figures: Figures = {}
+    for name in ("features", "embeddings"):
+        rows = outputs[name][:_MAX_RANKED]
+        several = views[name]
+        figures[name] = {
+            "rankme": _finite(rankme(rows)),
+            "lidar": _finite(lidar(several)),
+            "alpha_req": _finite(alpha_req(rows)),
+            "uniformity": uniformity(rows),
+            "alignment": alignment(several[:, 0], several[:, 1]),
+            "size": rows.shape[1],
+        }
+    some = views["features"].shape
+    return {
+        **figures,
+        "num_images": len(outputs["features"][:_MAX_RANKED]),
+        "num_viewed_images": some[0],
+        "num_views": some[1],
+    }
+
+
+def segments(run: Run) -> Figures:
+    """How the segments use their units, what they share, and the objective's distance to bound."""
+    objective = run.config.objective
+    probabilities = run.probabilities()
+    found = measure_segments(probabilities)
+    several = run.views()["embeddings"]
+    distances = bound_distances(
+        several[:, 0],
+        several[:, 1],
+        num_segments=objective.num_segments,
+        temperature=objective.temperature,
+    )
+    samples, count, units = probabilities.shape
+    between = found.mutual_information[~np.eye(count, dtype=bool)]
+    return {
+        "num_images": samples,
+        "log_units": math.log(units),
+        "usage_entropy": _summary(found.usage_entropy),
+        "usage_entropy_share": float(np.mean(found.usage_entropy) / math.log(units)),
+        "dead_units": int(np.sum(found.dead_units)),
+        "num_units": count * units,
+        "confidence": _summary(found.confidence),
+        "assignment_entropy": _summary(found.assignment_entropy),
+        "mutual_information": {
+            **_summary(between),
+            "bias": (units - 1) ** 2 / (2 * samples),
+            "share_of_usage_entropy": float(np.mean(between) / np.mean(found.usage_entropy)),
+        },
+        "above_bound": {**distances._asdict(), "num_images": len(several)},
+        "by_segment": {
+            "usage_entropy": found.usage_entropy.tolist(),
+            "dead_units": found.dead_units.tolist(),
+            "confidence": found.confidence.tolist(),
+            "assignment_entropy": found.assignment_entropy.tolist(),
+            "information": found.information.tolist(),
+        },
+        "mutual_information_matrix": found.mutual_information.tolist(),
+    }
+
+
+def _summary(values: np.ndarray) -> dict[str, float]:
+    return {
+        "mean": float(np.mean(values)),
+        "least": float(np.min(values)),
+        "most": float(np.max(values)),
+    }
+
+
+def _finite(value: float) -> float | None:
+    """The value as JSON has it: NaN is null."""
+    return value if math.isfinite(value) else None

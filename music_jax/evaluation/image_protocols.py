@@ -1,0 +1,181 @@
+"""The protocols that train on the images themselves: from a run to figures."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+from ml_collections import config_dict
+
+from music_jax import progress
+from music_jax.data.sources import Source
+from music_jax.errors import UserError
+from music_jax.evaluation import linear_probe
+from music_jax.evaluation.features import extract_split, normalize, random_crop_batches
+from music_jax.evaluation.few_shot import stratified_subset
+from music_jax.evaluation.finetune import FinetuneRecipe, finetune, logit_extractor
+from music_jax.evaluation.image_lists import rows_of_list
+from music_jax.evaluation.linear_probe import Heads, ProbeRecipe, ProbeResult
+from music_jax.evaluation.run import Run
+
+Figures = dict[str, Any]
+
+
+def random_crop_probe(run: Run, of: str, recipe: ProbeRecipe, description: str) -> ProbeResult:
+    """The linear probe on new crops and flips in each epoch, as `linear_probe.linear_probe`.
+
+    Args:
+      run: the run.
+      of: whose features; see `Run.train`.
+      recipe: how to train.
+      description: what the progress bar says.
+
+    Returns:
+      The accuracies on the central views of all test images.
+    """
+    settings, source = run.config.linear_eval, run.labelled_sources().train
+    extract, test, standardize = run.extractor(of), run.test(of), _standardization(run, of)
+
+    def trained(recipe: ProbeRecipe, rows: np.ndarray) -> Heads:
+        recipe = linear_probe.clip_batch(recipe, len(rows))
+        batches = random_crop_batches(
+            source.subset(rows),
+            run.config,
+            run.mesh,
+            batch_size=recipe.batch_size,
+            num_epochs=recipe.num_epochs,
+            seed=run.config.seed,
+            skipped=run.skipped,
+        )
+        steps_per_epoch = len(rows) // recipe.batch_size
+        total = recipe.num_epochs * steps_per_epoch
+        with progress.bar(total, unit="step", description=description) as bar:
+            return linear_probe.fit(
+                ((standardize(extract(images)["features"]), labels) for images, labels in batches),
+                recipe,
+                num_features=test.features.shape[1],
+                num_classes=run.num_classes,
+                steps_per_epoch=steps_per_epoch,
+                seed=run.config.seed,
+                after_step=bar.update,
+            )
+
+    rates = recipe.base_learning_rates
+    if len(rates) > 1:
+        rest, held_out = linear_probe.split_for_validation(
+            len(source), settings.validation_fraction, run.config.seed
+        )
+        train = run.train(of)
+        part = train.rows(np.flatnonzero(np.isin(train.indices, held_out)))
+        scores = linear_probe.accuracies(
+            trained(recipe, rest), standardize(part.features), part.labels
+        )
+        rates = (rates[int(np.argmax(scores[:, 0]))],)
+    recipe = dataclasses.replace(recipe, base_learning_rates=rates)
+    heads = trained(recipe, np.arange(len(source)))
+    return linear_probe.score_heads(
+        heads, standardize(test.features), test.labels, rates[0], num_train=len(source)
+    )
+
+
+def _standardization(run: Run, of: str) -> Any:
+    if not run.config.linear_eval.standardize:
+        return lambda features: features
+    train = run.train(of).features
+    mean, std = train.mean(axis=0)[None], train.std(axis=0)[None] + 1e-6
+    return lambda features: (features - mean) / std
+
+
+def full_finetune(run: Run) -> Figures:
+    """Fine-tuning of the whole backbone on all labelled training images."""
+    settings, source = run.config.finetune, run.labelled_sources().train
+    recipe = _recipe(settings, settings.backbone_learning_rate, settings.head_learning_rate)
+    return _finetuned(run, source, recipe, "fine-tuning")
+
+
+def semi_supervised(run: Run) -> Figures:
+    """Fine-tuning on a small share of the labels: 1 % and 10 %, by default."""
+    settings, source = run.config.semi_supervised, run.labelled_sources().train
+    found = {}
+    for i, fraction in enumerate(settings.fractions):
+        if settings.lists[i]:
+            rows = rows_of_list(source, settings.lists[i])
+        else:
+            train = run.train()
+            rows = train.indices[stratified_subset(train.labels, fraction, seed=run.config.seed)]
+        recipe = _recipe(
+            settings, settings.backbone_learning_rates[i], settings.head_learning_rates[i]
+        )
+        name = f"{100 * fraction:g} %"
+        found[name] = _finetuned(run, source.subset(rows), recipe, f"fine-tuning on {name}") | {
+            "list": settings.lists[i] or "stratified"
+        }
+    return {"by_share": found}
+
+
+def _recipe(
+    settings: config_dict.ConfigDict, backbone_learning_rate: float, head_learning_rate: float
+) -> FinetuneRecipe:
+    return FinetuneRecipe(
+        num_epochs=settings.num_epochs,
+        batch_size=settings.batch_size,
+        backbone_learning_rate=backbone_learning_rate,
+        head_learning_rate=head_learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def _finetuned(run: Run, source: Source, recipe: FinetuneRecipe, description: str) -> Figures:
+    recipe = dataclasses.replace(recipe, batch_size=min(recipe.batch_size, len(source)))
+    steps_per_epoch = len(source) // recipe.batch_size
+    prepare = functools.partial(normalize, config=run.config)
+    batches = random_crop_batches(
+        source,
+        run.config,
+        run.mesh,
+        batch_size=recipe.batch_size,
+        num_epochs=recipe.num_epochs,
+        seed=run.config.seed,
+        skipped=run.skipped,
+    )
+    total = recipe.num_epochs * steps_per_epoch
+    with progress.bar(total, unit="step", description=description) as bar:
+        classifier = finetune(
+            run.network,
+            run.params,
+            run.batch_stats,
+            batches,
+            recipe,
+            num_classes=run.num_classes,
+            steps_per_epoch=steps_per_epoch,
+            normalize=prepare,
+            mesh=run.mesh,
+            seed=run.config.seed,
+            after_step=bar.update,
+        )
+    found = extract_split(
+        logit_extractor(run.network, classifier, prepare),
+        run.labelled_sources().test,
+        run.config,
+        run.mesh,
+        skipped=run.skipped,
+        description=f"{description}, test",
+    ).labelled()
+    logits = found.arrays["logits"]
+    if not np.all(np.isfinite(logits)):
+        raise UserError(f"{description} diverged; lower its learning rates")
+    top1, top5 = _top_k(logits, found.labels)
+    return {
+        "top1": top1,
+        "top5": top5,
+        "num_train": len(source),
+        "num_test": len(found),
+        "batch_size": recipe.batch_size,
+    }
+
+
+def _top_k(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    of_label = np.take_along_axis(logits, labels[:, None], axis=1)
+    rank = np.sum(logits >= of_label, axis=1) - 1  # ties count against the label
+    return float(np.mean(rank < 1)), float(np.mean(rank < 5))

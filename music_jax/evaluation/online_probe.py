@@ -1,0 +1,280 @@
+"""A linear classifier that is trained beside the pre-training, which does not notice it.
+
+It sees the backbone as each step leaves it, in inference mode, by a jitted step of its own: the
+training's program, and so every bit of its result, is the same with it and without.
+"""
+
+import zipfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import config_dict
+
+from music_jax import progress
+from music_jax.data import datasets
+from music_jax.data.crops import Crop
+from music_jax.data.datasets import EvaluationSources
+from music_jax.data.loader import TrainingOrder, training_batches
+from music_jax.data.skipped import SkippedImages
+from music_jax.data.sources import Source
+from music_jax.errors import UserError
+from music_jax.evaluation.features import Placing, normalize
+from music_jax.mesh import is_main_process
+from music_jax.models.network import Network, Tree
+
+_DIRECTORY = "online_probe"
+
+
+class ProbeState(NamedTuple):
+    """What the probe's step changes.
+
+    Attributes:
+      kernel: [features, classes].
+      bias: [classes].
+      mean: running mean of each feature, [features].
+      variance: running variance of each feature, [features].
+      velocity_kernel: SGD's momentum.
+      velocity_bias: likewise.
+      correct: labelled images that were classified rightly, before they were learned from, since
+        the last log; float32.
+      seen: of so many.
+    """
+
+    kernel: jax.Array
+    bias: jax.Array
+    mean: jax.Array
+    variance: jax.Array
+    velocity_kernel: jax.Array
+    velocity_bias: jax.Array
+    correct: jax.Array
+    seen: jax.Array
+
+
+def init_probe(num_features: int, num_classes: int) -> ProbeState:
+    """A classifier that has seen nothing."""
+    kernel, bias = jnp.zeros((num_features, num_classes)), jnp.zeros(num_classes)
+    return ProbeState(
+        kernel=kernel,
+        bias=bias,
+        mean=jnp.zeros(num_features),
+        variance=jnp.ones(num_features),
+        velocity_kernel=kernel,
+        velocity_bias=bias,
+        correct=jnp.zeros(()),
+        seen=jnp.zeros(()),
+    )
+
+
+def probe_step(
+    probe: ProbeState,
+    features: jax.Array,
+    labels: jax.Array,
+    *,
+    learning_rate: float,
+    momentum: float,
+    weight_decay: float,
+) -> ProbeState:
+    """One step of SGD on features that are standardised by running statistics.
+
+    Args:
+      probe: the state before it.
+      features: [batch, features], through which no gradient goes.
+      labels: integers [batch].
+      learning_rate: constant, since the features themselves change until the end.
+      momentum: of SGD, and of the running statistics.
+      weight_decay: of the kernel.
+
+    Returns:
+      The state after it, the batch counted in `correct` by the classifier before.
+    """
+    features = jax.lax.stop_gradient(features.astype(jnp.float32))
+    mean = momentum * probe.mean + (1 - momentum) * jnp.mean(features, axis=0)
+    variance = momentum * probe.variance + (1 - momentum) * jnp.var(features, axis=0)
+    features = (features - mean[None]) * jax.lax.rsqrt(variance + 1e-6)[None]
+
+    def loss(head: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        logits = features @ head[0] + head[1][None]
+        losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return jnp.mean(losses), jnp.sum(jnp.argmax(logits, axis=1) == labels)
+
+    head = probe.kernel, probe.bias
+    (grad_kernel, grad_bias), correct = jax.grad(loss, has_aux=True)(head)
+    velocity_kernel = momentum * probe.velocity_kernel + grad_kernel + weight_decay * probe.kernel
+    velocity_bias = momentum * probe.velocity_bias + grad_bias
+    return ProbeState(
+        kernel=probe.kernel - learning_rate * velocity_kernel,
+        bias=probe.bias - learning_rate * velocity_bias,
+        mean=mean,
+        variance=variance,
+        velocity_kernel=velocity_kernel,
+        velocity_bias=velocity_bias,
+        correct=probe.correct + correct.astype(jnp.float32),
+        seen=probe.seen + jnp.asarray(labels.shape[0], jnp.float32),
+    )
+
+
+def make_online_probe(
+    config: config_dict.ConfigDict,
+    probed: EvaluationSources | None,
+    network: Network,
+    mesh: Mesh,
+    directory: epath.Path,
+    skipped: SkippedImages,
+) -> "OnlineProbe | None":
+    """The probe that a config asks for, if it does.
+
+    Args:
+      config: its part `online_probe` says how, and with which images.
+      probed: what the run is evaluated with, if there is anything.
+      network: the network that is trained.
+      mesh: the devices.
+      directory: the workdir.
+      skipped: takes note of images that cannot be decoded.
+
+    Raises:
+      UserError: it asks for one, but there are no labelled images to learn from.
+    """
+    if not config.online_probe.enabled:
+        return None
+    if config.online_probe.train:
+        source = datasets.open_named(config, config.online_probe.train, prepare=True)
+    elif probed is not None:
+        source = probed.train
+    else:
+        raise UserError(
+            "config.online_probe.enabled needs labelled images; name some with "
+            "--config.online_probe.train=, a folder or NAME:SPLIT of TFDS"
+        )
+    if source.num_classes < 2:
+        raise UserError(
+            f"{source.name} has no labels for the online probe; name a labelled set with "
+            "--config.online_probe.train=, a folder or NAME:SPLIT of TFDS"
+        )
+    return OnlineProbe(config, source, network, mesh, directory, skipped)
+
+
+class OnlineProbe:
+    """Trains the probe along with the steps of a training, and goes on where that was resumed."""
+
+    def __init__(
+        self,
+        config: config_dict.ConfigDict,
+        source: Source,
+        network: Network,
+        mesh: Mesh,
+        directory: epath.Path,
+        skipped: SkippedImages,
+    ):
+        """Makes the probe's step; no image is read yet.
+
+        Args:
+          config: its part `online_probe` says how.
+          source: the labelled images to learn from; those of the pre-training or others.
+          network: the network that is trained.
+          mesh: the devices.
+          directory: the workdir.
+          skipped: takes note of images that cannot be decoded.
+        """
+        self._config, self._source, self._skipped = config, source, skipped
+        self._directory = directory / _DIRECTORY
+        self._every = config.online_probe.every_steps
+        self._batch_size = min(config.online_probe.batch_size, len(source))
+        self._placing = Placing(self._batch_size, mesh)
+        self._whole = NamedSharding(mesh, PartitionSpec())
+        self._num_features = network.num_features
+        self._state: ProbeState | None = None
+        self._batches: Iterator[dict[str, np.ndarray]] | None = None
+        settings = config.online_probe
+
+        def step(
+            probe: ProbeState, params: Tree, batch_stats: Tree, images: jax.Array, labels: jax.Array
+        ) -> ProbeState:
+            params = jax.lax.with_sharding_constraint(params, self._whole)
+            return probe_step(
+                probe,
+                network.features(params, batch_stats, normalize(images, config)),
+                labels,
+                learning_rate=settings.learning_rate,
+                momentum=settings.momentum,
+                weight_decay=settings.weight_decay,
+            )
+
+        self._step = jax.jit(step, donate_argnums=0, out_shardings=self._whole)
+
+    def start(self, step: int, num_steps: int) -> None:
+        """Takes up the probe as it was saved at a step of the training, or starts anew."""
+        self._state = self._restored(step)
+        order = TrainingOrder(len(self._source), self._batch_size, self._config.seed)
+        crop = self._config.crop
+        self._batches = training_batches(
+            self._source,
+            order,
+            crop=Crop(crop.size, tuple(crop.scale), tuple(crop.aspect_ratio)),
+            channels=self._config.dataset.num_channels,
+            positions=self._placing.positions,
+            num_steps=num_steps // self._every,
+            start_step=step // self._every,
+            num_views=1,
+            skipped=self._skipped,
+            num_threads=self._config.num_decode_threads,
+        )
+
+    def after_step(self, step: int, params: Tree, batch_stats: Tree) -> None:
+        """Takes a step on the next labelled images, if the training's step is one of those."""
+        if step % self._every or self._batches is None:
+            return
+        batch = next(self._batches)
+        images, labels = self._placing(batch["images"][:, 0]), self._placing(batch["label"])
+        self._state = self._step(self._state, params, batch_stats, images, labels)
+        if self._whole.mesh.size > 1 and jax.default_backend() == "cpu":
+            jax.block_until_ready(self._state)  # as the training's own steps are
+
+    def metrics(self) -> dict[str, float]:
+        """`online_top1` of the images since this was last asked; nothing if there were none."""
+        assert self._state is not None
+        seen, correct = float(self._state.seen), float(self._state.correct)
+        if not seen:
+            return {}
+        zero = jax.device_put(jnp.zeros(()), self._whole)
+        self._state = self._state._replace(seen=zero, correct=zero)
+        return {"online_top1": correct / seen}
+
+    def save(self, step: int, kept: list[int]) -> None:
+        """Keeps the probe beside the training's checkpoint of a step, and of those still there."""
+        assert self._state is not None
+        if not is_main_process():
+            return
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            path = self._directory / f"{step}.npz"
+            temporary = path.with_name(path.name + ".new")
+            arrays: dict[str, Any] = {k: np.asarray(v) for k, v in self._state._asdict().items()}
+            with temporary.open("wb") as file:
+                np.savez(file, **arrays)
+            temporary.replace(path)
+            for old in self._directory.glob("*.npz"):
+                if old.stem not in {str(s) for s in (*kept, step)}:
+                    old.unlink()
+        except OSError as error:
+            progress.say(f"the online probe is not saved: {error}")
+
+    def _restored(self, step: int) -> ProbeState:
+        fresh = init_probe(self._num_features, self._source.num_classes)
+        path = self._directory / f"{step}.npz"
+        found = None
+        if step and path.exists():
+            try:
+                with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                    found = ProbeState(**{name: arrays[name] for name in ProbeState._fields})
+                if any(a.shape != b.shape for a, b in zip(found, fresh, strict=True)):
+                    raise ValueError("it is of another size")
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                progress.say(f"the online probe starts anew, {path} being damaged: {error}")
+                found = None
+        return jax.device_put(fresh if found is None else found, self._whole)

@@ -1,0 +1,236 @@
+"""A run that is to be evaluated: its network, its images, and what was computed from both."""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import config_dict
+
+from music_jax.data.datasets import EvaluationSources
+from music_jax.data.skipped import SkippedImages
+from music_jax.data.sources import Source
+from music_jax.errors import UserError
+from music_jax.evaluation.cache import ArrayCache, content_bytes
+from music_jax.evaluation.features import (
+    Arrays,
+    Extractor,
+    SplitFeatures,
+    backbone_extractor,
+    extract_split,
+    extract_views,
+    pixel_extractor,
+    replicate,
+)
+from music_jax.models.network import Network, init_network
+from music_jax.objectives import segment_probabilities
+from music_jax.records import as_json
+
+_PROBABILITIES_AT_ONCE = 4096  # samples
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run's network after some step, and the images that it is evaluated with.
+
+    What is computed from them is kept in memory and, but for raw pixels, below the workdir.
+
+    Attributes:
+      config: the run's.
+      workdir: where results go.
+      sources: labelled images to learn from and to test on, or None.
+      images: what label-free measures are taken on: the test images if there are any, else those of
+        the training.
+      network: the network.
+      params: its trained parameters.
+      batch_stats: its trained statistics.
+      step: of the checkpoint that they come from.
+      mesh: the devices.
+      skipped: takes note of images that cannot be decoded, which count in no figure.
+    """
+
+    config: config_dict.ConfigDict
+    workdir: epath.Path
+    sources: EvaluationSources | None
+    images: Source
+    network: Network
+    params: dict
+    batch_stats: dict
+    step: int
+    mesh: Mesh
+    skipped: SkippedImages
+
+    def train(self, of: str = "trained") -> SplitFeatures:
+        """Features of the labelled training images.
+
+        Args:
+          of: `trained`, `random_init` (the backbone before the training) or `raw_pixels`.
+
+        Raises:
+          UserError: no image has a label, or a feature is not finite.
+        """
+        return self._labelled(self.labelled_sources().train, of)
+
+    def test(self, of: str = "trained") -> SplitFeatures:
+        """Features of the labelled test images; arguments and errors as `train`."""
+        return self._labelled(self.labelled_sources().test, of)
+
+    def unlabelled(self) -> SplitFeatures:
+        """`features` and `embeddings` of all `images`, whether they have a label or not."""
+        return self._split(self.images, "trained")
+
+    def views(self) -> Arrays:
+        """`features` and `embeddings` [images, views, ...] of several views of some `images`."""
+        return self._once(
+            ("views",),
+            f"step_{self.step}-views",
+            self._key(self.images, "trained")
+            | {
+                "crop": as_json(self.config.crop),
+                "augmentation": as_json(self.config.augmentation),
+                "view_images": self.config.evaluation.view_images,
+                "views": self.config.evaluation.num_views,
+                "seed": self.config.seed,
+            },
+            lambda: extract_views(
+                self.network,
+                self.params,
+                self.batch_stats,
+                self.images,
+                self.config,
+                self.mesh,
+                skipped=self.skipped,
+                description=f"views of {self.images.name}",
+            ),
+        )
+
+    def probabilities(self) -> np.ndarray:
+        """The segments' probabilities for all `images`, float32 [images, segments, units]."""
+        objective = self.config.objective
+        embeddings = self.unlabelled().arrays["embeddings"]
+        convert = jax.jit(
+            functools.partial(
+                segment_probabilities,
+                num_segments=objective.num_segments,
+                temperature=objective.temperature,
+            )
+        )
+        starts = range(0, len(embeddings), _PROBABILITIES_AT_ONCE)
+        parts = [convert(embeddings[start : start + _PROBABILITIES_AT_ONCE]) for start in starts]
+        return np.concatenate([np.asarray(part) for part in parts])
+
+    @property
+    def num_classes(self) -> int:
+        """How many labels there are."""
+        return self.labelled_sources().train.num_classes
+
+    def labelled_sources(self) -> EvaluationSources:
+        """The labelled images.
+
+        Raises:
+          UserError: there are none.
+        """
+        if self.sources is None:
+            raise UserError(
+                f"{self.workdir} was trained on images without a test set; name labelled ones with "
+                "--config.evaluation.test=, and --config.evaluation.train= to learn from"
+            )
+        return self.sources
+
+    def _labelled(self, source: Source, of: str) -> SplitFeatures:
+        found = self._split(source, of).labelled()
+        if not len(found):
+            raise UserError(f"none of the {len(source)} images of {source.name} has a label")
+        return found
+
+    def _split(self, source: Source, of: str) -> SplitFeatures:
+        # The training images' embeddings, which nothing needs, can be 40 GB.
+        training = self.sources is not None and source is self.sources.train
+        embeddings = of == "trained" and (source is self.images or not training)
+
+        def compute() -> Arrays:
+            found = extract_split(
+                self.extractor(of, embeddings=embeddings),
+                source,
+                self.config,
+                self.mesh,
+                skipped=self.skipped,
+                description=f"features of {source.name}, {of.replace('_', ' ')}",
+            )
+            return found.arrays | {"labels": found.labels, "indices": found.indices}
+
+        arrays = self._once(
+            (id(source), of),
+            f"step_{self.step}-{of}",
+            self._key(source, of) | {"embeddings": embeddings},
+            compute,
+            on_disk=of != "raw_pixels",
+        )
+        arrays = dict(arrays)
+        labels, indices = arrays.pop("labels"), arrays.pop("indices")
+        if not all(np.all(np.isfinite(array)) for array in arrays.values()):
+            raise UserError(f"some features of {source.name} are not finite; nothing to evaluate")
+        return SplitFeatures(arrays, labels, indices)
+
+    def extractor(self, of: str, *, embeddings: bool = False) -> Extractor:
+        """What computes features from images; for `of`, see `train`."""
+        if of == "raw_pixels":
+            return pixel_extractor(self.config)
+        params, batch_stats = self.params, self.batch_stats
+        if of == "random_init":
+            initial = jax.jit(functools.partial(init_network, self.config))
+            params, batch_stats = initial(jax.random.key(self.config.seed))
+        return backbone_extractor(
+            self.network, params, batch_stats, self.config, self.mesh, embeddings=embeddings
+        )
+
+    def _key(self, source: Source, of: str) -> dict[str, Any]:
+        """What features depend on, besides what the images hold."""
+        names = zlib.crc32("\n".join(map(source.record_name, range(len(source)))).encode())
+        config = as_json(self.config)
+        return {
+            "network": of,
+            "step": self.step,
+            "weights": self._weights,
+            "source": source.name,
+            "images": len(source),
+            "names": names,
+            "view": [config["crop"]["size"], config["crop"]["eval_resize"]],
+            "pixels": [config["dataset"][name] for name in ("num_channels", "mean", "std")],
+            "compute_dtype": config["compute_dtype"],
+            "backbone": config["backbone"],
+            "seed": config["seed"] if of == "random_init" else None,
+        }
+
+    @functools.cached_property
+    def _memory(self) -> dict[tuple, Arrays]:
+        return {}
+
+    @functools.cached_property
+    def _weights(self) -> int:
+        """Checksum of the trained network, so that another run's features are never taken."""
+        whole = replicate((self.params, self.batch_stats), self.mesh)
+        checksum = 0
+        for leaf in jax.tree.leaves(whole):
+            content = content_bytes(np.asarray(leaf.addressable_data(0)))
+            checksum = zlib.crc32(content, checksum)
+        return checksum
+
+    def _once(
+        self,
+        memory_key: tuple,
+        name: str,
+        key: dict[str, Any],
+        compute: Callable[[], Arrays],
+        *,
+        on_disk: bool = True,
+    ) -> Arrays:
+        if memory_key not in self._memory:
+            cache = ArrayCache(self.workdir / "features")
+            self._memory[memory_key] = cache.get(name, key, compute) if on_disk else compute()
+        return self._memory[memory_key]

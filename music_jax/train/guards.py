@@ -1,0 +1,306 @@
+"""What ends a training early: a loss that is not finite or leaps, and embeddings that collapse.
+
+All is watched on the device, at every step, by a few scalars that are part of the training state.
+From the step that trips a guard on, the state holds back every update, so that the host may look
+whenever it logs.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import config_dict
+
+from music_jax.objectives import segment_probabilities
+from music_jax.train.objective import Metrics, Objective
+
+# A leap of the loss is measured in no less than this share of the loss itself.
+_LEAST_DEVIATION = 0.01
+# A unit used less than this share of its fair one, or varying so little, is dead.
+_DEAD = 0.01
+# Random directions onto which embeddings are projected to estimate their effective rank.
+_DIRECTIONS = 64
+
+STATISTICS = ("usage_entropy", "dead_units", "embedding_std", "effective_rank")
+
+# By bit of `GuardState.reasons`.
+REASONS = (
+    "the loss or the gradient was not finite",
+    "the loss leapt",
+    "the segments' units were used unevenly",
+    "most units were dead",
+    "the embeddings hardly varied",
+    "the embeddings varied along hardly any dimension",
+)
+_COLLAPSE = 2  # the first reason that is a collapse
+
+
+@dataclasses.dataclass(frozen=True)
+class Guards:
+    """What is watched; the fields are those of `config.guards`.
+
+    Attributes:
+      num_segments: into which the objective cuts the embedding, None if it does not.
+      temperature: of the objective's softmax.
+    """
+
+    enabled: bool
+    warmup_steps: int
+    loss_spike_deviations: float
+    loss_spike_window: int
+    collapse_steps: int
+    min_usage_entropy: float
+    max_dead_units: float
+    min_embedding_std: float
+    min_effective_rank: float
+    num_segments: int | None
+    temperature: float
+
+
+class GuardState(NamedTuple):
+    """What the guards remember from step to step.
+
+    Attributes:
+      tripped_step: int32, the first step that tripped a guard, or -1.
+      reasons: int32, a bit for each of `REASONS` that it tripped.
+      suspect_since: int32, the first of the steps in a row that looked collapsed, or -1.
+      skipped: int32, steps that were left out.
+      losses: int32, losses that the mean is of.
+      loss_mean: float32, the running mean of the loss.
+      loss_variance: float32, its running variance.
+      seen: float32 scalars, what the tripping step looked like.
+    """
+
+    tripped_step: jax.Array
+    reasons: jax.Array
+    suspect_since: jax.Array
+    skipped: jax.Array
+    losses: jax.Array
+    loss_mean: jax.Array
+    loss_variance: jax.Array
+    seen: dict[str, jax.Array]
+
+
+def make_guards(config: config_dict.ConfigDict) -> Guards:
+    """The guards that a config describes."""
+    fields = {field.name for field in dataclasses.fields(Guards)}
+    return Guards(
+        **{name: value for name, value in config.guards.items() if name in fields},
+        num_segments=config.objective.num_segments if config.objective.name == "music" else None,
+        temperature=config.objective.temperature,
+    )
+
+
+def init_guard_state() -> GuardState:
+    """Before the first step."""
+    minus_one, zero = jnp.full((), -1, jnp.int32), jnp.zeros((), jnp.int32)
+    nothing = jnp.zeros((), jnp.float32)
+    names = ("loss", "grad_norm", "loss_mean", "loss_deviation", *STATISTICS)
+    return GuardState(
+        tripped_step=minus_one,
+        reasons=zero,
+        suspect_since=minus_one,
+        skipped=zero,
+        losses=zero,
+        loss_mean=nothing,
+        loss_variance=nothing,
+        seen=dict.fromkeys(names, nothing),
+    )
+
+
+def with_statistics(objective: Objective, guards: Guards) -> Objective:
+    """The objective that also reports the statistics of the first view, if they are watched."""
+    if not guards.enabled:
+        return objective
+
+    def reporting(a: jax.Array, b: jax.Array) -> tuple[jax.Array, Metrics]:
+        loss, metrics = objective(a, b)
+        statistics = embedding_statistics(
+            jax.lax.stop_gradient(a),
+            num_segments=guards.num_segments,
+            temperature=guards.temperature,
+        )
+        return loss, metrics | statistics
+
+    return reporting
+
+
+def embedding_statistics(
+    embeddings: jax.Array, *, num_segments: int | None = None, temperature: float = 1.0
+) -> Metrics:
+    r"""How far a batch of embeddings is from a collapsed one.
+
+    - `embedding_std`: mean over the units of the standard deviation of the L2-normalised
+      embeddings, times sqrt(dim): 1 where they point everywhere, 0 where all are alike (Chen & He,
+      arXiv 2011.10566).
+    - `effective_rank`: the participation ratio tr(C)² / tr(C²) of their covariance C, from 1 to
+      dim, as RankMe (arXiv 2210.02885) without singular values. Of more than 64 units it is
+      estimated from M = Rᵀ C R, R being 64 fixed directions of random signs, as the sum of
+      M_ii M_jj over that of M_ij², i ≠ j, whose expectations are tr(C)² and tr(C²) but for a part
+      that vanishes alike; so neither C nor the batch's Gram matrix is needed.
+    - `usage_entropy`, with segments alone: mean over the segments of the entropy of their units'
+      mean probabilities, over the largest that the batch allows, log min(units, batch).
+    - `dead_units`: share of the units, out of those that the batch could use, whose mean
+      probability is below a hundredth of 1 / units. Without segments: share of the units whose
+      deviation is below a hundredth of the mean one.
+
+    Args:
+      embeddings: [batch, dim]; under `jit` and sharded along the batch they are the global batch's,
+        and of the order of dim numbers are sent.
+      num_segments: number of segments, None if the embedding has none.
+      temperature: of the softmax over a segment.
+
+    Returns:
+      float32 scalars by name.
+    """
+    batch, dim = embeddings.shape
+    z = embeddings.astype(jnp.float32)
+    norms = jnp.sqrt(jnp.sum(z**2, axis=1, keepdims=True))
+    z = z / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny)
+    z = z - jnp.mean(z, axis=0, keepdims=True)
+    deviations = jnp.sqrt(jnp.mean(z**2, axis=0) * dim)  # [D]
+    mean_deviation = jnp.mean(deviations)
+    statistics = {"embedding_std": mean_deviation, "effective_rank": _effective_rank(z)}
+    if num_segments is None:
+        dead = jnp.mean((deviations <= _DEAD * mean_deviation).astype(jnp.float32))
+        return statistics | {"dead_units": dead}
+    units = dim // num_segments
+    usable = min(units, batch)
+    p = segment_probabilities(embeddings, num_segments=num_segments, temperature=temperature)
+    usage = jnp.mean(p.astype(jnp.float32), axis=0)  # [S, K]
+    entropy = -jnp.sum(usage * jnp.log(jnp.maximum(usage, 1e-30)), axis=1)
+    alive = jnp.sum((usage >= _DEAD / units).astype(jnp.float32)) / (num_segments * usable)
+    return statistics | {
+        "usage_entropy": jnp.mean(entropy) / max(np.log(usable), 1e-9),
+        "dead_units": jnp.maximum(1 - alive, 0),
+    }
+
+
+def _effective_rank(centred: jax.Array) -> jax.Array:
+    """Participation ratio of the covariance of centred rows [batch, dim]; 0 if there is none."""
+    dim = centred.shape[1]
+    if dim <= _DIRECTIONS:
+        m = centred.T @ centred
+        pairs = np.ones((dim, dim), np.float32)
+    else:
+        signs = np.random.default_rng(0).integers(0, 2, (dim, _DIRECTIONS), np.int8) * 2 - 1
+        projected = centred @ jnp.asarray(signs, jnp.int8).astype(jnp.float32)
+        m = projected.T @ projected  # [64, 64]
+        pairs = 1 - np.eye(_DIRECTIONS, dtype=np.float32)
+    variances = jnp.diagonal(m)
+    largest = jnp.maximum(jnp.max(variances), jnp.finfo(jnp.float32).tiny)
+    m, variances = m / largest, variances / largest
+    squares = jnp.sum(pairs * m**2)
+    products = jnp.sum(pairs * jnp.outer(variances, variances))
+    return products / jnp.maximum(squares, 1e-30)
+
+
+def watch(
+    guards: Guards,
+    state: GuardState,
+    step: jax.Array,
+    loss: jax.Array,
+    grad_norm: jax.Array,
+    metrics: Metrics,
+) -> tuple[jax.Array, GuardState]:
+    """Looks at one step; to be called under `jax.jit`.
+
+    Args:
+      guards: what trips.
+      state: before the step.
+      step: its number, from 1.
+      loss: of the step.
+      grad_norm: of its gradient.
+      metrics: the statistics among them.
+
+    Returns:
+      Whether its update may be made, and the state after it. Once a guard has tripped none may, and
+      the state stays.
+    """
+    loss = loss.astype(jnp.float32)
+    deviation = jnp.sqrt(state.loss_variance)
+    difference = loss - state.loss_mean
+    warm = state.losses >= guards.warmup_steps
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    spike, collapsed = jnp.asarray(False), [jnp.asarray(False)] * 4
+    if guards.enabled:
+        if guards.loss_spike_deviations:
+            unit = jnp.maximum(deviation, _LEAST_DEVIATION * jnp.abs(state.loss_mean))
+            spike = warm & (difference > guards.loss_spike_deviations * unit)
+        collapsed = [warm & found for found in _collapsed(guards, metrics)]
+    suspect = jnp.any(jnp.stack(collapsed))
+    since = jnp.where(state.suspect_since < 0, step, state.suspect_since)
+    since = jnp.where(suspect, since, -1)
+    long_enough = suspect & (step - since + 1 >= guards.collapse_steps)
+
+    fresh = state.tripped_step < 0
+    tripped = ~finite | spike | long_enough
+    good = fresh & ~tripped
+    reasons = jnp.stack([~finite, spike, *(long_enough & found for found in collapsed)])
+    bits = jnp.sum(reasons.astype(jnp.int32) << jnp.arange(len(REASONS), dtype=jnp.int32))
+    now = {"loss": loss, "grad_norm": grad_norm.astype(jnp.float32)}
+    now |= {"loss_mean": state.loss_mean, "loss_deviation": deviation}
+    now |= {name: metrics[name].astype(jnp.float32) for name in STATISTICS if name in metrics}
+    weight = 1 / jnp.minimum(state.losses + 1, guards.loss_spike_window).astype(jnp.float32)
+    variance = (1 - weight) * (state.loss_variance + weight * difference**2)
+    first = fresh & tripped
+    return good, GuardState(
+        tripped_step=jnp.where(first, step, state.tripped_step),
+        reasons=jnp.where(first, bits, state.reasons),
+        suspect_since=jnp.where(fresh, since, state.suspect_since),
+        skipped=state.skipped,
+        losses=state.losses + good.astype(jnp.int32),
+        loss_mean=jnp.where(good, state.loss_mean + weight * difference, state.loss_mean),
+        loss_variance=jnp.where(good, variance, state.loss_variance),
+        seen={
+            name: jnp.where(first, now[name], old) if name in now else old
+            for name, old in state.seen.items()
+        },
+    )
+
+
+def _collapsed(guards: Guards, metrics: Metrics) -> list[jax.Array]:
+    """Whether each statistic is beyond its limit, in the order of `REASONS`."""
+    usage_entropy = metrics.get("usage_entropy", jnp.ones((), jnp.float32))
+    return [
+        usage_entropy < guards.min_usage_entropy,
+        metrics["dead_units"] > guards.max_dead_units,
+        metrics["embedding_std"] < guards.min_embedding_std,
+        metrics["effective_rank"] < guards.min_effective_rank,
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trip:
+    """A guard that has tripped, as the host learns of it.
+
+    Attributes:
+      step: that tripped it.
+      first_step: since which the training was not well: the step itself, or, of a collapse, the
+        first of those in a row that looked collapsed.
+      what: in words.
+      seen: what the step looked like.
+    """
+
+    step: int
+    first_step: int
+    what: str
+    seen: dict[str, float]
+
+
+def read_trip(state: GuardState) -> Trip | None:
+    """The trip, if there was one; waits for the device."""
+    step = int(state.tripped_step)
+    if step < 0:
+        return None
+    told: Any = jax.device_get(state)
+    bits = [bit for bit in range(len(REASONS)) if int(told.reasons) >> bit & 1]
+    sudden = any(bit < _COLLAPSE for bit in bits)
+    return Trip(
+        step=step,
+        first_step=step if sudden else int(told.suspect_since),
+        what=" and ".join(REASONS[bit] for bit in bits),
+        seen={name: float(value) for name, value in told.seen.items()},
+    )

@@ -1,0 +1,93 @@
+"""Bits that differ between devices, or between two times of the same step."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from music_jax.config import default_config
+from music_jax.mesh import make_data_mesh
+from music_jax.train.corruption import CorruptionChecks, differing
+from music_jax.train.guards import init_guard_state
+from music_jax.train.state import TrainState, state_shardings
+from tests.poisoned_main import flip_a_bit
+
+
+def _state(mesh, dtype=jnp.float32):
+    params = {
+        "bias": jnp.arange(5).astype(dtype),
+        "kernel": jnp.arange(2**17).reshape(512, 256).astype(dtype),
+    }
+    state = TrainState(
+        step=jnp.asarray(7, jnp.int32),
+        params=params,
+        batch_stats={"mean": jnp.arange(3.0)},
+        opt_state=optax.trace(0.9).init(params),
+        guard=init_guard_state(),
+    )
+    return jax.device_put(state, state_shardings(state, mesh))
+
+
+def _checks(state, mesh, *, replicas=2, determinism=3):
+    config = default_config()
+    config.guards.check_replicas_every_steps = replicas
+    config.guards.check_determinism_every_steps = determinism
+    return CorruptionChecks(config, state, mesh)
+
+
+@pytest.mark.parametrize("fsdp", [1, 2])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_bit_that_one_device_holds_otherwise(fsdp, dtype):
+    mesh = make_data_mesh(4, fsdp=fsdp)
+    state = _state(mesh, dtype)
+    checks = _checks(state, mesh)
+    assert checks.replicas(2, state, saving=False) is None
+    wrong = flip_a_bit(state)
+    assert checks.replicas(1, wrong, saving=False) is None  # not due
+    found = checks.replicas(2, wrong, saving=False)
+    assert found == "devices differ in params/bias on TFRT_CPU_3 of process 0"
+    assert checks.replicas(1, wrong, saving=True) == found
+    assert _checks(state, mesh, replicas=0).replicas(2, wrong, saving=True) is None
+
+
+def test_who_is_named():
+    checksums = np.array([[1, 1], [1, 2], [3, 1], [1, 2]], np.uint32)
+    groups = [[[0, 1, 2, 3]], [[0, 2], [1, 3]]]
+    assert np.argwhere(differing(checksums, groups)).tolist() == [[2, 0]]
+    tied = differing(checksums, [[[0, 1, 2, 3]], [[0, 1], [2, 3]]])
+    assert np.argwhere(tied[:, 1]).ravel().tolist() == [0, 1, 2, 3]
+
+
+def test_a_step_that_gives_other_bits_the_second_time():
+    mesh = make_data_mesh(2)
+    state = _state(mesh)
+    checks = _checks(state, mesh)
+    calls = []
+
+    def step_function(state, *batch):
+        state = dataclasses.replace(state, step=state.step + 1)
+        calls.append(1)
+        return (flip_a_bit_of_two(state) if len(calls) == 3 else state), {"loss": jnp.ones(())}
+
+    def flip_a_bit_of_two(state):
+        mean = jax.device_put(
+            np.nextafter(np.asarray(state.batch_stats["mean"]), np.float32(9)),
+            state.batch_stats["mean"].sharding,
+        )
+        return dataclasses.replace(state, batch_stats={"mean": mean})
+
+    batch = (jnp.zeros(2), jnp.zeros(2))
+    state, _, wrong = checks.step(3, step_function, state, batch)  # calls 1 and 2
+    assert wrong is None
+    assert len(calls) == 2
+    state, _, wrong = checks.step(6, step_function, state, batch)  # 3 and 4
+    assert wrong == (
+        "done twice, it gave other bits in batch_stats/mean on TFRT_CPU_0 of process 0, "
+        "TFRT_CPU_1 of process 0"
+    )
+    assert int(state.step) == 9
+    checks.step(7, step_function, state, batch)
+    assert len(calls) == 5  # not due: once

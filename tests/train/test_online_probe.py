@@ -1,0 +1,79 @@
+"""The online probe: its own step against optax, and a training that does not notice it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from processes import DIGITS, SMALL, checkpoint, metrics, run
+
+from music_jax.evaluation.online_probe import init_probe, probe_step
+
+_PROBE = ("--config.online_probe.enabled=True", "--config.online_probe.batch_size=100")
+
+
+def test_a_step_is_sgd_of_optax_on_standardised_features():
+    rng = np.random.default_rng(0)
+    features = rng.normal(3, 2, size=(3, 50, 8)).astype(np.float32)
+    labels = jnp.asarray(rng.integers(4, size=(3, 50)), jnp.int32)
+    step = jax.jit(probe_step, static_argnames=("learning_rate", "momentum", "weight_decay"))
+    probe = init_probe(8, 4)
+    mean, variance = np.zeros(8), np.ones(8)
+    head = {"kernel": jnp.zeros((8, 4)), "bias": jnp.zeros(4)}
+    decay = optax.add_decayed_weights(0.1, mask={"kernel": True, "bias": False})
+    optimizer = optax.chain(decay, optax.sgd(0.5, momentum=0.9))
+    state = optimizer.init(head)
+    correct = 0
+    for x, y in zip(features, labels, strict=True):
+        probe = step(probe, x, y, learning_rate=0.5, momentum=0.9, weight_decay=0.1)
+        mean = 0.9 * mean + 0.1 * np.mean(x, axis=0)
+        variance = 0.9 * variance + 0.1 * np.var(x, axis=0)
+        z = jnp.asarray((x - mean) / np.sqrt(variance + 1e-6), jnp.float32)
+
+        def loss(head, z=z, y=y):
+            logits = z @ head["kernel"] + head["bias"][None]
+            return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, y))
+
+        correct += int(np.sum(np.argmax(z @ head["kernel"] + head["bias"][None], axis=1) == y))
+        updates, state = optimizer.update(jax.grad(loss)(head), state, head)
+        head = optax.apply_updates(head, updates)
+    np.testing.assert_allclose(probe.kernel, head["kernel"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(probe.bias, head["bias"], rtol=1e-4, atol=1e-5)
+    assert (float(probe.correct), float(probe.seen)) == (correct, 150)
+
+
+@pytest.mark.slow
+def test_the_backbone_is_the_same_bit_for_bit_with_the_probe_and_without(tmp_path):
+    """Also where other images are labelled, and in one run as in two, of which one goes on."""
+    data = f"--config.dataset.data_dir={tmp_path / 'tfds'}"
+    common = (DIGITS, *SMALL, data)
+    runs = {
+        "without": ((),),
+        "with": (_PROBE,),
+        "others": ((*_PROBE, "--config.online_probe.train=mnist5k:train[:500]"),),
+    }
+    for name, calls in runs.items():
+        for more in calls:
+            code, _, err = run("music_jax.main", *common, *more, f"--workdir={tmp_path / name}")
+            assert code == 0, err
+    expected = checkpoint(tmp_path / "without", 22)
+    for name in ("with", "others"):
+        found = checkpoint(tmp_path / name, 22)
+        assert found.keys() == expected.keys()
+        for array, value in expected.items():
+            assert found[array].tobytes() == value.tobytes(), array
+        logged = [line["online_top1"] for line in metrics(tmp_path / name)]
+        assert len(logged) == 22
+        assert np.mean(logged[-5:]) > max(0.2, np.mean(logged[:5]))
+    assert "online_top1" not in metrics(tmp_path / "without")[-1]
+
+    # As if it had been stopped after step 20.
+    import shutil
+
+    shutil.rmtree(tmp_path / "with" / "checkpoints" / "22")
+    (tmp_path / "with" / "linear_eval.json").unlink()
+    before = metrics(tmp_path / "with")
+    code, _, err = run("music_jax.main", *common, *_PROBE, f"--workdir={tmp_path / 'with'}")
+    assert code == 0, err
+    after = metrics(tmp_path / "with")
+    assert [line["online_top1"] for line in after] == [line["online_top1"] for line in before]
