@@ -188,6 +188,7 @@ class Sweep:
             "objective.name": setting.method,
             "optimizer.base_learning_rate": cell.learning_rate,
             "seed": cell.seed,
+            "guards.enabled": False,  # a collapse is a result
         }
         if cell.searching:
             train, held_out = self.settings.search_splits

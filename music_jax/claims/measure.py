@@ -129,9 +129,7 @@ def _measure_segments(
     train_p, p = _probabilities(train, config), _probabilities(test, config)
     codes = p.argmax(axis=2)
     best = int(agreement_between_segments(train_p.argmax(axis=2)).argmax())
-    joint = cluster_scores(
-        joint_clusters(train_p, p, num_clusters=num_classes, num_starts=_STARTS), labels
-    )
+    joint = cluster_scores(joint_clusters(p, num_clusters=num_classes, num_starts=_STARTS), labels)
     by_segment = [cluster_scores(code, labels) for code in codes.T]
     measures = measure_segments(p)
     apart = ~np.eye(codes.shape[1], dtype=bool)

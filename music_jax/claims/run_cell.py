@@ -29,7 +29,7 @@ from music_jax.data.sources import Source, open_source
 from music_jax.errors import DivergedError, UserError
 from music_jax.evaluation.features import extract_split
 from music_jax.mesh import batch_sharding, local_positions, make_data_mesh, to_devices
-from music_jax.train import train_and_evaluate
+from music_jax.train import guards, train_and_evaluate
 from music_jax.train.optimizer import OPTIMIZERS
 from music_jax.train.state import TrainState, abstract_state, initial_state, state_shardings
 from music_jax.train.step import make_recipe, training_step
@@ -120,8 +120,7 @@ def _source(config: config_dict.ConfigDict, split: str) -> tuple[Source, dict[st
 class _Programs:
     init: Callable[[jax.Array], TrainState]
     step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    outputs: Callable[..., jax.Array]  # features and embeddings side by side
-    num_features: int
+    outputs: Callable[..., dict[str, jax.Array]]  # features and embeddings
 
 
 @functools.lru_cache(maxsize=4)
@@ -148,10 +147,11 @@ def _programs(config_json: str, steps_per_epoch: int) -> _Programs:
     states = state_shardings(abstract_state(config, recipe.optimizer), mesh)
     batch, whole = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
 
-    def outputs(params: Any, batch_stats: Any, images: jax.Array) -> jax.Array:
+    def outputs(params: Any, batch_stats: Any, images: jax.Array) -> dict[str, jax.Array]:
         x = normalize_images(images, mean=recipe.mean, std=recipe.std, dtype=recipe.dtype)
         found = recipe.network.infer(params, batch_stats, x)
-        return jnp.concatenate([y.astype(jnp.float32) for y in found], axis=1)
+        names = ("features", "embeddings")
+        return {name: y.astype(jnp.float32) for name, y in zip(names, found, strict=True)}
 
     return _Programs(
         init=jax.jit(
@@ -164,7 +164,6 @@ def _programs(config_json: str, steps_per_epoch: int) -> _Programs:
             donate_argnums=0,
         ),
         outputs=jax.jit(outputs),
-        num_features=recipe.network.num_features,
     )
 
 
@@ -221,9 +220,9 @@ def _train_once(
             if step % order.steps_per_epoch == 0:
                 scalars = {name: float(value) for name, value in metrics.items()}
                 log.write({"step": step, "epoch": step / order.steps_per_epoch, **scalars})
-                if int(state.diverged_step) >= 0:
+                if guards.read_trip(state.guard) is not None:
                     log.close()
-                    raise DivergedError(f"at step {int(state.diverged_step)} of {num_steps}")
+                    raise DivergedError(f"by step {step} of {num_steps}")
     log.close()
     return state
 
@@ -286,7 +285,9 @@ def _extract(
     )
     if not np.all(np.isfinite(found.features)):
         raise DivergedError("the features are not finite")
-    present = found.labels >= 0
-    labels = labels or {config.dataset.label_key: found.labels}
-    features, embeddings = np.split(found.features[present], [programs.num_features], axis=1)
-    return Outputs(features, embeddings, {name: x[present] for name, x in labels.items()})
+    labelled = found.labelled()
+    if labels is None:
+        columns = {config.dataset.label_key: labelled.labels}
+    else:
+        columns = {name: column[labelled.indices] for name, column in labels.items()}
+    return Outputs(labelled.features, labelled.arrays["embeddings"], columns)
