@@ -44,6 +44,7 @@ def main() -> None:
     from music_jax.claims.grid import make_claims
     from music_jax.claims.settings import settings_of
     from music_jax.data import datasets
+    from music_jax.train.lock import WorkdirLock
 
     name = config.dataset.name
     settings = settings_of(name)
@@ -62,8 +63,9 @@ def main() -> None:
     )
     try:
         if not flags.FLAGS.tables_only:
-            datasets.prepare(config)
-            pool.run_missing(sweep, cores=cores)
+            with WorkdirLock(directory):
+                datasets.prepare(config)
+                pool.run_missing(sweep, cores=cores)
     finally:
         tables = results.collect(sweep)
         results.write(tables, directory)
@@ -78,12 +80,15 @@ def _cores() -> list[int | None]:
 
     This process itself leaves accelerators to the worker.
     """
-    ask = "import jax; print(jax.default_backend())"
-    found = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)
+    backend = os.environ.get("JAX_PLATFORMS")
+    if backend != "cpu":
+        ask = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+        found = subprocess.run(ask, capture_output=True, text=True, check=False)
+        backend = (found.stdout.split() or ["none"])[-1]
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    if found.stdout.split()[-1:] != ["cpu"]:
+    if backend != "cpu":
         return [None]
     affinity = getattr(os, "sched_getaffinity", None)
     if affinity is None:
