@@ -81,6 +81,7 @@ def measure(train: Outputs, test: Outputs, config: config_dict.ConfigDict) -> di
         "knn_top1": float(np.mean(predicted == test_labels)),
         "ten_shot_top1": shots.top1.mean,
         "rankme": rankme(test.features),
+        "embedding_rankme": rankme(test.embeddings),
     }
     if config.objective.name == "music":
         found |= _measure_segments(train, test, config)

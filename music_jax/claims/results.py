@@ -26,13 +26,13 @@ SHARES = {
     "dead_units": "dead units",
     "confidence": "confidence",
 }
-NUMBERS = {"rankme": "RankMe"}
+NUMBERS = {"rankme": "RankMe", "embedding_rankme": "RankMe of embeddings"}
 _SHOWN = {
     1: ("linear_top1", "knn_top1", "ten_shot_top1", "segment_accuracy", "joint_code_accuracy"),
     5: (
         "linear_top1",
         "knn_top1",
-        "rankme",
+        "embedding_rankme",
         "usage_entropy",
         "dead_units",
         "segment_information",

@@ -41,6 +41,7 @@ def test_a_label_that_the_features_hold_is_found_and_another_is_not():
     assert linear_top1(train, test, config, "hue") < 0.4
     assert found["usage_entropy"] > 0.99
     assert found["dead_units"] == 0
+    assert found["embedding_rankme"] > 12
     assert found["segment_information"] < 0.02
 
 
@@ -57,3 +58,16 @@ def test_segments_and_factors_are_scikit_learns():
     np.testing.assert_allclose(np.diag(expected[:2]), 1)
     segments = measure(train, test, config)["segments_label_nmi"]
     np.testing.assert_allclose(segments, [row[0] for row in expected], atol=1e-9)
+
+
+def test_collapsed_embeddings_are_told_from_the_features_before_them():
+    train, test = problem(200, 0)[0], problem(200, 1)[0]
+    one = np.tile(np.float32([9, 0, 0, 0]), 4)
+    train, test = (x._replace(embeddings=np.tile(one, (200, 1))) for x in (train, test))
+    found = measure(train, test, settings())
+    assert found["rankme"] > 4
+    assert found["embedding_rankme"] < 1.01
+    assert found["usage_entropy"] < 0.01
+    assert found["dead_units"] == 0.75
+    assert found["segments_label_nmi_mean"] == 0
+    assert found["joint_code_accuracy"] < 0.4
