@@ -13,7 +13,7 @@ from music_jax import config as config_lib
 from music_jax.claims.grid import Claim, Setting, base
 from music_jax.claims.settings import Settings
 from music_jax.errors import UserError
-from music_jax.records import read_config
+from music_jax.records import as_json, read_config
 
 _RESULT = "result.json"
 
@@ -168,9 +168,9 @@ class Sweep:
         return result
 
     def _check_same(self, cell: Cell, directory: epath.Path) -> None:
-        old = read_config(directory)
-        wanted = json.loads(self.cell_config(cell).to_json_best_effort())
-        differing = config_lib.differences(old or {}, wanted)
+        # Fields that have been added since have the defaults that were in force without them.
+        old = as_json(config_lib.from_json(read_config(directory) or {}))
+        differing = config_lib.differences(old, as_json(self.cell_config(cell)))
         if differing:
             raise UserError(
                 f"{directory} is of another config ({'; '.join(differing[:3])}); give the same "

@@ -143,6 +143,17 @@ def test_results_of_another_config_are_not_taken_for_this_ones(tmp_path):
         make_sweep(tmp_path, only=("1",), config=config).missing()
 
 
+def test_a_result_from_before_a_field_was_added_still_counts(tmp_path):
+    sweep = make_sweep(tmp_path, only=("1",))
+    cell = sweep.missing()[0]
+    finish(sweep, cell, linear_top1=0.9)
+    path = sweep.directory / cell.name / "config.json"
+    record = json.loads(path.read_text())
+    del record["config"]["objective"]["contrast_temperature"]
+    path.write_text(json.dumps(record))
+    assert cell not in make_sweep(tmp_path, only=("1",)).missing()
+
+
 def test_what_the_user_sets_comes_before_the_sweeps_own_settings(tmp_path):
     config = load("mnist5k")
     config.num_epochs = 17
