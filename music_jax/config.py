@@ -54,7 +54,7 @@ def default_config() -> config_dict.ConfigDict:
     config.num_decode_threads = config_dict.placeholder(int)  # None: one a core
 
     config.objective = config_dict.ConfigDict()
-    config.objective.name = "music"  # music, barlow_twins, vicreg
+    config.objective.name = "music"  # music, barlow_twins, vicreg, simclr
     config.objective.num_segments = 102
     config.objective.units_per_segment = 80
     config.objective.temperature = 1.0
@@ -65,6 +65,7 @@ def default_config() -> config_dict.ConfigDict:
     config.objective.similarity_weight = 25.0  # VICReg, and the two below
     config.objective.variance_weight = 25.0
     config.objective.covariance_weight = 1.0
+    config.objective.contrast_temperature = 0.1  # SimCLR
 
     config.dataset = config_dict.ConfigDict()
     config.dataset.name = ""  # any TFDS name
@@ -208,6 +209,7 @@ def validate(config: config_dict.ConfigDict) -> None:
         _at_least(config, field, 2)
     for field in (
         "objective.temperature",
+        "objective.contrast_temperature",
         "optimizer.base_learning_rate",
         "knn.temperature",
         "few_shot.inverse_regularization",

@@ -153,7 +153,7 @@ def prepare(dataset: config_dict.ConfigDict) -> None:
     builder = _builder(dataset)
     if builder.is_prepared():
         return
-    if type(builder).__module__ != "music_jax.data.builders":
+    if not type(builder).__module__.startswith("music_jax.data."):
         _hide_accelerators_from_tensorflow(dataset.name)
     try:
         builder.download_and_prepare(
@@ -179,7 +179,8 @@ def prepare(dataset: config_dict.ConfigDict) -> None:
 def _builder(dataset: config_dict.ConfigDict) -> Any:
     import tensorflow_datasets as tfds
 
-    import music_jax.data.builders  # noqa: F401  (registers ours with TFDS)
+    import music_jax.data.builders
+    import music_jax.data.shapes  # noqa: F401  (both register ours with TFDS)
 
     if not dataset.name:
         raise UserError(

@@ -44,6 +44,15 @@ BACKBONES: dict[str, BackboneSpec] = {
         first_stride=2,
         pool_grid=4,
     ),
+    # A quarter of it, for sweeps of many small runs.
+    "tiny_resnet": _resnet(
+        block=BasicBlock,
+        stage_sizes=(1, 1),
+        widths=(24, 48),
+        stem_width=16,
+        first_stride=2,
+        pool_grid=4,
+    ),
     "resnet18": _resnet(block=BasicBlock, stage_sizes=(2, 2, 2, 2), widths=_IMAGENET_WIDTHS),
     "resnet34": _resnet(block=BasicBlock, stage_sizes=(3, 4, 6, 3), widths=_IMAGENET_WIDTHS),
     "resnet50": _resnet(block=Bottleneck, stage_sizes=(3, 4, 6, 3), widths=_IMAGENET_WIDTHS),

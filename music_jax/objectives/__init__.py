@@ -7,6 +7,7 @@ from music_jax.objectives.probabilities import (
     segment_codes,
     segment_probabilities,
 )
+from music_jax.objectives.simclr import simclr_loss
 from music_jax.objectives.vicreg import vicreg_loss
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "music_terms",
     "segment_codes",
     "segment_probabilities",
+    "simclr_loss",
     "vicreg_loss",
 ]

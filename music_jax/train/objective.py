@@ -10,6 +10,7 @@ from music_jax.objectives import (
     barlow_twins_loss,
     music_lower_bound,
     music_terms,
+    simclr_loss,
     vicreg_loss,
 )
 
@@ -59,8 +60,13 @@ def _vicreg(config: config_dict.ConfigDict) -> Objective:
     )
 
 
+def _simclr(config: config_dict.ConfigDict) -> Objective:
+    return lambda a, b: (simclr_loss(a, b, temperature=config.contrast_temperature), {})
+
+
 OBJECTIVES: dict[str, Callable[[config_dict.ConfigDict], Objective]] = {
     "music": _music,
     "barlow_twins": _barlow_twins,
     "vicreg": _vicreg,
+    "simclr": _simclr,
 }

@@ -41,7 +41,7 @@ def init_state(
     mesh: Mesh,
 ) -> TrainState:
     """The state before the first step, made on the mesh's devices from `config.seed`."""
-    init = functools.partial(_init, config, optimizer)
+    init = functools.partial(initial_state, config, optimizer)
     shardings = state_shardings(abstract_state(config, optimizer), mesh)
     return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
 
@@ -50,12 +50,15 @@ def abstract_state(
     config: config_dict.ConfigDict, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """The state's shapes and types, without any array."""
-    return jax.eval_shape(functools.partial(_init, config, optimizer), jax.random.key(config.seed))
+    return jax.eval_shape(
+        functools.partial(initial_state, config, optimizer), jax.random.key(config.seed)
+    )
 
 
-def _init(
+def initial_state(
     config: config_dict.ConfigDict, optimizer: optax.GradientTransformation, key: jax.Array
 ) -> TrainState:
+    """The state before the first step, with weights drawn by a key; to be called under `jit`."""
     params, batch_stats = init_network(config, key)
     return TrainState(
         step=jnp.zeros((), jnp.int32),

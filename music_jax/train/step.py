@@ -51,7 +51,7 @@ class Recipe:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     dtype: jnp.dtype
-    seed: int
+    seed: int | jax.Array
     accumulation_steps: int
 
 

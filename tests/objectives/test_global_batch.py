@@ -9,7 +9,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from music_jax.objectives import barlow_twins_loss, cross_segment, music_loss, vicreg_loss
+from music_jax.objectives import (
+    barlow_twins_loss,
+    cross_segment,
+    music_loss,
+    simclr_loss,
+    vicreg_loss,
+)
 from tests.objectives.cases import relative_error
 
 # name: loss, and the widths of embedding to try it at. 21 units divide by no number of devices.
@@ -17,6 +23,7 @@ LOSSES = {
     "music": (functools.partial(music_loss, num_segments=3), (21, 24)),
     "barlow_twins": (barlow_twins_loss, (21, 6)),
     "vicreg": (vicreg_loss, (21, 6)),
+    "simclr": (simclr_loss, (21, 6)),
 }
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 
@@ -92,7 +99,11 @@ def check(found, expected):
 @pytest.mark.parametrize(
     ("name", "dim_index", "devices"),
     [("music", 0, 1), ("music", 0, 2), ("music", 0, 4), ("music", 1, 4)]
-    + [(name, *rest) for name in ("barlow_twins", "vicreg") for rest in ((0, 2), (0, 4), (1, 4))],
+    + [
+        (name, *rest)
+        for name in ("barlow_twins", "vicreg", "simclr")
+        for rest in ((0, 2), (0, 4), (1, 4))
+    ],
 )
 def test_value_and_gradient_are_those_of_one_device(name, dim_index, devices, way):
     model, weights, images, expected = problem(name, dim_index)
@@ -218,7 +229,7 @@ def test_bfloat16_products_on_four_devices():
     assert relative_error(gradient, expected[1]) < 1e-2
 
 
-@pytest.mark.parametrize("name", ["barlow_twins", "vicreg"])
+@pytest.mark.parametrize("name", ["barlow_twins", "vicreg", "simclr"])
 def test_one_sample_a_device_is_a_batch_of_several(name):
     model, weights, images, expected = problem(name, batch=4)
     check(in_shard_map(model, weights, images, 4), expected)

@@ -72,7 +72,7 @@ def test_the_loss_falls(objective, optimizer):
     assert np.mean([m["loss"] for m in logged[-4:]]) < np.mean([m["loss"] for m in logged[:4]])
 
 
-@pytest.mark.parametrize("objective", ["music", "barlow_twins", "vicreg"])
+@pytest.mark.parametrize("objective", ["music", "barlow_twins", "vicreg", "simclr"])
 def test_one_two_and_four_devices_give_the_same_losses(objective):
     config = _config(objective)
     config.optimizer.base_learning_rate = 0.01

@@ -1,0 +1,61 @@
+"""Drawings whose factors are known: what each segment is about can be measured.
+
+Paper: MUSIC, Niu & Wang, arXiv 2206.06461 (which has no experiment on this dataset).
+Expected: see RESULTS.md; not yet measured at this config's own settings.
+Hardware and time: not yet measured.
+Command: python -m music_jax.main --config=configs/shapes.py --workdir=runs/shapes
+
+The label is the shape; --config.dataset.label_key=hue (or any other factor) takes another one.
+Larger ones: --config.dataset.name=shapes/64 --config.crop.size=64 --config.crop.eval_resize=64
+"""
+
+from ml_collections import config_dict
+
+from music_jax.config import default_config, set_views
+
+
+def get_config() -> config_dict.ConfigDict:
+    """The config."""
+    config = default_config()
+    config.batch_size = 256
+    config.num_epochs = 40
+    config.log_every_steps = 31
+
+    config.objective.num_segments = 32
+    config.objective.units_per_segment = 16
+
+    config.dataset.name = "shapes"
+    config.dataset.mean = (0.3377, 0.3437, 0.3478)
+    config.dataset.std = (0.1927, 0.1951, 0.1940)
+    config.crop.size = 32
+    config.crop.eval_resize = 32
+    config.crop.scale = (0.5, 1.0)
+    set_views(
+        config,
+        jitter_probability=0.8,
+        brightness=0.4,
+        contrast=0.4,
+        saturation=0.4,
+        hue=0.1,
+        grayscale_probability=0.2,
+    )
+
+    config.backbone.name = "small_resnet"
+    config.backbone.stem = "strided"
+    config.backbone.zero_init_residual = False
+    config.projector.hidden_sizes = ()
+
+    config.optimizer.name = "adamw"
+    config.optimizer.base_learning_rate = 1e-2
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.warmup_epochs = 3
+
+    config.checkpoint.every_steps = 310
+
+    config.linear_eval.num_epochs = 50
+    config.linear_eval.base_learning_rates = (3e-3, 1e-2, 3e-2)
+    config.linear_eval.weight_decay = 3e-2
+    config.linear_eval.random_crops = False
+    config.linear_eval.standardize = True
+    config.linear_eval.random_init = True
+    return config

@@ -1,0 +1,239 @@
+"""Which cells there are, which are run next, and what becomes of their results."""
+
+import json
+import runpy
+
+import numpy as np
+import pytest
+import scipy.stats
+from etils import epath
+
+from music_jax import records
+from music_jax.claims import plots, report, results
+from music_jax.claims.cells import Cell, Sweep, base_config, chosen
+from music_jax.claims.grid import base, make_claims
+from music_jax.claims.settings import SETTINGS, settings_of
+from music_jax.config import default_config, validate
+from music_jax.errors import UserError
+
+
+def load(name):
+    return runpy.run_path(f"configs/{name}.py")["get_config"]()
+
+
+def make_sweep(tmp_path, name="mnist5k", *, only=(), seeds=3, overridden=(), config=None):
+    config = config or load(name)
+    settings = settings_of(config.dataset.name)
+    claims = make_claims(base_config(config, settings, overridden), settings)
+    wanted = chosen({claim.number: claim for claim in claims}, only)
+    return Sweep(
+        config,
+        settings,
+        wanted,
+        num_seeds=seeds,
+        directory=epath.Path(tmp_path),
+        overridden=overridden,
+    )
+
+
+def finish(sweep, cell, **result):
+    """What a run of the cell leaves."""
+    directory = sweep.directory / cell.name
+    directory.mkdir(parents=True)
+    records.write_config(directory, sweep.cell_config(cell))
+    (directory / "result.json").write_text(json.dumps({"core_seconds": 36.0} | result))
+
+
+def accuracy_of(cell):
+    """Best at 3e-3 for all but music, whose best is 1e-2; depth helps nobody."""
+    best = 1e-2 if cell.setting.method == "music" else 3e-3
+    noise = np.random.default_rng(cell.seed).normal(scale=0.001)
+    return 0.97 - 0.01 * abs(np.log10(cell.learning_rate / best)) + noise
+
+
+def finish_all(sweep):
+    while missing := sweep.missing():
+        for cell in missing:
+            top1 = accuracy_of(cell)
+            finish(sweep, cell, linear_top1=top1, knn_top1=top1 - 0.01, ten_shot_top1=top1 - 0.05)
+
+
+@pytest.mark.parametrize(
+    "name", ["mnist5k", "digits", "shapes", "cifar10", "imagenette", "imagenet"]
+)
+def test_every_cell_of_every_dataset_has_a_valid_config(tmp_path, name):
+    sweep = make_sweep(tmp_path, name, seeds=1)
+    names = [setting.name for setting in sweep.settings_in_order()]
+    assert len(names) == len(set(names)) > 30
+    for setting in sweep.settings_in_order():
+        validate(sweep.cell_config(Cell(setting, 0.01, 0, False)))
+    configs = [
+        json.dumps(records.as_json(sweep.cell_config(Cell(setting, 0.01, 0, False))))
+        for setting in sweep.settings_in_order()
+        if not setting.collapsed_start
+    ]
+    assert len(set(configs)) == len(configs)  # no setting is trained twice under two names
+
+
+def test_all_methods_have_the_same_backbone_augmentations_and_epochs(tmp_path):
+    sweep = make_sweep(tmp_path, only=("1",))
+    configs = []
+    for method in ("music", "barlow_twins", "vicreg", "simclr"):
+        config = records.as_json(sweep.cell_config(Cell(base(method), 0.01, 0, False)))
+        assert config["objective"].pop("name") == method
+        configs.append(config)
+    assert all(config == configs[0] for config in configs)
+
+
+def test_learning_rates_are_searched_on_a_part_of_the_training_split_before_anything_else(tmp_path):
+    sweep = make_sweep(tmp_path, only=("2",))
+    first = sweep.missing()
+    assert len(first) == 3 * 4
+    for cell in first:
+        assert cell.searching
+        config = sweep.cell_config(cell)
+        assert config.dataset.train_split == "train[:80%]"
+        assert config.dataset.test_split == "train[80%:]"
+    for cell in first:
+        finish(sweep, cell, linear_top1=accuracy_of(cell))
+    assert sweep.best_rate(base("music")) == 1e-2
+    assert sweep.best_rate(base("vicreg")) == 3e-3
+    later = sweep.missing()
+    deep = [c for c in later if c.setting.name == "vicreg,hidden_layers=2"]
+    assert [c.learning_rate for c in deep] == [1e-3, 3e-3, 9e-3]  # about the method's own
+    final = [c for c in later if c.setting == base("music")]
+    assert [(c.seed, c.learning_rate, c.searching) for c in final] == [
+        (seed, 1e-2, False) for seed in range(3)
+    ]
+    assert sweep.cell_config(final[0]).dataset.test_split == "test"
+
+
+def test_a_rate_that_diverges_is_not_chosen(tmp_path):
+    sweep = make_sweep(tmp_path, only=("1",))
+    for cell in sweep.missing():
+        if cell.setting == base("music") and cell.learning_rate >= 1e-2:
+            finish(sweep, cell, diverged="at step 3 of 9")
+        else:
+            finish(sweep, cell, linear_top1=accuracy_of(cell))
+    assert sweep.best_rate(base("music")) == 3e-3
+
+
+def test_all_cells_are_counted_and_gaps_alone_are_run_again(tmp_path):
+    sweep = make_sweep(tmp_path, only=("1", "2"))
+    finish_all(sweep)
+    done = list(epath.Path(tmp_path).glob("*/*/result.json"))
+    assert len(done) == sweep.num_cells()
+    removed = epath.Path(tmp_path) / "vicreg,hidden_layers=2" / "seed=1" / "result.json"
+    removed.write_text("{")  # cut off
+    (epath.Path(tmp_path) / "music" / "seed=2" / "result.json").unlink()
+    again = make_sweep(tmp_path, only=("1", "2"))
+    assert {cell.name for cell in again.missing()} == {
+        "vicreg,hidden_layers=2/seed=1",
+        "music/seed=2",
+    }
+    more = make_sweep(tmp_path, only=("1", "2"), seeds=4)
+    assert len(more.missing()) == 2 + len(more.settings_in_order())
+
+
+def test_results_of_another_config_are_not_taken_for_this_ones(tmp_path):
+    finish_all(make_sweep(tmp_path, only=("1",)))
+    config = load("mnist5k")
+    config.augmentation.view_1.noise_std = 0.3
+    with pytest.raises(UserError, match=r"noise_std.*another --output"):
+        make_sweep(tmp_path, only=("1",), config=config).missing()
+
+
+def test_a_result_from_before_a_field_was_added_still_counts(tmp_path):
+    sweep = make_sweep(tmp_path, only=("1",))
+    cell = sweep.missing()[0]
+    finish(sweep, cell, linear_top1=0.9)
+    path = sweep.directory / cell.name / "config.json"
+    record = json.loads(path.read_text())
+    del record["config"]["objective"]["contrast_temperature"]
+    path.write_text(json.dumps(record))
+    assert cell not in make_sweep(tmp_path, only=("1",)).missing()
+
+
+def test_what_the_user_sets_comes_before_the_sweeps_own_settings(tmp_path):
+    config = load("mnist5k")
+    config.num_epochs = 17
+    sweep = make_sweep(tmp_path, config=config, overridden=("num_epochs",))
+    cell = sweep.cell_config(Cell(base("music"), 0.01, 0, False))
+    assert cell.num_epochs == 17
+    assert cell.backbone.name == SETTINGS["mnist5k"].overrides["backbone.name"]
+
+
+def test_unknown_claims_and_datasets_are_the_users_error(tmp_path):
+    with pytest.raises(UserError, match=r"no claim '7'.*1, 2, 3, 4, 5, 6"):
+        make_sweep(tmp_path, only=("1", "7"))
+    config = default_config()
+    config.dataset.name = "svhn"
+    with pytest.raises(UserError, match=r"'svhn'.*mnist5k.*settings\.py"):
+        make_sweep(tmp_path, config=config)
+
+
+def test_tables_have_means_and_student_intervals(tmp_path):
+    sweep = make_sweep(tmp_path, only=("2",))
+    finish_all(sweep)
+    tables = results.collect(sweep)
+    row = next(r for r in tables[0]["rows"] if (r["series"], r["x"]) == ("music", 2))
+    values = [accuracy_of(Cell(base("music"), 1e-2, seed, False)) for seed in range(3)]
+    low, high = scipy.stats.t.interval(0.95, 2, np.mean(values), scipy.stats.sem(values))
+    measure = row["measures"]["linear_top1"]
+    np.testing.assert_allclose(
+        [measure["mean"], measure["half_width"]], [np.mean(values), (high - low) / 2]
+    )
+    assert (row["learning_rate"], row["rate_at_edge"], row["seeds"]) == (1e-2, False, 3)
+
+    results.write(tables, sweep.directory)
+    assert json.loads((sweep.directory / "claims.json").read_text()) == {"claims": tables}
+    lines = (sweep.directory / "claims.csv").read_text().splitlines()
+    assert len(lines) == 1 + 12 * 3  # settings, measures
+    shown = f"{100 * np.mean(values):.1f} ± {100 * (high - low) / 2:.1f}"
+    assert f"| music | 2 | {shown} |" in (sweep.directory / "claims.md").read_text()
+
+
+def test_differences_are_welchs(tmp_path):
+    a, b = [0.95, 0.96, 0.99], [0.9, 0.93, 0.91, 0.92]
+    mean, half = report.difference(a, b)
+    interval = scipy.stats.ttest_ind(a, b, equal_var=False).confidence_interval()
+    np.testing.assert_allclose([mean - half, mean + half], interval)
+    assert report.difference([0.9], b) is None
+
+
+def test_the_report_says_what_is_missing_and_keeps_other_sections(tmp_path):
+    path = epath.Path(tmp_path) / "RESULTS.md"
+    sweep = make_sweep(tmp_path / "a", only=("1", "4"))
+    finish_all(sweep)
+    report.write_section(path, sweep, results.collect(sweep))
+    whole = path.read_text()
+    assert "not complete" not in whole
+    assert f"in {sweep.num_cells() / 100:.1f} hours" in whole
+    assert "MUSIC minus vicreg: linear +0.0" in whole
+
+    other = make_sweep(tmp_path / "b", "shapes", only=("1", "7"))
+    report.write_section(path, other, results.collect(other))
+    assert whole.rstrip() in path.read_text()
+    assert "**The tables are not complete**" in path.read_text()
+
+    (sweep.directory / "music" / "seed=2" / "result.json").unlink()
+    partial = make_sweep(tmp_path / "a", only=("1", "4"))
+    report.write_section(path, partial, results.collect(partial))
+    text = path.read_text()
+    assert text.count("## mnist5k") == text.count("## shapes") == 1
+    mine = text[text.index("## mnist5k") : text.index("<!-- end of claims: mnist5k")]
+    assert "**The tables are not complete**" in mine
+    assert "2/3" in mine
+
+
+def test_every_claim_has_a_plot(tmp_path):
+    sweep = make_sweep(tmp_path, "shapes", only=("1", "2", "7"), seeds=1)
+    finish_all(sweep)
+    tables = results.collect(sweep)
+    for row in tables[2]["rows"]:
+        row |= {"factors": ["shape", "hue"], "factor_nmi": [np.eye(2).tolist()]}
+    plots.write(tables, sweep.directory)
+    for number in (1, 2, 7):
+        png = (sweep.directory / f"claim-{number}.png").read_bytes()
+        assert png.startswith(b"\x89PNG")
+        assert len(png) > 5000

@@ -1,0 +1,123 @@
+import hashlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from music_jax.config import default_config
+from music_jax.data import sources
+from music_jax.data.decode import decode
+from music_jax.data.shapes import FACTORS, Shapes, draw_factors, draw_image
+
+MIDDLE = np.zeros(6)
+MEAN_OF_50 = (86.777, 87.595, 84.388)  # red, green, blue of the first images
+PLAIN = dict.fromkeys(FACTORS, 0) | {"background_hue": 5, "scale": 3, "position": 4}
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 16_000), ("test", 4_000)])
+def test_every_value_is_as_frequent_as_any_other(split, count):
+    for name, drawn in draw_factors(split).items():
+        frequencies = np.bincount(drawn, minlength=len(FACTORS[name]))
+        assert frequencies.sum() == count
+        assert frequencies.max() - frequencies.min() <= 1
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_factors_are_independent(split):
+    drawn = draw_factors(split)
+    names = list(FACTORS)
+    p_values = []
+    for i, a in enumerate(names):
+        for b in names[:i]:
+            table = np.histogram2d(drawn[a], drawn[b], [len(FACTORS[a]), len(FACTORS[b])])[0]
+            p_values.append(scipy.stats.chi2_contingency(table).pvalue)
+    assert len(p_values) == 28
+    assert scipy.stats.kstest(p_values, "uniform").pvalue > 1e-3
+    assert min(p_values) > 1e-4
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize("shape", range(len(FACTORS["shape"])))
+def test_every_factor_can_be_seen_in_every_shape(factor, shape):
+    images = []
+    for value in range(len(FACTORS[factor])):
+        factors = PLAIN | {"shape": shape} | {factor: value}
+        images.append(draw_image(factors, 32, variation=MIDDLE).astype(float))
+    for i, a in enumerate(images):
+        for b in images[:i]:
+            changed = np.abs(a - b).max(axis=-1) > 24  # levels of 255
+            assert changed.sum() >= 12  # of 1,024 pixels
+
+
+def test_factors_that_are_not_the_fills_leave_the_background():
+    for factor in set(FACTORS) - {"background_hue"}:
+        for value in range(len(FACTORS[factor])):
+            image = draw_image(PLAIN | {factor: value}, 32, variation=MIDDLE)
+            np.testing.assert_array_equal(
+                image[0, 0], draw_image(PLAIN, 32, variation=MIDDLE)[0, 0]
+            )
+
+
+def test_edges_are_smooth_and_the_drawing_scales():
+    small = draw_image(PLAIN, 24, variation=MIDDLE)
+    large = draw_image(PLAIN, 96, variation=MIDDLE).astype(float)
+    assert len(np.unique(small.reshape(-1, 3), axis=0)) > 10  # not two colours alone
+    shrunk = large.reshape(24, 4, 24, 4, 3).mean(axis=(1, 3))
+    assert np.abs(shrunk - small).max() < 32
+    assert np.abs(shrunk - small).mean() < 1.5
+
+
+def test_images_are_the_same_in_another_process():
+    code = (
+        "import sys, numpy as np; from music_jax.data.shapes import draw_image, draw_factors;"
+        "f = draw_factors('train');"
+        "v = np.random.default_rng(0).uniform(-1, 1, (50, 6));"
+        "i = [draw_image({n: int(x[k]) for n, x in f.items()}, 32, variation=v[k])"
+        " for k in range(50)];"
+        "sys.stdout.buffer.write(np.stack(i).tobytes())"
+    )
+    first, second = (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+        for _ in range(2)
+    )
+    assert first == second
+    images = np.frombuffer(first, np.uint8).reshape(50, 32, 32, 3)
+    # The mean colours, to within what another machine's rounding could do.
+    np.testing.assert_allclose(images.mean(axis=(0, 1, 2)), MEAN_OF_50, atol=0.05)
+    assert len({hashlib.sha256(image.tobytes()).digest() for image in images}) == 50
+
+
+def test_a_wrong_shape_is_an_error():
+    with pytest.raises(IndexError):
+        draw_image(PLAIN | {"shape": 8}, 32, variation=MIDDLE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shapes/16"])
+def test_prepared_without_tensorflow_and_any_factor_is_a_label(tmp_path, name):
+    dataset = default_config().dataset
+    dataset.name, dataset.data_dir = name, str(tmp_path)
+    sources.prepare(dataset)
+    assert "tensorflow" not in sys.modules
+    train = sources.open_source(dataset, "train")
+    assert (len(train), train.num_classes, train.class_names) == (16_000, 8, FACTORS["shape"])
+    assert len(sources.open_source(dataset, "test")) == 4_000
+    encoded, label = train.example(3)
+    assert decode(encoded, 3).shape == (16, 16, 3)
+    dataset.label_key = "hue"
+    hue = sources.open_source(dataset, "train")
+    assert hue.num_classes == 10
+    record = hue.records[3]
+    assert (record["shape"], record["hue"]) == (label, hue.example(3)[1])
+    # The image is the one that its factors describe: nearly so without its variation.
+    factors = {factor: int(record[factor]) for factor in FACTORS}
+    drawn = draw_image(factors, 16, variation=MIDDLE).astype(float)
+    assert np.corrcoef(drawn.ravel(), decode(encoded, 3).ravel())[0, 1] > 0.6
+
+
+def test_any_size_is_a_config():
+    sizes = {config.size for config in Shapes.BUILDER_CONFIGS}
+    assert Shapes.BUILDER_CONFIGS[0].size == 32
+    assert {16, 32, 100, 224, 512} <= sizes
