@@ -13,6 +13,7 @@ from music_jax.errors import UserError
 FREE_FIELDS = (
     "backbone.remat",
     "checkpoint",
+    "compute_dtype",  # the parameters stay; the run says from which step on it is another
     "dataset.data_dir",
     "dataset.manual_dir",
     "dataset.max_skipped_share",
@@ -109,6 +110,7 @@ def default_config() -> config_dict.ConfigDict:
     config.checkpoint.every_steps = 1000
     config.checkpoint.max_to_keep = 2
     config.checkpoint.ignore_failed_saves = False  # say so and go on, such as on a full disk
+    config.checkpoint.grace_seconds = 240.0  # within which a run that is stopped saves and ends
 
     # What is probed, if not the dataset's own splits: a labelled folder, or NAME:SPLIT of TFDS.
     config.evaluation = config_dict.ConfigDict()
@@ -190,6 +192,7 @@ def validate(config: config_dict.ConfigDict) -> None:
     for field in (
         "objective.temperature",
         "optimizer.base_learning_rate",
+        "checkpoint.grace_seconds",
         "knn.temperature",
     ):
         _positive(config, field)

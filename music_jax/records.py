@@ -56,7 +56,10 @@ def read_config(workdir: epath.Path) -> dict[str, Any] | None:
             raise ValueError("'config' is not an object")
         return config
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+        raise UserError(
+            f"cannot read {path}: {' '.join(str(error).split())}; put back a copy, or, if the "
+            "config that you give is this run's, remove the file: it is written anew"
+        ) from error
 
 
 def check_same_run(workdir: epath.Path, config: config_dict.ConfigDict) -> None:
@@ -75,6 +78,9 @@ def check_same_run(workdir: epath.Path, config: config_dict.ConfigDict) -> None:
             f"{workdir} holds another run ({'; '.join(differing[:3])}{more}); give the same config "
             "to go on with it, or another --workdir"
         )
+    before, now = old.get("compute_dtype"), config.compute_dtype
+    if before is not None and before != now:
+        progress.say(f"computing in {now} from here on, in {before} before")
 
 
 def as_json(config: config_dict.ConfigDict) -> dict[str, Any]:
@@ -132,13 +138,27 @@ class MetricsLog:
     """metrics.jsonl: one line a logged step, each step once."""
 
     def __init__(self, workdir: epath.Path, start_step: int):
-        """Opens the file, without what was logged after `start_step` by a run that was cut off."""
+        """Opens the file, without what was logged after `start_step` by a run that was cut off.
+
+        Lines that cannot be read, or that repeat a step, are left out, and one line says so.
+        """
         path = workdir / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= start_step]
-        if kept != lines:
+        before = path.read_bytes() if path.exists() else b""
+        kept: dict[int, bytes] = {}
+        lines = before.splitlines()
+        for line in lines:
+            step = _step_of(line)
+            if step is not None and max(kept, default=0) < step:
+                kept[step] = line
+        lost = len(lines) - len(kept)
+        # The last line of a run that was cut off may be half a line: that is no damage.
+        lost -= bool(lines and not before.endswith(b"\n") and _step_of(lines[-1]) is None)
+        if lost:
+            progress.say(f"{path}: {lost} damaged or repeated lines are left out")
+        after = b"".join(line + b"\n" for step, line in kept.items() if step <= start_step)
+        if after != before:
             temporary = path.with_name(path.name + ".new")
-            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.write_bytes(after)
             temporary.replace(path)
         self._file = path.open("a")
 
@@ -152,9 +172,10 @@ class MetricsLog:
         self._file.close()
 
 
-def _step_of(line: str) -> float:
-    """The line's step; a line that was cut off counts as later than any."""
+def _step_of(line: bytes) -> int | None:
+    """The line's step; None for a line that is damaged or was cut off."""
     try:
-        return int(json.loads(line)["step"])
+        step = json.loads(line)["step"]
+        return step if isinstance(step, int) else None
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return None

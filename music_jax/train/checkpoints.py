@@ -1,5 +1,7 @@
 """Saving and restoring the training state with Orbax."""
 
+import concurrent.futures
+import contextlib
 from typing import Any
 
 import jax
@@ -18,6 +20,21 @@ from music_jax.train.integrity import find_damage, write_checksums
 from music_jax.train.state import TrainState, state_shardings
 
 _NONE_WHOLE = -2  # what the main process tells the others where every checkpoint is damaged
+_TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not finished
+
+
+class _Manager(ocp.CheckpointManager):
+    """Saves on another thread than the one that takes the steps.
+
+    So Orbax must not ask at which step a preemption stops the run: it would ask for a step that is
+    past, and the processes would never agree on one. `reached_preemption_at` is for the loop.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+    def reached_preemption_at(self, step: int) -> bool:
+        return bool(super().reached_preemption(step))
 
 
 class Checkpoints:
@@ -48,14 +65,24 @@ class Checkpoints:
         self._read_only = read_only
         self._ignore_failed_saves = ignore_failed_saves
         self._saving: int | None = None
-        self._manager = ocp.CheckpointManager(
-            workdir / "checkpoints",
+        self._writing: concurrent.futures.Future[None] | None = None
+        self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        directory = workdir / "checkpoints"
+        if not read_only:
+            _make(directory)
+        # With all processes named, barriers are no collectives, which only the loop may start.
+        together = ocp.options.MultiprocessingOptions(
+            active_processes=set(range(jax.process_count()))
+        )
+        self._manager = _Manager(
+            directory,
             options=ocp.CheckpointManagerOptions(
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+                multiprocessing_options=together,
                 preservation_policy=ocp.checkpoint_managers.LatestN(max_to_keep),
                 save_decision_policy=ocp.checkpoint_managers.AnySavePolicy([]),
                 cleanup_tmp_directories=not read_only,
-                create=not read_only,
+                create=False,
                 read_only=read_only,
             ),
             item_names=("state", "input"),
@@ -131,51 +158,64 @@ class Checkpoints:
         progress.say(message)
 
     def save(self, step: int, state: TrainState, order: TrainingOrder) -> None:
-        """Starts to save; returns once the state is copied off the devices.
+        """Copies the state off the devices, and leaves the rest to another thread.
+
+        A checkpoint that is still being written is waited for first.
 
         Raises:
-          UserError: this save or the one before it failed, such as on a full disk, unless failed
-            saves are ignored.
+          UserError: the save before this one failed, such as on a full disk, unless failed saves
+            are ignored.
         """
-        if step == self.latest_step():
-            return
         self.wait()
+        copied = jax.block_until_ready(_on_host(_as_tree(state)))
         self._saving = step
-        try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_as_tree(state)),
-                    input=ocp.args.JsonSave(_input_position(step, order)),
-                ),
-                force=True,
-            )
-        except Exception as error:  # whatever a file system raises, and what Orbax makes of it
-            self._save_failed(error)
+        self._writing = self._writer.submit(self._write, step, copied, _input_position(step, order))
+
+    def _write(self, step: int, tree: dict[str, Any], position: dict[str, int]) -> None:
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(tree), input=ocp.args.JsonSave(position)
+            ),
+            force=True,
+        )
+        self._manager.wait_until_finished()
 
     def wait(self) -> None:
         """Waits until what is being saved is on disk.
 
         Raises:
-          UserError: as `save`.
+          UserError: that failed, such as on a full disk, unless failed saves are ignored.
         """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
         try:
-            self._manager.wait_until_finished()
-        except Exception as error:
+            writing.result()
+        except Exception as error:  # whatever a file system raises, and what Orbax makes of it
             self._save_failed(error)
 
     def _save_failed(self, error: Exception) -> None:
-        kept = [step for step in self.all_steps() if step != self._saving]
-        intact = f"step {max(kept)} is intact" if kept else "there is no earlier checkpoint"
+        logging.debug("could not save", exc_info=error)
+        self._remove_what_failed()
+        self._manager.reload()
+        kept = self._manager.latest_step()
+        intact = "there is no earlier checkpoint" if kept is None else f"step {kept} is intact"
         reason = " ".join(str(error).split())[:300]
         message = f"could not save step {self._saving} in {self._manager.directory}: {reason}"
-        logging.debug("could not save", exc_info=error)
         if not self._ignore_failed_saves:
             raise UserError(
                 f"{message}; {intact}. Free some space or give write permission, and run the same "
                 "command again (--config.checkpoint.ignore_failed_saves goes on without)"
             ) from error
         progress.say(f"{message}; {intact}; going on, as checkpoint.ignore_failed_saves says")
+
+    def _remove_what_failed(self) -> None:
+        """Gives back the space of the checkpoint that could not be finished."""
+        if is_main_process():
+            for path in _unfinished(epath.Path(self._manager.directory)):
+                with contextlib.suppress(OSError):
+                    path.rmtree()
 
     def _seal(self) -> None:
         """Writes the checksums, while the checkpoint still has its temporary name."""
@@ -229,18 +269,39 @@ class Checkpoints:
 
     def reached_preemption(self, step: int) -> bool:
         """Whether the cluster has announced that it stops this run, agreed by all processes."""
-        return bool(self._manager.reached_preemption(step))
+        return self._manager.reached_preemption_at(step)
 
     def close(self) -> None:
-        """Waits for saves to finish and frees the manager's threads.
+        """Waits for what is being saved and frees the threads.
 
         Raises:
-          UserError: as `save`.
+          UserError: as `wait`.
         """
         try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
             self._manager.close()
-        except Exception as error:
-            self._save_failed(error)
+
+
+def _make(directory: epath.Path) -> None:
+    """Makes the directory of the checkpoints, and says what a run left there that was cut off."""
+    if is_main_process():
+        directory.mkdir(parents=True, exist_ok=True)
+        for path in _unfinished(directory):
+            progress.say(f"removing {path}: it was still being written when the run was cut off")
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the directory of the checkpoints is made")
+
+
+def _unfinished(directory: epath.Path) -> list[epath.Path]:
+    return sorted(path for path in directory.iterdir() if _TEMPORARY in path.name)
+
+
+def _on_host(tree: dict[str, Any]) -> dict[str, Any]:
+    """Starts to copy a tree of arrays into the hosts' memory, each part to its device's host."""
+    host = jax.tree.map(lambda x: x.sharding.with_memory_kind("pinned_host"), tree)
+    return jax.device_put(tree, host, may_alias=False)
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:

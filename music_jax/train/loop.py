@@ -31,9 +31,9 @@ from music_jax.mesh import (
     make_data_mesh,
     to_devices,
 )
+from music_jax.signals import StopSignal
 from music_jax.train.checkpoints import Checkpoints
 from music_jax.train.lock import WorkdirLock
-from music_jax.train.signals import StopSignal
 from music_jax.train.state import TrainState, init_state
 from music_jax.train.step import Recipe, compile_step, make_recipe
 
@@ -152,14 +152,19 @@ def _train(
         description="pre-training",
         done=start_step * config.batch_size,
     )
-    with StopSignal() as stop, bar:
+    stop = StopSignal(alone=jax.process_count() == 1, grace_seconds=config.checkpoint.grace_seconds)
+    with stop, bar:
         clock = _Clock(start_step)
         for step, batch in enumerate(batches, start=start_step + 1):
             state, metrics = step_function(state, *batch)
+            if step == start_step + 1:  # compiled; only now is there something to save
+                stop.begin()
             if block_each_step:
                 jax.block_until_ready(state)
             last = step == num_steps
             stopping = stop.received or checkpoints.reached_preemption(step)
+            if stopping:
+                stop.agreed()
             saving = step % config.checkpoint.every_steps == 0 or last or stopping
             if step % config.log_every_steps == 0 or step == start_step + 1 or saving:
                 scalars = {name: float(value) for name, value in metrics.items()}
@@ -182,9 +187,13 @@ def _train(
                 raise StoppedError(
                     f"saved at step {step} of {num_steps}; run the same command to go on"
                 )
+        checkpoints.wait()
+        if stop.received or checkpoints.reached_preemption(num_steps + 1):
+            raise StoppedError(
+                f"saved at the last step, {num_steps}; run the same command to finish"
+            )
     if log:
         log.close()
-    checkpoints.wait()
     return state
 
 
