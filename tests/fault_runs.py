@@ -14,6 +14,10 @@ STEPS = 44
 CONFIG = (
     DIGITS,
     "--config.batch_size=32",
+    "--config.crop.size=8",
+    "--config.crop.eval_resize=8",
+    "--config.objective.num_segments=8",
+    "--config.objective.units_per_segment=8",
     "--config.num_epochs=1",
     "--config.optimizer.warmup_epochs=0",
     "--config.log_every_steps=1",

@@ -247,7 +247,7 @@ def run_campaign(directory: pathlib.Path, seed: int, counts: dict[str, int]) -> 
             why = ""
             try:
                 faults = globals()[kind](shop, index, rng)
-            except (LostErrorError, OSError, ValueError, subprocess.SubprocessError) as error:
+            except (LostError, OSError, ValueError, subprocess.SubprocessError) as error:
                 faults, why = [kind], f"{type(error).__name__}: {error}"
                 bar.write(f"LOST {kind} {index}: {why}")
             trial = {"kind": kind, "index": index, "survived": not why, "why": why}
