@@ -1,6 +1,7 @@
 """What all commands share: flags, `--help`, one clear line for an error, and the exit code."""
 
 import difflib
+import errno
 import os
 import runpy
 import sys
@@ -12,6 +13,9 @@ from ml_collections import config_dict
 
 from music_jax.errors import MusicError, StoppedError, UserError
 from music_jax.signals import end_on_signal
+
+# What a file system says that is full or may not be written to.
+_OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, logs, results.")
 COORDINATOR = flags.DEFINE_string(
@@ -49,6 +53,8 @@ def run(main: Callable[[], None], usage: str, *, on_a_run: bool = True) -> None:
         except MusicError as error:
             fail(error)
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in _OUT_OF_ROOM:
+                fail(UserError(f"{error}; mend that and run the same command again"))
             _end_peers(1, f"{type(error).__name__}: {_one_line(error)}", unexpected=error)
             raise
         else:

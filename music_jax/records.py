@@ -1,10 +1,12 @@
 """The files beside the checkpoints: config.json, metrics.jsonl and skipped.jsonl."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
 import sys
-from typing import Any
+from collections.abc import Iterator
+from typing import IO, Any
 
 import jax
 from etils import epath
@@ -16,6 +18,7 @@ from music_jax import progress
 from music_jax.config import differences
 from music_jax.data.skipped import SkippedImages
 from music_jax.errors import UserError
+from music_jax.mesh import is_main_process
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -135,21 +138,33 @@ def report_skipped(skipped: SkippedImages) -> None:
 
 
 class MetricsLog:
-    """metrics.jsonl: one line a logged step, each step once."""
+    """metrics.jsonl: one line a logged step, each step once; written by the main process alone."""
 
-    def __init__(self, workdir: epath.Path, start_step: int):
+    def __init__(self, workdir: epath.Path, start_step: int, *, ignore_failures: bool = False):
         """Opens the file, without what was logged after `start_step` by a run that was cut off.
 
         Lines that cannot be read, or that repeat a step, are left out, and one line says so.
+
+        Args:
+          workdir: of the run.
+          start_step: the step that the run goes on from.
+          ignore_failures: on a full disk, say so once and lose lines, in place of raising OSError.
         """
-        path = workdir / "metrics.jsonl"
+        self._ignore_failures = ignore_failures
+        self._failed = False
+        self._file = (
+            self._open(workdir / "metrics.jsonl", start_step) if is_main_process() else None
+        )
+
+    @staticmethod
+    def _open(path: epath.Path, start_step: int) -> IO[str]:
         before = path.read_bytes() if path.exists() else b""
         kept: dict[int, bytes] = {}
-        lines = before.splitlines()
+        lines, last = before.splitlines(), 0
         for line in lines:
             step = _step_of(line)
-            if step is not None and max(kept, default=0) < step:
-                kept[step] = line
+            if step is not None and step > last:
+                kept[step], last = line, step
         lost = len(lines) - len(kept)
         # The last line of a run that was cut off may be half a line: that is no damage.
         lost -= bool(lines and not before.endswith(b"\n") and _step_of(lines[-1]) is None)
@@ -160,16 +175,33 @@ class MetricsLog:
             temporary = path.with_name(path.name + ".new")
             temporary.write_bytes(after)
             temporary.replace(path)
-        self._file = path.open("a")
+        return path.open("a")
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds a line."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        if self._file is None:
+            return
+        with self._failures_told():
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._file is None:
+            return
+        with self._failures_told():
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _failures_told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._ignore_failures:
+                raise
+            if not self._failed:
+                self._failed = True
+                progress.say(f"metrics.jsonl will lack some steps: {error}")
 
 
 def _step_of(line: bytes) -> int | None:

@@ -1,11 +1,13 @@
 """The runs that the campaign of faults does its faults to."""
 
+import copy
 import itertools
 import pathlib
 import random
 import shutil
 import socket
 import subprocess
+import threading
 import time
 
 from processes import DIGITS, checkpoint, metrics, start
@@ -44,25 +46,32 @@ def expect(condition: bool, otherwise: str) -> None:
 class Run:
     """One workdir, and the command that trains in it."""
 
-    def __init__(self, workdir, options, devices=1, processes=1):
+    def __init__(self, workdir, options, programs, devices=1, processes=1):
         self.workdir, self.options = workdir, [option for option in options if option]
         self.devices, self.processes = devices, processes
+        self.programs = programs  # where what was compiled is kept; None for the workdir
+
+    def _start(self, module: str, *arguments: str) -> subprocess.Popen:
+        env = {}
+        if self.programs:
+            env["JAX_COMPILATION_CACHE_DIR"] = str(self.programs)
+            env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        return start(module, *arguments, devices=self.devices, env=env)
 
     def start_all(self) -> list[subprocess.Popen]:
         command = [*CONFIG, *self.options, f"--workdir={self.workdir}"]
         if self.processes == 1:
-            return [start("music_jax.main", *command, devices=self.devices)]
+            return [self._start("music_jax.main", *command)]
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{s.getsockname()[1]}"
         return [
-            start(
+            self._start(
                 "music_jax.main",
                 *command,
                 f"--coordinator_address={address}",
                 f"--num_processes={self.processes}",
                 f"--process_id={i}",
-                devices=self.devices,
             )
             for i in range(self.processes)
         ]
@@ -92,7 +101,7 @@ class Run:
         self._end(processes, 75)
 
     def evaluate(self) -> None:
-        self._end([start("music_jax.linear_eval", f"--workdir={self.workdir}")], 0)
+        self._end([self._start("music_jax.linear_eval", f"--workdir={self.workdir}")], 0)
 
     def result(self) -> dict[str, bytes]:
         return {name: array.tobytes() for name, array in checkpoint(self.workdir, STEPS).items()}
@@ -129,9 +138,10 @@ class Workshop:
         self._numbers = itertools.count()
         self._data = f"--config.dataset.data_dir={directory / 'data'}"
         self._programs = directory / "programs"
-        self._programs.mkdir(exist_ok=True)
         shutil.rmtree(directory / "runs", ignore_errors=True)
-        self.longest_stop = self.longest_silence = 0.0
+        self.waited: float | None = None  # seconds from the last signal to the process's end
+        self._mine: list[pathlib.Path] = []
+        self._lock = threading.RLock()
         self._made: dict[str, Run] = {}
         self._results: dict[int, dict[str, bytes]] = {}
         self.undisturbed = self._once("undisturbed")
@@ -147,57 +157,59 @@ class Workshop:
 
     def _once(self, name: str, *options: str, **where) -> Run:
         """A run that is made once a campaign and kept."""
-        if name not in self._made:
-            run = Run(self.directory / name, [self._data, *options], **where)
-            self.give_programs(run)
-            run.finish()
-            self._take_programs(run)
-            self._made[name] = run
-        return self._made[name]
+        with self._lock:
+            if name not in self._made:
+                options = (self._data, *options)
+                run = Run(self.directory / name, options, self._programs, **where)
+                run.finish()
+                self._made[name] = run
+            return self._made[name]
 
     def straight(self) -> Run:
         return self._once("straight", SLOW_LEARNING)
 
     def stopped(self) -> Run:
         """One that was stopped in the middle."""
-        if "stopped" not in self._made:
-            run = self._made["stopped"] = Run(self.directory / "stopped", [self._data])
-            shutil.rmtree(run.workdir, ignore_errors=True)
-            self.give_programs(run)
-            run.stop_at(STEPS // 2)
-        return self._made["stopped"]
+        with self._lock:
+            if "stopped" not in self._made:
+                run = Run(self.directory / "stopped", [self._data], self._programs)
+                shutil.rmtree(run.workdir, ignore_errors=True)
+                run.stop_at(STEPS // 2)
+                self._made["stopped"] = run
+            return self._made["stopped"]
+
+    def bench(self) -> "Workshop":
+        """The workshop as one of several faults at a time sees it."""
+        mine = copy.copy(self)
+        mine._mine, mine.waited = [], None
+        return mine
+
+    def _workdir(self) -> pathlib.Path:
+        workdir = self.directory / "runs" / str(next(self._numbers))
+        self._mine.append(workdir)
+        return workdir
 
     def new(self, *options: str, slow: bool = False, **where) -> Run:
-        workdir = self.directory / "runs" / str(next(self._numbers))
         options = (self._data, *([SLOW_LEARNING] if slow else []), *options)
-        run = Run(workdir, options, **where)
-        self.give_programs(run)
-        return run
+        return Run(self._workdir(), options, self._programs, **where)
 
     def copy_of(self, run: Run, devices: int = 1) -> Run:
-        copy = Run(self.directory / "runs" / str(next(self._numbers)), run.options, devices)
-        shutil.copytree(run.workdir, copy.workdir)
-        return copy
-
-    def give_programs(self, run: Run) -> None:
-        target = run.workdir / "compilation_cache"
-        shutil.copytree(self._programs, target, dirs_exist_ok=True)
-
-    def _take_programs(self, run: Run) -> None:
-        for path in (run.workdir / "compilation_cache").iterdir():
-            if not (self._programs / path.name).exists():
-                shutil.copy(path, self._programs)
+        another = Run(self._workdir(), run.options, self._programs, devices)
+        shutil.copytree(run.workdir, another.workdir)
+        return another
 
     def tidy(self) -> None:
-        """Removes the runs of the last fault."""
-        shutil.rmtree(self.directory / "runs", ignore_errors=True)
+        """Removes the runs that were made here."""
+        for workdir in self._mine:
+            shutil.rmtree(workdir, ignore_errors=True)
 
     def judge(self, run: Run, missing_steps: set[int] = frozenset()) -> str:
         """Runs to the end, compares with what nothing happened to; gives all that it printed."""
         out, err = run.finish()
         name = f"{run.processes} processes"
         if run.processes not in self._results:
-            self._results[run.processes] = self._once(name, processes=run.processes).result()
+            undisturbed = self._once(name, processes=run.processes)
+            self._results[run.processes] = undisturbed.result()
         expect(run.result() == self._results[run.processes], "other parameters at the end")
         logged = run.logged()
         expect(logged == sorted(set(logged)), f"steps logged: {logged}")

@@ -10,6 +10,7 @@ was cut off goes on where it was.
 """
 
 import argparse
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -80,7 +81,7 @@ def stops(shop: Workshop, index: int, rng: random.Random) -> list[str]:
     _, err = process.communicate(timeout=240)
     codes = (75, 128 + number) if twice else (75,)
     expect(process.returncode in codes, f"{moment}: exit code {process.returncode}: {err[-800:]}")
-    shop.longest_stop = max(shop.longest_stop, time.monotonic() - began)
+    shop.waited = time.monotonic() - began
     shop.judge(run)
     return [f"{number.name}{' twice' if twice else ''}, {moment}"]
 
@@ -103,7 +104,7 @@ def damages(shop: Workshop, index: int, rng: random.Random) -> list[str]:
 
 def files(shop: Workshop, index: int, rng: random.Random) -> list[str]:
     """Another file of the workdir damaged; every checkpoint damaged."""
-    names = ("lock", "metrics.jsonl", "linear_eval.json", "compilation_cache", "all checkpoints")
+    names = ("lock", "metrics.jsonl", "linear_eval.json", "all checkpoints", "compilation_cache")
     name = names[index % len(names)]
     kind = list(FILE_DAMAGES)[index % len(FILE_DAMAGES)]
     run = shop.copy_of(shop.undisturbed if name == "linear_eval.json" else shop.stopped())
@@ -118,9 +119,12 @@ def files(shop: Workshop, index: int, rng: random.Random) -> list[str]:
         (run.workdir / "kept").rename(run.workdir / "checkpoints")
         shop.judge(run)
     elif name == "compilation_cache":
+        run = shop.new()
+        run.programs = None
+        run.stop_at(STEPS // 2)
         for path in (run.workdir / name).iterdir():
             FILE_DAMAGES[kind](path, rng)
-        shop.judge(run)
+        expect("compiling anew" in shop.judge(run), "nothing said of it")
     elif name == "metrics.jsonl":
         lines = (run.workdir / name).read_bytes().splitlines(keepends=True)
         lines[3] = b"\xff{" + lines[3][2:]
@@ -136,11 +140,10 @@ def full_disks(shop: Workshop, index: int, rng: random.Random) -> list[str]:
     """A disk that fills up at some step; later there is room again."""
     goes_on = index % 2 == 1
     run = shop.new("--config.checkpoint.ignore_failed_saves" if goes_on else "")
-    run.workdir.mkdir(exist_ok=True)
+    run.workdir.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", "size=120m", "tmpfs", str(run.workdir)]
     subprocess.run(mount, check=True)
     try:
-        shop.give_programs(run)
         process = run.start()
         stopped_at(run, process, rng.randrange(9, STEPS - 20))
         filler = run.workdir / "filler"
@@ -210,7 +213,7 @@ def peers(shop: Workshop, index: int, rng: random.Random) -> list[str]:
         for process in processes:
             process.kill()
             process.communicate()
-    shop.longest_silence = max(shop.longest_silence, time.monotonic() - began)
+    shop.waited = time.monotonic() - began
     expect(other.returncode not in (0, 2, 3, 75), f"exit code {other.returncode}: {err[-800:]}")
     told = "no sign of life from process 1" if victim else "distributed service"
     expect(told in err or "Gloo" in err, f"nothing said of it: {err[-2000:]}")
@@ -219,17 +222,35 @@ def peers(shop: Workshop, index: int, rng: random.Random) -> list[str]:
 
 
 def table(results: list[dict]) -> str:
-    rows: dict[str, list[bool]] = {}
+    """Each fault: times tried, survived, lost, and the longest wait for the processes to end."""
+    rows: dict[str, list[dict]] = {}
     for result in results:
-        rows.setdefault(result["fault"], []).append(result["survived"])
-    lines = [f"{'fault':44s} {'tried':>5s} {'survived':>8s} {'lost':>4s}"]
-    for fault, outcomes in [*sorted(rows.items()), ("all", [r["survived"] for r in results])]:
-        good = sum(outcomes)
-        lines.append(f"{fault:44s} {len(outcomes):5d} {good:8d} {len(outcomes) - good:4d}")
+        rows.setdefault(result["fault"], []).append(result)
+    lines = [f"{'fault':44s} {'tried':>5s} {'survived':>8s} {'lost':>4s} {'ended within':>12s}"]
+    for fault, tried in [*sorted(rows.items()), ("all", results)]:
+        good = sum(result["survived"] for result in tried)
+        waits = [result["seconds_to_end"] for result in tried if result["seconds_to_end"]]
+        wait = f"{max(waits):.1f} s" if waits else ""
+        lines.append(f"{fault:44s} {len(tried):5d} {good:8d} {len(tried) - good:4d} {wait:>12s}")
     return "\n".join(lines)
 
 
-def run_campaign(directory: pathlib.Path, seed: int, counts: dict[str, int]) -> list[dict]:
+def try_fault(shop: Workshop, seed: int, kind: str, index: int) -> list[dict]:
+    """What became of one fault; of several, where one run takes several."""
+    shop, why = shop.bench(), ""
+    try:
+        faults = globals()[kind](shop, index, random.Random(f"{seed}/{kind}/{index}"))
+    except (LostError, OSError, ValueError, subprocess.SubprocessError) as error:
+        faults, why = [kind], f"{type(error).__name__}: {error}"
+        tqdm.tqdm.write(f"LOST {kind} {index}: {why}")
+    shop.tidy()
+    outcome = {"kind": kind, "index": index, "survived": not why, "why": why}
+    return [outcome | {"seconds_to_end": shop.waited, "fault": fault} for fault in faults]
+
+
+def run_campaign(
+    directory: pathlib.Path, seed: int, counts: dict[str, int], jobs: int = 1
+) -> list[dict]:
     """Does what is not done yet, and gives the results of all."""
     file = directory / "results.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
@@ -239,26 +260,22 @@ def run_campaign(directory: pathlib.Path, seed: int, counts: dict[str, int]) -> 
     trials["kills"] = range(-(-counts["kills"] // len(MOMENTS)))
     todo = [(kind, i) for kind, indices in trials.items() for i in indices]
     todo = [trial for trial in todo if trial not in done]
+    if not todo:
+        return results
+    random.Random(seed).shuffle(todo)  # so that the time left is told well
     shop = Workshop(directory, counts)
-    with tqdm.tqdm(total=len(todo) + len(done), initial=len(done)) as bar:
-        for kind, index in todo:
-            bar.set_description(kind)
-            rng = random.Random(f"{seed}/{kind}/{index}")
-            why = ""
-            try:
-                faults = globals()[kind](shop, index, rng)
-            except (LostError, OSError, ValueError, subprocess.SubprocessError) as error:
-                faults, why = [kind], f"{type(error).__name__}: {error}"
-                bar.write(f"LOST {kind} {index}: {why}")
-            trial = {"kind": kind, "index": index, "survived": not why, "why": why}
-            new = [trial | {"fault": fault} for fault in faults]
+    with (
+        concurrent.futures.ThreadPoolExecutor(jobs) as pool,
+        tqdm.tqdm(total=len(todo) + len(done), initial=len(done)) as bar,
+        open(file, "a") as log,
+    ):
+        trying = [pool.submit(try_fault, shop, seed, *trial) for trial in todo]
+        for future in concurrent.futures.as_completed(trying):
+            new = future.result()
             results += new
-            with open(file, "a") as log:
-                log.write("".join(json.dumps(result) + "\n" for result in new))
-            shop.tidy()
+            log.write("".join(json.dumps(result) + "\n" for result in new))
+            log.flush()
             bar.update()
-    print(f"longest from signal to end: {shop.longest_stop:.1f} s; ", end="")
-    print(f"from the death of a process to the other's end: {shop.longest_silence:.1f} s")
     return results
 
 
@@ -269,6 +286,7 @@ def main() -> None:
     for name, count in COUNTS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=count, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="faults at a time")
     parser.add_argument("--directory", type=pathlib.Path, help="of the campaign; kept")
     parser.add_argument("--json", type=pathlib.Path, help="where to write each fault's outcome")
     options = parser.parse_args()
@@ -279,7 +297,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         directory = options.directory or pathlib.Path(temporary)
         directory.mkdir(parents=True, exist_ok=True)
-        results = run_campaign(directory.resolve(), options.seed, counts)
+        results = run_campaign(directory.resolve(), options.seed, counts, options.jobs)
     print(table(results))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")

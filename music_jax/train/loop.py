@@ -145,7 +145,9 @@ def _train(
     step_function = compile_step(recipe, state, mesh)
     # Fake devices share the real cores; unfinished steps of several of them can starve each other.
     block_each_step = mesh.size > 1 and jax.default_backend() == "cpu"
-    log = records.MetricsLog(directory, start_step) if is_main_process() else None
+    log = records.MetricsLog(
+        directory, start_step, ignore_failures=config.checkpoint.ignore_failed_saves
+    )
     bar = progress.bar(
         num_steps * config.batch_size,
         unit="img",
@@ -176,8 +178,7 @@ def _train(
                     **scalars,
                     "images_per_second": rate,
                 }
-                if log:
-                    log.write(record)
+                log.write(record)
                 bar.set_postfix(collections.OrderedDict(_shown(scalars)), refresh=False)
                 bar.update(step * config.batch_size - bar.n)
             if saving:
@@ -192,8 +193,7 @@ def _train(
             raise StoppedError(
                 f"saved at the last step, {num_steps}; run the same command to finish"
             )
-    if log:
-        log.close()
+    log.close()
     return state
 
 
