@@ -109,7 +109,7 @@ def default_config() -> config_dict.ConfigDict:
     config.checkpoint = config_dict.ConfigDict()
     config.checkpoint.every_steps = 1000
     config.checkpoint.max_to_keep = 2
-    config.checkpoint.ignore_failed_saves = False  # say so and go on, such as on a full disk
+    config.checkpoint.ignore_failed_saves = False  # of one process: say so and go on
     config.checkpoint.grace_seconds = 240.0  # within which a run that is stopped saves and ends
 
     # What is probed, if not the dataset's own splits: a labelled folder, or NAME:SPLIT of TFDS.

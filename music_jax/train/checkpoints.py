@@ -67,23 +67,26 @@ class Checkpoints:
         self._saving: int | None = None
         self._writing: concurrent.futures.Future[None] | None = None
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-        directory = workdir / "checkpoints"
+        self._max_to_keep = max_to_keep
         if not read_only:
-            _make(directory)
+            _make(workdir / "checkpoints")
+        self._manager = self._new_manager()
+
+    def _new_manager(self) -> _Manager:
         # With all processes named, barriers are no collectives, which only the loop may start.
         together = ocp.options.MultiprocessingOptions(
             active_processes=set(range(jax.process_count()))
         )
-        self._manager = _Manager(
-            directory,
+        return _Manager(
+            self._workdir / "checkpoints",
             options=ocp.CheckpointManagerOptions(
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
                 multiprocessing_options=together,
-                preservation_policy=ocp.checkpoint_managers.LatestN(max_to_keep),
+                preservation_policy=ocp.checkpoint_managers.LatestN(self._max_to_keep),
                 save_decision_policy=ocp.checkpoint_managers.AnySavePolicy([]),
-                cleanup_tmp_directories=not read_only,
+                cleanup_tmp_directories=not self._read_only,
                 create=False,
-                read_only=read_only,
+                read_only=self._read_only,
             ),
             item_names=("state", "input"),
         )
@@ -197,25 +200,30 @@ class Checkpoints:
 
     def _save_failed(self, error: Exception) -> None:
         logging.debug("could not save", exc_info=error)
-        self._remove_what_failed()
-        self._manager.reload()
-        kept = self._manager.latest_step()
-        intact = "there is no earlier checkpoint" if kept is None else f"step {kept} is intact"
+        alone = jax.process_count() == 1  # else the others wait for this one's part of it
+        if alone:
+            self._start_over()
+        kept = [step for step in self.all_steps() if step != self._saving]
+        intact = f"step {max(kept)} is intact" if kept else "there is no earlier checkpoint"
         reason = " ".join(str(error).split())[:300]
         message = f"could not save step {self._saving} in {self._manager.directory}: {reason}"
-        if not self._ignore_failed_saves:
-            raise UserError(
-                f"{message}; {intact}. Free some space or give write permission, and run the same "
-                "command again (--config.checkpoint.ignore_failed_saves goes on without)"
-            ) from error
-        progress.say(f"{message}; {intact}; going on, as checkpoint.ignore_failed_saves says")
+        if alone and self._ignore_failed_saves:
+            progress.say(f"{message}; {intact}; going on, as checkpoint.ignore_failed_saves says")
+            return
+        raise UserError(
+            f"{message}; {intact}. Free some space or give write permission, and run the same "
+            "command again (--config.checkpoint.ignore_failed_saves goes on without)"
+        ) from error
 
-    def _remove_what_failed(self) -> None:
-        """Gives back the space of the checkpoint that could not be finished."""
-        if is_main_process():
-            for path in _unfinished(epath.Path(self._manager.directory)):
-                with contextlib.suppress(OSError):
-                    path.rmtree()
+    def _start_over(self) -> None:
+        """Gives back the space of what could not be finished, and forgets the error.
+
+        Orbax's manager raises it again at every later call.
+        """
+        for path in _unfinished(epath.Path(self._manager.directory)):
+            with contextlib.suppress(OSError):
+                path.rmtree()
+        self._manager = self._new_manager()
 
     def _seal(self) -> None:
         """Writes the checksums, while the checkpoint still has its temporary name."""
@@ -245,6 +253,7 @@ class Checkpoints:
           UserError: there is no such checkpoint, it does not fit the state, or its input was
             another one.
         """
+        self.wait()
         target = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             _as_tree(like),
