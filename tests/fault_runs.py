@@ -96,7 +96,7 @@ class Run:
 
     def stop_at(self, step: int) -> None:
         processes = self.start_all()
-        stopped_at(self, processes[0], step)
+        reaches(self, processes[0], step)
         processes[-1].terminate()
         self._end(processes, 75)
 
@@ -113,7 +113,7 @@ class Run:
         return [line["step"] for line in metrics(self.workdir)]
 
 
-def stopped_at(run: Run, process: subprocess.Popen, step: int) -> bool:
+def reaches(run: Run, process: subprocess.Popen, step: int) -> bool:
     """Waits until a step is logged; gives whether it was before the process ended."""
     log = run.workdir / "metrics.jsonl"
     while process.poll() is None:
@@ -148,7 +148,7 @@ class Workshop:
         began = time.monotonic()
         again = self.new()
         process = again.start()  # with all compiled, which tells how long a run takes
-        stopped_at(again, process, 1)
+        reaches(again, process, 1)
         self._seconds_to_start = time.monotonic() - began
         process.communicate()
         self._seconds = time.monotonic() - began
@@ -227,18 +227,18 @@ class Workshop:
         elif moment == "any":
             delay = rng.uniform(0, self._seconds)
         elif moment == "step":
-            logged = run.logged() if (run.workdir / "metrics.jsonl").exists() else []
-            first = max(logged, default=0) + 1
-            stopped_at(run, process, rng.randrange(first, max(first + 1, STEPS - 4)))
+            log = run.workdir / "metrics.jsonl"
+            first = (log.read_bytes().count(b"\n") if log.exists() else 0) + 1
+            reaches(run, process, rng.randrange(first, max(first + 1, STEPS - 4)))
             delay = rng.uniform(0, 0.1)
         elif moment == "evaluation":
-            stopped_at(run, process, STEPS)
+            reaches(run, process, STEPS)
             while process.poll() is None and not (run.workdir / f"checkpoints/{STEPS}").exists():
                 time.sleep(0.005)
             delay = rng.uniform(0, 0.4 * (self._seconds - self._seconds_to_start))
         else:
             if moment == "last save":
-                stopped_at(run, process, STEPS)
+                reaches(run, process, STEPS)
             while process.poll() is None and not self._saving(run):
                 time.sleep(0.001)
             delay = rng.uniform(0, 0.3)

@@ -25,7 +25,7 @@ import time
 import numpy as np
 import tqdm
 from damages import CHECKPOINT_DAMAGES, FILE_DAMAGES, newest_checkpoint
-from fault_runs import STEPS, LostError, Workshop, expect, stopped_at
+from fault_runs import STEPS, LostError, Workshop, expect, reaches
 
 COUNTS = {
     "kills": 50,
@@ -145,11 +145,11 @@ def full_disks(shop: Workshop, index: int, rng: random.Random) -> list[str]:
     subprocess.run(mount, check=True)
     try:
         process = run.start()
-        stopped_at(run, process, rng.randrange(9, STEPS - 20))
+        reaches(run, process, rng.randrange(9, STEPS - 20))
         filler = run.workdir / "filler"
         fill(filler)
         if goes_on:
-            stopped_at(run, process, STEPS - 10)
+            reaches(run, process, STEPS - 10)
             filler.unlink(missing_ok=True)
         out, err = process.communicate(timeout=240)
         said = out + err
@@ -203,7 +203,7 @@ def peers(shop: Workshop, index: int, rng: random.Random) -> list[str]:
     victim = index % 2
     run = shop.new(processes=2)
     processes = run.start_all()
-    stopped_at(run, processes[0], rng.randrange(2, STEPS - 4))
+    reaches(run, processes[0], rng.randrange(2, STEPS - 4))
     processes[victim].kill()
     began = time.monotonic()
     other = processes[1 - victim]
