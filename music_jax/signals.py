@@ -92,7 +92,8 @@ class StopSignal:
         if self._grace is not None:
             self._grace.cancel()
         for number, previous in self._previous.items():
-            signal.signal(number, previous)  # type: ignore[arg-type]
+            if previous is not None:  # one that was not Python's
+                signal.signal(number, previous)  # type: ignore[arg-type]
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.received = True
