@@ -1,4 +1,4 @@
-"""metrics.jsonl keeps each step once, whatever it was left like."""
+"""The files beside the checkpoints survive what can become of them."""
 
 import json
 import os
@@ -6,7 +6,9 @@ import os
 import pytest
 from etils import epath
 
-from music_jax.records import MetricsLog
+from music_jax.config import default_config
+from music_jax.errors import UserError
+from music_jax.records import MetricsLog, as_json, check_same_run, read_config
 
 
 def _line(step):
@@ -56,3 +58,21 @@ def _on_a_full_disk(log):
     with open("/dev/full", "wb") as full:
         os.dup2(full.fileno(), log._file.fileno())
     return log
+
+
+@pytest.mark.parametrize("damaged", [b"", b"\xff\xfe", b"{}", b'{"config": 1}', b"[" * 9])
+def test_damaged_config_is_named_with_what_to_do(tmp_path, damaged):
+    (tmp_path / "config.json").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"cannot read \S+config.json: .*remove the file") as error:
+        read_config(epath.Path(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_another_precision_goes_on_with_the_run_and_is_told(tmp_path, capsys):
+    config = default_config()
+    (tmp_path / "config.json").write_text(json.dumps({"config": as_json(config)}))
+    check_same_run(epath.Path(tmp_path), config)
+    assert capsys.readouterr().out == ""
+    config.compute_dtype = "bfloat16"
+    check_same_run(epath.Path(tmp_path), config)
+    assert "computing in bfloat16 from here on, in float32 before" in capsys.readouterr().out
