@@ -119,7 +119,7 @@ def reaches(run: Run, process: subprocess.Popen, step: int) -> bool:
     while process.poll() is None:
         if log.exists() and f'{{"step": {step},'.encode() in log.read_bytes():
             return True
-        time.sleep(0.005)
+        time.sleep(0.01)
     return False
 
 

@@ -27,15 +27,6 @@ import tqdm
 from damages import CHECKPOINT_DAMAGES, FILE_DAMAGES, newest_checkpoint
 from fault_runs import STEPS, LostError, Workshop, expect, reaches
 
-COUNTS = {
-    "kills": 50,
-    "stops": 20,
-    "damages": 30,
-    "files": 10,
-    "full_disks": 10,
-    "topologies": 6,
-    "peers": 4,
-}
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 MOMENTS = ("start-up", "step", "save", "any", "evaluation")
 TOPOLOGIES = (  # devices, processes, before and after
@@ -221,6 +212,26 @@ def peers(shop: Workshop, index: int, rng: random.Random) -> list[str]:
     return [f"process {victim} of 2 killed"]
 
 
+FAULTS = {
+    "kills": kills,
+    "stops": stops,
+    "damages": damages,
+    "files": files,
+    "full_disks": full_disks,
+    "topologies": topologies,
+    "peers": peers,
+}
+COUNTS = {
+    "kills": 50,
+    "stops": 20,
+    "damages": 30,
+    "files": 5,
+    "full_disks": 10,
+    "topologies": 6,
+    "peers": 4,
+}
+
+
 def table(results: list[dict]) -> str:
     """Each fault: times tried, survived, lost, and the longest wait for the processes to end."""
     rows: dict[str, list[dict]] = {}
@@ -239,7 +250,7 @@ def try_fault(shop: Workshop, seed: int, kind: str, index: int) -> list[dict]:
     """What became of one fault; of several, where one run takes several."""
     shop, why = shop.bench(), ""
     try:
-        faults = globals()[kind](shop, index, random.Random(f"{seed}/{kind}/{index}"))
+        faults = FAULTS[kind](shop, index, random.Random(f"{seed}/{kind}/{index}"))
     except (LostError, OSError, ValueError, subprocess.SubprocessError) as error:
         faults, why = [kind], f"{type(error).__name__}: {error}"
         tqdm.tqdm.write(f"LOST {kind} {index}: {why}")
