@@ -31,7 +31,7 @@ CONFIG = (
 )
 # For comparisons between topologies, whose sums are rounded in another order.
 SLOW_LEARNING = "--config.optimizer.base_learning_rate=1e-6"
-_PATIENCE = 300  # seconds, for a run of some seconds
+PATIENCE = 1200  # seconds, for a run of some: the machine may be busy with other things
 
 
 class LostError(AssertionError):
@@ -82,7 +82,7 @@ class Run:
 
     def _end(self, processes, expected):
         try:
-            outputs = [process.communicate(timeout=_PATIENCE) for process in processes]
+            outputs = [process.communicate(timeout=PATIENCE) for process in processes]
         finally:
             for process in processes:
                 process.kill()

@@ -25,7 +25,7 @@ import time
 import numpy as np
 import tqdm
 from damages import CHECKPOINT_DAMAGES, FILE_DAMAGES, newest_checkpoint
-from fault_runs import STEPS, LostError, Workshop, expect, reaches
+from fault_runs import PATIENCE, STEPS, LostError, Workshop, expect, reaches
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 MOMENTS = ("start-up", "step", "save", "any", "evaluation")
@@ -69,7 +69,7 @@ def stops(shop: Workshop, index: int, rng: random.Random) -> list[str]:
         time.sleep(rng.uniform(0, 0.3))
         process.send_signal(number)
     began = time.monotonic()
-    _, err = process.communicate(timeout=240)
+    _, err = process.communicate(timeout=PATIENCE)
     codes = (75, 128 + number) if twice else (75,)
     expect(process.returncode in codes, f"{moment}: exit code {process.returncode}: {err[-800:]}")
     shop.waited = time.monotonic() - began
@@ -142,7 +142,7 @@ def full_disks(shop: Workshop, index: int, rng: random.Random) -> list[str]:
         if goes_on:
             reaches(run, process, STEPS - 10)
             filler.unlink(missing_ok=True)
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=PATIENCE)
         said = out + err
         expect(process.returncode == (0 if goes_on else 2), f"{process.returncode}: {said[-800:]}")
         expect("Traceback" not in said and "No space left" in said, said[-800:])
