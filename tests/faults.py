@@ -139,11 +139,13 @@ def full_disks(shop: Workshop, index: int, rng: random.Random) -> list[str]:
         reaches(run, process, rng.randrange(9, STEPS - 20))
         filler = run.workdir / "filler"
         fill(filler)
+        said = ""
+        while goes_on and "could not save" not in said and (line := process.stdout.readline()):
+            said += line
         if goes_on:
-            reaches(run, process, STEPS - 10)
-            filler.unlink(missing_ok=True)
+            filler.unlink()
         out, err = process.communicate(timeout=PATIENCE)
-        said = out + err
+        said += out + err
         expect(process.returncode == (0 if goes_on else 2), f"{process.returncode}: {said[-800:]}")
         expect("Traceback" not in said and "No space left" in said, said[-800:])
         filler.unlink(missing_ok=True)

@@ -205,8 +205,8 @@ class Checkpoints:
             self._start_over()
         kept = [step for step in self.all_steps() if step != self._saving]
         intact = f"step {max(kept)} is intact" if kept else "there is no earlier checkpoint"
-        reason = " ".join(str(error).split())[:300]
-        message = f"could not save step {self._saving} in {self._manager.directory}: {reason}"
+        message = f"could not save step {self._saving} in {self._manager.directory}: "
+        message += _shortened(error)
         if alone and self._ignore_failed_saves:
             progress.say(f"{message}; {intact}; going on, as checkpoint.ignore_failed_saves says")
             return
@@ -266,8 +266,7 @@ class Checkpoints:
             restored = self._manager.restore(step, args=ocp.args.Composite(**args))
         except (ValueError, KeyError, FileNotFoundError, OSError) as error:
             raise UserError(
-                f"cannot restore step {step} of {self._manager.directory}: "
-                f"{' '.join(str(error).split())[:300]}"
+                f"cannot restore step {step} of {self._manager.directory}: {_shortened(error)}"
             ) from error
         if order is not None and restored["input"] != _input_position(step, order):
             raise UserError(
@@ -301,6 +300,12 @@ def _make(directory: epath.Path) -> None:
             progress.say(f"removing {path}: it was still being written when the run was cut off")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("the directory of the checkpoints is made")
+
+
+def _shortened(error: Exception) -> str:
+    """The error in one line, without the middle if it is long: the reason is often at its end."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"
 
 
 def _unfinished(directory: epath.Path) -> list[epath.Path]:

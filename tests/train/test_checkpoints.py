@@ -121,6 +121,7 @@ def test_failed_save_leaves_the_one_before_and_nothing_else(
                 checkpoints.wait()
             message = str(error.value)
     assert "could not save step 7" in message
+    assert "File too large" in message
     assert "step 3 is intact" in message
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
     assert checkpoints.latest_whole_step() == 3
