@@ -42,7 +42,7 @@ def run(main: Callable[[], None], usage: str, *, on_a_run: bool = True) -> None:
     if not on_a_run:
         for flag in (WORKDIR, COORDINATOR, NUM_PROCESSES, PROCESS_ID):
             delattr(flags.FLAGS, flag.name)
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # an error is told once, by the command itself
 
     def guarded(argv: Sequence[str]) -> None:
         try:
