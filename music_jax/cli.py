@@ -1,8 +1,9 @@
 """What all commands share: flags, `--help`, one clear line for an error, and the exit code."""
 
 import difflib
+import errno
+import os
 import runpy
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -11,6 +12,10 @@ from absl import app, flags, logging
 from ml_collections import config_dict
 
 from music_jax.errors import MusicError, StoppedError, UserError
+from music_jax.signals import end_on_signal
+
+# What a file system says that is full or may not be written to.
+_OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, logs, results.")
 COORDINATOR = flags.DEFINE_string(
@@ -37,24 +42,24 @@ def run(
       in_processes: whether it may run in several processes at once, and takes the flags by which
         they find each other; not without a workdir.
     """
+    end_on_signal(_stop_at_once)
     unused = () if in_processes and on_a_run else (COORDINATOR, NUM_PROCESSES, PROCESS_ID)
     for flag in unused if on_a_run else (WORKDIR, *unused):
         delattr(flags.FLAGS, flag.name)
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # an error is told once, by the command itself
 
     def guarded(argv: Sequence[str]) -> None:
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; every option starts with --")
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
             _look_for_no_absent_tpu()
             main()
         except MusicError as error:
             fail(error)
-        except KeyboardInterrupt:
-            fail(StoppedError("nothing saved is lost; run the same command to go on"))
         except Exception as error:
-            _end_peers(1, f"{type(error).__name__}: {_one_line(error)}", unexpected=True)
+            if isinstance(error, OSError) and error.errno in _OUT_OF_ROOM:
+                fail(UserError(f"{error}; mend that and run the same command again"))
+            _end_peers(1, f"{type(error).__name__}: {_one_line(error)}", unexpected=error)
             raise
         else:
             if _has_peers():
@@ -80,10 +85,22 @@ def _look_for_no_absent_tpu() -> None:
 
 def fail(error: MusicError) -> None:
     """Prints the error as one line and exits with its code, all processes of the run alike."""
-    name = "stopped" if error.exit_code == 75 else "error"
+    _tell(error)
+    sys.exit(error.exit_code)
+
+
+def _stop_at_once() -> None:
+    """Ends the process from any thread."""
+    error = StoppedError("nothing saved is lost; run the same command to go on")
+    _tell(error)
+    sys.stdout.flush()
+    os._exit(error.exit_code)
+
+
+def _tell(error: MusicError) -> None:
+    name = "stopped" if isinstance(error, StoppedError) else "error"
     print(f"{name}: {error}", file=sys.stderr, flush=True)
     _end_peers(error.exit_code, str(error))
-    sys.exit(error.exit_code)
 
 
 def _has_peers() -> bool:
@@ -94,14 +111,15 @@ def _has_peers() -> bool:
     return peers.exist()
 
 
-def _end_peers(exit_code: int, message: str, *, unexpected: bool = False) -> None:
+def _end_peers(exit_code: int, message: str, *, unexpected: Exception | None = None) -> None:
     """Ends the run's other processes, if there are any, and with them this one."""
     if not _has_peers():
         return
     from music_jax import peers
 
     if unexpected:  # A collective that breaks because another process failed needs no traceback.
-        cause = peers.failure_of_another()
+        cause = peers.failure_behind(unexpected)
+        message = cause or message
         print(f"error: {cause}" if cause else traceback.format_exc(), file=sys.stderr, flush=True)
     peers.end_run(exit_code, message)
 

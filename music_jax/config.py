@@ -18,6 +18,7 @@ FREE_FIELDS = (
     "backbone.remat",
     "checkpoint",
     "clustering",
+    "compute_dtype",  # the parameters stay; the run says from which step on it is another
     "dataset.data_dir",
     "dataset.manual_dir",
     "dataset.max_skipped_share",
@@ -136,7 +137,8 @@ def default_config() -> config_dict.ConfigDict:
     config.checkpoint = config_dict.ConfigDict()
     config.checkpoint.every_steps = 1000
     config.checkpoint.max_to_keep = 2
-    config.checkpoint.ignore_failed_saves = False  # say so and go on, such as on a full disk
+    config.checkpoint.ignore_failed_saves = False  # of one process: say so and go on
+    config.checkpoint.grace_seconds = 240.0  # within which a run that is stopped saves and ends
 
     add_evaluation(config)
     return config.lock()
@@ -211,6 +213,7 @@ def validate(config: config_dict.ConfigDict) -> None:
         "objective.temperature",
         "objective.contrast_temperature",
         "optimizer.base_learning_rate",
+        "checkpoint.grace_seconds",
         "knn.temperature",
         "few_shot.inverse_regularization",
         "finetune.backbone_learning_rate",

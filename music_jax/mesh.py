@@ -44,6 +44,8 @@ def join_cluster(
             f"or none where the cluster tells them; got {coordinator_address}, {num_processes}, "
             f"{process_id}"
         )
+    # Until there is something to save, SIGTERM is not JAX's; see `peers.hear_preemption`.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(coordinator_address, num_processes, process_id)
     except (ValueError, RuntimeError) as error:

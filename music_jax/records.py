@@ -1,5 +1,6 @@
 """The files beside the checkpoints: config.json, metrics.jsonl, events.jsonl, skipped.jsonl."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -7,6 +8,7 @@ import math
 import os
 import stat
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,11 +18,11 @@ from ml_collections import config_dict
 
 import music_jax
 from music_jax import progress
-from music_jax.appending import open_to_append
+from music_jax.appending import Appended, open_to_append
 from music_jax.config import differences
 from music_jax.data.skipped import SkippedImages
 from music_jax.errors import UserError
-from music_jax.json_files import parse_json, read_json, read_text
+from music_jax.json_files import parse_json, read_json
 from music_jax.mesh import is_main_process
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -117,7 +119,10 @@ def read_config(workdir: epath.Path) -> dict[str, Any] | None:
             raise ValueError("'config' is not an object")
         return config
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+        raise UserError(
+            f"cannot read {path}: {' '.join(str(error).split())}; put back a copy, or, if the "
+            "config that you give is this run's, remove the file: it is written anew"
+        ) from error
 
 
 def check_same_run(workdir: epath.Path, config: config_dict.ConfigDict) -> None:
@@ -136,6 +141,9 @@ def check_same_run(workdir: epath.Path, config: config_dict.ConfigDict) -> None:
             f"{workdir} holds another run ({'; '.join(differing[:3])}{more}); give the same config "
             "to go on with it, or another --workdir"
         )
+    before, now = old.get("compute_dtype"), config.compute_dtype
+    if before is not None and before != now:
+        progress.say(f"computing in {now} from here on, in {before} before")
 
 
 def as_json(config: config_dict.ConfigDict) -> dict[str, Any]:
@@ -192,27 +200,70 @@ def report_skipped(skipped: SkippedImages) -> None:
 
 
 class MetricsLog:
-    """metrics.jsonl: one line a logged step, each step once."""
+    """metrics.jsonl: one line a logged step, each step once; written by the main process alone."""
 
-    def __init__(self, workdir: epath.Path, start_step: int):
-        """Opens the file, without what was logged after `start_step` by a run that was cut off."""
-        path = workdir / "metrics.jsonl"
-        text = read_text(path) if path.exists() else ""
-        kept = "".join(f"{line}\n" for line in text.split("\n") if _step_of(line) <= start_step)
-        if kept != text:
+    def __init__(self, workdir: epath.Path, start_step: int, *, ignore_failures: bool = False):
+        """Opens the file, without what was logged after `start_step` by a run that was cut off.
+
+        Lines that cannot be read, or that repeat a step, are left out, and one line says so.
+
+        Args:
+          workdir: of the run.
+          start_step: the step that the run goes on from.
+          ignore_failures: on a full disk, say so once and lose lines, in place of raising OSError.
+        """
+        self._ignore_failures = ignore_failures
+        self._failed = False
+        self._file = (
+            self._open(workdir / "metrics.jsonl", start_step) if is_main_process() else None
+        )
+
+    @staticmethod
+    def _open(path: epath.Path, start_step: int) -> Appended:
+        before = path.read_bytes() if path.exists() else b""
+        kept: dict[int, bytes] = {}
+        lines, last = before.splitlines(), 0
+        for line in lines:
+            step = _step_of(line)
+            if step is not None and step > last:
+                kept[step], last = line, step
+        lost = len(lines) - len(kept)
+        # The last line of a run that was cut off may be half a line: that is no damage.
+        lost -= bool(lines and not before.endswith(b"\n") and _step_of(lines[-1]) is None)
+        if lost:
+            progress.say(f"{path}: {lost} damaged or repeated lines are left out")
+        after = b"".join(line + b"\n" for step, line in kept.items() if step <= start_step)
+        if after != before:
             temporary = path.with_name(path.name + ".new")
-            temporary.write_text(kept)
+            temporary.write_bytes(after)
             temporary.replace(path)
-        self._file = open_to_append(path)
+        return open_to_append(path)
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds a line."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        if self._file is None:
+            return
+        with self._failures_told():
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._file is None:
+            return
+        with self._failures_told():
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _failures_told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._ignore_failures:
+                raise
+            if not self._failed:
+                self._failed = True
+                progress.say(f"metrics.jsonl will lack some steps: {error}")
 
 
 class EventsLog:
@@ -224,20 +275,22 @@ class EventsLog:
 
     def __init__(self, workdir: epath.Path):
         """Names the file, and ends a line that was cut off."""
-        self._path = workdir / "events.jsonl"
-        if is_main_process() and self._path.exists():
-            text = self._path.read_text()
-            if text and not text.endswith("\n"):
-                self._path.write_text(text + "\n")
+        self._file: Appended | None = None
+        if is_main_process():
+            path = workdir / "events.jsonl"
+            cut_off = path.exists() and not path.read_bytes().endswith(b"\n")
+            self._file = open_to_append(path)
+            if cut_off:
+                self._file.write("\n")
 
     def write(self, event: str, **fields: Any) -> None:
         """Adds a line; numbers that JSON cannot hold become text."""
-        if not is_main_process():
+        if self._file is None:
             return
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         record = {"event": event, "time": now} | finite(fields)
-        with self._path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
 
 
 def finite(value: Any) -> Any:
@@ -249,10 +302,10 @@ def finite(value: Any) -> Any:
     return value
 
 
-def _step_of(line: str) -> float:
-    """The line's step; a line that was cut off counts as later than any."""
+def _step_of(line: bytes) -> int | None:
+    """The line's step; None for a line that is damaged or was cut off."""
     try:
-        step = parse_json(line)["step"]
-        return step if type(step) is int and step >= 0 else float("inf")
+        step = parse_json(line.decode())["step"]
+        return step if type(step) is int and step >= 0 else None
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return None

@@ -1,15 +1,18 @@
 """A campaign of faults against real runs, and what survived it.
 
-    python tests/faults.py --kills=50 --stops=20 --damages=30 --full-disks=10 --topologies=6
+    python tests/faults.py --kills=50 --seed=0
 
-Each fault is done to a real process or to real files; then the same command is run again until the
-run is finished. A fault is survived if the final parameters, statistics and optimiser are byte
-for byte those of a run that nothing happened to (on another topology: if the losses agree to 1e-5),
-and lost if not. Ends with exit code 1 if anything was lost.
+Each fault is done to real processes and real files; then the same command is run again to the end.
+A fault is survived if the final parameters, statistics and optimiser are byte for byte those of a
+run that nothing happened to (on another topology: if the losses agree to 1e-5) and metrics.jsonl
+has each step once. Ends with exit code 1 if anything was lost. With --directory=DIR a campaign that
+was cut off goes on where it was.
 """
 
 import argparse
+import concurrent.futures
 import json
+import os
 import pathlib
 import random
 import shutil
@@ -18,265 +21,300 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 
 import numpy as np
-from processes import DIGITS, checkpoint, metrics, start
+import tqdm
+from damages import CHECKPOINT_DAMAGES, FILE_DAMAGES, newest_checkpoint
+from fault_runs import PATIENCE, STEPS, LostError, Workshop, expect, reaches
 
-TRAIN = "music_jax.main"
-EPOCHS = 4
-STEPS = EPOCHS * 11
-CONFIG = (
-    DIGITS,
-    f"--config.num_epochs={EPOCHS}",
-    "--config.optimizer.warmup_epochs=1",
-    "--config.log_every_steps=1",
-    "--config.checkpoint.every_steps=4",
-    "--config.linear_eval.num_epochs=2",
-    "--config.linear_eval.base_learning_rates=(0.01,)",
-    "--config.linear_eval.raw_pixels=False",
-    "--config.linear_eval.random_init=False",
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+MOMENTS = ("start-up", "step", "save", "any", "evaluation")
+TOPOLOGIES = (  # devices, processes, before and after
+    ((1, 1), (2, 1)),
+    ((1, 1), (4, 1)),
+    ((4, 1), (1, 1)),
+    ((1, 2), (1, 1)),
+    ((1, 1), (1, 2)),
+    ("bfloat16", "float32"),
 )
-# For comparisons between topologies, whose sums are rounded in another order.
-SLOW_LEARNING = ("--config.optimizer.base_learning_rate=1e-5",)
 
 
-class Run:
-    """One workdir and the command that trains in it."""
-
-    def __init__(self, workdir: pathlib.Path, *options: str, devices: int = 1):
-        self.workdir, self.options, self.devices = workdir, options, devices
-
-    def start(self, **popen: object) -> subprocess.Popen:
-        return start(
-            TRAIN,
-            *CONFIG,
-            *self.options,
-            f"--workdir={self.workdir}",
-            devices=self.devices,
-            **popen,
-        )
-
-    def finish(self, expected: int = 0) -> str:
-        """Runs to the end; gives what it printed."""
-        out, err = (process := self.start()).communicate(timeout=600)
-        if process.returncode != expected:
-            raise AssertionError(f"exit code {process.returncode}, not {expected}: {err[-2000:]}")
-        return out + err
-
-    def result(self) -> dict[str, bytes]:
-        return {name: array.tobytes() for name, array in checkpoint(self.workdir, STEPS).items()}
-
-    def losses(self) -> list[float]:
-        return [line["loss"] for line in metrics(self.workdir)]
+def kills(shop: Workshop, index: int, rng: random.Random) -> list[str]:
+    """SIGKILL to one run in each moment in turn, then on to the end."""
+    run, survived = shop.new(), []
+    for moment in MOMENTS[: shop.counts["kills"] - index * len(MOMENTS)]:
+        process = run.start()
+        while not shop.wait_for(run, process, moment, rng):
+            process.communicate()
+            shop.judge(run)  # it came to its end before
+            run = shop.new()
+            process = run.start()
+        process.kill()
+        process.communicate()
+        survived.append(f"SIGKILL, {moment}")
+    shop.judge(run)
+    return survived
 
 
-def wait_for_step(run: Run, process: subprocess.Popen, step: int) -> None:
-    """Waits until a step is logged or the process has ended."""
-    log = run.workdir / "metrics.jsonl"
-    while process.poll() is None:
-        if log.exists() and f'{{"step": {step},' in log.read_text():
-            return
-        time.sleep(0.02)
+def stops(shop: Workshop, index: int, rng: random.Random) -> list[str]:
+    """A signal at any moment ends the run with 75, saved; a second one ends it at once."""
+    moments = ("start-up", "step", "save", "last save", "evaluation")
+    moment, number = moments[index % len(moments)], SIGNALS[index % len(SIGNALS)]
+    run = shop.new()
+    process = run.start()
+    shop.wait_for(run, process, moment, rng)
+    process.send_signal(number)
+    twice = index % 4 == 3
+    if twice:
+        time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(number)
+    began = time.monotonic()
+    _, err = process.communicate(timeout=PATIENCE)
+    codes = (75, 128 + number) if twice else (75,)
+    expect(process.returncode in codes, f"{moment}: exit code {process.returncode}: {err[-800:]}")
+    shop.waited = time.monotonic() - began
+    shop.judge(run)
+    return [f"{number.name}{' twice' if twice else ''}, {moment}"]
 
 
-def logs_are_whole(run: Run) -> bool:
-    """Whether the log has each step once, in order."""
-    return [line["step"] for line in metrics(run.workdir)] == list(range(1, STEPS + 1))
+def damages(shop: Workshop, index: int, rng: random.Random) -> list[str]:
+    """The newest checkpoint damaged, each kind in turn: found, said, set aside."""
+    kind = list(CHECKPOINT_DAMAGES)[index % len(CHECKPOINT_DAMAGES)]
+    run = shop.copy_of(shop.stopped())
+    newest = newest_checkpoint(run.workdir)
+    CHECKPOINT_DAMAGES[kind](newest, rng)
+    out = shop.judge(run)
+    said = f"the checkpoint of step {newest.name} is damaged"
+    if "temporary" in kind:
+        said = "it was still being written"
+    else:
+        expect((run.workdir / "damaged" / newest.name).is_dir(), "not set aside")
+    expect(said in out, f"nothing said of it: {out[-800:]}")
+    return [f"damage: {kind}"]
 
 
-class Campaign:
-    def __init__(self, directory: pathlib.Path, seed: int):
-        self.directory, self.random = directory, random.Random(seed)
-        self.rows: dict[str, list[bool]] = {}
-        self.count = 0
-        undisturbed = self.new()
-        began = time.monotonic()
-        undisturbed.finish()
-        self.seconds = time.monotonic() - began
-        self.expected = undisturbed.result()
-        print(f"an undisturbed run takes {self.seconds:.1f} s", flush=True)
-        self.template = undisturbed.workdir
+def files(shop: Workshop, index: int, rng: random.Random) -> list[str]:
+    """Another file of the workdir damaged; every checkpoint damaged."""
+    names = ("lock", "metrics.jsonl", "linear_eval.json", "all checkpoints", "compilation_cache")
+    name = names[index % len(names)]
+    kind = list(FILE_DAMAGES)[index % len(FILE_DAMAGES)]
+    run = shop.copy_of(shop.undisturbed if name == "linear_eval.json" else shop.stopped())
+    if name == "all checkpoints":
+        run.workdir.joinpath("kept").mkdir()
+        for step in [p for p in (run.workdir / "checkpoints").iterdir() if p.name.isdigit()]:
+            shutil.copytree(step, run.workdir / "kept" / step.name)
+            CHECKPOINT_DAMAGES["flipped bytes"](step, rng)
+        _, err = run.finish(expected=2)
+        expect("no checkpoint in" in err and "Traceback" not in err, err[-800:])
+        shutil.rmtree(run.workdir / "checkpoints")
+        (run.workdir / "kept").rename(run.workdir / "checkpoints")
+        shop.judge(run)
+    elif name == "compilation_cache":
+        run = shop.new()
+        run.programs = None
+        run.stop_at(STEPS // 2)
+        for path in (run.workdir / name).iterdir():
+            FILE_DAMAGES[kind](path, rng)
+        expect("compiling anew" in shop.judge(run), "nothing said of it")
+    elif name == "metrics.jsonl":
+        lines = (run.workdir / name).read_bytes().splitlines(keepends=True)
+        lines[3] = b"\xff{" + lines[3][2:]
+        (run.workdir / name).write_bytes(b"".join(lines))
+        expect("1 damaged" in shop.judge(run, missing_steps={4}), "nothing said of it")
+    else:
+        (run.workdir / name).write_bytes(rng.randbytes(100))
+        shop.judge(run)
+    return [f"damage: {name}"]
 
-    def new(self, *options: str, devices: int = 1) -> Run:
-        self.count += 1
-        return Run(self.directory / f"run-{self.count}", *options, devices=devices)
 
-    def note(self, fault: str, survived: bool) -> None:
-        self.rows.setdefault(fault, []).append(survived)
-        print(f"{fault}: {'survived' if survived else 'LOST'}", flush=True)
+def full_disks(shop: Workshop, index: int, rng: random.Random) -> list[str]:
+    """A disk that fills up at some step; later there is room again."""
+    goes_on = index % 2 == 1
+    run = shop.new("--config.checkpoint.ignore_failed_saves" if goes_on else "")
+    run.workdir.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=120m", "tmpfs", str(run.workdir)]
+    subprocess.run(mount, check=True)
+    try:
+        process = run.start()
+        reaches(run, process, rng.randrange(9, STEPS - 20))
+        filler = run.workdir / "filler"
+        fill(filler)
+        said = ""
+        while goes_on and "could not save" not in said and (line := process.stdout.readline()):
+            said += line
+        if goes_on:
+            filler.unlink()
+        out, err = process.communicate(timeout=PATIENCE)
+        said += out + err
+        expect(process.returncode == (0 if goes_on else 2), f"{process.returncode}: {said[-800:]}")
+        expect("Traceback" not in said and "No space left" in said, said[-800:])
+        filler.unlink(missing_ok=True)
+        shop.judge(run, missing_steps=set(range(1, STEPS)) if goes_on else set())
+    finally:
+        subprocess.run(["umount", "-l", str(run.workdir)], check=False)
+    return [f"full disk, {'going on' if goes_on else 'stopping'}"]
 
-    def judge(self, run: Run) -> bool:
-        """Runs to the end and compares with what nothing happened to."""
+
+def fill(filler: pathlib.Path) -> None:
+    with open(filler, "wb", buffering=0) as file:
         try:
-            run.finish()
-            return run.result() == self.expected and logs_are_whole(run)
-        except Exception as error:
-            print(error, file=sys.stderr)
-            return False
-
-    def kills(self, times: int) -> None:
-        """SIGKILL at random moments of a run, start-up, saves and evaluation included."""
-        done = 0
-        while done < times:
-            run, in_this_run = self.new(), 0
-            while done + in_this_run < times:
-                process = run.start()
-                try:
-                    process.wait(self.random.uniform(0, 1.2 * self.seconds))
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    in_this_run += 1
-                process.communicate()
-                if process.returncode == 0:
-                    break
-            survived = self.judge(run)
-            for _ in range(in_this_run):
-                self.note("SIGKILL", survived)
-            done += in_this_run
-
-    def stops(self, times: int) -> None:
-        """SIGTERM or SIGINT at a random step: saved, exit code 75."""
-        for i in range(times):
-            run = self.new()
-            process = run.start()
-            wait_for_step(run, process, self.random.randrange(1, STEPS - 3))
-            process.send_signal(signal.SIGTERM if i % 2 else signal.SIGINT)
-            process.communicate(timeout=120)
-            self.note("SIGTERM, SIGINT", process.returncode == 75 and self.judge(run))
-
-    def damages(self, times: int) -> None:
-        """The newest checkpoint of a stopped run damaged, each kind in turn."""
-        kinds = list(DAMAGES)
-        stopped = self.new()
-        process = stopped.start()
-        wait_for_step(stopped, process, STEPS // 2)
-        process.terminate()
-        process.communicate(timeout=120)
-        for i in range(times):
-            kind = kinds[i % len(kinds)]
-            run = self.new()
-            shutil.copytree(stopped.workdir, run.workdir)
-            steps = sorted(
-                int(path.name) for path in (run.workdir / "checkpoints").iterdir() if path.is_dir()
-            )
-            DAMAGES[kind](run.workdir / "checkpoints" / str(steps[-1]), self.random)
-            self.note(f"damage: {kind}", self.judge(run))
-
-    def full_disks(self, times: int) -> None:
-        """A file system that is full at some save; then there is room again."""
-        for _ in range(times):
-            run = self.new()
-            run.workdir.mkdir()
-            size = self.random.randrange(6, 14)
-            mount = ["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", str(run.workdir)]
-            subprocess.run(mount, check=True)
-            try:
-                process = run.start()
-                _, err = process.communicate(timeout=300)
-                clear = process.returncode == 2 and "Traceback" not in err
-                remount = ["mount", "-o", "remount,size=200m", str(run.workdir)]
-                subprocess.run(remount, check=True)
-                self.note("full disk", clear and self.judge(run))
-            finally:
-                subprocess.run(["umount", str(run.workdir)], check=False)
-
-    def topologies(self, times: int) -> None:
-        """Stopped on some devices, gone on with others: the same losses to 1e-5."""
-        straight = self.new(*SLOW_LEARNING)
-        straight.finish()
-        moves = [(1, 2), (2, 1), (1, 4), (4, 2), (2, 4), (4, 1)]
-        for i in range(times):
-            before, after = moves[i % len(moves)]
-            run = self.new(*SLOW_LEARNING, devices=before)
-            process = run.start()
-            wait_for_step(run, process, self.random.randrange(2, STEPS - 24))
-            process.terminate()
-            process.communicate(timeout=120)
-            run.devices = after
-            try:
-                run.finish()
-                same = np.allclose(run.losses(), straight.losses(), rtol=1e-5, atol=0)
-            except AssertionError as error:
-                print(error, file=sys.stderr)
-                same = False
-            self.note(f"{before} to {after} devices", same and logs_are_whole(run))
-
-    def table(self) -> str:
-        lines = [f"{'fault':32s} {'tried':>6s} {'survived':>9s} {'lost':>5s}"]
-        for fault, outcomes in self.rows.items():
-            good = sum(outcomes)
-            lines.append(f"{fault:32s} {len(outcomes):6d} {good:9d} {len(outcomes) - good:5d}")
-        return "\n".join(lines)
+            while file.write(bytes(1 << 20)):
+                pass
+        except OSError:
+            pass
 
 
-def _a_file(checkpoint: pathlib.Path, random: random.Random) -> pathlib.Path:
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    return random.choice([path for path in files if path.name != "commit_success.txt"])
+def topologies(shop: Workshop, index: int, rng: random.Random) -> list[str]:
+    """Stopped on some devices and processes, gone on with others: the same losses to 1e-5."""
+    before, after = TOPOLOGIES[index % len(TOPOLOGIES)]
+    stop = rng.randrange(2, STEPS - 24)
+    if before == "bfloat16":
+        run = shop.new("--config.compute_dtype=bfloat16", slow=True)
+        run.stop_at(stop)
+        other = shop.copy_of(run, devices=2)
+        run.options = other.options = [o for o in run.options if "compute_dtype" not in o]
+        run.finish()
+        expected, name = run.losses(), "bfloat16 to float32"
+        run = other
+    else:
+        run = shop.new(slow=True, devices=before[0], processes=before[1])
+        run.stop_at(stop)
+        run.devices, run.processes = after
+        expected = shop.straight().losses()
+        name = "{} x {} to {} x {} devices x processes".format(*before, *after)
+    run.finish()
+    expect(run.logged() == list(range(1, STEPS + 1)), f"steps {run.logged()}")
+    difference = np.max(np.abs(np.divide(run.losses(), expected) - 1))
+    expect(difference <= 1e-5, f"losses differ by {difference:.1e}")
+    if before == (1, 2):  # what several processes have saved, on one CPU
+        run.evaluate()
+    return [name]
 
 
-def _truncate(checkpoint: pathlib.Path, random: random.Random) -> None:
-    file = _a_file(checkpoint, random)
-    content = file.read_bytes()
-    file.write_bytes(content[: random.randrange(len(content))])
+def peers(shop: Workshop, index: int, rng: random.Random) -> list[str]:
+    """One of two processes killed: the other ends within two minutes, and both go on."""
+    victim = index % 2
+    run = shop.new(processes=2)
+    processes = run.start_all()
+    reaches(run, processes[0], rng.randrange(2, STEPS - 4))
+    processes[victim].kill()
+    began = time.monotonic()
+    other = processes[1 - victim]
+    try:
+        _, err = other.communicate(timeout=120)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    shop.waited = time.monotonic() - began
+    expect(other.returncode not in (0, 2, 3, 75), f"exit code {other.returncode}: {err[-800:]}")
+    told = "no sign of life from process 1" if victim else "distributed service"
+    expect(told in err or "Gloo" in err, f"nothing said of it: {err[-2000:]}")
+    shop.judge(run)
+    return [f"process {victim} of 2 killed"]
 
 
-def _flip(checkpoint: pathlib.Path, random: random.Random) -> None:
-    data = [path for path in checkpoint.rglob("d/*") if path.is_file()]
-    file = max(data, key=lambda path: path.stat().st_size)
-    content = bytearray(file.read_bytes())
-    for _ in range(3):
-        content[random.randrange(len(content))] ^= random.randrange(1, 256)
-    file.write_bytes(content)
-
-
-def _remove_a_file(checkpoint: pathlib.Path, random: random.Random) -> None:
-    _a_file(checkpoint, random).unlink()
-
-
-def _empty(checkpoint: pathlib.Path, random: random.Random) -> None:
-    shutil.rmtree(checkpoint)
-    checkpoint.mkdir()
-
-
-def _temporary(checkpoint: pathlib.Path, random: random.Random) -> None:
-    _remove_a_file(checkpoint, random)
-    checkpoint.rename(checkpoint.with_name(checkpoint.name + ".orbax-checkpoint-tmp"))
-
-
-def _zeros(checkpoint: pathlib.Path, random: random.Random) -> None:
-    file = _a_file(checkpoint, random)
-    file.write_bytes(bytes(file.stat().st_size))
-
-
-DAMAGES: dict[str, Callable[[pathlib.Path, random.Random], None]] = {
-    "truncated file": _truncate,
-    "flipped bytes": _flip,
-    "missing file": _remove_a_file,
-    "empty directory": _empty,
-    "half-written temporary": _temporary,
-    "file of zeros": _zeros,
+FAULTS = {
+    "kills": kills,
+    "stops": stops,
+    "damages": damages,
+    "files": files,
+    "full_disks": full_disks,
+    "topologies": topologies,
+    "peers": peers,
+}
+COUNTS = {
+    "kills": 50,
+    "stops": 20,
+    "damages": 30,
+    "files": 5,
+    "full_disks": 10,
+    "topologies": 6,
+    "peers": 4,
 }
 
 
+def table(results: list[dict]) -> str:
+    """Each fault: times tried, survived, lost, and the longest wait for the processes to end."""
+    rows: dict[str, list[dict]] = {}
+    for result in results:
+        rows.setdefault(result["fault"], []).append(result)
+    lines = [f"{'fault':44s} {'tried':>5s} {'survived':>8s} {'lost':>4s} {'ended within':>12s}"]
+    for fault, tried in [*sorted(rows.items()), ("all", results)]:
+        good = sum(result["survived"] for result in tried)
+        waits = [result["seconds_to_end"] for result in tried if result["seconds_to_end"]]
+        wait = f"{max(waits):.1f} s" if waits else ""
+        lines.append(f"{fault:44s} {len(tried):5d} {good:8d} {len(tried) - good:4d} {wait:>12s}")
+    return "\n".join(lines)
+
+
+def try_fault(shop: Workshop, seed: int, kind: str, index: int) -> list[dict]:
+    """What became of one fault; of several, where one run takes several."""
+    shop, why = shop.bench(), ""
+    try:
+        faults = FAULTS[kind](shop, index, random.Random(f"{seed}/{kind}/{index}"))
+    except (LostError, OSError, ValueError, subprocess.SubprocessError) as error:
+        faults, why = [kind], f"{type(error).__name__}: {error}"
+        tqdm.tqdm.write(f"LOST {kind} {index}: {why}")
+    shop.tidy()
+    outcome = {"kind": kind, "index": index, "survived": not why, "why": why}
+    return [outcome | {"seconds_to_end": shop.waited, "fault": fault} for fault in faults]
+
+
+def run_campaign(
+    directory: pathlib.Path, seed: int, counts: dict[str, int], jobs: int = 1
+) -> list[dict]:
+    """Does what is not done yet, and gives the results of all."""
+    file = directory / "results.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    results = [json.loads(line) for line in lines]
+    done = {(result["kind"], result["index"]) for result in results}
+    trials = {kind: range(count) for kind, count in counts.items()}
+    trials["kills"] = range(-(-counts["kills"] // len(MOMENTS)))
+    todo = [(kind, i) for kind, indices in trials.items() for i in indices]
+    todo = [trial for trial in todo if trial not in done]
+    if not todo:
+        return results
+    random.Random(seed).shuffle(todo)  # so that the time left is told well
+    shop = Workshop(directory, counts)
+    with (
+        concurrent.futures.ThreadPoolExecutor(jobs) as pool,
+        tqdm.tqdm(total=len(todo) + len(done), initial=len(done)) as bar,
+        open(file, "a") as log,
+    ):
+        trying = [pool.submit(try_fault, shop, seed, *trial) for trial in todo]
+        for future in concurrent.futures.as_completed(trying):
+            new = future.result()
+            results += new
+            log.write("".join(json.dumps(result) + "\n" for result in new))
+            log.flush()
+            bar.update()
+    return results
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name in ("kills", "stops", "damages", "full-disks", "topologies"):
-        parser.add_argument(f"--{name}", type=int, default=0)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, count in COUNTS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=count, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--jobs", type=int, default=1, help="faults at a time")
+    parser.add_argument("--directory", type=pathlib.Path, help="of the campaign; kept")
+    parser.add_argument("--json", type=pathlib.Path, help="where to write each fault's outcome")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        campaign = Campaign(pathlib.Path(directory), options.seed)
-        campaign.kills(options.kills)
-        campaign.stops(options.stops)
-        campaign.damages(options.damages)
-        campaign.full_disks(options.full_disks)
-        campaign.topologies(options.topologies)
-    print(campaign.table())
+    counts = {name: getattr(options, name) for name in COUNTS}
+    if counts["full_disks"] and os.geteuid() != 0:
+        print("no full disks: mounting a tmpfs needs root", file=sys.stderr)
+        counts["full_disks"] = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = options.directory or pathlib.Path(temporary)
+        directory.mkdir(parents=True, exist_ok=True)
+        results = run_campaign(directory.resolve(), options.seed, counts, options.jobs)
+    print(table(results))
     if options.json:
-        options.json.write_text(json.dumps(campaign.rows, indent=1) + "\n")
-    sys.exit(any(not all(outcomes) for outcomes in campaign.rows.values()))
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    sys.exit(not all(result["survived"] for result in results))
 
 
 if __name__ == "__main__":

@@ -147,3 +147,18 @@ def test_several_processes_that_cannot_find_each_other_are_refused(tmp_path):
     assert process.returncode == 2
     assert "OMPI_COMM_WORLD_SIZE says that there are 2 processes" in err.splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_when_one_is_killed_the_other_says_so_and_ends(data, tmp_path):
+    workdir = tmp_path / "run"
+    first, second = processes = start_two(_flags, *_RUN, data, f"--workdir={workdir}")
+    log = workdir / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not (log.exists() and len(metrics(workdir)) > 5):
+        time.sleep(0.01)
+    second.kill()
+    (_, err), _ = end(processes, timeout=120)
+    assert first.returncode == 1, err[-2000:]
+    assert "error: no sign of life from process 1" in err
+    assert (workdir / "checkpoints" / "4").is_dir()

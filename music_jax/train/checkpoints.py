@@ -1,5 +1,7 @@
 """Saving and restoring the training state with Orbax."""
 
+import concurrent.futures
+import contextlib
 from typing import Any
 
 import jax
@@ -19,6 +21,21 @@ from music_jax.train.integrity import find_damage, write_checksums
 from music_jax.train.state import TrainState, state_shardings
 
 _NONE_WHOLE = -2  # what the main process tells the others where every checkpoint is damaged
+_TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not finished
+
+
+class _Manager(ocp.CheckpointManager):
+    """Saves on another thread than the one that takes the steps.
+
+    So Orbax must not ask at which step a preemption stops the run: it would ask for a step that is
+    past, and the processes would never agree on one. `reached_preemption_at` is for the loop.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+    def reached_preemption_at(self, step: int) -> bool:
+        return bool(super().reached_preemption(step))
 
 
 class Checkpoints:
@@ -52,15 +69,28 @@ class Checkpoints:
         self._ignore_failed_saves = ignore_failed_saves
         self._events = events
         self._saving: int | None = None
-        self._manager = ocp.CheckpointManager(
-            workdir / "checkpoints",
+        self._writing: concurrent.futures.Future[None] | None = None
+        self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._max_to_keep = max_to_keep
+        if not read_only:
+            _make(workdir / "checkpoints")
+        self._manager = self._new_manager()
+
+    def _new_manager(self) -> _Manager:
+        # With all processes named, barriers are no collectives, which only the loop may start.
+        together = ocp.options.MultiprocessingOptions(
+            active_processes=set(range(jax.process_count()))
+        )
+        return _Manager(
+            self._workdir / "checkpoints",
             options=ocp.CheckpointManagerOptions(
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
-                preservation_policy=ocp.checkpoint_managers.LatestN(max_to_keep),
+                multiprocessing_options=together,
+                preservation_policy=ocp.checkpoint_managers.LatestN(self._max_to_keep),
                 save_decision_policy=ocp.checkpoint_managers.AnySavePolicy([]),
-                cleanup_tmp_directories=not read_only,
-                create=not read_only,
-                read_only=read_only,
+                cleanup_tmp_directories=not self._read_only,
+                create=False,
+                read_only=self._read_only,
             ),
             item_names=("state", "input"),
         )
@@ -142,37 +172,41 @@ class Checkpoints:
             self._events.write(event, step=step, reason=reason)
 
     def save(self, step: int, state: TrainState, order: TrainingOrder) -> None:
-        """Starts to save; returns once the state is copied off the devices.
+        """Copies the state off the devices, and leaves the rest to another thread.
+
+        A checkpoint that is still being written is waited for first.
 
         Raises:
-          UserError: this save or the one before it failed, such as on a full disk, unless failed
-            saves are ignored.
+          UserError: the save before this one failed, such as on a full disk, unless failed saves
+            are ignored.
         """
-        if step == self.latest_step():
-            return
         self.wait()
+        copied = jax.block_until_ready(_on_host(_as_tree(state)))
         self._saving = step
-        try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_as_tree(state)),
-                    input=ocp.args.JsonSave(_input_position(step, order)),
-                ),
-                force=True,
-            )
-        except Exception as error:  # whatever a file system raises, and what Orbax makes of it
-            self._save_failed(error)
+        self._writing = self._writer.submit(self._write, step, copied, _input_position(step, order))
+
+    def _write(self, step: int, tree: dict[str, Any], position: dict[str, int]) -> None:
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(tree), input=ocp.args.JsonSave(position)
+            ),
+            force=True,
+        )
+        self._manager.wait_until_finished()
 
     def wait(self) -> None:
         """Waits until what is being saved is on disk.
 
         Raises:
-          UserError: as `save`.
+          UserError: that failed, such as on a full disk, unless failed saves are ignored.
         """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
         try:
-            self._manager.wait_until_finished()
-        except Exception as error:
+            writing.result()
+        except Exception as error:  # whatever a file system raises, and what Orbax makes of it
             self._save_failed(error)
 
     def discard_from(self, step: int) -> None:
@@ -186,18 +220,32 @@ class Checkpoints:
                 self._manager.delete(newer)
 
     def _save_failed(self, error: Exception) -> None:
+        logging.debug("could not save", exc_info=error)
+        alone = jax.process_count() == 1  # else the others wait for this one's part of it
+        if alone:
+            self._start_over()
         kept = [step for step in self.all_steps() if step != self._saving]
         intact = f"step {max(kept)} is intact" if kept else "there is no earlier checkpoint"
-        reason = " ".join(str(error).split())[:300]
-        message = f"could not save step {self._saving} in {self._manager.directory}: {reason}"
-        logging.debug("could not save", exc_info=error)
+        message = f"could not save step {self._saving} in {self._manager.directory}: "
+        message += (reason := _shortened(error))
         self._note("save_failed", self._saving, reason)
-        if not self._ignore_failed_saves:
-            raise UserError(
-                f"{message}; {intact}. Free some space or give write permission, and run the same "
-                "command again (--config.checkpoint.ignore_failed_saves goes on without)"
-            ) from error
-        progress.say(f"{message}; {intact}; going on, as checkpoint.ignore_failed_saves says")
+        if alone and self._ignore_failed_saves:
+            progress.say(f"{message}; {intact}; going on, as checkpoint.ignore_failed_saves says")
+            return
+        raise UserError(
+            f"{message}; {intact}. Free some space or give write permission, and run the same "
+            "command again (--config.checkpoint.ignore_failed_saves goes on without)"
+        ) from error
+
+    def _start_over(self) -> None:
+        """Gives back the space of what could not be finished, and forgets the error.
+
+        Orbax's manager raises it again at every later call.
+        """
+        for path in _unfinished(epath.Path(self._manager.directory)):
+            with contextlib.suppress(OSError):
+                path.rmtree()
+        self._manager = self._new_manager()
 
     def _seal(self) -> None:
         """Writes the checksums, while the checkpoint still has its temporary name."""
@@ -227,6 +275,7 @@ class Checkpoints:
           UserError: there is no such checkpoint, it does not fit the state, or its input was
             another one.
         """
+        self.wait()
         target = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             _as_tree(like),
@@ -239,8 +288,7 @@ class Checkpoints:
             restored = self._manager.restore(step, args=ocp.args.Composite(**args))
         except Exception as error:  # whatever Orbax raises on metadata that were tampered with
             raise UserError(
-                f"cannot restore step {step} of {self._manager.directory}: "
-                f"{' '.join(str(error).split())[:300]}"
+                f"cannot restore step {step} of {self._manager.directory}: {_shortened(error)}"
             ) from error
         if order is not None and restored["input"] != _input_position(step, order):
             raise UserError(
@@ -251,18 +299,45 @@ class Checkpoints:
 
     def reached_preemption(self, step: int) -> bool:
         """Whether the cluster has announced that it stops this run, agreed by all processes."""
-        return bool(self._manager.reached_preemption(step))
+        return self._manager.reached_preemption_at(step)
 
     def close(self) -> None:
-        """Waits for saves to finish and frees the manager's threads.
+        """Waits for what is being saved and frees the threads.
 
         Raises:
-          UserError: as `save`.
+          UserError: as `wait`.
         """
         try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
             self._manager.close()
-        except Exception as error:
-            self._save_failed(error)
+
+
+def _make(directory: epath.Path) -> None:
+    """Makes the directory of the checkpoints, and says what a run left there that was cut off."""
+    if is_main_process():
+        directory.mkdir(parents=True, exist_ok=True)
+        for path in _unfinished(directory):
+            progress.say(f"removing {path}: it was still being written when the run was cut off")
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the directory of the checkpoints is made")
+
+
+def _shortened(error: Exception) -> str:
+    """The error in one line, without the middle if it is long: the reason is often at its end."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"
+
+
+def _unfinished(directory: epath.Path) -> list[epath.Path]:
+    return sorted(path for path in directory.iterdir() if _TEMPORARY in path.name)
+
+
+def _on_host(tree: dict[str, Any]) -> dict[str, Any]:
+    """Starts to copy a tree of arrays into the hosts' memory, each part to its device's host."""
+    host = jax.tree.map(lambda x: x.sharding.with_memory_kind("pinned_host"), tree)
+    return jax.device_put(tree, host, may_alias=False)
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:

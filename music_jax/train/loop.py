@@ -20,6 +20,7 @@ from music_jax.errors import StoppedError, UserError
 from music_jax.evaluation.evaluate import evaluate, read_results, results_table
 from music_jax.evaluation.online_probe import OnlineProbe, make_online_probe
 from music_jax.mesh import check_divisible, is_main_process, make_data_mesh
+from music_jax.signals import StopSignal
 from music_jax.train import guards
 from music_jax.train.checkpoints import Checkpoints
 from music_jax.train.corruption import CorruptionChecks
@@ -27,7 +28,6 @@ from music_jax.train.describe import describe
 from music_jax.train.input import TrainingInput
 from music_jax.train.lock import WorkdirLock
 from music_jax.train.recovery import Recovery, Trouble, WentWrongError
-from music_jax.train.signals import StopSignal
 from music_jax.train.state import TrainState, abstract_state, init_state
 from music_jax.train.step import StepFunction, compile_skip, compile_step, make_recipe
 
@@ -109,7 +109,8 @@ def _train_and_evaluate(
             checks=CorruptionChecks(config, shapes, mesh),
             probe=make_online_probe(config, probed, recipe.network, mesh, directory, skipped),
         )
-        with StopSignal() as stop:
+        alone, grace = jax.process_count() == 1, config.checkpoint.grace_seconds
+        with StopSignal(alone=alone, grace_seconds=grace) as stop:
             while True:  # A rewind is a resume from an older checkpoint.
                 if start_step:
                     state = checkpoints.restore(start_step, shapes, mesh, order)
@@ -186,8 +187,11 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: StopSignal) -> T
                 state, metrics, wrong = run.checks.step(step, run.step_function, state, batch)
             if run.probe:
                 run.probe.after_step(step, state.params, state.batch_stats)
+            stop.begin()  # the step is compiled; only now is there something to save
             last = step == num_steps
             stopping = stop.received or run.checkpoints.reached_preemption(step)
+            if stopping:
+                stop.agreed()
             saving = step % config.checkpoint.every_steps == 0 or last or stopping
             wrong = wrong or run.checks.replicas(step, state, saving=saving)
             if wrong:
@@ -209,6 +213,8 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: StopSignal) -> T
                     f"saved at step {step} of {num_steps}; run the same command to go on"
                 )
     run.checkpoints.wait()
+    if stop.received or run.checkpoints.reached_preemption(num_steps + 1):
+        raise StoppedError(f"saved at the last step, {num_steps}; run the same command to finish")
     return state
 
 
@@ -228,7 +234,11 @@ class _Log:
     def __init__(self, run: _Run, start_step: int):
         self._steps_per_epoch = run.training.order.steps_per_epoch
         self._batch_size = run.config.batch_size
-        self._file = records.MetricsLog(run.directory, start_step) if is_main_process() else None
+        self._file = records.MetricsLog(
+            run.directory,
+            start_step,
+            ignore_failures=run.config.checkpoint.ignore_failed_saves,
+        )
         self._bar = progress.bar(
             run.training.num_steps * self._batch_size,
             unit="img",
@@ -243,8 +253,7 @@ class _Log:
 
     def __exit__(self, *error: object) -> None:
         self._bar.close()
-        if self._file:
-            self._file.close()
+        self._file.close()
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Logs a step."""
@@ -254,8 +263,7 @@ class _Log:
             **scalars,
             "images_per_second": self._images_per_second(step),
         }
-        if self._file:
-            self._file.write(record)
+        self._file.write(record)
         self._bar.set_postfix(collections.OrderedDict(_shown(scalars)), refresh=False)
         self._bar.update(step * self._batch_size - self._bar.n)
 

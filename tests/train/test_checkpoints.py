@@ -1,5 +1,9 @@
 """Checkpoints go from any mesh to any other."""
 
+import contextlib
+import dataclasses
+import resource
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,3 +69,74 @@ def test_damaged_checkpoints_are_set_aside_until_none_is_whole(tmp_path):
         checkpoints.latest_whole_step()
     assert checkpoints.all_steps() == [3]
     checkpoints.close()
+
+
+def _on_one_device(state):
+    return jax.device_put(state, state_shardings(state, make_data_mesh(1)))
+
+
+def test_what_is_saved_is_the_state_of_then_though_its_buffers_are_used_again(tmp_path):
+    order, mesh = TrainingOrder(32, 16, 0), make_data_mesh(1)
+    state = _on_one_device(_state())
+    checkpoints = Checkpoints(epath.Path(tmp_path))
+    checkpoints.save(7, state, order)
+    state = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)(state)
+    jax.block_until_ready(state)
+    found = checkpoints.restore(7, state, mesh, order)
+    checkpoints.close()
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(_state()), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture
+def no_large_files():
+    """A context in which no file can grow beyond 100 kB: writes fail as on a full disk."""
+
+    @contextlib.contextmanager
+    def limit():
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        yield
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
+
+
+@pytest.mark.parametrize("ignoring", [False, True])
+def test_failed_save_leaves_the_one_before_and_nothing_else(
+    tmp_path, no_large_files, ignoring, capsys
+):
+    order, mesh = TrainingOrder(32, 16, 0), make_data_mesh(1)
+    checkpoints = Checkpoints(epath.Path(tmp_path), ignore_failed_saves=ignoring)
+    checkpoints.save(3, _on_one_device(_state()), order)
+    checkpoints.wait()
+    noise = jax.random.normal(jax.random.key(0), (512, 256))  # cannot be compressed
+    state = _on_one_device(dataclasses.replace(_state(), params={"kernel": noise}))
+    with no_large_files():
+        checkpoints.save(7, state, order)
+        if ignoring:
+            checkpoints.wait()
+            message = capsys.readouterr().out
+        else:
+            with pytest.raises(UserError) as error:
+                checkpoints.wait()
+            message = str(error.value)
+    assert "could not save step 7" in message
+    assert "File too large" in message
+    assert "step 3 is intact" in message
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+    assert checkpoints.latest_whole_step() == 3
+    checkpoints.restore(3, _on_one_device(_state()), mesh, order)
+    checkpoints.save(8, state, order)  # there is room again
+    checkpoints.close()
+    assert checkpoints.all_steps() == [3, 8]
+
+
+def test_checkpoint_that_was_being_written_is_removed_and_told(tmp_path, capsys):
+    (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)
+    checkpoints = Checkpoints(epath.Path(tmp_path))
+    assert checkpoints.latest_whole_step() is None
+    checkpoints.save(6, _on_one_device(_state()), TrainingOrder(32, 16, 0))
+    checkpoints.close()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["6"]
+    assert "still being written when the run was cut off" in capsys.readouterr().out

@@ -1,13 +1,19 @@
 """Two real processes that want one workdir."""
 
+import errno
+import json
+import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 from etils import epath
 
 from music_jax.errors import UserError
+from music_jax.train import lock
 from music_jax.train.lock import WorkdirLock
 
 HOLD = """
@@ -46,3 +52,65 @@ def test_lock_is_free_after_leaving_and_after_garbage(tmp_path):
     (tmp_path / "lock").write_bytes(b"\xff garbage")
     with WorkdirLock(epath.Path(tmp_path)):
         pass
+
+
+def _elsewhere(count):
+    return json.dumps({"host": "elsewhere", "pid": 7, "started": "2026-01-01", "count": count})
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(lock, "_SILENT_SECONDS", 3.0)
+    monkeypatch.setattr(lock, "_SETTLE_SECONDS", 0.1)
+
+
+@pytest.fixture
+def no_os_locks(monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOTSUP, "as some network file systems say")
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+
+
+def test_holder_on_another_host_counts_as_ended_once_it_is_silent(tmp_path, impatient, capsys):
+    (tmp_path / "lock").write_text(_elsewhere(1))
+    with WorkdirLock(epath.Path(tmp_path)):
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+    assert "last written to by process 7 on elsewhere" in capsys.readouterr().out
+    assert (tmp_path / "lock").read_text() == ""
+
+
+def test_holder_on_another_host_that_gives_signs_of_life_is_respected(tmp_path, impatient):
+    (tmp_path / "lock").write_text(_elsewhere(1))
+    beat = threading.Timer(1.5, (tmp_path / "lock").write_text, [_elsewhere(2)])
+    beat.start()
+    with pytest.raises(UserError, match="process 7 on elsewhere, since 2026"):
+        WorkdirLock(epath.Path(tmp_path)).__enter__()
+    beat.join()
+
+
+def test_where_the_file_system_has_no_locks_the_record_decides(
+    tmp_path, holder, impatient, no_os_locks
+):
+    with pytest.raises(UserError, match=f"process {holder.pid} on"):
+        WorkdirLock(epath.Path(tmp_path)).__enter__()
+    holder.kill()
+    holder.wait()
+    began = time.monotonic()
+    with WorkdirLock(epath.Path(tmp_path)):
+        assert time.monotonic() - began < lock._SILENT_SECONDS
+
+
+def test_lock_that_was_lost_ends_the_process(tmp_path):
+    impatient = "from music_jax.train import lock\nlock._BEAT_SECONDS = 0.2\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", impatient + HOLD, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "held\n"
+    (tmp_path / "lock").write_text(_elsewhere(1))
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert "was taken over by process 7 on elsewhere" in err

@@ -1,0 +1,96 @@
+"""Real signals to a real process, at each stage of a command."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+COMMAND = """
+import hashlib, os, sys, time
+from music_jax.signals import StopSignal, end_on_signal
+
+def end():
+    sys.stderr.write("ended\\n")
+    os._exit(75)
+
+end_on_signal(end)
+stage, seconds = sys.argv[1], float(sys.argv[2])
+stop = StopSignal(alone=True, grace_seconds=seconds)
+with stop:
+    if stage == "before":
+        print("ready", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # busy elsewhere, as in a compilation
+    stop.begin()
+    print("ready", flush=True)
+    while not stop.received:
+        time.sleep(0.01)
+    print("saving", flush=True)
+    if stage == "hangs":
+        time.sleep(60)
+if stage == "after":
+    time.sleep(60)
+print("saved", flush=True)
+sys.exit(75)
+"""
+
+
+def start(stage, grace=60.0):
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, stage, str(grace)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def end(process):
+    out, err = process.communicate(timeout=30)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_first_signal_stops_and_saves(number):
+    process = start("training")
+    process.send_signal(number)
+    code, out, err = end(process)
+    assert (code, out) == (75, "saving\nsaved\n")
+    assert "stopping after this step" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_before_the_first_step_a_signal_ends_even_what_python_cannot_interrupt(number):
+    process = start("before")
+    time.sleep(0.2)
+    process.send_signal(number)
+    assert end(process) == (75, "", "ended\n")
+
+
+def test_after_the_steps_a_signal_ends_at_once():
+    process = start("after")
+    process.terminate()
+    assert process.stdout.readline() == "saving\n"
+    time.sleep(0.5)
+    process.terminate()
+    assert end(process)[0] == 75
+
+
+def test_second_signal_ends_at_once_whichever_it_is():
+    process = start("hangs")
+    process.send_signal(signal.SIGUSR1)
+    assert process.stdout.readline() == "saving\n"
+    process.send_signal(signal.SIGINT)
+    code, out, err = end(process)
+    assert (code, out) == (128 + signal.SIGINT, "")
+    assert "what was saved before is intact" in err
+
+
+def test_run_that_cannot_be_saved_ends_when_its_grace_is_over():
+    process = start("hangs", grace=0.5)
+    process.terminate()
+    code, out, err = end(process)
+    assert (code, out) == (75, "saving\n")
+    assert "not saved within checkpoint.grace_seconds = 0.5" in err
