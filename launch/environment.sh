@@ -87,7 +87,10 @@ ensure_environment() {
       mv "$copy" "$(stamp "$file")"
     done
     if ! has_accelerator; then
-      install "jax[$accelerator]" -c "$root/$1" "jax[$accelerator]"
+      packages=("jax[$accelerator]")
+      # Workdirs of TPU machines are buckets.
+      if [[ $accelerator == tpu ]]; then packages+=(gcsfs); fi
+      install "${packages[*]}" -c "$root/$1" "${packages[@]}"
       touch "$venv/installed-jax-$accelerator"
     fi
     echo "Made it in $SECONDS s." >&2
