@@ -8,10 +8,9 @@ from typing import Any
 from ml_collections import config_dict
 
 from music_jax.config_evaluation import add_evaluation
+from music_jax.config_values import check_values
 from music_jax.data.augment import ViewAugmentation
 from music_jax.errors import UserError
-
-_MAX_NUMBER = 2**32  # in any field; larger ones overflow somewhere
 
 # What may change between two runs of one workdir without changing what is trained.
 FREE_FIELDS = (
@@ -175,7 +174,7 @@ def validate(config: config_dict.ConfigDict) -> None:
     from music_jax.train.objective import OBJECTIVES
     from music_jax.train.optimizer import OPTIMIZERS
 
-    _check_values(config)
+    check_values(config, default_config())
     _one_of(config, "objective.name", OBJECTIVES)
     _one_of(config, "backbone.name", BACKBONES)
     _check_backbone(config)
@@ -262,36 +261,6 @@ def validate(config: config_dict.ConfigDict) -> None:
     _check_evaluation(config)
     _check_embedding(config, embedding_size(config))
     view_augmentations(config)
-
-
-def _check_values(config: config_dict.ConfigDict) -> None:
-    """Checks that all fields are there and numbers are finite and of a size that can be meant."""
-    for field, default in default_config().to_dict().items():
-        _check_value(config, field, default)
-
-
-def _check_value(config: config_dict.ConfigDict, field: str, default: Any) -> None:
-    value = _get(config, field)
-    if isinstance(default, dict):
-        if not isinstance(value, config_dict.ConfigDict):
-            raise UserError(f"config.{field} must be a group of fields; got {value!r}")
-        for key, inner in default.items():
-            _check_value(config, f"{field}.{key}", inner)
-    elif isinstance(value, str):
-        if "\0" in value:
-            raise _wrong(config, field, "hold no zero byte")
-    elif isinstance(value, tuple):
-        for number in value:
-            if not _is_meant(number) or (
-                default and isinstance(default[0], int) and not isinstance(number, int)
-            ):
-                raise _wrong(config, field, "be a tuple of numbers")
-    elif not (value is None and default is None) and not _is_meant(value):
-        raise _wrong(config, field, f"be a finite number up to {_MAX_NUMBER}")
-
-
-def _is_meant(number: Any) -> bool:
-    return isinstance(number, int | float) and abs(number) <= _MAX_NUMBER
 
 
 def _check_evaluation(config: config_dict.ConfigDict) -> None:
