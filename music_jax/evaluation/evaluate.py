@@ -15,7 +15,7 @@ from music_jax.data.skipped import SkippedImages
 from music_jax.errors import UserError
 from music_jax.evaluation import feature_protocols, image_protocols
 from music_jax.evaluation.run import Run
-from music_jax.evaluation.tables import results_table
+from music_jax.evaluation.tables import results_table, summary_table
 from music_jax.evaluation.transfer import transfer
 from music_jax.json_files import read_json
 from music_jax.mesh import is_main_process
@@ -223,13 +223,19 @@ def _read(workdir: epath.Path, name: str) -> Figures | None:
         found = read_json(workdir / _file(name))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and _may_be_meant(found) else None
+    return found if isinstance(found, dict) and _may_be_meant(name, found) else None
 
 
-def _may_be_meant(figures: Figures) -> bool:
-    """Whether every accuracy, if it is given, is one."""
-    shares = [figures[name] for name in _SHARES if figures.get(name) is not None]
-    return all(isinstance(share, float) and 0 <= share <= 1 for share in shares)
+def _may_be_meant(name: str, figures: Figures) -> bool:
+    """Whether a file, which anyone may have changed, holds a protocol's figures."""
+    shares = [figures[share] for share in _SHARES if figures.get(share) is not None]
+    if not all(isinstance(share, float) and 0 <= share <= 1 for share in shares):
+        return False
+    try:
+        summary_table({name: figures})
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
+    return True
 
 
 def read_results(
