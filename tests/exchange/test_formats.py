@@ -198,8 +198,8 @@ def test_wrong_arguments_are_told(arguments, message, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        ("dataset", {"mean": ["a"]}, "is not a config"),
-        ("dataset", {"std": ["a"]}, "is not a config"),
+        ("dataset", {"mean": ["a"]}, "must be a tuple of numbers"),
+        ("dataset", {"std": ["a"]}, "must be a tuple of numbers"),
         ("dataset", {"num_channels": 3, "mean": [0.1] * 3, "std": [1] * 3}, "does not fit"),
         ("backbone", {"name": "resnet18"}, "does not fit the backbone"),
         ("backbone", {"name": "os.system"}, "must be one of"),
