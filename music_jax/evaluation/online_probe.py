@@ -270,7 +270,7 @@ class OnlineProbe:
         found = None
         if step and path.exists():
             try:
-                arrays = read_npz(path)
+                arrays: dict[str, Any] = read_npz(path)
                 found = ProbeState(**{name: arrays[name] for name in ProbeState._fields})
                 if any(a.shape != b.shape for a, b in zip(found, fresh, strict=True)):
                     raise ValueError("it is of another size")
