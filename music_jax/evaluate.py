@@ -5,7 +5,7 @@ from ml_collections import config_flags
 
 from music_jax import cli
 from music_jax.config import default_config
-from music_jax.errors import UserError
+from music_jax.evaluation import command
 
 _USAGE = """
 Measures a run's latest checkpoint by the protocols named, and writes NAME.json of each (for the
@@ -40,22 +40,13 @@ _DEFAULT = ("linear", "knn", "fewshot", "retrieval", "clustering", "label_free",
 
 def main() -> None:
     """Reads the flags and evaluates."""
-    if not cli.WORKDIR.value:
-        raise UserError("--workdir=DIR is missing: the directory of the run to evaluate")
-    from music_jax import records
-    from music_jax.compilation_cache import use_compilation_cache
-    from music_jax.mesh import use_cores
-
-    cli.join_cluster()
-    use_cores(batch_size=4)  # any batch is filled up, so that all devices get some of it
-    records.check_reachable(cli.WORKDIR.value)
-    use_compilation_cache(cli.WORKDIR.value)
+    workdir, overrides = command.begin()
     evaluate(
-        cli.WORKDIR.value,
+        workdir,
         protocols=tuple(name.strip() for name in flags.FLAGS.protocols if name.strip()),
         checkpoint=flags.FLAGS.checkpoint,
         transfer_sets=tuple(flags.FLAGS.transfer or ()),
-        overrides=dict(config_flags.get_override_values(flags.FLAGS["config"])),
+        overrides=overrides,
         again=flags.FLAGS.again,
     )
 

@@ -1,12 +1,14 @@
 """Reading JSON that anyone may have written: it is data, or a `ValueError`."""
 
 import json
+import re
 import stat
 from typing import Any
 
 from etils import epath
 
 _MAX_DEPTH = 32
+_STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{]|[\]}]', re.DOTALL)
 
 
 def parse_json(text: str) -> Any:
@@ -45,12 +47,12 @@ def read_text(path: epath.Path, *, errors: str = "replace") -> str:
 
 
 def _depth(text: str) -> int:
-    """How deep brackets are nested, at least; those within strings count too."""
+    """How deep brackets are nested, at least, up to where the text is JSON."""
     depth = deepest = 0
-    for character in text:
-        if character in "[{":
+    for found in _STRING_OR_BRACKET.finditer(text):
+        if found[0] in "[{":
             depth += 1
             deepest = max(deepest, depth)
-        elif character in "]}":
+        elif found[0] in "]}":
             depth -= 1
     return deepest

@@ -5,7 +5,7 @@ from ml_collections import config_flags
 
 from music_jax import cli
 from music_jax.config import default_config
-from music_jax.errors import UserError
+from music_jax.evaluation import command
 
 _USAGE = """
 Trains a linear classifier on the frozen backbone of a run's latest checkpoint, and classifies by
@@ -21,18 +21,8 @@ Exit codes: 0 done; 2 wrong input; 3 unusable data.
 
 def main() -> None:
     """Reads the flags and evaluates."""
-    if not cli.WORKDIR.value:
-        raise UserError("--workdir=DIR is missing: the directory of the run to evaluate")
-    from music_jax import records
-    from music_jax.compilation_cache import use_compilation_cache
-    from music_jax.mesh import use_cores
-
-    cli.join_cluster()
-    use_cores(batch_size=4)  # any batch is filled up, so that all devices get some of it
-    records.check_reachable(cli.WORKDIR.value)
-    use_compilation_cache(cli.WORKDIR.value)
-    overrides = dict(config_flags.get_override_values(flags.FLAGS["config"]))
-    linear_eval(cli.WORKDIR.value, checkpoint=flags.FLAGS.checkpoint, overrides=overrides)
+    workdir, overrides = command.begin()
+    linear_eval(workdir, checkpoint=flags.FLAGS.checkpoint, overrides=overrides)
 
 
 def linear_eval(

@@ -172,9 +172,13 @@ def write_config(workdir: epath.Path, config: config_dict.ConfigDict) -> None:
 
 
 def write_json(path: epath.Path, record: dict[str, Any]) -> None:
-    """Writes a JSON file so that a reader finds either the old one or the new one, whole."""
+    """Writes a JSON file so that a reader finds either the old one or the new one, whole.
+
+    Raises:
+      ValueError: a number in it is not finite, which JSON has no name for.
+    """
     temporary = path.with_name(path.name + ".new")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
     temporary.replace(path)
 
 

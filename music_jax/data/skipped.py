@@ -64,10 +64,10 @@ class SkippedImages:
             if (source.name, image) not in self._reasons:
                 self._write(source.name, image, reason)
             count = self._counts[source.name]
-        if count > self._max_share * len(source):
+        if count > self._max_share * source.split_size:
             raise UnusableDataError(
-                f"{count} of the {len(source)} images of {source.name} cannot be read, more than "
-                f"the share config.dataset.max_skipped_share = {self._max_share:g}; they are "
+                f"{count} of the {source.split_size} images of {source.name} cannot be read, more "
+                f"than the share config.dataset.max_skipped_share = {self._max_share:g}; they are "
                 f"listed in {self.path}"
             )
 

@@ -43,6 +43,7 @@ class Source:
       num_classes: how many labels there are; 0 where the images have none.
       class_names: what the labels are called, if they have names.
       left_out: name and reason of each image that is not among the records though it is there.
+      subset_of: images of the split that these are some of; None if they are all.
     """
 
     name: str
@@ -52,13 +53,36 @@ class Source:
     num_classes: int
     class_names: tuple[str, ...] = ()
     left_out: tuple[tuple[str, str], ...] = ()
+    subset_of: int | None = None
 
     def __len__(self) -> int:
         return len(self.records)
 
     def subset(self, indices: np.ndarray) -> "Source":
         """The samples at these indices, in this order."""
-        return dataclasses.replace(self, records=_Selected(self.records, indices))
+        return dataclasses.replace(
+            self, records=_Selected(self.records, indices), subset_of=self.split_size
+        )
+
+    @property
+    def split_size(self) -> int:
+        """How many images the whole split has."""
+        return len(self) if self.subset_of is None else self.subset_of
+
+    def record(self, index: int) -> dict:
+        """What the records hold of an image.
+
+        Raises:
+          UndecodableError: the record is damaged.
+        """
+        try:
+            return self.records[index]
+        except UndecodableError:
+            raise
+        except Exception as error:  # whatever a format's reader raises on damage
+            raise UndecodableError(
+                f"its record cannot be read: {' '.join(str(error).split())[:300]}"
+            ) from error
 
     def example(self, index: int) -> tuple[bytes, int]:
         """The encoded image and its label, -1 if it has none.
@@ -66,14 +90,12 @@ class Source:
         Raises:
           UndecodableError: the record is damaged, or its label is none of the classes.
         """
+        record = self.record(index)
         try:
-            record = self.records[index]
             encoded, label = record[self.image_key], int(record[self.label_key])
-        except UndecodableError:
-            raise
-        except Exception as error:  # whatever a format's reader raises on damage
+        except Exception as error:  # whatever stands there in place of a label
             raise UndecodableError(
-                f"its record cannot be read: {' '.join(str(error).split())[:300]}"
+                f"its record lacks an image or a label: {type(error).__name__}: {error}"
             ) from error
         if not isinstance(encoded, bytes):
             raise UndecodableError("its record holds no encoded image")

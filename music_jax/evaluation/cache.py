@@ -12,6 +12,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from music_jax import progress
+from music_jax.json_files import read_json
 from music_jax.mesh import is_main_process
 from music_jax.records import write_json
 
@@ -60,7 +61,7 @@ def _read(entry: epath.Path) -> dict[str, np.ndarray] | None:
     if not (entry / _INDEX).exists():
         return None
     try:
-        index = json.loads((entry / _INDEX).read_text())
+        index = read_json(entry / _INDEX)
         found = {}
         for name, checksum in index["crc32"].items():
             with (entry / f"{name}.npy").open("rb") as file:

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ class Protocol(NamedTuple):
 
     Attributes:
       measure: from the run to its figures, as JSON holds them.
-      parts: of the config that say how.
+      parts: of the config that say how, by dotted name.
       labels: whether it needs labelled images.
       segments: whether it needs the segments of the MUSIC objective.
       file: of the workdir, that the figures are written to; by default the protocol's own name.
@@ -49,7 +50,9 @@ class Protocol(NamedTuple):
 
 PROTOCOLS = {
     "linear": Protocol(feature_protocols.linear, ("linear_eval",), file="linear_eval.json"),
-    "knn": Protocol(feature_protocols.knn, ("knn",)),
+    "knn": Protocol(
+        feature_protocols.knn, ("knn", "linear_eval.raw_pixels", "linear_eval.random_init")
+    ),
     "fewshot": Protocol(feature_protocols.fewshot, ("few_shot",)),
     "retrieval": Protocol(feature_protocols.retrieval, ("retrieval",)),
     "clustering": Protocol(feature_protocols.clustering, ("clustering",), segments=True),
@@ -163,7 +166,10 @@ def envelope(name: str, config: config_dict.ConfigDict, step: int) -> Figures:
         "data": {"train": train, "test": test}
         if PROTOCOLS[name].labels
         else {"images": test or own},
-        "hyper_parameters": {part: everything[part] for part in PROTOCOLS[name].parts}
+        "hyper_parameters": {
+            part: functools.reduce(operator.getitem, part.split("."), everything)
+            for part in PROTOCOLS[name].parts
+        }
         | {"evaluation": evaluation},
         "step": step,
         "seed": config.seed,

@@ -143,10 +143,11 @@ def retrieval(run: Run) -> Figures:
         rng = np.random.Generator(np.random.Philox(key=[run.config.seed, 2**34]))
         train = train.rows(np.sort(rng.permutation(len(train))[:limit]))
     precisions = average_precisions(train.features, train.labels, test.features, test.labels)
+    answered = precisions[np.isfinite(precisions)]  # those with anything to be found
     return {
-        "map": float(np.nanmean(precisions)),
+        "map": float(np.mean(answered)) if len(answered) else None,
         "num_gallery": len(train),
-        "num_queries": int(np.sum(np.isfinite(precisions))),
+        "num_queries": len(answered),
     }
 
 
@@ -202,7 +203,7 @@ def label_free(run: Run) -> Figures:
             "rankme": _finite(rankme(rows)),
             "lidar": _finite(lidar(several)),
             "alpha_req": _finite(alpha_req(rows)),
-            "uniformity": uniformity(rows),
+            "uniformity": _finite(uniformity(rows)),
             "alignment": alignment(several[:, 0], several[:, 1]),
             "size": rows.shape[1],
         }
@@ -228,12 +229,13 @@ def segments(run: Run) -> Figures:
         temperature=objective.temperature,
     )
     samples, count, units = probabilities.shape
+    usage = float(np.mean(found.usage_entropy))
     between = found.mutual_information[~np.eye(count, dtype=bool)]
     return {
         "num_images": samples,
         "log_units": math.log(units),
         "usage_entropy": _summary(found.usage_entropy),
-        "usage_entropy_share": float(np.mean(found.usage_entropy) / math.log(units)),
+        "usage_entropy_share": usage / math.log(units),
         "dead_units": int(np.sum(found.dead_units)),
         "num_units": count * units,
         "confidence": _summary(found.confidence),
@@ -241,7 +243,7 @@ def segments(run: Run) -> Figures:
         "mutual_information": {
             **_summary(between),
             "bias": (units - 1) ** 2 / (2 * samples),
-            "share_of_usage_entropy": float(np.mean(between) / np.mean(found.usage_entropy)),
+            "share_of_usage_entropy": float(np.mean(between) / usage) if usage > 0 else None,
         },
         "above_bound": {**distances._asdict(), "num_images": len(several)},
         "by_segment": {

@@ -9,6 +9,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
+from music_jax.evaluation.knn import unit_length
 from music_jax.evaluation.statistics import Interval, mean_interval
 
 
@@ -65,7 +66,7 @@ def few_shot(
             f"{len(train_labels)} labels, {len(test_features)} test features and "
             f"{len(test_labels)} labels"
         )
-    train, test = _unit(train_features), _unit(test_features)
+    train, test = (unit_length(x, np.float64) for x in (train_features, test_features))
     accuracies = np.empty(draws)
     for draw in range(draws):
         rows = draw_shots(train_labels, shots, seed=seed, draw=draw)
@@ -132,8 +133,3 @@ def _in_span(drawn: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarra
         return drawn, test
     basis, _ = np.linalg.qr(drawn.T)  # [features, drawn]
     return drawn @ basis, test @ basis
-
-
-def _unit(features: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(features, axis=1, keepdims=True)
-    return np.asarray(features / np.maximum(norms, 1e-12), np.float64)

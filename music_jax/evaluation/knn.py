@@ -1,6 +1,7 @@
 """Nearest neighbours, and classification by their weighted vote (Wu et al, arXiv 1805.01978)."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -144,8 +145,8 @@ def weighted_vote(
     return np.argmax(votes, axis=1).astype(np.int32)
 
 
-def unit_length(features: np.ndarray | jax.Array) -> np.ndarray:
-    """Features [samples, features] scaled to length 1, float32."""
-    features = np.asarray(features, np.float32)
+def unit_length(features: np.ndarray | jax.Array, dtype: Any = np.float32) -> np.ndarray:
+    """Features [samples, features] of a dtype, scaled to length 1; those of zeros stay."""
+    features = np.asarray(features, dtype)
     norms = np.linalg.norm(features, axis=1, keepdims=True)
     return features / np.maximum(norms, 1e-12)

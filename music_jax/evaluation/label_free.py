@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
+from music_jax.evaluation.knn import unit_length
+
 _EPSILON = 1e-7  # RankMe's and LiDAR's, which keeps the logarithm finite
 
 
@@ -127,7 +129,7 @@ def alignment(features_a: np.ndarray, features_b: np.ndarray) -> float:
       Wang & Isola, `Understanding Contrastive Representation Learning through Alignment and
       Uniformity on the Hypersphere <https://arxiv.org/abs/2005.10242>`_, 2020
     """
-    a, b = _unit(_checked(features_a, ndim=2)), _unit(_checked(features_b, ndim=2))
+    a, b = (unit_length(_checked(x, ndim=2), np.float64) for x in (features_a, features_b))
     if a.shape != b.shape:
         raise ValueError(f"expected two views of one shape; got {a.shape} and {b.shape}")
     return float(np.mean(np.sum((a - b) ** 2, axis=1)))
@@ -150,7 +152,7 @@ def uniformity(features: np.ndarray, *, t: float = 2.0, block_size: int = 1024) 
     Reference:
       As `alignment`.
     """
-    unit = _unit(_checked(features, ndim=2)).astype(np.float32)
+    unit = unit_length(_checked(features, ndim=2), np.float64).astype(np.float32)
     count = len(unit)
     if count < 2:
         raise ValueError(f"expected two samples or more; got {count}")
@@ -188,11 +190,6 @@ def _exp_entropy(values: np.ndarray) -> float:
         return float("nan")
     p = values / total + _EPSILON
     return float(np.exp(-np.sum(p * np.log(p))))
-
-
-def _unit(features: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(features, axis=1, keepdims=True)
-    return features / np.maximum(norms, 1e-12)
 
 
 def _checked(features: np.ndarray, *, ndim: int) -> np.ndarray:

@@ -4,7 +4,6 @@ It sees the backbone as each step leaves it, in inference mode, by a jitted step
 training's program, and so every bit of its result, is the same with it and without.
 """
 
-import zipfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from music_jax.errors import UserError
 from music_jax.evaluation.features import Placing, normalize
 from music_jax.mesh import is_main_process
 from music_jax.models.network import Network, Tree
+from music_jax.npz_files import read_npz
 
 _DIRECTORY = "online_probe"
 
@@ -270,11 +270,11 @@ class OnlineProbe:
         found = None
         if step and path.exists():
             try:
-                with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                    found = ProbeState(**{name: arrays[name] for name in ProbeState._fields})
+                arrays: dict[str, Any] = read_npz(path)
+                found = ProbeState(**{name: arrays[name] for name in ProbeState._fields})
                 if any(a.shape != b.shape for a, b in zip(found, fresh, strict=True)):
                     raise ValueError("it is of another size")
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            except (OSError, ValueError, KeyError) as error:
                 progress.say(f"the online probe starts anew, {path} being damaged: {error}")
                 found = None
         return jax.device_put(fresh if found is None else found, self._whole)

@@ -3,7 +3,7 @@
 from ml_collections import config_dict
 
 from music_jax import records
-from music_jax.config import from_json, is_free, validate
+from music_jax.config import FREE_FIELDS, from_json, is_free, validate
 from music_jax.data import datasets
 from music_jax.errors import UserError
 from music_jax.evaluation.run import Run
@@ -58,8 +58,7 @@ def _apply(config: config_dict.ConfigDict, overrides: dict[str, object]) -> None
     for field, value in overrides.items():
         if not is_free(field):
             raise UserError(
-                f"config.{field} belongs to the training, which is over; only how it is evaluated "
-                "can change: evaluation, linear_eval, knn, few_shot, semi_supervised, finetune, "
-                "retrieval, clustering, dataset.test_split, dataset.data_dir"
+                f"config.{field} belongs to the training, which is over; what can change is "
+                f"{', '.join(FREE_FIELDS)}"
             )
         config.update_from_flattened_dict({field: value})

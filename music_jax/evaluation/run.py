@@ -65,6 +65,11 @@ class Run:
     mesh: Mesh
     skipped: SkippedImages
 
+    def __post_init__(self) -> None:
+        """Notes what was left out when the sources were opened."""
+        for source in (self.images, *(self.sources or ())):
+            self.skipped.add_left_out(source)
+
     def train(self, of: str = "trained") -> SplitFeatures:
         """Features of the labelled training images.
 
@@ -200,6 +205,7 @@ class Run:
             "source": source.name,
             "images": len(source),
             "names": names,
+            "classes": zlib.crc32("\n".join(source.class_names).encode()),
             "view": [config["crop"]["size"], config["crop"]["eval_resize"]],
             "pixels": [config["dataset"][name] for name in ("num_channels", "mean", "std")],
             "compute_dtype": config["compute_dtype"],

@@ -6,17 +6,19 @@ import json
 import os
 import pathlib
 import shutil
-import zipfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from music_jax import progress
 from music_jax.data.sources import Source
 from music_jax.errors import UndecodableError, UnusableDataError, UserError
 from music_jax.exchange.encoder import Encoder, ahead
 from music_jax.exchange.extras import needs
+from music_jax.json_files import parse_json, read_json
+from music_jax.npz_files import read_npz
 
 ENDINGS = (".npy", ".parquet")
 PART_SIZE = 1024  # images
@@ -61,12 +63,15 @@ def encode_folder(encoder: Encoder, source: Source, output: str, *, codes: bool 
 
     Raises:
       UserError: the output is of another kind, is there from other weights or images, cannot be
-        written, or there are no codes.
+        written, there are no codes, or Parquet's package is not installed.
       UnusableDataError: none of the images can be read.
     """
     path = pathlib.Path(output).expanduser()
     if path.suffix not in ENDINGS:
         raise UserError(f"--output={output} must end with {' or '.join(ENDINGS)}")
+    if path.suffix == ".parquet":
+        with needs("pyarrow", "export"):
+            import pyarrow.parquet  # noqa: F401  (before hours of computing, not after)
     if codes and not encoder.has_codes:
         raise UserError(
             "--codes needs the projection head of a run with the objective music; an exported "
@@ -175,7 +180,7 @@ def _open_parts(path: pathlib.Path, record: dict[str, Any]) -> pathlib.Path:
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text())
+        record = read_json(epath.Path(path))
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
@@ -184,10 +189,10 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 def _read_part(file: pathlib.Path) -> _Part | None:
     """A part, or None if it is not there or damaged."""
     try:
-        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
-            names = json.loads(arrays["names"].tobytes())
-            return _Part(names["files"], arrays["features"], arrays["codes"], names["broken"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        arrays = read_npz(file)
+        names = parse_json(arrays["names"].tobytes().decode())
+        return _Part(names["files"], arrays["features"], arrays["codes"], names["broken"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -259,9 +264,8 @@ def _write_npy(path: pathlib.Path, count: int, arrays: Iterator[np.ndarray]) -> 
 
 
 def _write_parquet(path: pathlib.Path, parts: Iterable[_Part], codes: bool) -> None:
-    with needs("pyarrow", "export"):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     def rows(array: np.ndarray) -> Any:
         return pa.FixedSizeListArray.from_arrays(pa.array(array.ravel()), array.shape[1])

@@ -17,6 +17,7 @@ from music_jax.exchange import torch_names
 from music_jax.exchange.model_card import IMPORTED_FILE
 from music_jax.exchange.tensors import Tensors, read_safetensors
 from music_jax.mesh import make_data_mesh
+from music_jax.models.network import make_frozen_backbone
 from music_jax.train.checkpoints import Checkpoints
 from music_jax.train.guards import init_guard_state
 from music_jax.train.state import TrainState, abstract_state, state_shardings
@@ -24,6 +25,7 @@ from music_jax.train.step import make_recipe
 
 # A tensor that every state dict of a backbone of ours has.
 _LANDMARKS = ("conv1.weight", "cls_token")
+_OBJECTIVE = "vicreg"  # a run has one; of those without segments, it asks for nothing else
 _CHUNK = 1 << 22  # bytes
 
 
@@ -32,8 +34,9 @@ def import_weights(
 ) -> config_dict.ConfigDict:
     """Makes a run of a backbone in the layout of torchvision or timm, at step 0.
 
-    Which backbone it is follows from the tensors. The run has a small projection head without
-    meaning, since a run has one.
+    Which backbone it is follows from the tensors. The run's projection head gives back the features
+    as they are, and its objective is one without segments, so that nothing is measured that was
+    never trained.
 
     Args:
       weights: a safetensors file, with a classifier or not.
@@ -109,7 +112,7 @@ def _is_root(tensors: Tensors, prefix: str) -> bool:
 def _config_for(
     tensors: Tensors, config: config_dict.ConfigDict, where: str
 ) -> config_dict.ConfigDict:
-    """The config with the backbone that the tensors are of, and the smallest projection head."""
+    """The config with the backbone that the tensors are of, and a head of the features' size."""
     config = config.copy_and_resolve_references()
     found = torch_names.detect_backbone(tensors, where)
     stem = config.backbone.stem if config.backbone.stem != "imagenet" else None
@@ -119,8 +122,8 @@ def _config_for(
         config.backbone.stem = stem
     config.backbone.zero_init_residual = None
     config.projector.hidden_sizes = ()
-    config.projector.output_size = None
-    config.objective.num_segments = config.objective.units_per_segment = 2
+    config.projector.output_size = make_frozen_backbone(config).num_features
+    config.objective.name = _OBJECTIVE
     validate(config)
     channels = torch_names.input_channels(tensors)
     if channels != config.dataset.num_channels:
@@ -132,15 +135,13 @@ def _config_for(
 
 
 def _state(config: config_dict.ConfigDict, tensors: Tensors) -> TrainState:
-    """The state before any training, with a random head on the backbone that the tensors are of."""
+    """The state before any training: the identity on the backbone that the tensors are of."""
     shapes = abstract_state(config, make_recipe(config, steps_per_epoch=1).optimizer)
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     for tree in (state.params["backbone"], state.batch_stats.get("backbone", {})):
         _fill(tree, tensors)
     head = state.params["projector"]["output"]
-    rng = np.random.Generator(np.random.Philox(key=config.seed))
-    size = head["kernel"].shape
-    head["kernel"] = rng.standard_normal(size, np.float32) / np.float32(np.sqrt(size[0]))
+    head["kernel"] = np.eye(*head["kernel"].shape, dtype=np.float32)
     state = dataclasses.replace(state, guard=init_guard_state())
     return jax.device_put(state, state_shardings(shapes, make_data_mesh()))
 

@@ -13,6 +13,7 @@ from music_jax.config import view_augmentations
 from music_jax.data.augment import ViewAugmentation
 from music_jax.exchange.formats import FORMATS, preprocessing
 from music_jax.exchange.trained import TrainedBackbone
+from music_jax.json_files import read_json
 
 IMPORTED_FILE = "imported.json"  # in a workdir whose weights come from elsewhere
 
@@ -130,18 +131,32 @@ def _augmentation(view: ViewAugmentation) -> str:
 
 def _results(workdir: epath.Path | None, step: int) -> str:
     linear, knn = _read(workdir, "linear_eval.json"), _read(workdir, "knn.json")
-    rows = []
+    rows, where = [], []
     for name, record in (("linear probe, top-1", linear), ("kNN, top-1", knn)):
         if record.get("step") != step:
             continue
         values = [record.get(k) for k in ("top1", "random_init_top1", "raw_pixels_top1")]
-        rows.append((name, *(f"{100 * v:.1f} %" if v is not None else "-" for v in values)))
+        rows.append((name, *map(_percent, values)))
+        where.append(_tested_on(record))
     if not rows:
         return "This checkpoint has not been evaluated."
-    dataset = linear.get("protocol", {})
-    where = f"{_code(dataset.get('dataset', '?'))}, {linear.get('num_test', '?')} test images"
     header = ("", "this backbone", "at random initialisation", "raw pixels")
-    return f"{_table(header, rows)}\n\nOn {where}; the backbone frozen."
+    said = " and ".join(dict.fromkeys(where))
+    return f"{_table(header, rows)}\n\nOn {said}; the backbone frozen."
+
+
+def _percent(value: Any) -> str:
+    return f"{100 * value:.1f} %" if isinstance(value, float) and 0 <= value <= 1 else "-"
+
+
+def _tested_on(record: dict[str, Any]) -> str:
+    data, count = record.get("data"), record.get("num_test")
+    test = data.get("test") if isinstance(data, dict) else None
+    if not isinstance(test, str) or not test:
+        test = "?"
+    elif ":" not in test:  # a folder, whose place is nobody's business
+        test = test.rstrip("/").rpartition("/")[2]
+    return f"{_code(test)}, {count if isinstance(count, int) else '?'} test images"
 
 
 def _origin(imported: dict[str, Any]) -> str:
@@ -164,7 +179,7 @@ def _license(license_name: str | None) -> str:
 def _read(workdir: epath.Path | None, name: str) -> dict[str, Any]:
     """A JSON file of the run; {} if it is not there or of no use."""
     try:
-        record = json.loads((workdir / name).read_text()) if workdir is not None else {}
+        record = read_json(workdir / name) if workdir is not None else {}
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
@@ -176,4 +191,5 @@ def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _code(text: str) -> str:
-    return "`" + " ".join(str(text).replace("`", "'").split()) + "`"
+    text = str(text).encode(errors="replace").decode()  # names of files may be no Unicode
+    return "`" + " ".join(text.replace("`", "'").split()) + "`"

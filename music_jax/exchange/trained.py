@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from music_jax.config import from_json, validate
 from music_jax.errors import UserError
 from music_jax.exchange import torch_names
 from music_jax.exchange.tensors import Tensors, by_name, check_shapes, read_safetensors
+from music_jax.json_files import parse_json
 from music_jax.models.network import FrozenBackbone, Network, make_frozen_backbone
 
 METADATA_KEY = "music_jax"  # where a safetensors file's metadata says what it holds
@@ -123,7 +123,7 @@ def _read_run(where: epath.Path, path: str, checkpoint: str | None) -> TrainedBa
 def _read_file(path: epath.Path) -> TrainedBackbone:
     tensors, metadata = read_safetensors(path)
     try:
-        described = json.loads(metadata[METADATA_KEY])
+        described = parse_json(metadata[METADATA_KEY])
         config, step, layout = described["config"], int(described["step"]), described["layout"]
         if not isinstance(config, dict) or layout not in ("music_jax", "torchvision"):
             raise ValueError("its description is not one of this version")

@@ -24,7 +24,8 @@ class MusicTerms(NamedTuple):
     """The objective's three terms, unweighted; each is smaller the better.
 
     Attributes:
-      diagonal: negative entropy of each segment's units, the two views agreeing; at least -log K.
+      diagonal: negative entropy of each segment's units, the two views agreeing; at least -log K,
+        or -2/e for K = 2.
       cross_segment: negative joint entropy of two different segments; at least -2 log K.
       invariance: minus the log probability that the two views of a sample agree; at least 0.
     """

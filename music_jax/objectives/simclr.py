@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from music_jax.objectives.checks import check_batch, check_pair
+from music_jax.objectives.checks import check_batch, check_pair, check_temperature
 from music_jax.objectives.global_batch import (
     AxisName,
     accumulation_dtype,
@@ -53,8 +53,9 @@ def simclr_loss(
       A scalar, float32, or float64 for float64 embeddings.
 
     Raises:
-      ValueError: if the views differ in shape or dtype, are not [batch, dim] or not floating, or if
-        the global batch is a single sample.
+      ValueError: if the views differ in shape or dtype, are not [batch, dim] or not floating, if
+        the temperature is known not to be a positive finite number, or if the global batch is a
+        single sample.
 
     Example:
       >>> import jax.numpy as jnp
@@ -68,6 +69,7 @@ def simclr_loss(
       <https://arxiv.org/abs/2002.05709>`_, 2020
     """
     check_pair(embeddings_a, embeddings_b)
+    check_temperature(temperature)
     return over_global_batch(
         _simclr,
         embeddings_a,
@@ -96,8 +98,9 @@ def _simclr(
     positive = jnp.sum(a * b, axis=1)
     total = jnp.zeros((), a.dtype)
     for own, same_view, other_view in ((a, all_a, all_b), (b, all_b, all_a)):
-        others = jnp.where(itself, -jnp.inf, own @ same_view.T / temperature)
-        similarities = jnp.concatenate([others, own @ other_view.T / temperature], axis=1)
+        others = jnp.where(itself, -jnp.inf, _products(own, same_view) / temperature)
+        positives = _products(own, other_view) / temperature
+        similarities = jnp.concatenate([others, positives], axis=1)
         total += jnp.sum(jax.nn.logsumexp(similarities, axis=1) - positive / temperature)
     return global_sum(total, axis_name) / (2 * batch)
 
@@ -106,6 +109,11 @@ def _unit(z: jax.Array) -> jax.Array:
     z = jnp.asarray(z, accumulation_dtype(z.dtype))
     squares = jnp.sum(z**2, axis=1, keepdims=True)
     return z * jax.lax.rsqrt(jnp.maximum(squares, EPSILON))
+
+
+def _products(a: jax.Array, b: jax.Array) -> jax.Array:
+    """[a, b] inner products, exact where the device's default rounds them, as optax's are."""
+    return jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
 
 
 def _gather(z: jax.Array, axis_name: AxisName | None) -> jax.Array:

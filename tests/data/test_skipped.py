@@ -2,10 +2,13 @@
 
 import json
 
+import numpy as np
+import pytest
 from etils import epath
 
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
+from music_jax.errors import UnusableDataError
 
 _SOURCE = Source("numbers", range(100), "image", "label", num_classes=2)
 
@@ -52,3 +55,13 @@ def test_a_line_that_was_cut_off_is_written_anew(tmp_path):
     again.add(_SOURCE, 3, "broken")
     again.add(_SOURCE, 2, "broken")
     assert _images(tmp_path) == [1, 3, 2]
+
+
+def test_the_share_is_one_of_the_whole_split_also_where_a_part_of_it_is_read(tmp_path):
+    part = _SOURCE.subset(np.arange(40, 60)).subset(np.arange(10))
+    noted = SkippedImages(epath.Path(tmp_path), max_share=0.05)
+    noted.add(_SOURCE, 3, "broken")
+    for index in range(4):
+        noted.add(part, index, "broken")
+    with pytest.raises(UnusableDataError, match="6 of the 100 images of numbers"):
+        noted.add(part, 4, "broken")

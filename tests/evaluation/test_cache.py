@@ -51,6 +51,7 @@ def _pickle(path):
         ("labels.npy", lambda path: path.write_bytes(b"")),
         ("index.json", lambda path: path.write_text("{")),
         ("index.json", lambda path: path.write_text("[]")),
+        ("index.json", lambda path: path.write_text("[" * 100_000)),
         ("index.json", lambda path: path.unlink()),
     ],
 )

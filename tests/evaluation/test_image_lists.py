@@ -45,6 +45,23 @@ def test_records_of_tfds_are_found_by_their_file_name(tmp_path):
     )
 
 
+class _Damaged(list):
+    def __getitem__(self, index):
+        if index == 2:
+            raise ValueError("array_record: corrupted chunk")
+        return super().__getitem__(index)
+
+
+def test_an_image_whose_record_is_damaged_is_left_out(tmp_path, capsys):
+    records = _Damaged({"file_name": f"n03_{i}.JPEG", "image": b"", "label": 0} for i in range(5))
+    source = Source("tfds", records, "image", "label", 2)
+    path = _list(tmp_path, "n03_4.JPEG", "n03_2.JPEG")
+    np.testing.assert_array_equal(rows_of_list(source, path), [4])
+    assert "1 images" in capsys.readouterr().out
+    with pytest.raises(UserError, match="2 of the 3 images"):
+        rows_of_list(source, _list(tmp_path, "n03_4.JPEG", "n03_2.JPEG", "n09_1.JPEG"))
+
+
 def test_a_list_that_does_not_fit_is_an_error_that_names_an_image(source, tmp_path):
     with pytest.raises(UserError, match=r"1 of the 2 images .* such as 'n09_1.JPEG'.*n01_0.JPEG"):
         rows_of_list(source, _list(tmp_path, "n09_1.JPEG", "n01_0.JPEG"))

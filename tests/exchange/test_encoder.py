@@ -193,6 +193,14 @@ def test_a_folder_without_a_whole_image_is_told(encoder, tmp_path):
         encode_folder(encoder, source, str(tmp_path / "f.csv"))
 
 
+def test_the_package_that_parquet_needs_is_looked_for_first(encoder, folder, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "pyarrow"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=r"this needs pyarrow.*music_jax\[export\]"):
+        encode_folder(encoder, open_folder(str(folder[0])), str(tmp_path / "f.parquet"))
+    assert not (tmp_path / "f.parquet.parts").exists()
+
+
 def _command(*arguments):
     return [sys.executable, "-m", "music_jax.encode", *arguments]
 

@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from philox_weights import philox_images
 from runs import save_run, small_config
 from safetensors import safe_open
@@ -16,6 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 import music_jax
 from music_jax.errors import UserError
+from music_jax.evaluation.evaluate import envelope
+from music_jax.exchange.model_card import _results
 from music_jax.exchange.tensors import by_name
 from music_jax.export import export
 
@@ -157,7 +160,7 @@ def test_the_card_says_what_where_and_how_well(tmp_path):
     directory = tmp_path / "run"
     save_run(directory, small_config())
     linear = {"step": 3, "top1": 0.983, "raw_pixels_top1": 0.901, "num_test": 1000}
-    linear["protocol"] = {"dataset": "mnist"}
+    linear |= envelope("linear", small_config(), 3)
     (directory / "linear_eval.json").write_text(json.dumps(linear))
     (directory / "knn.json").write_text(json.dumps({"step": 2, "top1": 0.5}))
     output = str(tmp_path / "b.onnx")
@@ -170,12 +173,27 @@ def test_the_card_says_what_where_and_how_well(tmp_path):
         "`mnist` (TFDS)",
         "6 segments of 5 units",
         "| linear probe, top-1 | 98.3 % | - | 90.1 % |",
-        "1000 test images",
+        "On `mnist:test`, 1000 test images; the",
         "from the checkpoint of step 3",
     ):
         assert part in text
     assert "kNN" not in text  # of another checkpoint
     assert jax.__version__ in text
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"top1": 0.5, "data": {"test": "/home/me/photos/"}, "num_test": 7}, "`photos`, 7 test"),
+        ({"top1": 0.5, "data": "linear", "num_test": []}, "`?`, ? test"),
+        ({"top1": "high", "data": {"test": 3}}, "| linear probe, top-1 | - |"),
+        ("[" * 100_000, "has not been evaluated"),
+    ],
+)
+def test_the_card_makes_the_best_of_a_record_that_anyone_changed(record, said, tmp_path):
+    text = record if isinstance(record, str) else json.dumps({"step": 3} | record)
+    (tmp_path / "linear_eval.json").write_text(text)
+    assert said in _results(epath.Path(tmp_path), 3)
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,9 @@ def test_imported_weights_give_torchs_features(name, prefix, tmp_path):
     assert encoder.trained.config.backbone.name == name
     with np.load(_REFERENCE / "torch_features.npz") as features:
         expected = features[name]
+    assert not encoder.has_codes  # nothing was trained that they could come from
+    params = encoder.trained.params["projector"]["output"]
+    np.testing.assert_array_equal(params["kernel"], np.eye(expected.shape[1]))
     scale = np.abs(expected).max()
     np.testing.assert_allclose(
         encoder(philox_images(2, 64, 3)) / scale, expected / scale, rtol=0, atol=1e-5

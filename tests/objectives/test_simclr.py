@@ -67,3 +67,16 @@ def test_bfloat16_embeddings_give_a_float32_loss():
     assert loss.dtype == jnp.float32
     exact = z.astype(jnp.float32)
     np.testing.assert_allclose(loss, simclr_loss(exact, exact[::-1]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_temperature_that_is_none_is_told(temperature):
+    z = CASES["00"]["za"]
+    with pytest.raises(ValueError, match="temperature: expected a positive finite number"):
+        simclr_loss(z, z, temperature=temperature)
+
+
+def test_similarities_are_exact_on_every_device():
+    z = np.zeros((8, 4), np.float32)
+    text = str(jax.make_jaxpr(jax.grad(simclr_loss, (0, 1)))(z, z))
+    assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST") > 2
