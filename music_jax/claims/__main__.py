@@ -19,8 +19,9 @@ what is in work when it is stopped or killed, nothing is kept.
   python -m music_jax.claims --config=configs/mnist5k.py --seeds=5 --output=claims/mnist5k
   python -m music_jax.claims --config=configs/shapes.py --seeds=3 --only=1,7 --results=RESULTS.md
 
-  1 objectives; 2 projector depth; 3 embedding dimension; 4 batch size; 5 trivial solutions;
-  6 temperature and weights; 7 what each segment is about (shapes)
+  1 objectives; 2 projector depth; 3 embedding dimension; 4 batch size; 5 trivial solutions (from
+  a collapsed start too where images are kept in memory); 6 temperature and weights; 7 what each
+  segment is about (shapes)
 
 Learning rates are chosen on a part of the training split. What differs from the config file, and
 all grids: music_jax/claims/settings.py. --config.FIELD=VALUE comes before both.
@@ -61,6 +62,7 @@ def main() -> None:
         directory=directory,
         overridden=overridden,
     )
+    sweep.validate()
     try:
         if not flags.FLAGS.tables_only:
             with WorkdirLock(directory):

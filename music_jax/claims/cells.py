@@ -1,7 +1,7 @@
 """The cells of a sweep: a setting with a seed and a learning rate, in a directory of its own."""
 
 import dataclasses
-import json
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,9 +13,19 @@ from music_jax import config as config_lib
 from music_jax.claims.grid import Claim, Setting, base
 from music_jax.claims.settings import Settings
 from music_jax.errors import UserError
+from music_jax.json_files import read_json
 from music_jax.records import as_json, read_config
 
 _RESULT = "result.json"
+# May change between two runs of one workdir, and yet change what is measured.
+_MEASURED_BY = (
+    "compute_dtype",
+    "dataset.test_split",
+    "evaluation.train",
+    "evaluation.test",
+    "knn",
+    "linear_eval",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +168,7 @@ class Sweep:
             return self._results[cell.name]
         directory = self.directory / cell.name
         try:
-            result = json.loads((directory / _RESULT).read_text())
+            result = read_json(directory / _RESULT)
         except (OSError, ValueError):
             return None
         if not isinstance(result, dict):
@@ -170,12 +180,38 @@ class Sweep:
     def _check_same(self, cell: Cell, directory: epath.Path) -> None:
         # Fields that have been added since have the defaults that were in force without them.
         old = as_json(config_lib.from_json(read_config(directory) or {}))
-        differing = config_lib.differences(old, as_json(self.cell_config(cell)))
+        now = as_json(self.cell_config(cell))
+        differing = config_lib.differences(old, now)
+        for field in _MEASURED_BY:
+            there, here = _value(old, field), _value(now, field)
+            if there != here:
+                differing.append(f"{field}: {reprlib.repr(there)} there, {reprlib.repr(here)} now")
         if differing:
             raise UserError(
                 f"{directory} is of another config ({'; '.join(differing[:3])}); give the same "
                 "arguments to go on with the sweep, or another --output"
             )
+
+    def validate(self) -> None:
+        """Checks what every setting trains, before any is.
+
+        Raises:
+          UserError: a config is wrong; the message names the setting.
+        """
+        if self.config.dataset.path:
+            raise UserError(
+                "learning rates are chosen on a part of a TFDS split, which a folder has none of; "
+                "leave config.dataset.path unset"
+            )
+        for setting in self.settings_in_order():
+            rate = self.settings.learning_rates[0]
+            if setting.as_configured:
+                rate = self.config.optimizer.base_learning_rate
+            last = self.config.seed + self.num_seeds - 1
+            try:
+                config_lib.validate(self.cell_config(Cell(setting, rate, last, False)))
+            except UserError as error:
+                raise UserError(f"{setting.name}: {error}") from error
 
     def cell_config(self, cell: Cell) -> config_dict.ConfigDict:
         """What a cell trains."""
@@ -193,9 +229,16 @@ class Sweep:
         if cell.searching:
             train, held_out = self.settings.search_splits
             fields |= {"dataset.train_split": train, "dataset.test_split": held_out}
+            fields |= {"evaluation.train": "", "evaluation.test": ""}
         with config.unlocked():
             config.update_from_flattened_dict(fields)
         return config
+
+
+def _value(record: dict[str, Any], field: str) -> Any:
+    for part in field.split("."):
+        record = record[part]
+    return record
 
 
 def base_config(

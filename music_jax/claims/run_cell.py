@@ -26,8 +26,9 @@ from music_jax.data.crops import Crop
 from music_jax.data.decode import decode
 from music_jax.data.loader import TrainingOrder, training_batches
 from music_jax.data.sources import Source, open_source
-from music_jax.errors import DivergedError, UserError
+from music_jax.errors import DivergedError, UndecodableError, UnusableDataError, UserError
 from music_jax.evaluation.features import extract_split
+from music_jax.json_files import read_json
 from music_jax.mesh import batch_sharding, local_positions, make_data_mesh, to_devices
 from music_jax.train import guards, train_and_evaluate
 from music_jax.train.optimizer import OPTIMIZERS
@@ -47,7 +48,7 @@ class CellTask:
       directory: where its files go.
       config: what it trains, as JSON.
       searching: whether it is for the learning rate alone.
-      collapsed_start: whether invariance alone is trained for first.
+      collapsed_start: whether invariance alone is trained for first; only with `in_memory`.
       in_memory: as in `Settings`.
     """
 
@@ -84,18 +85,26 @@ def run_cell(task: CellTask) -> None:
 
 @functools.lru_cache(maxsize=8)
 def _in_memory(dataset_json: str, split: str) -> tuple[Source, dict[str, np.ndarray]]:
-    """A split decoded once, and each of its label features."""
+    """A split decoded once, and each of its label features.
+
+    Raises:
+      UnusableDataError: an image is damaged; a cell trains on all of them or not at all.
+    """
     dataset = config_dict.ConfigDict(json.loads(dataset_json))
     source = open_source(dataset, split)
     found, labels = [], []
     for index in range(len(source)):
-        record = source.records[index]
-        image = decode(record[dataset.image_key], dataset.num_channels)
+        try:
+            encoded, label = source.example(index)
+            image = decode(encoded, dataset.num_channels)
+        except UndecodableError as error:
+            name = source.record_name(index)
+            raise UnusableDataError(f"image {name} of {source.name}: {error}") from error
         if dataset.num_channels == 3:
             image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
         # As a bitmap, which is decoded at no cost, so that crops are cut as in any other run.
-        encoded = cv2.imencode(".bmp", image)[1].tobytes()
-        found.append({"image": encoded, "label": int(record[dataset.label_key])})
+        found.append({"image": cv2.imencode(".bmp", image)[1].tobytes(), "label": label})
+        record = source.records[index]
         labels.append({k: int(v) for k, v in record.items() if np.ndim(v) == 0 and _is_int(v)})
     names = [dataset.label_key, *(key for key in labels[0] if key != dataset.label_key)]
     columns = {name: np.array([row[name] for row in labels]) for name in names}
@@ -263,7 +272,7 @@ def _measure_run(
         result = measuring.measure(train, test, config)
     for file, name in (("linear_eval.json", "linear_top1"), ("knn.json", "knn_top1")):
         if (directory / file).exists():
-            result[name] = json.loads((directory / file).read_text())["top1"]
+            result[name] = read_json(directory / file)["top1"]
     return result
 
 

@@ -29,7 +29,8 @@ class Settings:
       full_recipe: for a row of its own, MUSIC by the config as it is, but for these fields; None
         for no such row.
       in_memory: whether the images fit into memory and a cell is so short that, once stopped, it
-        starts anew; else each cell is a run of `music_jax.main`, with its checkpoints.
+        starts anew; else each cell is a run of `music_jax.main`, with its checkpoints, and none
+        starts from a collapse.
     """
 
     learning_rates: tuple[float, ...]

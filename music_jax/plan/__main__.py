@@ -31,7 +31,7 @@ was compiled is remembered in ~/.cache/music_jax/plan: the same command goes on 
   python -m music_jax.plan --config=configs/imagenet.py --topology=v5e:4x8,v4:4x4x4 --json=plan.json
   python -m music_jax.plan --config=configs/imagenet.py --topology=h100:8 --config.batch_size=1024
 
-Exit codes: 0 done, whether it fits or not; 2 wrong input.
+Exit codes: 0 done, whether it fits or not; 2 wrong input; 75 stopped by a signal.
 """
 
 # Images a second that a core decodes and cuts both crops from, JPEGs of 500 x 375 pixels: a
@@ -112,16 +112,19 @@ def _output() -> pathlib.Path | None:
 
 
 def _num_images(config: config_dict.ConfigDict) -> int:
-    from music_jax.data.sources import open_source
+    from music_jax.data import datasets
 
     dataset = config.dataset
     published = _NUM_IMAGES.get((dataset.name, dataset.train_split))
+    if published and not dataset.path:
+        return published
     try:
-        return published or len(open_source(dataset, dataset.train_split))
+        return len(datasets.training_source(config))
     except UserError as error:
+        name = dataset.path or f"{dataset.name}:{dataset.train_split}"
         raise UserError(
-            f"how many images does {dataset.name}:{dataset.train_split} have? It is not prepared "
-            f"here; tell with --num-images=N ({error})"
+            f"how many images does {name} have? It cannot be opened here; tell with "
+            f"--num-images=N ({error})"
         ) from error
 
 
@@ -133,7 +136,7 @@ def _make_plans(
     options: Any = flags.FLAGS
     jobs = min(options.jobs or os.cpu_count() or 1, len(topologies))
     pool = concurrent.futures.ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), initializer=worker.quiet
+        jobs, multiprocessing.get_context("spawn"), initializer=worker.begin
     )
     tasks = [
         worker.Task(
@@ -161,22 +164,16 @@ def _compile(
     from music_jax.plan import worker
 
     names = ", ".join(task.topology for task in tasks)
-    try:
-        for task in tasks:  # what is wrong is told before minutes are spent
-            pool.submit(worker.check, task).result()
-        progress.say(
-            f"compiling for {names}, {jobs} at a time ... minutes each for ResNet-50, unless "
-            "remembered"
-        )
-        running = {pool.submit(worker.run, task): task for task in tasks}
-        for done in concurrent.futures.as_completed(running):
-            seconds = done.result().figures.compile_seconds
-            progress.say(f"{running[done].topology}: took {seconds:.0f} s to compile")
-        return [done.result() for done in running]
-    except KeyboardInterrupt:
-        for compiling in multiprocessing.active_children():
-            compiling.kill()  # it would compile to the end
-        raise
+    for task in tasks:  # what is wrong is told before minutes are spent
+        pool.submit(worker.check, task).result()
+    progress.say(
+        f"compiling for {names}, {jobs} at a time ... minutes each for ResNet-50, unless remembered"
+    )
+    running = {pool.submit(worker.run, task): task for task in tasks}
+    for done in concurrent.futures.as_completed(running):
+        seconds = done.result().figures.compile_seconds
+        progress.say(f"{running[done].topology}: took {seconds:.0f} s to compile")
+    return [done.result() for done in running]
 
 
 if __name__ == "__main__":

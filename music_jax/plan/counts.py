@@ -59,7 +59,7 @@ def collectives(program: Program, devices: int) -> Collectives:
       devices: how many devices it runs on.
     """
     received, by_kind = 0.0, dict[str, int]()
-    for name, times in program.runs.items():
+    for name, times in _runs(program).items():
         for instruction in program.computations[name].values():
             for kind, size, group in _sent(program, instruction, devices):
                 by_kind[kind] = by_kind.get(kind, 0) + times * size
@@ -137,7 +137,7 @@ def work(program: Program, *, loops_once: bool = False) -> Work:
       loops_once: count a loop's body once, as XLA's own cost analysis does.
     """
     flops, total, hbm = 0, 0, 0
-    for name, runs in program.runs.items():
+    for name, runs in _runs(program).items():
         times = 1 if loops_once else runs
         for instruction in program.computations[name].values():
             flops += times * _flops(program, name, instruction)
@@ -145,6 +145,16 @@ def work(program: Program, *, loops_once: bool = False) -> Work:
                 total += times * array.size
                 hbm += times * array.size * array.in_hbm
     return Work(float(flops), float(total), float(hbm))
+
+
+def _runs(program: Program) -> dict[str, int]:
+    """How often each computation runs; the dearest branch is that of most FLOPs, then bytes."""
+
+    def cost(computation: str, instruction: Instruction) -> tuple[int, int]:
+        touched = _touched(program, computation, instruction)
+        return _flops(program, computation, instruction), sum(array.size for array in touched)
+
+    return program.runs(cost)
 
 
 def _touched(program: Program, computation: str, instruction: Instruction) -> list[Array]:
@@ -254,7 +264,7 @@ def largest_arrays(program: Program, count: int) -> list[tuple[int, Array, int, 
       same shape and type are one kind. They need not all live at the same time.
     """
     kinds: dict[Array, list[str]] = {}
-    for name in program.runs:
+    for name in _runs(program):
         for instruction in program.computations[name].values():
             if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
                 continue

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Callable
 
 # Bits of an element of each of XLA's types that a training step can hold.
 _BITS = {
@@ -104,14 +105,29 @@ class Program:
     computations: dict[str, dict[str, Instruction]]
     entry: str
 
-    @functools.cached_property
-    def runs(self) -> dict[str, int]:
+    def runs(self, cost: Callable[[str, Instruction], tuple[int, ...]]) -> dict[str, int]:
         """How often each computation that is not part of a fusion runs.
 
-        A loop's body runs as often as the loop turns; a loop of unknown length counts as one turn,
-        and each branch of a condition as taken.
+        A loop's body runs as often as the loop turns; a loop of unknown length counts as one turn.
+        Of a condition's branches the dearest runs.
+
+        Args:
+          cost: of an instruction of the computation so named.
         """
+        return self._runs_from(self.entry, cost)
+
+    def _runs_from(
+        self, entry: str, cost: Callable[[str, Instruction], tuple[int, ...]]
+    ) -> dict[str, int]:
         runs: dict[str, int] = {}
+
+        def cost_of(branch: str) -> tuple[int, ...]:
+            costs = [
+                [times * number for number in cost(name, instruction)]
+                for name, times in self._runs_from(branch, cost).items()
+                for instruction in self.computations[name].values()
+            ]
+            return tuple(sum(numbers) for numbers in zip(*costs, strict=True))
 
         def visit(name: str, times: int) -> None:
             runs[name] = runs.get(name, 0) + times
@@ -121,10 +137,10 @@ class Program:
                 elif instruction.opcode in ("call", "async-start"):
                     for called in instruction.called.values():
                         visit(called, times)
-                for branch in instruction.branches:
-                    visit(branch, times)
+                elif branches := instruction.branches:
+                    visit(max(branches, key=cost_of), times)
 
-        visit(self.entry, 1)
+        visit(entry, 1)
         return runs
 
     def operands(self, computation: str, instruction: Instruction) -> list[Array]:

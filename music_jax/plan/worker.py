@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import signal
+import threading
 
 from ml_collections import config_dict
 
@@ -34,13 +37,22 @@ class Task:
     find_batch_size: bool
 
 
-def quiet() -> None:
+def begin() -> None:
     """Silences compilers, which warn on standard error that they sit on no TPU or GPU.
 
-    Ctrl-C reaches the process that started this one, which then ends it.
+    When the process that started this one ends, by Ctrl-C or killed, this one ends too, in the
+    midst of a compilation.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def check(task: Task) -> None:

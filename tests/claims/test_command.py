@@ -106,6 +106,7 @@ def test_a_cell_trains_what_the_main_command_trains(tmp_path, data):
         ((), "--config=FILE is missing"),
         ((DIGITS, "--seeds=0"), "--seeds must be at least 1; got 0"),
         ((DIGITS, "--only=9"), "no claim '9'"),
+        ((DIGITS, "--config.knn.k=0"), "config.knn.k must be at least 1; got 0"),
     ],
 )
 def test_wrong_input_is_one_clear_line(tmp_path, arguments, message):

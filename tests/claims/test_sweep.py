@@ -13,7 +13,7 @@ from music_jax.claims import plots, report, results
 from music_jax.claims.cells import Cell, Sweep, base_config, chosen
 from music_jax.claims.grid import base, make_claims
 from music_jax.claims.settings import SETTINGS, settings_of
-from music_jax.config import default_config, validate
+from music_jax.config import default_config
 from music_jax.errors import UserError
 
 
@@ -65,8 +65,7 @@ def test_every_cell_of_every_dataset_has_a_valid_config(tmp_path, name):
     sweep = make_sweep(tmp_path, name, seeds=1)
     names = [setting.name for setting in sweep.settings_in_order()]
     assert len(names) == len(set(names)) > 30
-    for setting in sweep.settings_in_order():
-        validate(sweep.cell_config(Cell(setting, 0.01, 0, False)))
+    sweep.validate()
     configs = [
         json.dumps(records.as_json(sweep.cell_config(Cell(setting, 0.01, 0, False))))
         for setting in sweep.settings_in_order()
@@ -141,6 +140,69 @@ def test_results_of_another_config_are_not_taken_for_this_ones(tmp_path):
     config.augmentation.view_1.noise_std = 0.3
     with pytest.raises(UserError, match=r"noise_std.*another --output"):
         make_sweep(tmp_path, only=("1",), config=config).missing()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("linear_eval.num_epochs", 7),
+        ("knn.k", 3),
+        ("compute_dtype", "bfloat16"),
+        ("dataset.test_split", "test[:50%]"),
+        ("evaluation.test", "mnist:test"),
+    ],
+)
+def test_results_of_another_protocol_are_not_taken_for_this_ones(tmp_path, field, value):
+    config = load("mnist5k")
+    cell = Cell(base("music"), 1e-2, config.seed, False)
+    finish(make_sweep(tmp_path, overridden=(field,)), cell, linear_top1=0.9)
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=rf"{field.partition('.')[0]}.*another --output"):
+        make_sweep(tmp_path, config=config, overridden=(field,)).result(cell)
+
+
+def test_a_damaged_result_is_trained_again(tmp_path):
+    sweep = make_sweep(tmp_path)
+    cell = sweep.missing()[0]
+    finish(sweep, cell, linear_top1=0.9)
+    (sweep.directory / cell.name / "result.json").write_text("[" * 100_000)
+    assert sweep.result(cell) is None
+
+
+def test_a_search_is_tested_on_its_own_part_whatever_the_config_evaluates_with(tmp_path):
+    config = load("cifar10")
+    config.evaluation.train, config.evaluation.test = "cifar100:train", "cifar100:test"
+    sweep = make_sweep(tmp_path, config=config)
+    searching, final = (
+        sweep.cell_config(Cell(base("music"), 0.1, 0, searching)) for searching in (True, False)
+    )
+    assert (searching.evaluation.train, searching.evaluation.test) == ("", "")
+    assert final.evaluation.test == "cifar100:test"
+
+
+def test_a_collapsed_start_is_a_setting_only_where_images_are_in_memory(tmp_path):
+    def starts(name):
+        return [s for s in make_sweep(tmp_path, name).settings_in_order() if s.collapsed_start]
+
+    assert len(starts("mnist5k")) == 1
+    assert not starts("cifar10")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("objective.temperature", -1.0, r"music: config\.objective\.temperature must be positive"),
+        ("accumulation_steps", 32, r"batch=16: config\.accumulation_steps must divide"),
+        ("dataset.path", "images", r"leave config\.dataset\.path unset"),
+    ],
+)
+def test_a_wrong_config_of_any_setting_is_told_before_the_first_is_trained(
+    tmp_path, field, value, message
+):
+    config = load("mnist5k")
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=message):
+        make_sweep(tmp_path, config=config).validate()
 
 
 def test_a_result_from_before_a_field_was_added_still_counts(tmp_path):

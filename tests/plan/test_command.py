@@ -3,14 +3,19 @@
 import contextlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 
+import cv2
+import numpy as np
 import processes
 import psutil
 import pytest
 
+from music_jax.errors import UserError
+from music_jax.plan import __main__ as command
 from music_jax.plan.compiling import ENVIRONMENT
 
 _DIGITS = (processes.DIGITS, "--config.batch_size=64")
@@ -23,6 +28,7 @@ def test_an_unknown_topology_is_told_in_one_line():
     assert "the chip 'v9' is not known" in err
 
 
+@pytest.mark.slow
 def test_a_topology_that_libtpu_refuses_is_told_before_the_others_are_compiled():
     code, out, err = processes.run("music_jax.plan", *_DIGITS, "--topology=v5e:2x2,v5e:3x5")
     assert code == 2
@@ -53,23 +59,16 @@ def test_without_a_compiler_it_says_how_to_get_it(hidden, topology, expected):
     assert found.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_an_interrupted_plan_ends_at_once_with_all_its_processes():
-    command = [sys.executable, "-m", "music_jax.plan", *_DIGITS, "--topology=v5e:2x2,v5e:2x4"]
-    plan = subprocess.Popen(
-        [*command, "--num-images=1437"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=processes.ROOT,
-    )
-    assert plan.stdout is not None
-    assert plan.stderr is not None
+    plan = processes.start("music_jax.plan", *_DIGITS, "--topology=v5e:2x2", "--num-images=1437")
     assert "compiling" in plan.stdout.readline()
     children = psutil.Process(plan.pid).children(recursive=True)
     plan.send_signal(signal.SIGINT)
     try:
-        assert plan.wait(timeout=60) == 75
-        assert "run the same command" in plan.stderr.read()
+        _, err = plan.communicate(timeout=60)
+        assert plan.returncode == 75
+        assert "run the same command" in err
         assert not psutil.wait_procs(children, timeout=30)[1]
     finally:
         for process in (plan, *children):
@@ -91,6 +90,19 @@ def test_libtpu_beside_it_does_not_make_another_command_look_for_a_tpu():
         [sys.executable, "-c", start], capture_output=True, text=True, env=unset, cwd=processes.ROOT
     )
     assert (found.stdout, found.stderr) == ("cpu\n", "")
+
+
+def test_the_images_of_a_folder_are_counted_there(tmp_path):
+    (tmp_path / "class").mkdir()
+    for number in range(3):
+        cv2.imwrite(str(tmp_path / "class" / f"{number}.png"), np.zeros((8, 8, 3), np.uint8))
+    config = runpy.run_path(str(processes.ROOT / "configs" / "imagenet.py"))["get_config"]()
+    assert command._num_images(config) == 1_281_167
+    config.dataset.path = str(tmp_path)
+    assert command._num_images(config) == 3
+    config.dataset.path = str(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"gone.*--num-images=N"):
+        command._num_images(config)
 
 
 @pytest.mark.slow

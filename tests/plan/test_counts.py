@@ -100,6 +100,26 @@ def test_a_loop_of_products_costs_all_its_turns(four_chips):
     assert traffic > compiled.cost_analysis()["bytes accessed"]
 
 
+@pytest.mark.parametrize("dearest", [0, 1])
+def test_of_a_conditions_branches_the_dearest_alone_counts(four_chips, dearest):
+    def one(x):
+        return jnp.tanh(x @ x)
+
+    branches = [one, one]
+    branches[dearest] = _looping(one)
+
+    def step(x):
+        return jax.lax.cond(x[0, 0] > 0, *branches, x)
+
+    compiled = _compile(step, four_chips, ((1024, 1024), "bfloat16", ()))
+    program = compiling.read(compiled)
+    opcodes = [line.opcode for lines in program.computations.values() for line in lines.values()]
+    assert "conditional" in opcodes
+    products = _TURNS * 2 * 1024**3
+    assert counts.work(program).flops == products
+    np.testing.assert_allclose(compiling.costs(compiled, program)[0], products, rtol=0.05)
+
+
 @pytest.mark.parametrize(
     ("shape", "kernel", "options"),
     [

@@ -1,8 +1,12 @@
-"""Looking for the largest batch, with the compiler replaced by one whose limit is known."""
+"""Looking for the largest batch, and ending with the process that started it."""
 
 import runpy
+import subprocess
+import sys
 
 import processes
+import psutil
+import pytest
 
 from music_jax.plan import worker
 from music_jax.plan.compiling import Figures
@@ -37,3 +41,27 @@ def test_the_largest_batch_is_looked_for_from_the_configs_own(four_chips, monkey
     assert 4 * 75 <= plan.largest_batch_size <= 4 * 77
     assert plan.figures.batch_size == 64
     assert "v5e:2x2: a batch of 64 needs 21% and fits" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_worker_ends_in_the_midst_of_its_work_when_its_parent_is_killed():
+    start = (
+        "import concurrent.futures as f, multiprocessing, os, time;"
+        "from music_jax.plan import worker;"
+        "spawn = multiprocessing.get_context('spawn');"
+        "pool = f.ProcessPoolExecutor(1, spawn, initializer=worker.begin);"
+        "pid = pool.submit(os.getpid).result(); pool.submit(time.sleep, 600);"
+        "print(pid, flush=True); time.sleep(600)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", start], stdout=subprocess.PIPE, text=True, cwd=processes.ROOT
+    )
+    assert parent.stdout is not None
+    worker_process = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.communicate()
+    try:
+        assert not psutil.wait_procs([worker_process], timeout=30)[1]
+    finally:
+        if worker_process.is_running():
+            worker_process.kill()
