@@ -48,7 +48,7 @@ def get_config() -> config_dict.ConfigDict:
     config.optimizer.name = "adamw"
     config.optimizer.base_learning_rate = 6e-3
     config.optimizer.weight_decay = 1e-4
-    config.optimizer.warmup_epochs = 2
+    config.optimizer.warmup_epochs = 8
 
     config.checkpoint.every_steps = 66
 

@@ -53,7 +53,7 @@ def get_config() -> config_dict.ConfigDict:
     config.optimizer.name = "adamw"
     config.optimizer.base_learning_rate = 1e-2
     config.optimizer.weight_decay = 1e-4
-    config.optimizer.warmup_epochs = 3
+    config.optimizer.warmup_epochs = 10
 
     config.checkpoint.every_steps = 150
 
