@@ -213,8 +213,8 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: StopSignal) -> T
                     f"saved at step {step} of {num_steps}; run the same command to go on"
                 )
     run.checkpoints.wait()
-    if stop.received or run.checkpoints.reached_preemption(num_steps + 1):
-        raise StoppedError(f"saved at the last step, {num_steps}; run the same command to finish")
+    if not stop.received and run.checkpoints.reached_preemption(num_steps + 1):
+        stop.agreed()
     return state
 
 
