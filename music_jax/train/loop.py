@@ -208,11 +208,11 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: StopSignal) -> T
                 if run.probe:
                     run.probe.save(step, run.checkpoints.all_steps())
             if stopping and not last:
-                run.checkpoints.wait()
+                run.checkpoints.wait(required=True)
                 raise StoppedError(
                     f"saved at step {step} of {num_steps}; run the same command to go on"
                 )
-    run.checkpoints.wait()
+    run.checkpoints.wait(required=True)
     if not stop.received and run.checkpoints.reached_preemption(num_steps + 1):
         stop.agreed()
     return state
