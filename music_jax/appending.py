@@ -1,6 +1,8 @@
 """Files that grow line by line, on disks and in buckets."""
 
 import atexit
+import contextlib
+import os
 import time
 from typing import Protocol
 
@@ -16,11 +18,15 @@ class Appended(Protocol):
     def write(self, text: str, /) -> object:
         """Adds text."""
 
-    def flush(self) -> None:
-        """Makes it visible to others: on a disk at once, in a bucket some seconds later."""
+    def flush(self, *, now: bool = False) -> None:
+        """Makes it visible to others: on a disk at once, in a bucket some seconds later, or `now`.
+
+        Raises:
+          OSError: it cannot be written; the next flush tries again.
+        """
 
     def close(self) -> None:
-        """Makes it visible to others and ends."""
+        """Makes it visible to others and ends; raises as `flush` does."""
 
 
 def open_to_append(path: epath.Path) -> Appended:
@@ -43,10 +49,16 @@ class _File:
     def write(self, text: str) -> None:
         self._added += text
 
-    def flush(self) -> None:
-        added, self._added = self._added, ""
-        with self._path.open("a") as file:
-            file.write(added)
+    def flush(self, *, now: bool = False) -> None:
+        before = os.path.getsize(self._path) if self._path.exists() else 0
+        try:
+            with self._path.open("a") as file:
+                file.write(self._added)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, before)  # no half lines
+            raise
+        self._added = ""
 
     def close(self) -> None:
         if self._added:
@@ -66,8 +78,8 @@ class _Object:
     def write(self, text: str) -> None:
         self._text += text
 
-    def flush(self) -> None:
-        if time.monotonic() >= self._next_upload:
+    def flush(self, *, now: bool = False) -> None:
+        if now or time.monotonic() >= self._next_upload:
             self._upload()
 
     def close(self) -> None:

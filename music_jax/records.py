@@ -8,7 +8,7 @@ import math
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -214,7 +214,8 @@ class MetricsLog:
         Args:
           workdir: of the run.
           start_step: the step that the run goes on from.
-          ignore_failures: on a full disk, say so once and lose lines, in place of raising OSError.
+          ignore_failures: on a full disk, say so once and write the lines when there is room, in
+            place of raising OSError.
         """
         self._ignore_failures = ignore_failures
         self._failed = False
@@ -247,16 +248,20 @@ class MetricsLog:
         """Adds a line."""
         if self._file is None:
             return
-        with self._failures_told():
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+        self._file.write(json.dumps(record) + "\n")
+        self.flush()
+
+    def flush(self, *, now: bool = False) -> None:
+        """Makes the lines visible to others, in a bucket some seconds later or `now`."""
+        if self._file is not None:
+            with self._failures_told():
+                self._file.flush(now=now)
 
     def close(self) -> None:
         """Closes the file."""
-        if self._file is None:
-            return
-        with self._failures_told():
-            self._file.close()
+        if self._file is not None:
+            with self._failures_told():
+                self._file.close()
 
     @contextlib.contextmanager
     def _failures_told(self) -> Iterator[None]:
@@ -267,19 +272,21 @@ class MetricsLog:
                 raise
             if not self._failed:
                 self._failed = True
-                progress.say(f"metrics.jsonl will lack some steps: {error}")
+                progress.say(f"metrics.jsonl is behind: {error}")
 
 
 class EventsLog:
     """events.jsonl: a line for each resume, tripped guard, rewind, skip or failed save, as it came.
 
     Unlike metrics.jsonl it tells of every attempt, and nothing is ever taken out. Every process may
-    write; what the others write is dropped but for the main one's.
+    write; what the others write is dropped but for the main one's. A full disk, itself worth a
+    line, is no error here: the lines are written when there is room.
     """
 
     def __init__(self, workdir: epath.Path):
         """Names the file, and ends a line that was cut off."""
         self._file: Appended | None = None
+        self._failed = False
         if is_main_process():
             path = workdir / "events.jsonl"
             cut_off = path.exists() and not path.read_bytes().endswith(b"\n")
@@ -294,7 +301,20 @@ class EventsLog:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         record = {"event": event, "time": now} | finite(fields)
         self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._try(self._file.flush)
+
+    def close(self) -> None:
+        """Makes all lines visible to others."""
+        if self._file is not None:
+            self._try(self._file.close)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except OSError as error:
+            if not self._failed:
+                self._failed = True
+                progress.say(f"events.jsonl is behind: {error}")
 
 
 def finite(value: Any) -> Any:

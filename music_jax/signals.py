@@ -1,10 +1,10 @@
 """What SIGINT, SIGTERM and SIGUSR1 do: end a command at once, or stop a run between two steps."""
 
+import contextlib
 import os
 import signal
-import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType, TracebackType
 
 from music_jax.errors import StoppedError
@@ -15,28 +15,60 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 def end_on_signal(end: Callable[[], None]) -> None:
     """From now on a signal ends the process, even in the midst of a compilation.
 
-    A thread of its own sees to it: Python's handlers wait until the main thread is back from what
-    it calls. What is on disk has to be whole at any moment. To be called on the main thread.
+    What is on disk has to be whole at any moment. To be called on the main thread.
 
     Args:
-      end: ends the process; called on that thread.
+      end: ends the process; called on another thread.
     """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for number in _SIGNALS:
-        signal.signal(number, _left_to_the_thread)
-    threading.Thread(target=_listen, args=(reader, end), name="signals", daemon=True).start()
+    _Listener(lambda number: end()).take(_SIGNALS)
+
+
+class _Listener:
+    """A thread that acts on signals even while the main thread is in what Python cannot interrupt.
+
+    Python's own handlers wait until the main thread is back. Each signal is heard once: by the
+    listener that was the last one open when it came. Made and closed on the main thread.
+    """
+
+    def __init__(self, hear: Callable[[int], None]):
+        """Starts the thread.
+
+        Args:
+          hear: called there with each signal's number.
+        """
+        self._previous = {number: signal.getsignal(number) for number in _SIGNALS}
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._thread = threading.Thread(
+            target=_listen, args=(reader, hear), name="signals", daemon=True
+        )
+        self._thread.start()
+        self._outer = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+
+    def take(self, numbers: Iterable[signal.Signals]) -> None:
+        """Has Python hear signals, whoever heard them before."""
+        for number in numbers:
+            signal.signal(number, _left_to_the_thread)
+
+    def close(self) -> None:
+        """Gives the signals back, and waits until all that came before are acted on."""
+        for number, previous in self._previous.items():
+            if previous is not None:  # one that was not Python's
+                signal.signal(number, previous)
+        signal.set_wakeup_fd(self._outer, warn_on_full_buffer=False)
+        os.close(self._writer)
+        self._thread.join()
 
 
 def _left_to_the_thread(number: int, frame: FrameType | None) -> None:
     pass
 
 
-def _listen(reader: int, end: Callable[[], None]) -> None:
+def _listen(reader: int, hear: Callable[[int], None]) -> None:
     while number := os.read(reader, 1):
-        if signal.getsignal(number[0]) is _left_to_the_thread:
-            end()
+        if number[0] in _SIGNALS:
+            hear(number[0])
+    os.close(reader)
 
 
 class StopSignal:
@@ -45,6 +77,9 @@ class StopSignal:
     With several processes the stop must be agreed on, so there the signal is left to JAX's
     coordination service, which hears SIGTERM and tells all processes at which step to stop
     (`Checkpoints.reached_preemption`); the other signals are passed on to it as SIGTERM.
+
+    Raises:
+      StoppedError: at its end, if a signal came too late for the loop to see it.
     """
 
     def __init__(self, *, alone: bool, grace_seconds: float):
@@ -54,11 +89,12 @@ class StopSignal:
           alone: whether this process is the run's only one.
           grace_seconds: how long after the first signal the process ends whatever it does.
         """
-        self.received = False  # whether this process, being the only one, is to stop
+        self.received = False  # whether the run is to stop; the same in all its processes
         self._alone = alone
         self._grace_seconds = grace_seconds
         self._grace: threading.Timer | None = None
-        self._previous: dict[int, object] = {}
+        self._starting = threading.Lock()
+        self._listener: _Listener | None = None
 
     def __enter__(self) -> "StopSignal":
         return self
@@ -68,25 +104,23 @@ class StopSignal:
 
         To be called as often as one likes.
         """
-        if self._previous:
+        if self._listener is not None:
             return
-        self._previous = {number: signal.getsignal(number) for number in _SIGNALS}
-        if not self._alone:
+        self._listener = _Listener(self._hear)
+        if self._alone:
+            self._listener.take(_SIGNALS)
+        else:
             from music_jax import peers  # with JAX, for which the commands do not wait
 
             peers.hear_preemption()
-        for number in _SIGNALS:
-            if self._alone:
-                signal.signal(number, self._stop)
-            elif number != signal.SIGTERM:  # that one JAX hears
-                signal.signal(number, self._pass_on)
+            self._listener.take((signal.SIGINT, signal.SIGUSR1))
 
     def agreed(self) -> None:
         """To be called once it is settled that the run stops: the next signal ends this process."""
-        if self._grace is None:
-            self._start_grace()
-            for number in _SIGNALS:
-                signal.signal(number, self._end)
+        self.received = True
+        self._start_grace()
+        if self._listener is not None:
+            self._listener.take(_SIGNALS)
 
     def __exit__(
         self,
@@ -94,30 +128,32 @@ class StopSignal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._listener is not None:
+            self._listener.close()
         if self._grace is not None:
             self._grace.cancel()
-        for number, previous in self._previous.items():
-            if previous is not None:  # one that was not Python's
-                signal.signal(number, previous)  # type: ignore[arg-type]
+            if error is None:
+                raise StoppedError("saved at the last step; run the same command to finish")
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
-        self.agreed()
+    def _hear(self, number: int) -> None:
+        if not self._start_grace():
+            _say("stopping at once; what was saved before is intact")
+            os._exit(128 + number)
+        if self._alone:
+            self.received = True
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
         _say("stopping after this step; once more to stop at once")
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        signal.signal(number, self._end)
-        _say("stopping after this step; once more to stop at once")
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    def _end(self, number: int, frame: FrameType | None) -> None:
-        _say("stopping at once; what was saved before is intact")
-        os._exit(128 + number)
-
-    def _start_grace(self) -> None:
-        self._grace = threading.Timer(self._grace_seconds, self._grace_is_over)
-        self._grace.daemon = True
-        self._grace.start()
+    def _start_grace(self) -> bool:
+        """False if it has begun before."""
+        with self._starting:
+            if self._grace is not None:
+                return False
+            self._grace = threading.Timer(self._grace_seconds, self._grace_is_over)
+            self._grace.daemon = True
+            self._grace.start()
+            return True
 
     def _grace_is_over(self) -> None:
         _say(
@@ -128,5 +164,6 @@ class StopSignal:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"\n{text}\n")
-    sys.stderr.flush()
+    """To standard error past Python's buffer, whose lock another thread may hold for long."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())

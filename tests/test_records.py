@@ -1,14 +1,15 @@
 """The files beside the checkpoints survive what can become of them."""
 
+import contextlib
 import json
-import os
+import resource
 
 import pytest
 from etils import epath
 
 from music_jax.config import default_config
 from music_jax.errors import UserError
-from music_jax.records import MetricsLog, as_json, check_same_run, read_config
+from music_jax.records import EventsLog, MetricsLog, as_json, check_same_run, read_config
 
 
 def _line(step):
@@ -41,23 +42,50 @@ def test_damaged_and_repeated_lines_are_left_out_and_told(tmp_path, damaged, cap
     assert "1 damaged or repeated lines are left out" in capsys.readouterr().out
 
 
-def test_full_disk_is_an_error_unless_it_is_to_be_ignored(tmp_path, capsys):
-    log = _on_a_full_disk(MetricsLog(epath.Path(tmp_path), 0, ignore_failures=True))
-    log.write({"step": 1})
-    log.write({"step": 2})
-    log.close()
-    assert capsys.readouterr().out.count("will lack some steps: [Errno 28] No space") == 1
-    log = _on_a_full_disk(MetricsLog(epath.Path(tmp_path), 0))
-    with pytest.raises(OSError, match="No space"):
+def test_full_disk_is_an_error_unless_it_is_to_be_ignored(tmp_path, full_disk, capsys):
+    log = MetricsLog(epath.Path(tmp_path), 0, ignore_failures=True)
+    with full_disk():
         log.write({"step": 1})
-    with pytest.raises(OSError, match="No space"):
+        log.write({"step": 2})
+    assert capsys.readouterr().out.count("is behind: [Errno 27] File too large") == 1
+    log.write({"step": 3})  # there is room again
+    log.close()
+    assert [line["step"] for line in _lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    log = MetricsLog(epath.Path(tmp_path), 3)
+    with full_disk(), pytest.raises(OSError, match="File too large"):
+        log.write({"step": 4})
+    with full_disk(), pytest.raises(OSError, match="File too large"):
         log.close()
 
 
-def _on_a_full_disk(log):
-    with open("/dev/full", "wb") as full:
-        os.dup2(full.fileno(), log._file.fileno())
-    return log
+def test_events_on_a_full_disk_are_told_later(tmp_path, full_disk, capsys):
+    events = EventsLog(epath.Path(tmp_path))
+    with full_disk():
+        events.write("save_failed", step=1)
+        events.close()
+    assert capsys.readouterr().out.count("events.jsonl is behind") == 1
+    events.write("save_failed", step=2)
+    assert [line["step"] for line in _lines(tmp_path / "events.jsonl")] == [1, 2]
+
+
+def _lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def full_disk():
+    """A context in which a file takes 9 bytes and no more: writes are short, then fail."""
+
+    @contextlib.contextmanager
+    def limit():
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
 
 
 @pytest.mark.parametrize("damaged", [b"", b"\xff\xfe", b"{}", b'{"config": 1}', b"[" * 9])

@@ -9,30 +9,41 @@ import pytest
 
 COMMAND = """
 import hashlib, os, sys, time
+from music_jax.errors import StoppedError
 from music_jax.signals import StopSignal, end_on_signal
 
 def end():
     sys.stderr.write("ended\\n")
     os._exit(75)
 
+def be_busy():
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # busy elsewhere, as in a compilation
+
 end_on_signal(end)
 stage, seconds = sys.argv[1], float(sys.argv[2])
 stop = StopSignal(alone=True, grace_seconds=seconds)
-with stop:
-    if stage == "before":
-        print("ready", flush=True)
-        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # busy elsewhere, as in a compilation
-    stop.begin()
-    print("ready", flush=True)
-    while not stop.received:
-        time.sleep(0.01)
-    print("saving", flush=True)
-    if stage == "hangs":
-        time.sleep(60)
-if stage == "after":
-    time.sleep(60)
-print("saved", flush=True)
-sys.exit(75)
+try:
+    with stop:
+        if stage == "before":
+            be_busy()
+        stop.begin()
+        if stage == "busy":
+            be_busy()
+        if stage in ("training", "hangs", "leaving"):
+            print("ready", flush=True)
+            while not stop.received:
+                time.sleep(0.01)
+            print("saving", flush=True)
+        if stage == "hangs":
+            time.sleep(60)
+        if stage == "training":
+            raise StoppedError("saved")
+    if stage == "after":
+        be_busy()
+except StoppedError as error:
+    print(error, flush=True)
+    sys.exit(75)
 """
 
 
@@ -71,9 +82,29 @@ def test_before_the_first_step_a_signal_ends_even_what_python_cannot_interrupt(n
 
 def test_after_the_steps_a_signal_ends_at_once():
     process = start("after")
+    time.sleep(0.2)
     process.terminate()
-    assert process.stdout.readline() == "saving\n"
-    time.sleep(0.5)
+    assert end(process) == (75, "", "ended\n")
+
+
+def test_signal_that_came_too_late_for_the_loop_still_stops():
+    process = start("leaving", grace=0.5)
+    process.terminate()
+    code, out, _ = end(process)
+    assert code == 75
+    assert out == "saving\nsaved at the last step; run the same command to finish\n"
+
+
+def test_second_signal_ends_what_python_cannot_interrupt():
+    process = start("busy")
+    process.terminate()
+    assert [process.stderr.readline() for _ in range(2)][1].startswith("stopping after this step")
+    process.send_signal(signal.SIGUSR1)
+    assert end(process)[0] == 128 + signal.SIGUSR1
+
+
+def test_grace_ends_what_python_cannot_interrupt():
+    process = start("busy", grace=0.5)
     process.terminate()
     assert end(process)[0] == 75
 

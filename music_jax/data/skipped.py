@@ -1,6 +1,7 @@
 """skipped.jsonl: the images that a run could not read, one line each, by what they are called."""
 
 import collections
+import contextlib
 import json
 import threading
 
@@ -80,10 +81,16 @@ class SkippedImages:
                     if (source, image) not in listed:
                         listed.add((source, image))
                         self._write(source, image, reason)
+                if self._file is not None:
+                    self._file.flush(now=True)
                 part.unlink()
 
     def close(self) -> None:
-        """Makes all that was noted visible to others; more may be noted later."""
+        """Makes all that was noted visible to others; more may be noted later.
+
+        Raises:
+          OSError: the list cannot be written, such as on a full disk.
+        """
         with self._lock:
             if self._file is not None:
                 self._file.close()
@@ -102,7 +109,8 @@ class SkippedImages:
             self._file = open_to_append(self._own)
         line = json.dumps({"source": source, "image": image, "reason": reason})
         self._file.write(line + "\n")
-        self._file.flush()
+        with contextlib.suppress(OSError):  # a full disk; the next line, or `close`, tries again
+            self._file.flush()
 
     def _parts(self) -> list[epath.Path]:
         return sorted(self.path.parent.glob(_part(self.path.parent, "*").name))

@@ -208,8 +208,15 @@ class OnlineProbe:
         self._step = jax.jit(step, donate_argnums=0, out_shardings=self._whole)
 
     def start(self, step: int, num_steps: int) -> None:
-        """Takes up the probe as it was saved at a step of the training, or starts anew."""
+        """Takes up the probe as it was saved at a step of the training, or starts anew.
+
+        What was saved at later steps, which the training takes again, is removed.
+        """
         self._state = self._restored(step)
+        if is_main_process() and self._directory.exists():
+            for path in self._directory.glob("*.npz"):
+                if path.stem.isdecimal() and int(path.stem) > step:
+                    path.unlink()
         order = TrainingOrder(len(self._source), self._batch_size, self._config.seed)
         crop = self._config.crop
         self._batches = training_batches(
@@ -246,7 +253,7 @@ class OnlineProbe:
         return {"online_top1": correct / seen}
 
     def save(self, step: int, kept: list[int]) -> None:
-        """Keeps the probe beside the training's checkpoint of a step, and of those still there."""
+        """Keeps the probe for a step's checkpoint, made next, and those of the ones still there."""
         assert self._state is not None
         if not is_main_process():
             return

@@ -21,6 +21,7 @@ from music_jax.train.integrity import find_damage, write_checksums
 from music_jax.train.state import TrainState, state_shardings
 
 _NONE_WHOLE = -2  # what the main process tells the others where every checkpoint is damaged
+_POLL_SECONDS = 0.2
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not finished
 
 
@@ -29,7 +30,20 @@ class _Manager(ocp.CheckpointManager):
 
     So Orbax must not ask at which step a preemption stops the run: it would ask for a step that is
     past, and the processes would never agree on one. `reached_preemption_at` is for the loop.
+
+    Attributes:
+      failure: what a write failed with; told at once, whereas Orbax first waits for the other
+        processes, for up to 20 minutes.
     """
+
+    failure: Exception | None = None
+
+    def _wait_for_checkpointers(self) -> None:
+        try:
+            super()._wait_for_checkpointers()
+        except Exception as error:
+            self.failure = error
+            raise
 
     def reached_preemption(self, step: int) -> bool:
         return False
@@ -71,6 +85,7 @@ class Checkpoints:
         self._saving: int | None = None
         self._writing: concurrent.futures.Future[None] | None = None
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._stuck = False  # whether Orbax waits for processes that will not come
         self._max_to_keep = max_to_keep
         if not read_only:
             _make(workdir / "checkpoints")
@@ -130,10 +145,12 @@ class Checkpoints:
             told = int(multihost_utils.broadcast_one_to_all(said))
             found = None if told == -1 else told
         if found == _NONE_WHOLE:
+            # The main process alone knows what is wrong.
             details = "; ".join(f"step {step}: {wrong}" for step, wrong in damage.items())
             raise UserError(
-                f"no checkpoint in {self._manager.directory} is whole ({details}); put back a copy "
-                "of one, or remove them all to start anew"
+                f"no checkpoint in {self._manager.directory} is whole"
+                f"{f' ({details})' if details else ''}; put back a copy of one, or remove them all "
+                "to start anew"
             )
         if not self._read_only:
             self._manager.reload()
@@ -195,8 +212,11 @@ class Checkpoints:
         )
         self._manager.wait_until_finished()
 
-    def wait(self) -> None:
+    def wait(self, *, required: bool = False) -> None:
         """Waits until what is being saved is on disk.
+
+        Args:
+          required: whether the run cannot go on without it, even if failed saves are ignored.
 
         Raises:
           UserError: that failed, such as on a full disk, unless failed saves are ignored.
@@ -205,9 +225,13 @@ class Checkpoints:
         if writing is None:
             return
         try:
+            while jax.process_count() > 1 and not writing.done():
+                if self._manager.failure is not None:
+                    raise self._manager.failure
+                concurrent.futures.wait([writing], timeout=_POLL_SECONDS)
             writing.result()
         except Exception as error:  # whatever a file system raises, and what Orbax makes of it
-            self._save_failed(error)
+            self._save_failed(error, required)
 
     def discard_from(self, step: int) -> None:
         """Removes the checkpoints of a step and of later ones, the newest first.
@@ -219,29 +243,33 @@ class Checkpoints:
             if newer >= step:
                 self._manager.delete(newer)
 
-    def _save_failed(self, error: Exception) -> None:
+    def _save_failed(self, error: Exception, required: bool) -> None:
         logging.debug("could not save", exc_info=error)
         alone = jax.process_count() == 1  # else the others wait for this one's part of it
         if alone:
             self._start_over()
+        else:
+            self._stuck = True
         kept = [step for step in self.all_steps() if step != self._saving]
         intact = f"step {max(kept)} is intact" if kept else "there is no earlier checkpoint"
         message = f"could not save step {self._saving} in {self._manager.directory}: "
         message += (reason := _shortened(error))
         self._note("save_failed", self._saving, reason)
-        if alone and self._ignore_failed_saves:
+        if alone and self._ignore_failed_saves and not required:
             progress.say(f"{message}; {intact}; going on, as checkpoint.ignore_failed_saves says")
             return
-        raise UserError(
-            f"{message}; {intact}. Free some space or give write permission, and run the same "
-            "command again (--config.checkpoint.ignore_failed_saves goes on without)"
-        ) from error
+        advice = "Free some space or give write permission, and run the same command again"
+        if not required and not self._ignore_failed_saves:
+            advice += " (--config.checkpoint.ignore_failed_saves goes on without)"
+        raise UserError(f"{message}; {intact}. {advice}") from error
 
     def _start_over(self) -> None:
         """Gives back the space of what could not be finished, and forgets the error.
 
-        Orbax's manager raises it again at every later call.
+        Orbax's manager raises it again, once on each thread that asks; the writer's has had it.
         """
+        with contextlib.suppress(Exception):
+            self._writer.submit(self._manager.close).result()
         for path in _unfinished(epath.Path(self._manager.directory)):
             with contextlib.suppress(OSError):
                 path.rmtree()
@@ -310,8 +338,9 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._writer.shutdown()
-            self._manager.close()
+            self._writer.shutdown(wait=not self._stuck)
+            if not self._stuck:
+                self._manager.close()
 
 
 def _make(directory: epath.Path) -> None:

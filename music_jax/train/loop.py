@@ -126,7 +126,10 @@ def _train_and_evaluate(
                 recovery.recover(trouble, checkpoints)
                 start_step = checkpoints.latest_whole_step() or 0
     finally:
-        checkpoints.close()
+        try:
+            checkpoints.close()
+        finally:
+            events.close()
 
     if probed is None:
         progress.say("not probed: name labelled images with --config.evaluation.test=")
@@ -204,17 +207,19 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: StopSignal) -> T
                     scalars = {name: float(value) for name, value in metrics.items()}
                     log.write(step, scalars | (run.probe.metrics() if run.probe else {}))
             if saving:
-                run.checkpoints.save(step, state, run.training.order)
+                log.flush()  # a checkpoint comes after all that belongs to it
+                run.checkpoints.wait()
                 if run.probe:
                     run.probe.save(step, run.checkpoints.all_steps())
+                run.checkpoints.save(step, state, run.training.order)
             if stopping and not last:
-                run.checkpoints.wait()
+                run.checkpoints.wait(required=True)
                 raise StoppedError(
                     f"saved at step {step} of {num_steps}; run the same command to go on"
                 )
-    run.checkpoints.wait()
-    if stop.received or run.checkpoints.reached_preemption(num_steps + 1):
-        raise StoppedError(f"saved at the last step, {num_steps}; run the same command to finish")
+    run.checkpoints.wait(required=True)
+    if not stop.received and run.checkpoints.reached_preemption(num_steps + 1):
+        stop.agreed()
     return state
 
 
@@ -266,6 +271,10 @@ class _Log:
         self._file.write(record)
         self._bar.set_postfix(collections.OrderedDict(_shown(scalars)), refresh=False)
         self._bar.update(step * self._batch_size - self._bar.n)
+
+    def flush(self) -> None:
+        """Makes what was logged safe from a kill, in a bucket too."""
+        self._file.flush(now=True)
 
     def _images_per_second(self, step: int) -> float | None:
         """Since it was last asked; the first answer, with compilation, is None."""

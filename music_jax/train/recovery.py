@@ -93,12 +93,12 @@ class Recovery:
           DivergedError: a guard tripped, and the run is to stop then or has rewound too often.
           CorruptedError: likewise of bits that differ.
         """
-        checkpoints.wait()
+        self._events.write("corrupted" if trouble.corrupted else "tripped", **vars(trouble))
+        study = "" if trouble.corrupted else self._save_batch(trouble)
+        checkpoints.wait()  # raises if a save failed, which must not hide the above
         good = [step for step in checkpoints.all_steps() if step < trouble.first_step]
         kept = f"step {max(good)} is saved" if good else "there is no checkpoint before it"
         figures = ", ".join(f"{name} {value:.4g}" for name, value in trouble.seen.items())
-        self._events.write("corrupted" if trouble.corrupted else "tripped", **vars(trouble))
-        study = "" if trouble.corrupted else self._save_batch(trouble)
         message = "; ".join(
             part
             for part in (f"{trouble.what} at step {trouble.step}", figures, kept, study)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import resource
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,7 @@ def _on_one_device(state):
 
 def test_what_is_saved_is_the_state_of_then_though_its_buffers_are_used_again(tmp_path):
     order, mesh = TrainingOrder(32, 16, 0), make_data_mesh(1)
-    state = _on_one_device(_state())
+    state = _on_one_device(jax.tree.map(jnp.copy, _state()))  # each with a buffer of its own
     checkpoints = Checkpoints(epath.Path(tmp_path))
     checkpoints.save(7, state, order)
     state = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)(state)
@@ -130,6 +131,27 @@ def test_failed_save_leaves_the_one_before_and_nothing_else(
     checkpoints.save(8, state, order)  # there is room again
     checkpoints.close()
     assert checkpoints.all_steps() == [3, 8]
+
+
+def test_a_save_that_the_run_ends_with_may_not_fail(tmp_path, no_large_files):
+    order = TrainingOrder(32, 16, 0)
+    noise = jax.random.normal(jax.random.key(0), (512, 256))
+    state = _on_one_device(dataclasses.replace(_state(), params={"kernel": noise}))
+    checkpoints = Checkpoints(epath.Path(tmp_path), ignore_failed_saves=True)
+    with no_large_files():
+        checkpoints.save(7, state, order)
+        with pytest.raises(UserError, match="could not save step 7"):
+            checkpoints.wait(required=True)
+        checkpoints.save(8, state, order)
+        checkpoints.wait()
+        for step in (9, 10):
+            checkpoints.save(step, state, order)
+            checkpoints.wait()
+    left = [thread.name for thread in threading.enumerate()]
+    assert (
+        sum(name.startswith("metadata_store") for name in left) <= 1
+    )  # Orbax's managers are closed
+    checkpoints.close()
 
 
 def test_checkpoint_that_was_being_written_is_removed_and_told(tmp_path, capsys):

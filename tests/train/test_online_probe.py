@@ -1,13 +1,20 @@
 """The online probe: its own step against optax, and a training that does not notice it."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from processes import DIGITS, SMALL, checkpoint, metrics, run
 
-from music_jax.evaluation.online_probe import init_probe, probe_step
+from music_jax.config import default_config
+from music_jax.data.skipped import SkippedImages
+from music_jax.data.sources import Source
+from music_jax.evaluation.online_probe import OnlineProbe, init_probe, probe_step
+from music_jax.mesh import make_data_mesh
 
 _PROBE = ("--config.online_probe.enabled=True", "--config.online_probe.batch_size=100")
 
@@ -40,6 +47,25 @@ def test_a_step_is_sgd_of_optax_on_standardised_features():
     np.testing.assert_allclose(probe.kernel, head["kernel"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(probe.bias, head["bias"], rtol=1e-4, atol=1e-5)
     assert (float(probe.correct), float(probe.seen)) == (correct, 150)
+
+
+def test_what_was_saved_of_steps_that_are_taken_again_is_removed(tmp_path):
+    directory = epath.Path(tmp_path)
+    probe = OnlineProbe(
+        default_config(),
+        Source("numbers", list(range(600)), "image", "label", 10),
+        types.SimpleNamespace(num_features=4),
+        make_data_mesh(1),
+        directory,
+        SkippedImages(directory, max_share=1.0),
+    )
+    probe.start(0, 100)
+    for step, kept in ((2, []), (4, [2]), (6, [4])):
+        probe.save(step, kept)
+    saved = tmp_path / "online_probe"
+    assert sorted(path.name for path in saved.iterdir()) == ["4.npz", "6.npz"]
+    probe.start(4, 100)
+    assert [path.name for path in saved.iterdir()] == ["4.npz"]
 
 
 @pytest.mark.slow
