@@ -6,8 +6,7 @@ writes tars of ImageNet's layout with 80 photos in a temporary folder, has `musi
 TFDS's imagenet2012 from them (TensorFlow is needed) and train for 20 steps of 16 images at the
 recipe's full size: 1,000 classes, 224 pixels, ResNet-50 in bfloat16, projector 8192-8160, LARS.
 It is stopped by a signal on the way and goes on from its checkpoint, and is probed at the end. It
-prints the time and the largest memory of a process. `test_imagenet_run.py` has the same run with a
-smaller crop and projector.
+prints the time and the largest memory of a process.
 """
 
 import json

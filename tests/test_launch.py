@@ -141,7 +141,7 @@ def test_accelerator_is_added_once_at_the_pinned_version(clone):
 
     first, second = clone.installations
     assert first.endswith(f"-r {clone.root}/.venv/installing.txt")
-    assert second.endswith(f"-c {clone.root}/requirements.txt jax[tpu]")
+    assert second.endswith(f"-c {clone.root}/requirements.txt jax[tpu] gcsfs")
 
 
 def test_unknown_accelerator_is_one_line_and_exit_2(clone):
@@ -247,7 +247,8 @@ def test_every_requirement_is_one_exact_version(name):
 def test_pins_agree_with_each_other_and_with_setup_cfg():
     pins = read_pins(ROOT / "requirements.txt")
     test_pins = read_pins(ROOT / "tests/requirements.txt")
-    assert set(pins) <= set(test_pins)
+    # The tests' environment has more on Windows; the versions are the same.
+    assert {pin.split(" ;")[0] for pin in pins} <= {pin.split(" ;")[0] for pin in test_pins}
 
     setup = configparser.ConfigParser(interpolation=None)
     setup.read(ROOT / "setup.cfg")
