@@ -129,7 +129,8 @@ def test_a_loss_that_is_not_finite_ends_with_3_and_names_the_step(data, tmp_path
         data,
         f"--workdir={workdir}",
         "--config.optimizer.name=sgd",
-        "--config.optimizer.base_learning_rate=1e37",
+        "--config.optimizer.base_learning_rate=4e9",
+        "--config.optimizer.weight_decay=4e9",
         "--config.checkpoint.every_steps=1",
     )
     assert code == 3, err
