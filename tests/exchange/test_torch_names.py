@@ -115,10 +115,10 @@ def _import(tmp_path, weights, **options):
 def test_of_several_backbones_one_is_named(tmp_path):
     one = _weights("resnet18")
     both = {f"encoder_q.{k}": v for k, v in one.items()}
-    both |= {f"encoder_k.{k}": v + 1 for k, v in one.items()}
+    both |= {f"encoder_k.{k}": np.asarray(v + 1) for k, v in one.items()}
     with pytest.raises(UserError, match=r"several backbones.*--prefix"):
         _import(tmp_path, both)
-    with pytest.raises(UserError, match="begins with 'teacher'"):
+    with pytest.raises(UserError, match="begins with 'teacher\.'"):
         _import(tmp_path, both, prefix="teacher.")
     assert _import(tmp_path, both, prefix="encoder_k.").backbone.name == "resnet18"
 
