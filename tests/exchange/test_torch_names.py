@@ -118,7 +118,7 @@ def test_of_several_backbones_one_is_named(tmp_path):
     both |= {f"encoder_k.{k}": np.asarray(v + 1) for k, v in one.items()}
     with pytest.raises(UserError, match=r"several backbones.*--prefix"):
         _import(tmp_path, both)
-    with pytest.raises(UserError, match="begins with 'teacher\.'"):
+    with pytest.raises(UserError, match=r"begins with 'teacher\.'"):
         _import(tmp_path, both, prefix="teacher.")
     assert _import(tmp_path, both, prefix="encoder_k.").backbone.name == "resnet18"
 
