@@ -81,11 +81,11 @@ def fit(
     )
     rates = jnp.asarray(recipe.base_learning_rates, jnp.float32) * recipe.batch_size / 256
     velocity = jax.tree.map(jnp.zeros_like, heads)
-    schedule = _schedule(recipe, steps_per_epoch)
-    for step, (features, labels) in enumerate(batches):
-        scale = jnp.asarray(schedule(step), jnp.float32)
+    steps = jnp.arange(recipe.num_epochs * steps_per_epoch, dtype=jnp.float32)
+    scales = np.asarray(jax.vmap(_schedule(recipe, steps_per_epoch))(steps), np.float32)
+    for (features, labels), scale in zip(batches, scales, strict=False):
         heads, velocity = _sgd_step(
-            heads, velocity, features, labels, rates * scale, recipe.momentum, recipe.weight_decay
+            heads, velocity, features, labels, rates, scale, recipe.momentum, recipe.weight_decay
         )
         after_step()
     return heads
@@ -105,6 +105,7 @@ def _sgd_step(
     features: jax.Array,
     labels: jax.Array,
     rates: jax.Array,
+    scale: np.float32,
     momentum: float,
     weight_decay: float,
 ) -> tuple[Heads, Heads]:
@@ -120,7 +121,7 @@ def _sgd_step(
     )
 
     def move(w: jax.Array, m: jax.Array) -> jax.Array:
-        return w - rates.reshape(-1, *(1,) * (w.ndim - 1)) * m
+        return w - scale * rates.reshape(-1, *(1,) * (w.ndim - 1)) * m
 
     return jax.tree.map(move, heads, velocity), velocity
 
@@ -291,10 +292,9 @@ def shuffled_batches(
     for epoch in range(recipe.num_epochs):
         order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(labels))
         for start in range(0, len(labels) - recipe.batch_size + 1, recipe.batch_size):
-            rows = jnp.asarray(order[start : start + recipe.batch_size])
-            yield _take(on_device, rows), _take(on_device_labels, rows)
+            yield _take(on_device, on_device_labels, order[start : start + recipe.batch_size])
 
 
 @jax.jit
-def _take(x: jax.Array, rows: jax.Array) -> jax.Array:
-    return x[rows]
+def _take(features: jax.Array, labels: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return features[rows], labels[rows]
