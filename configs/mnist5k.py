@@ -14,9 +14,9 @@ from music_jax.config import default_config, set_views
 def get_config() -> config_dict.ConfigDict:
     """The config."""
     config = default_config()
-    config.batch_size = 256
-    config.num_epochs = 40
-    config.log_every_steps = 15
+    config.batch_size = 128
+    config.num_epochs = 30
+    config.log_every_steps = 31
 
     config.objective.num_segments = 32
     config.objective.units_per_segment = 16
@@ -51,11 +51,11 @@ def get_config() -> config_dict.ConfigDict:
     config.projector.hidden_sizes = ()
 
     config.optimizer.name = "adamw"
-    config.optimizer.base_learning_rate = 1e-2
+    config.optimizer.base_learning_rate = 2e-2
     config.optimizer.weight_decay = 1e-4
-    config.optimizer.warmup_epochs = 10
+    config.optimizer.warmup_epochs = 8
 
-    config.checkpoint.every_steps = 150
+    config.checkpoint.every_steps = 310
 
     config.linear_eval.num_epochs = 100
     config.linear_eval.base_learning_rates = (3e-3, 1e-2, 3e-2)
