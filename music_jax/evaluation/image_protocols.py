@@ -165,17 +165,11 @@ def _finetuned(run: Run, source: Source, recipe: FinetuneRecipe, description: st
     logits = found.arrays["logits"]
     if not np.all(np.isfinite(logits)):
         raise UserError(f"{description} diverged; lower its learning rates")
-    top1, top5 = _top_k(logits, found.labels)
+    ranks = linear_probe.ranks(logits, found.labels)
     return {
-        "top1": top1,
-        "top5": top5,
+        "top1": float(np.mean(ranks < 1)),
+        "top5": float(np.mean(ranks < 5)),
         "num_train": len(source),
         "num_test": len(found),
         "batch_size": recipe.batch_size,
     }
-
-
-def _top_k(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    of_label = np.take_along_axis(logits, labels[:, None], axis=1)
-    rank = np.sum(logits >= of_label, axis=1) - 1  # ties count against the label
-    return float(np.mean(rank < 1)), float(np.mean(rank < 5))

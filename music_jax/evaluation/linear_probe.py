@@ -274,11 +274,27 @@ def accuracies(
     for start in range(0, len(labels), _BLOCK):
         block = slice(start, start + _BLOCK)
         scores = np.asarray(_jitted_logits(heads, features[block]))  # [rates, block, classes]
-        of_label = np.take_along_axis(scores, labels[None, block, None], axis=2)
-        # Ties and NaN count against the label: scores that are all alike are never right.
-        rank = np.sum(~(scores < of_label), axis=2) - 1  # [rates, block]
+        rank = ranks(scores, labels[block])
         correct += np.stack([np.sum(rank < k, axis=1) for k in top], axis=1)
     return correct / len(labels)
+
+
+def ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """How many classes score no less than the label's own: 0 where the label is the best.
+
+    Ties and NaN count against the label: scores that are all alike are never right.
+
+    Args:
+      scores: [..., samples, classes].
+      labels: integers [samples].
+
+    Returns:
+      Integers [..., samples].
+    """
+    of_label = np.take_along_axis(
+        scores, np.broadcast_to(labels[:, None], (*scores.shape[:-1], 1)), -1
+    )
+    return np.sum(~(scores < of_label), axis=-1) - 1
 
 
 _jitted_logits = jax.jit(logits)

@@ -1,7 +1,6 @@
 """What happens when a training goes wrong: it stops, or goes back and leaves out what did it."""
 
 import dataclasses
-import json
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ from ml_collections import config_dict
 
 from music_jax import progress, records
 from music_jax.errors import CorruptedError, DivergedError, UserError
+from music_jax.json_files import read_json
 from music_jax.mesh import is_main_process
 from music_jax.train.checkpoints import Checkpoints
 from music_jax.train.guards import Trip
@@ -168,7 +168,7 @@ def _read(path: epath.Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        rewinds = json.loads(path.read_text())["rewinds"]
+        rewinds = read_json(path)["rewinds"]
         for rewind in rewinds:
             if not all(type(step) is int and step > 0 for step in rewind["skipped"]):
                 raise ValueError("'skipped' must be a list of steps")
