@@ -15,7 +15,7 @@ def get_config() -> config_dict.ConfigDict:
     """The config."""
     config = default_config()
     config.batch_size = 128
-    config.num_epochs = 30
+    config.num_epochs = 48
     config.log_every_steps = 31
 
     config.objective.num_segments = 32
@@ -53,7 +53,7 @@ def get_config() -> config_dict.ConfigDict:
     config.optimizer.name = "adamw"
     config.optimizer.base_learning_rate = 2e-2
     config.optimizer.weight_decay = 1e-4
-    config.optimizer.warmup_epochs = 8
+    config.optimizer.warmup_epochs = 10
 
     config.checkpoint.every_steps = 310
 

@@ -39,7 +39,7 @@ BACKBONES: dict[str, BackboneSpec] = {
     "small_resnet": _resnet(
         block=BasicBlock,
         stage_sizes=(1, 1),
-        widths=(48, 96),
+        widths=(32, 64),
         stem_width=24,
         first_stride=2,
         pool_grid=4,

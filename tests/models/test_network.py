@@ -35,8 +35,8 @@ def test_resnets_have_torchvisions_number_of_parameters(name):
 @pytest.mark.parametrize(
     ("name", "stem", "side", "features"),
     [
-        ("small_resnet", "strided", 28, 1536),
-        ("small_resnet", "cifar", 8, 1536),
+        ("small_resnet", "strided", 28, 1024),
+        ("small_resnet", "cifar", 8, 1024),
         ("resnet18", "cifar", 32, 512),
         ("resnet50", "imagenet", 64, 2048),
     ],
