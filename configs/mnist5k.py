@@ -15,7 +15,7 @@ def get_config() -> config_dict.ConfigDict:
     """The config."""
     config = default_config()
     config.batch_size = 128
-    config.num_epochs = 48
+    config.num_epochs = 40
     config.log_every_steps = 31
 
     config.objective.num_segments = 32
