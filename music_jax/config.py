@@ -349,9 +349,8 @@ def from_json(record: dict[str, Any]) -> config_dict.ConfigDict:
     try:
         config.update(_tuples(record))
     except Exception as error:  # whatever a ConfigDict raises on a record of another form
-        raise UserError(
-            f"the saved config does not fit this version: {' '.join(str(error).split())}"
-        ) from error
+        reason = " ".join(str(error).split("Other fields present")[0].split())
+        raise UserError(f"the saved config does not fit this version: {reason[:300]}") from error
     return config
 
 
