@@ -47,7 +47,6 @@ def bar(total: int, *, unit: str, description: str, done: int = 0) -> Any:
         unit_scale=True,
         desc=description,
         file=file,
-        ncols=None if terminal else 120,
         dynamic_ncols=terminal,
         bar_format="{l_bar}{bar:12}{r_bar}",
         mininterval=0.2 if terminal else 1.0,
