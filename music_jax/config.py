@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import os
 import reprlib
+import runpy
 from typing import Any
 
 from ml_collections import config_dict
@@ -35,6 +37,8 @@ FREE_FIELDS = (
     "retrieval",
     "semi_supervised",
     "sharding",
+    "tensorboard",
+    "wandb_project",
 )
 
 
@@ -52,6 +56,9 @@ def default_config() -> config_dict.ConfigDict:
     config.compute_dtype = "float32"  # or bfloat16; parameters and statistics stay float32
     config.log_every_steps = 50
     config.num_decode_threads = config_dict.placeholder(int)  # None: one a core
+    config.tensorboard = True  # event files beside metrics.jsonl, where TensorFlow is installed
+    # Logs to Weights & Biases too, in this project; its own WANDB_ variables say the rest.
+    config.wandb_project = ""
 
     config.objective = config_dict.ConfigDict()
     config.objective.name = "music"  # music, barlow_twins, vicreg, simclr
@@ -337,6 +344,37 @@ def _check_embedding(config: config_dict.ConfigDict, size: int) -> None:
 def is_free(field: str) -> bool:
     """Whether a field, by its dotted name, may change without changing what is trained."""
     return any(field == free or field.startswith(free + ".") for free in FREE_FIELDS)
+
+
+def from_file(path: str | os.PathLike[str], **fields: Any) -> config_dict.ConfigDict:
+    """The config of a config file, with other values for some of its fields.
+
+        config = from_file("configs/digits.py", num_epochs=8, objective={"num_segments": 16})
+
+    Args:
+      path: a Python file with a function `get_config`, such as those in `configs/`.
+      **fields: fields by name; those of a part as a dictionary.
+
+    Returns:
+      The config.
+
+    Raises:
+      UserError: the file cannot be read or has no such function, or there is no such field.
+    """
+    try:
+        config = runpy.run_path(os.fspath(path))["get_config"]()
+    except Exception as error:  # whatever a config file raises is its author's mistake
+        raise UserError(
+            f"{os.fspath(path)!r} is no config file, such as configs/digits.py: "
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
+    try:
+        config.update(fields)
+    except (KeyError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"a field of {fields} does not fit: {' '.join(str(error).split())}"
+        ) from error
+    return config
 
 
 def from_json(record: dict[str, Any]) -> config_dict.ConfigDict:

@@ -12,6 +12,7 @@ was stopped; once finished, it says so.
 
   python -m music_jax.main --config=configs/mnist5k.py --workdir=runs/mnist5k
   python -m music_jax.main --config=configs/mnist5k.py --config.seed=1 --workdir=runs/mnist5k-1
+  python -m music_jax.main --config=configs/cifar10.py --workdir=runs/cifar10 --profile=200:209
 
 Exit codes: 0 done; 2 wrong input; 3 diverged or unusable data; 75 stopped by a signal, all saved.
 """
@@ -24,6 +25,10 @@ def main() -> None:
         raise UserError("--config=FILE is missing, such as --config=configs/mnist5k.py")
     if not cli.WORKDIR.value:
         raise UserError("--workdir=DIR is missing: the directory for checkpoints and results")
+    from music_jax.train.profile import parse_steps
+
+    text = flags.FLAGS.profile
+    profile_steps = None if text is None else parse_steps(text)
     cli.join_cluster()
     from music_jax import records
     from music_jax.compilation_cache import use_compilation_cache
@@ -33,11 +38,14 @@ def main() -> None:
     use_cores(config.batch_size)
     records.check_reachable(cli.WORKDIR.value)
     use_compilation_cache(cli.WORKDIR.value)
-    train_and_evaluate(config, cli.WORKDIR.value)
+    train_and_evaluate(config, cli.WORKDIR.value, profile_steps=profile_steps)
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file(
         "config", None, "The config file; --config.FIELD=VALUE overrides any of its fields."
+    )
+    flags.DEFINE_string(
+        "profile", None, "START:STOP, steps that a JAX profile is recorded of, in WORKDIR/profile."
     )
     cli.run(main, _USAGE)

@@ -1,12 +1,17 @@
 """What a person sees: lines of text, tables, and a progress bar with the time left."""
 
 import sys
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import tqdm
 
 from music_jax.mesh import is_main_process
+
+# Of a bar in a log.
+_SECONDS_BETWEEN_LINES = 10.0
+_SHARE_BETWEEN_LINES = 0.05  # of the time that it has been there
 
 
 def say(text: str) -> None:
@@ -19,7 +24,10 @@ def say(text: str) -> None:
 
 
 def bar(total: int, *, unit: str, description: str, done: int = 0) -> Any:
-    """A progress bar that shows rate and time left; in a log file it adds a line now and then.
+    """A progress bar that shows rate and time left.
+
+    It is drawn over and over in a terminal and below a notebook's cell. In a log it is a line now
+    and then: every ten seconds at first, and ever more rarely in a long run.
 
     Args:
       total: how many there are to do.
@@ -30,19 +38,48 @@ def bar(total: int, *, unit: str, description: str, done: int = 0) -> Any:
     Returns:
       A `tqdm` bar.
     """
-    interactive = sys.stderr.isatty()
+    terminal, notebook = sys.stderr.isatty(), _in_notebook()
+    file: Any = sys.stdout if notebook else sys.stderr if terminal else _Lines(sys.stderr)
     return tqdm.tqdm(
         total=total,
         initial=done,
         unit=unit,
         unit_scale=True,
         desc=description,
-        file=sys.stderr,
-        dynamic_ncols=interactive,
+        file=file,
+        dynamic_ncols=terminal,
         bar_format="{l_bar}{bar:12}{r_bar}",
-        mininterval=0.2 if interactive else 10.0,
+        mininterval=0.2 if terminal else 1.0,
         disable=not is_main_process(),
     )
+
+
+class _Lines:
+    """A log that a bar is written to: whole lines, and not every one."""
+
+    def __init__(self, log: TextIO):
+        self._log = log
+        self._start = self._last = time.monotonic()
+        self._waiting = ""
+
+    def write(self, text: str) -> None:
+        """Takes what tqdm would draw, or the line's end, with which it ends the bar."""
+        self._waiting = text.strip() or self._waiting
+        now = time.monotonic()
+        due = self._last + max(_SECONDS_BETWEEN_LINES, _SHARE_BETWEEN_LINES * (now - self._start))
+        if self._waiting and (text == "\n" or now >= due):
+            self._log.write(self._waiting + "\n")
+            self._log.flush()
+            self._waiting, self._last = "", now
+
+    def flush(self) -> None:
+        """Does nothing: lines are flushed as they are written."""
+
+
+def _in_notebook() -> bool:
+    ipython = sys.modules.get("IPython")
+    shell = ipython and ipython.get_ipython()
+    return shell is not None and "IPKernelApp" in shell.config
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

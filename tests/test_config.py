@@ -6,7 +6,7 @@ import runpy
 import pytest
 
 from music_jax.cli import field_names
-from music_jax.config import default_config, differences, from_json, validate
+from music_jax.config import default_config, differences, from_file, from_json, validate
 from music_jax.errors import UserError
 from music_jax.models.network import make_network
 from music_jax.records import as_json
@@ -156,3 +156,26 @@ def test_every_field_of_the_interface_is_there():
         "checkpoint.every_steps",
     ):
         assert field in field_names(config)
+
+
+def test_a_config_file_with_other_values_keeps_the_rest():
+    config = from_file("configs/digits.py", num_epochs=3, objective={"num_segments": 7})
+    assert (config.num_epochs, config.objective.num_segments) == (3, 7)
+    assert config.objective.units_per_segment == 16
+    validate(from_file("configs/digits.py"))
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "message"),
+    [
+        ("configs/nowhere.py", {}, "'configs/nowhere.py' is no config file"),
+        ("setup.cfg", {}, "is no config file"),
+        ("tests/runs.py", {}, "is no config file"),
+        ("configs/digits.py", {"num_epoch": 3}, "num_epoch"),
+        ("configs/digits.py", {"objective": {"segments": 3}}, "segments"),
+        ("configs/digits.py", {"num_epochs": "many"}, "does not fit"),
+    ],
+)
+def test_a_config_file_or_a_field_that_is_none_is_named(path, fields, message):
+    with pytest.raises(UserError, match=message):
+        from_file(path, **fields)

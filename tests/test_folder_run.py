@@ -12,6 +12,7 @@ _FOLDER = (
     "--config.num_epochs=2",
     "--config.optimizer.warmup_epochs=1",
     "--config.compute_dtype=float32",
+    "--config.tensorboard=false",
     "--config.objective.num_segments=8",
     "--config.objective.units_per_segment=8",
     "--config.projector.hidden_sizes=()",

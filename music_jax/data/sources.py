@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import config_dict
 
 from music_jax.errors import UndecodableError, UserError
+from music_jax.host_tensorflow import import_tensorflow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,11 +234,9 @@ def _expanded(directory: str | None) -> str | None:
 def _hide_accelerators_from_tensorflow(name: str) -> None:
     """Most builders prepare with TensorFlow, which would take the accelerators' memory from JAX."""
     try:
-        import tensorflow as tf
+        import_tensorflow()
     except ImportError as error:
         raise UserError(
             f"preparing dataset {name!r} needs TensorFlow once; `pip install tensorflow`, or put "
             "array_record files prepared elsewhere into --config.dataset.data_dir"
         ) from error
-    for kind in ("GPU", "TPU"):
-        tf.config.set_visible_devices([], kind)

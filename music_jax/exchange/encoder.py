@@ -5,7 +5,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,13 @@ from music_jax.data.augment import normalize_images
 from music_jax.errors import UndecodableError, UserError
 from music_jax.exchange.trained import TrainedBackbone, read_trained
 from music_jax.mesh import make_data_mesh, to_devices
-from music_jax.objectives import segment_codes
+from music_jax.objectives import segment_codes, segment_probabilities
 
 # An array [height, width] or [height, width, channels], or an image file.
 Image = np.ndarray | str | os.PathLike[str]
+
+# What may be computed besides features: both need the projection head.
+Also = Literal["codes", "probabilities"] | None
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -75,7 +78,7 @@ class Encoder:
         else:
             arrays = (trained.params, trained.batch_stats)
         self._arrays = jax.device_put(arrays, whole)
-        self._encode = jax.jit(functools.partial(encode_crops, trained), static_argnames=("codes",))
+        self._encode = jax.jit(functools.partial(encode_crops, trained), static_argnames=("also",))
 
     @property
     def has_codes(self) -> bool:
@@ -97,7 +100,7 @@ class Encoder:
           ValueError: an array is not uint8, or its shape is not that of an image.
           UserError: a file cannot be read.
         """
-        return self._run(images, codes=False)[0]
+        return self._run(images)[0]
 
     def codes(self, images: np.ndarray | Sequence[Image]) -> np.ndarray:
         """Computes discrete codes: the most probable unit of each segment.
@@ -112,10 +115,25 @@ class Encoder:
           ValueError: as for a call.
           UserError: as for a call, or there is no projection head or its embedding has no segments.
         """
-        return self._run(images, codes=True)[1]
+        return self._run(images, "codes")[1]
+
+    def probabilities(self, images: np.ndarray | Sequence[Image]) -> np.ndarray:
+        """Computes how probable each segment holds each of its units to be.
+
+        Args:
+          images: as for a call.
+
+        Returns:
+          float32 [images, segments, units], each unit axis summing to 1.
+
+        Raises:
+          ValueError: as for a call.
+          UserError: as for `codes`.
+        """
+        return self._run(images, "probabilities")[1]
 
     def _run(
-        self, images: np.ndarray | Sequence[Image], *, codes: bool
+        self, images: np.ndarray | Sequence[Image], also: Also = None
     ) -> tuple[np.ndarray, np.ndarray]:
         if isinstance(images, np.ndarray) and images.ndim != 4:
             raise ValueError(
@@ -125,33 +143,32 @@ class Encoder:
         if isinstance(images, str | os.PathLike):
             raise ValueError(f"images are a list, such as [{os.fspath(images)!r}]; got one path")
         views = ahead(self._view, images)
-        features, found = [np.zeros((0, self.num_features), np.float32)], []
+        outputs = []
         while batch := [view for _, view in zip(range(self.batch_size), views, strict=False)]:
-            outputs = self.encode_views(np.stack(batch), codes=codes)
-            features.append(outputs[0])
-            found.append(outputs[1])
-        width = self.trained.config.objective.num_segments if codes else 0
-        return (
-            np.concatenate(features),
-            np.concatenate([np.zeros((0, width), np.int32), *found]),
-        )
+            outputs.append(self.encode_views(np.stack(batch), also))
+        if not outputs:
+            nothing = np.zeros((1, self.size, self.size, self.channels), np.uint8)
+            outputs = [tuple(x[:0] for x in self.encode_views(nothing, also))]
+        features, others = zip(*outputs, strict=True)
+        return np.concatenate(features), np.concatenate(others)
 
-    def encode_views(self, views: np.ndarray, *, codes: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Features, and codes if asked for, of images that are cut already.
+    def encode_views(self, views: np.ndarray, also: Also = None) -> tuple[np.ndarray, np.ndarray]:
+        """Features, and what else is asked for, of images that are cut already.
 
         Args:
           views: uint8 [images, size, size, channels], at most `batch_size` of them.
-          codes: whether to compute codes, too.
+          also: what to compute besides.
 
         Returns:
-          float32 [images, features] and int32 [images, segments], or [images, 0] without codes.
+          float32 [images, features], and int32 [images, segments] codes, or float32 [images,
+          segments, units] probabilities, or [images, 0].
 
         Raises:
-          UserError: there are no codes.
+          UserError: there are no codes, and no probabilities.
         """
-        if codes and not self.has_codes:
+        if also and not self.has_codes:
             raise UserError(
-                "codes need the projection head of a run with the objective music; an exported "
+                f"{also} need the projection head of a run with the objective music; an exported "
                 "backbone and other objectives have none"
             )
         # Few shapes, so that few programs are compiled: a power of two for each device.
@@ -159,7 +176,7 @@ class Encoder:
         rows = min(2 ** (share - 1).bit_length() * self._mesh.size, self.batch_size)
         filled = np.zeros((rows, *views.shape[1:]), np.uint8)
         filled[: len(views)] = views
-        outputs = self._encode(self._arrays, to_devices(filled, rows, self._mesh), codes=codes)
+        outputs = self._encode(self._arrays, to_devices(filled, rows, self._mesh), also=also)
         features, found = (np.asarray(x)[: len(views)] for x in outputs)
         return features, found
 
@@ -209,19 +226,19 @@ class Encoder:
 
 
 def encode_crops(
-    trained: TrainedBackbone, arrays: tuple[Any, Any], images: jax.Array, *, codes: bool = False
+    trained: TrainedBackbone, arrays: tuple[Any, Any], images: jax.Array, *, also: Also = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Features and codes of uint8 [batch, size, size, channels], as a pure function.
+    """Features, and codes or probabilities, of uint8 images, as a pure function.
 
     Args:
       trained: says what the arrays are.
       arrays: parameters and running statistics: the network's, if `trained` has one, else the
         backbone's.
       images: the images.
-      codes: whether to compute codes.
+      also: what to compute besides.
 
     Returns:
-      float32 [batch, features] and int32 [batch, segments]; [batch, 0] without codes.
+      float32 [batch, features], and as `Encoder.encode_views` gives it.
     """
     config = trained.config
     normalized = normalize_images(
@@ -230,10 +247,15 @@ def encode_crops(
     nothing = jnp.zeros((images.shape[0], 0), jnp.int32)
     if trained.network is None:
         return trained.backbone.features(*arrays, normalized), nothing
-    if not codes:
+    if also is None:
         return trained.network.features(*arrays, normalized), nothing
     features, embeddings = trained.network.infer(*arrays, normalized)
-    return features, segment_codes(embeddings, num_segments=config.objective.num_segments)
+    segments, temperature = config.objective.num_segments, config.objective.temperature
+    if also == "codes":
+        return features, segment_codes(embeddings, num_segments=segments)
+    return features, segment_probabilities(
+        embeddings, num_segments=segments, temperature=temperature
+    )
 
 
 def ahead(function: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:

@@ -146,7 +146,9 @@ def _encode(encoder: Encoder, source: Source, indices: range, codes: bool, bar: 
         ]
         if whole:
             files += [source.record_name(index) for index, _ in whole]
-            outputs.append(encoder.encode_views(np.stack([x for _, x in whole]), codes=codes))
+            outputs.append(
+                encoder.encode_views(np.stack([x for _, x in whole]), "codes" if codes else None)
+            )
         bar.update(len(batch))
     width = encoder.trained.config.objective.num_segments if codes else 0
     features = [np.zeros((0, encoder.num_features), np.float32), *(x for x, _ in outputs)]

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from etils import epath
 from ml_collections import config_dict
 
@@ -109,12 +108,7 @@ def _read_run(where: epath.Path, path: str, checkpoint: str | None) -> TrainedBa
         raise UserError(f"{path} holds no run: it has no config.json")
     config = _in_float32(from_json(saved))
     validate(config)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # Orbax warns that it is opened to read, as it should be
-    try:
-        step, recipe, state = restore_run(where, config, checkpoint, make_data_mesh())
-    finally:
-        logging.set_verbosity(verbosity)
+    step, recipe, state = restore_run(where, config, checkpoint, make_data_mesh())
     params, batch_stats = jax.device_get((state.params, state.batch_stats))
     tensors = by_name(params["backbone"]) | by_name(batch_stats.get("backbone", {}))
     return TrainedBackbone(config, step, tensors, recipe.network, params, batch_stats)

@@ -1,9 +1,7 @@
 """Pre-training from start to end; read `train_and_evaluate` and you know the run."""
 
-import collections
 import contextlib
 import dataclasses
-import time
 from typing import Any
 
 import jax
@@ -27,17 +25,27 @@ from music_jax.train.corruption import CorruptionChecks
 from music_jax.train.describe import describe
 from music_jax.train.input import TrainingInput
 from music_jax.train.lock import WorkdirLock
+from music_jax.train.log import Log
+from music_jax.train.pictures import Pictures
+from music_jax.train.profile import Profile
 from music_jax.train.recovery import Recovery, Trouble, WentWrongError
 from music_jax.train.state import TrainState, abstract_state, init_state
 from music_jax.train.step import StepFunction, compile_skip, compile_step, make_recipe
+from music_jax.train.writers import Writers
 
 
-def train_and_evaluate(config: config_dict.ConfigDict, workdir: str) -> TrainState:
+def train_and_evaluate(
+    config: config_dict.ConfigDict,
+    workdir: str,
+    *,
+    profile_steps: tuple[int, int] | None = None,
+) -> TrainState:
     """Pre-trains, resuming if the workdir has a checkpoint, then probes the backbone.
 
     Args:
       config: as `music_jax.config.default_config` makes it.
       workdir: directory for checkpoints, logs and results; may be a `gs://` one.
+      profile_steps: the first and the last step that a JAX profile is recorded of, in `profile/`.
 
     Returns:
       The state after the last step.
@@ -53,12 +61,17 @@ def train_and_evaluate(config: config_dict.ConfigDict, workdir: str) -> TrainSta
     check_divisible(config.batch_size, mesh, "batch_size")
     directory = records.open_workdir(workdir)
     records.check_same_run(directory, config)
-    with WorkdirLock(directory) if is_main_process() else contextlib.nullcontext():
-        return _train_and_evaluate(config, directory, mesh)
+    lock = WorkdirLock(directory) if is_main_process() else contextlib.nullcontext()
+    with lock, Writers(config, directory) as writers:
+        return _train_and_evaluate(config, directory, mesh, writers, profile_steps)
 
 
 def _train_and_evaluate(
-    config: config_dict.ConfigDict, directory: epath.Path, mesh: Mesh
+    config: config_dict.ConfigDict,
+    directory: epath.Path,
+    mesh: Mesh,
+    writers: Writers,
+    profile_steps: tuple[int, int] | None,
 ) -> TrainState:
     _prepare_datasets(config)
     source = datasets.training_source(config)
@@ -70,6 +83,7 @@ def _train_and_evaluate(
     probed = datasets.evaluation_sources(config, source)  # fails now, not after training
     order = TrainingOrder(len(source), config.batch_size, config.seed)
     num_steps = config.num_epochs * order.steps_per_epoch
+    profile = Profile(directory / "profile", profile_steps, num_steps)
     if is_main_process():
         records.write_config(directory, config)
 
@@ -108,6 +122,9 @@ def _train_and_evaluate(
             skip=compile_skip(shapes, mesh),
             checks=CorruptionChecks(config, shapes, mesh),
             probe=make_online_probe(config, probed, recipe.network, mesh, directory, skipped),
+            writers=writers,
+            pictures=Pictures(config, recipe, shapes, mesh) if writers.any else None,
+            profile=profile,
         )
         alone, grace = jax.process_count() == 1, config.checkpoint.grace_seconds
         with StopSignal(alone=alone, grace_seconds=grace) as stop:
@@ -127,6 +144,7 @@ def _train_and_evaluate(
                 start_step = checkpoints.latest_whole_step() or 0
     finally:
         try:
+            profile.close()
             checkpoints.close()
         finally:
             events.close()
@@ -147,7 +165,9 @@ def _train_and_evaluate(
         mesh=mesh,
     )
     if is_main_process():
-        progress.say(results_table(read_results(config, directory, num_steps) or {}))
+        results = read_results(config, directory, num_steps) or {}
+        progress.say(results_table(results))
+        writers.scalars(num_steps, {f"{name}_top1": r["top1"] for name, r in results.items()})
     records.report_skipped(skipped)
     return state
 
@@ -167,6 +187,9 @@ class _Run:
     skip: Any
     checks: CorruptionChecks
     probe: OnlineProbe | None
+    writers: Writers
+    pictures: Pictures | None
+    profile: Profile
 
 
 def _train(run: _Run, state: TrainState, start_step: int, stop: StopSignal) -> TrainState:
@@ -179,10 +202,12 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: StopSignal) -> T
     config, num_steps = run.config, run.training.num_steps
     if run.probe:
         run.probe.start(start_step, num_steps)
-    log = _Log(run, start_step)
+    run.profile.start(start_step)
+    log = Log(config, run.directory, run.training, run.writers, start_step)
     with log:
         for step, batch in enumerate(run.training.on_devices(start_step), start=start_step + 1):
             metrics, wrong = None, None
+            run.profile.before(step, state)
             if step in run.recovery.skipped:
                 state = run.skip(state)
                 run.events.write("skipped", step=step)
@@ -190,6 +215,7 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: StopSignal) -> T
                 state, metrics, wrong = run.checks.step(step, run.step_function, state, batch)
             if run.probe:
                 run.probe.after_step(step, state.params, state.batch_stats)
+            run.profile.after(step, state)
             stop.begin()  # the step is compiled; only now is there something to save
             last = step == num_steps
             stopping = stop.received or run.checkpoints.reached_preemption(step)
@@ -206,6 +232,8 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: StopSignal) -> T
                 if metrics is not None:
                     scalars = {name: float(value) for name, value in metrics.items()}
                     log.write(step, scalars | (run.probe.metrics() if run.probe else {}))
+            if run.pictures and (saving or step == 1):
+                log.images(step, run.pictures(state, *batch))
             if saving:
                 log.flush()  # a checkpoint comes after all that belongs to it
                 run.checkpoints.wait()
@@ -231,66 +259,6 @@ def _blocking(step_function: StepFunction, mesh: Mesh) -> StepFunction:
     if mesh.size == 1 or jax.default_backend() != "cpu":
         return step_function
     return lambda *arguments: jax.block_until_ready(step_function(*arguments))
-
-
-class _Log:
-    """What is seen of a training: metrics.jsonl and the progress bar."""
-
-    def __init__(self, run: _Run, start_step: int):
-        self._steps_per_epoch = run.training.order.steps_per_epoch
-        self._batch_size = run.config.batch_size
-        self._file = records.MetricsLog(
-            run.directory,
-            start_step,
-            ignore_failures=run.config.checkpoint.ignore_failed_saves,
-        )
-        self._bar = progress.bar(
-            run.training.num_steps * self._batch_size,
-            unit="img",
-            description="pre-training",
-            done=start_step * self._batch_size,
-        )
-        self._step = start_step
-        self._time: float | None = None
-
-    def __enter__(self) -> "_Log":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
-        self._file.close()
-
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Logs a step."""
-        record = {
-            "step": step,
-            "epoch": step / self._steps_per_epoch,
-            **scalars,
-            "images_per_second": self._images_per_second(step),
-        }
-        self._file.write(record)
-        self._bar.set_postfix(collections.OrderedDict(_shown(scalars)), refresh=False)
-        self._bar.update(step * self._batch_size - self._bar.n)
-
-    def flush(self) -> None:
-        """Makes what was logged safe from a kill, in a bucket too."""
-        self._file.flush(now=True)
-
-    def _images_per_second(self, step: int) -> float | None:
-        """Since it was last asked; the first answer, with compilation, is None."""
-        now = time.monotonic()
-        rate = None
-        if self._time is not None and now > self._time:
-            rate = (step - self._step) * self._batch_size / (now - self._time)
-        self._step, self._time = step, now
-        return rate
-
-
-def _shown(scalars: dict[str, float]) -> dict[str, str]:
-    """The loss first, then its terms, for the progress bar."""
-    hidden = ("loss", "learning_rate", "grad_norm", *guards.STATISTICS)
-    terms = {name: value for name, value in scalars.items() if name not in hidden}
-    return {name: f"{value:.3f}" for name, value in ({"loss": scalars["loss"]} | terms).items()}
 
 
 def _prepare_datasets(config: config_dict.ConfigDict) -> None:

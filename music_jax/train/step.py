@@ -130,6 +130,26 @@ def training_step(
     return new_state, metrics
 
 
+def augmented_views(recipe: Recipe, images: jax.Array, sample_index: jax.Array) -> jax.Array:
+    """The views that a step trains on, [batch, views, height, width, channels], normalised.
+
+    Args:
+      recipe: says how they are augmented.
+      images: the host's crops, uint8 [batch, views, height, width, channels].
+      sample_index: global index of each sample, uint32 [batch].
+    """
+    key = jax.random.fold_in(jax.random.key(recipe.seed), _AUGMENTATION_STREAM)
+    return augment_views(
+        images,
+        sample_index,
+        key,
+        views=recipe.views,
+        mean=recipe.mean,
+        std=recipe.std,
+        dtype=recipe.dtype,
+    )
+
+
 def _embed(
     recipe: Recipe,
     mesh: Mesh,
@@ -139,16 +159,7 @@ def _embed(
     sample_index: jax.Array,
 ) -> tuple[jax.Array, Any]:
     """Embeddings [batch, views, dim] of a batch's crops, and the new running statistics."""
-    key = jax.random.fold_in(jax.random.key(recipe.seed), _AUGMENTATION_STREAM)
-    views = augment_views(
-        images,
-        sample_index,
-        key,
-        views=recipe.views,
-        mean=recipe.mean,
-        std=recipe.std,
-        dtype=recipe.dtype,
-    )
+    views = augmented_views(recipe, images, sample_index)
     whole = sharding.gather(params, mesh, recipe.dtype)
     _, embeddings, batch_stats = recipe.network.embed(whole, batch_stats, views)
     return embeddings, batch_stats

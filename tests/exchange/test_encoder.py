@@ -23,7 +23,7 @@ from music_jax.exchange.encoder import Encoder
 from music_jax.exchange.folder_encoding import encode_folder
 from music_jax.exchange.trained import read_trained
 from music_jax.models.network import make_network
-from music_jax.objectives import segment_codes
+from music_jax.objectives import segment_codes, segment_probabilities
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,11 @@ def test_features_and_codes_are_the_networks(workdir, encoder):
     codes = encoder.codes(images)
     np.testing.assert_array_equal(codes, segment_codes(embeddings, num_segments=6))
     assert len(np.unique(codes)) > 1
+    probabilities = encoder.probabilities(images)
+    expected = segment_probabilities(embeddings, num_segments=6)
+    np.testing.assert_allclose(probabilities, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(probabilities.argmax(axis=2), codes)
+    assert encoder.probabilities([]).shape == (0, 6, 5)
 
 
 def test_batches_and_sequences_make_no_difference(workdir, encoder):

@@ -117,7 +117,7 @@ def main():
 
 def _features(encoder, images):
     """Of images that are cut already, as all other forms take them."""
-    return encoder.encode_views(images, codes=False)[0]
+    return encoder.encode_views(images)[0]
 
 
 def _names(backbone):

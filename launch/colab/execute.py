@@ -1,0 +1,54 @@
+"""Runs the notebooks from start to end and saves them with their outputs.
+
+.venv/bin/python launch/colab/execute.py              # all
+.venv/bin/python launch/colab/execute.py first_steps  # some
+"""
+
+import os
+import pathlib
+import sys
+import tempfile
+import time
+
+import nbformat
+from nbclient import NotebookClient
+
+COLAB = pathlib.Path(__file__).resolve().parent
+ROOT = COLAB.parents[1]
+
+
+def execute(path: pathlib.Path, *, timeout: float = 1800) -> nbformat.NotebookNode:
+    """Runs a notebook in an empty directory of runs; gives it with its outputs.
+
+    Raises:
+      nbclient.exceptions.CellExecutionError: a cell raised an exception.
+    """
+    notebook = nbformat.read(path, nbformat.NO_CONVERT)
+    with tempfile.TemporaryDirectory() as runs:
+        os.environ["RUNS"] = runs
+        NotebookClient(
+            notebook,
+            timeout=timeout,
+            kernel_name="python3",
+            coalesce_streams=True,  # of a progress bar, what is seen at the end
+            record_timing=False,
+            resources={"metadata": {"path": str(path.parent)}},
+        ).execute()
+        text = nbformat.writes(notebook)
+        for place, name in ((runs, "runs/colab"), (f"{ROOT}/", "")):
+            text = text.replace(place, name)
+    return nbformat.reads(text, nbformat.NO_CONVERT)
+
+
+def main(names: list[str]) -> None:
+    """Runs those named, or all."""
+    for path in sorted(COLAB.glob("*.ipynb")):
+        if names and path.stem not in names:
+            continue
+        start = time.monotonic()
+        nbformat.write(execute(path), path)
+        print(f"{path.stem}: {time.monotonic() - start:.0f} s, {path.stat().st_size / 1e3:.0f} kB")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

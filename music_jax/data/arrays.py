@@ -1,0 +1,53 @@
+"""The images that a config names, as arrays, to look at."""
+
+from typing import Literal
+
+import numpy as np
+from ml_collections import config_dict
+
+from music_jax.data import datasets
+from music_jax.data.loader import evaluation_batches
+from music_jax.errors import UserError
+
+
+def load_images(
+    config: config_dict.ConfigDict,
+    split: Literal["train", "test"] = "test",
+    *,
+    at_most: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Loads images as the evaluation sees them, their central squares.
+
+        images, labels = load_images(music_jax.config.from_file("configs/digits.py"))
+
+    Args:
+      config: names the dataset and the size of the images.
+      split: those that are trained on, or those that the backbone is tested with.
+      at_most: how many, from the first on; by default all.
+
+    Returns:
+      uint8 [images, size, size, channels] and int32 labels [images], -1 where there is none.
+
+    Raises:
+      UserError: the dataset is not there or cannot be prepared, or names no images to test with.
+      UnusableDataError: an image cannot be decoded.
+    """
+    datasets.prepare(config)
+    source = datasets.training_source(config)
+    if split == "test":
+        found = datasets.evaluation_sources(config, source)
+        if found is None:
+            raise UserError("there are no test images; name some with config.evaluation.test")
+        source = found.test
+    wanted = min(len(source), at_most or len(source))
+    batch = next(
+        evaluation_batches(
+            source.subset(np.arange(wanted)),
+            size=config.crop.size,
+            resize_shorter_side=config.crop.eval_resize,
+            channels=config.dataset.num_channels,
+            batch_size=wanted,
+            positions=np.arange(wanted),
+        )
+    )
+    return batch["images"], batch["label"]

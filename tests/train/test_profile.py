@@ -1,0 +1,45 @@
+"""Which steps can be profiled, and what is said of those that cannot."""
+
+import jax.numpy as jnp
+import pytest
+from etils import epath
+
+from music_jax.errors import UserError
+from music_jax.train.profile import Profile, parse_steps
+
+
+@pytest.mark.parametrize(
+    "text", ["", "5", "5:", ":5", "5:4", "0:3", "-1:3", "a:b", "1:2:3", "1.5:2"]
+)
+def test_range_that_is_none_is_refused(text):
+    with pytest.raises(UserError, match=r"--profile is START:STOP.*got"):
+        parse_steps(text)
+
+
+def test_range_beyond_the_training_is_refused():
+    assert parse_steps("20:24") == (20, 24)
+    with pytest.raises(UserError, match=r"steps 20 to 24 cannot be profiled.* steps 1 to 23"):
+        Profile(epath.Path("x"), (20, 24), num_steps=23)
+
+
+def test_steps_that_were_taken_before_are_told_and_stop_nothing(tmp_path, capsys):
+    profile = Profile(epath.Path(tmp_path), (3, 4), num_steps=9)
+    profile.start(4)
+    for step in range(5, 10):
+        profile.before(step, jnp.zeros(()))
+        profile.after(step, jnp.zeros(()))
+    profile.close()
+    assert "not profiled: steps 3 to 4 were taken before" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_training_that_ends_early_keeps_what_was_recorded(tmp_path, capsys):
+    profile = Profile(epath.Path(tmp_path), (2, 9), num_steps=9)
+    profile.start(0)
+    for step in (1, 2, 3):
+        profile.before(step, jnp.zeros(()))
+        profile.after(step, jnp.ones(3) * step)
+    profile.close()
+    profile.close()
+    assert capsys.readouterr().out.count("profile of steps 2 to 3: ") == 1
+    assert len(list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))) == 1
