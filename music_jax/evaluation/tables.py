@@ -31,7 +31,7 @@ def summary_table(results: dict[str, Figures]) -> str:
 
 
 def summary_rows(results: dict[str, Figures]) -> list[tuple[str, str, str]]:
-    """The main figures of any protocols: protocol, what it measures, and the value with its unit."""
+    """The main figures of any protocols: protocol, what it measures, the value with its unit."""
     return [
         (name, what, value)
         for name, figures in results.items()

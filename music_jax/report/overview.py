@@ -193,7 +193,9 @@ def headline(run: Recorded) -> list[tuple[str, str, str]]:
         bound = bounds(run).get("loss")
         beside = f"bound {bound:.2f}, {loss - bound:.2f} above it" if bound is not None else ""
         found.append(("last loss", f"{loss:.3f}", beside))
-    return found
+    return [
+        (title, value.replace("-", "−"), beside.replace("-", "−")) for title, value, beside in found
+    ]
 
 
 def history(run: Recorded) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The page: what was gathered, the library that draws it, and the scripts, in one file."""
 
 import base64
+import functools
 import gzip
 import hashlib
 import json
@@ -111,7 +112,6 @@ def _page(shown: list[Shown], *, tile: int, matrix: int) -> bytes:
         "runs": everything,
         "curves": [{k: c[k] for k in ("name", "title", "unit")} for c in charts],
     }
-    plot_library = plotly.offline.get_plotlyjs()
     script = "\n".join(_read(name) for name in _SCRIPTS)
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_read),
@@ -134,8 +134,8 @@ def _page(shown: list[Shown], *, tile: int, matrix: int) -> bytes:
         version=music_jax.__version__,
         style=_raw(_read("report.css") + "\n" + "\n".join(sprites.rules.values())),
         script=_raw(script),
-        hashes=" ".join(_hash(each) for each in (plot_library, script)),
-        library=_raw(_compressed(plot_library)),
+        hashes=" ".join(_hash(each) for each in (_plot_library(), script)),
+        library=_raw(_compressed_library()),
         data=_raw(_compressed(json.dumps(drawn, allow_nan=False, separators=(",", ":")))),
     )
     return text.encode()
@@ -168,6 +168,16 @@ def _tables(shown: Shown) -> _Tables:
 
 def _bounded(kind: curves.Kind, runs: list[Recorded]) -> bool:
     return any(kind.name in curves.bounds(run) for run in runs)
+
+
+@functools.cache
+def _plot_library() -> str:
+    return plotly.offline.get_plotlyjs()
+
+
+@functools.cache
+def _compressed_library() -> str:
+    return _compressed(_plot_library())
 
 
 def _compressed(text: str) -> str:

@@ -105,6 +105,20 @@ function redrawAll() {
   for (const element of charts.keys()) redraw(element);
 }
 
+// Colour bars: under a chart, and beside it.
+function beneath(text, colours) {
+  return {
+    orientation: "h", y: 0, yref: "container", yanchor: "bottom", x: 0.5, len: 0.9, thickness: 10, outlinewidth: 0,
+    title: { text, side: "top", font: { size: 12 } }, tickfont: { color: colours.text, size: 11 },
+  };
+}
+
+function beside(text, colours) {
+  return {
+    title: { text, side: "right", font: { size: 12 } }, thickness: 12, outlinewidth: 0, tickfont: { color: colours.text },
+  };
+}
+
 // Rows of a flat array, as Plotly takes them.
 function rows(values, height, width) {
   return Array.from({ length: height }, (_, i) => values.subarray(i * width, (i + 1) * width));

@@ -195,7 +195,7 @@ function hidePreview() {
 function drawViews(run, panel) {
   const grid = $("[data-views]", panel);
   const { count, columns, pairs, tile } = run.views;
-  const side = Math.max(72, Math.min(tile, 128));
+  const side = Math.max(96, Math.min(tile, 128));
   grid.style.gridTemplateColumns = `repeat(${columns}, ${side}px)`;
   const heads = ["crop", ...Array.from({ length: pairs }, () => ["view 1", "view 2"]).flat()];
   grid.append(...heads.map((text) => make("div", { className: "head", text })));
@@ -223,7 +223,7 @@ function drawConfusion(run, panel) {
       texttemplate: size <= 20 ? "%{text}" : undefined, xgap: 1, ygap: 1,
       customdata: names.map((row) => names.map((column) => [plain(row), plain(column)])),
       hovertemplate: "%{customdata[0]} taken for %{customdata[1]}: %{text} images, %{z:.1f} %<extra></extra>",
-      colorbar: { title: { text: "% of the class", side: "right", font: { size: 12 } }, thickness: 12, outlinewidth: 0, tickfont: { color: colours.text } },
+      colorbar: beside("% of the class", colours),
     }],
     layout: {
       xaxis: { ...axis, title: { text: "the probe says" } },

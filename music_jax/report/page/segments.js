@@ -50,8 +50,7 @@ function drawSegments(run, panel) {
     };
   }
   const bar = (colours) => ({
-    title: { text: "× independence", side: "right", font: { size: 12 } }, thickness: 12, outlinewidth: 0,
-    ...scaleTicks(joint), tickfont: { color: colours.text },
+    ...beneath("multiple of independence", colours), ...scaleTicks(joint),
   });
   const scale = { colorscale: "Viridis", zmin: 0, zmax: 255, hoverinfo: "none", type: "heatmap" };
   const square = { scaleanchor: "x", autorange: "reversed", constrain: "domain", showgrid: false, zeroline: false };
@@ -65,7 +64,7 @@ function drawSegments(run, panel) {
     return {
       data: [{ ...scale, z: whole, colorbar: bar(colours) }],
       layout: {
-        margin: { l: 50, r: 8, t: 8, b: 42 },
+        margin: { l: 50, r: 8, t: 8, b: 96 },
         xaxis: { ...axis, title: { text: "segment of view 2" } },
         yaxis: { ...square, ...axis, title: { text: "segment of view 1" } },
         shapes: [{ type: "rect", x0: x, x1: x + units, y0: y, y1: y + units, line: { color: "#ff3b30", width: 2 } }],
@@ -83,7 +82,7 @@ function drawSegments(run, panel) {
     return {
       data: [{ ...scale, z, colorbar: bar(colours), xgap: units <= 32 ? 1 : 0, ygap: units <= 32 ? 1 : 0 }],
       layout: {
-        margin: { l: 50, r: 8, t: 8, b: 42 },
+        margin: { l: 50, r: 8, t: 8, b: 96 },
         xaxis: { ...axis, title: { text: `unit of segment ${state.b}, view 2` } },
         yaxis: { ...square, ...axis, title: { text: `unit of segment ${state.a}, view 1` } },
       },
@@ -96,10 +95,10 @@ function drawSegments(run, panel) {
     return {
       data: [{
         type: "heatmap", z, colorscale: "Cividis", hovertemplate: "segments %{y} and %{x}: %{z:.3f} nats<extra></extra>",
-        colorbar: { title: { text: "nats", side: "right", font: { size: 12 } }, thickness: 12, outlinewidth: 0, tickfont: { color: colours.text } },
+        colorbar: beneath("nats", colours),
       }],
       layout: {
-        margin: { l: 50, r: 8, t: 8, b: 42 },
+        margin: { l: 50, r: 8, t: 8, b: 96 },
         xaxis: { ...axis, title: { text: "segment" } },
         yaxis: { ...square, ...axis, title: { text: "segment" } },
       },
@@ -143,11 +142,11 @@ function drawUnits(run, panel) {
     $("[data-usage-title]", panel).textContent = `Usage in segment ${s}`;
     $("[data-gallery]", panel).replaceChildren(...unitCards(run, s));
   }
-  chart(all, () => ({
+  chart(all, (colours) => ({
     data: [{
       type: "heatmap", z: rows(found.usage.values, count, units).map((row) => Array.from(row, (v) => v * units)),
       colorscale: "Viridis", zmin: 0, hovertemplate: "segment %{y}, unit %{x}: %{z:.2f} × an even share<extra></extra>",
-      colorbar: { title: { text: "× even share", side: "right", font: { size: 12 } }, thickness: 12, outlinewidth: 0 },
+      colorbar: beside("× even share", colours),
     }],
     layout: {
       xaxis: { title: { text: "unit" }, showgrid: false, zeroline: false, dtick: Math.max(1, Math.ceil(units / 8)) },
@@ -167,7 +166,7 @@ function drawUnits(run, panel) {
       xaxis: { title: { text: "unit" }, dtick: Math.max(1, Math.ceil(units / 16)), showgrid: false },
       yaxis: { title: { text: "%" }, rangemode: "tozero" },
       shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: 100 / units, y1: 100 / units, line: { color: colours.bad, width: 1.5, dash: "dash" } }],
-      annotations: [{ xref: "paper", x: 1, y: 100 / units, xanchor: "right", yanchor: "bottom", showarrow: false, text: "even", font: { color: colours.bad, size: 12 } }],
+      annotations: [{ xref: "paper", x: 1, y: 100 / units, xanchor: "right", yanchor: "bottom", showarrow: false, text: "even", bgcolor: colours.back, font: { color: colours.bad, size: 12 } }],
     },
     alt: `Bar chart of the usage of the ${units} units of segment ${state.segment}, in percent; even use is ${shown(100 / units)} %.`,
   }));
@@ -199,14 +198,14 @@ function unitCards(run, segment) {
     const members = counts.at(segment, k);
     const title = make("div", { className: "title", text: `unit ${k} ` });
     const [label, most] = [...kinds[k]].sort((a, b) => b[1] - a[1])[0] ?? [];
-    const mostly = label === undefined ? "" : ` · ${percent(most / members)} ${className(run, label)}`;
-    title.append(make("span", { text: members ? `${percent(members / count)} of the images${mostly}` : "no image" }));
+    const mostly = label === undefined ? "" : `, mostly ${className(run, label)} (${Math.round((100 * most) / members)} %)`;
+    title.append(make("span", { text: members ? `${percent(members / count)}${mostly}` : "no image" }));
     const thumbs = make("div", { className: "thumbs" });
     for (let rank = 0; rank < top.shape[2]; rank++) {
       const image = top.at(segment, k, rank);
       if (image === 65535) break;
       const sure = `, certainty ${percent(certainty.at(segment, k, rank) / 255)}`;
-      thumbs.append(thumb(run, image, 44, { more: sure, onClick: () => showNeighbours(run, image) }));
+      thumbs.append(thumb(run, image, 52, { more: sure, onClick: () => showNeighbours(run, image) }));
     }
     return make("div", { className: "unit" }, title, thumbs);
   });

@@ -53,8 +53,8 @@ function fill(select, options, chosen) {
 function shown(value, digits = 3) {
   if (value === null || !Number.isFinite(value)) return "–";
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e5)) return value.toExponential(2);
-  return String(Number(value.toPrecision(digits)));
+  const text = size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential(2) : String(Number(value.toPrecision(digits)));
+  return text.replaceAll("-", "−");
 }
 
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
