@@ -45,10 +45,14 @@ def main() -> None:
     with needs("cv2", "data"):
         import cv2  # noqa: F401
     from music_jax import progress
+    from music_jax.compilation_cache import use_compilation_cache
     from music_jax.mesh import use_cores
     from music_jax.report.page import write_report
+    from music_jax.report.reading import check_workdirs
 
+    check_workdirs(workdirs)
     use_cores(batch_size=4)  # any batch is filled up
+    use_compilation_cache(workdirs[0])
     path, size = write_report(workdirs, output=flags.FLAGS.output, num_images=num_images)
     progress.say(f"wrote {path} ({size / 1e6:.1f} MB); open it in a browser")
 

@@ -1,10 +1,12 @@
 """The page: what was gathered, the library that draws it, and the scripts, in one file."""
 
 import base64
+import contextlib
 import functools
 import gzip
 import hashlib
 import json
+from collections.abc import Iterator
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -62,15 +64,24 @@ def write_report(
     path = epath.Path(output).expanduser() if output else recorded[0].path / "report.html"
     if path.is_dir():
         raise UserError(f"--output={output} is a directory; name a file in it")
-    html = render([gather(run, num_images) for run in recorded])
-    try:
+    temporary = path.with_name(path.name + ".new")
+    with _writing(path):  # fails now, not after all that is computed
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".new")
+        temporary.write_bytes(b"")
+        temporary.unlink()
+    html = render([gather(run, num_images) for run in recorded])
+    with _writing(path):
         temporary.write_bytes(html)
         temporary.replace(path)
+    return path, len(html)
+
+
+@contextlib.contextmanager
+def _writing(path: epath.Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}; name another file with --output") from error
-    return path, len(html)
 
 
 def render(shown: list[Shown]) -> bytes:

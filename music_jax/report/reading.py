@@ -97,17 +97,25 @@ def read_workdirs(paths: list[str]) -> list[Recorded]:
     Raises:
       UserError: one is not there, holds no run, or is named twice.
     """
-    where = []
+    where = check_workdirs(paths)
+    names = _short_names([os.fspath(directory) for directory in where])
+    return [_read(directory, name) for directory, name in zip(where, names, strict=True)]
+
+
+def check_workdirs(paths: list[str]) -> list[epath.Path]:
+    """Finds workdirs; errors as `read_workdirs`."""
+    where: list[epath.Path] = []
     for path in paths:
         records.check_reachable(path)
         directory = records.absolute(path)
         if not directory.exists():
             raise UserError(f"the workdir {path} does not exist")
+        if not (directory / "config.json").exists():
+            raise UserError(f"{path} holds no run: it has no config.json")
         if directory in where:
             raise UserError(f"the workdir {path} is named twice in --workdir")
         where.append(directory)
-    names = _short_names([os.fspath(directory) for directory in where])
-    return [_read(directory, name) for directory, name in zip(where, names, strict=True)]
+    return where
 
 
 def _short_names(paths: list[str]) -> list[str]:
@@ -122,7 +130,7 @@ def _short_names(paths: list[str]) -> list[str]:
 
 def _read(directory: epath.Path, name: str) -> Recorded:
     config = records.read_config(directory)
-    if config is None:
+    if config is None:  # it was there a moment ago
         raise UserError(f"{directory} holds no run: it has no config.json")
     about = read_json(directory / "config.json")
     notes: list[str] = []
