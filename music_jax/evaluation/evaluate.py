@@ -49,7 +49,7 @@ class Protocol(NamedTuple):
 
 
 PROTOCOLS = {
-    "linear": Protocol(feature_protocols.linear, ("linear_eval",), file="linear_eval.json"),
+    "linear": Protocol(feature_protocols.linear_kept, ("linear_eval",), file="linear_eval.json"),
     "knn": Protocol(
         feature_protocols.knn, ("knn", "linear_eval.raw_pixels", "linear_eval.random_init")
     ),
@@ -242,6 +242,12 @@ def _may_be_meant(name: str, figures: Figures) -> bool:
     except (KeyError, TypeError, ValueError, AttributeError):
         return False
     return True
+
+
+def read_all(workdir: epath.Path) -> dict[str, Figures]:
+    """All that has been measured of a run, by protocol, whatever step it was measured at."""
+    found = {name: _read(workdir, name) for name in PROTOCOLS}
+    return {name: figures for name, figures in found.items() if figures is not None}
 
 
 def read_results(

@@ -17,6 +17,7 @@ from music_jax.evaluation.image_protocols import random_crop_probe
 from music_jax.evaluation.knn import nearest_neighbours, weighted_vote
 from music_jax.evaluation.label_free import alignment, alpha_req, lidar, rankme, uniformity
 from music_jax.evaluation.linear_probe import ProbeRecipe, ProbeResult
+from music_jax.evaluation.predictions import Predictions, write_predictions
 from music_jax.evaluation.retrieval import average_precisions
 from music_jax.evaluation.run import Run
 from music_jax.evaluation.segments import bound_distances, measure_segments
@@ -26,10 +27,21 @@ Figures = dict[str, Any]
 _MAX_RANKED = 25_600  # samples whose singular values are taken, as in RankMe's paper
 
 
+def linear_kept(run: Run) -> Figures:
+    """As `linear`; what the probe said of each test image is kept in the workdir."""
+    trained, test = _linear_probe(run, "trained"), run.test()
+    found = Predictions(test.indices, test.labels, trained.predictions, run.step)
+    write_predictions(run.workdir, found)
+    return _linear(run, trained)
+
+
 def linear(run: Run) -> Figures:
     """The linear probe, beside those of raw pixels and of the backbone before the training."""
+    return _linear(run, _linear_probe(run, "trained"))
+
+
+def _linear(run: Run, trained: ProbeResult) -> Figures:
     settings = run.config.linear_eval
-    trained = _linear_probe(run, "trained")
     others = {
         f"{of}_top1": _linear_probe(run, of).top1 if settings[of] else None
         for of in ("raw_pixels", "random_init")

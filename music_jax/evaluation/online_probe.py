@@ -57,15 +57,14 @@ class ProbeState(NamedTuple):
 
 
 def init_probe(num_features: int, num_classes: int) -> ProbeState:
-    """A classifier that has seen nothing."""
-    kernel, bias = jnp.zeros((num_features, num_classes)), jnp.zeros(num_classes)
+    """A classifier that has seen nothing; no two arrays are one, since each is donated."""
     return ProbeState(
-        kernel=kernel,
-        bias=bias,
+        kernel=jnp.zeros((num_features, num_classes)),
+        bias=jnp.zeros(num_classes),
         mean=jnp.zeros(num_features),
         variance=jnp.ones(num_features),
-        velocity_kernel=kernel,
-        velocity_bias=bias,
+        velocity_kernel=jnp.zeros((num_features, num_classes)),
+        velocity_bias=jnp.zeros(num_classes),
         correct=jnp.zeros(()),
         seen=jnp.zeros(()),
     )
@@ -248,8 +247,8 @@ class OnlineProbe:
         seen, correct = float(self._state.seen), float(self._state.correct)
         if not seen:
             return {}
-        zero = jax.device_put(jnp.zeros(()), self._whole)
-        self._state = self._state._replace(seen=zero, correct=zero)
+        zeros = jax.device_put((jnp.zeros(()), jnp.zeros(())), self._whole)
+        self._state = self._state._replace(seen=zeros[0], correct=zeros[1])
         return {"online_top1": correct / seen}
 
     def save(self, step: int, kept: list[int]) -> None:

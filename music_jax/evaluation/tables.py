@@ -22,14 +22,21 @@ def results_table(results: dict[str, Figures]) -> str:
 
 def summary_table(results: dict[str, Figures]) -> str:
     """The main figures of any protocols as a table, one a row."""
-    rows = []
-    for name, figures in results.items():
-        rows += [(name, what, value) for what, value in _SUMMARIES[name](figures)]
+    rows = summary_rows(results)
     wide = max(len(what) for _, what, _ in rows)
     return progress.table(
         ("protocol", "figure".ljust(wide), "value"),
         [(name, what.ljust(wide), value) for name, what, value in rows],
     )
+
+
+def summary_rows(results: dict[str, Figures]) -> list[tuple[str, str, str]]:
+    """The main figures of any protocols: protocol, what it measures, the value with its unit."""
+    return [
+        (name, what, value)
+        for name, figures in results.items()
+        for what, value in _SUMMARIES[name](figures)
+    ]
 
 
 def _percent(value: float | None) -> str:

@@ -1,0 +1,78 @@
+"""linear_eval.npz: what the linear probe said of each test image, beside linear_eval.json."""
+
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+from music_jax import progress
+from music_jax.mesh import is_main_process
+from music_jax.npz_files import read_npz
+
+_FILE = "linear_eval.npz"
+
+
+class Predictions(NamedTuple):
+    """The probe's predictions.
+
+    Attributes:
+      indices: of the images in the test source, int64 [images].
+      labels: what they are, int32 [images].
+      predictions: what the probe says, int32 [images].
+      step: of the checkpoint that was probed.
+    """
+
+    indices: np.ndarray
+    labels: np.ndarray
+    predictions: np.ndarray
+    step: int
+
+    @property
+    def top1(self) -> float:
+        """Share of the images of which the probe says what they are."""
+        return float(np.mean(self.labels == self.predictions))
+
+
+def write_predictions(workdir: epath.Path, found: Predictions) -> None:
+    """Writes the file; where it cannot be written, a line says so."""
+    if not is_main_process():
+        return
+    path = workdir / _FILE
+    temporary = path.with_name(path.name + ".new")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(
+                file,
+                indices=found.indices.astype(np.int64),
+                labels=found.labels.astype(np.int32),
+                predictions=found.predictions.astype(np.int32),
+                step=np.asarray(found.step, np.int64),
+            )
+        temporary.replace(path)
+    except OSError as error:
+        progress.say(f"the probe's predictions are not kept: {error}")
+
+
+def read_predictions(workdir: epath.Path) -> Predictions | None:
+    """Reads the file; None if it is not there.
+
+    Raises:
+      ValueError: it is damaged, or holds something else.
+    """
+    path = workdir / _FILE
+    if not path.exists():
+        return None
+    try:
+        arrays = read_npz(path)
+        found = Predictions(*(arrays[name] for name in Predictions._fields))
+        images = found.indices.shape
+        for array, shape in zip(found, (images, images, images, ()), strict=True):
+            if array.shape != shape or not np.issubdtype(array.dtype, np.integer):
+                raise ValueError("its arrays are of other shapes or types")
+        if len(images) != 1 or not images[0] or min(found.labels.min(), found.indices.min()) < 0:
+            raise ValueError("it names no images, or images without a label")
+        if found.predictions.min() < 0:
+            raise ValueError("its predictions are no labels")
+        return found._replace(step=int(found.step))
+    except (OSError, KeyError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error

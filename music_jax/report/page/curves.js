@@ -1,0 +1,59 @@
+// The curves of a training: all runs in each chart, with the bound.
+
+function drawCurves({ runs, curves }) {
+  const axis = $("#curves-axis");
+  if (!axis) return;
+  for (const { name, title, unit } of curves) {
+    chart($(`[data-curve="${CSS.escape(name)}"]`), (colours) => curveFigure(runs, name, title, unit, axis.value, colours));
+  }
+  axis.addEventListener("change", () => $$("[data-curve]").forEach(redraw));
+}
+
+function curveFigure(runs, name, title, unit, axis, colours) {
+  const data = [];
+  const levels = new Set();
+  runs.forEach((run, index) => {
+    const y = run.curves[name];
+    if (!y) return;
+    const few = y.filter((value) => value !== null).length <= 40;
+    data.push({
+      x: run.curves[axis],
+      y,
+      name: plain(run.name),
+      mode: few ? "lines+markers" : "lines",
+      connectgaps: true,
+      line: { color: runColour(index), width: 2, dash: runDash(index) },
+      marker: { size: 5 },
+      hovertemplate: `${axis} %{x:.4~g}: %{y:.4~g} ${plain(unit)}${runs.length > 1 ? ` (${plain(run.name)})` : ""}<extra></extra>`,
+    });
+    if (name in run.bounds) levels.add(run.bounds[name]);
+  });
+  const lines = [...levels].map((level) => ({
+    type: "line", xref: "paper", x0: 0, x1: 1, y0: level, y1: level,
+    line: { color: colours.bad, width: 1.5, dash: "dash" },
+  }));
+  const notes = [...levels].map((level) => ({
+    xref: "paper", x: 1, y: level, xanchor: "right", yanchor: "bottom", showarrow: false,
+    text: `bound ${shown(level, 4)}`, font: { color: colours.bad, size: 12 },
+  }));
+  return {
+    data,
+    layout: {
+      shapes: lines,
+      annotations: notes,
+      hovermode: "closest",
+      xaxis: { title: { text: axis } },
+      yaxis: { title: { text: plain(unit) }, range: rangeWith(data, levels), exponentformat: "power" },
+    },
+  };
+}
+
+// The bounds are in the picture, with room for what is written on them.
+function rangeWith(data, levels) {
+  if (!levels.size) return undefined;
+  const values = [...levels, ...data.flatMap((trace) => trace.y.filter((value) => value !== null))];
+  const low = Math.min(...values);
+  const high = Math.max(...values);
+  const room = 0.08 * (high - low || 1);
+  return [low - room, high + room];
+}

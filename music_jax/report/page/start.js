@@ -1,0 +1,81 @@
+"use strict";
+// What all of the page's scripts use: its data, its theme, text, and making elements.
+
+const $ = (selector, within = document) => within.querySelector(selector);
+const $$ = (selector, within = document) => [...within.querySelectorAll(selector)];
+
+// The text that the file holds compressed.
+async function inflated(id) {
+  const bytes = Uint8Array.from(atob($(`#${id}`).textContent.trim()), (c) => c.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Response(stream).text();
+}
+
+const KINDS = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, i2: Int16Array, f4: Float32Array };
+
+// An array that Python has packed, with `at(i, j, ...)`.
+function unpacked({ type, shape, base64 }) {
+  const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
+  const values = new KINDS[type](bytes.buffer);
+  const strides = shape.map((_, d) => shape.slice(d + 1).reduce((a, b) => a * b, 1));
+  return { values, shape, at: (...index) => values[index.reduce((sum, i, d) => sum + i * strides[d], 0)] };
+}
+
+function isPacked(value) {
+  return value !== null && typeof value === "object" && "base64" in value && "shape" in value;
+}
+
+function unpackedAll(value) {
+  if (isPacked(value)) return unpacked(value);
+  if (Array.isArray(value)) return value.map(unpackedAll);
+  if (value === null || typeof value !== "object") return value;
+  return Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, unpackedAll(inner)]));
+}
+
+// Plotly takes some tags in texts for what they say; none of ours are meant so.
+function plain(text) {
+  return String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+}
+
+function make(tag, { text, ...properties } = {}, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  if (text !== undefined) element.textContent = text;
+  element.append(...children);
+  return element;
+}
+
+function fill(select, options, chosen) {
+  select.replaceChildren(
+    ...options.map(([value, text]) => make("option", { value, text, selected: value === chosen })),
+  );
+}
+
+function shown(value, digits = 3) {
+  if (value === null || !Number.isFinite(value)) return "–";
+  const size = Math.abs(value);
+  const text = size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential(2) : String(Number(value.toPrecision(digits)));
+  return text.replaceAll("-", "−");
+}
+
+const percent = (share) => `${(100 * share).toFixed(1)} %`;
+
+function isDark() {
+  return document.documentElement.dataset.theme === "dark";
+}
+
+function setTheme(dark) {
+  document.documentElement.dataset.theme = dark ? "dark" : "light";
+  const button = $("#theme");
+  button.textContent = dark ? "Light" : "Dark";
+  button.setAttribute("aria-label", `Switch to the ${dark ? "light" : "dark"} theme`);
+  button.setAttribute("aria-pressed", String(dark));
+  colourRuns();
+  redrawAll();
+}
+
+function followTheme() {
+  const preferred = matchMedia("(prefers-color-scheme: dark)");
+  setTheme(preferred.matches);
+  preferred.addEventListener("change", (event) => setTheme(event.matches));
+  $("#theme").addEventListener("click", () => setTheme(!isDark()));
+}

@@ -1,0 +1,141 @@
+"""Hand-made runs for the report: workdirs without a training, and images without a network."""
+
+import base64
+import gzip
+import json
+import re
+
+import numpy as np
+
+from music_jax.config import default_config
+from music_jax.records import as_json
+from music_jax.report import measures
+from music_jax.report.gathering import Shown
+from music_jax.report.images import Seen
+from music_jax.report.reading import read_workdirs
+
+HOSTILE = "</script><script>window.hacked=1;alert(1)</script>"
+HOSTILE_TAG = '<img src=x onerror="window.hacked=1"><b>bold</b>'
+
+
+def write_workdir(path, *, objective="music", segments=6, units=5, steps=30, logged=30, seed=0):
+    """config.json and metrics.jsonl as a run of 3 epochs leaves them."""
+    path.mkdir(parents=True)
+    config = default_config()
+    config.num_epochs, config.batch_size, config.seed = 3, 32, seed
+    config.optimizer.warmup_epochs = 1
+    config.objective.update(
+        {"name": objective, "num_segments": segments, "units_per_segment": units}
+    )
+    config.dataset.name = HOSTILE
+    about = {
+        "config": as_json(config),
+        "versions": {"music_jax": "0.1.0", HOSTILE_TAG: "1"},
+        "devices": {"platform": "cpu", "kind": HOSTILE_TAG, "count": 2, "processes": 1},
+        "written": "2026-01-02T03:04:05+00:00",
+    }
+    (path / "config.json").write_text(json.dumps(about))
+    lines = []
+    for step in range(1, logged + 1):
+        record = {
+            "step": step,
+            "epoch": 3 * step / steps,
+            "loss": -4.8 + 3 / step,
+            "learning_rate": 0.1 * step / steps,
+            "images_per_second": None if step == 1 else 640.0,
+            "online_top1": step / (steps + 5),
+            HOSTILE_TAG: float(step),
+        }
+        if objective == "music":
+            terms = {"diagonal": -1.0, "cross_segment": -3.0, "invariance": 1 / step}
+            record |= terms | {"usage_entropy": 0.9, "dead_units": 0.0, "above_bound": 3 / step}
+        lines.append(json.dumps(record))
+    (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return path
+
+
+def write_results(path, *, images=40, classes=3, step=30):
+    """What the linear probe and kNN leave; returns labels and predictions."""
+    rng = np.random.default_rng(1)
+    labels = rng.integers(classes, size=images)
+    predictions = np.where(rng.random(images) < 0.2, (labels + 1) % classes, labels)
+    top1 = float(np.mean(labels == predictions))
+    figures = {"protocol": "linear", "step": step, "seed": 0, "num_train": 100, "num_test": images}
+    figures |= {"top1": top1, "top5": 1.0, "learning_rate": 0.1}
+    figures |= {"raw_pixels_top1": 0.5, "random_init_top1": 0.25}
+    (path / "linear_eval.json").write_text(json.dumps(figures))
+    figures = {"protocol": "knn", "step": step, "top1": 0.75, "top1_by_k": {"20": 0.75}, "k": 20}
+    figures |= {"raw_pixels_top1": 0.5, "random_init_top1": None}
+    (path / "knn.json").write_text(json.dumps(figures))
+    np.savez(
+        path / "linear_eval.npz",
+        indices=np.arange(images),
+        labels=labels.astype(np.int32),
+        predictions=predictions.astype(np.int32),
+        step=np.asarray(step),
+    )
+    return labels, predictions
+
+
+def make_seen(
+    *, images=40, classes=3, segments=6, units=5, side=24, channels=3, labelled=True, seed=0
+):
+    """Images whose embedding and features follow their class, with noise."""
+    rng = np.random.default_rng(seed)
+    labels = np.random.default_rng(1).integers(classes, size=images)
+    dim = segments * units
+    centres = rng.normal(size=(classes, dim))
+    embeddings = 3 * centres[labels] + rng.normal(size=(images, dim))
+    pair = embeddings[:, None] + 0.3 * rng.normal(size=(images, 2, dim))
+    names = [HOSTILE, HOSTILE_TAG] + [f"class {i}" for i in range(2, classes)]
+    return Seen(
+        source="digits:test",
+        of=10 * images,
+        indices=np.arange(images),
+        names=[f"{i}{HOSTILE_TAG}.png" for i in range(images)],
+        labels=labels.astype(np.int32) if labelled else np.full(images, -1, np.int32),
+        class_names=tuple(names[:classes]) if labelled else (),
+        num_classes=classes if labelled else 0,
+        pixels=rng.integers(256, size=(images, side, side, channels), dtype=np.uint8),
+        features=(centres[labels] + 0.5 * rng.normal(size=(images, dim))).astype(np.float32),
+        embeddings=embeddings.astype(np.float32),
+        pair=pair.astype(np.float32),
+        views=rng.integers(256, size=(4, 5, side, side, channels), dtype=np.uint8),
+    )
+
+
+def make_shown(path, seen=None, *, maps=True):
+    """The run of a workdir with images, as `gathering.gather` gives it of a real one."""
+    (recorded,) = read_workdirs([str(path)])
+    classes = list(seen.class_names) if seen else []
+    confusion = measures.confusion(recorded.predictions, classes) if recorded.predictions else None
+    if seen is None:
+        return Shown(recorded, why_not=f"no checkpoint {HOSTILE}", confusion=confusion)
+    found = None
+    if recorded.segments:
+        found = measures.segments(seen, num_segments=recorded.segments[0], temperature=1.0)
+    place = np.random.default_rng(0).random((len(seen.indices), 2))
+    return Shown(
+        recorded,
+        seen=seen,
+        segments=found,
+        maps={"embedding": place, "features": place[::-1]} if maps else {},
+        neighbours=measures.neighbours(seen.features),
+        confusion=confusion,
+        num_training_images=1000,
+    )
+
+
+def data_of(html):
+    """What the page's scripts read, as Python has it, arrays unpacked."""
+    encoded = re.search(r'<script type="text/plain" id="data">([^<]*)</script>', html)[1]
+    return _unpacked(json.loads(gzip.decompress(base64.b64decode(encoded))))
+
+
+def _unpacked(value):
+    if isinstance(value, dict) and "base64" in value and "shape" in value:
+        array = np.frombuffer(base64.b64decode(value["base64"]), f"<{value['type']}")
+        return array.reshape(value["shape"])
+    if isinstance(value, dict):
+        return {key: _unpacked(inner) for key, inner in value.items()}
+    return [_unpacked(inner) for inner in value] if isinstance(value, list) else value

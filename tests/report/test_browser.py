@@ -1,0 +1,182 @@
+"""The report in a real browser: no complaint, no request, and controls that do what they say."""
+
+import pytest
+
+from music_jax.report import page
+from tests.report.browsers import Opened, chromium
+from tests.report.reports import (
+    HOSTILE,
+    HOSTILE_TAG,
+    make_seen,
+    make_shown,
+    write_results,
+    write_workdir,
+)
+
+_PHONE = {"width": 360, "height": 740, "touch": True}
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """One of a single run with everything, one of three different ones side by side."""
+    root = tmp_path_factory.mktemp("reports")
+    path = write_workdir(root / "music")
+    write_results(path)
+    music = make_shown(path, make_seen())
+    vicreg = make_shown(
+        write_workdir(root / "vicreg", objective="vicreg", logged=12),
+        make_seen(labelled=False, channels=1, side=96),
+    )
+    bare = make_shown(write_workdir(root / "bare", logged=0))
+    files = {"one": [music], "three": [music, vicreg, bare]}
+    for name, shown in files.items():
+        (root / f"{name}.html").write_bytes(page.render(shown))
+    return {name: root / f"{name}.html" for name in files}
+
+
+@pytest.fixture(scope="module")
+def browser(reports):  # the reports first: no event loop may run while checkpoints are read
+    with chromium() as running:
+        yield running
+
+
+@pytest.fixture
+def opened(browser, reports):
+    found = Opened(browser, reports["one"])
+    yield found
+    assert found.complaints == []
+    found.close()
+
+
+@pytest.mark.parametrize("name", ["one", "three"])
+@pytest.mark.parametrize("how", [{"dark": True}, _PHONE])
+def test_it_opens_from_disk_without_a_complaint_or_a_request(name, how, browser, reports):
+    opened = Opened(browser, reports[name], **how)
+    opened.draw_all()
+    assert opened.complaints == []
+    others = [url for url in opened.requests if not url.startswith(("data:", "blob:"))]
+    assert others == [reports[name].as_uri()]
+    widths = "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    scrolled, width = opened.page.evaluate(widths)
+    assert scrolled <= width
+    assert opened.page.evaluate("document.documentElement.dataset.theme") == (
+        "dark" if how.get("dark") else "light"
+    )
+    for chart in opened.page.locator(".chart").all():
+        assert chart.get_attribute("aria-label")
+    assert opened.page.locator("select").count() == opened.page.locator("label select").count()
+    unnamed = opened.page.locator("button:not([aria-label])").all()
+    assert all(button.inner_text().strip() for button in unnamed)
+    opened.close()
+
+
+def test_names_of_classes_are_text_wherever_they_stand(opened):
+    opened.draw_all()
+    opened.page.locator("#map .legendtext").first.wait_for()
+    legend = opened.page.locator("#map .legendtext").all_text_contents()
+    assert HOSTILE in legend
+    assert HOSTILE_TAG in legend
+    cards = " ".join(opened.page.locator("[data-gallery] .title").all_text_contents())
+    assert HOSTILE_TAG in cards
+    assert opened.page.evaluate("window.hacked") is None
+    assert opened.page.locator("main img").count() == 0
+    assert opened.page.locator("#map a").count() == 0
+
+
+def test_choosing_a_segment_changes_its_images(opened):
+    page = opened.page
+    thumbs = page.locator("[data-gallery] .thumb")
+
+    def images():
+        return thumbs.evaluate_all("all => all.map(each => each.style.backgroundPosition)")
+
+    before, said = images(), page.locator("[data-segment-says]").inner_text()
+    chosen = page.locator("[data-segment]").input_value()
+    page.get_by_role("button", name="Next segment").click()
+    after = page.locator("[data-segment]").input_value()
+    assert after != chosen
+    assert f"Segment {after}:" in page.locator("[data-segment-says]").inner_text() != said
+    assert images() != before
+    page.locator("[data-segment]").select_option(chosen)
+    assert images() == before
+    assert thumbs.first.get_attribute("aria-label").startswith("image ")
+
+
+def test_choosing_two_segments_or_clicking_the_matrix_shows_their_block(opened):
+    page = opened.page
+    whole = page.locator("[data-joint-whole]")
+    whole.scroll_into_view_if_needed()
+    whole.locator(".plot-container").wait_for()
+    page.locator("[data-joint-a]").select_option("2")
+    page.locator("[data-joint-b]").select_option("2")
+    assert "Segment 2 with itself" in page.locator("[data-joint-says]").inner_text()
+    box = whole.locator(".plot .hm image, .heatmaplayer image").first.bounding_box()
+    place = box["x"] + box["width"] * 4.5 / 6, box["y"] + box["height"] * 1.5 / 6
+    page.mouse.move(*place)
+    page.locator("[data-joint-hover]", has_text="segment 1, unit").wait_for()
+    assert "with segment 4, unit" in page.locator("[data-joint-hover]").inner_text()
+    page.mouse.click(*place)
+    page.locator("[data-joint-title]", has_text="Segments 1 and 4").wait_for()
+    assert page.locator("[data-joint-a]").input_value() == "1"
+
+
+def test_the_theme_can_be_changed(opened):
+    page = opened.page
+    opened.draw_all()
+    colours = (
+        "[getComputedStyle(document.body).backgroundColor,"
+        " getComputedStyle(document.querySelector('[data-curve=loss] .ytitle')).fill]"
+    )
+    light = page.evaluate(colours)
+    button = page.locator("#theme")
+    assert (button.inner_text(), button.get_attribute("aria-pressed")) == ("Dark", "false")
+    button.click()
+    dark = page.evaluate(colours)
+    assert (button.inner_text(), button.get_attribute("aria-pressed")) == ("Light", "true")
+    assert light[0] == "rgb(255, 255, 255)"
+    assert all(a != b for a, b in zip(light, dark, strict=True))
+    button.click()
+    assert page.evaluate(colours) == light
+
+
+def test_a_dot_of_the_map_shows_its_image_and_leads_to_its_neighbours(opened):
+    page = opened.page
+    page.locator("[data-map]").scroll_into_view_if_needed()
+    dot = page.locator("[data-map] .points path").first
+    dot.wait_for()
+    page.wait_for_timeout(200)
+    box = dot.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.locator("#preview .thumb").wait_for()
+    name = page.locator("#preview .thumb").get_attribute("aria-label")
+    assert "probe says" in name
+    page.mouse.down()
+    page.mouse.up()
+    row = page.locator(".row.chosen")
+    row.wait_for()
+    assert row.locator(".of .thumb").get_attribute("aria-label") == name
+    assert row.locator(".near .thumb").count() == 8
+    page.locator("[data-map-by]").select_option("segment 0")
+    page.locator("#map .legendtext", has_text="unit").first.wait_for()
+
+
+def test_curves_are_drawn_over_epochs_or_steps_with_the_bound(opened):
+    page = opened.page
+    title = page.locator("[data-curve=loss] .xtitle")
+    title.wait_for()
+    assert title.text_content() == "epoch"
+    assert "bound −4.828" in page.locator("[data-curve=loss]").text_content()
+    page.locator("#curves-axis").select_option("step")
+    page.locator("[data-curve=loss] .xtitle", has_text="step").wait_for()
+
+
+def test_an_old_browser_is_told_what_is_missing(browser, reports):
+    context = browser.new_context()
+    page = context.new_page()
+    page.add_init_script("delete window.DecompressionStream")
+    page.goto(reports["one"].as_uri())
+    failed = page.locator("#failed")
+    failed.wait_for(state="visible")
+    assert "they need a browser of 2023 or later" in failed.inner_text()
+    assert page.locator("table.scores").is_visible()
+    context.close()

@@ -1,0 +1,207 @@
+"""The page without a browser: what it says, that none of it is taken for markup, and its size."""
+
+import html.parser
+import re
+from importlib import resources
+
+import numpy as np
+import pytest
+
+from music_jax.errors import UserError
+from music_jax.report import page
+from tests.report.reports import (
+    HOSTILE,
+    data_of,
+    make_seen,
+    make_shown,
+    write_results,
+    write_workdir,
+)
+
+
+class _Elements(html.parser.HTMLParser):
+    """Names of all elements, and the text outside of scripts and styles."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.names, self.text, self._inside = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.names.append(tag)
+        self._inside = tag
+        assert not [name for name, _ in attrs if name.startswith("on")]
+        addresses = [value for name, value in attrs if name in ("src", "href") and value]
+        assert all(value.startswith(("#", "data:")) for value in addresses)
+
+    def handle_endtag(self, tag):
+        self._inside = ""
+
+    def handle_data(self, data):
+        if self._inside not in ("script", "style"):
+            self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run with everything."""
+    path = write_workdir(tmp_path_factory.mktemp("runs") / "music")
+    write_results(path)
+    (path / "events.jsonl").write_text(
+        '{"event": "resumed", "time": "2026-01-02T03:04:05+00:00", "step": 12}\n'
+        '{"event": "rewound", "step": 20, "to_step": 12, "skipped": [19, 20]}\n'
+    )
+    (path / "rewinds.json").write_text(
+        '{"rewinds": [{"step": 20, "what": "the loss leapt", "skipped": [19, 20]}]}'
+    )
+    (path / "skipped.jsonl").write_text(
+        '{"source": "digits:train", "image": "</td><script>alert(2)</script>", "reason": "bad"}\n'
+    )
+    return make_shown(path, make_seen())
+
+
+def test_everything_is_said(finished):
+    text = page.render([finished]).decode()
+    found = _Elements(text)
+    said = " ".join(" ".join(found.text).split())
+    for part in (
+        "finished, 30 steps",
+        "30 = 6 segments × 5 units",
+        "1,000 images",
+        "raw pixels 50.0 %",
+        "random initialisation",
+        "resumed: 1",
+        "the loss leapt",
+        "1 of digits:train",
+        "40 of the 400 images of digits:test",
+        "Most frequent errors",
+        HOSTILE,
+    ):
+        assert part in said, part
+    alt = re.search(r'data-curve="loss" role="img" aria-label="([^"]*)"', text)[1]
+    assert "in nats" in alt
+    assert "-1.8 at step 1, -4.7 at step 30, bound -4.828" in alt
+    figures = data_of(text)["runs"][0]
+    assert figures["bounds"]["loss"] == pytest.approx(-3 * np.log(5))
+    assert figures["bounds"]["cross_segment"] == pytest.approx(-2 * np.log(5))
+    assert figures["curves"]["images_per_second"][:2] == [None, 640.0]
+    assert max(figures["curves"]["online_top1"]) == pytest.approx(100 * 30 / 35, rel=1e-4)
+
+
+def test_what_the_run_says_is_nowhere_taken_for_markup(finished):
+    text = page.render([finished]).decode()
+    found = _Elements(text)
+    assert found.names.count("script") == 3  # the library, the data, ours
+    assert "img" not in found.names
+    assert text.count("<script>") == 1
+    assert "alert(" not in text.replace("&lt;script&gt;window.hacked=1;alert(1)", "").replace(
+        "&lt;script&gt;alert(2)", ""
+    )
+    assert "default-src 'none'" in text
+
+
+@pytest.mark.parametrize(
+    ("prepare", "parts"),
+    [
+        (
+            lambda path: make_shown(write_workdir(path / "run", logged=10)),
+            ("not finished: 10 of 30 steps (33 %)", "no checkpoint", "Not yet measured"),
+        ),
+        (
+            lambda path: make_shown(write_workdir(path / "run", logged=0)),
+            ("no step is logged yet", "No step has been logged yet", "Nothing has been measured"),
+        ),
+        (
+            lambda path: make_shown(
+                write_workdir(path / "run", objective="vicreg"), make_seen(channels=1)
+            ),
+            ("The objective vicreg has no segments", "there is no linear probe yet"),
+        ),
+        (
+            lambda path: make_shown(
+                write_workdir(path / "run"), make_seen(labelled=False, images=4), maps=False
+            ),
+            ("there are too few images, or the network makes the same of all of them",),
+        ),
+    ],
+)
+def test_what_is_missing_is_said(prepare, parts, tmp_path):
+    text = page.render([prepare(tmp_path)]).decode()
+    said = " ".join(" ".join(_Elements(text).text).split())
+    for part in parts:
+        assert part in said, part
+
+
+def test_runs_side_by_side_share_images_and_show_what_differs(finished, tmp_path):
+    other = make_shown(write_workdir(tmp_path / "other", objective="vicreg"), make_seen(seed=1))
+    seen = make_seen()
+    third = make_shown(write_workdir(tmp_path / "third", seed=3), seen)
+    text = page.render([finished, other, third]).decode()
+    runs = data_of(text)["runs"]
+    assert [run["name"] for run in runs] == ["music", "other", "third"]
+    assert runs[0]["thumbsClass"] == runs[2]["thumbsClass"] != runs[1]["thumbsClass"]
+    assert text.count(f".{runs[0]['thumbsClass']}{{") == 1
+    assert "The trainings differ in" in text
+    assert re.search(r"differ in [^<]*objective.name", text)
+
+
+def test_pictures_shrink_until_the_report_is_small_enough(finished, monkeypatch):
+    usual = page.render([finished])
+    monkeypatch.setattr(page, "LARGEST", len(usual) - 1)
+    smaller = page.render([finished])
+    assert len(smaller) < len(usual)
+    assert data_of(smaller.decode())["runs"][0]["images"]["tile"] < 24
+    monkeypatch.setattr(page, "LARGEST", 100_000)
+    with pytest.raises(UserError, match=r"--workdir.*--images"):
+        page.render([finished])
+
+
+@pytest.mark.slow
+def test_a_thousand_classes_and_thousands_of_units_stay_below_ten_megabytes(tmp_path):
+    """Images of noise, which no format packs well, each run's its own."""
+    shown = []
+    for seed in range(3):
+        path = write_workdir(tmp_path / str(seed), segments=102, units=80, seed=seed)
+        write_results(path, images=5000, classes=1000)
+        seen = make_seen(images=1000, classes=1000, segments=102, units=80, side=96, seed=seed)
+        shown.append(make_shown(path, seen))
+    html = page.render(shown)
+    assert len(html) < 10e6
+    runs = data_of(html.decode())["runs"]
+    assert len(runs[0]["confusion"]["names"]) == 41
+    assert runs[0]["segments"]["joint"]["levels"].shape[0] <= 1024
+
+
+def _variables(block):
+    return dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", block))
+
+
+def _luminance(colour):
+    channels = np.asarray([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    linear = np.where(channels <= 0.03928, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return float(linear @ (0.2126, 0.7152, 0.0722))
+
+
+def _contrast(a, b):
+    low, high = sorted((_luminance(a), _luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_colours_have_the_contrast_that_wcag_asks_for():
+    """4.5 for text, 3 for lines and dots, in both themes; and both themes are whole."""
+    files = resources.files("music_jax.report") / "page"
+    style = (files / "report.css").read_text()
+    blocks = re.findall(r":root[^{]*\{([^}]*)\}", style)
+    light, dark, unscripted = map(_variables, blocks)
+    assert dark == unscripted
+    assert light.keys() == dark.keys()
+    script = (files / "charts.js").read_text()
+    for theme, values in (("light", light), ("dark", dark)):
+        for text in ("text", "muted", "accent", "good", "bad"):
+            for back in ("back", "surface"):
+                assert _contrast(values[text], values[back]) >= 4.5, (theme, text, back)
+        assert _contrast(values["text"], values["mark"]) >= 4.5
+        palettes = re.findall(rf"{theme}: \[([^\]]*)\]", script)
+        assert len(palettes) == 2
+        for colour in re.findall(r"#[0-9a-f]{6}", " ".join(palettes)):
+            assert _contrast(colour, values["back"]) >= 3, (theme, colour)

@@ -1,0 +1,80 @@
+"""What a workdir's files say, whatever state they are in."""
+
+import json
+
+import numpy as np
+import pytest
+
+from music_jax.errors import UserError
+from music_jax.report import curves, overview
+from music_jax.report.reading import read_workdirs
+from tests.report.reports import write_results, write_workdir
+
+
+def test_damaged_lines_are_left_out_and_counted(tmp_path):
+    path = write_workdir(tmp_path / "run", logged=5)
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3}\n[1]\n{"step": 9, "loss": NaN, "epoch": "x"}\n{"st')
+    (path / "events.jsonl").write_bytes(b'\xff\n{"no": 1}\n{"event": {"a": [1]}}\n')
+    (path / "skipped.jsonl").write_text("[" * 10_000 + "\n")
+    (path / "rewinds.json").write_text('{"rewinds": 3}')
+    (run,) = read_workdirs([str(path)])
+    assert [line["step"] for line in run.metrics] == [1, 2, 3, 4, 5, 9]
+    assert len(run.events) == 1
+    assert run.skipped == run.rewinds == []
+    notes = " | ".join(run.notes)
+    for part in (
+        "1 damaged lines of metrics.jsonl",
+        "2 damaged lines of events.jsonl",
+        "1 damaged lines of skipped.jsonl",
+        "rewinds.json cannot be read",
+    ):
+        assert part in notes
+    assert curves.points(run)["loss"][-1] is None
+    json.dumps([curves.points(run), overview.history(run)], allow_nan=False)
+
+
+def test_predictions_of_another_probe_are_not_shown(tmp_path):
+    path = write_workdir(tmp_path / "run")
+    write_results(path)
+    (run,) = read_workdirs([str(path)])
+    assert run.predictions is not None
+    figures = json.loads((path / "linear_eval.json").read_text())
+    (path / "linear_eval.json").write_text(json.dumps(figures | {"top1": 0.01}))
+    (run,) = read_workdirs([str(path)])
+    assert run.predictions is None
+    assert "another probe" in run.notes[0]
+    np.savez(path / "linear_eval.npz", step=np.asarray([object()]))
+    (run,) = read_workdirs([str(path)])
+    assert "linear_eval.npz cannot be read" in run.notes[0]
+
+
+def test_long_curves_are_thinned_and_keep_both_ends(tmp_path):
+    path = write_workdir(tmp_path / "run", steps=5000, logged=5000)
+    (run,) = read_workdirs([str(path)])
+    steps = curves.points(run)["step"]
+    assert len(steps) == 1000
+    assert (steps[0], steps[-1]) == (1, 5000)
+    assert curves.is_thinned(run)
+
+
+def test_workdirs_of_one_name_are_told_apart(tmp_path):
+    paths = [write_workdir(tmp_path / parent / "run") for parent in ("a", "b")]
+    assert [run.name for run in read_workdirs([str(p) for p in paths])] == ["a/run", "b/run"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["nowhere"], "nowhere does not exist"),
+        (["empty"], "holds no run"),
+        (["run", "run/"], "named twice"),
+        (["broken"], "cannot read"),
+    ],
+)
+def test_wrong_workdirs_are_refused(names, message, tmp_path):
+    (tmp_path / "empty").mkdir()
+    write_workdir(tmp_path / "run")
+    (write_workdir(tmp_path / "broken") / "config.json").write_text("{")
+    with pytest.raises(UserError, match=message):
+        read_workdirs([str(tmp_path / name) for name in names])
