@@ -16,12 +16,13 @@ function __music_jax_command
         echo main
         return
     end
-    for i in (seq (count $words))
-        if test "$words[$i]" = -m
-            and string match -q 'music_jax.*' -- "$words[(math $i + 1)]"
-            string replace music_jax. '' -- $words[(math $i + 1)]
+    set -l before
+    for word in $words
+        if test "$before" = -m; and string match -q 'music_jax.*' -- $word
+            string replace music_jax. '' -- $word
             return
         end
+        set before $word
     end
 end
 
