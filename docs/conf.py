@@ -9,7 +9,7 @@ import sys
 HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE / "extensions")]
 
-import music_jax
+import music_jax  # noqa: E402
 
 project = "music_jax"
 author = "the authors of music_jax"

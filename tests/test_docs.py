@@ -12,7 +12,9 @@ from music_jax.completion.commands import all_commands
 
 _PAGES = [
     path
-    for path in sorted([ROOT / "README.md", ROOT / "launch" / "README.md", *ROOT.glob("docs/**/*.md")])
+    for path in sorted(
+        [ROOT / "README.md", ROOT / "launch" / "README.md", *ROOT.glob("docs/**/*.md")]
+    )
     if path.name != "report.md"
 ]
 
@@ -59,7 +61,9 @@ def test_fields_and_files(page, fields):
 def test_messages_that_are_quoted():
     said = "".join(_texts(path) for path in sorted((ROOT / "music_jax").rglob("*.py")))
     pages = [page for page in _PAGES if page.parts[-2] in ("docs", "how_to")]
-    quoted = [m for page in pages for m in re.findall(r"```text\nerror: (.*)\n```", page.read_text())]
+    quoted = [
+        m for page in pages for m in re.findall(r"```text\nerror: (.*)\n```", page.read_text())
+    ]
     assert len(quoted) > 5
     for message in quoted:
         # What stands for a value: dots, numbers, and what is joined from several messages.

@@ -1,4 +1,4 @@
-"""Draws the joint probability of the units of two views: `joint_probability.svg` of the method's page.
+"""Draws the joint probability of two views' units: `joint_probability.svg` of the method's page.
 
     python docs/figures/joint_probability.py docs/figures/joint_probability.svg
 
