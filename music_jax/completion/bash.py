@@ -7,7 +7,8 @@ from music_jax.completion.commands import PROGRAMS, Command, takes_of
 from music_jax.config_fields import Field
 
 _SCRIPT = r"""# Completes the commands of music_jax in bash.
-# Made by python -m music_jax.completion --shell=bash for version {version}; make it anew after an update.
+# Made by python -m music_jax.completion --shell=bash for version {version};
+# make it anew after an update.
 
 # Sets flags (of the command, those with a value ending in =) and has_fields.
 _music_jax_flags() {{

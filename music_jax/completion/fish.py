@@ -7,7 +7,8 @@ from music_jax.completion.commands import PROGRAMS, Command, takes_of
 from music_jax.config_fields import Field
 
 _HEAD = r"""# Completes the commands of music_jax in fish.
-# Made by python -m music_jax.completion --shell=fish for version @VERSION@; make it anew after an update.
+# Made by python -m music_jax.completion --shell=fish for version @VERSION@;
+# make it anew after an update.
 
 # The command that the line starts, such as main.
 function __music_jax_command

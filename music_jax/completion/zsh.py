@@ -8,7 +8,8 @@ from music_jax.completion.commands import PROGRAMS, Command, takes_of
 from music_jax.config_fields import Field
 
 _SCRIPT = r"""# Completes the commands of music_jax in zsh.
-# Made by python -m music_jax.completion --shell=zsh for version @VERSION@; make it anew after an update.
+# Made by python -m music_jax.completion --shell=zsh for version @VERSION@;
+# make it anew after an update.
 
 typeset -ga _music_jax_fields _music_jax_names
 _music_jax_names=(@NAMES@)
