@@ -20,6 +20,8 @@ __version__ = "0.1.0"
 def load(path: str | os.PathLike[str], *, checkpoint: str | None = None) -> "Encoder":
     """Loads a trained backbone as a function from images to features.
 
+    In three lines::
+
         import music_jax
         encoder = music_jax.load("runs/mnist5k")
         features = encoder(images)  # uint8 [images, height, width, channels], or a list of paths

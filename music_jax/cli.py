@@ -13,17 +13,25 @@ from ml_collections import config_dict
 
 from music_jax.errors import MusicError, StoppedError, UserError
 from music_jax.signals import end_on_signal
+from music_jax.usage import flag_help
 
+# What the extra `data` of setup.cfg brings, by the names that are imported.
+_DATA = (
+    "array_record",
+    "cv2",
+    "dm_pix",
+    "grain",
+    "matplotlib",
+    "mlxtend",
+    "sklearn",
+    "tensorflow_datasets",
+    "threadpoolctl",
+)
 # What a file system says that is full or may not be written to.
 _OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, logs, results.")
-COORDINATOR = flags.DEFINE_string(
-    "coordinator_address",
-    None,
-    "HOST:PORT of process 0. Needed only where the cluster does not tell it; TPU, Slurm, GKE and "
-    "Open MPI do.",
-)
+COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes in the run.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
 
@@ -57,6 +65,13 @@ def run(
         except MusicError as error:
             fail(error)
         except Exception as error:
+            if isinstance(error, ModuleNotFoundError) and error.name in _DATA:
+                fail(
+                    UserError(
+                        f"this needs {error.name}, which is not installed: pip install "
+                        "'music_jax[data]'"
+                    )
+                )
             if isinstance(error, OSError) and error.errno in _OUT_OF_ROOM:
                 fail(UserError(f"{error}; mend that and run the same command again"))
             _end_peers(1, f"{type(error).__name__}: {_one_line(error)}", unexpected=error)
@@ -126,7 +141,12 @@ def _end_peers(exit_code: int, message: str, *, unexpected: Exception | None = N
 
 def _parse_flags(argv: Sequence[str], usage: str) -> list[str]:
     if {"-h", "--help", "-help", "--helpshort"} & set(argv[1:]):
-        print(usage.strip() + "\n\nOptions:\n" + _flag_help(argv[0]))
+        print(usage.strip() + "\n\n" + _flag_help(argv[0]))
+        sys.exit(0)
+    if "config" in flags.FLAGS and "--helpfields" in argv[1:]:
+        from music_jax import config_fields
+
+        print(config_fields.table())
         sys.exit(0)
     try:
         rest = flags.FLAGS(argv)
@@ -147,12 +167,12 @@ def _parse_flags(argv: Sequence[str], usage: str) -> list[str]:
 
 def _flag_help(program: str) -> str:
     by_module = flags.FLAGS.flags_by_module_dict()
-    lines = []
-    for module in ("music_jax.cli", "__main__", program):
-        for flag in sorted(by_module.get(module, []), key=lambda f: f.name):
-            default = "" if flag.default is None else f" [{flag.default}]"
-            lines.append(f"  --{flag.name}: {flag.help}{default}")
-    return "\n".join(lines)
+    of_all = by_module.get(__name__, [])
+    names = {flag.name for flag in (COORDINATOR, NUM_PROCESSES, PROCESS_ID)}
+    processes = [flag for flag in of_all if flag.name in names]
+    own = [flag for flag in of_all if flag.name not in names]
+    own += [flag for module in ("__main__", program) for flag in by_module.get(module, [])]
+    return flag_help(own, processes)
 
 
 def _one_line(error: BaseException) -> str:

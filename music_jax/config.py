@@ -62,9 +62,9 @@ def default_config() -> config_dict.ConfigDict:
 
     config.objective = config_dict.ConfigDict()
     config.objective.name = "music"  # music, barlow_twins, vicreg, simclr
-    config.objective.num_segments = 102
-    config.objective.units_per_segment = 80
-    config.objective.temperature = 1.0
+    config.objective.num_segments = 102  # S, of an embedding of S times K units
+    config.objective.units_per_segment = 80  # K
+    config.objective.temperature = 1.0  # of the softmax over the units of a segment
     config.objective.diagonal_weight = 1.0
     config.objective.cross_segment_weight = 1.0
     config.objective.invariance_weight = 1.0
@@ -82,7 +82,7 @@ def default_config() -> config_dict.ConfigDict:
     config.dataset.test_split = "test"
     config.dataset.data_dir = config_dict.placeholder(str)  # None: TFDS's own default
     config.dataset.manual_dir = config_dict.placeholder(str)  # None: downloads/manual in data_dir
-    config.dataset.try_gcs = False
+    config.dataset.try_gcs = False  # look for prepared files in TFDS's public bucket first
     config.dataset.max_skipped_share = 0.01  # of the images, that may be unreadable
     config.dataset.image_key = "image"
     config.dataset.label_key = "label"
@@ -91,9 +91,9 @@ def default_config() -> config_dict.ConfigDict:
     config.dataset.std = (0.229, 0.224, 0.225)
 
     config.crop = config_dict.ConfigDict()
-    config.crop.size = 224
-    config.crop.scale = (0.08, 1.0)
-    config.crop.aspect_ratio = (3 / 4, 4 / 3)
+    config.crop.size = 224  # side of the square that the network sees, in pixels
+    config.crop.scale = (0.08, 1.0)  # of the image's area
+    config.crop.aspect_ratio = (3 / 4, 4 / 3)  # width over height
     config.crop.eval_resize = 256  # the shorter side, before the centre is cut
 
     config.augmentation = config_dict.ConfigDict()
@@ -108,7 +108,7 @@ def default_config() -> config_dict.ConfigDict:
     config.backbone.zero_init_residual = config_dict.placeholder(bool)  # start as the shortcuts
 
     config.projector = config_dict.ConfigDict()
-    config.projector.hidden_sizes = (8192,)
+    config.projector.hidden_sizes = (8192,)  # () for a linear projector
     config.projector.output_size = config_dict.placeholder(int)  # None: segments times units
 
     config.optimizer = config_dict.ConfigDict()
@@ -117,7 +117,7 @@ def default_config() -> config_dict.ConfigDict:
     config.optimizer.weight_decay = 1e-6
     config.optimizer.momentum = 0.9  # lars and sgd
     config.optimizer.warmup_epochs = 10
-    config.optimizer.final_scale = 1e-3
+    config.optimizer.final_scale = 1e-3  # the last learning rate, as a share of the peak
 
     config.sharding = config_dict.ConfigDict()
     # Devices over which the parameters themselves are split; None: all. Of several slices of a TPU,
@@ -142,7 +142,7 @@ def default_config() -> config_dict.ConfigDict:
 
     config.checkpoint = config_dict.ConfigDict()
     config.checkpoint.every_steps = 1000
-    config.checkpoint.max_to_keep = 2
+    config.checkpoint.max_to_keep = 2  # the newest
     config.checkpoint.ignore_failed_saves = False  # of one process: say so and go on
     config.checkpoint.grace_seconds = 240.0  # within which a run that is stopped saves and ends
 
@@ -170,24 +170,37 @@ def view_augmentations(config: config_dict.ConfigDict) -> tuple[ViewAugmentation
         raise UserError(f"config.augmentation: {error}") from error
 
 
+def choices() -> dict[str, tuple[Any, ...]]:
+    """The fields that take one of a few values, by dotted name, with these values."""
+    from music_jax.models import BACKBONES
+    from music_jax.models.resnet import STEMS
+    from music_jax.train.objective import OBJECTIVES
+    from music_jax.train.optimizer import OPTIMIZERS
+
+    return {
+        "objective.name": tuple(OBJECTIVES),
+        "backbone.name": tuple(BACKBONES),
+        "backbone.stem": tuple(STEMS),
+        "optimizer.name": tuple(OPTIMIZERS),
+        "compute_dtype": ("float32", "bfloat16"),
+        "dataset.num_channels": (1, 3),
+        "guards.policy": ("stop", "rewind"),
+    }
+
+
 def validate(config: config_dict.ConfigDict) -> None:
     """Checks all that can be checked without devices or data.
 
     Raises:
       UserError: a field has a value that cannot be meant; the message names the field.
     """
-    from music_jax.models import BACKBONES
     from music_jax.models.network import embedding_size
-    from music_jax.train.objective import OBJECTIVES
-    from music_jax.train.optimizer import OPTIMIZERS
 
     check_values(config, default_config())
-    _one_of(config, "objective.name", OBJECTIVES)
-    _one_of(config, "backbone.name", BACKBONES)
+    for field, known in choices().items():
+        if _get(config, field) is not None:  # `backbone.stem` may be left unset
+            _one_of(config, field, known)
     _check_backbone(config)
-    _one_of(config, "optimizer.name", OPTIMIZERS)
-    _one_of(config, "compute_dtype", ("float32", "bfloat16"))
-    _one_of(config, "dataset.num_channels", (1, 3))
     for field in (
         "batch_size",
         "accumulation_steps",
@@ -293,7 +306,6 @@ def _check_evaluation(config: config_dict.ConfigDict) -> None:
 
 def _check_backbone(config: config_dict.ConfigDict) -> None:
     from music_jax.models import BACKBONES
-    from music_jax.models.resnet import STEMS
 
     backbone = config.backbone
     spec = BACKBONES[backbone.name]
@@ -303,8 +315,6 @@ def _check_backbone(config: config_dict.ConfigDict) -> None:
                 f"config.backbone.{field} = {backbone[field]!r} means nothing to {backbone.name}; "
                 "leave it unset"
             )
-    if backbone.stem is not None:
-        _one_of(config, "backbone.stem", STEMS)
     if config.crop.size % spec.image_multiple:
         raise _wrong(
             config, "crop.size", f"be a multiple of {spec.image_multiple} for {backbone.name}"
@@ -312,7 +322,6 @@ def _check_backbone(config: config_dict.ConfigDict) -> None:
 
 
 def _check_guards(config: config_dict.ConfigDict) -> None:
-    _one_of(config, "guards.policy", ("stop", "rewind"))
     for field in ("guards.loss_spike_window", "guards.collapse_steps"):
         _at_least(config, field, 1)
     for field in (

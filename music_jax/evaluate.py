@@ -9,7 +9,16 @@ from music_jax.evaluation import command
 
 _USAGE = """
 Measures a run's latest checkpoint by the protocols named, and writes NAME.json of each (for the
-linear probe linear_eval.json) into the workdir:
+linear probe linear_eval.json) into the workdir.
+
+  python -m music_jax.evaluate --workdir=runs/mnist5k
+  python -m music_jax.evaluate --workdir=runs/mnist5k --protocols=knn,segments --checkpoint=300
+  python -m music_jax.evaluate --workdir=runs/cifar10 --protocols=transfer \\
+      --transfer=cifar100:train:test
+  python -m music_jax.evaluate --workdir=runs/folder --protocols=linear \\
+      --config.evaluation.train=photos/train --config.evaluation.test=photos/test
+
+The protocols:
 
   linear      linear classifier on frozen features, learning rates swept
   knn         weighted vote of the 10, 20 and 200 nearest training images
@@ -21,13 +30,6 @@ linear probe linear_eval.json) into the workdir:
   semi        fine-tuning on 1 % and 10 % of the labels
   finetune    fine-tuning on all labels
   transfer    linear and knn on other datasets, named by --transfer
-
-  python -m music_jax.evaluate --workdir=runs/mnist5k
-  python -m music_jax.evaluate --workdir=runs/mnist5k --protocols=knn,segments --checkpoint=300
-  python -m music_jax.evaluate --workdir=runs/cifar10 --protocols=transfer \\
-      --transfer=cifar100:train:test
-  python -m music_jax.evaluate --workdir=runs/folder --protocols=linear \\
-      --config.evaluation.train=photos/train --config.evaluation.test=photos/test
 
 Features are computed once and kept in the workdir's features/, which may be deleted at any time.
 What has been measured in the same way before is not measured again; see --again.

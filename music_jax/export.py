@@ -100,8 +100,11 @@ def export(
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string(
-        "format", None, "safetensors, torchvision, onnx, stablehlo or orbax; see above."
+    flags.DEFINE_enum(
+        "format",
+        None,
+        ["safetensors", "torchvision", "onnx", "stablehlo", "orbax"],
+        "What to write; see above.",
     )
     flags.DEFINE_string("output", None, "The file to write; with orbax, a directory.")
     flags.DEFINE_string(

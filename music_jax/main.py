@@ -13,6 +13,11 @@ was stopped; once finished, it says so.
   python -m music_jax.main --config=configs/mnist5k.py --workdir=runs/mnist5k
   python -m music_jax.main --config=configs/mnist5k.py --config.seed=1 --workdir=runs/mnist5k-1
   python -m music_jax.main --config=configs/cifar10.py --workdir=runs/cifar10 --profile=200:209
+  python -m music_jax.main --config=configs/folder.py --config.dataset.path=photos \\
+      --workdir=gs://BUCKET/photos
+
+Config files are Python and come with a clone, in configs/, not with the package. Training needs the
+extra `data`: pip install 'music_jax[data]', and for gs:// `gcs`; for a GPU or TPU, `gpu` or `tpu`.
 
 Exit codes: 0 done; 2 wrong input; 3 diverged or unusable data; 75 stopped by a signal, all saved.
 """

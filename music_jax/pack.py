@@ -58,8 +58,11 @@ if __name__ == "__main__":
     flags.DEFINE_string("source", None, "A folder of images, or NAME:SPLIT of a TFDS dataset.")
     flags.DEFINE_string("output", None, "Directory for the shards and their index.")
     flags.DEFINE_integer("shorter_side", 320, "What the shorter side is shrunk to, in pixels.")
-    flags.DEFINE_string(
-        "encoding", "jpeg", "jpeg, or raw: no decoding, about eight times the room."
+    flags.DEFINE_enum(
+        "encoding",
+        "jpeg",
+        ["jpeg", "raw"],
+        "How images are kept; raw needs no decoding, and about eight times the room.",
     )
     flags.DEFINE_integer("quality", 90, "Of the JPEGs, 1 to 100.")
     flags.DEFINE_integer("channels", 3, "1 for gray, 3 for colour.")

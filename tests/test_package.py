@@ -77,3 +77,23 @@ def test_the_wheel_installs_alone_and_is_typed(tmp_path):
         [python, "-c", _USE], capture_output=True, text=True, cwd=tmp_path, check=True
     )
     assert str(environment) in done.stdout
+
+    def run(*arguments):
+        command = [python, "-m", "music_jax.main", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+
+    told = run("--help")
+    assert told.returncode == 0
+    assert "pip install 'music_jax[data]'" in told.stdout
+    config = tmp_path / "mine.py"
+    config.write_text(
+        "from music_jax.config import default_config\n\n\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        "    config.dataset.name = 'digits'\n"
+        "    return config\n"
+    )
+    without_data = run("--config=mine.py", "--workdir=run")
+    assert without_data.returncode == 2, without_data.stderr
+    assert without_data.stderr.count("\n") == 1
+    assert "which is not installed: pip install 'music_jax[data]'" in without_data.stderr

@@ -199,4 +199,4 @@ if __name__ == "__main__":
         "a prototype did with JPEGs of 500 x 375 pixels. tests/benchmarks/input.py measures yours.",
     )
     flags.DEFINE_integer("jobs", None, "Topologies at a time; by default one a core.")
-    cli.run(main, _USAGE)
+    cli.run(main, _USAGE, on_a_run=False)

@@ -1,0 +1,51 @@
+"""How the documentation is built: `python -m sphinx -W --keep-going -b html docs build/docs`.
+
+Nothing is fetched: formulas become MathML, and the pages use neither fonts nor scripts of others.
+"""
+
+import pathlib
+import sys
+
+HERE = pathlib.Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE / "extensions")]
+
+import music_jax  # noqa: E402
+
+project = "music_jax"
+author = "the authors of music_jax"
+version = release = music_jax.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "from_code",
+    "mathml",
+    "offline",
+]
+exclude_patterns = ["extensions", "figures"]
+suppress_warnings = ["myst.xref_missing.download"]
+
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+autodoc_class_signature = "separated"
+napoleon_numpy_docstring = False
+napoleon_custom_sections = ["Reference"]
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+add_module_names = False
+python_maximum_signature_line_length = 88
+default_role = "literal"  # docstrings write code in single backticks
+html_math_renderer = "mathml"
+
+html_theme = "furo"
+html_title = f"music_jax {version}"
+html_static_path = ["static"]
+html_css_files = ["music_jax.css"]
+html_copy_source = False
+html_show_sphinx = False
+html_theme_options = {"navigation_with_keys": True}

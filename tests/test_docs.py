@@ -1,0 +1,83 @@
+"""What the documentation says of flags, fields, files and messages is true of the code."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+from processes import ROOT
+
+from music_jax import config_fields
+from music_jax.completion.commands import all_commands
+
+_PAGES = [
+    path
+    for path in sorted(
+        [ROOT / "README.md", ROOT / "launch" / "README.md", *ROOT.glob("docs/**/*.md")]
+    )
+    if path.name != "report.md"
+]
+
+
+@pytest.fixture(scope="module")
+def commands():
+    return {command.name: command for command in all_commands()}
+
+
+@pytest.fixture(scope="module")
+def fields():
+    return {field.name: field for field in config_fields.fields()}
+
+
+@pytest.mark.parametrize("page", _PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_with_their_flags(page, commands, fields):
+    text = re.sub(r"\\\n\s*", " ", page.read_text())
+    for name, rest in re.findall(r"python -m music_jax\.(\w+)([^`\n#]*)", text):
+        if name == "report":
+            continue
+        assert name in commands, f"there is no command {name}"
+        known = {flag.name for flag in commands[name].flags}
+        for flag in re.findall(r"--([\w.-]+)", rest):
+            if flag.startswith("config.") and commands[name].has_fields:
+                assert flag.removeprefix("config.") in fields, flag
+            else:
+                assert flag in known, f"{name} has no --{flag}"
+
+
+@pytest.mark.parametrize("page", _PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_fields_and_files(page, fields):
+    text = page.read_text()
+    groups = {name.partition(".")[0] for name, field in fields.items() if field.is_group}
+    for name in re.findall(r"`(?:--config\.)?(\w+\.[\w.]+)(?:=[^`]*)?`", text):
+        if name.partition(".")[0] in groups and not name.endswith((".json", ".py", ".parts")):
+            assert name in fields, name
+    for name in re.findall(r"--config\.([\w.]+)", text):
+        if name[0].islower():
+            assert name.rstrip(".") in fields, name
+    for path in re.findall(r"(?:configs|launch|tests|docs)/[\w/]+\.(?:py|sh|md|png|yaml)", text):
+        assert "NAME" in path or (ROOT / path).exists(), path
+
+
+def test_messages_that_are_quoted():
+    said = "".join(_texts(path) for path in sorted((ROOT / "music_jax").rglob("*.py")))
+    pages = [page for page in _PAGES if page.parts[-2] in ("docs", "how_to")]
+    quoted = [
+        m for page in pages for m in re.findall(r"```text\nerror: (.*)\n```", page.read_text())
+    ]
+    assert len(quoted) > 5
+    for message in quoted:
+        # What stands for a value: dots, numbers, and what is joined from several messages.
+        for part in re.split(r"\.\.\.|config\.\w+ =|\d+|;| and | at |\?", message):
+            assert part.strip(" .()") in said, part
+
+
+def _texts(path: pathlib.Path) -> str:
+    """All texts of a module, those in several pieces joined."""
+    pieces = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            pieces.append(node.value)
+        elif isinstance(node, ast.JoinedStr):
+            values = [v.value for v in node.values if isinstance(v, ast.Constant)]
+            pieces.append("".join(str(value) for value in values))
+    return "\n".join(pieces)
