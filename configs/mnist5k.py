@@ -53,13 +53,13 @@ def get_config() -> config_dict.ConfigDict:
 
     config.optimizer.name = "adamw"
     config.optimizer.base_learning_rate = 2e-2
-    config.optimizer.weight_decay = 1e-4
+    config.optimizer.weight_decay = 3e-2
     config.optimizer.warmup_epochs = 10
 
     config.checkpoint.every_steps = 310
 
-    config.linear_eval.num_epochs = 100
-    config.linear_eval.base_learning_rates = (3e-3, 1e-2, 3e-2)
+    config.linear_eval.num_epochs = 60
+    config.linear_eval.base_learning_rates = (3e-2, 6e-2, 1e-1)
     config.linear_eval.weight_decay = 3e-2
     config.linear_eval.random_crops = False
     config.linear_eval.standardize = True

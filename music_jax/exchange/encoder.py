@@ -148,9 +148,9 @@ class Encoder:
             outputs.append(self.encode_views(np.stack(batch), also))
         if not outputs:
             nothing = np.zeros((1, self.size, self.size, self.channels), np.uint8)
-            outputs = [tuple(x[:0] for x in self.encode_views(nothing, also))]
-        features, others = zip(*outputs, strict=True)
-        return np.concatenate(features), np.concatenate(others)
+            features, others = self.encode_views(nothing, also)
+            outputs = [(features[:0], others[:0])]
+        return tuple(np.concatenate(parts) for parts in zip(*outputs, strict=True))
 
     def encode_views(self, views: np.ndarray, also: Also = None) -> tuple[np.ndarray, np.ndarray]:
         """Features, and what else is asked for, of images that are cut already.
