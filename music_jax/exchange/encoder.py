@@ -150,7 +150,8 @@ class Encoder:
             nothing = np.zeros((1, self.size, self.size, self.channels), np.uint8)
             features, others = self.encode_views(nothing, also)
             outputs = [(features[:0], others[:0])]
-        return tuple(np.concatenate(parts) for parts in zip(*outputs, strict=True))
+        features, others = (np.concatenate(parts) for parts in zip(*outputs, strict=True))
+        return features, others
 
     def encode_views(self, views: np.ndarray, also: Also = None) -> tuple[np.ndarray, np.ndarray]:
         """Features, and what else is asked for, of images that are cut already.
