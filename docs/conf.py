@@ -24,7 +24,6 @@ extensions = [
     "offline",
 ]
 exclude_patterns = ["extensions", "figures"]
-suppress_warnings = ["myst.xref_missing.download"]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
@@ -32,7 +31,7 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
-autodoc_class_signature = "separated"
+autoclass_content = "both"  # the arguments are told by __init__
 napoleon_numpy_docstring = False
 napoleon_custom_sections = ["Reference"]
 napoleon_use_ivar = True
@@ -49,3 +48,14 @@ html_css_files = ["music_jax.css"]
 html_copy_source = False
 html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True}
+
+
+def _leave_out(app, what, name, thing, skip, options):
+    """A NamedTuple's fields are told by its docstring; each one's own says "Alias for field"."""
+    told = (getattr(thing, "__doc__", None) or "").startswith("Alias for field number")
+    return True if told else None
+
+
+def setup(app):
+    """Called by Sphinx."""
+    app.connect("autodoc-skip-member", _leave_out)

@@ -36,7 +36,7 @@ class Field(NamedTuple):
 
 def fields() -> list[Field]:
     """All fields and groups, each group before its fields, in the order in which they are set."""
-    meanings = {}
+    meanings: dict[str, str] = {}
     for name, meaning in (
         *_comments(config_lib.default_config).items(),
         *_comments(add_evaluation).items(),
@@ -101,14 +101,15 @@ def _named(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 def _comments(function: Callable[..., Any]) -> dict[str, str]:
     """The comments on the assignments to `config.NAME`, by NAME: those before, and those behind."""
     source = textwrap.dedent(inspect.getsource(function))
-    comments, alone = {}, set()
+    comments: dict[int, str] = {}
+    alone: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             line = token.start[0]
             comments[line] = token.string.lstrip("# ")
             if not token.line[: token.start[1]].strip():
                 alone.add(line)
-    found = {}
+    found: dict[str, str] = {}
     for node in ast.walk(ast.parse(source)):
         if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute)):
             continue

@@ -43,7 +43,8 @@ def _form(flag: flags.Flag) -> str:
     if isinstance(flag.default, config_dict.ConfigDict):
         return f"--{flag.name}.FIELD=VALUE"
     if isinstance(flag, flags.EnumFlag):
-        return f"--{flag.name}={'|'.join(flag.parser.enum_values)}"
+        parser: Any = flag.parser
+        return f"--{flag.name}={'|'.join(parser.enum_values)}"
     kinds = {"int": "N", "float": "X", "comma separated list of strings": "A,B,..."}
     value = kinds.get(flag.flag_type(), flag.name.rpartition("_")[2].upper())
     return f"--{flag.name}={value}"

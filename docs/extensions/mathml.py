@@ -1,15 +1,19 @@
 """Formulas as MathML, which browsers show by themselves: no script, no font, nothing to fetch."""
 
+import re
+
 from docutils import nodes
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util import logging
 
+# Browsers leave no room between a function and what it is of.
+_FUNCTION = re.compile(r"\\(log|exp|max)\s+")
 _logger = logging.getLogger(__name__)
 
 
 def _convert(node, *, block: bool) -> str:
-    tex = node.astext().strip()
+    tex = _FUNCTION.sub(r"\\\1\\,", node.astext().strip())
     if block and "\\\\" in tex and "\\begin" not in tex:
         tex = "\\begin{aligned}" + tex + "\\end{aligned}"
     try:
@@ -21,6 +25,7 @@ def _convert(node, *, block: bool) -> str:
 
 def _visit_inline(translator, node) -> None:
     translator.body.append(_convert(node, block=False))
+    raise nodes.SkipNode
 
 
 def _visit_block(translator, node) -> None:
@@ -28,10 +33,7 @@ def _visit_block(translator, node) -> None:
     raise nodes.SkipNode
 
 
-def _depart(translator, node) -> None:
-    pass
-
-
 def setup(app):
-    app.add_html_math_renderer("mathml", (_visit_inline, _depart), (_visit_block, _depart))
+    """Called by Sphinx."""
+    app.add_html_math_renderer("mathml", (_visit_inline, None), (_visit_block, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

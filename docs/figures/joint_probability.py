@@ -41,11 +41,11 @@ def batches() -> dict[str, np.ndarray]:
 def main(output: str) -> None:
     """Draws the figure."""
     found = batches()
-    figure, axes = plt.subplots(1, len(found), figsize=(13, 3.9), constrained_layout=True)
-    for axis, (name, embeddings) in zip(axes, found.items(), strict=True):
+    figure, axes = plt.subplots(2, 2, figsize=(8.6, 8.2), constrained_layout=True)
+    for axis, (name, embeddings) in zip(axes.flat, found.items(), strict=True):
         z = jnp.asarray(embeddings)
         p = np.asarray(joint_probability(z, z, num_segments=SEGMENTS))
-        loss = float(music_loss(z, z, num_segments=SEGMENTS))
+        loss = round(float(music_loss(z, z, num_segments=SEGMENTS)), 2) + 0.0  # no -0.00
         # By its root, so that both 1/K on the diagonal and 1/K² elsewhere can be seen.
         shown = axis.imshow(np.sqrt(p), cmap="viridis", vmin=0, vmax=1 / np.sqrt(UNITS))
         for edge in range(0, SEGMENTS * UNITS + 1, UNITS):
@@ -58,9 +58,9 @@ def main(output: str) -> None:
         axis.tick_params(length=0)
         axis.set_title(f"{name}\nloss {loss:.2f}", fontsize=10)
         axis.set_xlabel("units of the second view", fontsize=9)
-    axes[0].set_ylabel("units of the first view", fontsize=9)
+        axis.set_ylabel("units of the first view", fontsize=9)
     levels = {0.0: "0", 1 / UNITS: "1/K²", 1 / np.sqrt(UNITS): "1/K and more"}
-    bar = figure.colorbar(shown, ax=axes, shrink=0.75, ticks=list(levels))
+    bar = figure.colorbar(shown, ax=axes, shrink=0.5, ticks=list(levels))
     bar.ax.set_yticklabels(list(levels.values()))
     bar.set_label("joint probability $P_{ij}$")
     figure.suptitle(f"The least loss is −3 log K = {music_lower_bound(UNITS):.2f}", fontsize=10)

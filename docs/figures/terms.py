@@ -65,11 +65,11 @@ def main(output: str) -> None:
         "independence": "redundant segments\n(all partition alike)",
         "agreement": "views disagree\n(independent of each other)",
     }
-    figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.6), sharey=True)
+    figure, axes = plt.subplots(2, 2, figsize=(8.6, 6.6), sharey=True)
     shares = np.linspace(0, 1, 21)
     log_units = math.log(UNITS)
     least = {"diagonal": -log_units, "cross_segment": -2 * log_units, "invariance": 0.0}
-    for axis, (what, end) in zip(axes, panels.items(), strict=True):
+    for axis, (what, end) in zip(axes.flat, panels.items(), strict=True):
         terms = [
             music_terms(*map(jnp.asarray, spoilt(share, what)), num_segments=SEGMENTS)
             for share in shares
@@ -88,8 +88,9 @@ def main(output: str) -> None:
         axis.set_title(f"without {what}", fontsize=11)
         axis.set_ylim(-0.4, 8)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("above its least value [nats]")
-    axes[0].legend(loc="upper left", fontsize=9)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("above its least value [nats]")
+    axes[0, 0].legend(loc="upper left", fontsize=9)
     figure.tight_layout()
     figure.savefig(output, metadata={"Date": None})
 

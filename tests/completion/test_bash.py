@@ -1,11 +1,14 @@
 """Completion in a real bash, by the script that the commands themselves make."""
 
+import fcntl
 import os
 import pathlib
 import pty
 import select
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -95,6 +98,7 @@ def test_a_key_completes_in_an_interactive_shell(script):
     if not pid:
         os.chdir(ROOT)
         os.execvp("bash", ["bash", "--norc", "--noprofile", "-i"])
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 300, 0, 0))  # wraps nothing
     try:
         os.write(terminal, f"bind 'set enable-bracketed-paste off'; source {script}\n".encode())
         os.write(terminal, b"python -m music_jax.main --config=configs/mnis\t --config.knn.tem\t")
