@@ -1,5 +1,6 @@
 """What a person sees: lines of text, tables, and a progress bar with the time left."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -39,6 +40,8 @@ def bar(total: int, *, unit: str, description: str, done: int = 0) -> Any:
       A `tqdm` bar.
     """
     terminal, notebook = sys.stderr.isatty(), _in_notebook()
+    # Some terminals, such as containers', say that they have no columns; tqdm then draws nothing.
+    unknown = terminal and not os.get_terminal_size(sys.stderr.fileno()).columns
     file: Any = sys.stdout if notebook else sys.stderr if terminal else _Lines(sys.stderr)
     return tqdm.tqdm(
         total=total,
@@ -47,7 +50,9 @@ def bar(total: int, *, unit: str, description: str, done: int = 0) -> Any:
         unit_scale=True,
         desc=description,
         file=file,
-        dynamic_ncols=terminal,
+        ncols=100 if unknown else None,
+        nrows=20 if unknown else None,
+        dynamic_ncols=terminal and not unknown,
         bar_format="{l_bar}{bar:12}{r_bar}",
         mininterval=0.2 if terminal else 1.0,
         disable=not is_main_process(),

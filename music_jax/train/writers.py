@@ -164,11 +164,10 @@ class TensorBoard:
 def cut_back(path: epath.Path, step: int) -> None:
     """Takes the events after a step out of an event file, and removes it if none are left.
 
-    A last event that was cut off, as by a kill, goes too. A file that is none stays as it is.
+    A last event that was cut off, as by a kill, goes with them. A file that is none stays.
     """
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.summary.writer.record_writer import RecordWriter
 
     try:
         all_events = list(RawEventFileLoader(os.fspath(path)).Load())
@@ -184,11 +183,9 @@ def cut_back(path: epath.Path, step: int) -> None:
         path.unlink()
         return
     temporary = path.with_name(path.name.replace("tfevents", "new"))
-    with temporary.open("wb") as file:
-        writer = RecordWriter(file)
+    with import_tensorflow().io.TFRecordWriter(os.fspath(temporary)) as writer:
         for event in kept:
             writer.write(event)
-        writer.flush()
     temporary.replace(path)
 
 
