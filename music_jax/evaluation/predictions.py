@@ -64,15 +64,16 @@ def read_predictions(workdir: epath.Path) -> Predictions | None:
         return None
     try:
         arrays = read_npz(path)
-        found = Predictions(*(arrays[name] for name in Predictions._fields))
-        images = found.indices.shape
-        for array, shape in zip(found, (images, images, images, ()), strict=True):
+        indices, labels, predictions = (arrays[n] for n in ("indices", "labels", "predictions"))
+        step, images = arrays["step"], indices.shape
+        shapes = (images, images, images, ())
+        for array, shape in zip((indices, labels, predictions, step), shapes, strict=True):
             if array.shape != shape or not np.issubdtype(array.dtype, np.integer):
                 raise ValueError("its arrays are of other shapes or types")
-        if len(images) != 1 or not images[0] or min(found.labels.min(), found.indices.min()) < 0:
+        if len(images) != 1 or not images[0] or min(labels.min(), indices.min()) < 0:
             raise ValueError("it names no images, or images without a label")
-        if found.predictions.min() < 0:
+        if predictions.min() < 0:
             raise ValueError("its predictions are no labels")
-        return found._replace(step=int(found.step))
+        return Predictions(indices, labels, predictions, int(step))
     except (OSError, KeyError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error

@@ -115,7 +115,7 @@ def differing(runs: list[Recorded]) -> list[str]:
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for key, value in config.items():
         if isinstance(value, dict):
             found |= _flat(value, f"{prefix}{said(key, 60)}.")
