@@ -64,12 +64,12 @@ def read_predictions(workdir: epath.Path) -> Predictions | None:
         return None
     try:
         arrays = read_npz(path)
-        parts = [arrays[name] for name in Predictions._fields]
-        images = parts[0].shape
-        for array, shape in zip(parts, (images, images, images, ()), strict=True):
+        indices, labels, predictions = (arrays[n] for n in ("indices", "labels", "predictions"))
+        step, images = arrays["step"], indices.shape
+        shapes = (images, images, images, ())
+        for array, shape in zip((indices, labels, predictions, step), shapes, strict=True):
             if array.shape != shape or not np.issubdtype(array.dtype, np.integer):
                 raise ValueError("its arrays are of other shapes or types")
-        indices, labels, predictions, step = parts
         if len(images) != 1 or not images[0] or min(labels.min(), indices.min()) < 0:
             raise ValueError("it names no images, or images without a label")
         if predictions.min() < 0:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from music_jax.report.reading import Recorded, number
+from music_jax.report.reading import Recorded, number, said
 
 _MAX_POINTS = 1000  # of a curve
 _MAX_OTHERS = 24  # curves of names that are not known here
@@ -111,8 +111,12 @@ def kinds(runs: list[Recorded]) -> list[Kind]:
         if number(value) is not None
     } - _NOT_CURVES
     known = [kind for kind in _KINDS if kind.name in names]
-    if {run.field("objective.name") for run in runs} - {"music", "simclr"}:  # no entropies
-        known = [k._replace(unit="") if k.name == "loss" else k for k in known]
+    objectives = {said(run.field("objective.name")) for run in runs}
+    if known and known[0].name == "loss" and objectives - {"music", "simclr"}:  # no entropies
+        known[0] = known[0]._replace(unit="")
+    if known and known[0].name == "loss" and len(objectives) > 1:
+        note = "Each run's own objective: their values are not comparable."
+        known[0] = known[0]._replace(note=note)
     others = sorted(names - {kind.name for kind in _KINDS})[:_MAX_OTHERS]
     return known + [Kind(name, name, "", "", "health") for name in others]
 
@@ -143,7 +147,7 @@ def _some(count: int) -> list[int]:
 
 def described(kind: Kind, runs: list[Recorded]) -> str:
     """The chart of a curve in words, for those who do not see it."""
-    said = []
+    parts = []
     for run in runs:
         known = [
             (record["step"], value)
@@ -156,6 +160,6 @@ def described(kind: Kind, runs: list[Recorded]) -> str:
         (first, a), (last, b) = known[0], known[-1]
         text = f"{run.name}: {scale * a:.4g} at step {first:,}, {scale * b:.4g} at step {last:,}"
         bound = bounds(run).get(kind.name)
-        said.append(text if bound is None else f"{text}, bound {bound:.4g}")
+        parts.append(text if bound is None else f"{text}, bound {bound:.4g}")
     unit = f", in {kind.unit}" if kind.unit else ""
-    return f"Line chart. {kind.title}{unit}, over the training. {'; '.join(said)}."
+    return f"Line chart. {kind.title}{unit}, over the training. {'; '.join(parts)}."

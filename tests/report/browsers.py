@@ -45,18 +45,19 @@ class Opened:
             has_touch=touch,
         )
         self.page = self._context.new_page()
+        self.page.set_default_timeout(120_000)  # on a machine that has other work
         self.page.on("console", lambda message: self.complaints.append(message.text))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("dialog", lambda dialog: self.complaints.append(dialog.message))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(path.as_uri())
-        self.page.wait_for_selector("html[data-ready]", timeout=60_000)
+        self.page.wait_for_selector("html[data-ready]")
 
     def draw_all(self):
         """Scrolls through the page, so that every chart is drawn."""
         for chart in self.page.locator(".chart").all():
             chart.scroll_into_view_if_needed()
-            chart.locator(".plot-container").wait_for(timeout=30_000)
+            chart.locator(".plot-container").wait_for()
 
     def close(self):
         self._context.close()

@@ -162,6 +162,7 @@ def test_a_dot_of_the_map_shows_its_image_and_leads_to_its_neighbours(opened):
 
 def test_curves_are_drawn_over_epochs_or_steps_with_the_bound(opened):
     page = opened.page
+    page.locator("[data-curve=loss]").scroll_into_view_if_needed()
     title = page.locator("[data-curve=loss] .xtitle")
     title.wait_for()
     assert title.text_content() == "epoch"

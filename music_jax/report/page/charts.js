@@ -4,7 +4,7 @@ const RUN_COLOURS = {
   light: ["#0b5cad", "#c2410c", "#00796b", "#8e24aa", "#8a6d00", "#455a64", "#ad1457", "#5d4037"],
   dark: ["#7db8f5", "#ff9e64", "#4fd1b5", "#d59bf6", "#f2cf63", "#b0bec5", "#ff8fb1", "#c8ab9b"],
 };
-const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
+const DASHES = ["solid", "dot", "dashdot", "longdash", "longdashdot"]; // a bound is dashed
 // Every group has a symbol of its own besides its colour.
 const GROUP_COLOURS = {
   light: ["#1f5fa8", "#c2410c", "#117733", "#aa3377", "#8a6d00", "#4a35a8", "#00838f", "#7d1f4f", "#616161", "#b71c1c"],
@@ -65,6 +65,7 @@ function chart(element, build, on = {}) {
 
 function draw(element, entry) {
   const colours = themed();
+  const touch = matchMedia("(pointer: coarse)").matches;
   const { data, layout = {}, alt } = entry.build(colours);
   const axis = {
     gridcolor: colours.border, zerolinecolor: colours.border, linecolor: colours.muted,
@@ -79,15 +80,16 @@ function draw(element, entry) {
     modebar: { bgcolor: "rgba(0,0,0,0)", color: colours.muted, activecolor: colours.accent },
     showlegend: false,
     // On a touch screen a finger that is drawn over a chart moves the page.
-    dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
+    dragmode: touch ? false : "zoom",
     ...layout,
     xaxis: { ...axis, ...layout.xaxis },
     yaxis: { ...axis, ...layout.yaxis },
   };
   const options = {
     displaylogo: false, responsive: true, plotlyServerURL: "",
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "toggleSpikelines"],
+    modeBarButtons: [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
   };
+  if (touch) merged.margin = { ...merged.margin, t: merged.margin.t + 26 }; // where the buttons always show
   if (alt) element.setAttribute("aria-label", alt);
   Plotly.react(element, data, merged, options);
   if (!entry.drawn) {
@@ -106,10 +108,10 @@ function redrawAll() {
 }
 
 // Colour bars: under a chart, and beside it.
-function beneath(text, colours) {
+function beneath(colours) {
   return {
     orientation: "h", y: 0, yref: "container", yanchor: "bottom", x: 0.5, len: 0.9, thickness: 10, outlinewidth: 0,
-    title: { text, side: "top", font: { size: 12 } }, tickfont: { color: colours.text, size: 11 },
+    tickfont: { color: colours.text, size: 11 },
   };
 }
 

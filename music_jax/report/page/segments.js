@@ -50,7 +50,7 @@ function drawSegments(run, panel) {
     };
   }
   const bar = (colours) => ({
-    ...beneath("multiple of independence", colours), ...scaleTicks(joint),
+    ...beneath(colours), ...scaleTicks(joint),
   });
   const scale = { colorscale: "Viridis", zmin: 0, zmax: 255, hoverinfo: "none", type: "heatmap" };
   const square = { scaleanchor: "x", autorange: "reversed", constrain: "domain", showgrid: false, zeroline: false };
@@ -64,7 +64,7 @@ function drawSegments(run, panel) {
     return {
       data: [{ ...scale, z: whole, colorbar: bar(colours) }],
       layout: {
-        margin: { l: 50, r: 8, t: 8, b: 96 },
+        margin: { l: 50, r: 8, t: 8, b: 86 },
         xaxis: { ...axis, title: { text: "segment of view 2" } },
         yaxis: { ...square, ...axis, title: { text: "segment of view 1" } },
         shapes: [{ type: "rect", x0: x, x1: x + units, y0: y, y1: y + units, line: { color: "#ff3b30", width: 2 } }],
@@ -82,7 +82,7 @@ function drawSegments(run, panel) {
     return {
       data: [{ ...scale, z, colorbar: bar(colours), xgap: units <= 32 ? 1 : 0, ygap: units <= 32 ? 1 : 0 }],
       layout: {
-        margin: { l: 50, r: 8, t: 8, b: 96 },
+        margin: { l: 50, r: 8, t: 8, b: 86 },
         xaxis: { ...axis, title: { text: `unit of segment ${state.b}, view 2` } },
         yaxis: { ...square, ...axis, title: { text: `unit of segment ${state.a}, view 1` } },
       },
@@ -95,10 +95,10 @@ function drawSegments(run, panel) {
     return {
       data: [{
         type: "heatmap", z, colorscale: "Cividis", hovertemplate: "segments %{y} and %{x}: %{z:.3f} nats<extra></extra>",
-        colorbar: beneath("nats", colours),
+        colorbar: beneath(colours),
       }],
       layout: {
-        margin: { l: 50, r: 8, t: 8, b: 96 },
+        margin: { l: 50, r: 8, t: 8, b: 86 },
         xaxis: { ...axis, title: { text: "segment" } },
         yaxis: { ...square, ...axis, title: { text: "segment" } },
       },
