@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs the tests, making the environment first if there is none:
 #
-#   tests/run.sh                                    # all but the slow ones
+#   tests/run.sh                                    # all but the slow ones and those in a browser
+#   tests/run.sh -m browser                         # the report in Chromium, which must be installed
 #   tests/run.sh -m ''                              # all
 #   tests/run.sh tests/objectives -k gradient       # pytest's arguments, paths from the root
 set -euo pipefail
@@ -11,4 +12,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/../launch/environment.sh"
 ensure_environment requirements.txt tests/requirements.txt
 
 cd "$root"
-exec "$venv/bin/python" -m pytest -m 'not slow' "$@"
+exec "$venv/bin/python" -m pytest -m 'not slow and not browser' "$@"

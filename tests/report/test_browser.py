@@ -13,6 +13,8 @@ from tests.report.reports import (
     write_workdir,
 )
 
+pytestmark = pytest.mark.browser
+
 _PHONE = {"width": 360, "height": 740, "touch": True}
 
 
