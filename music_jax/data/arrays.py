@@ -40,14 +40,12 @@ def load_images(
             raise UserError("there are no test images; name some with config.evaluation.test")
         source = found.test
     wanted = min(len(source), at_most or len(source))
-    batch = next(
-        evaluation_batches(
-            source.subset(np.arange(wanted)),
-            size=config.crop.size,
-            resize_shorter_side=config.crop.eval_resize,
-            channels=config.dataset.num_channels,
-            batch_size=wanted,
-            positions=np.arange(wanted),
-        )
+    (batch,) = evaluation_batches(
+        source.subset(np.arange(wanted)),
+        size=config.crop.size,
+        resize_shorter_side=config.crop.eval_resize,
+        channels=config.dataset.num_channels,
+        batch_size=wanted,
+        positions=np.arange(wanted),
     )
     return batch["images"], batch["label"]
