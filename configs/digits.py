@@ -26,8 +26,8 @@ def get_config() -> config_dict.ConfigDict:
     config.dataset.num_channels = 1
     config.dataset.mean = (0.3053,)
     config.dataset.std = (0.3761,)
-    config.crop.size = 16
-    config.crop.eval_resize = 16
+    config.crop.size = 8
+    config.crop.eval_resize = 8
     config.crop.scale = (1.0, 1.0)
     config.crop.aspect_ratio = (1.0, 1.0)
     set_views(
@@ -53,9 +53,9 @@ def get_config() -> config_dict.ConfigDict:
 
     config.checkpoint.every_steps = 66
 
-    config.linear_eval.num_epochs = 50
-    config.linear_eval.base_learning_rates = (3e-3, 1e-2, 3e-2)
-    config.linear_eval.weight_decay = 1e-2
+    config.linear_eval.num_epochs = 30
+    config.linear_eval.base_learning_rates = (1e-2, 3e-2, 1e-1)
+    config.linear_eval.weight_decay = 3e-2
     config.linear_eval.random_crops = False
     config.linear_eval.standardize = True
     config.linear_eval.raw_pixels = True

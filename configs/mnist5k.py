@@ -58,7 +58,7 @@ def get_config() -> config_dict.ConfigDict:
 
     config.checkpoint.every_steps = 310
 
-    config.linear_eval.num_epochs = 60
+    config.linear_eval.num_epochs = 40
     config.linear_eval.base_learning_rates = (3e-2, 6e-2, 1e-1)
     config.linear_eval.weight_decay = 3e-2
     config.linear_eval.random_crops = False
