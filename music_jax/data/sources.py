@@ -11,6 +11,8 @@ from ml_collections import config_dict
 from music_jax.errors import UndecodableError, UserError
 from music_jax.host_tensorflow import import_tensorflow
 
+_KEPT_BYTES = 64 * 2**20  # of a dataset whose records stay in memory
+
 
 @dataclasses.dataclass(frozen=True)
 class _Selected:
@@ -109,6 +111,23 @@ class Source:
         return _record_name(self.records, index)
 
 
+class _Kept:
+    """Records of a small dataset, each read and parsed once, which costs more than to decode it."""
+
+    def __init__(self, records: Any):
+        self._records = records
+        self._kept: dict[int, dict] = {}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict:
+        record = self._kept.get(index)
+        if record is None:
+            record = self._kept[index] = self._records[index]
+        return record
+
+
 def open_source(dataset: config_dict.ConfigDict, split: str) -> Source:
     """Opens one split of a TFDS dataset, which `prepare` has prepared.
 
@@ -152,7 +171,7 @@ def open_source(dataset: config_dict.ConfigDict, split: str) -> Source:
         ) from error
     return Source(
         name=f"{dataset.name}:{split}",
-        records=records,
+        records=_Kept(records) if builder.info.dataset_size <= _KEPT_BYTES else records,
         image_key=dataset.image_key,
         label_key=dataset.label_key,
         num_classes=features[dataset.label_key].num_classes,
