@@ -15,7 +15,7 @@ def get_config() -> config_dict.ConfigDict:
     """The config."""
     config = default_config()
     config.batch_size = 128
-    config.num_epochs = 24
+    config.num_epochs = 40
     config.log_every_steps = 11
     config.tensorboard = False  # to load TensorFlow takes 9 s and half a GB
 
@@ -48,7 +48,7 @@ def get_config() -> config_dict.ConfigDict:
 
     config.optimizer.name = "adamw"
     config.optimizer.base_learning_rate = 6e-3
-    config.optimizer.weight_decay = 1e-4
+    config.optimizer.weight_decay = 3e-2
     config.optimizer.warmup_epochs = 8
 
     config.checkpoint.every_steps = 66
