@@ -17,6 +17,20 @@ COLAB = pathlib.Path(__file__).resolve().parent
 ROOT = COLAB.parents[1]
 
 
+_LOGGED = ("Logging before InitGoogle", "Source Location Trace", "slow_operation_alarm")
+
+
+def _drop_logs(notebook: nbformat.NotebookNode) -> None:
+    """Takes out what libtpu and XLA log of the machine that the notebook ran on."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [
+                output
+                for output in cell.outputs
+                if output.get("name") != "stderr" or not any(log in output.text for log in _LOGGED)
+            ]
+
+
 def execute(path: pathlib.Path, *, timeout: float = 1800) -> nbformat.NotebookNode:
     """Runs a notebook in an empty directory of runs; gives it with its outputs.
 
@@ -34,6 +48,7 @@ def execute(path: pathlib.Path, *, timeout: float = 1800) -> nbformat.NotebookNo
             record_timing=False,
             resources={"metadata": {"path": str(path.parent)}},
         ).execute()
+        _drop_logs(notebook)
         text = nbformat.writes(notebook)
         for place, name in ((runs, "runs/colab"), (f"{ROOT}/", "")):
             text = text.replace(place, name)
