@@ -224,7 +224,7 @@ def test_test_runner_adds_its_own_requirements(clone, tmp_path):
 
     result = clone.run("-k", "two words", script="tests/run.sh", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "['-m', 'not slow', '-k', 'two words']\n"
+    assert result.stdout == "['-m', 'not slow and not browser', '-k', 'two words']\n"
     assert len(clone.installations) == 2
 
     clone.run(script="tests/run.sh")

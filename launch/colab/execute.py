@@ -17,11 +17,16 @@ COLAB = pathlib.Path(__file__).resolve().parent
 ROOT = COLAB.parents[1]
 
 
-_LOGGED = ("Logging before InitGoogle", "Source Location Trace", "slow_operation_alarm")
+_LOGGED = (
+    "Logging before InitGoogle",
+    "Source Location Trace",
+    "slow_operation_alarm",
+    "os.fork() was called",  # by a cell that runs a command
+)
 
 
 def _drop_logs(notebook: nbformat.NotebookNode) -> None:
-    """Takes out what libtpu and XLA log of the machine that the notebook ran on."""
+    """Takes out what libtpu, XLA and JAX log of the machine that the notebook ran on."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [
