@@ -94,10 +94,15 @@ def test_other_uses_of_python_complete_as_before(script, tmp_path):
 
 
 def test_a_key_completes_in_an_interactive_shell(script):
-    pid, terminal = pty.fork()
-    if not pid:
-        os.chdir(ROOT)
-        os.execvp("bash", ["bash", "--norc", "--noprofile", "-i"])
+    terminal, inner = pty.openpty()
+    bash = subprocess.Popen(
+        ["setsid", "--ctty", "bash", "--norc", "--noprofile", "-i"],
+        cwd=ROOT,
+        stdin=inner,
+        stdout=inner,
+        stderr=inner,
+    )
+    os.close(inner)
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 300, 0, 0))  # wraps nothing
     try:
         os.write(terminal, f"bind 'set enable-bracketed-paste off'; source {script}\n".encode())
@@ -107,8 +112,8 @@ def test_a_key_completes_in_an_interactive_shell(script):
             if select.select([terminal], [], [], 0.2)[0]:
                 seen += os.read(terminal, 4096)
     finally:
-        os.kill(pid, 9)
-        os.waitpid(pid, 0)
+        bash.kill()
+        bash.wait()
         os.close(terminal)
     assert b"configs/mnist5k.py  --config.knn.temperature=" in seen, seen
 
