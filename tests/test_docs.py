@@ -10,13 +10,7 @@ from processes import ROOT
 from music_jax import config_fields
 from music_jax.completion.commands import all_commands
 
-_PAGES = [
-    path
-    for path in sorted(
-        [ROOT / "README.md", ROOT / "launch" / "README.md", *ROOT.glob("docs/**/*.md")]
-    )
-    if path.name != "report.md"
-]
+_PAGES = sorted([ROOT / "README.md", ROOT / "launch" / "README.md", *ROOT.glob("docs/**/*.md")])
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +27,6 @@ def fields():
 def test_commands_with_their_flags(page, commands, fields):
     text = re.sub(r"\\\n\s*", " ", page.read_text())
     for name, rest in re.findall(r"python -m music_jax\.(\w+)([^`\n#]*)", text):
-        if name == "report":
-            continue
         assert name in commands, f"there is no command {name}"
         known = {flag.name for flag in commands[name].flags}
         for flag in re.findall(r"--([\w.-]+)", rest):
@@ -49,7 +41,7 @@ def test_fields_and_files(page, fields):
     text = page.read_text()
     groups = {name.partition(".")[0] for name, field in fields.items() if field.is_group}
     for name in re.findall(r"`(?:--config\.)?(\w+\.[\w.]+)(?:=[^`]*)?`", text):
-        if name.partition(".")[0] in groups and not name.endswith((".json", ".py", ".parts")):
+        if name.partition(".")[0] in groups and not name.endswith((".json", ".npz", ".py", ".parts")):
             assert name in fields, name
     for name in re.findall(r"--config\.([\w.]+)", text):
         if name[0].islower():

@@ -92,8 +92,10 @@ class Checkpoints:
         verbosity = logging.get_verbosity()
         if read_only:  # of which Orbax warns, as if it were not meant
             logging.set_verbosity(logging.ERROR)
-        self._manager = self._new_manager()
-        logging.set_verbosity(verbosity)
+        try:
+            self._manager = self._new_manager()
+        finally:
+            logging.set_verbosity(verbosity)
 
     def _new_manager(self) -> _Manager:
         # With all processes named, barriers are no collectives, which only the loop may start.
