@@ -41,7 +41,9 @@ def test_fields_and_files(page, fields):
     text = page.read_text()
     groups = {name.partition(".")[0] for name, field in fields.items() if field.is_group}
     for name in re.findall(r"`(?:--config\.)?(\w+\.[\w.]+)(?:=[^`]*)?`", text):
-        if name.partition(".")[0] in groups and not name.endswith((".json", ".npz", ".py", ".parts")):
+        if name.partition(".")[0] in groups and not name.endswith(
+            (".json", ".npz", ".py", ".parts")
+        ):
             assert name in fields, name
     for name in re.findall(r"--config\.([\w.]+)", text):
         if name[0].islower():
