@@ -68,7 +68,11 @@ class Profile:
         jax.block_until_ready(state)
         if "://" in self._local:
             self._local = tempfile.mkdtemp(prefix="music_jax-profile-")
-        jax.profiler.start_trace(self._local)
+        options = jax.profiler.ProfileOptions()
+        # Python's own calls are not recorded: to do so XLA reaches into every thread of the process,
+        # and one that is ending crashes it.
+        options.python_tracer_level = 0
+        jax.profiler.start_trace(self._local, profiler_options=options)
         self._first = step
 
     def after(self, step: int, state: Any) -> None:
