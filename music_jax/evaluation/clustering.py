@@ -1,12 +1,11 @@
-"""Clusters straight from the segments of a MUSIC embedding, with nothing trained."""
+"""Clusters straight from the segments of a MUSIC embedding, with nothing trained.
+
+scikit-learn takes seconds to import, so only what needs it does.
+"""
 
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
-from sklearn.cluster import KMeans
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
-from sklearn.metrics.cluster import contingency_matrix
 
 
 class ClusterScores(NamedTuple):
@@ -41,6 +40,10 @@ def cluster_scores(clusters: np.ndarray, labels: np.ndarray) -> ClusterScores:
     Raises:
       ValueError: there are not as many clusters as labels, or none.
     """
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+    from sklearn.metrics.cluster import contingency_matrix
+
     if len(clusters) != len(labels) or not len(labels):
         raise ValueError(
             f"expected a label for each sample; got {len(clusters)} samples, {len(labels)} labels"
@@ -66,6 +69,8 @@ def agreement_between_segments(codes: np.ndarray) -> np.ndarray:
       float64 [segments]. The segment where it is largest is the partition most agreed upon (Strehl
       & Ghosh, Cluster Ensembles, JMLR 2002).
     """
+    from sklearn.metrics import normalized_mutual_info_score
+
     segments = codes.shape[1]
     nmi = np.zeros((segments, segments))
     for s in range(segments):
@@ -91,6 +96,8 @@ def joint_clusters(
     Returns:
       int32 [samples], in [0, num_clusters).
     """
+    from sklearn.cluster import KMeans
+
     roots = np.sqrt(np.asarray(probabilities, np.float32)).reshape(len(probabilities), -1)
     kmeans = KMeans(num_clusters, n_init=num_starts, random_state=seed)
     return kmeans.fit_predict(roots).astype(np.int32)

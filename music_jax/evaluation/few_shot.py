@@ -5,8 +5,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from music_jax.evaluation.knn import unit_length
@@ -60,6 +58,10 @@ def few_shot(
     Raises:
       ValueError: features and labels do not fit together.
     """
+    # Not above: scikit-learn takes seconds to import.
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     if len(train_features) != len(train_labels) or len(test_features) != len(test_labels):
         raise ValueError(
             f"expected a label for each sample; got {len(train_features)} training features and "

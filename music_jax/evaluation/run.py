@@ -27,7 +27,7 @@ from music_jax.evaluation.features import (
     pixel_extractor,
     replicate,
 )
-from music_jax.models.network import Network, init_network
+from music_jax.models.network import INIT_COMPILER_OPTIONS, Network, init_network
 from music_jax.objectives import segment_probabilities
 from music_jax.records import as_json
 
@@ -188,7 +188,10 @@ class Run:
             return pixel_extractor(self.config)
         params, batch_stats = self.params, self.batch_stats
         if of == "random_init":
-            initial = jax.jit(functools.partial(init_network, self.config))
+            initial = jax.jit(
+                functools.partial(init_network, self.config),
+                compiler_options=INIT_COMPILER_OPTIONS,
+            )
             params, batch_stats = initial(jax.random.key(self.config.seed))
         return backbone_extractor(
             self.network, params, batch_stats, self.config, self.mesh, embeddings=embeddings

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy.stats
+import scipy.special
 
 
 class Interval(NamedTuple):
@@ -38,5 +38,5 @@ def mean_interval(values: Sequence[float] | np.ndarray, *, confidence: float = 0
         raise ValueError(f"expected values [draws], at least one; got shape {x.shape}")
     if len(x) == 1:
         return Interval(float(x[0]), float("nan"))
-    quantile = scipy.stats.t.ppf((1 + confidence) / 2, len(x) - 1)
+    quantile = scipy.special.stdtrit(len(x) - 1, (1 + confidence) / 2)
     return Interval(float(x.mean()), float(quantile * x.std(ddof=1) / np.sqrt(len(x))))

@@ -116,6 +116,10 @@ def make_network(config: config_dict.ConfigDict) -> Network:
     return Network(graph, modules.backbone.num_features, embedding_size(config))
 
 
+# Options of `jax.jit` for `init_network`, which runs once: compiling it takes longer than running.
+INIT_COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
+
+
 def init_network(config: config_dict.ConfigDict, key: jax.Array) -> tuple[Tree, Tree]:
     """Initial parameters and batch statistics; to be called under `jax.jit`."""
     modules = _Modules(config, nnx.Rngs(key))

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
-from music_jax.models.network import init_network
+from music_jax.models.network import INIT_COMPILER_OPTIONS, init_network
 from music_jax.train import sharding
 from music_jax.train.guards import GuardState, init_guard_state
 
@@ -43,7 +43,8 @@ def init_state(
     """The state before the first step, made on the mesh's devices from `config.seed`."""
     init = functools.partial(initial_state, config, optimizer)
     shardings = state_shardings(abstract_state(config, optimizer), mesh)
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
+    compiled = jax.jit(init, out_shardings=shardings, compiler_options=INIT_COMPILER_OPTIONS)
+    return compiled(jax.random.key(config.seed))
 
 
 def abstract_state(
