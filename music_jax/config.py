@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
+from music_jax import config_checks as checks
 from music_jax.config_evaluation import add_evaluation
 from music_jax.config_values import check_values
 from music_jax.data.augment import ViewAugmentation
@@ -198,9 +199,9 @@ def validate(config: config_dict.ConfigDict) -> None:
 
     check_values(config, default_config())
     for field, known in choices().items():
-        if _get(config, field) is not None:  # `backbone.stem` may be left unset
-            _one_of(config, field, known)
-    _check_backbone(config)
+        if checks.get(config, field) is not None:  # `backbone.stem` may be left unset
+            checks.check_one_of(config, field, known)
+    checks.check_backbone(config)
     for field in (
         "batch_size",
         "accumulation_steps",
@@ -224,10 +225,10 @@ def validate(config: config_dict.ConfigDict) -> None:
         "online_probe.every_steps",
         "online_probe.batch_size",
     ):
-        _at_least(config, field, 1)
-    _check_guards(config)
+        checks.check_at_least(config, field, 1)
+    checks.check_guards(config)
     for field in ("objective.num_segments", "objective.units_per_segment"):
-        _at_least(config, field, 2)
+        checks.check_at_least(config, field, 2)
     for field in (
         "objective.temperature",
         "objective.contrast_temperature",
@@ -239,115 +240,52 @@ def validate(config: config_dict.ConfigDict) -> None:
         "finetune.head_learning_rate",
         "online_probe.learning_rate",
     ):
-        _positive(config, field)
+        checks.check_positive(config, field)
     parts = ("optimizer", "linear_eval", "semi_supervised", "finetune", "online_probe")
     for field in [f"{part}.weight_decay" for part in parts]:
-        _at_least(config, field, 0)
+        checks.check_at_least(config, field, 0)
     for field in [f"{part}.momentum" for part in parts]:
-        if not 0 <= _get(config, field) < 1:
-            raise _wrong(config, field, "be in [0, 1)")
+        if not 0 <= checks.get(config, field) < 1:
+            raise checks.wrong(config, field, "be in [0, 1)")
     if config.sharding.fsdp is not None:
-        _at_least(config, "sharding.fsdp", 1)
+        checks.check_at_least(config, "sharding.fsdp", 1)
     if config.batch_size % config.accumulation_steps:
-        raise _wrong(config, "accumulation_steps", f"divide batch_size = {config.batch_size}")
+        raise checks.wrong(config, "accumulation_steps", f"divide batch_size = {config.batch_size}")
     if not 0 <= config.seed < 2**32:
-        raise _wrong(config, "seed", "be in [0, 2**32)")
+        raise checks.wrong(config, "seed", "be in [0, 2**32)")
     if config.crop.eval_resize < config.crop.size:
-        raise _wrong(config, "crop.eval_resize", f"be at least crop.size = {config.crop.size}")
+        raise checks.wrong(
+            config, "crop.eval_resize", f"be at least crop.size = {config.crop.size}"
+        )
     for field, limit in (("crop.scale", 1.0), ("crop.aspect_ratio", math.inf)):
-        value = _get(config, field)
+        value = checks.get(config, field)
         if len(value) != 2 or not 0 < value[0] <= value[1] <= limit:
-            raise _wrong(config, field, f"be a pair 0 < low <= high <= {limit}")
+            raise checks.wrong(config, field, f"be a pair 0 < low <= high <= {limit}")
     if not 0 <= config.dataset.max_skipped_share <= 1:
-        raise _wrong(config, "dataset.max_skipped_share", "be in [0, 1]")
+        raise checks.wrong(config, "dataset.max_skipped_share", "be in [0, 1]")
     for field in ("dataset.mean", "dataset.std"):
-        if len(_get(config, field)) != config.dataset.num_channels:
-            raise _wrong(
+        if len(checks.get(config, field)) != config.dataset.num_channels:
+            raise checks.wrong(
                 config, field, f"have num_channels = {config.dataset.num_channels} numbers"
             )
     if any(s <= 0 for s in config.dataset.std):
-        raise _wrong(config, "dataset.std", "be positive")
+        raise checks.wrong(config, "dataset.std", "be positive")
     if any(size < 1 for size in config.projector.hidden_sizes):
-        raise _wrong(config, "projector.hidden_sizes", "be positive sizes")
+        raise checks.wrong(config, "projector.hidden_sizes", "be positive sizes")
     if not 0 <= config.optimizer.warmup_epochs < config.num_epochs:
-        raise _wrong(
+        raise checks.wrong(
             config, "optimizer.warmup_epochs", f"be in [0, num_epochs = {config.num_epochs})"
         )
     rates = config.linear_eval.base_learning_rates
     if not rates or any(rate <= 0 for rate in rates):
-        raise _wrong(config, "linear_eval.base_learning_rates", "be one or more positive numbers")
+        raise checks.wrong(
+            config, "linear_eval.base_learning_rates", "be one or more positive numbers"
+        )
     if not 0 < config.linear_eval.validation_fraction < 1:
-        raise _wrong(config, "linear_eval.validation_fraction", "be in (0, 1)")
-    _check_evaluation(config)
-    _check_embedding(config, embedding_size(config))
+        raise checks.wrong(config, "linear_eval.validation_fraction", "be in (0, 1)")
+    checks.check_evaluation(config)
+    checks.check_embedding(config, embedding_size(config))
     view_augmentations(config)
-
-
-def _check_evaluation(config: config_dict.ConfigDict) -> None:
-    _at_least(config, "evaluation.num_views", 2)
-    for field in ("knn.more_k", "few_shot.shots"):
-        if any(value < 1 for value in _get(config, field)):
-            raise _wrong(config, field, "be positive numbers")
-    if not config.few_shot.shots:
-        raise _wrong(config, "few_shot.shots", "be one or more numbers")
-    semi = config.semi_supervised
-    if not semi.fractions or not all(0 < fraction <= 1 for fraction in semi.fractions):
-        raise _wrong(config, "semi_supervised.fractions", "be one or more numbers in (0, 1]")
-    for field in ("lists", "backbone_learning_rates", "head_learning_rates"):
-        if len(semi[field]) != len(semi.fractions):
-            raise _wrong(
-                config,
-                f"semi_supervised.{field}",
-                f"have one entry for each of semi_supervised.fractions = {semi.fractions}",
-            )
-        if field != "lists" and not all(rate > 0 for rate in semi[field]):
-            raise _wrong(config, f"semi_supervised.{field}", "be positive")
-
-
-def _check_backbone(config: config_dict.ConfigDict) -> None:
-    from music_jax.models import BACKBONES
-
-    backbone = config.backbone
-    spec = BACKBONES[backbone.name]
-    for field in ("stem", "zero_init_residual"):
-        if field not in spec.fields and backbone[field] is not None:
-            raise UserError(
-                f"config.backbone.{field} = {backbone[field]!r} means nothing to {backbone.name}; "
-                "leave it unset"
-            )
-    if config.crop.size % spec.image_multiple:
-        raise _wrong(
-            config, "crop.size", f"be a multiple of {spec.image_multiple} for {backbone.name}"
-        )
-
-
-def _check_guards(config: config_dict.ConfigDict) -> None:
-    for field in ("guards.loss_spike_window", "guards.collapse_steps"):
-        _at_least(config, field, 1)
-    for field in (
-        "guards.max_rewinds",
-        "guards.warmup_steps",
-        "guards.loss_spike_deviations",
-        "guards.min_effective_rank",
-        "guards.check_replicas_every_steps",
-        "guards.check_determinism_every_steps",
-    ):
-        _at_least(config, field, 0)
-    for field in ("min_usage_entropy", "max_dead_units", "min_embedding_std"):
-        if not 0 <= config.guards[field] <= 1:
-            raise _wrong(config, f"guards.{field}", "be in [0, 1]")
-
-
-def _check_embedding(config: config_dict.ConfigDict, size: int) -> None:
-    segments, units = config.objective.num_segments, config.objective.units_per_segment
-    if size < 1:
-        raise _wrong(config, "projector.output_size", "be at least 1")
-    if config.objective.name == "music" and segments * units != size:
-        raise UserError(
-            f"the objective's {segments} segments of {units} units need an embedding of "
-            f"{segments * units}, but config.projector.output_size is {size}; leave it unset, or "
-            "change objective.num_segments or objective.units_per_segment"
-        )
 
 
 def is_free(field: str) -> bool:
@@ -420,29 +358,3 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         elif a != b:
             found.append(f"{name}: {reprlib.repr(a)} there, {reprlib.repr(b)} now")
     return found
-
-
-def _get(config: config_dict.ConfigDict, field: str) -> Any:
-    value = config
-    for part in field.split("."):
-        value = value[part]
-    return value
-
-
-def _wrong(config: config_dict.ConfigDict, field: str, expected: str) -> UserError:
-    return UserError(f"config.{field} must {expected}; got {_get(config, field)!r}")
-
-
-def _one_of(config: config_dict.ConfigDict, field: str, known: Any) -> None:
-    if _get(config, field) not in known:
-        raise _wrong(config, field, f"be one of {', '.join(str(k) for k in known)}")
-
-
-def _at_least(config: config_dict.ConfigDict, field: str, low: int) -> None:
-    if not _get(config, field) >= low:
-        raise _wrong(config, field, f"be at least {low}")
-
-
-def _positive(config: config_dict.ConfigDict, field: str) -> None:
-    if not (_get(config, field) > 0 and math.isfinite(_get(config, field))):
-        raise _wrong(config, field, "be positive and finite")

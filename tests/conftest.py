@@ -1,12 +1,26 @@
 """Strictness that holds for every test: CPU only, four fake devices, no silent promotion."""
 
 import os
+import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# What several tests, or the processes that they start, compile is compiled once.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
+    pathlib.Path(__file__).parents[1] / "build" / "tests" / "compilation_cache"
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def own_compilation_cache(monkeypatch):
+    """For a test that looks at the cache which the processes that it starts keep in the workdir."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")

@@ -52,7 +52,7 @@ class Run:
         self.programs = programs  # where what was compiled is kept; None for the workdir
 
     def _start(self, module: str, *arguments: str) -> subprocess.Popen:
-        env = {}
+        env: dict[str, str | None] = {"JAX_COMPILATION_CACHE_DIR": None}
         if self.programs:
             env["JAX_COMPILATION_CACHE_DIR"] = str(self.programs)
             env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

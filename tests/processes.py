@@ -24,9 +24,10 @@ SMALL = (
 
 
 def start(module, *arguments, devices=1, env=None, **popen):
-    """Starts `python -m MODULE ARGUMENTS`, with more environment variables if given."""
+    """Starts `python -m MODULE ARGUMENTS`, with more environment variables, or without (None)."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     environment |= env or {}
+    environment = {name: value for name, value in environment.items() if value is not None}
     return subprocess.Popen(
         [sys.executable, "-m", module, *map(str, arguments)],
         env=environment,

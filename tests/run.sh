@@ -5,6 +5,7 @@
 #   tests/run.sh -m browser                         # the report in Chromium, which must be installed
 #   tests/run.sh -m ''                              # all
 #   tests/run.sh tests/objectives -k gradient       # pytest's arguments, paths from the root
+#   tests/run.sh -n 0 --pdb tests/test_config.py    # in one process; by default one per core
 set -euo pipefail
 
 # shellcheck source=launch/environment.sh
@@ -12,4 +13,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/../launch/environment.sh"
 ensure_environment requirements.txt tests/requirements.txt
 
 cd "$root"
-exec "$venv/bin/python" -m pytest -m 'not slow and not browser' "$@"
+exec "$venv/bin/python" -m pytest -m 'not slow and not browser' \
+  --numprocesses auto --maxprocesses 8 --dist loadfile "$@"

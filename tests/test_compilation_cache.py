@@ -8,6 +8,8 @@ import pytest
 
 from tests.processes import ROOT
 
+pytestmark = pytest.mark.usefixtures("own_compilation_cache")
+
 # Compiles one program, and says what it gave and how often the cache had it.
 _PROGRAM = """
 import collections, sys

@@ -67,6 +67,7 @@ def test_running_again_trains_nothing_and_says_so(finished, data):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_compilation_cache")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_goes_on_to_the_same_bits(finished, data, tmp_path, number):
     workdir = tmp_path / "run"
