@@ -16,7 +16,7 @@ def get_config() -> config_dict.ConfigDict:
     """The config."""
     config = default_config()
     config.batch_size = 128
-    config.num_epochs = 40
+    config.num_epochs = 52
     config.log_every_steps = 31
     config.tensorboard = False  # to load TensorFlow takes 9 s and half a GB
 
