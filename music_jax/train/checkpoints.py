@@ -17,6 +17,7 @@ from music_jax.data.loader import TrainingOrder
 from music_jax.errors import UserError
 from music_jax.mesh import is_main_process
 from music_jax.records import EventsLog
+from music_jax.train.host_memory import give_back
 from music_jax.train.integrity import find_damage, write_checksums
 from music_jax.train.state import TrainState, state_shardings
 
@@ -217,6 +218,8 @@ class Checkpoints:
             force=True,
         )
         self._manager.wait_until_finished()
+        del tree
+        give_back()
 
     def wait(self, *, required: bool = False) -> None:
         """Waits until what is being saved is on disk.
