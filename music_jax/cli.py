@@ -12,7 +12,7 @@ from absl import app, flags, logging
 from ml_collections import config_dict
 
 from music_jax.errors import MusicError, StoppedError, UserError
-from music_jax.signals import end_on_signal
+from music_jax.signals import end_on_signal, ignore_signals
 from music_jax.usage import flag_help
 
 # What the extra `data` of setup.cfg brings, by the names that are imported.
@@ -81,6 +81,7 @@ def run(
                 from music_jax import peers
 
                 peers.stop_watching()
+            ignore_signals()
 
     app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, usage))
 

@@ -23,6 +23,12 @@ def end_on_signal(end: Callable[[], None]) -> None:
     _Listener(lambda number: end()).take(_SIGNALS)
 
 
+def ignore_signals() -> None:
+    """From now on signals do nothing: what the process is for is done, and it is about to end."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class _Listener:
     """A thread that acts on signals even while the main thread is in what Python cannot interrupt.
 

@@ -38,6 +38,7 @@ def in_a_file(damage: Damage) -> Damage:
 
     def damage_one(checkpoint: pathlib.Path, random: random.Random) -> None:
         files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+        files.remove(checkpoint / "commit_success.txt")  # which nothing is read from
         damage(random.choice([path for path in files if path.stat().st_size]), random)
 
     return damage_one

@@ -235,7 +235,7 @@ class Workshop:
             reaches(run, process, STEPS)
             while process.poll() is None and not (run.workdir / f"checkpoints/{STEPS}").exists():
                 time.sleep(0.005)
-            delay = rng.uniform(0, 0.4 * (self._seconds - self._seconds_to_start))
+            delay = rng.uniform(0, 0.2 * (self._seconds - self._seconds_to_start))
         else:
             if moment == "last save":
                 reaches(run, process, STEPS)

@@ -56,7 +56,10 @@ def metrics(workdir):
 
 def checkpoint(workdir, step):
     """All arrays of a checkpoint, by their path."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.restore(workdir / "checkpoints" / str(step) / "state")
+    path = workdir / "checkpoints" / str(step) / "state"
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        shapes = checkpointer.metadata(path).item_metadata.tree
+        as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        tree = checkpointer.restore(path, restore_args=as_arrays)  # whatever devices saved it
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}

@@ -8,9 +8,9 @@ import time
 import pytest
 
 COMMAND = """
-import hashlib, os, sys, time
+import atexit, hashlib, os, sys, time
 from music_jax.errors import StoppedError
-from music_jax.signals import StopSignal, end_on_signal
+from music_jax.signals import StopSignal, end_on_signal, ignore_signals
 
 def end():
     sys.stderr.write("ended\\n")
@@ -41,6 +41,10 @@ try:
             raise StoppedError("saved")
     if stage == "after":
         be_busy()
+    if stage == "done":
+        ignore_signals()
+        atexit.register(time.sleep, 1)
+        print("ready", flush=True)
 except StoppedError as error:
     print(error, flush=True)
     sys.exit(75)
@@ -85,6 +89,14 @@ def test_after_the_steps_a_signal_ends_at_once():
     time.sleep(0.2)
     process.terminate()
     assert end(process) == (75, "", "ended\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_once_all_is_done_a_signal_changes_nothing(number):
+    process = start("done")
+    time.sleep(0.2)
+    process.send_signal(number)
+    assert end(process) == (0, "", "")
 
 
 def test_signal_that_came_too_late_for_the_loop_still_stops():

@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 from music_jax import progress
 from music_jax.data.loader import TrainingOrder
 from music_jax.errors import UserError
+from music_jax.host_memory import give_back
 from music_jax.mesh import is_main_process
 from music_jax.records import EventsLog
-from music_jax.train.host_memory import give_back
 from music_jax.train.integrity import find_damage, write_checksums
+from music_jax.train.late_answers import ignore_late_answers
 from music_jax.train.state import TrainState, state_shardings
 
 _NONE_WHOLE = -2  # what the main process tells the others where every checkpoint is damaged
@@ -78,6 +79,9 @@ class Checkpoints:
           read_only: change nothing; else the directory is made if needed.
           ignore_failed_saves: say that a save failed and go on, in place of raising an error.
           events: where failed saves and damaged checkpoints are noted.
+
+        Raises:
+          UserError: what Orbax notes beside the checkpoints is not as it wrote it.
         """
         self._workdir = workdir
         self._read_only = read_only
@@ -95,6 +99,10 @@ class Checkpoints:
             logging.set_verbosity(logging.ERROR)
         try:
             self._manager = self._new_manager()
+        except ValueError as error:
+            raise UserError(
+                f"cannot open {workdir / 'checkpoints'}: {_shortened(error)}"
+            ) from error
         finally:
             logging.set_verbosity(verbosity)
 
@@ -254,6 +262,7 @@ class Checkpoints:
 
     def _save_failed(self, error: Exception, required: bool) -> None:
         logging.debug("could not save", exc_info=error)
+        ignore_late_answers()
         alone = jax.process_count() == 1  # else the others wait for this one's part of it
         if alone:
             self._start_over()
