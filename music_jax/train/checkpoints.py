@@ -213,6 +213,7 @@ class Checkpoints:
             are ignored.
         """
         self.wait()
+        ignore_late_answers()
         copied = jax.block_until_ready(_on_host(_as_tree(state)))
         self._saving = step
         self._writing = self._writer.submit(self._write, step, copied, _input_position(step, order))
@@ -262,7 +263,6 @@ class Checkpoints:
 
     def _save_failed(self, error: Exception, required: bool) -> None:
         logging.debug("could not save", exc_info=error)
-        ignore_late_answers()
         alone = jax.process_count() == 1  # else the others wait for this one's part of it
         if alone:
             self._start_over()
