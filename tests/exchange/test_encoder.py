@@ -228,7 +228,7 @@ def test_the_command_is_stopped_and_goes_on(workdir, tmp_path):
     assert process.wait() == 75, process.stderr.read()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "f.npy holds 1536 features of 30,000 images" in done.stdout
+    assert "f.npy holds 1024 features of 30,000 images" in done.stdout
     features = np.load(output)
     np.testing.assert_allclose(features, np.broadcast_to(features[0], features.shape), rtol=1e-5)
 
