@@ -225,7 +225,8 @@ def test_the_command_is_stopped_and_goes_on(workdir, tmp_path):
     while not list(tmp_path.glob("f.npy.parts/*.npz")) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    assert process.wait() == 75, process.stderr.read()
+    _, err = process.communicate()
+    assert process.returncode == 75, err
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "f.npy holds 1024 features of 30,000 images" in done.stdout
