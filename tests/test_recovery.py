@@ -98,7 +98,7 @@ def test_a_bad_batch_stops_the_run_and_is_kept_for_study(small, tmp_path):
     again = training_batches(
         source,
         order,
-        crop=Crop(16, (1.0, 1.0), (1.0, 1.0)),
+        crop=Crop(8, (1.0, 1.0), (1.0, 1.0)),
         channels=1,
         positions=np.arange(128),
         num_steps=STEPS,
@@ -106,7 +106,7 @@ def test_a_bad_batch_stops_the_run_and_is_kept_for_study(small, tmp_path):
         num_threads=1,
     )
     np.testing.assert_array_equal(study["images"], next(again)["images"])
-    assert study["images"].shape == (128, 2, 16, 16, 1)
+    assert study["images"].shape == (128, 2, 8, 8, 1)
     assert study["sample_index"].tolist() == [order.sample_index(5, p) for p in range(128)]
     assert study["record"].tolist() == [order.record_key(i) for i in study["sample_index"]]
     assert (int(study["step"]), int(study["seed"])) == (6, 0)
