@@ -8,8 +8,7 @@ def give_back() -> None:
     """Gives memory that was freed back to the operating system.
 
     glibc keeps what its many threads freed, in pieces that grow with every save: without this a
-    process that saves often holds several times what it uses. Elsewhere it does nothing. Takes some
-    milliseconds, without the interpreter's lock.
+    process that saves often holds several times what it uses. Elsewhere it does nothing.
     """
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)

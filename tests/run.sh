@@ -14,4 +14,4 @@ ensure_environment requirements.txt tests/requirements.txt
 
 cd "$root"
 exec "$venv/bin/python" -m pytest -m 'not slow and not browser' \
-  --numprocesses auto --maxprocesses 8 --dist loadfile "$@"
+  --numprocesses logical --maxprocesses 8 --dist loadfile "$@"

@@ -20,38 +20,12 @@ from music_jax.mesh import is_main_process
 from music_jax.records import EventsLog
 from music_jax.train.integrity import find_damage, write_checksums
 from music_jax.train.late_answers import ignore_late_answers
+from music_jax.train.orbax_manager import Manager
 from music_jax.train.state import TrainState, state_shardings
 
 _NONE_WHOLE = -2  # what the main process tells the others where every checkpoint is damaged
 _POLL_SECONDS = 0.2
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not finished
-
-
-class _Manager(ocp.CheckpointManager):
-    """Saves on another thread than the one that takes the steps.
-
-    So Orbax must not ask at which step a preemption stops the run: it would ask for a step that is
-    past, and the processes would never agree on one. `reached_preemption_at` is for the loop.
-
-    Attributes:
-      failure: what a write failed with; told at once, whereas Orbax first waits for the other
-        processes, for up to 20 minutes.
-    """
-
-    failure: Exception | None = None
-
-    def _wait_for_checkpointers(self) -> None:
-        try:
-            super()._wait_for_checkpointers()
-        except Exception as error:
-            self.failure = error
-            raise
-
-    def reached_preemption(self, step: int) -> bool:
-        return False
-
-    def reached_preemption_at(self, step: int) -> bool:
-        return bool(super().reached_preemption(step))
 
 
 class Checkpoints:
@@ -106,12 +80,12 @@ class Checkpoints:
         finally:
             logging.set_verbosity(verbosity)
 
-    def _new_manager(self) -> _Manager:
+    def _new_manager(self) -> Manager:
         # With all processes named, barriers are no collectives, which only the loop may start.
         together = ocp.options.MultiprocessingOptions(
             active_processes=set(range(jax.process_count()))
         )
-        return _Manager(
+        return Manager(
             self._workdir / "checkpoints",
             options=ocp.CheckpointManagerOptions(
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
@@ -227,7 +201,6 @@ class Checkpoints:
             force=True,
         )
         self._manager.wait_until_finished()
-        del tree
         give_back()
 
     def wait(self, *, required: bool = False) -> None:

@@ -12,12 +12,12 @@ def ignore_late_answers() -> None:
     anything.
     """
     usual = sys.unraisablehook
+    if getattr(usual, "__module__", None) == __name__:  # it was called before
+        return
 
     def hook(unraisable: Any) -> None:
         error = unraisable.exc_value
         if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
             usual(unraisable)
 
-    hook.__module__ = __name__
-    if getattr(usual, "__module__", None) != __name__:
-        sys.unraisablehook = hook
+    sys.unraisablehook = hook

@@ -69,8 +69,7 @@ class Profile:
         if "://" in self._local:
             self._local = tempfile.mkdtemp(prefix="music_jax-profile-")
         options = jax.profiler.ProfileOptions()
-        # Python's own calls are not recorded: to do so XLA reaches into every thread of the
-        # process, and has crashed there.
+        # Without Python's own calls: a process that recorded them has crashed in `start_trace`.
         options.python_tracer_level = 0
         jax.profiler.start_trace(self._local, profiler_options=options)
         self._first = step
