@@ -10,8 +10,9 @@ makes 500 x 375 JPEGs from scikit-image's photos in a temporary folder, and comp
 - pillow: Pillow reads and decodes each file, and cuts the same two crops by
   `Image.resize(box=...)`, bilinear: what torchvision does by default.
 
-Each is run on one thread and on two. They take turns, so that the load of the machine is the same
-for all; a rate is the median of its turns, a ratio the median of the turns' ratios. `wall` goes by
+Each is run on one thread and on two. They take short turns, in another order each time, so that the
+load of the machine is the same for all; a rate is the median of its turns, a ratio the median of
+the turns' ratios. `wall` goes by
 the clock, `core` by the time that the process spent on the cores, which other programs disturb
 less. Beside the ratios stands what is asked of them.
 
@@ -20,8 +21,10 @@ less. Beside the ratios stands what is asked of them.
 
 import argparse
 import concurrent.futures
+import functools
 import json
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -41,7 +44,7 @@ from music_jax.data.loader import TrainingOrder, training_batches
 from music_jax.data.sources import Source
 
 WIDTH, HEIGHT, QUALITY, SIZE = 500, 375, 95, 224
-BATCH = 64
+BATCH, TURN = 64, 256
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field")
 
 
@@ -85,20 +88,23 @@ def pillow_all(paths: list[str]) -> None:
             np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=box))
 
 
-def batches(source: Source, num_samples: int, threads: int) -> Iterator[dict[str, np.ndarray]]:
+def batches(
+    source: Source, num_samples: int, threads: int, start: int = 0
+) -> Iterator[dict[str, np.ndarray]]:
     return training_batches(
         source,
         TrainingOrder(len(source), BATCH, seed=0),
         crop=Crop(SIZE),
         channels=3,
         positions=np.arange(BATCH),
-        num_steps=num_samples // BATCH,
+        start_step=start // BATCH,
+        num_steps=(start + num_samples) // BATCH,
         num_threads=threads,
     )
 
 
-def loader_all(source: Source, num_samples: int, threads: int) -> None:
-    for _ in batches(source, num_samples, threads):
+def loader_all(source: Source, num_samples: int, threads: int, start: int = 0) -> None:
+    for _ in batches(source, num_samples, threads, start):
         pass
 
 
@@ -122,21 +128,26 @@ def measure_rates(source: Source, paths: list[str], repeats: int) -> dict:
     for path in paths:
         with open(path, "rb") as file:
             encoded.append(file.read())
-    count = len(paths) // BATCH * BATCH
-    forms: dict[str, Callable[[int], None]] = {
-        "decode": lambda threads: in_threads(decode_all, encoded[:count], threads),
-        "loader": lambda threads: loader_all(source, count, threads),
-        "pillow": lambda threads: in_threads(pillow_all, paths[:count], threads),
+    forms: dict[str, Callable[[slice, int], None]] = {
+        "decode": lambda part, threads: in_threads(decode_all, encoded[part], threads),
+        "loader": lambda part, threads: loader_all(source, TURN, threads, part.start),
+        "pillow": lambda part, threads: in_threads(pillow_all, paths[part], threads),
     }
     cv2.setNumThreads(0)
-    turns = [
-        {
-            f"{name}_{threads}": rates(lambda run=run, n=threads: run(n), count)
-            for threads in (1, 2)
-            for name, run in forms.items()
-        }
-        for _ in range(repeats)
-    ]
+    rng = random.Random(0)
+    turns = []
+    for repeat in range(repeats + 1):
+        start = repeat * TURN % (len(paths) // TURN * TURN)
+        runs = [(name, threads) for threads in (1, 2) for name in forms]
+        rng.shuffle(runs)
+        part = slice(start, start + TURN)
+        turns.append(
+            {
+                f"{name}_{threads}": rates(functools.partial(forms[name], part, threads), TURN)
+                for name, threads in runs
+            }
+        )
+    del turns[0]  # it warms up
 
     def ratio(a: str, b: str, clock: str) -> float:
         return round(statistics.median(turn[a][clock] / turn[b][clock] for turn in turns), 3)
@@ -151,7 +162,7 @@ def measure_rates(source: Source, paths: list[str], repeats: int) -> dict:
                 clock: round(statistics.median(turn[form][clock] for turn in turns), 1)
                 for clock in ("wall", "core")
             }
-            for form in turns[0]
+            for form in sorted(turns[0])
         },
         "ratios": {
             "loader over decode": {
@@ -203,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=("rates", "memory"), default="rates")
     parser.add_argument("--files", type=int, default=1024)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--samples", type=int, default=20_000, help="names in the folder")
     parser.add_argument("--json", help="where to write the figures too")
     arguments = parser.parse_args()

@@ -9,6 +9,7 @@ import pytest
 
 from music_jax.config import default_config, set_views
 from music_jax.mesh import batch_sharding, make_data_mesh
+from music_jax.train.objective import OBJECTIVES
 from music_jax.train.state import init_state
 from music_jax.train.step import compile_step, make_recipe
 
@@ -148,6 +149,15 @@ def test_bfloat16_starts_at_nearly_the_same_loss():
     state, logged = _run(config, steps=2)
     np.testing.assert_allclose(logged[0]["loss"], expected, rtol=2e-2)
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_bfloat16_on_a_mesh_whose_second_axis_is_one_device(name):
+    config = _config(name)
+    expected = _run(config, steps=1)[1][0]["loss"]
+    config.compute_dtype = "bfloat16"
+    logged = _run(config, steps=1, devices=2)[1]
+    np.testing.assert_allclose(logged[0]["loss"], expected, rtol=5e-2)
 
 
 def test_the_state_is_donated():

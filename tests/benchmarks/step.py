@@ -1,0 +1,130 @@
+"""A training step on the devices at hand, and what the plan says of the same step.
+
+    python tests/benchmarks/step.py --config=configs/imagenet.py --batch=256,512 --json=step.json
+
+For each global batch the step that a run takes is compiled, and taken on random images that are on
+the devices already, `--steps` times one after another: a time is that of all of them, over their
+number. Beside it stand XLA's own figures of the compiled program, the peak that the device's
+allocator has seen, and, for a chip that `music_jax.plan` knows (`--chip=h100`, or by the device's
+name), the least time at its published peaks and the share of them that was reached.
+"""
+
+import argparse
+import json
+import os
+import runpy
+import statistics
+import time
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+
+import jax
+import numpy as np
+
+from music_jax.mesh import batch_sharding, make_data_mesh
+from music_jax.plan import compiling, counts
+from music_jax.plan.chips import CHIPS
+from music_jax.train.state import abstract_state, init_state
+from music_jax.train.step import lower_step, make_recipe
+
+STEPS_PER_EPOCH = 100
+
+
+def measure(config: Any, chip: str | None, steps: int, turns: int) -> dict[str, Any]:
+    """One row of the table."""
+    mesh = make_data_mesh(fsdp=config.sharding.fsdp)
+    recipe = make_recipe(config, STEPS_PER_EPOCH)
+    side = config.crop.size
+    shape = (config.batch_size, len(recipe.views), side, side, config.dataset.num_channels)
+    lowered = lower_step(recipe, abstract_state(config, recipe.optimizer), mesh, shape)
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    compile_seconds = time.perf_counter() - start
+    program = compiling.read(compiled)
+    flops, traffic = compiling.costs(compiled, program)
+    counted = counts.work(program)
+    memory = compiled.memory_analysis()
+
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, shape, np.uint8)
+    batch = jax.device_put((images, np.arange(len(images), dtype=np.uint32)), batch_sharding(mesh))
+    state = init_state(config, recipe.optimizer, mesh)
+    seconds, losses = [], []
+    for turn in range(turns + 1):
+        start = time.perf_counter()
+        for _ in range(steps):
+            state, metrics = compiled(state, *batch)
+        losses.append(float(metrics["loss"]))
+        if turn:  # the first warms up
+            seconds.append((time.perf_counter() - start) / steps)
+    step_seconds = statistics.median(seconds)
+    device = mesh.devices.flat[0]
+    row = {
+        "device": device.device_kind,
+        "devices": mesh.size,
+        "batch": config.batch_size,
+        "dtype": config.compute_dtype,
+        "compile_seconds": compile_seconds,
+        "step_ms": 1e3 * step_seconds,
+        "step_ms_least": 1e3 * min(seconds),
+        "step_ms_most": 1e3 * max(seconds),
+        "images_per_second_a_device": config.batch_size / mesh.size / step_seconds,
+        "xla_needed_gb": memory.peak_memory_in_bytes / 1e9,
+        "xla_temporaries_gb": memory.temp_size_in_bytes / 1e9,
+        "seen_peak_gb": ((device.memory_stats() or {}).get("peak_bytes_in_use") or 0) / 1e9,
+        "tflop": flops / 1e12,
+        "tflop_counted": counted.flops / 1e12,
+        "accessed_gb": traffic / 1e9,
+        "accessed_gb_counted": counted.bytes / 1e9,
+        "tflop_per_second": counted.flops / step_seconds / 1e12,
+        "losses": [round(loss, 3) for loss in losses],
+    }
+    if chip is not None:
+        peaks = CHIPS[chip]
+        compute = counted.flops / peaks.flops_per_second
+        hbm = counted.bytes / peaks.hbm_bytes_per_second
+        row |= {
+            "chip": chip,
+            "compute_bound_ms": 1e3 * compute,
+            "hbm_bound_ms": 1e3 * hbm,
+            "bound_over_measured": max(compute, hbm) / step_seconds,
+        }
+    return row
+
+
+def chip_at_hand() -> str | None:
+    """The plan's name of the device, if it is one that it knows."""
+    kind = jax.devices()[0].device_kind.lower()
+    return next((name for name in CHIPS if name in kind.replace(" ", "")), None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/imagenet.py")
+    parser.add_argument("--batch", default="256", help="global batches, separated by commas")
+    parser.add_argument("--backbone", help="instead of the config's")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--chip", choices=CHIPS, help="by default by the device's name")
+    parser.add_argument("--json", help="where to write the rows too")
+    arguments = parser.parse_args()
+    rows = []
+    for batch in arguments.batch.split(","):
+        config = runpy.run_path(arguments.config)["get_config"]()
+        config.batch_size = int(batch)
+        if arguments.backbone:
+            config.backbone.name = arguments.backbone
+        rows.append(
+            measure(config, arguments.chip or chip_at_hand(), arguments.steps, arguments.turns)
+        )
+        for name, value in rows[-1].items():
+            print(f"{name:28s} {value:.4g}" if isinstance(value, float) else f"{name:28s} {value}")
+        print(flush=True)
+        if arguments.json:
+            with open(arguments.json, "w") as file:
+                json.dump(rows, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
