@@ -26,6 +26,7 @@ FREE_FIELDS = (
     "dataset.max_skipped_share",
     "dataset.test_split",
     "dataset.try_gcs",
+    "deterministic",
     "evaluation",
     "few_shot",
     "finetune",
@@ -55,6 +56,8 @@ def default_config() -> config_dict.ConfigDict:
     config.accumulation_steps = 1  # embed the batch in so many parts, to save memory
     config.num_epochs = 100
     config.compute_dtype = "float32"  # or bfloat16; parameters and statistics stay float32
+    # On GPUs: the same bits each time, for 1.5 x the time of a step of ResNet-50 on an H200.
+    config.deterministic = True
     config.log_every_steps = 50
     config.num_decode_threads = config_dict.placeholder(int)  # None: one a core
     config.tensorboard = True  # event files beside metrics.jsonl, where TensorFlow is installed

@@ -37,10 +37,12 @@ def main() -> None:
     cli.join_cluster()
     from music_jax import records
     from music_jax.compilation_cache import use_compilation_cache
-    from music_jax.mesh import use_cores
+    from music_jax.mesh import use_cores, use_repeatable_gpu_operations
     from music_jax.train import train_and_evaluate
 
     use_cores(config.batch_size)
+    if config.deterministic:
+        use_repeatable_gpu_operations()
     records.check_reachable(cli.WORKDIR.value)
     use_compilation_cache(cli.WORKDIR.value)
     train_and_evaluate(config, cli.WORKDIR.value, profile_steps=profile_steps)

@@ -12,6 +12,7 @@ import os
 import pathlib
 import random
 
+import cv2
 import numpy as np
 import pytest
 from etils import epath
@@ -92,6 +93,24 @@ def test_a_jpeg_of_many_scans_is_refused_but_not_for_what_follows_it():
     with pytest.raises(UndecodableError, match="scans"):
         read_header(scan_bomb(200, 64))
     assert decode(scan_bomb(3, 64) + b"\xff\xda" * 500, 3).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("components", [1, 3])
+def test_what_follows_the_only_scan_of_a_sequential_jpeg_is_not_decoded(components):
+    image = np.zeros((1024, 1024, components), np.uint8)
+    whole = cv2.imencode(".jpg", image)[1].tobytes()
+    scan = whole[whole.rindex(b"\xff\xda") : -2]
+    many = whole[:-2] + scan * 10_000 + b"\xff\xd9"  # minutes, if each were decoded
+    np.testing.assert_array_equal(decode(many, components), decode(whole, components))
+
+
+def test_each_scan_of_one_component_is_counted():
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    whole = cv2.imencode(".jpg", image)[1].tobytes()
+    at = whole.rindex(b"\xff\xda")
+    only_luma = whole[: at + 4] + b"\x01\x01\x00\x00\x3f\x00"
+    with pytest.raises(UndecodableError, match="scans"):
+        read_header(only_luma + (b"\xff\xda\x00\x08\x01\x02\x11\x00\x3f\x00") * 200)
 
 
 def _png(height, width, **options):

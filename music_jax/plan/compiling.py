@@ -95,6 +95,18 @@ _GPU_ESTIMATES = {
 }
 
 
+# Where this JAX cannot read the program that libtpu has compiled.
+_NOT_KNOWN = "not known: this JAX cannot read the program that libtpu compiles for this chip"
+_UNREAD_ESTIMATES = {
+    "flops": "XLA's, which takes the body of each loop once",
+    "hbm_traffic_bytes": "likewise",
+    "hbm_only_bytes": _NOT_KNOWN,
+    "received_bytes": _NOT_KNOWN,
+    "collective_bytes": _NOT_KNOWN,
+    "objective_flops": _NOT_KNOWN,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Slice:
     """Chips that need not be at hand.
@@ -236,7 +248,7 @@ def _measure(
             compile_seconds=time.perf_counter() - start,
         )
     seconds = time.perf_counter() - start
-    program = read(compiled)
+    program = _read_if_possible(compiled)
     memory: Any = compiled.memory_analysis()
     peak = memory.peak_memory_in_bytes
     if peak > slice_.hbm_bytes:  # where XLA compiles what does not fit, as for GPUs
@@ -249,6 +261,8 @@ def _measure(
             compile_seconds=seconds,
             estimates=slice_.estimates,
         )
+    if program is None:
+        return _without_program(compiled, config, slice_, seconds)
     flops, traffic = costs(compiled, program)
     sent = counts.collectives(program, mesh.size)
     return Figures(
@@ -273,6 +287,36 @@ def _measure(
         ],
         compile_seconds=seconds,
         estimates=slice_.estimates,
+    )
+
+
+def _read_if_possible(compiled: jax.stages.Compiled) -> hlo.Program | None:
+    """The program; None where its compiler is newer than this JAX, which cannot read it then."""
+    try:
+        return read(compiled)
+    except jax.errors.JaxRuntimeError:
+        return None
+
+
+def _without_program(
+    compiled: jax.stages.Compiled, config: config_dict.ConfigDict, slice_: Slice, seconds: float
+) -> Figures:
+    """What XLA gives without its program: nothing of the network."""
+    memory: Any = compiled.memory_analysis()
+    analysis: Any = compiled.cost_analysis()
+    per_chip = slice_.devices_per_chip
+    return Figures(
+        chips=slice_.chips,
+        batch_size=config.batch_size,
+        fits=True,
+        hbm_available_bytes=slice_.hbm_bytes * per_chip,
+        hbm_needed_bytes=memory.peak_memory_in_bytes * per_chip,
+        argument_bytes=memory.argument_size_in_bytes * per_chip,
+        temporary_bytes=memory.temp_size_in_bytes * per_chip,
+        flops=analysis["flops"] * per_chip,
+        hbm_traffic_bytes=analysis["bytes accessed"] * per_chip,
+        compile_seconds=seconds,
+        estimates=_UNREAD_ESTIMATES,
     )
 
 

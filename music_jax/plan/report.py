@@ -64,9 +64,11 @@ class Plan:
         return max(self.peak_seconds.values())
 
     @property
-    def least_seconds_per_step(self) -> float:
+    def least_seconds_per_step(self) -> float | None:
         """The same if what XLA keeps in on-chip memory cost nothing: no step can be faster."""
-        hbm = (self.figures.hbm_only_bytes or 0.0) / chip_of(self.topology).hbm_bytes_per_second
+        if self.figures.hbm_only_bytes is None:
+            return None
+        hbm = self.figures.hbm_only_bytes / chip_of(self.topology).hbm_bytes_per_second
         return max(self.peak_seconds["compute"], self.peak_seconds["network"], hbm)
 
     @property
@@ -144,19 +146,38 @@ def table(plans: Sequence[Plan]) -> str:
     for kind in sorted({kind for plan in plans for kind in plan.figures.collective_bytes}):
         if_fits(
             f"  by {kind}",
-            lambda p, k=kind: _gb(p.figures.collective_bytes.get(k, 0.0)),
+            lambda p, k=kind: _gb(_of_kind(p, k)),
             "collective_bytes",
         )
     heading("TIME AT THE PUBLISHED PEAKS")
     for name in ("compute", "hbm", "network"):
-        if_fits(name, lambda p, n=name: _duration(p.peak_seconds[n]))
-    if_fits("at the very least", lambda p: _duration(p.least_seconds_per_step))
+        if_fits(name, lambda p, n=name: _peak(p, n))
+    if_fits("at the very least", _least)
     row("compiled in", [_duration(plan.figures.compile_seconds or 0.0) for plan in plans])
     header = ["a chip and a step", *(plan.topology for plan in plans)]
     return progress.table(header, [[name, *cells] for name, cells in rows])
 
 
+def _of_kind(plan: Plan, kind: str) -> float | None:
+    if plan.figures.received_bytes is None:
+        return None
+    return plan.figures.collective_bytes.get(kind, 0.0)
+
+
+def _peak(plan: Plan, resource: str) -> str:
+    if resource == "network" and plan.figures.received_bytes is None:
+        return ""
+    return _duration(plan.peak_seconds[resource])
+
+
+def _least(plan: Plan) -> str:
+    seconds = plan.least_seconds_per_step
+    return "" if seconds is None else _duration(seconds)
+
+
 def _objective_share(plan: Plan) -> str:
+    if plan.figures.objective_flops is None:
+        return ""
     return f"{(plan.figures.objective_flops or 0.0) / (plan.figures.flops or 1.0):.2%}"
 
 
@@ -175,7 +196,8 @@ def notes(plans: Sequence[Plan]) -> str:
                 f"{_gb(plan.figures.hbm_needed_bytes)} of {_gb(plan.figures.hbm_available_bytes)}"
             )
             continue
-        lines.append(f"{plan.topology}, largest arrays that a device writes to its memory:")
+        if plan.figures.largest_arrays:
+            lines.append(f"{plan.topology}, largest arrays that a device writes to its memory:")
         lines += [
             f"  {_gb(array['bytes']):>9}  {array['count']:3d} x {array['array']} "
             f"{array['operation']}".rstrip()

@@ -2,6 +2,7 @@
 
 import os
 
+import jax
 import pytest
 
 from music_jax.plan import compiling
@@ -20,4 +21,8 @@ def four_chips():
 
 @pytest.fixture(autouse=True)
 def _nothing_is_remembered(tmp_path, monkeypatch):
+    """Nor by JAX's own cache, from which no program for chips that are not at hand can be read."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)

@@ -46,6 +46,26 @@ def test_what_does_not_fit_is_a_figure_and_not_an_error(four_chips, monkeypatch)
     assert found.flops is None
 
 
+def test_a_program_that_jax_cannot_read_leaves_what_xla_says(four_chips, monkeypatch):
+    config = default_config()
+    config.batch_size, config.crop.size = 4, 32
+    config.backbone.name, config.objective.num_segments = "small_resnet", 4
+    config.projector.hidden_sizes = ()
+    whole = compiling.measure(config, four_chips, steps_per_epoch=1, with_objective=False)
+
+    def unreadable(compiled):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    monkeypatch.setattr(compiling, "read", unreadable)
+    found = compiling.measure(config, four_chips, steps_per_epoch=1, with_objective=True)
+    assert found.fits
+    assert found.temporary_bytes == whole.temporary_bytes
+    assert found.flops == whole.flops  # there is no loop in it
+    assert found.received_bytes is None
+    assert found.objective_flops is None
+    assert "cannot read" in found.estimates["received_bytes"]
+
+
 def test_a_batch_that_cannot_be_divided_is_told(four_chips):
     config = default_config()
     config.batch_size = 6

@@ -50,6 +50,16 @@ def test_times_at_the_published_peaks():
     assert written["seconds_per_run"] == pytest.approx(100)
 
 
+def test_what_is_not_known_is_left_blank():
+    unread = {"received_bytes": None, "hbm_only_bytes": None, "objective_flops": None}
+    unread = dataclasses.replace(_FIGURES, **unread, collective_bytes={})
+    plans = [_plan(_FIGURES), _plan(unread)]
+    lines = {line[:27].strip(): line[27:].split() for line in report.table(plans).splitlines()}
+    for name in ("received from other chips", "by all-reduce", "network", "at the very least"):
+        assert len([cell for cell in lines[name] if cell[0] in "~0123456789"]) == 1, lines[name]
+    assert plans[1].as_json()["least_seconds_per_step"] is None
+
+
 @pytest.mark.parametrize(
     ("field", "value", "bound"),
     [("flops", 197e12, "compute"), ("received_bytes", 200e9, "network")],
