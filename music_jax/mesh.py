@@ -107,9 +107,8 @@ _REPEATABLE = "--xla_gpu_exclude_nondeterministic_ops"
 def use_repeatable_gpu_operations() -> None:
     """Has XLA leave out, on GPUs, what gives other bits each time it runs.
 
-    Such as convolutions whose gradient is added up in whatever order its parts are done; CPUs and
-    TPUs have none. To be called before anything uses JAX's devices; it leaves alone what the user
-    has set by XLA_FLAGS.
+    To be called before anything uses JAX's devices; it leaves alone what the user has set by
+    XLA_FLAGS.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if _REPEATABLE not in flags and "--xla_gpu_deterministic_ops" not in flags:

@@ -68,7 +68,7 @@ class TrainingOrder:
 
 # So many samples are read and planned before they are decoded: between two images that are decoded,
 # the caches hold nothing of Python's, and the same work takes three times as long.
-_PLANNED_AT_ONCE = 64
+_PLANNED_AT_ONCE = 32
 
 # So many images in a row, each drawn at random from the dataset, are not all broken by chance.
 _MAX_TRIES = 100

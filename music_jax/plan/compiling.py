@@ -232,6 +232,12 @@ def _measure(
     with_objective: bool,
 ) -> Figures:
     mesh, per_chip = slice_.mesh, slice_.devices_per_chip
+    figures = Figures(
+        chips=slice_.chips,
+        batch_size=config.batch_size,
+        fits=False,
+        hbm_available_bytes=slice_.hbm_bytes * per_chip,
+    )
     start = time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -239,40 +245,42 @@ def _measure(
         sizes = _out_of_memory(error)
         if sizes is None:
             raise
-        return Figures(
-            chips=slice_.chips,
-            batch_size=config.batch_size,
-            fits=False,
-            hbm_available_bytes=slice_.hbm_bytes * per_chip,
+        return dataclasses.replace(
+            figures,
             hbm_needed_bytes=sizes[0] * per_chip,
             compile_seconds=time.perf_counter() - start,
         )
     seconds = time.perf_counter() - start
-    program = _read_if_possible(compiled)
     memory: Any = compiled.memory_analysis()
     peak = memory.peak_memory_in_bytes
-    if peak > slice_.hbm_bytes:  # where XLA compiles what does not fit, as for GPUs
-        return Figures(
-            chips=slice_.chips,
-            batch_size=config.batch_size,
-            fits=False,
-            hbm_available_bytes=slice_.hbm_bytes * per_chip,
-            hbm_needed_bytes=peak * per_chip,
-            compile_seconds=seconds,
-            estimates=slice_.estimates,
-        )
-    if program is None:
-        return _without_program(compiled, config, slice_, seconds)
-    flops, traffic = costs(compiled, program)
-    sent = counts.collectives(program, mesh.size)
-    return Figures(
-        chips=slice_.chips,
-        batch_size=config.batch_size,
-        fits=True,
-        hbm_available_bytes=slice_.hbm_bytes * per_chip,
+    figures = dataclasses.replace(
+        figures,
         hbm_needed_bytes=peak * per_chip,
+        compile_seconds=seconds,
+        estimates=slice_.estimates,
+    )
+    if peak > slice_.hbm_bytes:  # where XLA compiles what does not fit, as for GPUs
+        return figures
+    figures = dataclasses.replace(
+        figures,
+        fits=True,
         argument_bytes=memory.argument_size_in_bytes * per_chip,
         temporary_bytes=memory.temp_size_in_bytes * per_chip,
+    )
+    try:
+        program = read(compiled)
+    except jax.errors.JaxRuntimeError:  # of a compiler that is newer than this JAX
+        analysis: Any = compiled.cost_analysis()
+        return dataclasses.replace(
+            figures,
+            flops=analysis["flops"] * per_chip,
+            hbm_traffic_bytes=analysis["bytes accessed"] * per_chip,
+            estimates=slice_.estimates | _UNREAD_ESTIMATES,
+        )
+    flops, traffic = costs(compiled, program)
+    sent = counts.collectives(program, mesh.size)
+    return dataclasses.replace(
+        figures,
         flops=flops * per_chip,
         hbm_traffic_bytes=traffic * per_chip,
         hbm_only_bytes=counts.work(program).hbm_bytes * per_chip,
@@ -285,38 +293,6 @@ def _measure(
             {"bytes": size, "array": str(array), "count": count, "operation": scope}
             for size, array, count, scope in counts.largest_arrays(program, _LARGEST_ARRAYS)
         ],
-        compile_seconds=seconds,
-        estimates=slice_.estimates,
-    )
-
-
-def _read_if_possible(compiled: jax.stages.Compiled) -> hlo.Program | None:
-    """The program; None where its compiler is newer than this JAX, which cannot read it then."""
-    try:
-        return read(compiled)
-    except jax.errors.JaxRuntimeError:
-        return None
-
-
-def _without_program(
-    compiled: jax.stages.Compiled, config: config_dict.ConfigDict, slice_: Slice, seconds: float
-) -> Figures:
-    """What XLA gives without its program: nothing of the network."""
-    memory: Any = compiled.memory_analysis()
-    analysis: Any = compiled.cost_analysis()
-    per_chip = slice_.devices_per_chip
-    return Figures(
-        chips=slice_.chips,
-        batch_size=config.batch_size,
-        fits=True,
-        hbm_available_bytes=slice_.hbm_bytes * per_chip,
-        hbm_needed_bytes=memory.peak_memory_in_bytes * per_chip,
-        argument_bytes=memory.argument_size_in_bytes * per_chip,
-        temporary_bytes=memory.temp_size_in_bytes * per_chip,
-        flops=analysis["flops"] * per_chip,
-        hbm_traffic_bytes=analysis["bytes accessed"] * per_chip,
-        compile_seconds=seconds,
-        estimates=_UNREAD_ESTIMATES,
     )
 
 

@@ -44,13 +44,14 @@ class Plan:
 
     @property
     def peak_seconds(self) -> dict[str, float]:
-        """Time that each resource alone needs for a step at its published peak."""
+        """Time that each resource alone needs for a step at its published peak, if known."""
         chip, figures = chip_of(self.topology), self.figures
-        return {
-            "compute": (figures.flops or 0.0) / chip.flops_per_second,
-            "hbm": (figures.hbm_traffic_bytes or 0.0) / chip.hbm_bytes_per_second,
-            "network": (figures.received_bytes or 0.0) / chip.network_bytes_per_second,
+        seconds = {
+            "compute": (figures.flops, chip.flops_per_second),
+            "hbm": (figures.hbm_traffic_bytes, chip.hbm_bytes_per_second),
+            "network": (figures.received_bytes, chip.network_bytes_per_second),
         }
+        return {name: need / peak for name, (need, peak) in seconds.items() if need is not None}
 
     @property
     def bound(self) -> str:
@@ -69,7 +70,7 @@ class Plan:
         if self.figures.hbm_only_bytes is None:
             return None
         hbm = self.figures.hbm_only_bytes / chip_of(self.topology).hbm_bytes_per_second
-        return max(self.peak_seconds["compute"], self.peak_seconds["network"], hbm)
+        return max((self.peak_seconds | {"hbm": hbm}).values())
 
     @property
     def seconds_per_epoch(self) -> float:
@@ -151,8 +152,8 @@ def table(plans: Sequence[Plan]) -> str:
         )
     heading("TIME AT THE PUBLISHED PEAKS")
     for name in ("compute", "hbm", "network"):
-        if_fits(name, lambda p, n=name: _peak(p, n))
-    if_fits("at the very least", _least)
+        if_fits(name, lambda p, n=name: _duration(p.peak_seconds.get(n)))
+    if_fits("at the very least", lambda p: _duration(p.least_seconds_per_step))
     row("compiled in", [_duration(plan.figures.compile_seconds or 0.0) for plan in plans])
     header = ["a chip and a step", *(plan.topology for plan in plans)]
     return progress.table(header, [[name, *cells] for name, cells in rows])
@@ -164,21 +165,10 @@ def _of_kind(plan: Plan, kind: str) -> float | None:
     return plan.figures.collective_bytes.get(kind, 0.0)
 
 
-def _peak(plan: Plan, resource: str) -> str:
-    if resource == "network" and plan.figures.received_bytes is None:
-        return ""
-    return _duration(plan.peak_seconds[resource])
-
-
-def _least(plan: Plan) -> str:
-    seconds = plan.least_seconds_per_step
-    return "" if seconds is None else _duration(seconds)
-
-
 def _objective_share(plan: Plan) -> str:
     if plan.figures.objective_flops is None:
         return ""
-    return f"{(plan.figures.objective_flops or 0.0) / (plan.figures.flops or 1.0):.2%}"
+    return f"{plan.figures.objective_flops / (plan.figures.flops or 1.0):.2%}"
 
 
 def _mark(plan: Plan, field: str, text: Any) -> str:
@@ -223,7 +213,9 @@ def _gb(size: float | None) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.3f} MB"
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
     if seconds < 1:
         return f"{seconds * 1e3:.3g} ms"
     if seconds < 120:

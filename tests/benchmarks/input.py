@@ -12,9 +12,8 @@ makes 500 x 375 JPEGs from scikit-image's photos in a temporary folder, and comp
 
 Each is run on one thread and on two. They take short turns, in another order each time, so that the
 load of the machine is the same for all; a rate is the median of its turns, a ratio the median of
-the turns' ratios. `wall` goes by
-the clock, `core` by the time that the process spent on the cores, which other programs disturb
-less. Beside the ratios stands what is asked of them.
+the turns' ratios. `wall` goes by the clock, `core` by the time that the process spent on the cores,
+which other programs disturb less. Beside the ratios stands what is asked of them.
 
 `--part=memory` reads 20,000 samples and prints the resident memory on the way.
 """
@@ -218,6 +217,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=20_000, help="names in the folder")
     parser.add_argument("--json", help="where to write the figures too")
     arguments = parser.parse_args()
+    if arguments.files < TURN:
+        parser.error(f"--files must be at least {TURN}, the images of a turn")
     with tempfile.TemporaryDirectory() as folder:
         paths = make_files(folder, arguments.files)
         link_files(folder, paths, arguments.samples)

@@ -1,12 +1,13 @@
-"""A training step on the devices at hand, and what the plan says of the same step.
+"""A training step on the devices at hand, and how far it is from the published peaks.
 
     python tests/benchmarks/step.py --config=configs/imagenet.py --batch=256,512 --json=step.json
 
 For each global batch the step that a run takes is compiled, and taken on random images that are on
 the devices already, `--steps` times one after another: a time is that of all of them, over their
-number. Beside it stand XLA's own figures of the compiled program, the peak that the device's
-allocator has seen, and, for a chip that `music_jax.plan` knows (`--chip=h100`, or by the device's
-name), the least time at its published peaks and the share of them that was reached.
+number. Beside it stand the memory that XLA says the compiled program needs, the peak that the
+device's allocator has seen, FLOPs and bytes as `music_jax.plan` counts them in the program (each
+kernel's, as if nothing were found in a cache), and, for a chip that it knows (`--chip=h100`, or by
+the device's name), the least time at its published peaks and the share of them that was reached.
 """
 
 import argparse
@@ -42,7 +43,6 @@ def measure(config: Any, chip: str | None, steps: int, turns: int) -> dict[str, 
     compiled = lowered.compile()
     compile_seconds = time.perf_counter() - start
     program = compiling.read(compiled)
-    flops, traffic = compiling.costs(compiled, program)
     counted = counts.work(program)
     memory = compiled.memory_analysis()
 
@@ -73,9 +73,7 @@ def measure(config: Any, chip: str | None, steps: int, turns: int) -> dict[str, 
         "xla_needed_gb": memory.peak_memory_in_bytes / 1e9,
         "xla_temporaries_gb": memory.temp_size_in_bytes / 1e9,
         "seen_peak_gb": ((device.memory_stats() or {}).get("peak_bytes_in_use") or 0) / 1e9,
-        "tflop": flops / 1e12,
         "tflop_counted": counted.flops / 1e12,
-        "accessed_gb": traffic / 1e9,
         "accessed_gb_counted": counted.bytes / 1e9,
         "tflop_per_second": counted.flops / step_seconds / 1e12,
         "losses": [round(loss, 3) for loss in losses],
@@ -103,7 +101,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/imagenet.py")
     parser.add_argument("--batch", default="256", help="global batches, separated by commas")
-    parser.add_argument("--backbone", help="instead of the config's")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--chip", choices=CHIPS, help="by default by the device's name")
@@ -113,8 +110,6 @@ def main() -> None:
     for batch in arguments.batch.split(","):
         config = runpy.run_path(arguments.config)["get_config"]()
         config.batch_size = int(batch)
-        if arguments.backbone:
-            config.backbone.name = arguments.backbone
         rows.append(
             measure(config, arguments.chip or chip_at_hand(), arguments.steps, arguments.turns)
         )
