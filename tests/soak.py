@@ -2,9 +2,10 @@
 
     python tests/soak.py --minutes=60 --output=soak
 
-A real process trains on the digits and saves every few steps, until a SIGTERM ends it. Resident
-memory, open files, threads and children of it and all below it are sampled and written to
-OUTPUT/samples.csv as they come; OUTPUT/result.json has the verdict, OUTPUT/log.txt what the run
+A real process trains on the digits and saves every --every-steps, by default about once a minute,
+until a SIGTERM ends it. (Each save leaves some 50 kB to TensorStore, see docs/troubleshooting.md.)
+Resident memory, open files, threads and children of it and all below it are sampled and written
+to OUTPUT/samples.csv as they come; OUTPUT/result.json has the verdict, OUTPUT/log.txt what the run
 printed. Ends with exit code 1 if anything grew:
 
 - memory, if the line through its samples after the warm-up (Theil and Sen's, which no outlier
@@ -28,7 +29,6 @@ import psutil
 import tqdm
 from processes import DIGITS, ROOT, metrics
 
-EVERY_STEPS = 5
 COUNTED = ("open_files", "threads", "children", "workdir_files")
 CONFIG = (
     DIGITS,
@@ -43,10 +43,10 @@ CONFIG = (
 )
 
 
-def start(output: pathlib.Path, core: int | None) -> subprocess.Popen:
+def start(output: pathlib.Path, every_steps: int, core: int | None) -> subprocess.Popen:
     """The run, on one core if its number is given, with all that it prints in a file."""
     command = [sys.executable, "-m", "music_jax.main", *CONFIG]
-    command += [f"--config.checkpoint.every_steps={EVERY_STEPS}", f"--workdir={output / 'run'}"]
+    command += [f"--config.checkpoint.every_steps={every_steps}", f"--workdir={output / 'run'}"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     with (output / "log.txt").open("w") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
@@ -128,6 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--warm-up-minutes", type=float, help="by default a sixth of all")
+    parser.add_argument("--every-steps", type=int, default=1000, help="steps between two saves")
     parser.add_argument("--sample-seconds", type=float, default=5)
     parser.add_argument("--tolerance", type=float, default=0.02)
     parser.add_argument("--core", type=int, help="the only core that the run may use")
@@ -139,7 +140,7 @@ def main() -> None:
     warm_up = 60 * (options.minutes / 6 if warm_up is None else warm_up)
 
     samples = []
-    process = start(output, options.core)
+    process = start(output, options.every_steps, options.core)
     bar = tqdm.tqdm(
         total=round(60 * options.minutes),
         unit="s",
@@ -174,7 +175,7 @@ def main() -> None:
         "warm_up_minutes": warm_up / 60,
         "samples": len(samples),
         "steps": steps[-1],
-        "checkpoints": steps[-1] // EVERY_STEPS,
+        "checkpoints": steps[-1] // options.every_steps,
         "exit_code": code,
         **judge(samples, warm_up, options.tolerance),
     }

@@ -143,7 +143,8 @@ def _objectives(settings: Settings) -> tuple[Point, ...]:
     if settings.full_recipe is not None:
         changes = tuple(settings.full_recipe.items())
         recipe = Setting("music,full_recipe", "music", changes, False, as_configured=True)
-        points.append(Point("music", "the config's own recipe", recipe))
+        text = "".join(f", {name} {value}" for name, value in changes)
+        points.append(Point("music", f"the config's own recipe{text}", recipe))
     return tuple(points)
 
 

@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 from etils import epath
 
-from music_jax.claims.results import SHARES, Table
+from music_jax.claims.results import SHARES, Table, plot_name
 
 matplotlib.use("agg")
 
@@ -25,7 +25,7 @@ def write(tables: list[Table], directory: epath.Path) -> None:
         else:
             figure = _bars(table)
         figure.suptitle(f"{table['claim']}. {table['title']}")
-        with (directory / f"claim-{table['claim']}.png").open("wb") as file:
+        with (directory / plot_name(table)).open("wb") as file:
             figure.savefig(file, dpi=120)
         plt.close(figure)
 

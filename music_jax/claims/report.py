@@ -10,7 +10,7 @@ import scipy.stats
 from etils import epath
 
 from music_jax.claims.cells import Sweep
-from music_jax.claims.results import Table, markdown
+from music_jax.claims.results import Table, markdown, plot_name
 
 _PREAMBLE = """# Results: the paper's claims, put to the test
 
@@ -26,8 +26,18 @@ _INCOMPLETE = "**The tables are not complete**: the last column says how many se
 
 
 def write_section(path: epath.Path, sweep: Sweep, tables: list[Table]) -> None:
-    """Puts the dataset's section into a Markdown file, in the place of an earlier one."""
+    """Puts the dataset's section into a Markdown file, in the place of an earlier one.
+
+    The plots and the tables as JSON and CSV, which are in the sweep's directory already, are copied
+    to `results/DATASET` beside it.
+    """
     name = sweep.config.dataset.name.partition("/")[0]
+    beside = path.parent / "results" / name
+    beside.mkdir(parents=True, exist_ok=True)
+    files = ["claims.json", "claims.csv", *(plot_name(table) for table in tables)]
+    for file in files:
+        if (sweep.directory / file).exists():
+            (sweep.directory / file).copy(beside / file, overwrite=True)
     begin, end = f"<!-- claims: {name} -->", f"<!-- end of claims: {name} -->"
     section = f"{begin}\n{_section(sweep, tables)}\n{end}"
     text = path.read_text() if path.exists() else _PREAMBLE
@@ -70,6 +80,9 @@ def _section(sweep: Sweep, tables: list[Table]) -> str:
         lines += ["", f"### {table['claim']}. {table['title']}", "", f"*{table['question']}*", ""]
         lines += [markdown(table), ""]
         lines += [f"- {text}" for text in _findings(table)]
+        if (sweep.directory / plot_name(table)).exists():
+            place = f"results/{config.dataset.name.partition('/')[0]}/{plot_name(table)}"
+            lines += ["", f"![{table['title']}]({place})"]
     return "\n".join(lines)
 
 

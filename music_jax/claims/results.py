@@ -140,6 +140,11 @@ def _as_csv(tables: list[Table]) -> str:
     return text.getvalue()
 
 
+def plot_name(table: Table) -> str:
+    """The file of a claim's plot, in the sweep's directory."""
+    return f"claim-{table['claim']}.png"
+
+
 def columns(table: Table) -> list[str]:
     """The measures that a claim's table shows: those that any row has."""
     shown = _SHOWN.get(table["claim"], _SHOWN_ELSE)

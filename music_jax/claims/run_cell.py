@@ -31,12 +31,19 @@ from music_jax.evaluation.features import extract_split
 from music_jax.json_files import read_json
 from music_jax.mesh import batch_sharding, local_positions, make_data_mesh, to_devices
 from music_jax.train import guards, train_and_evaluate
-from music_jax.train.optimizer import OPTIMIZERS
+from music_jax.train.optimizer import OPTIMIZERS, make_schedule
 from music_jax.train.state import TrainState, abstract_state, initial_state, state_shardings
 from music_jax.train.step import make_recipe, training_step
 
-# Programs are the same for all seeds and learning rates, which are arguments of theirs.
-_ANY = {"seed": 0, "optimizer.base_learning_rate": 1.0}
+# Programs are the same whatever these are: seed and learning rate are arguments of theirs.
+_ANY = {
+    "seed": 0,
+    "optimizer.base_learning_rate": 1.0,
+    "dataset.train_split": "",
+    "dataset.test_split": "",
+    "evaluation.train": "",
+    "evaluation.test": "",
+}
 _SAMPLE = 50_000  # images of a split, of a dataset that does not fit into memory
 
 
@@ -133,17 +140,17 @@ class _Programs:
 
 
 @functools.lru_cache(maxsize=4)
-def _programs(config_json: str, steps_per_epoch: int) -> _Programs:
-    """The initial state and the step, for all seeds and learning rates of a config."""
+def _programs(config_json: str) -> _Programs:
+    """The initial state and the step, for all seeds, learning rates and splits of a config."""
     config = from_json(json.loads(config_json))
     mesh = make_data_mesh()
-    recipe = make_recipe(config, steps_per_epoch)
+    recipe = make_recipe(config, 1)
 
     def step(
         state: TrainState, images: jax.Array, index: jax.Array, seed: jax.Array, rate: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        def schedule(count: Any) -> jax.Array:
-            return rate * recipe.schedule(count)
+        def schedule(_: Any) -> jax.Array:
+            return rate
 
         own = dataclasses.replace(
             recipe,
@@ -205,7 +212,7 @@ def _train_once(
     source, _ = _source(config, config.dataset.train_split)
     order = TrainingOrder(len(source), config.batch_size, config.seed)
     num_steps = config.num_epochs * order.steps_per_epoch
-    programs = _programs(_for_any(config, **changes), order.steps_per_epoch)
+    programs = _programs(_for_any(config, **changes))
     state = programs.init(jax.random.key(config.seed))
     if start is not None:
         state = dataclasses.replace(state, params=start.params, batch_stats=start.batch_stats)
@@ -219,13 +226,13 @@ def _train_once(
         num_threads=config.num_decode_threads,
     )
     seed = jnp.asarray(config.seed, np.uint32)
-    rate = jnp.asarray(config.optimizer.base_learning_rate, np.float32)
+    rates = np.asarray(make_schedule(config, order.steps_per_epoch)(np.arange(num_steps)))
     log = records.MetricsLog(directory, 0)
     with jax.set_mesh(mesh):
         for step, batch in enumerate(batches, start=1):
             images = to_devices(batch["images"], config.batch_size, mesh)
             index = to_devices(batch["sample_index"], config.batch_size, mesh)
-            state, metrics = programs.step(state, images, index, seed, rate)
+            state, metrics = programs.step(state, images, index, seed, rates[step - 1])
             if step % order.steps_per_epoch == 0:
                 scalars = {name: float(value) for name, value in metrics.items()}
                 log.write({"step": step, "epoch": step / order.steps_per_epoch, **scalars})
@@ -283,7 +290,7 @@ def _extract(
     source: Source,
     labels: dict[str, np.ndarray] | None,
 ) -> Outputs:
-    programs = _programs(_for_any(config), 1)
+    programs = _programs(_for_any(config))
     found = extract_split(
         functools.partial(programs.outputs, state.params, state.batch_stats),
         source,

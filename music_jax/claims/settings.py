@@ -57,33 +57,39 @@ def _both_views(**fields: Any) -> dict[str, Any]:
 
 _SMALL = {
     "backbone.name": "tiny_resnet",
-    "num_epochs": 10,
+    "num_epochs": 8,
     "optimizer.warmup_epochs": 1,
     "linear_eval.num_epochs": 30,
     "num_decode_threads": 1,
 }
 _RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+_DIMENSIONS = ((8, 8), (64, 64))  # an eighth of the configs' own, and eight times it
 
 SETTINGS: dict[str, Settings] = {
     "mnist5k": Settings(
         learning_rates=_RATES,
         search_splits=("train[:80%]", "train[80%:]"),
         overrides=_SMALL,
-        full_recipe={},
+        embeddings=_DIMENSIONS,
+        batch_sizes=(16, 1024),
+        full_recipe={"num_epochs": 120},
         in_memory=True,
     ),
     "digits": Settings(
         learning_rates=_RATES,
         search_splits=("train[:80%]", "train[80%:]"),
         overrides=_SMALL | {"num_epochs": 16},
-        batch_sizes=(16, 32, 128, 512),
+        embeddings=_DIMENSIONS,
+        batch_sizes=(16, 512),
         full_recipe={},
         in_memory=True,
     ),
     "shapes": Settings(
         learning_rates=_RATES,
-        search_splits=("train[:20%]", "train[20%:25%]"),
-        overrides=_SMALL | {"dataset.train_split": "train[:25%]"},
+        search_splits=("train[:16%]", "train[16%:20%]"),
+        overrides=_SMALL | {"dataset.train_split": "train[:20%]"},
+        embeddings=_DIMENSIONS,
+        batch_sizes=(16, 1024),
         augmentations={
             "no jitter": _both_views(jitter_probability=0.0, grayscale_probability=0.0),
             "jitter of all hues": _both_views(jitter_probability=1.0, hue=0.5),

@@ -1,6 +1,7 @@
 """Which cells there are, which are run next, and what becomes of their results."""
 
 import json
+import re
 import runpy
 
 import numpy as np
@@ -267,8 +268,15 @@ def test_the_report_says_what_is_missing_and_keeps_other_sections(tmp_path):
     path = epath.Path(tmp_path) / "RESULTS.md"
     sweep = make_sweep(tmp_path / "a", only=("1", "4"))
     finish_all(sweep)
-    report.write_section(path, sweep, results.collect(sweep))
+    tables = results.collect(sweep)
+    results.write(tables, sweep.directory)
+    plots.write(tables, sweep.directory)
+    report.write_section(path, sweep, tables)
     whole = path.read_text()
+    for link in re.findall(r"!\[.*\]\((.*)\)", whole):
+        assert (tmp_path / link).read_bytes() == (tmp_path / "a" / link[-11:]).read_bytes()
+    assert len(re.findall("claim-[14].png", whole)) == 2
+    assert (tmp_path / "results/mnist5k/claims.csv").read_text().startswith("claim,series")
     assert "not complete" not in whole
     assert f"in {sweep.num_cells() / 100:.1f} hours" in whole
     assert "MUSIC minus vicreg: linear +0.0" in whole

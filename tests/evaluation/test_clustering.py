@@ -60,3 +60,14 @@ def test_the_segment_most_agreed_upon_is_the_one_without_errors():
     labels, codes, _ = _planted()
     codes[:, 3] = labels
     assert np.argmax(agreement_between_segments(codes)) == 3
+
+
+def test_agreement_is_the_mean_of_scikit_learns():
+    _, codes, _ = _planted(units=7)
+    codes[:, 1] = codes[:, 4] = 2  # neither of the two splits the samples
+    expected = [
+        np.mean([normalized_mutual_info_score(a, b) for j, b in enumerate(codes.T) if j != i])
+        for i, a in enumerate(codes.T)
+    ]
+    np.testing.assert_allclose(agreement_between_segments(codes), expected, rtol=1e-9)
+    np.testing.assert_array_equal(agreement_between_segments(codes[:, :1]), [0])
