@@ -30,6 +30,9 @@ def main() -> None:
         raise UserError("--config=FILE is missing, such as --config=configs/mnist5k.py")
     if not cli.WORKDIR.value:
         raise UserError("--workdir=DIR is missing: the directory for checkpoints and results")
+    from music_jax.host_memory import use_few_arenas
+
+    use_few_arenas()
     from music_jax.train.profile import parse_steps
 
     text = flags.FLAGS.profile

@@ -10,8 +10,8 @@ printed. Ends with exit code 1 if anything grew:
 
 - memory, if the line through its samples after the warm-up (Theil and Sen's, which no outlier
   bends) rises by more than --tolerance of their median from its begin to its end;
-- open files, threads, children and files in the workdir, if fewer of them were ever open at once in
-  the first quarter after the warm-up than in the last: what leaks never goes away again.
+- open files, threads, children and entries of the workdir, if fewer of them were ever there at once
+  in the first quarter after the warm-up than in the last: what leaks never goes away again.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import psutil
 import tqdm
 from processes import DIGITS, ROOT, metrics
 
-COUNTED = ("open_files", "threads", "children", "workdir_files")
+COUNTED = ("open_files", "threads", "children", "workdir_entries")
 CONFIG = (
     DIGITS,
     "--config.num_epochs=1000000",
@@ -67,9 +67,19 @@ def sample(process: psutil.Process, workdir: pathlib.Path) -> dict[str, int]:
             continue
         for name, value in zip(("rss", "open_files", "threads"), values, strict=True):
             found[name] += value
-    found["workdir_files"] = sum(len(files) for _, _, files in os.walk(workdir))
+    found["workdir_entries"] = _entries(workdir)
     found["step"] = last_step(workdir)
     return found
+
+
+def _entries(workdir: pathlib.Path) -> int:
+    """Files and folders of the workdir, each checkpoint as one: how many it has inside varies."""
+    checkpoints = workdir / "checkpoints"
+    return sum(
+        len(folders) + len(files)
+        for at, folders, files in os.walk(workdir)
+        if checkpoints not in pathlib.Path(at).parents
+    )
 
 
 def last_step(workdir: pathlib.Path) -> int:
