@@ -131,7 +131,7 @@ def table(result: dict[str, dict]) -> str:
     for name in COUNTED:
         row = result[name]
         rows.append((name, f"{row['before']} at least, then {row['after']}", row["flat"]))
-    return "\n".join(f"{n:14s} {t:58s} {'flat' if ok else 'GROWS'}" for n, t, ok in rows)
+    return "\n".join(f"{n:15s} {t:58s} {'flat' if ok else 'GROWS'}" for n, t, ok in rows)
 
 
 def main() -> None:

@@ -72,7 +72,8 @@ def _section(sweep: Sweep, tables: list[Table]) -> str:
         "with the first seed: for each method alone among "
         f"{', '.join(f'{rate:g}' for rate in settings.learning_rates)}, and for its other depths, "
         f"dimensions and batch sizes among that one and what is {settings.rate_step:g} times less "
-        "and more. Where the objective's weights or the augmentations change, the rate stays.",
+        "and more. One training judges a rate, on few images: neighbouring rates may be told apart "
+        "by chance. Where the objective's weights or the augmentations change, the rate stays.",
     ]
     if done < total:
         lines[3:3] = ["", _INCOMPLETE]
@@ -106,6 +107,11 @@ def _core_seconds(sweep: Sweep) -> float:
 def _findings(table: Table) -> list[str]:
     by_claim = {1: _objectives, 2: _dependence, 3: _dependence, 4: _dependence, 7: _factors}
     found = by_claim.get(table["claim"], _against_the_first)(table)
+    if table["claim"] == 4:
+        found.append(
+            "The epochs are the same for all, so a batch twice as large takes half the steps: a "
+            "loss at a large batch may be one of steps."
+        )
     missing = [r for r in table["rows"] if r["seeds"] < r["seeds_wanted"]]
     if missing:
         found.append(f"Not complete: {len(missing)} of {len(table['rows'])} rows lack seeds.")

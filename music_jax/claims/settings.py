@@ -62,7 +62,7 @@ _SMALL = {
     "linear_eval.num_epochs": 30,
     "num_decode_threads": 1,
 }
-_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 _DIMENSIONS = ((8, 8), (64, 64))  # an eighth of the configs' own, and eight times it
 
 SETTINGS: dict[str, Settings] = {
