@@ -31,7 +31,7 @@ def write_section(path: epath.Path, sweep: Sweep, tables: list[Table]) -> None:
     The plots and the tables as JSON and CSV, which are in the sweep's directory already, are copied
     to `results/DATASET` beside it.
     """
-    name = sweep.config.dataset.name.partition("/")[0]
+    name = _dataset(sweep)
     beside = path.parent / "results" / name
     beside.mkdir(parents=True, exist_ok=True)
     files = ["claims.json", "claims.csv", *(plot_name(table) for table in tables)]
@@ -47,6 +47,10 @@ def write_section(path: epath.Path, sweep: Sweep, tables: list[Table]) -> None:
     else:
         text = f"{text.rstrip()}\n\n{section}\n"
     path.write_text(text)
+
+
+def _dataset(sweep: Sweep) -> str:
+    return sweep.config.dataset.name.partition("/")[0]
 
 
 def _section(sweep: Sweep, tables: list[Table]) -> str:
@@ -82,7 +86,7 @@ def _section(sweep: Sweep, tables: list[Table]) -> str:
         lines += [markdown(table), ""]
         lines += [f"- {text}" for text in _findings(table)]
         if (sweep.directory / plot_name(table)).exists():
-            place = f"results/{config.dataset.name.partition('/')[0]}/{plot_name(table)}"
+            place = f"results/{_dataset(sweep)}/{plot_name(table)}"
             lines += ["", f"![{table['title']}]({place})"]
     return "\n".join(lines)
 

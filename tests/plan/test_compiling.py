@@ -12,6 +12,13 @@ from music_jax.plan import compiling
 _GIB = 2**30
 
 
+def _small_config():
+    config = default_config()
+    config.batch_size, config.crop.size = 4, 32
+    config.backbone.name, config.objective.num_segments = "small_resnet", 4
+    return config
+
+
 @pytest.mark.parametrize(
     ("topology", "chips", "devices", "published_gib"),
     [("v5e:2x2", 4, 4, 16), ("v3:2x2", 4, 8, 32), ("v4:2x2x1", 4, 4, 32), ("v6e:4x4", 16, 16, 32)],
@@ -30,9 +37,7 @@ def test_a_slice_that_does_not_exist_is_told():
 
 
 def test_what_does_not_fit_is_a_figure_and_not_an_error(four_chips, monkeypatch):
-    config = default_config()
-    config.batch_size, config.crop.size = 4, 32
-    config.backbone.name, config.objective.num_segments = "small_resnet", 4
+    config = _small_config()
 
     def too_large(recipe, state, mesh, images_shape):
         whole = NamedSharding(mesh, PartitionSpec())
@@ -47,9 +52,7 @@ def test_what_does_not_fit_is_a_figure_and_not_an_error(four_chips, monkeypatch)
 
 
 def test_a_program_that_jax_cannot_read_leaves_what_xla_says(four_chips, monkeypatch):
-    config = default_config()
-    config.batch_size, config.crop.size = 4, 32
-    config.backbone.name, config.objective.num_segments = "small_resnet", 4
+    config = _small_config()
 
     def product(recipe, state, mesh, images_shape):
         whole = NamedSharding(mesh, PartitionSpec())
