@@ -1,8 +1,9 @@
 """Drawings whose factors are known: what each segment is about can be measured.
 
 Paper: MUSIC, Niu & Wang, arXiv 2206.06461 (which has no experiment on this dataset).
-Expected: see RESULTS.md; not yet measured at this config's own settings.
-Hardware and time: not yet measured.
+Expected: of the shape, linear top-1 0.790, 0.796, 0.800, kNN top-1 0.855, 0.855, 0.871 (seeds 0, 1,
+2); raw pixels 0.141 and 0.360, a random backbone 0.244 and 0.323.
+Hardware and time: one H100 and 2 CPU cores, 157 s with six other runs beside it on that GPU.
 Command: python -m music_jax.main --config=configs/shapes.py --workdir=runs/shapes
 
 The label is the shape; --config.dataset.label_key=hue (or any other factor) takes another one.
@@ -17,7 +18,7 @@ from music_jax.config import default_config, set_views
 def get_config() -> config_dict.ConfigDict:
     """The config."""
     config = default_config()
-    config.batch_size = 256
+    config.batch_size = 128
     config.num_epochs = 40
     config.log_every_steps = 31
     config.tensorboard = False  # to load TensorFlow takes 9 s and half a GB
@@ -33,12 +34,12 @@ def get_config() -> config_dict.ConfigDict:
     config.crop.scale = (0.5, 1.0)
     set_views(
         config,
-        jitter_probability=0.8,
-        brightness=0.4,
-        contrast=0.4,
+        jitter_probability=1.0,
+        brightness=0.6,
+        contrast=0.6,
         saturation=0.4,
-        hue=0.1,
-        grayscale_probability=0.2,
+        hue=0.5,  # all hues: with 0.1 (linear top-1 0.318) the colours are learned, not the shape
+        grayscale_probability=0.5,
     )
 
     config.backbone.name = "small_resnet"
@@ -47,16 +48,17 @@ def get_config() -> config_dict.ConfigDict:
     config.projector.hidden_sizes = ()
 
     config.optimizer.name = "adamw"
-    config.optimizer.base_learning_rate = 1e-2
-    config.optimizer.weight_decay = 1e-4
-    config.optimizer.warmup_epochs = 3
+    config.optimizer.base_learning_rate = 2e-2
+    config.optimizer.weight_decay = 3e-2
+    config.optimizer.warmup_epochs = 4
 
-    config.checkpoint.every_steps = 310
+    config.checkpoint.every_steps = 500
 
     config.linear_eval.num_epochs = 50
     config.linear_eval.base_learning_rates = (3e-3, 1e-2, 3e-2)
     config.linear_eval.weight_decay = 3e-2
     config.linear_eval.random_crops = False
     config.linear_eval.standardize = True
+    config.linear_eval.raw_pixels = True
     config.linear_eval.random_init = True
     return config

@@ -92,7 +92,13 @@ SETTINGS: dict[str, Settings] = {
         batch_sizes=(16, 1024),
         augmentations={
             "no jitter": _both_views(jitter_probability=0.0, grayscale_probability=0.0),
-            "jitter of all hues": _both_views(jitter_probability=1.0, hue=0.5),
+            "weak jitter": _both_views(
+                jitter_probability=0.8,
+                brightness=0.4,
+                contrast=0.4,
+                hue=0.1,
+                grayscale_probability=0.2,
+            ),
             "no crops": {"crop.scale": (1.0, 1.0), "crop.aspect_ratio": (1.0, 1.0)},
             "rotation": _both_views(affine_probability=1.0, rotation_degrees=180.0),
             "none": {
