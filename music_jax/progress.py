@@ -47,7 +47,7 @@ def bar(total: int, *, unit: str, description: str, done: int = 0) -> Any:
         total=total,
         initial=done,
         unit=unit,
-        unit_scale=True,
+        unit_scale=total >= 10_000,
         desc=description,
         file=file,
         ncols=100 if unknown else None,

@@ -18,6 +18,7 @@ SHARES = {
     "linear_top1": "linear",
     "knn_top1": "kNN",
     "ten_shot_top1": "10-shot",
+    "all_factors_top1": "all factors",
     "segment_accuracy": "one segment's clusters",
     "joint_code_accuracy": "joint code's clusters",
     "segments_label_nmi_mean": "NMI with labels",
@@ -28,7 +29,14 @@ SHARES = {
 }
 NUMBERS = {"rankme": "RankMe", "embedding_rankme": "RankMe of embeddings"}
 _SHOWN = {
-    1: ("linear_top1", "knn_top1", "ten_shot_top1", "segment_accuracy", "joint_code_accuracy"),
+    1: (
+        "linear_top1",
+        "knn_top1",
+        "ten_shot_top1",
+        "all_factors_top1",
+        "segment_accuracy",
+        "joint_code_accuracy",
+    ),
     5: (
         "linear_top1",
         "knn_top1",
@@ -42,7 +50,7 @@ _SHOWN = {
     6: ("linear_top1", "knn_top1", "ten_shot_top1", "usage_entropy", "joint_code_accuracy"),
     7: ("linear_top1", "knn_top1", "joint_code_accuracy", "usage_entropy"),
 }
-_SHOWN_ELSE = ("linear_top1", "knn_top1", "ten_shot_top1")
+_SHOWN_ELSE = ("linear_top1", "knn_top1", "ten_shot_top1", "all_factors_top1")
 
 Table = dict[str, Any]
 
@@ -109,6 +117,12 @@ def _search(sweep: Sweep, point: Point, rates: tuple[float, ...]) -> dict[str, f
 
 
 def _measures(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    results = [
+        result | {"all_factors_top1": float(np.mean(result["factor_linear_top1"]))}
+        if "factor_linear_top1" in result
+        else result
+        for result in results
+    ]
     measures = {}
     for name in (*SHARES, *NUMBERS):
         values = [result[name] for result in results if name in result]

@@ -52,11 +52,12 @@ def accuracy_of(cell):
     return 0.97 - 0.01 * abs(np.log10(cell.learning_rate / best)) + noise
 
 
-def finish_all(sweep):
+def finish_all(sweep, **measured):
     while missing := sweep.missing():
         for cell in missing:
             top1 = accuracy_of(cell)
-            finish(sweep, cell, linear_top1=top1, knn_top1=top1 - 0.01, ten_shot_top1=top1 - 0.05)
+            measures = {"linear_top1": top1, "knn_top1": top1 - 0.01, "ten_shot_top1": top1 - 0.05}
+            finish(sweep, cell, **measures | measured)
 
 
 @pytest.mark.parametrize(
@@ -294,6 +295,15 @@ def test_the_report_says_what_is_missing_and_keeps_other_sections(tmp_path):
     mine = text[text.index("## mnist5k") : text.index("<!-- end of claims: mnist5k")]
     assert "**The tables are not complete**" in mine
     assert "2/3" in mine
+
+
+def test_the_mean_over_all_factors_is_shown_where_there_are_factors(tmp_path):
+    sweep = make_sweep(tmp_path, "shapes", only=("1",), seeds=2)
+    finish_all(sweep, factor_linear_top1=[0.2, 0.6])
+    table = results.collect(sweep)[0]
+    assert table["rows"][0]["measures"]["all_factors_top1"]["mean"] == pytest.approx(0.4)
+    assert "| all factors |" in results.markdown(table)
+    assert "| 40.0 ± 0.0 |" in results.markdown(table)
 
 
 def test_every_claim_has_a_plot(tmp_path):
