@@ -102,7 +102,7 @@ def make_claims(config: config_dict.ConfigDict, settings: Settings) -> list[Clai
             tuple(
                 Point(method, size, _batch(method, size, config))
                 for method in compared
-                for size in settings.batch_sizes
+                for size in sorted({config.batch_size, *settings.batch_sizes})
             ),
         ),
         Claim(

@@ -18,7 +18,7 @@ def write(tables: list[Table], directory: epath.Path) -> None:
     for table in tables:
         if not any(row["measures"] for row in table["rows"]):
             continue
-        if any(row.get("factor_nmi") for row in table["rows"]) and table["claim"] == 7:
+        if any(row.get("factor_nmi") for row in table["rows"]):
             figure = _heat_maps(table)
         elif all(isinstance(row["x"], int) for row in table["rows"]):
             figure = _lines(table)

@@ -1,4 +1,4 @@
-"""What evaluating a run costs, and how far each protocol is from outside implementations.
+"""What evaluating a run costs, and how far figures of features are from outside implementations.
 
     python tests/benchmarks/protocols.py --workdir=runs/mnist5k --json=protocols.json
 
@@ -73,14 +73,14 @@ def linear(run: Run) -> tuple[float, float]:
     return feature_protocols.linear(run)["top1"], theirs.score(b, test.labels)
 
 
-def knn(run: Run, k: int) -> tuple[float, float]:
+def knn(run: Run, k: int) -> float:
+    """scikit-learn's accuracy."""
     train, test = run.train(), run.test()
     temperature = run.config.knn.temperature
     theirs = KNeighborsClassifier(
         k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / temperature)
     ).fit(train.features.astype(np.float64), train.labels)
-    score = theirs.score(test.features.astype(np.float64), test.labels)
-    return feature_protocols.knn(run)["top1_by_k"][str(k)], score
+    return theirs.score(test.features.astype(np.float64), test.labels)
 
 
 def retrieval(run: Run) -> tuple[float, float]:
@@ -122,7 +122,7 @@ def lidar(run: Run) -> tuple[float, float]:
 def alpha_req(run: Run) -> tuple[float, float]:
     z = run.test().features.astype(np.float64)
     values = np.linalg.eigvalsh(np.cov(z.T, bias=True))[::-1]
-    ranks = np.arange(6, 51)
+    ranks = np.arange(6, min(50, len(values)) + 1)
     x, y, w = np.log(ranks), np.log(values[ranks - 1]), 1 / ranks
     x, y = x - np.average(x, weights=w), y - np.average(y, weights=w)
     return label_free.alpha_req(z), float(-np.sum(w * x * y) / np.sum(w * x * x))
@@ -164,8 +164,8 @@ def agreement(run: Run) -> list[dict[str, Any]]:
     protocols: dict[str, Callable[[], tuple[float, float]]] = {
         "linear probe, top-1: scikit-learn, logistic regression": lambda: linear(run),
         **{
-            f"kNN, k {k}, top-1: scikit-learn": lambda k=k: knn(run, k)
-            for k in sorted({run.config.knn.k, *run.config.knn.more_k})
+            f"kNN, k {k}, top-1: scikit-learn": lambda k=k, top1=top1: (top1, knn(run, int(k)))
+            for k, top1 in feature_protocols.knn(run)["top1_by_k"].items()
         },
         f"mAP of {QUERIES} queries: scikit-learn": lambda: retrieval(run),
         "RankMe: numpy": lambda: rankme(run),

@@ -306,6 +306,15 @@ def test_the_mean_over_all_factors_is_shown_where_there_are_factors(tmp_path):
     assert "| 40.0 ± 0.0 |" in results.markdown(table)
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_batch_sizes_stand_beside_the_configs_own(tmp_path, name):
+    (claim,) = make_sweep(tmp_path, name, only=("4",)).claims
+    sizes = [point.x for point in claim.points if point.series == "music"]
+    assert load(name).batch_size in sizes
+    assert sizes == sorted({*sizes})
+    assert len(sizes) >= 3
+
+
 def test_every_claim_has_a_plot(tmp_path):
     sweep = make_sweep(tmp_path, "shapes", only=("1", "2", "7"), seeds=1)
     finish_all(sweep)
