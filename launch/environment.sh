@@ -87,9 +87,7 @@ ensure_environment() {
       mv "$copy" "$(stamp "$file")"
     done
     if ! has_accelerator; then
-      packages=("jax[$accelerator]")
-      # Workdirs of TPU machines are buckets.
-      if [[ $accelerator == tpu ]]; then packages+=(gcsfs); fi
+      packages=("jax[$accelerator]" gcsfs)  # workdirs of rented machines are buckets
       install "${packages[*]}" -c "$root/$1" "${packages[@]}"
       touch "$venv/installed-jax-$accelerator"
     fi

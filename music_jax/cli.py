@@ -23,10 +23,14 @@ _DATA = (
     "grain",
     "matplotlib",
     "mlxtend",
+    "simplejpeg",
     "sklearn",
     "tensorflow_datasets",
     "threadpoolctl",
 )
+# Buckets are reached by gcsfs, also where TensorFlow is installed, which takes seconds to load.
+os.environ.setdefault("EPATH_USE_TF", "false")
+
 # What a file system says that is full or may not be written to.
 _OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 

@@ -11,6 +11,7 @@ from etils import epath
 
 from music_jax import progress
 from music_jax.claims.cells import Cell, Sweep
+from music_jax.claims.grid import Setting
 from music_jax.claims.run_cell import CellTask
 from music_jax.errors import UnusableDataError
 from music_jax.records import as_json
@@ -89,7 +90,7 @@ def run_missing(sweep: Sweep, *, cores: list[int | None]) -> None:
     """
     total = sweep.num_cells()
     lock = threading.Lock()
-    in_work: set[str] = set()
+    in_work: dict[str, Cell] = {}
     failed: dict[str, str] = {}
     done = sum(
         sweep.result(cell) is not None
@@ -101,13 +102,16 @@ def run_missing(sweep: Sweep, *, cores: list[int | None]) -> None:
     changed = threading.Condition(lock)
     bar = progress.bar(total, unit="cell", description="claims", done=done)
 
-    def next_cell() -> Cell | None:
+    def next_cell(last: Setting | None) -> Cell | None:
+        """For a worker whose last cell was of a setting: a setting's programs are compiled once."""
         with changed:
             while not stopping.is_set():
                 missing = [c for c in sweep.missing() if c.name not in failed]
                 free = [c for c in missing if c.name not in in_work]
+                others = {c.setting.name for c in in_work.values()}
+                free.sort(key=lambda c: (c.setting != last, c.setting.name in others))
                 if free:
-                    in_work.add(free[0].name)
+                    in_work[free[0].name] = free[0]
                     return free[0]
                 if not in_work:
                     return None
@@ -115,7 +119,9 @@ def run_missing(sweep: Sweep, *, cores: list[int | None]) -> None:
             return None
 
     def work(worker: _Worker) -> None:
-        while (cell := next_cell()) is not None:
+        last = None
+        while (cell := next_cell(last)) is not None:
+            last = cell.setting
             task = CellTask(
                 directory=str(sweep.directory / cell.name),
                 config=as_json(sweep.cell_config(cell)),
@@ -129,7 +135,7 @@ def run_missing(sweep: Sweep, *, cores: list[int | None]) -> None:
                 if error is None or stopping.is_set():
                     break
             with changed:
-                in_work.discard(cell.name)
+                del in_work[cell.name]
                 if error is not None and not stopping.is_set():
                     failed[cell.name] = error
                     progress.say(f"{cell.name} failed: {error}; see {worker.log}")

@@ -69,10 +69,10 @@ SETTINGS: dict[str, Settings] = {
     "mnist5k": Settings(
         learning_rates=_RATES,
         search_splits=("train[:80%]", "train[80%:]"),
-        overrides=_SMALL,
+        overrides=_SMALL | {"num_epochs": 6},
         embeddings=_DIMENSIONS,
         batch_sizes=(16, 1024),
-        full_recipe={"num_epochs": 120},
+        full_recipe={"num_epochs": 80},
         in_memory=True,
     ),
     "digits": Settings(

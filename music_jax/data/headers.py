@@ -23,7 +23,7 @@ _START_OF_SCAN, _END_OF_IMAGE, _APP1 = 0xDA, 0xD9, 0xE1
 # The next marker that a segment follows: none of stuffed and fill bytes, TEM, RST0 to RST7, SOI.
 _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)
 _AT_ONCE = frozenset(b for n in range(256) if _MARKER.fullmatch(b := bytes((0xFF, n))))
-_LENGTH, _FRAME = struct.Struct(">H"), struct.Struct(">HHB")
+_LENGTH, _FRAME = struct.Struct(">H"), struct.Struct(">BHHB")
 
 # Decoders go over all pixels for each scan, however few bytes it has. What programs write has ten
 # scans or so; as many pixels as this take two seconds.
@@ -38,11 +38,14 @@ class Header(NamedTuple):
       height: in pixels.
       width: in pixels.
       is_jpeg: whether it can be decoded at a half, a quarter or an eighth of its size.
+      is_plain: whether it is a JPEG as most are: eight bits, three components, not turned or
+        mirrored by its Exif orientation.
     """
 
     height: int
     width: int
     is_jpeg: bool = False
+    is_plain: bool = False
 
 
 def read_header(encoded: bytes) -> Header:
@@ -88,19 +91,22 @@ def _parse(encoded: bytes) -> Header:
 
 
 def _jpeg(encoded: bytes) -> Header:
-    at, turned = 2, False
+    at, orientation = 2, 1
     for _ in range(_MAX_JPEG_SEGMENTS):
         marker, at = _next_segment(encoded, at)
         if marker in (None, _START_OF_SCAN, _END_OF_IMAGE):
             break
         (length,) = _LENGTH.unpack_from(encoded, at)
         if marker in _START_OF_FRAME:
-            height, width, components = _FRAME.unpack_from(encoded, at + 3)
+            bits, height, width, components = _FRAME.unpack_from(encoded, at + 2)
             if marker not in _SEQUENTIAL or not _has_one_scan(encoded, at + length, components):
                 _check_scans(encoded, at + length, height * width)
-            return Header(width, height, True) if turned else Header(height, width, True)
+            if orientation >= 5:
+                height, width = width, height
+            is_plain = (bits, components, orientation) == (8, 3, 1)
+            return Header(height, width, is_jpeg=True, is_plain=is_plain)
         if marker == _APP1 and encoded[at + 2 : at + 8] == b"Exif\0\0":
-            turned = _is_turned(encoded[at + 8 : at + length])
+            orientation = _orientation(encoded[at + 8 : at + length])
         at += length
     raise UndecodableError("its header gives no size")
 
@@ -144,8 +150,11 @@ def _check_scans(encoded: bytes, at: int, pixels: int) -> None:
     raise UndecodableError(f"it has more than {most} scans, more than are read")
 
 
-def _is_turned(exif: bytes) -> bool:
-    """Whether the orientation of an Exif block exchanges height and width; False if damaged."""
+def _orientation(exif: bytes) -> int:
+    """How an Exif block says to turn the image: 2 to 8, from 5 on with its sides exchanged; else 1.
+
+    Of a damaged block, 1.
+    """
     try:
         order = {b"II": "<", b"MM": ">"}[exif[:2]]
         (at,) = struct.unpack_from(order + "I", exif, 4)
@@ -153,10 +162,10 @@ def _is_turned(exif: bytes) -> bool:
         for entry in range(min(count, _MAX_EXIF_ENTRIES)):
             tag, _, _, value = struct.unpack_from(order + "HHIH", exif, at + 2 + 12 * entry)
             if tag == _ORIENTATION:
-                return 5 <= value <= 8
+                return value if 2 <= value <= 8 else 1
     except (KeyError, struct.error):
         pass
-    return False
+    return 1
 
 
 def _webp(encoded: bytes) -> Header:

@@ -163,7 +163,9 @@ class _TrainingBatches:
     def _cut_views(self, sample_index: int, plan: "_Plan", views: np.ndarray) -> None:
         smallest = min(min(box.height, box.width) for box in plan.boxes)
         reduction = largest_reduction(plan.header, smallest / self.crop.size)
-        image = decode(plan.encoded, self.channels, header=plan.header, reduction=reduction)
+        image = decode(
+            plan.encoded, self.channels, header=plan.header, reduction=reduction, quick=True
+        )
         boxes, flips = plan.boxes, plan.flips
         if reduction == 1 and image.shape[:2] != (plan.header.height, plan.header.width):
             ((boxes, flips),) = self._draw([sample_index], [image.shape[:2]])  # a turned PNG, say

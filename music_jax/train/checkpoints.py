@@ -351,7 +351,9 @@ def _shortened(error: Exception) -> str:
 
 
 def _unfinished(directory: epath.Path) -> list[epath.Path]:
-    return sorted(path for path in directory.iterdir() if _TEMPORARY in path.name)
+    with contextlib.suppress(FileNotFoundError):  # a bucket's is there once it holds something
+        return sorted(path for path in directory.iterdir() if _TEMPORARY in path.name)
+    return []
 
 
 def _on_host(tree: dict[str, Any]) -> dict[str, Any]:

@@ -10,10 +10,11 @@ makes 500 x 375 JPEGs from scikit-image's photos in a temporary folder, and comp
 - pillow: Pillow reads and decodes each file, and cuts the same two crops by
   `Image.resize(box=...)`, bilinear: what torchvision does by default.
 
-Each is run on one thread and on two. They take short turns, in another order each time, so that the
-load of the machine is the same for all; a rate is the median of its turns, a ratio the median of
-the turns' ratios. `wall` goes by the clock, `core` by the time that the process spent on the cores,
-which other programs disturb less. Beside the ratios stands what is asked of them.
+Each is run on one thread and on two. They take turns of some seconds, in another order each time,
+so that the load of the machine is the same for all; a loader is made anew for each turn, and its
+first batches fill new memory. A rate is the median of its turns, a ratio the median of the turns'
+ratios. `wall` goes by the clock, `core` by the time that the process spent on the cores, which
+other programs disturb less. Beside the ratios stands what is asked of them.
 
 `--part=memory` reads 20,000 samples and prints the resident memory on the way.
 """
@@ -43,7 +44,7 @@ from music_jax.data.loader import TrainingOrder, training_batches
 from music_jax.data.sources import Source
 
 WIDTH, HEIGHT, QUALITY, SIZE = 500, 375, 95, 224
-BATCH, TURN = 64, 256
+BATCH, TURN = 64, 2048
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field")
 
 
@@ -212,8 +213,8 @@ def print_table(result: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=("rates", "memory"), default="rates")
-    parser.add_argument("--files", type=int, default=1024)
-    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--files", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--samples", type=int, default=20_000, help="names in the folder")
     parser.add_argument("--json", help="where to write the figures too")
     arguments = parser.parse_args()

@@ -21,7 +21,7 @@ _TINY = (
     "--only=1",
     "--seeds=2",
 )
-_NUM_CELLS = 4 * (4 + 2) + 2
+_NUM_CELLS = 4 * (5 + 2) + 2
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(tmp_path, data):
         assert 0.1 < row["measures"]["linear_top1"]["mean"] < 1
         assert ("joint_code_accuracy" in row["measures"]) == (row["series"] == "music")
     assert (output / "claim-1.png").exists()
-    assert "26 of 26 cells done" in table.read_text()
+    assert f"{_NUM_CELLS} of {_NUM_CELLS} cells done" in table.read_text()
 
     code, out, _ = run(_CLAIMS, *arguments)
     assert code == 0
@@ -94,7 +94,7 @@ def test_a_cell_trains_what_the_main_command_trains(tmp_path, data):
     found = {line["step"]: line["loss"] for line in metrics(cell)}
     assert set(found) == {11, 22}  # one line an epoch
     wanted = [expected[step] for step in found]
-    np.testing.assert_allclose(list(found.values()), wanted, rtol=1e-5)
+    np.testing.assert_allclose(list(found.values()), wanted, rtol=1e-4)  # of other threads' sums
     top1 = json.loads((tmp_path / "main" / "linear_eval.json").read_text())["top1"]
     result = json.loads((cell / "result.json").read_text())
     assert result["linear_top1"] == pytest.approx(top1, abs=0.02)

@@ -8,6 +8,7 @@ import tracemalloc
 import cv2
 import numpy as np
 import pytest
+import skimage
 from PIL import Image, ImageOps
 
 from music_jax.data.decode import decode, largest_reduction
@@ -86,6 +87,27 @@ def test_grays_are_those_that_pillow_reads(name):
     assert np.abs(found - expected).max() <= 3
 
 
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("reduction", [1, 2, 4, 8])
+def test_jpegs_have_the_pixels_that_opencv_decodes(subsampling, reduction):
+    jpeg = _save(_RGB, "JPEG", quality=90, subsampling=subsampling)
+    flag = {1: cv2.IMREAD_COLOR} | {n: getattr(cv2, f"IMREAD_REDUCED_COLOR_{n}") for n in (2, 4, 8)}
+    expected = cv2.imdecode(np.frombuffer(jpeg, np.uint8), flag[reduction])[..., ::-1]
+    assert read_header(jpeg).is_plain
+    np.testing.assert_array_equal(decode(jpeg, 3, reduction=reduction), expected)
+
+
+@pytest.mark.parametrize("quality", [75, 95])
+def test_quick_decoding_differs_by_a_grey_level_or_so_on_average(quality):
+    photo = Image.fromarray(skimage.data.astronaut())
+    jpeg = _save(photo, "JPEG", quality=quality)
+    accurate, quick = (decode(jpeg, 3, quick=quick).astype(int) for quick in (False, True))
+    assert 0 < np.abs(quick - accurate).mean() < 2
+    assert np.abs((quick - accurate).mean(axis=(0, 1))).max() < 1.5  # of each colour
+    for name in ("jpeg_gray", "jpeg_cmyk", "jpeg_orientation_6", "png"):
+        np.testing.assert_array_equal(decode(_CASES[name], 3, quick=True), decode(_CASES[name], 3))
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_sixteen_bits_are_scaled_to_eight(channels):
     values = _photo()[..., :1].astype(np.uint16) * 256 + 77
@@ -97,9 +119,10 @@ def test_sixteen_bits_are_scaled_to_eight(channels):
 @pytest.mark.parametrize("name", _CASES)
 def test_headers_give_the_size_without_decoding(name):
     image = Image.open(io.BytesIO(_CASES[name]))
-    turned = image.getexif().get(_ORIENTATION, 1) >= 5 and name.startswith("jpeg")
-    width, height = image.size[::-1] if turned else image.size
-    assert read_header(_CASES[name]) == Header(height, width, name.startswith("jpeg"))
+    is_jpeg, orientation = name.startswith("jpeg"), image.getexif().get(_ORIENTATION, 1)
+    width, height = image.size[::-1] if is_jpeg and orientation >= 5 else image.size
+    is_plain = is_jpeg and image.mode == "RGB" and orientation == 1
+    assert read_header(_CASES[name]) == Header(height, width, is_jpeg, is_plain)
 
 
 def test_a_jpeg_with_a_thumbnail_and_fill_bytes_has_its_own_size():
@@ -124,7 +147,7 @@ def test_what_is_no_image_is_refused(encoded):
 
 def test_damage_anywhere_gives_an_image_or_the_error_that_is_meant():
     rng = np.random.default_rng(0)
-    for name in ("jpeg_orientation_6", "png_palette", "webp_lossy", "webp", "bmp", "gif"):
+    for name in ("jpeg", "jpeg_orientation_6", "png_palette", "webp_lossy", "webp", "bmp", "gif"):
         for _ in range(60):
             damaged = bytearray(_CASES[name])
             for at in rng.integers(0, min(len(damaged), 300), 3):
