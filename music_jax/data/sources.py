@@ -205,6 +205,8 @@ def prepare(dataset: config_dict.ConfigDict) -> None:
             file_format="array_record",
         )
     except OSError as error:
+        if _builder(dataset).is_prepared():  # by another process, which was faster
+            return
         raise UserError(
             f"cannot prepare dataset {dataset.name!r} in {builder.data_path}: {error}; choose "
             "another place with --config.dataset.data_dir=DIR"

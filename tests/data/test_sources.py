@@ -83,6 +83,37 @@ def test_our_datasets_are_prepared_and_read_without_tensorflow(tmp_path):
     assert run.stdout.split()[-1:] == ["718"], run.stderr
 
 
+def test_processes_that_prepare_the_same_dataset_at_once_all_succeed(tmp_path):
+    program = (
+        "import sys\n"
+        "import tensorflow_datasets\n"
+        "from music_jax.config import default_config\n"
+        "from music_jax.data.sources import open_source, prepare\n"
+        "dataset = default_config().dataset\n"
+        f"dataset.update(name='digits', data_dir={str(tmp_path)!r})\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        "prepare(dataset); print(len(open_source(dataset, 'train')))\n"
+    )
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    for run in runs:
+        assert run.stdout.readline() == "ready\n"
+    for run in runs:
+        run.stdin.write("go\n")
+        run.stdin.flush()
+    for run in runs:
+        output, errors = run.communicate(timeout=120)
+        assert output.split()[-1:] == ["1437"], errors
+
+
 def test_part_of_a_split_is_that_part(data_dir):
     dataset = _dataset("digits", data_dir)
     prepare(dataset)
