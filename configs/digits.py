@@ -57,7 +57,7 @@ def get_config() -> config_dict.ConfigDict:
     config.linear_eval.base_learning_rates = (1e-2, 3e-2, 1e-1)
     config.linear_eval.weight_decay = 3e-2
     config.linear_eval.random_crops = False
-    config.linear_eval.standardize = True
+    config.linear_eval.feature_scaling = "standardize"
     config.linear_eval.raw_pixels = True
     config.linear_eval.random_init = True
     return config

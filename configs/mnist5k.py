@@ -19,8 +19,8 @@ def get_config() -> config_dict.ConfigDict:
     config.log_every_steps = 31
     config.tensorboard = False  # to load TensorFlow takes 9 s and half a GB
 
-    config.objective.num_segments = 32
-    config.objective.units_per_segment = 16
+    config.objective.num_segments = 64
+    config.objective.units_per_segment = 8
 
     config.dataset.name = "mnist5k"
     config.dataset.num_channels = 1
@@ -62,7 +62,7 @@ def get_config() -> config_dict.ConfigDict:
     config.linear_eval.base_learning_rates = (3e-2, 6e-2, 1e-1)
     config.linear_eval.weight_decay = 3e-2
     config.linear_eval.random_crops = False
-    config.linear_eval.standardize = True
+    config.linear_eval.feature_scaling = "whiten"
     config.linear_eval.raw_pixels = True
     config.linear_eval.random_init = True
     return config

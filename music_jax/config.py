@@ -176,6 +176,7 @@ def view_augmentations(config: config_dict.ConfigDict) -> tuple[ViewAugmentation
 
 def choices() -> dict[str, tuple[Any, ...]]:
     """The fields that take one of a few values, by dotted name, with these values."""
+    from music_jax.evaluation.feature_scaling import FEATURE_SCALINGS
     from music_jax.models import BACKBONES
     from music_jax.models.resnet import STEMS
     from music_jax.train.objective import OBJECTIVES
@@ -189,6 +190,7 @@ def choices() -> dict[str, tuple[Any, ...]]:
         "compute_dtype": ("float32", "bfloat16"),
         "dataset.num_channels": (1, 3),
         "guards.policy": ("stop", "rewind"),
+        "linear_eval.feature_scaling": FEATURE_SCALINGS,
     }
 
 

@@ -21,7 +21,7 @@ def add_evaluation(config: config_dict.ConfigDict) -> None:
     config.linear_eval.weight_decay = 1e-6
     config.linear_eval.drop_epochs = ()  # () for a cosine; else a tenth after each of them
     config.linear_eval.random_crops = True  # new crops and flips each epoch; else one centre view
-    config.linear_eval.standardize = False  # features by the training split's mean and deviation
+    config.linear_eval.feature_scaling = "none"  # or standardize or whiten, by the training split
     config.linear_eval.validation_fraction = 0.1  # of the training split, to choose the rate
     config.linear_eval.raw_pixels = False  # the same probe on raw pixels, for comparison
     config.linear_eval.random_init = False  # and on the backbone before training

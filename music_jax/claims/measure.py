@@ -61,7 +61,7 @@ def linear_top1(
         test.labels[label],
         recipe,
         num_classes=int(train.labels[label].max()) + 1,
-        standardize=probe.standardize,
+        feature_scaling=probe.feature_scaling,
         validation_fraction=probe.validation_fraction,
         seed=config.seed,
     ).top1

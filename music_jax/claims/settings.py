@@ -71,6 +71,7 @@ SETTINGS: dict[str, Settings] = {
         search_splits=("train[:80%]", "train[80%:]"),
         overrides=_SMALL | {"num_epochs": 6},
         embeddings=_DIMENSIONS,
+        ratios=((8, 64), (32, 16)),
         batch_sizes=(16, 1024),
         full_recipe={"num_epochs": 80},
         in_memory=True,

@@ -79,7 +79,7 @@ def _linear_probe(run: Run, of: str) -> ProbeResult:
             test.labels,
             recipe,
             num_classes=run.num_classes,
-            standardize=settings.standardize,
+            feature_scaling=settings.feature_scaling,
             validation_fraction=settings.validation_fraction,
             seed=run.config.seed,
             after_step=bar.update,

@@ -11,6 +11,7 @@ from music_jax import progress
 from music_jax.data.sources import Source
 from music_jax.errors import UserError
 from music_jax.evaluation import linear_probe
+from music_jax.evaluation.feature_scaling import fit_scaling
 from music_jax.evaluation.features import extract_split, normalize, random_crop_batches
 from music_jax.evaluation.few_shot import stratified_subset
 from music_jax.evaluation.finetune import FinetuneRecipe, finetune, logit_extractor
@@ -34,7 +35,8 @@ def random_crop_probe(run: Run, of: str, recipe: ProbeRecipe, description: str) 
       The accuracies on the central views of all test images.
     """
     settings, source = run.config.linear_eval, run.labelled_sources().train
-    extract, test, standardize = run.extractor(of), run.test(of), _standardization(run, of)
+    extract, test = run.extractor(of), run.test(of)
+    scale = fit_scaling(settings.feature_scaling, lambda: run.train(of).features)
 
     def trained(recipe: ProbeRecipe, rows: np.ndarray) -> Heads:
         recipe = linear_probe.clip_batch(recipe, len(rows))
@@ -51,7 +53,7 @@ def random_crop_probe(run: Run, of: str, recipe: ProbeRecipe, description: str) 
         total = recipe.num_epochs * steps_per_epoch
         with progress.bar(total, unit="step", description=description) as bar:
             return linear_probe.fit(
-                ((standardize(extract(images)["features"]), labels) for images, labels in batches),
+                ((scale(extract(images)["features"]), labels) for images, labels in batches),
                 recipe,
                 num_features=test.features.shape[1],
                 num_classes=run.num_classes,
@@ -68,22 +70,14 @@ def random_crop_probe(run: Run, of: str, recipe: ProbeRecipe, description: str) 
         train = run.train(of)
         part = train.rows(np.flatnonzero(np.isin(train.indices, held_out)))
         scores = linear_probe.accuracies(
-            trained(recipe, rest), standardize(part.features), part.labels
+            trained(recipe, rest), scale(part.features), part.labels
         )
         rates = (rates[int(np.argmax(scores[:, 0]))],)
     recipe = dataclasses.replace(recipe, base_learning_rates=rates)
     heads = trained(recipe, np.arange(len(source)))
     return linear_probe.score_heads(
-        heads, standardize(test.features), test.labels, rates[0], num_train=len(source)
+        heads, scale(test.features), test.labels, rates[0], num_train=len(source)
     )
-
-
-def _standardization(run: Run, of: str) -> Any:
-    if not run.config.linear_eval.standardize:
-        return lambda features: features
-    train = run.train(of).features
-    mean, std = train.mean(axis=0)[None], train.std(axis=0)[None] + 1e-6
-    return lambda features: (features - mean) / std
 
 
 def full_finetune(run: Run) -> Figures:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from music_jax.evaluation.feature_scaling import fit_scaling
+
 _INIT_STD = 0.01
 _INIT_STREAM = 2**33  # separates the initial kernel's randomness from the batches'
 _BLOCK = 4096  # samples that are scored at once
@@ -155,7 +157,7 @@ def linear_probe(
     recipe: ProbeRecipe,
     *,
     num_classes: int,
-    standardize: bool = False,
+    feature_scaling: str = "none",
     validation_fraction: float = 0.1,
     seed: int = 0,
     after_step: Callable[[], None] = lambda: None,
@@ -172,7 +174,7 @@ def linear_probe(
       test_labels: integers [test].
       recipe: how to train.
       num_classes: number of labels.
-      standardize: scale each feature by the training samples' mean and deviation.
+      feature_scaling: of the features, by the training samples': see `fit_scaling`.
       validation_fraction: of the training samples, to choose the learning rate.
       seed: of the initial kernel, the batches and the validation part.
       after_step: called after each of `num_steps` steps, such as to move a progress bar.
@@ -189,9 +191,8 @@ def linear_probe(
             f"{len(train_labels)} labels, {len(test_features)} test features and "
             f"{len(test_labels)} labels"
         )
-    if standardize:
-        mean, std = train_features.mean(axis=0), train_features.std(axis=0) + 1e-6
-        train_features, test_features = (train_features - mean) / std, (test_features - mean) / std
+    scale = fit_scaling(feature_scaling, lambda: train_features)
+    train_features, test_features = scale(train_features), scale(test_features)
 
     def trained(recipe: ProbeRecipe, rows: np.ndarray) -> Heads:
         recipe = clip_batch(recipe, len(rows))

@@ -61,7 +61,7 @@ def test_the_learning_rate_is_chosen_without_the_test_samples():
             labels,
             recipe,
             num_classes=10,
-            standardize=True,
+            feature_scaling="standardize",
             after_step=steps.__next__,
         )
         assert found.base_learning_rate == 0.1
