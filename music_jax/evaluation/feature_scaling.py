@@ -1,7 +1,8 @@
 """How features are scaled for a linear classifier: a fixed affine map, learned without labels."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,8 @@ _WHITENING_FLOOR = 0.1  # of the mean variance, added to every direction's
 _BLOCK = 65_536  # samples whose products are summed at once
 
 
-class Scaling(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Scaling:
     """An affine map of features; a linear classifier behind it is one of the features themselves.
 
     Attributes:

@@ -69,9 +69,7 @@ def random_crop_probe(run: Run, of: str, recipe: ProbeRecipe, description: str) 
         )
         train = run.train(of)
         part = train.rows(np.flatnonzero(np.isin(train.indices, held_out)))
-        scores = linear_probe.accuracies(
-            trained(recipe, rest), scale(part.features), part.labels
-        )
+        scores = linear_probe.accuracies(trained(recipe, rest), scale(part.features), part.labels)
         rates = (rates[int(np.argmax(scores[:, 0]))],)
     recipe = dataclasses.replace(recipe, base_learning_rates=rates)
     heads = trained(recipe, np.arange(len(source)))

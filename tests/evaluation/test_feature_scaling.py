@@ -56,8 +56,6 @@ def test_whitening_finds_in_few_epochs_what_tells_classes_apart_beside_larger_va
 
     def top1(name):
         recipe = ProbeRecipe(num_epochs=3, batch_size=100, base_learning_rates=(0.3,))
-        return linear_probe(
-            *split(0), *split(1), recipe, num_classes=2, feature_scaling=name
-        ).top1
+        return linear_probe(*split(0), *split(1), recipe, num_classes=2, feature_scaling=name).top1
 
     assert top1("whiten") >= 0.99 > 0.8 > top1("standardize")
