@@ -87,8 +87,7 @@ ensure_environment() {
       mv "$copy" "$(stamp "$file")"
     done
     if ! has_accelerator; then
-      packages=("jax[$accelerator]" gcsfs)  # workdirs of rented machines are buckets
-      install "${packages[*]}" -c "$root/$1" "${packages[@]}"
+      install "jax[$accelerator]" -c "$root/$1" "jax[$accelerator]"
       touch "$venv/installed-jax-$accelerator"
     fi
     echo "Made it in $SECONDS s." >&2

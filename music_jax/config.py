@@ -86,7 +86,7 @@ def default_config() -> config_dict.ConfigDict:
     config.dataset.test_split = "test"
     config.dataset.data_dir = config_dict.placeholder(str)  # None: TFDS's own default
     config.dataset.manual_dir = config_dict.placeholder(str)  # None: downloads/manual in data_dir
-    config.dataset.try_gcs = False  # look for prepared files in TFDS's public bucket first
+    config.dataset.try_gcs = False  # look in TFDS's public bucket first; needs gcsfs
     config.dataset.max_skipped_share = 0.01  # of the images, that may be unreadable
     config.dataset.image_key = "image"
     config.dataset.label_key = "label"

@@ -165,7 +165,7 @@ def _noise(rng: random.Random, content: bytes) -> bytes:
 
 
 def _scans(rng: random.Random, content: bytes) -> bytes:
-    return scan_bomb(rng.randrange(1, 200), rng.choice((8, 64)))
+    return scan_bomb(rng.randrange(1, 200), rng.choice((8, 64)), rng.choice(("L", "RGB")))
 
 
 def _empty_frame(rng: random.Random, content: bytes) -> bytes:
@@ -177,15 +177,15 @@ def _texts(rng: random.Random, content: bytes) -> bytes:
 
 
 @functools.cache
-def _progressive(side: int) -> bytes:
+def _progressive(side: int, mode: str) -> bytes:
     file = io.BytesIO()
-    Image.new("L", (side, side)).save(file, "JPEG", progressive=True)
+    Image.new(mode, (side, side)).save(file, "JPEG", progressive=True)
     return file.getvalue()
 
 
-def scan_bomb(scans: int, side: int) -> bytes:
-    """A progressive JPEG whose last scan is repeated so many times."""
-    whole = _progressive(side)
+def scan_bomb(scans: int, side: int, mode: str = "L") -> bytes:
+    """A progressive JPEG whose last scan is repeated so many times, gray (`L`) or in colour."""
+    whole = _progressive(side, mode)
     last = whole.rindex(b"\xff\xda")
     return whole[:last] + whole[last:-2] * scans + b"\xff\xd9"
 

@@ -90,9 +90,11 @@ def test_texts_of_a_png_are_not_decompressed(kind):
 
 
 def test_a_jpeg_of_many_scans_is_refused_but_not_for_what_follows_it():
-    with pytest.raises(UndecodableError, match="scans"):
-        read_header(scan_bomb(200, 64))
-    assert decode(scan_bomb(3, 64) + b"\xff\xda" * 500, 3).shape == (64, 64, 3)
+    for mode in ("L", "RGB"):
+        with pytest.raises(UndecodableError, match="scans"):
+            read_header(scan_bomb(200, 64, mode))
+        followed = scan_bomb(3, 64, mode) + b"\xff\xda" * 500
+        assert decode(followed, 3).shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize("components", [1, 3])

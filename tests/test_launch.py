@@ -135,14 +135,15 @@ def test_changed_requirements_make_the_environment_anew(clone):
     assert not left_over.exists()
 
 
-def test_accelerator_is_added_once_at_the_pinned_version(clone):
+@pytest.mark.parametrize("accelerator", ["tpu", "cuda13"])
+def test_accelerator_is_added_once_at_the_pinned_version(clone, accelerator):
     clone.run()
     for _ in range(2):
-        assert clone.run(ACCELERATOR="tpu").returncode == 0
+        assert clone.run(ACCELERATOR=accelerator).returncode == 0
 
     first, second = clone.installations
     assert first.endswith(f"-r {clone.root}/.venv/installing.txt")
-    assert second.endswith(f"-c {clone.root}/requirements.txt jax[tpu] gcsfs")
+    assert second.endswith(f"-c {clone.root}/requirements.txt jax[{accelerator}]")
 
 
 def test_unknown_accelerator_is_one_line_and_exit_2(clone):

@@ -77,8 +77,23 @@ class _Worker:
                 self._process.wait()
 
 
+def choose(free: list[Cell], in_work: list[Cell], last: Setting | None) -> Cell:
+    """The cell for a worker to go on with, so that a setting's programs are compiled by one.
+
+    Args:
+      free: cells that may be run, in their order; at least one.
+      in_work: what the other workers run.
+      last: the setting of the worker's last cell, if there was one.
+
+    Returns:
+      The first of its own setting, or else of one that no other worker is at, or else of all.
+    """
+    others = {cell.setting.name for cell in in_work}
+    return min(free, key=lambda cell: (cell.setting != last, cell.setting.name in others))
+
+
 def run_missing(sweep: Sweep, *, cores: list[int | None]) -> None:
-    """Runs every cell of the sweep that has no result, those that others wait for first.
+    """Runs every cell of the sweep that has no result.
 
     Args:
       sweep: the cells.
@@ -103,16 +118,14 @@ def run_missing(sweep: Sweep, *, cores: list[int | None]) -> None:
     bar = progress.bar(total, unit="cell", description="claims", done=done)
 
     def next_cell(last: Setting | None) -> Cell | None:
-        """For a worker whose last cell was of a setting: a setting's programs are compiled once."""
         with changed:
             while not stopping.is_set():
                 missing = [c for c in sweep.missing() if c.name not in failed]
                 free = [c for c in missing if c.name not in in_work]
-                others = {c.setting.name for c in in_work.values()}
-                free.sort(key=lambda c: (c.setting != last, c.setting.name in others))
                 if free:
-                    in_work[free[0].name] = free[0]
-                    return free[0]
+                    cell = choose(free, list(in_work.values()), last)
+                    in_work[cell.name] = cell
+                    return cell
                 if not in_work:
                     return None
                 changed.wait()

@@ -109,7 +109,7 @@ def _in_memory(dataset_json: str, split: str) -> tuple[Source, dict[str, np.ndar
             raise UnusableDataError(f"image {name} of {source.name}: {error}") from error
         if dataset.num_channels == 3:
             image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-        # As a bitmap, which is decoded at no cost, so that crops are cut as in any other run.
+        # As a bitmap, which is decoded at no cost; crops are cut as in any other run.
         found.append({"image": cv2.imencode(".bmp", image)[1].tobytes(), "label": label})
         record = source.records[index]
         labels.append({k: int(v) for k, v in record.items() if np.ndim(v) == 0 and _is_int(v)})

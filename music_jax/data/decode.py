@@ -91,7 +91,7 @@ def _reduced(header: Header, reduction: int) -> tuple[int, int]:
 
 
 def _decode_plain(encoded: bytes, header: Header, reduction: int, quick: bool) -> np.ndarray | None:
-    """A JPEG as most are, RGB; None if it is damaged, about which OpenCV has the last word."""
+    """A JPEG as most are, RGB; None if it is damaged, as OpenCV then decodes it, or refuses to."""
     height, width = _reduced(header, reduction)
     try:
         return simplejpeg.decode_jpeg(

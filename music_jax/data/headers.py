@@ -26,7 +26,8 @@ _AT_ONCE = frozenset(b for n in range(256) if _MARKER.fullmatch(b := bytes((0xFF
 _LENGTH, _FRAME = struct.Struct(">H"), struct.Struct(">BHHB")
 
 # Decoders go over all pixels for each scan, however few bytes it has. What programs write has ten
-# scans or so; as many pixels as this take two seconds.
+# scans or so; as many pixels as this take two seconds,
+# twice that if they are damaged, and so decoded by a second decoder.
 _MAX_SCANS = 100
 _MAX_PIXELS_OF_ALL_SCANS = 2**31
 

@@ -204,16 +204,16 @@ def prepare(dataset: config_dict.ConfigDict) -> None:
             ),
             file_format="array_record",
         )
-    except OSError as error:
-        if _builder(dataset).is_prepared():  # by another process, which was faster
-            return
-        raise UserError(
-            f"cannot prepare dataset {dataset.name!r} in {builder.data_path}: {error}; choose "
-            "another place with --config.dataset.data_dir=DIR"
-        ) from error
     except UserError:
         raise
     except Exception as error:  # whatever TFDS raises on files to be placed by hand, or damaged
+        if _builder(dataset).is_prepared():  # by another process, which was faster
+            return
+        if isinstance(error, OSError):
+            raise UserError(
+                f"cannot prepare dataset {dataset.name!r} in {builder.data_path}: {error}; choose "
+                "another place with --config.dataset.data_dir=DIR"
+            ) from error
         raise UserError(
             f"cannot prepare dataset {dataset.name!r}: {' '.join(str(error).split())}; another "
             "place for such files is --config.dataset.manual_dir=DIR"

@@ -52,11 +52,16 @@ def fit_scaling(name: str, features: Callable[[], np.ndarray]) -> Callable[[Feat
 
     Returns:
       The map.
+
+    Raises:
+      ValueError: there is no such scaling.
     """
+    if name not in FEATURE_SCALINGS:
+        raise ValueError(f"expected a scaling among {FEATURE_SCALINGS}; got {name!r}")
     if name == "none":
         return lambda unscaled: unscaled
     train = features()
-    mean = train.mean(axis=0)
+    mean = train.mean(axis=0, dtype=np.float64).astype(np.float32)
     if name == "standardize":
         return Scaling(mean, 1 / (train.std(axis=0) + _MIN_STD))
     covariance = np.zeros((train.shape[1], train.shape[1]))

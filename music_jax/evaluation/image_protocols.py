@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import config_dict
 
@@ -37,6 +38,7 @@ def random_crop_probe(run: Run, of: str, recipe: ProbeRecipe, description: str) 
     settings, source = run.config.linear_eval, run.labelled_sources().train
     extract, test = run.extractor(of), run.test(of)
     scale = fit_scaling(settings.feature_scaling, lambda: run.train(of).features)
+    scale_on_device = jax.jit(scale)
 
     def trained(recipe: ProbeRecipe, rows: np.ndarray) -> Heads:
         recipe = linear_probe.clip_batch(recipe, len(rows))
@@ -53,7 +55,10 @@ def random_crop_probe(run: Run, of: str, recipe: ProbeRecipe, description: str) 
         total = recipe.num_epochs * steps_per_epoch
         with progress.bar(total, unit="step", description=description) as bar:
             return linear_probe.fit(
-                ((scale(extract(images)["features"]), labels) for images, labels in batches),
+                (
+                    (scale_on_device(extract(images)["features"]), labels)
+                    for images, labels in batches
+                ),
                 recipe,
                 num_features=test.features.shape[1],
                 num_classes=run.num_classes,

@@ -174,7 +174,7 @@ def linear_probe(
       test_labels: integers [test].
       recipe: how to train.
       num_classes: number of labels.
-      feature_scaling: of the features, by the training samples': see `fit_scaling`.
+      feature_scaling: how features are scaled, as `fit_scaling` names it.
       validation_fraction: of the training samples, to choose the learning rate.
       seed: of the initial kernel, the batches and the validation part.
       after_step: called after each of `num_steps` steps, such as to move a progress bar.

@@ -66,8 +66,8 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 def linear(run: Run) -> tuple[float, float]:
     train, test = run.train(), run.test()
-    mean, std = train.features.mean(axis=0), train.features.std(axis=0) + 1e-6
-    a, b = ((x.features - mean) / std for x in (train, test))
+    scale = fit_scaling(run.config.linear_eval.feature_scaling, lambda: train.features)
+    a, b = scale(train.features), scale(test.features)
     decay = run.config.linear_eval.weight_decay
     theirs = LogisticRegression(C=1 / (decay * len(a)), max_iter=5000).fit(a, train.labels)
     return feature_protocols.linear(run)["top1"], theirs.score(b, test.labels)

@@ -13,6 +13,7 @@ from music_jax import records
 from music_jax.claims import plots, report, results
 from music_jax.claims.cells import Cell, Sweep, base_config, chosen
 from music_jax.claims.grid import base, make_claims
+from music_jax.claims.pool import choose
 from music_jax.claims.settings import SETTINGS, settings_of
 from music_jax.config import default_config
 from music_jax.errors import UserError
@@ -35,6 +36,18 @@ def make_sweep(tmp_path, name="mnist5k", *, only=(), seeds=3, overridden=(), con
         directory=epath.Path(tmp_path),
         overridden=overridden,
     )
+
+
+def test_a_worker_keeps_to_its_setting_and_then_off_those_of_others(tmp_path):
+    free = make_sweep(tmp_path, only=("1",)).missing()
+    first = free[0].setting
+    other = next(cell for cell in free if cell.setting != first)
+    assert choose(free, [], None) == free[0]
+    assert choose(free, [], other.setting) == other
+    assert choose(free, [free[0]], None) == other
+    assert choose(free, [other], first) == free[0]
+    assert choose([free[1]], [free[0]], None) == free[1]
+    assert free[1].setting == first
 
 
 def finish(sweep, cell, **result):

@@ -97,12 +97,16 @@ def test_jpegs_have_the_pixels_that_opencv_decodes(subsampling, reduction):
     np.testing.assert_array_equal(decode(jpeg, 3, reduction=reduction), expected)
 
 
-@pytest.mark.parametrize("quality", [75, 95])
-def test_quick_decoding_differs_by_a_grey_level_or_so_on_average(quality):
+@pytest.mark.parametrize("reduction", [1, 2, 4, 8])
+@pytest.mark.parametrize("quality", [75, 95, 100])
+def test_quick_decoding_differs_by_a_grey_level_or_so_on_average(quality, reduction):
     photo = Image.fromarray(skimage.data.astronaut())
     jpeg = _save(photo, "JPEG", quality=quality)
-    accurate, quick = (decode(jpeg, 3, quick=quick).astype(int) for quick in (False, True))
-    assert 0 < np.abs(quick - accurate).mean() < 2
+    accurate, quick = (
+        decode(jpeg, 3, reduction=reduction, quick=quick).astype(int) for quick in (False, True)
+    )
+    assert np.abs(quick - accurate).mean() < 2
+    assert np.any(quick != accurate) == (reduction < 4)
     assert np.abs((quick - accurate).mean(axis=(0, 1))).max() < 1.5  # of each colour
     for name in ("jpeg_gray", "jpeg_cmyk", "jpeg_orientation_6", "png"):
         np.testing.assert_array_equal(decode(_CASES[name], 3, quick=True), decode(_CASES[name], 3))
