@@ -31,6 +31,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from music_jax.evaluation import feature_protocols, label_free
 from music_jax.evaluation.clustering import cluster_scores
+from music_jax.evaluation.feature_scaling import fit_scaling
 from music_jax.evaluation.opening import open_run
 from music_jax.evaluation.run import Run
 from music_jax.evaluation.segments import mutual_information
