@@ -75,9 +75,17 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(tmp_path, data):
 
 @pytest.mark.slow
 def test_a_cell_trains_what_the_main_command_trains(tmp_path, data):
-    arguments = (DIGITS, *SMALL, "--config.knn.enabled=False", data)
-    code, _, err = run("music_jax.main", *arguments, f"--workdir={tmp_path / 'main'}")
-    assert code == 0, err
+    # At this rate, steps do not magnify what is rounded in another order.
+    rate = "--config.optimizer.base_learning_rate=1e-3"
+    arguments = (DIGITS, *SMALL, rate, "--config.knn.enabled=False", data)
+    main = start(
+        "music_jax.main",
+        *arguments,
+        f"--workdir={tmp_path / 'main'}",
+        preexec_fn=lambda: os.sched_setaffinity(0, {0}),  # as the worker
+    )
+    _, err = main.communicate(timeout=300)
+    assert main.returncode == 0, err
     config = json.loads((tmp_path / "main" / "config.json").read_text())["config"]
     cell = tmp_path / "cell"
     task = {"directory": str(cell), "config": config, "in_memory": True}
@@ -94,7 +102,7 @@ def test_a_cell_trains_what_the_main_command_trains(tmp_path, data):
     found = {line["step"]: line["loss"] for line in metrics(cell)}
     assert set(found) == {11, 22}  # one line an epoch
     wanted = [expected[step] for step in found]
-    np.testing.assert_allclose(list(found.values()), wanted, rtol=1e-4)  # of other threads' sums
+    np.testing.assert_allclose(list(found.values()), wanted, rtol=1e-5)
     top1 = json.loads((tmp_path / "main" / "linear_eval.json").read_text())["top1"]
     result = json.loads((cell / "result.json").read_text())
     assert result["linear_top1"] == pytest.approx(top1, abs=0.02)
