@@ -8,8 +8,8 @@ makes 500 x 375 JPEGs from scikit-image's photos in a temporary folder, and comp
 - quick: the same by the loader's own decoder, with what it leaves out for training views;
 - loader: `training_batches` over a folder of 20,000 names of such files, two crops of 224 pixels
   (scale 0.08 to 1);
-- pillow: Pillow reads and decodes each file, and cuts the same two crops by
-  `Image.resize(box=...)`, bilinear: what torchvision does by default.
+- pillow: Pillow reads and decodes each file, cuts out two such crops and resizes them, bilinear:
+  what torchvision's ImageFolder and RandomResizedCrop call by default.
 
 Each is run on one thread and on two. They take turns of some seconds, in another order each time,
 so that the load of the machine is the same for all; a loader is made anew for each turn, and its
@@ -88,11 +88,12 @@ def pillow_all(paths: list[str]) -> None:
     rng = np.random.default_rng(0)
     sides = np.full(2, HEIGHT), np.full(2, WIDTH)
     for path in paths:
-        image = Image.open(path).convert("RGB")
+        with open(path, "rb") as file:
+            image = Image.open(file).convert("RGB")
         boxes = draw_boxes(*sides, crop, rng.random((2, NUMBERS_PER_BOX)))
         for top, left, height, width in boxes.tolist():
-            box = (left, top, left + width, top + height)
-            np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=box))
+            part = image.crop((left, top, left + width, top + height))
+            np.asarray(part.resize((SIZE, SIZE), Image.Resampling.BILINEAR))
 
 
 def batches(
