@@ -21,7 +21,8 @@ _FOLDER = (
     "--config.crop.eval_resize=36",
     "--config.linear_eval.num_epochs=2",
     "--config.linear_eval.batch_size=32",
-    "--config.linear_eval.base_learning_rates=(0.1,)",
+    "--config.linear_eval.base_learning_rates=(0.1, 0.3)",
+    "--config.linear_eval.feature_scaling=whiten",
 )
 
 
@@ -31,7 +32,7 @@ def _skipped(workdir):
 
 @pytest.mark.slow
 def test_a_folder_with_broken_files_is_trained_on_and_probed_and_every_one_is_listed(tmp_path):
-    broken = write_mixed(tmp_path / "train", 890, broken_every=23)
+    broken = write_mixed(tmp_path / "train", 896, broken_every=23)
     broken |= write_odd(tmp_path / "train", 104)
     files = [path for path in (tmp_path / "train").rglob("*") if not path.is_dir()]
     links_out = 6  # listed with the images that are skipped, but not among the images

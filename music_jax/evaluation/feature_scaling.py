@@ -15,7 +15,7 @@ _WHITENING_FLOOR = 0.1  # of the mean variance, added to every direction's
 _BLOCK = 65_536  # samples whose products are summed at once
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Scaling:
     """An affine map of features; a linear classifier behind it is one of the features themselves.
 

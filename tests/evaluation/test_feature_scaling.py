@@ -1,5 +1,6 @@
 """The maps of features that a linear probe may be put behind."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ def test_arrays_of_jax_are_scaled_as_those_of_numpy(name):
     train, test = _features(300), _features(50, seed=1)
     scale = fit_scaling(name, lambda: train)
     np.testing.assert_allclose(scale(jnp.asarray(test)), scale(test), atol=1e-5)
+    np.testing.assert_allclose(jax.jit(scale)(test), scale(test), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FEATURE_SCALINGS)
