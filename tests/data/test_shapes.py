@@ -96,11 +96,10 @@ def test_a_wrong_shape_is_an_error():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["shapes/16"])
-def test_prepared_without_tensorflow_and_any_factor_is_a_label(tmp_path, name):
+def test_any_factor_of_the_prepared_images_is_a_label(tmp_path, name):
     dataset = default_config().dataset
     dataset.name, dataset.data_dir = name, str(tmp_path)
     sources.prepare(dataset)
-    assert "tensorflow" not in sys.modules
     train = sources.open_source(dataset, "train")
     assert (len(train), train.num_classes, train.class_names) == (16_000, 8, FACTORS["shape"])
     assert len(sources.open_source(dataset, "test")) == 4_000
