@@ -7,6 +7,7 @@ import pytest
 import scipy.linalg
 from sklearn.preprocessing import StandardScaler
 
+from music_jax.evaluation import feature_scaling
 from music_jax.evaluation.feature_scaling import FEATURE_SCALINGS, fit_scaling
 from music_jax.evaluation.linear_probe import ProbeRecipe, linear_probe
 
@@ -23,7 +24,9 @@ def test_standardize_is_that_of_scikit_learn():
     np.testing.assert_allclose(found, StandardScaler().fit(train).transform(test), atol=1e-4)
 
 
-def test_whiten_is_the_inverse_root_of_the_ridged_covariance():
+@pytest.mark.parametrize("block", [7, 1000])
+def test_whiten_is_the_inverse_root_of_the_ridged_covariance(monkeypatch, block):
+    monkeypatch.setattr(feature_scaling, "_BLOCK", block)
     train, test = _features(300), _features(50, seed=1)
     covariance = np.cov(train.astype(np.float64).T, bias=True)
     ridged = covariance + 0.1 * np.trace(covariance) / 12 * np.eye(12)
