@@ -62,9 +62,9 @@ def decode(
       channels: 1 (gray) or 3 (RGB).
       header: what `read_header` gave, if it was called already.
       reduction: 1, or 2, 4 or 8 for a JPEG at that part of its size.
-      quick: take about a tenth less time for most JPEGs, by libjpeg-turbo's fast cosine transform and
-        without interpolating the colours: the mean difference is a grey level or two, of which
-        one is common to all pixels (red and blue are darker).
+      quick: take about a tenth less time for most JPEGs, by libjpeg-turbo's fast cosine
+        transform and without interpolating the colours: the mean difference is a grey level or
+        two, of which one is common to all pixels (red and blue are darker).
 
     Returns:
       uint8 [height, width, channels]; of a JPEG, each side is that of the header divided by
