@@ -164,10 +164,15 @@ class _TrainingBatches:
         smallest = min(min(box.height, box.width) for box in plan.boxes)
         reduction = largest_reduction(plan.header, smallest / self.crop.size)
         image = decode(
-            plan.encoded, self.channels, header=plan.header, reduction=reduction, quick=True
+            plan.encoded,
+            self.channels,
+            header=plan.header,
+            reduction=reduction,
+            quick=True,
+            rows=max(box.top + box.height for box in plan.boxes),
         )
         boxes, flips = plan.boxes, plan.flips
-        if reduction == 1 and image.shape[:2] != (plan.header.height, plan.header.width):
+        if not plan.header.is_jpeg and image.shape[:2] != plan.header[:2]:
             ((boxes, flips),) = self._draw([sample_index], [image.shape[:2]])  # a turned PNG, say
         for box, flip, view in zip(boxes, flips, views, strict=True):
             cut(image, box, view, reduction=reduction)

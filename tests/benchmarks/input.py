@@ -12,10 +12,11 @@ makes 500 x 375 JPEGs from scikit-image's photos in a temporary folder, and comp
   what torchvision's ImageFolder and RandomResizedCrop call by default.
 
 Each is run on one thread and on two. They take turns of some seconds, in another order each time,
-so that the load of the machine is the same for all; a loader is made anew for each turn, and its
-first batches fill new memory. A rate is the median of its turns, a ratio the median of the turns'
-ratios. `wall` goes by the clock, `core` by the time that the process spent on the cores, which
-other programs disturb less. Beside the ratios stands what is asked of them.
+so that the load of the machine is the same for all. A loader is made anew for each turn and, as at
+the start of a run, its first batches fill new memory; its turns are of four times as many images as
+the others', so that this counts for less, as in a run. A rate is the median of its turns, a ratio
+the median of the turns' ratios. `wall` goes by the clock, `core` by the time that the process spent
+on the cores, which other programs disturb less. Beside the ratios stands what is asked of them.
 
 `--part=memory` reads 20,000 samples and prints the resident memory on the way.
 """
@@ -45,13 +46,14 @@ from music_jax.data.folder import open_folder
 from music_jax.data.loader import TrainingOrder, training_batches
 from music_jax.data.sources import Source
 
-WIDTH, HEIGHT, QUALITY, SIZE = 500, 375, 95, 224
+WIDTH, HEIGHT, SIZE = 500, 375, 224
 BATCH, TURN = 64, 2048
+LOADER_TURN = 4 * TURN
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field")
 
 
-def make_files(folder: str, count: int) -> list[str]:
-    """JPEGs of random parts of the photos: 67 kB in the mean."""
+def make_files(folder: str, count: int, quality: int) -> list[str]:
+    """JPEGs of random parts of the photos: with a quality of 95, 67 kB in the mean."""
     photos = [getattr(skimage.data, name)() for name in PHOTOS]
     rng = np.random.default_rng(0)
     paths = []
@@ -63,7 +65,7 @@ def make_files(folder: str, count: int) -> list[str]:
         left = rng.integers(photo.shape[1] - WIDTH)
         part = photo[top : top + HEIGHT, left : left + WIDTH, ::-1]
         paths.append(f"{folder}/{i:05d}.jpg")
-        cv2.imwrite(paths[-1], part, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
+        cv2.imwrite(paths[-1], part, [cv2.IMWRITE_JPEG_QUALITY, quality])
     return paths
 
 
@@ -112,7 +114,7 @@ def batches(
 
 
 def loader_all(source: Source, threads: int, start: int) -> None:
-    for _ in batches(source, TURN, threads, start):
+    for _ in batches(source, LOADER_TURN, threads, start):
         pass
 
 
@@ -139,9 +141,10 @@ def measure_rates(source: Source, paths: list[str], repeats: int) -> dict:
     forms: dict[str, Callable[[int, int], None]] = {
         "decode": lambda repeat, threads: in_threads(decode_all, encoded, threads),
         "quick": lambda repeat, threads: in_threads(decode_quickly, encoded, threads),
-        "loader": lambda repeat, threads: loader_all(source, threads, repeat * TURN),
+        "loader": lambda repeat, threads: loader_all(source, threads, repeat * LOADER_TURN),
         "pillow": lambda repeat, threads: in_threads(pillow_all, paths, threads),
     }
+    counts = dict.fromkeys(forms, TURN) | {"loader": LOADER_TURN}
     cv2.setNumThreads(0)
     rng = random.Random(0)
     turns = []
@@ -150,7 +153,9 @@ def measure_rates(source: Source, paths: list[str], repeats: int) -> dict:
         rng.shuffle(runs)
         turns.append(
             {
-                f"{name}_{threads}": rates(functools.partial(forms[name], repeat, threads), TURN)
+                f"{name}_{threads}": rates(
+                    functools.partial(forms[name], repeat, threads), counts[name]
+                )
                 for name, threads in runs
             }
         )
@@ -225,11 +230,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=("rates", "memory"), default="rates")
     parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--quality", type=int, default=95, help="of the JPEGs, 1 to 100")
     parser.add_argument("--samples", type=int, default=20_000, help="names in the folder")
     parser.add_argument("--json", help="where to write the figures too")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        paths = make_files(folder, TURN)
+        paths = make_files(folder, TURN, arguments.quality)
         link_files(folder, paths, arguments.samples)
         source = open_folder(folder)
         if arguments.part == "rates":

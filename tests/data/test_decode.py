@@ -112,6 +112,54 @@ def test_quick_decoding_differs_by_a_grey_level_or_so_on_average(quality, reduct
         np.testing.assert_array_equal(decode(_CASES[name], 3, quick=True), decode(_CASES[name], 3))
 
 
+def _photo_as_jpeg(subsampling: str, **options) -> bytes:
+    photo = Image.fromarray(_photo(120, 176))
+    return _save(photo, "JPEG", quality=95, subsampling=subsampling, **options)
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("reduction", [1, 2, 4, 8])
+def test_the_upper_rows_of_a_jpeg_alone_are_those_of_the_whole_image(subsampling, reduction):
+    jpeg = _photo_as_jpeg(subsampling)
+    whole = decode(jpeg, 3, reduction=reduction, quick=True)
+    for rows in (1, 9, 16, 50, 104):
+        upper = decode(jpeg, 3, reduction=reduction, quick=True, rows=rows)
+        assert len(upper) == -(-rows // reduction)
+        np.testing.assert_array_equal(upper, whole[: len(upper)])
+    for rows in (113, 120):  # of the last row of blocks
+        same = decode(jpeg, 3, reduction=reduction, quick=True, rows=rows)
+        np.testing.assert_array_equal(same, whole[: len(same)])
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_all_images_have_their_upper_rows(name):
+    whole = decode(_CASES[name], 3, quick=True)
+    upper = decode(_CASES[name], 3, quick=True, rows=5)
+    np.testing.assert_array_equal(upper[:5], whole[:5])
+
+
+@pytest.mark.parametrize("options", [{"restart_marker_rows": 1}, {"progressive": True}])
+def test_jpegs_whose_upper_rows_cannot_be_told_apart_are_decoded_whole(options):
+    jpeg = _photo_as_jpeg("4:2:0", **options)
+    assert read_header(jpeg).height_at == 0
+    np.testing.assert_array_equal(decode(jpeg, 3, quick=True, rows=16), decode(jpeg, 3, quick=True))
+
+
+def test_a_jpeg_that_is_cut_off_below_the_rows_that_are_needed_is_refused():
+    jpeg = _photo_as_jpeg("4:2:0")
+    for left in (len(jpeg) - 100, len(jpeg) - 2):
+        with pytest.raises(UndecodableError):
+            decode(jpeg[:left], 3, quick=True, rows=32)
+
+
+def test_damage_in_the_rows_that_are_needed_is_treated_as_in_a_whole_image():
+    jpeg = bytearray(_photo_as_jpeg("4:2:0"))
+    scan = jpeg.index(b"\xff\xda") + 14
+    jpeg[scan + 200 : scan + 202] = b"\xff\xd9"  # an end in the first rows
+    whole = decode(bytes(jpeg), 3, quick=True)
+    np.testing.assert_array_equal(decode(bytes(jpeg), 3, quick=True, rows=64), whole)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_sixteen_bits_are_scaled_to_eight(channels):
     values = _photo()[..., :1].astype(np.uint16) * 256 + 77
@@ -126,13 +174,14 @@ def test_headers_give_the_size_without_decoding(name):
     is_jpeg, orientation = name.startswith("jpeg"), image.getexif().get(_ORIENTATION, 1)
     width, height = image.size[::-1] if is_jpeg and orientation >= 5 else image.size
     is_plain = is_jpeg and image.mode == "RGB" and orientation == 1
-    assert read_header(_CASES[name]) == Header(height, width, is_jpeg, is_plain)
+    assert read_header(_CASES[name])[:4] == (height, width, is_jpeg, is_plain)
 
 
 def test_a_jpeg_with_a_thumbnail_and_fill_bytes_has_its_own_size():
     jpeg, thumbnail = _CASES["jpeg"], _save(_RGB.resize((8, 6)), "JPEG")
     segment = b"\xff\xff\xff\xe2" + struct.pack(">H", 2 + len(thumbnail)) + thumbnail
-    assert read_header(jpeg[:2] + segment + jpeg[2:]) == read_header(jpeg)
+    found, own = read_header(jpeg[:2] + segment + jpeg[2:]), read_header(jpeg)
+    assert found == own._replace(height_at=own.height_at + len(segment))
 
 
 @pytest.mark.parametrize("name", ["jpeg", "jpeg_progressive", "webp", "bmp", "gif", "png"])

@@ -265,8 +265,10 @@ def test_batches_are_made_ahead_while_one_is_used_but_not_without_end():
     assert len(read) <= 4 * 6
 
 
-@pytest.mark.parametrize(("height", "width"), [(1200, 900), (700, 2000)])
-def test_views_of_a_large_jpeg_are_those_of_the_whole_though_it_is_decoded_smaller(height, width):
+@pytest.mark.parametrize(("height", "width"), [(1200, 900), (700, 2000), (240, 180)])
+def test_views_of_a_jpeg_are_those_of_the_whole_though_it_is_decoded_smaller_or_in_part(
+    height, width
+):
     noise = np.random.default_rng(0).random((height // 50, width // 50, 3))
     smooth = cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
     image = cv2.normalize(smooth, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
