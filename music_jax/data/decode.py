@@ -30,11 +30,11 @@ _FLAGS = {
     (3, 8): cv2.IMREAD_REDUCED_COLOR_8,
 }
 
-# What libjpeg-turbo says of a whole image whose file has more before its end; it tells the first
-# thing that is wrong with a file, so that nothing was before this.
+# What libjpeg-turbo says where an image is whole, but its file goes on before it ends. It tells the
+# first thing that it found wrong, so that it found nothing before this.
 _MORE_FOLLOWS = re.compile(r"\d+ extraneous bytes before marker 0xd9$")
 _HEIGHT = struct.Struct(">H")
-_ROWS_OF_BLOCKS = 16  # that are encoded together; in some JPEGs 8
+_ROWS_OF_BLOCKS = 16  # that are encoded together, in most JPEGs
 
 
 def use_one_thread() -> None:
@@ -75,14 +75,15 @@ def decode(
       quick: take about a tenth less time for most JPEGs, by libjpeg-turbo's fast cosine
         transform and without interpolating the colours: the mean difference is a grey level or
         two, of which one is common to all pixels (red and blue are darker).
-      rows: with `quick`, how many of the upper rows are needed, of the image before it is reduced;
-        where it saves time, no more are decoded. Damage below them may then pass unnoticed, but for
-        a file that is cut off. By default all.
+      rows: with `quick`, how many of the upper rows are needed, at least 1, of the image before it
+        is reduced; by default all. Where it saves time, only these and some more are decoded. What
+        the decoder would find wrong below them then passes unnoticed, as does damage in them that
+        shows at the end of the data alone; a file that is cut off does not.
 
     Returns:
-      uint8 [height, width, channels]; of a JPEG, each side is that of the header (or the height
-      `rows`) divided by `reduction`, rounded up; others may be turned, or have another size than
-      their header says.
+      uint8 [height, width, channels]; of a JPEG, each side is that of the header (but of the rows
+      those that were decoded) divided by `reduction`, rounded up; others may be turned, or have
+      another size than their header says.
 
     Raises:
       UndecodableError: the bytes are no whole image of a known format, or too large a one.
@@ -90,8 +91,11 @@ def decode(
     header = header or read_header(encoded)
     image = None
     if header.is_plain and channels == 3:
-        if quick and rows is not None and _saves_time(header, rows):
-            image = _decode_upper(encoded, header, rows, reduction)
+        if quick and rows is not None and header.height_at:
+            rows = -(-rows // _ROWS_OF_BLOCKS) * _ROWS_OF_BLOCKS
+            image = (
+                _decode_upper(encoded, header, rows, reduction) if rows < header.height else None
+            )
             if image is not None:
                 return image
         image = _decode_plain(encoded, header, reduction, quick)
@@ -108,16 +112,14 @@ def _reduced(header: Header, reduction: int) -> tuple[int, int]:
     return -(-header.height // reduction), -(-header.width // reduction)
 
 
-def _saves_time(header: Header, rows: int) -> bool:
-    """Whether a row of blocks or more can be left out."""
-    return header.height_at > 0 and -(-rows // _ROWS_OF_BLOCKS) * _ROWS_OF_BLOCKS < header.height
-
-
 def _decode_upper(encoded: bytes, header: Header, rows: int, reduction: int) -> np.ndarray | None:
-    """The upper rows of a plain JPEG, quickly; None if anything is wrong with it.
+    """The upper rows of a plain JPEG, quickly; None if all are needed, or anything is found wrong.
 
     The decoder is told that the image is only so high, and passes over what is left of the file.
     """
+    rows = -(-rows // _ROWS_OF_BLOCKS) * _ROWS_OF_BLOCKS
+    if rows >= header.height:
+        return None
     at = header.height_at
     encoded = b"".join((encoded[:at], _HEIGHT.pack(rows), encoded[at + _HEIGHT.size :]))
     header = header._replace(height=rows)

@@ -13,6 +13,7 @@ from music_jax.errors import UndecodableError
 MAX_PIXELS = 2**27
 
 _MAX_JPEG_SEGMENTS = 4096
+_MAX_JPEG_HEIGHT = 65_500  # libjpeg's
 _MAX_EXIF_ENTRIES = 512
 _ORIENTATION = 0x0112  # the tag's number in Exif
 # Start-of-frame markers: 0xC0 to 0xCF without those of Huffman tables, extensions and arithmetic
@@ -42,7 +43,7 @@ class Header(NamedTuple):
       is_plain: whether it is a JPEG as most are: eight bits, three components, not turned or
         mirrored by its Exif orientation.
       height_at: where a JPEG says its height in two bytes, if its upper rows can be decoded without
-        those below: it is plain, with one scan and no restart markers; else 0.
+        those below: it is plain, with one scan, and says nothing of restart markers; else 0.
     """
 
     height: int
@@ -112,8 +113,8 @@ def _jpeg(encoded: bytes) -> Header:
             if orientation >= 5:
                 height, width = width, height
             is_plain = (bits, components, orientation) == (8, 3, 1)
-            height_at = at + 3 if is_plain and one_scan and not restarts else 0
-            return Header(height, width, True, is_plain, height_at)
+            in_part = is_plain and one_scan and not restarts and height <= _MAX_JPEG_HEIGHT
+            return Header(height, width, True, is_plain, at + 3 if in_part else 0)
         if marker == _APP1 and encoded[at + 2 : at + 8] == b"Exif\0\0":
             orientation = _orientation(encoded[at + 8 : at + length])
         restarts |= marker == _RESTART_INTERVAL

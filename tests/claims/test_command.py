@@ -82,8 +82,8 @@ def test_a_cell_trains_what_the_main_command_trains(tmp_path, data):
         "music_jax.main",
         *arguments,
         f"--workdir={tmp_path / 'main'}",
-        preexec_fn=lambda: os.sched_setaffinity(0, {0}),  # as the worker
     )
+    os.sched_setaffinity(main.pid, {0})  # as the worker, before it has threads
     _, err = main.communicate(timeout=300)
     assert main.returncode == 0, err
     config = json.loads((tmp_path / "main" / "config.json").read_text())["config"]

@@ -12,7 +12,9 @@ import pytest
 from etils import epath
 from PIL import Image
 
+from music_jax.data import loader
 from music_jax.data.crops import Crop
+from music_jax.data.decode import decode
 from music_jax.data.loader import TrainingOrder, evaluation_batches, training_batches
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
@@ -265,10 +267,8 @@ def test_batches_are_made_ahead_while_one_is_used_but_not_without_end():
     assert len(read) <= 4 * 6
 
 
-@pytest.mark.parametrize(("height", "width"), [(1200, 900), (700, 2000), (240, 180)])
-def test_views_of_a_jpeg_are_those_of_the_whole_though_it_is_decoded_smaller_or_in_part(
-    height, width
-):
+@pytest.mark.parametrize(("height", "width"), [(1200, 900), (700, 2000)])
+def test_views_of_a_large_jpeg_are_those_of_the_whole_though_it_is_decoded_smaller(height, width):
     noise = np.random.default_rng(0).random((height // 50, width // 50, 3))
     smooth = cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
     image = cv2.normalize(smooth, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
@@ -287,6 +287,38 @@ def test_views_of_a_jpeg_are_those_of_the_whole_though_it_is_decoded_smaller_or_
     difference = views(jpeg)["images"].astype(int) - views(bmp)["images"]
     assert np.abs(difference).mean() < 3
     assert np.abs(difference).max() < 30
+
+
+def test_views_of_a_jpeg_are_those_of_the_whole_though_only_its_upper_rows_are_decoded(
+    monkeypatch,
+):
+    noise = np.random.default_rng(0).integers(0, 256, (240, 180, 3), np.uint8)
+    jpeg = cv2.imencode(".jpg", noise)[1].tobytes()
+
+    class One(_Records):
+        def __getitem__(self, i):
+            return {"image": jpeg, "label": 0}
+
+    def views():
+        source = Source("one", One(16), "image", "label", 1)
+        order, crop = TrainingOrder(16, 16, 0), Crop(64, (0.1, 0.5))
+        return _batches(source, order, num_steps=1, crop=crop, channels=3)[0]["images"]
+
+    heights = []
+
+    def decode_in_part(*args, **kwargs):
+        image = decode(*args, **kwargs)
+        heights.append(len(image))
+        return image
+
+    def decode_whole(*args, rows, **kwargs):
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(loader, "decode", decode_in_part)
+    found = views()
+    assert min(heights) < 200
+    monkeypatch.setattr(loader, "decode", decode_whole)
+    np.testing.assert_array_equal(found, views())
 
 
 def test_a_png_that_is_to_be_turned_is_cut_as_it_is_turned():
