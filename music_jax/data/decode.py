@@ -92,10 +92,7 @@ def decode(
     image = None
     if header.is_plain and channels == 3:
         if quick and rows is not None and header.height_at:
-            rows = -(-rows // _ROWS_OF_BLOCKS) * _ROWS_OF_BLOCKS
-            image = (
-                _decode_upper(encoded, header, rows, reduction) if rows < header.height else None
-            )
+            image = _decode_upper(encoded, header, rows, reduction)
             if image is not None:
                 return image
         image = _decode_plain(encoded, header, reduction, quick)

@@ -8,6 +8,7 @@ which factor that falls short.
 import dataclasses
 import math
 import re
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,6 +33,11 @@ _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _CONTRACTING = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 # Of cuBLAS and cuDNN.
 _LIBRARY_CALL = re.compile(r'custom_call_target="__(cublas|cudnn)\$([\w$]+)"')
+# A collective that overlaps with computation is written in a chain of fusions: in what starts it, in
+# each that it overlaps with, and in what waits for its end.
+_CHAIN = re.compile(r'chain_id="(\d+)"')
+_STARTS_CHAIN = "AsyncCollectiveStart"
+_ALIASES = re.compile(r"\{(\d*)\}: \((\d+), \{\}")  # result and operand that share their memory
 _GEMM_CONTRACTING = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
 
 
@@ -58,12 +64,18 @@ def collectives(program: Program, devices: int) -> Collectives:
       program: the program.
       devices: how many devices it runs on.
     """
-    received, by_kind = 0.0, dict[str, int]()
+    sent: dict[str, tuple[int, _Sent]] = {}
     for name, times in _runs(program).items():
         for instruction in program.computations[name].values():
-            for kind, size, group in _sent(program, instruction, devices):
-                by_kind[kind] = by_kind.get(kind, 0) + times * size
-                received += times * size * _share(kind, group)
+            for found in _sent(program, name, instruction, devices):
+                # Of a chain that goes through a loop, what is outside tells how often it runs.
+                before = sent.get(found.key)
+                if before is None or times < before[0]:
+                    sent[found.key] = times, found
+    received, by_kind = 0.0, dict[str, int]()
+    for times, found in sent.values():
+        by_kind[found.kind] = by_kind.get(found.kind, 0) + times * found.size
+        received += times * found.size * _share(found.kind, found.group)
     return Collectives(received, by_kind)
 
 
@@ -75,8 +87,18 @@ def _share(kind: str, group: int) -> float:
     )
 
 
-def _sent(program: Program, instruction: Instruction, devices: int) -> list[tuple[str, int, int]]:
-    """Kind, bytes of the result and size of the group of each collective of an instruction."""
+class _Sent(NamedTuple):
+    """A collective: which it is, its kind, the bytes of its result and the size of its group."""
+
+    key: str
+    kind: str
+    size: int
+    group: int
+
+
+def _sent(
+    program: Program, computation: str, instruction: Instruction, devices: int
+) -> list[_Sent]:
     kind = instruction.opcode.removesuffix("-start")
     if kind in _COLLECTIVES:
         arrays = instruction.arrays
@@ -85,20 +107,22 @@ def _sent(program: Program, instruction: Instruction, devices: int) -> list[tupl
             arrays = tuple(array for array in arrays if array.shape)
             arrays = arrays[len(arrays) // 2 :]
         size = sum(array.size for array in arrays)
-        return [(kind, size, _group_size(instruction.attributes, devices))]
-    called = instruction.called.get("calls", "")
-    # One that overlaps with computation is written three times: its start and its end are fusions
-    # with it inside, which are named so.
-    if instruction.opcode != "fusion" or called.startswith("fused_computation"):
+        chain = _CHAIN.search(instruction.attributes)
+        key = chain[1] if chain else f"{computation}/{instruction.name}"
+        return [_Sent(key, kind, size, _group_size(instruction.attributes, devices))]
+    if instruction.opcode != "fusion":
         return []
+    called = instruction.called["calls"]
     sent = [
         found
         for inner in program.computations[called].values()
-        for found in _sent(program, inner, devices)
+        for found in _sent(program, called, inner, devices)
     ]
     if called.startswith("all-reduce-scatter"):
         # An all-reduce of which each device keeps its share: what moves is a reduce-scatter.
-        return [("reduce-scatter", size // group, group) for _, size, group in sent]
+        return [
+            found._replace(kind="reduce-scatter", size=found.size // found.group) for found in sent
+        ]
     return sent
 
 
@@ -168,7 +192,34 @@ def _touched(program: Program, computation: str, instruction: Instruction) -> li
         source, result = instruction.arrays[:2]
         smaller = min(source, result, key=lambda array: array.size)
         return [dataclasses.replace(smaller, in_hbm=a.in_hbm) for a in (source, result)]
-    return [*instruction.arrays, *program.operands(computation, instruction)]
+    results, operands = _handed_on(program, instruction)
+    there = program.computations[computation]
+    return [
+        *(array for n, array in enumerate(instruction.arrays) if n not in results),
+        *(
+            array
+            for n, name in enumerate(instruction.operands)
+            if n not in operands
+            for array in there[name].arrays
+        ),
+    ]
+
+
+def _handed_on(program: Program, instruction: Instruction) -> tuple[set[int], set[int]]:
+    """Which results and operands of a fusion are those of a collective that it overlaps with.
+
+    They are handed on along the chain, and count where it starts.
+    """
+    if instruction.opcode != "fusion":
+        return set(), set()
+    inside = program.computations[instruction.called["calls"]].values()
+    if not any(n.opcode in _COLLECTIVES and _CHAIN.search(n.attributes) for n in inside):
+        return set(), set()
+    shared = _ALIASES.findall(instruction.attributes)
+    results = {int(result or 0) for result, _ in shared}
+    if any(n.opcode == "custom-call" and _STARTS_CHAIN in n.attributes for n in inside):
+        return results, set()
+    return results, {int(operand) for _, operand in shared}
 
 
 def _flops(program: Program, computation: str, instruction: Instruction) -> int:

@@ -76,6 +76,35 @@ def test_collectives_of_groups_of_devices(four_chips):
     assert found.received == pytest.approx(2 * 1 / 2 * 131072)
 
 
+@pytest.mark.parametrize("layers", [2, 8])
+def test_a_collective_counts_once_whatever_it_overlaps_with(four_chips, layers):
+    def step(x, gathered, weights):
+        for weight in weights:
+            x = jnp.tanh(x @ weight)
+        return x @ gathered
+
+    arguments = (
+        ((4096, 2048), ("data",)),
+        ((2048, 4096), ("data",)),
+        *[((2048, 2048), ())] * layers,
+    )
+    x, gathered, *weights = (
+        jax.ShapeDtypeStruct(
+            shape, "bfloat16", sharding=NamedSharding(four_chips.mesh, PartitionSpec(*spec))
+        )
+        for shape, spec in arguments
+    )
+    rows = NamedSharding(four_chips.mesh, PartitionSpec("data"))
+    compiled = jax.jit(step, out_shardings=rows).lower(x, gathered, weights).compile()
+    program = compiling.read(compiled)
+    # It starts, it ends, and each layer is computed with it going on.
+    assert compiled.as_text().count("chain_id") == layers + 2
+    found = counts.collectives(program, 4)
+    assert found.by_kind == {"all-gather": 2048 * 4096 * 2}
+    assert found.received == 3 / 4 * 2048 * 4096 * 2
+    assert counts.work(program).bytes < compiled.cost_analysis()["bytes accessed"]
+
+
 def _looping(body):
     def looped(x):
         return jax.lax.scan(lambda carry, _: (body(carry), None), x, length=_TURNS)[0]
