@@ -151,18 +151,20 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def check_divisible(batch_size: int, mesh: Mesh, field: str) -> None:
-    """Checks that every device gets the same share of a batch.
+def check_divisible(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
+    """Checks that every device gets the same share of a batch, and of each of its microbatches.
 
     Raises:
       UserError: it does not; the message gives the nearest batches that would.
     """
-    n = mesh.size
+    n = mesh.size * accumulation_steps
     if batch_size % n:
         below, above = batch_size // n * n, (batch_size // n + 1) * n
         options = f"{below} or {above}" if below else str(above)
+        parts = f" in accumulation_steps = {accumulation_steps}" if accumulation_steps > 1 else ""
         raise UserError(
-            f"config.{field} = {batch_size} cannot be divided over {n} devices; take {options}"
+            f"config.batch_size = {batch_size} cannot be divided over {mesh.size} devices{parts}; "
+            f"take {options}"
         )
 
 

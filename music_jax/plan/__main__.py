@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 _USAGE = """
 Compiles the training step that a config describes for TPU slices or GPUs that are not at hand, and
 tells what it needs: memory, FLOPs, bytes, network; which of them rules at the chips' published
-peaks, and what a step, an epoch and the run then take. Needs libtpu (Linux on x86-64), for GPUs
-JAX's CUDA plugin, and for ResNet-50 some minutes of two cores and 3 GB of memory a topology. What
-was compiled is remembered in ~/.cache/music_jax/plan: the same command goes on where it stopped.
+peaks, and the bound that this sets to the time of a step, an epoch and the run. Needs libtpu (Linux
+on x86-64), for GPUs JAX's CUDA plugin, and for ResNet-50 some minutes of two cores and 3 GB of
+memory a topology. What was compiled is remembered in ~/.cache/music_jax/plan: the same command goes
+on where it stopped.
 
   python -m music_jax.plan --config=configs/imagenet.py --topology=v5e:4x8
   python -m music_jax.plan --config=configs/imagenet.py --topology=v5e:4x8,v4:4x4x4 --json=plan.json
@@ -34,9 +35,9 @@ was compiled is remembered in ~/.cache/music_jax/plan: the same command goes on 
 Exit codes: 0 done, whether it fits or not; 2 wrong input; 75 stopped by a signal.
 """
 
-# Images a second that a core decodes and cuts both crops from, JPEGs of 500 x 375 pixels: a
-# prototype's, on one core of a cloud machine. tests/benchmarks/input.py measures it anywhere.
-_DECODE_RATE = 1381.0
+# Images a second that a core decodes and cuts both crops from: JPEGs of 500 x 375 pixels and 67 kB,
+# by tests/benchmarks/input.py on a cloud machine.
+_DECODE_RATE = 1043.0
 
 # Training splits of datasets that are seldom prepared where a run is planned.
 _NUM_IMAGES = {("imagenet2012", "train"): 1_281_167}
@@ -196,7 +197,8 @@ if __name__ == "__main__":
         "decode-rate",
         _DECODE_RATE,
         "Images a second that a core of the host decodes and cuts both crops from; by default what "
-        "a prototype did with JPEGs of 500 x 375 pixels. tests/benchmarks/input.py measures yours.",
+        "one of a cloud machine did with JPEGs of 500 x 375 pixels and 67 kB. "
+        "tests/benchmarks/input.py measures yours.",
     )
     flags.DEFINE_integer("jobs", None, "Topologies at a time; by default one a core.")
     cli.run(main, _USAGE, on_a_run=False)

@@ -210,7 +210,7 @@ def measure(
       UserError: the batch cannot be divided over the devices.
     """
     mesh = slice_.mesh
-    check_divisible(config.batch_size, mesh, "batch_size")
+    check_divisible(config.batch_size, config.accumulation_steps, mesh)
     recipe = make_recipe(config, steps_per_epoch)
     state, side = abstract_state(config, recipe.optimizer), config.crop.size
     images = (config.batch_size, len(recipe.views), side, side, config.dataset.num_channels)

@@ -33,8 +33,8 @@ _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _CONTRACTING = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 # Of cuBLAS and cuDNN.
 _LIBRARY_CALL = re.compile(r'custom_call_target="__(cublas|cudnn)\$([\w$]+)"')
-# A collective that overlaps with computation is written in a chain of fusions: in what starts it, in
-# each that it overlaps with, and in what waits for its end.
+# A collective that overlaps with computation is written in a chain of fusions: in what starts it,
+# in each that it overlaps with, and in what waits for its end.
 _CHAIN = re.compile(r'chain_id="(\d+)"')
 _STARTS_CHAIN = "AsyncCollectiveStart"
 _ALIASES = re.compile(r"\{(\d*)\}: \((\d+), \{\}")  # result and operand that share their memory

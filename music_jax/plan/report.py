@@ -45,19 +45,29 @@ class Plan:
     @property
     def peak_seconds(self) -> dict[str, float]:
         """Time that each resource alone needs for a step at its published peak, if known."""
-        chip, figures = chip_of(self.topology), self.figures
-        seconds = {
-            "compute": (figures.flops, chip.flops_per_second),
-            "hbm": (figures.hbm_traffic_bytes, chip.hbm_bytes_per_second),
-            "network": (figures.received_bytes, chip.network_bytes_per_second),
+        needs = {
+            "compute": self.figures.flops,
+            "hbm": self.figures.hbm_traffic_bytes,
+            "network": self.figures.received_bytes,
         }
-        return {name: need / peak for name, (need, peak) in seconds.items() if need is not None}
+        peaks = self.peaks
+        return {name: need / peaks[name] for name, need in needs.items() if need is not None}
 
     @property
     def bound(self) -> str:
         """The resource that needs the longest."""
         seconds = self.peak_seconds
         return max(seconds, key=lambda name: seconds[name])
+
+    @property
+    def peaks(self) -> dict[str, float]:
+        """What the chip does in a second at most, as published: FLOPs, and bytes of the others."""
+        chip = chip_of(self.topology)
+        return {
+            "compute": chip.flops_per_second,
+            "hbm": chip.hbm_bytes_per_second,
+            "network": chip.network_bytes_per_second,
+        }
 
     @property
     def seconds_per_step(self) -> float:
@@ -69,7 +79,7 @@ class Plan:
         """The same if what XLA keeps in on-chip memory cost nothing: no step can be faster."""
         if self.figures.hbm_only_bytes is None:
             return None
-        hbm = self.figures.hbm_only_bytes / chip_of(self.topology).hbm_bytes_per_second
+        hbm = self.figures.hbm_only_bytes / self.peaks["hbm"]
         return max((self.peak_seconds | {"hbm": hbm}).values())
 
     @property
@@ -85,6 +95,7 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         """The plan as it is written; figures of what does not fit are null."""
         derived = {
+            "hbm_free_bytes": lambda: _free(self),
             "bound": lambda: self.bound,
             "seconds_per_step": lambda: self.seconds_per_step,
             "least_seconds_per_step": lambda: self.least_seconds_per_step,
@@ -99,6 +110,8 @@ class Plan:
             "topology": self.topology,
             **dataclasses.asdict(self.figures),
             "estimates": self.estimates,
+            "peaks_per_second": self.peaks,
+            "decode_rate": self.decode_rate,
             **{name: figure() if fits else None for name, figure in derived.items()},
             "largest_batch_size": self.largest_batch_size,
         }
@@ -128,14 +141,16 @@ def table(plans: Sequence[Plan]) -> str:
     )
     row("it fits", ["yes" if plan.figures.fits else "NO" for plan in plans])
     if_fits("bound by", lambda p: p.bound)
-    if_fits("a step, at best", lambda p: _duration(p.seconds_per_step))
-    if_fits("an epoch, at best", lambda p: _duration(p.seconds_per_epoch))
-    if_fits("the run, at best", lambda p: _duration(p.num_epochs * p.seconds_per_epoch))
-    if_fits("images/s, at best", lambda p: f"{p.images_per_second:,.0f}")
+    if_fits("a step, bound", lambda p: _duration(p.seconds_per_step))
+    if_fits("an epoch, bound", lambda p: _duration(p.seconds_per_epoch))
+    if_fits("the run, bound", lambda p: _duration(p.num_epochs * p.seconds_per_epoch))
+    if_fits("images/s, bound", lambda p: f"{p.images_per_second:,.0f}")
     if_fits("host cores to decode them", lambda p: f"{p.images_per_second / p.decode_rate:.1f}")
+    if_fits("  images/s of such a core", lambda p: f"{p.decode_rate:,.0f}")
     heading("MEMORY")
     row("needed at the peak", [_mark(p, "hbm_needed_bytes", _gb) for p in plans])
     row("available", [_mark(p, "hbm_available_bytes", _gb) for p in plans])
+    if_fits("free", lambda p: _gb(_free(p)), "hbm_available_bytes")
     if_fits("arguments", lambda p: _gb(p.figures.argument_bytes))
     if_fits("temporaries", lambda p: _gb(p.figures.temporary_bytes), "temporary_bytes")
     heading("WORK")
@@ -154,9 +169,17 @@ def table(plans: Sequence[Plan]) -> str:
     for name in ("compute", "hbm", "network"):
         if_fits(name, lambda p, n=name: _duration(p.peak_seconds.get(n)))
     if_fits("at the very least", lambda p: _duration(p.least_seconds_per_step))
+    heading("THE CHIP, A SECOND")
+    row("peak compute", [f"{plan.peaks['compute'] / 1e12:,.0f} TFLOP" for plan in plans])
+    for name in ("hbm", "network"):
+        row(f"peak {name}", [f"{plan.peaks[name] / 1e9:,.0f} GB" for plan in plans])
     row("compiled in", [_duration(plan.figures.compile_seconds or 0.0) for plan in plans])
     header = ["a chip and a step", *(plan.topology for plan in plans)]
     return progress.table(header, [[name, *cells] for name, cells in rows])
+
+
+def _free(plan: Plan) -> float:
+    return plan.figures.hbm_available_bytes - (plan.figures.hbm_needed_bytes or 0.0)
 
 
 def _of_kind(plan: Plan, kind: str) -> float | None:
@@ -183,7 +206,9 @@ def notes(plans: Sequence[Plan]) -> str:
         if not plan.figures.fits:
             lines.append(
                 f"{plan.topology}: batch {plan.figures.batch_size} does not fit: needs "
-                f"{_gb(plan.figures.hbm_needed_bytes)} of {_gb(plan.figures.hbm_available_bytes)}"
+                f"{_gb(plan.figures.hbm_needed_bytes)} of {_gb(plan.figures.hbm_available_bytes)}; "
+                "take more chips, a smaller batch_size (--find-batch-size tells the largest), "
+                "backbone.remat=true or accumulation_steps=2"
             )
             continue
         if plan.figures.largest_arrays:

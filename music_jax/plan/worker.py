@@ -63,7 +63,7 @@ def check(task: Task) -> None:
     """
     config = _config(task)
     slice_ = open_slice(task.topology, config.sharding.fsdp)
-    check_divisible(config.batch_size, slice_.mesh, "batch_size")
+    check_divisible(config.batch_size, config.accumulation_steps, slice_.mesh)
 
 
 def run(task: Task) -> Plan:
@@ -90,7 +90,8 @@ def run(task: Task) -> Plan:
 
     largest = None
     if task.find_batch_size:
-        largest = largest_batch(memory_share, slice_.mesh.size, wanted)
+        unit = slice_.mesh.size * config.accumulation_steps
+        largest = largest_batch(memory_share, unit, wanted)
     return Plan(
         topology=task.topology,
         figures=main,

@@ -58,7 +58,7 @@ def train_and_evaluate(
     """
     config_lib.validate(config)
     mesh = make_data_mesh(fsdp=config.sharding.fsdp)
-    check_divisible(config.batch_size, mesh, "batch_size")
+    check_divisible(config.batch_size, config.accumulation_steps, mesh)
     directory = records.open_workdir(workdir)
     records.check_same_run(directory, config)
     lock = WorkdirLock(directory) if is_main_process() else contextlib.nullcontext()

@@ -46,6 +46,9 @@ def test_times_at_the_published_peaks():
     assert written["least_seconds_per_step"] == pytest.approx(0.05)
     assert written["images_per_second"] == pytest.approx(640)  # a chip: 64 images in 0.1 s
     assert written["decode_cores"] == pytest.approx(2)
+    assert written["decode_rate"] == 320
+    assert written["peaks_per_second"] == {"compute": 197e12, "hbm": 819e9, "network": 200e9}
+    assert written["hbm_free_bytes"] == pytest.approx(11.4e9)
     assert written["seconds_per_epoch"] == pytest.approx(1)  # 10 whole batches of 2,048
     assert written["seconds_per_run"] == pytest.approx(100)
 
@@ -89,6 +92,8 @@ def test_the_table_has_a_column_a_topology_and_says_what_does_not_fit():
     rows = {line.split("  ")[0]: line.split() for line in report.table(plans).splitlines()}
     assert rows["a chip and a step"][-2:] == ["v5e:4x8", "v5e:2x2"]
     assert rows["needed at the peak"][4:] == ["5.50", "GB", "50.00", "GB"]
+    assert rows["free"][1:] == ["11.40", "GB"]
+    assert rows["peak compute"][2:] == ["197", "TFLOP"] * 2
     assert rows["bound by"][-1] == "hbm"
     assert rows["it fits"][2:] == ["yes", "NO"]
     notes = report.notes(plans)

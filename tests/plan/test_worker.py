@@ -8,13 +8,18 @@ import processes
 import psutil
 import pytest
 
+from music_jax.mesh import check_divisible
 from music_jax.plan import worker
 from music_jax.plan.compiling import Figures
 
 
-def test_the_largest_batch_is_looked_for_from_the_configs_own(four_chips, monkeypatch, capsys):
+@pytest.mark.parametrize("accumulation_steps", [1, 4])
+def test_the_largest_batch_is_looked_for_from_the_configs_own(
+    four_chips, monkeypatch, capsys, accumulation_steps
+):
     def measure(config, slice_, *, steps_per_epoch, with_objective):
         assert steps_per_epoch == max(1, 1437 // config.batch_size)
+        check_divisible(config.batch_size, accumulation_steps, slice_.mesh)
         needed = config.batch_size / (4 * 77) * 16e9
         return Figures(
             chips=slice_.chips,
@@ -29,6 +34,7 @@ def test_the_largest_batch_is_looked_for_from_the_configs_own(four_chips, monkey
     monkeypatch.setattr(worker, "measure", measure)
     config = runpy.run_path(str(processes.ROOT / "configs" / "digits.py"))["get_config"]()
     config.batch_size = 64
+    config.accumulation_steps = accumulation_steps
     plan = worker.run(
         worker.Task(
             config=config.to_json(),
@@ -38,7 +44,8 @@ def test_the_largest_batch_is_looked_for_from_the_configs_own(four_chips, monkey
             find_batch_size=True,
         )
     )
-    assert 4 * 75 <= plan.largest_batch_size <= 4 * 77
+    fits = 4 * 77
+    assert fits - max(4 * accumulation_steps, fits // 32) <= plan.largest_batch_size <= fits
     assert plan.figures.batch_size == 64
     assert "v5e:2x2: a batch of 64 needs 21% and fits" in capsys.readouterr().out
 
