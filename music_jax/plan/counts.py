@@ -319,8 +319,9 @@ def largest_arrays(program: Program, count: int) -> list[tuple[int, Array, int, 
         for instruction in program.computations[name].values():
             if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
                 continue
-            for array in instruction.arrays:
-                if array.in_hbm:
+            handed_on = _handed_on(program, instruction)[0]
+            for n, array in enumerate(instruction.arrays):
+                if array.in_hbm and n not in handed_on:
                     kinds.setdefault(array, []).append(instruction.scope)
     largest = sorted(kinds, key=lambda array: array.size, reverse=True)[:count]
     return [(array.size, array, len(kinds[array]), _last(kinds[array])) for array in largest]
