@@ -3,10 +3,10 @@
 Every device needs every parameter to compute with, but only one needs to keep and to update it. So
 the optimiser's state, and the update itself, are split over all devices: gradients are reduced
 straight to the device that updates their part (weight-update sharding, Xu et al, arXiv 2004.13336;
-ZeRO, Rajbhandari et al, arXiv 1910.02054). So XLA does on 32 chips of v5e; on 256 it sums the
-projector's gradients on every chip first, at twice the traffic. Along the mesh's axis `fsdp` parameters stay split
-between steps, and are gathered for a step, in what the network computes in; along `data` they are
-gathered as soon as they are updated.
+ZeRO, Rajbhandari et al, arXiv 1910.02054). So XLA does it on 32 chips of v5e; on 256 it sums the
+projector's gradients on every chip first, at twice the traffic. Along the mesh's axis `fsdp`
+parameters stay split between steps, and are gathered for a step, in what the network computes in;
+along `data` they are gathered as soon as they are updated.
 
 The rules depend on an array's shape alone: what the optimiser keeps has its parameter's shape, and
 so its parameter's place.
