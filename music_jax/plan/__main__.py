@@ -13,7 +13,7 @@ from ml_collections import config_dict, config_flags
 
 from music_jax import cli
 from music_jax.errors import UserError
-from music_jax.plan.chips import CHIPS, chip_of
+from music_jax.plan.chips import ATTACHED, CHIPS, attached_topology, chip_of
 from music_jax.plan.gpus import check_plugin
 
 if TYPE_CHECKING:
@@ -82,13 +82,14 @@ def _config() -> config_dict.ConfigDict:
 
 
 def _topologies() -> list[str]:
-    topologies = list(dict.fromkeys(flags.FLAGS.topology or ()))
+    topologies = flags.FLAGS.topology
     if not topologies:
         examples = ",".join(chip.example for chip in CHIPS.values())
         raise UserError(f"--topology=NAME[,NAME...] is missing; they are written like {examples}")
+    topologies = [attached_topology() if t == ATTACHED else t for t in topologies]
     for topology in topologies:
         chip_of(topology)
-    return topologies
+    return list(dict.fromkeys(topologies))
 
 
 def _check_compilers(topologies: list[str]) -> None:
@@ -182,7 +183,10 @@ if __name__ == "__main__":
         "config", None, "The config file; --config.FIELD=VALUE overrides any of its fields."
     )
     flags.DEFINE_list(
-        "topology", None, "One or more of v3:2x2, v4:4x4x4, v5e:4x8, h100:8 and the like."
+        "topology",
+        None,
+        "One or more of v3:2x2, v4:4x4x4, v5e:4x8, h100:8 and the like; `attached` "
+        "stands for this machine's GPUs.",
     )
     flags.DEFINE_string("json", None, "File for the figures, one object a topology.")
     flags.DEFINE_boolean(

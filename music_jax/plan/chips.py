@@ -5,7 +5,7 @@ import difflib
 import re
 
 from music_jax.errors import UserError
-from music_jax.plan.gpus import A100, H100, H200, Gpu
+from music_jax.plan.gpus import A100, H100, H200, Gpu, attached_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,30 @@ CHIPS = {
     "h200": Chip(989e12, 4800e9, 900e9 / 2, 1, "h200:8", _NVIDIA + "h200", gpu=H200),
 }
 _GPUS_OF_A_MACHINE = 8
+# Stands for the GPUs of this machine.
+ATTACHED = "attached"
+
+
+def attached_topology() -> str:
+    """The topology of this machine's GPUs, such as `h100:8`.
+
+    Raises:
+      UserError: there are none, of several kinds, or of one whose peaks are not known here.
+    """
+    names = attached_names()
+    kinds = sorted(set(names))
+    known = {chip.gpu.name: name for name, chip in CHIPS.items() if chip.gpu is not None}
+    if len(kinds) == 1 and kinds[0] in known:
+        return f"{known[kinds[0]]}:{len(names)}"
+    found = "are not found by nvidia-smi"
+    if len(kinds) == 1:
+        found = f"are {kinds[0]}, whose peaks are not known here"
+    elif kinds:
+        found = f"are of {len(kinds)} kinds: {', '.join(kinds)}"
+    raise UserError(
+        f"--topology={ATTACHED}: this machine's GPUs {found}; name chips such as h100:8; known are "
+        f"{', '.join(known)}"
+    )
 
 
 def chip_of(topology: str) -> Chip:

@@ -9,6 +9,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import os
+import subprocess
 
 from music_jax.errors import UserError
 
@@ -84,6 +85,16 @@ class Gpu:
 A100 = Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 167936, 166912, 40 * 2**20, 1.41, 85100068864)
 H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 233472, 232448, 50 * 2**20, 1.98, 84942979072)
 H200 = dataclasses.replace(H100, name="NVIDIA H200", memory_bytes=151397597184)
+
+
+def attached_names() -> list[str]:
+    """Names of this machine's GPUs, as its driver tells them; none where there is no driver."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in told.stdout.splitlines() if line.strip()]
 
 
 def check_plugin() -> None:

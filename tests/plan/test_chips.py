@@ -3,7 +3,7 @@
 import pytest
 
 from music_jax.errors import UserError
-from music_jax.plan.chips import CHIPS, chip_of
+from music_jax.plan.chips import CHIPS, attached_topology, chip_of
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
@@ -46,3 +46,36 @@ def test_peaks_of_h100_are_the_datasheets_without_sparsity():
 def test_what_cannot_be_a_topology_is_told(topology, expected):
     with pytest.raises(UserError, match=expected):
         chip_of(topology)
+
+
+def _with_gpus(directory, monkeypatch, *names):
+    """A driver's command that tells of these GPUs."""
+    command = directory / "nvidia-smi"
+    command.write_text("#!/bin/sh\n" + "".join(f"echo '{name}'\n" for name in names))
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(directory))
+
+
+def test_this_machines_gpus_are_a_topology(tmp_path, monkeypatch):
+    _with_gpus(tmp_path, monkeypatch, *["NVIDIA H100 80GB HBM3"] * 4)
+    assert attached_topology() == "h100:4"
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ((), "are not found by nvidia-smi; name chips such as h100:8"),
+        (("NVIDIA L4",), "are NVIDIA L4, whose peaks are not known here"),
+        (("NVIDIA H200", "NVIDIA L4"), "are of 2 kinds: NVIDIA H200, NVIDIA L4"),
+    ],
+)
+def test_gpus_that_are_not_there_or_not_known_are_told(tmp_path, monkeypatch, names, expected):
+    _with_gpus(tmp_path, monkeypatch, *names)
+    with pytest.raises(UserError, match=expected):
+        attached_topology()
+
+
+def test_without_a_driver_no_gpu_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="are not found by nvidia-smi"):
+        attached_topology()
