@@ -16,7 +16,8 @@ Trains on a Cloud TPU slice, spot or not, and again after each preemption until 
 
 `train` does it all: creates the slice if it is not there, waits for it, sets it up, runs, and when
 the slice is preempted deletes it, asks for another and goes on. The workdir must be a gs:// one.
-It leaves the slice in place at the end; `delete` it. Ctrl-C stops the run, saved.
+It leaves the slice in place at the end; `delete` it. Ctrl-C stops the run, saved. Three failures in
+a row on one slice that stays, each within ten minutes of its start, end it.
 
   --name=NAME      of the queued resource and of its TPU
   --zone=ZONE      such as us-central1-a
@@ -37,6 +38,7 @@ die() {
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 poll_seconds=${POLL_SECONDS:-60}
+long_seconds=${LONG_SECONDS:-600} # what has lasted so long was no failure at the start
 name='' zone='' type='' project='' runtime='' spot='' dry_run=''
 main_arguments=()
 
@@ -170,6 +172,7 @@ run() {
 stop() { on_workers "pkill -TERM -f '[m]usic_jax.main' || true"; }
 
 # Waits until the slice is there; asks for one where there is none, and again where it was lost.
+# A new slice is not set up, and what failed on the one before does not count against it.
 await_slice() {
   local now
   while :; do
@@ -178,12 +181,12 @@ await_slice() {
       ACTIVE) return ;;
       '')
         create
-        is_set_up=
+        is_set_up='' failures=0
         ;;
       FAILED | SUSPENDED)
         echo "the slice is $now; asking for another" >&2
         delete
-        is_set_up=
+        is_set_up=''
         continue
         ;;
       *) echo "the slice is $now; waiting" >&2 ;;
@@ -193,8 +196,8 @@ await_slice() {
 }
 
 train() {
-  local code failures=0
-  is_set_up=
+  local code started
+  is_set_up='' failures=0
   if [[ -n $dry_run ]]; then
     create
     setup
@@ -206,6 +209,7 @@ train() {
   while :; do
     await_slice
     code=0
+    started=$SECONDS
     if [[ -z $is_set_up ]]; then
       (setup) || code=$?
       if ((code == 0)); then is_set_up=1; fi
@@ -213,8 +217,9 @@ train() {
     if ((code == 0)); then
       run || code=$?
       case $code in 0 | 2 | 3) return "$code" ;; esac
-      if ((code == 75)); then failures=0; else stop || true; fi
+      if ((code != 75)); then stop || true; fi
     fi
+    if ((code == 75 || SECONDS - started >= long_seconds)); then failures=0; fi
     # A slice that is being preempted stays ACTIVE for a while.
     sleep "$poll_seconds"
     if ((code != 75)) && [[ $(state) == ACTIVE ]]; then

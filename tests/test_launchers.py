@@ -67,14 +67,15 @@ def cloud(tmp_path):
     return tmp_path
 
 
-def train_on(cloud, **answers):
+def train_on(cloud, *options, long_seconds="600", **answers):
     for kind, values in answers.items():
         (cloud / kind).write_text(json.dumps(values))
     result = launch(
         "tpu_vm.sh",
-        *("train", *TPU_VM, "--type=v5litepod-32", "--spot", "--", AWKWARD),
+        *("train", *TPU_VM, "--type=v5litepod-32", "--spot", *options, "--", AWKWARD),
         PATH=f"{cloud}{os.pathsep}{os.environ['PATH']}",
         POLL_SECONDS="0.01",
+        LONG_SECONDS=long_seconds,
     )
     calls = (cloud / "calls").read_text().split()
     return result, [call for call in calls if call not in ("describe", "scp")]
@@ -104,6 +105,21 @@ def test_tpu_vm_gives_up_on_what_fails_again_and_again(cloud):
     result, calls = train_on(cloud, describe=["ACTIVE"], run=[1])
     assert (result.returncode, calls.count("run")) == (1, 3)
     assert "failed 3 times on a slice that is there" in result.stderr
+
+
+def test_tpu_vm_does_not_count_what_was_preempted(cloud):
+    # Each time ssh breaks, the slice still calls itself active for a while, and is then lost.
+    preempted = ["ACTIVE", "ACTIVE", "SUSPENDED", "NOT_FOUND"]
+    result, calls = train_on(
+        cloud, describe=["ACTIVE", *(4 * preempted), "ACTIVE"], run=[255, 255, 255, 255, 0]
+    )
+    assert result.returncode == 0, result.stderr
+    assert (calls.count("create"), calls.count("setup"), calls.count("run")) == (4, 5, 5)
+
+
+def test_tpu_vm_counts_no_failures_but_those_soon_after_the_start(cloud):
+    result, calls = train_on(cloud, long_seconds="0", describe=["ACTIVE"], run=[1, 1, 1, 1, 0])
+    assert (result.returncode, calls.count("run")) == (0, 5), result.stderr
 
 
 def test_tpu_vm_hands_the_arguments_over_unchanged(tmp_path):
