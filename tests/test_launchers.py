@@ -178,9 +178,18 @@ def test_xpk_hands_the_arguments_over_unchanged():
     assert result.returncode == 0, result.stderr
     ((*xpk, command),) = commands(result.stdout)
     assert xpk[:5] == ["xpk", "workload", "create", "--cluster=c", "--workload=w"]
-    assert "--restart-on-exit-codes=75" in xpk
     run = shlex.split(command.removeprefix("--command="))
     assert run == ["exec", "python", "-m", "music_jax.main", AWKWARD]
+
+
+def test_xpk_restarts_all_but_wrong_input_and_divergence():
+    result = launch("xpk.sh", "--cluster=c", "--dry-run", "--", AWKWARD)
+    (given,) = [a for a in commands(result.stdout)[0] if a.startswith("--restart-on-exit-codes=")]
+    restarting = {42, *range(127, 256)}  # xpk's own, to which it adds those that it is given
+    for part in given.partition("=")[2].split(","):
+        first, _, last = part.partition("-")
+        restarting |= set(range(int(first), int(last or first) + 1))
+    assert set(range(1, 256)) - restarting == {2, 3}
 
 
 def jobset(*arguments):
