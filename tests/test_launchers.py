@@ -2,20 +2,16 @@
 
 import json
 import os
-import pathlib
 import shlex
 import shutil
 import subprocess
 import sys
 
-import kubernetes_validate
 import pytest
 import yaml
+from launching import AWKWARD, ROOT, commands, launch
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-AWKWARD = '--workdir=gs://bucket/it\'s a $(run) of "$HOME"'
 TPU_VM = ("--name=slice", "--zone=us-central1-a")
-GKE = ("--name=run", "--image=image", "--accelerator=tpu-v5-lite-podslice", "--topology=4x8")
 
 # Plays gcloud: takes notes, and answers `describe` and `ssh` as the test has laid down, in turn.
 FAKE_GCLOUD = """#!{python}
@@ -35,27 +31,6 @@ if answers.exists():
     print(first, file=sys.stderr if "NOT_FOUND" in first else sys.stdout)
     sys.exit("NOT_FOUND" in first)
 """
-
-
-def launch(script, *arguments, **environment):
-    command = [ROOT / "launch" / script, *arguments]
-    if not os.access(command[0], os.X_OK):
-        command.insert(0, "bash")
-    return subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, timeout=60
-    )
-
-
-def commands(output):
-    """The commands of a dry run, as a shell would read them."""
-    return [line for line in map(list, _logical_lines(output)) if line]
-
-
-def _logical_lines(output):
-    for line in output.splitlines():
-        yield subprocess.run(
-            ["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True
-        ).stdout.split("\0")[:-1]
 
 
 @pytest.fixture
@@ -153,10 +128,6 @@ def test_tpu_vm_hands_the_arguments_over_unchanged(tmp_path):
         ("tpu_vm.sh", ("run", *TPU_VM, "--config=x"), "unknown option '--config=x'"),
         ("tpu_vm.sh", ("run", *TPU_VM, "--", "--workdir=runs/x"), "must come --workdir=gs://"),
         ("xpk.sh", ("--cluster=c", "--", "--workdir=runs/x"), "must come --workdir=gs://"),
-        ("gke.py", (*GKE, "--", "--workdir=runs/x"), "must come --workdir=gs://"),
-        ("gke.py", (*GKE[:3], "--", AWKWARD), "needs --topology, such as 4x8"),
-        ("gke.py", (*GKE, "--name=Run", "--", AWKWARD), "--name takes up to 32 small letters"),
-        ("gke.py", (*GKE, "--accelerator=v5e", "--", AWKWARD), "--accelerator is one of"),
     ],
 )
 def test_wrong_use_is_one_clear_line_and_exit_code_2(script, arguments, message):
@@ -190,68 +161,6 @@ def test_xpk_restarts_all_but_wrong_input_and_divergence():
         first, _, last = part.partition("-")
         restarting |= set(range(int(first), int(last or first) + 1))
     assert set(range(1, 256)) - restarting == {2, 3}
-
-
-def jobset(*arguments):
-    result = launch("gke.py", *arguments, "--dry-run", "--", "--config=c.py", AWKWARD)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-def expand(argument, variables):
-    """As Kubernetes expands $(NAME) and $$(NAME) in a container's arguments."""
-    for name, value in variables.items():
-        argument = argument.replace(f"$({name})", value)
-    return argument.replace("$$(", "$(")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "nodes", "limits"),
-    [
-        (GKE, 8, {"google.com/tpu": 4}),
-        ((*GKE, "--topology=1x1", "--spot"), 1, {"google.com/tpu": 1}),
-        ((*GKE, "--accelerator=tpu-v5p-slice", "--topology=4x4x4"), 16, {"google.com/tpu": 4}),
-        (
-            (*GKE[:2], "--accelerator=nvidia-h100-80gb", "--nodes=3", "--service-account=a"),
-            3,
-            {"nvidia.com/gpu": 8},
-        ),
-    ],
-)
-def test_gke_makes_a_jobset_whose_job_kubernetes_takes(arguments, nodes, limits):
-    whole = jobset(*arguments)
-    assert (whole["apiVersion"], whole["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    assert whole["spec"].keys() == {"failurePolicy", "replicatedJobs"}
-    (replicated,) = whole["spec"]["replicatedJobs"]
-    assert replicated.keys() == {"name", "replicas", "template"}
-    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}}
-    kubernetes_validate.validate(job | replicated["template"], "1.33", strict=True)
-
-    spec = replicated["template"]["spec"]
-    assert (spec["parallelism"], spec["completions"]) == (nodes, nodes)
-    (container,) = spec["template"]["spec"]["containers"]
-    assert container["resources"]["limits"] == limits
-    given = [expand(a, {"JOB_COMPLETION_INDEX": "1"}) for a in container["args"]]
-    assert given[:2] == ["--config=c.py", AWKWARD]
-    if "nvidia.com/gpu" in limits:
-        assert given[2:] == [
-            "--coordinator_address=run-train-0-0.run:8476",
-            "--num_processes=3",
-            "--process_id=1",
-        ]
-    else:
-        assert given[2:] == []
-
-
-def test_gke_restarts_all_but_wrong_input_and_divergence():
-    spec = jobset(*GKE)["spec"]
-    job = spec["replicatedJobs"][0]["template"]["spec"]
-    (rule,) = job["podFailurePolicy"]["rules"]
-    assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2, 3])
-    assert job["backoffLimit"] == 0  # any other failure fails the job at once, and so restarts all
-    assert spec["failurePolicy"]["maxRestarts"] == 100
-    (rule,) = spec["failurePolicy"]["rules"]
-    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
 
 
 @pytest.fixture
