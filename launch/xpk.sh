@@ -44,7 +44,7 @@ fi
 # final. When a node is lost, the processes on the others end with 1, before Kubernetes has noticed.
 # exec, so that the SIGTERM which xpk passes on reaches Python and not a shell around it.
 create=(xpk workload create ${options[@]+"${options[@]}"} --max-restarts=100
-  --restart-on-exit-codes=1,4-126 --termination-grace-period-seconds=300 --command="$command")
+  "--restart-on-exit-codes=1,4-126" --termination-grace-period-seconds=300 --command="$command")
 if [[ -n $dry_run ]]; then
   printf '%q ' "${create[@]}"
   echo
