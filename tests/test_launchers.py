@@ -19,7 +19,8 @@ import json, pathlib, sys
 here = pathlib.Path(__file__).parent
 kind = next((k for k in ("describe", "scp", "create", "delete") if k in sys.argv), "ssh")
 if kind == "ssh":
-    kind = "stop" if "pkill" in sys.argv[-1] else "run" if "local.sh" in sys.argv[-1] else "setup"
+    parts = {{"pkill": "stop", "local.sh": "run", "rsync": "images"}}
+    kind = next((parts[part] for part in parts if part in sys.argv[-1]), "setup")
 with open(here / "calls", "a") as f:
     f.write(kind + "\\n")
 answers = here / kind
@@ -97,6 +98,33 @@ def test_tpu_vm_counts_no_failures_but_those_soon_after_the_start(cloud):
     assert (result.returncode, calls.count("run")) == (0, 5), result.stderr
 
 
+def test_tpu_vm_copies_the_images_to_every_new_slice(cloud):
+    result, calls = train_on(
+        cloud,
+        "--images=gs://bucket/a b",
+        describe=[*(3 * ["ACTIVE"]), "SUSPENDED", "NOT_FOUND", "ACTIVE"],
+        images=[0, 255, 0],  # the second, on the new slice, breaks off and is gone on with
+        run=[255, 0],
+    )
+    assert result.returncode == 0, result.stderr
+    first, second = ["setup", "images", "run"], ["setup", "images", "setup", "images", "run"]
+    assert calls == [*first, "stop", "delete", "create", *second]
+
+
+@pytest.mark.parametrize("command", ["train", "setup"])
+def test_tpu_vm_names_the_images_as_they_are(command):
+    options = (*TPU_VM, "--type=v6e-8", "--images=gs://bucket/a b", "--dry-run", "--", AWKWARD)
+    result = launch("tpu_vm.sh", command, *options)
+    assert result.returncode == 0, result.stderr
+    (copy,) = [line for line in commands(result.stdout) if "rsync" in line[-1]]
+    assert "--worker=all" in copy
+    words = shlex.split(copy[-1].removeprefix("--command="))
+    assert words == [
+        *("mkdir", "-p", "/tmp/images", "&&"),
+        *("gcloud", "storage", "rsync", "--recursive", "gs://bucket/a b", "/tmp/images"),
+    ]
+
+
 def test_tpu_vm_hands_the_arguments_over_unchanged(tmp_path):
     result = launch(
         "tpu_vm.sh",
@@ -127,6 +155,8 @@ def test_tpu_vm_hands_the_arguments_over_unchanged(tmp_path):
         ("tpu_vm.sh", ("create", *TPU_VM), "--type=TYPE is needed"),
         ("tpu_vm.sh", ("run", *TPU_VM, "--config=x"), "unknown option '--config=x'"),
         ("tpu_vm.sh", ("run", *TPU_VM, "--", "--workdir=runs/x"), "must come --workdir=gs://"),
+        ("tpu_vm.sh", ("setup", *TPU_VM, "--images=b/x"), "--images is gs://BUCKET or"),
+        ("tpu_vm.sh", ("run", *TPU_VM, "--images=gs://b", "--", AWKWARD), "for train and setup"),
         ("xpk.sh", ("--cluster=c", "--", "--workdir=runs/x"), "must come --workdir=gs://"),
     ],
 )
