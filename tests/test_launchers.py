@@ -231,9 +231,19 @@ def test_slurm_requeues_only_what_was_stopped_and_saved(slurm, code, requeued):
     assert rest == (["scontrol requeue 7"] if requeued else [])
 
 
-def test_slurm_dry_run_runs_nothing(slurm):
-    result = slurm("--dry-run", "--workdir=a b")
-    assert commands(result.stdout)[0][-2:] == ["music_jax.main", "--workdir=a b"]
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_slurm_dry_run_tells_all_and_runs_nothing(slurm, place):
+    arguments = ["--config=c.py", "--workdir=a b"]
+    result = slurm(*arguments[:place], "--dry-run", *arguments[place:])
+    assert result.returncode == 0, result.stderr
+    *options, command = result.stdout.splitlines()
+    assert shlex.split(command)[-3:] == ["music_jax.main", *arguments]
+    assert options == [
+        line
+        for line in (ROOT / "launch/slurm.sbatch").read_text().splitlines()
+        if line.startswith("#SBATCH ")
+    ]
+    assert "#SBATCH --requeue" in options
     assert not slurm.notes.exists()
 
 
