@@ -9,10 +9,13 @@ Trains on a GKE cluster that xpk made, as an xpk workload that restarts after pr
   launch/xpk.sh --cluster=CLUSTER --workload=NAME --tpu-type=v5litepod-32 --docker-image=IMAGE \
     [XPK OPTION ...] -- ARGUMENTS OF music_jax.main
 
-All before -- goes to `xpk workload create`, such as --zone, --project, --num-slices or
---device-type for GPUs. IMAGE is built from launch/Dockerfile. --dry-run prints the command.
+All before -- goes to `xpk workload create`, such as --zone, --project, --num-slices,
+--device-type for GPUs, or --storage=NAME for images that `xpk storage attach` made known to the
+cluster; launch/README.md tells how. IMAGE is built from launch/Dockerfile. --dry-run prints the
+command.
 Exit codes 2 and 3 of music_jax.main end the workload; after all others, and after lost nodes, it
-starts again, up to 100 times.
+starts again, up to 100 times. To stop it, or to start again what has ended, first
+`xpk workload delete --workload=NAME --cluster=CLUSTER`.
 EOF
 }
 

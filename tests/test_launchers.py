@@ -303,6 +303,26 @@ def test_skypilot_tells_gpu_nodes_of_each_other(tmp_path, gpu, nodes, expected):
     assert output[4:] == ["--config.seed=1", *expected]
 
 
+@pytest.mark.parametrize("page", ["launch/README.md", "docs/how_to/tpu_pod.md"])
+def test_examples_are_taken_and_say_where_the_images_come_from(page):
+    text = (ROOT / page).read_text().replace("BUCKET", "bucket")
+    lines = text.replace("\\\n", " ").splitlines()
+    starts = ("launch/tpu_vm.sh train", "launch/gke.py", "launch/xpk.sh", "sbatch --nodes")
+    examples = [line.split() for line in lines if line.strip().startswith(starts)]
+    assert examples
+    for command, *arguments in examples:
+        assert any(argument.startswith("--config.dataset.") for argument in arguments)
+        if command != "sbatch":
+            result = launch(command.removeprefix("launch/"), *with_dry_run(arguments))
+            assert result.returncode == 0, result.stderr
+            assert any(argument.startswith(("--images", "--storage")) for argument in arguments)
+
+
+def with_dry_run(arguments):
+    end = arguments.index("--")
+    return [*arguments[:end], "--dry-run", *arguments[end:]]
+
+
 def test_image_copies_only_what_is_there_and_starts_the_trainer():
     lines = (ROOT / "launch/Dockerfile").read_text().splitlines()
     copied = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]]
