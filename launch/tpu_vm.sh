@@ -6,9 +6,11 @@ usage() {
   cat <<'EOF'
 Trains on a Cloud TPU slice, spot or not, and again after each preemption until it is done.
 
-  launch/tpu_vm.sh train  --name=NAME --zone=ZONE --type=TYPE [--spot] -- ARGUMENTS OF music_jax.main
+  launch/tpu_vm.sh train  --name=NAME --zone=ZONE --type=TYPE [--spot] [--images=gs://...] \
+                          -- ARGUMENTS OF music_jax.main
   launch/tpu_vm.sh create --name=NAME --zone=ZONE --type=TYPE [--spot]
-  launch/tpu_vm.sh setup  --name=NAME --zone=ZONE      copies the repository, makes the environment
+  launch/tpu_vm.sh setup  --name=NAME --zone=ZONE [--images=gs://...]
+                          copies the repository, makes the environment, copies the images
   launch/tpu_vm.sh run    --name=NAME --zone=ZONE -- ARGUMENTS    on all workers, once
   launch/tpu_vm.sh stop   --name=NAME --zone=ZONE      the run saves and exits with 75
   launch/tpu_vm.sh status --name=NAME --zone=ZONE
@@ -16,7 +18,8 @@ Trains on a Cloud TPU slice, spot or not, and again after each preemption until 
 
 `train` does it all: creates the slice if it is not there, waits for it, sets it up, runs, and when
 the slice is preempted deletes it, asks for another and goes on. The workdir must be a gs:// one.
-It leaves the slice in place at the end; `delete` it. Ctrl-C stops the run, saved.
+It leaves the slice in place at the end; `delete` it. Ctrl-C stops the run, saved. Three failures in
+a row on one slice that stays, each within ten minutes of its start, end it.
 
   --name=NAME      of the queued resource and of its TPU
   --zone=ZONE      such as us-central1-a
@@ -24,6 +27,10 @@ It leaves the slice in place at the end; `delete` it. Ctrl-C stops the run, save
   --project=ID     if not gcloud's own
   --runtime=IMAGE  TPU software version; by default the one for the type
   --spot           cheap and preemptible
+  --images=gs://BUCKET/FOLDER
+                   copied to /tmp/images on the disk of every worker of every new slice; to be named
+                   behind --, with --config.dataset.data_dir=/tmp/images if TFDS prepared them, else
+                   with --config.dataset.path=/tmp/images or a folder in it
   --dry-run        prints the commands, and runs none
 
 Exit codes are those of music_jax.main; 2 and 3 end `train`, 75 does not.
@@ -37,7 +44,8 @@ die() {
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 poll_seconds=${POLL_SECONDS:-60}
-name='' zone='' type='' project='' runtime='' spot='' dry_run=''
+long_seconds=${LONG_SECONDS:-600} # what has lasted so long was no failure at the start
+name='' zone='' type='' project='' runtime='' images='' spot='' dry_run=''
 main_arguments=()
 
 command=${1:-}
@@ -52,7 +60,7 @@ case $command in
 esac
 while (($#)); do
   case $1 in
-    --name=* | --zone=* | --type=* | --project=* | --runtime=*)
+    --name=* | --zone=* | --type=* | --project=* | --runtime=* | --images=*)
       option=${1%%=*}
       printf -v "${option#--}" %s "${1#*=}"
       ;;
@@ -73,6 +81,10 @@ while (($#)); do
 done
 
 [[ -n $name && -n $zone ]] || die "--name=NAME and --zone=ZONE are needed"
+if [[ -n $images ]]; then
+  case $command in train | setup) ;; *) die "--images is for train and setup" ;; esac
+  [[ $images == gs://?* ]] || die "--images is gs://BUCKET or gs://BUCKET/FOLDER, not '$images'"
+fi
 case $command in train | create) [[ -n $type ]] || die "--type=TYPE is needed, such as v5litepod-32" ;; esac
 case $command in
   train | run)
@@ -157,7 +169,15 @@ if ! bash -c 'source launch/environment.sh; find_python' >/dev/null 2>&1; then
 fi
 bash -euc 'source launch/environment.sh; ensure_environment requirements.txt'
 EOF
-  )"
+  )" || return
+  if [[ -n $images ]]; then copy_images; fi
+}
+
+# All images to every worker, as each reads any of them. What is there already is not copied again.
+copy_images() {
+  local source
+  printf -v source %q "$images"
+  on_workers "mkdir -p /tmp/images && gcloud storage rsync --recursive $source /tmp/images"
 }
 
 run() {
@@ -170,6 +190,7 @@ run() {
 stop() { on_workers "pkill -TERM -f '[m]usic_jax.main' || true"; }
 
 # Waits until the slice is there; asks for one where there is none, and again where it was lost.
+# A new slice is not set up, and what failed on the one before does not count against it.
 await_slice() {
   local now
   while :; do
@@ -178,12 +199,12 @@ await_slice() {
       ACTIVE) return ;;
       '')
         create
-        is_set_up=
+        is_set_up='' failures=0
         ;;
       FAILED | SUSPENDED)
         echo "the slice is $now; asking for another" >&2
         delete
-        is_set_up=
+        is_set_up=''
         continue
         ;;
       *) echo "the slice is $now; waiting" >&2 ;;
@@ -193,8 +214,8 @@ await_slice() {
 }
 
 train() {
-  local code failures=0
-  is_set_up=
+  local code started
+  is_set_up='' failures=0
   if [[ -n $dry_run ]]; then
     create
     setup
@@ -206,6 +227,7 @@ train() {
   while :; do
     await_slice
     code=0
+    started=$SECONDS
     if [[ -z $is_set_up ]]; then
       (setup) || code=$?
       if ((code == 0)); then is_set_up=1; fi
@@ -213,8 +235,9 @@ train() {
     if ((code == 0)); then
       run || code=$?
       case $code in 0 | 2 | 3) return "$code" ;; esac
-      if ((code == 75)); then failures=0; else stop || true; fi
+      if ((code != 75)); then stop || true; fi
     fi
+    if ((code == 75 || SECONDS - started >= long_seconds)); then failures=0; fi
     # A slice that is being preempted stays ACTIVE for a while.
     sleep "$poll_seconds"
     if ((code != 75)) && [[ $(state) == ACTIVE ]]; then
