@@ -200,7 +200,8 @@ def slurm(tmp_path):
     (tmp_path / "launch/environment.sh").write_text(
         "venv=/venv\nensure_environment() { echo ready >>notes; }\n"
     )
-    for name, body in (("srun", 'exit "$SRUN_EXITS"'), ("scontrol", "")):
+    commands = {"srun": 'exit "$SRUN_EXITS"', "scontrol": "", "squeue": 'echo "$STATE"'}
+    for name, body in commands.items():
         (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >>notes\n{body}\n')
         (tmp_path / name).chmod(0o755)
 
@@ -221,14 +222,24 @@ def slurm(tmp_path):
     return submit
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (2, False), (3, False), (75, True)])
-def test_slurm_requeues_only_what_was_stopped_and_saved(slurm, code, requeued):
-    result = slurm("--config=c.py", "--workdir=a b", SRUN_EXITS=str(code))
+@pytest.mark.parametrize(
+    ("code", "state", "requeued"),
+    [
+        (0, "RUNNING", False),
+        (2, "RUNNING", False),
+        (3, "RUNNING", False),
+        (75, "RUNNING", True),
+        (75, "COMPLETING", False),  # as after `scancel`
+    ],
+)
+def test_slurm_requeues_only_what_was_stopped_and_saved(slurm, code, state, requeued):
+    result = slurm("--config=c.py", "--workdir=a b", SRUN_EXITS=str(code), STATE=state)
     assert result.returncode == code, result.stderr
     ready, srun, *rest = slurm.notes.read_text().splitlines()
     assert ready == "ready"
     assert srun.endswith("/venv/bin/python -m music_jax.main --config=c.py --workdir=a b")
-    assert rest == (["scontrol requeue 7"] if requeued else [])
+    asked = ["squeue --noheader --jobs=7 --format=%T"] if code == 75 else []
+    assert rest == asked + (["scontrol requeue 7"] if requeued else [])
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
