@@ -50,6 +50,8 @@ class _File:
         self._added += text
 
     def flush(self, *, now: bool = False) -> None:
+        if not self._added:
+            return
         before = os.path.getsize(self._path) if self._path.exists() else 0
         try:
             with self._path.open("a") as file:
@@ -61,8 +63,7 @@ class _File:
         self._added = ""
 
     def close(self) -> None:
-        if self._added:
-            self.flush()
+        self.flush()
 
 
 class _Object:

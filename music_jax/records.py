@@ -188,17 +188,24 @@ def open_skipped(workdir: epath.Path, config: config_dict.ConfigDict) -> Skipped
         workdir,
         max_share=config.dataset.max_skipped_share,
         process_index=jax.process_index(),
+        num_processes=jax.process_count(),
     )
 
 
 def report_skipped(skipped: SkippedImages) -> None:
-    """Joins what all processes noted in skipped.jsonl, and says how many images were skipped."""
+    """Joins what all processes noted in skipped.jsonl, and says how many images were skipped.
+
+    Raises:
+      UnusableDataError: they are more, of all processes together, than may be skipped.
+    """
     skipped.close()
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("skipped images noted by all processes")
     if jax.process_index() == 0:
-        skipped.merge()
-        skipped.close()
+        try:
+            skipped.merge()
+        finally:
+            skipped.close()
         if len(skipped):
             progress.say(skipped.summary())
 

@@ -14,7 +14,7 @@ from music_jax import appending, records
 from music_jax.appending import open_to_append
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
-from music_jax.errors import UserError
+from music_jax.errors import UnusableDataError, UserError
 
 
 class _Bucket(MemoryFileSystem):
@@ -97,6 +97,34 @@ def test_skipped_images_of_several_processes_are_joined(directory):
     assert sorted(json.loads(line)["image"] for line in lines) == list("012345")
     assert len(SkippedImages(directory, max_share=1.0)) == 6
     assert [path.name for path in directory.iterdir()] == ["skipped.jsonl"]
+
+
+def test_skipped_images_of_all_processes_together_hold_to_the_share(directory, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(appending.time, "monotonic", lambda: now[0])
+    source = Source("numbers", list(range(40)), "image", "label", 0)
+    lists = [
+        SkippedImages(directory, max_share=0.1, process_index=i, num_processes=2) for i in range(2)
+    ]
+    for i in range(4):
+        lists[i % 2].add(source, i, "broken")
+        now[0] += 20.0
+    with pytest.raises(UnusableDataError, match="5 of the 40") as caught:
+        lists[1].add(source, 4, "broken")
+    names = [f"{directory}/skipped{part}.jsonl" for part in (".process_1", "")]
+    assert str(caught.value).endswith(" and ".join(names))
+
+
+def test_what_is_skipped_is_soon_seen_in_a_bucket_though_nothing_more_is(bucket, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(appending.time, "monotonic", lambda: now[0])
+    source = Source("numbers", list(range(40)), "image", "label", 0)
+    skipped = SkippedImages(bucket, max_share=1.0)
+    for i in (0, 1):
+        skipped.add(source, i, "broken")
+    now[0] += 20.0
+    skipped.add(source, 1, "broken")  # once more
+    assert (bucket / "skipped.jsonl").read_text().count("\n") == 2
 
 
 def test_json_in_a_bucket_is_replaced(bucket):

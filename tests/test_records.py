@@ -4,12 +4,22 @@ import contextlib
 import json
 import resource
 
+import jax
 import pytest
 from etils import epath
 
 from music_jax.config import default_config
-from music_jax.errors import UserError
-from music_jax.records import EventsLog, MetricsLog, as_json, check_same_run, read_config
+from music_jax.data.sources import Source
+from music_jax.errors import UnusableDataError, UserError
+from music_jax.records import (
+    EventsLog,
+    MetricsLog,
+    as_json,
+    check_same_run,
+    open_skipped,
+    read_config,
+    report_skipped,
+)
 
 
 def _line(step):
@@ -104,3 +114,22 @@ def test_another_precision_goes_on_with_the_run_and_is_told(tmp_path, capsys):
     config.compute_dtype = "bfloat16"
     check_same_run(epath.Path(tmp_path), config)
     assert "computing in bfloat16 from here on, in float32 before" in capsys.readouterr().out
+
+
+def test_the_images_that_processes_skip_are_counted_together(tmp_path, monkeypatch):
+    config = default_config()
+    config.dataset.max_skipped_share = 0.1
+    source = Source("numbers", range(40), "image", "label", num_classes=2)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    lists = []
+    for process in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        lists.append(open_skipped(epath.Path(tmp_path), config))
+    for index in range(4):
+        lists[index // 2].add(source, index, "broken")
+    with pytest.raises(UnusableDataError, match="5 of the 40"):
+        lists[1].add(source, 4, "broken")
+    monkeypatch.undo()
+    with pytest.raises(UnusableDataError, match="5 of the 40"):
+        report_skipped(lists[0])
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 5

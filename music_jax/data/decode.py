@@ -33,6 +33,8 @@ _FLAGS = {
 # What libjpeg-turbo says where an image is whole, but its file goes on before it ends. It tells the
 # first thing that it found wrong, so that it found nothing before this.
 _MORE_FOLLOWS = re.compile(r"\d+ extraneous bytes before marker 0xd9$")
+_DAMAGED_DATA = "Corrupt JPEG data: "
+_END = b"\xff\xd9"
 _HEIGHT = struct.Struct(">H")
 _ROWS_OF_BLOCKS = 16  # that are encoded together, in most JPEGs
 
@@ -130,11 +132,29 @@ def _decode_upper(encoded: bytes, header: Header, rows: int, reduction: int) -> 
 
 
 def _decode_plain(encoded: bytes, header: Header, reduction: int, quick: bool) -> np.ndarray | None:
-    """A JPEG as most are, RGB; None if it is damaged, as OpenCV then decodes it, or refuses to."""
+    """A JPEG as most are, RGB; None if it is damaged so that OpenCV may decode it or refuse to."""
+    image = np.empty((*_reduced(header, reduction), 3), np.uint8)
     try:
-        return _decode_with_turbo(encoded, header, reduction, quick)
+        return _decode_with_turbo(encoded, header, reduction, quick, image)
+    except ValueError as error:
+        return image if _is_decoded(encoded, header, str(error)) else None
+
+
+def _is_decoded(encoded: bytes, header: Header, error: str) -> bool:
+    """Whether all rows were decoded in spite of an error, as OpenCV would do it.
+
+    OpenCV would tell the damage on standard error, at every read. An error that ends decoding would
+    be the one that is told: what is told of damaged data was passed over, up to the last row. What
+    OpenCV refuses is left to it: a file that is cut off, or could be so between two scans.
+    """
+    if not (error.startswith(_DAMAGED_DATA) and encoded.endswith(_END)):
+        return False
+    if not (header.height_at or _MORE_FOLLOWS.search(error)):
+        return False
+    try:  # what is wrong before the data is told before they are looked at
+        return simplejpeg.decode_jpeg_header(encoded)[:2] == (header.height, header.width)
     except ValueError:
-        return None
+        return False
 
 
 def _decode_with_turbo(

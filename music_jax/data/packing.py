@@ -97,6 +97,7 @@ def pack(
     }
     if _begin(directory, index):
         return int(read_index(os.fspath(directory))["num_images"])
+    source = dataclasses.replace(source, name=index["source"])
     skipped = SkippedImages(directory, max_share=max_skipped_share)
     skipped.add_left_out(source)
     num_shards = -(-len(source) // packing.shard_size)
@@ -131,7 +132,10 @@ def pack(
 
 
 def _begin(directory: epath.Path, index: dict[str, Any]) -> bool:
-    """Writes the index, or checks that the one there is the same; whether it is whole already."""
+    """Writes the index, or checks that the one there is the same; whether it is whole already.
+
+    Where the one there writes the same source in another way, so does `index` from then on.
+    """
     path = directory / INDEX_FILE
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -145,6 +149,8 @@ def _begin(directory: epath.Path, index: dict[str, Any]) -> bool:
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error}") from error
     there = read_index(os.fspath(directory))
+    if _place(there.get("source")) == _place(index["source"]):
+        index["source"] = there["source"]
     passing = ("complete", "num_images", "shards")
     differing = [key for key in index if key not in passing and there.get(key) != index[key]]
     if differing:
@@ -154,6 +160,11 @@ def _begin(directory: epath.Path, index: dict[str, Any]) -> bool:
             "arguments to go on with it, or another --output"
         )
     return bool(there["complete"])
+
+
+def _place(source: Any) -> str | None:
+    """What a source is called, a folder always alike: `photos` as `photos/`."""
+    return os.path.abspath(os.path.expanduser(source)) if isinstance(source, str) else None
 
 
 def _in_order(

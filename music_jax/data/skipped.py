@@ -3,7 +3,11 @@
 import collections
 import contextlib
 import json
+import math
 import threading
+import time
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from etils import epath
 
@@ -13,42 +17,70 @@ from music_jax.errors import UnusableDataError, UserError
 from music_jax.json_files import parse_json, read_text
 
 _FILE = "skipped.jsonl"
+_SECONDS_BETWEEN_LOOKS = 5.0  # at the lists of the other processes
+_LARGEST_SHARE = 0.05  # of the time, that may be spent on looking
+
+
+class _Image(NamedTuple):
+    source: str
+    name: str
+
+
+class _Note(NamedTuple):
+    reason: str
+    source_images: int | None  # of the whole split; None where a list does not say
 
 
 class SkippedImages:
     """Takes note of images that were skipped, from any thread, and says when they are too many.
 
-    Each process of a run notes what it met in a file of its own; `merge` makes one of them.
+    Each process of a run notes what it met in a file of its own; `merge` makes one of them. What
+    may be skipped is a share of what all processes read. Where more of it is skipped, at least one
+    of N processes has noted more than an Nth of that share: only then it looks at the lists of the
+    others, and now and then.
     """
 
-    def __init__(self, directory: epath.Path, *, max_share: float, process_index: int = 0):
+    def __init__(
+        self,
+        directory: epath.Path,
+        *,
+        max_share: float,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ):
         """Opens the list, with what earlier runs noted in the same directory.
 
         Args:
           directory: where the list is.
-          max_share: the largest share of a source's images that may be skipped.
+          max_share: the largest share of a source's images that may be skipped, by all processes.
           process_index: of this process.
+          num_processes: that note what they skip in this directory.
 
         Raises:
           UserError: the list cannot be read.
         """
         self.path = directory / _FILE
         self._max_share = max_share
+        self._num_processes = num_processes
         self._own = self.path if process_index == 0 else _part(directory, process_index)
         self._lock = threading.Lock()
         self._file: Appended | None = None  # open from the first image on
-        # (source, image): reason
-        self._reasons: dict[tuple[str, str], str] = {}
-        for path in {self.path, self._own, *self._parts()}:
-            self._reasons |= _read(path)
-        self._counts = collections.Counter(source for source, _ in self._reasons)
+        self._next_look = 0.0
+        self._noted: set[_Image] = set()
+        self._counts: collections.Counter[str] = collections.Counter()
+        # How many images those sources have of which something was noted since this was opened.
+        self._sizes: dict[str, int] = {}
+        self._lists: set[epath.Path] = set()  # that are not empty
+        for path in (self._own, *self._others()):
+            self._take(path, _read(path))
+        self._sizes.clear()
         _drop_cut_off_line(self._own)
 
     def __len__(self) -> int:
-        return len(self._reasons)
+        return len(self._noted)
 
     def add_left_out(self, source: Source) -> None:
-        """Notes what was left out when the source was opened."""
+        """Notes what was left out when the source was opened; raises as `add` does."""
         for image, reason in source.left_out:
             self._add(source, image, reason)
 
@@ -60,30 +92,61 @@ class SkippedImages:
         """
         self._add(source, source.record_name(index), reason)
 
-    def _add(self, source: Source, image: str, reason: str) -> None:
+    def _add(self, source: Source, name: str, reason: str) -> None:
+        image, size = _Image(source.name, name), source.split_size
         with self._lock:
-            if (source.name, image) not in self._reasons:
-                self._write(source.name, image, reason)
-            count = self._counts[source.name]
-        if count > self._max_share * source.split_size:
-            raise UnusableDataError(
-                f"{count} of the {source.split_size} images of {source.name} cannot be read, more "
-                f"than the share config.dataset.max_skipped_share = {self._max_share:g}; they are "
-                f"listed in {self.path}"
-            )
+            self._sizes[source.name] = size
+            if image not in self._noted:
+                note = _Note(reason, size)
+                self._write(image, note)
+                self._take(self._own, {image: note})
+            if self._file is not None:
+                with contextlib.suppress(OSError):  # a full disk; the next image tries again
+                    self._file.flush()
+            self._check()
+            own_part = self._max_share * size / self._num_processes
+            if self._counts[source.name] <= own_part or time.monotonic() < self._next_look:
+                return
+            self._next_look = math.inf  # until this thread has looked; others go on
+        self._look()
+
+    def _look(self) -> None:
+        """Takes in what the other processes have noted."""
+        started = time.monotonic()
+        found = {}
+        # Whatever a bucket's client raises: the next look, or `merge`, reads it.
+        with contextlib.suppress(Exception):
+            for path in self._others():
+                found[path] = _read(path)
+        with self._lock:
+            now = time.monotonic()
+            took = now - started
+            self._next_look = now + max(_SECONDS_BETWEEN_LOOKS, took / _LARGEST_SHARE)
+            for path, notes in found.items():
+                self._take(path, notes)
+            self._check()
 
     def merge(self) -> None:
-        """Joins what all processes noted; for process 0, once the others add nothing any more."""
+        """Joins what all processes noted; for process 0, once the others add nothing any more.
+
+        Raises:
+          UnusableDataError: of a source of which something was noted since this was opened, more
+            than the largest share of the images are skipped.
+        """
         with self._lock:
             listed = set(_read(self.path))
             for part in self._parts():
-                for (source, image), reason in _read(part).items():
-                    if (source, image) not in listed:
-                        listed.add((source, image))
-                        self._write(source, image, reason)
+                notes = _read(part)
+                for image, note in notes.items():
+                    if image not in listed:
+                        listed.add(image)
+                        self._write(image, note)
                 if self._file is not None:
                     self._file.flush(now=True)
+                self._take(self.path, notes)
                 part.unlink()
+            self._lists = {self.path}
+            self._check()
 
     def close(self) -> None:
         """Makes all that was noted visible to others; more may be noted later.
@@ -101,16 +164,46 @@ class SkippedImages:
         said = ", ".join(f"{count} of {source}" for source, count in sorted(self._counts.items()))
         return f"skipped images that cannot be read: {said}; they are listed in {self.path}"
 
-    def _write(self, source: str, image: str, reason: str) -> None:
-        if (source, image) not in self._reasons:
-            self._reasons[source, image] = reason
-            self._counts[source] += 1
+    def _check(self) -> None:
+        for source, size in self._sizes.items():
+            count = self._counts[source]
+            if count > self._max_share * size:
+                raise UnusableDataError(
+                    f"{count} of the {size} images of {source} cannot be read, more than the share "
+                    f"config.dataset.max_skipped_share = {self._max_share:g}; they are listed in "
+                    f"{self._where()}"
+                )
+
+    def _where(self) -> str:
+        """Which lists hold what was noted, this process's own first."""
+        lists = sorted(self._lists, key=lambda path: (path != self._own, path))
+        if len(lists) > 2:
+            return f"{lists[0]} and {len(lists) - 1} more lists beside it, skipped*.jsonl"
+        return " and ".join(map(str, lists))
+
+    def _take(self, path: epath.Path, notes: Mapping[_Image, _Note]) -> None:
+        """Counts what a list says and was not known."""
+        if notes:
+            self._lists.add(path)
+        for image, note in notes.items():
+            if image not in self._noted:
+                self._noted.add(image)
+                self._counts[image.source] += 1
+                if note.source_images is not None:
+                    self._sizes.setdefault(image.source, note.source_images)
+
+    def _write(self, image: _Image, note: _Note) -> None:
         if self._file is None:
             self._file = open_to_append(self._own)
-        line = json.dumps({"source": source, "image": image, "reason": reason})
-        self._file.write(line + "\n")
-        with contextlib.suppress(OSError):  # a full disk; the next line, or `close`, tries again
-            self._file.flush()
+        line: dict[str, str | int]
+        line = {"source": image.source, "image": image.name, "reason": note.reason}
+        if note.source_images is not None:
+            line["source_images"] = note.source_images
+        self._file.write(json.dumps(line) + "\n")
+
+    def _others(self) -> list[epath.Path]:
+        """The lists of the other processes that are there."""
+        return [path for path in (self.path, *self._parts()) if path != self._own]
 
     def _parts(self) -> list[epath.Path]:
         return sorted(self.path.parent.glob(_part(self.path.parent, "*").name))
@@ -120,17 +213,19 @@ def _part(directory: epath.Path, process: int | str) -> epath.Path:
     return directory / f"skipped.process_{process}.jsonl"
 
 
-def _read(path: epath.Path) -> dict[tuple[str, str], str]:
+def _read(path: epath.Path) -> dict[_Image, _Note]:
     """The lines of a list; one that was cut off is left out, and noted again when it is met."""
     found = {}
     for line in _text(path).splitlines():
         try:
             record = parse_json(line)
             said = record["source"], record["image"], record["reason"]
-        except (ValueError, KeyError, TypeError):
+            size = record.get("source_images")
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
         if all(isinstance(each, str) for each in said):
-            found[said[:2]] = said[2]
+            known = type(size) is int and size > 0
+            found[_Image(*said[:2])] = _Note(said[2], size if known else None)
     return found
 
 

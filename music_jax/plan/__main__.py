@@ -120,6 +120,12 @@ def _num_images(config: config_dict.ConfigDict) -> int:
     published = _NUM_IMAGES.get((dataset.name, dataset.train_split))
     if published and not dataset.path:
         return published
+    if not (dataset.name or dataset.path):
+        raise UserError(
+            "how many images are there? The config names none: give them with "
+            "--config.dataset.path=DIR or --config.dataset.name=NAME, or their number with "
+            "--num-images=N"
+        )
     try:
         return len(datasets.training_source(config))
     except UserError as error:

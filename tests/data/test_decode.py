@@ -240,6 +240,68 @@ def test_a_file_that_is_cut_off_is_refused(name, part):
         decode(encoded[: int(part * len(encoded))], 3)
 
 
+def _damaged(kind: str, **options) -> bytes:
+    jpeg = _photo_as_jpeg("4:2:0", **options)
+    middle = jpeg.index(b"\xff\xda") + 1000
+    match kind:
+        case "a stray marker":
+            return jpeg[:middle] + b"\xff\xd0" + jpeg[middle:]
+        case "no code":
+            return jpeg[:-600] + b"\xff\0" * 8 + jpeg[-600:]
+        case "an early end":
+            return jpeg[:middle] + jpeg[-2:]
+        case "more before the end":
+            return jpeg[:-2] + bytes(30) + jpeg[-2:]
+    raise ValueError(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "progressive"),
+    [
+        ("a stray marker", False),
+        ("no code", False),
+        ("an early end", False),
+        ("more before the end", False),
+        ("more before the end", True),
+    ],
+)
+@pytest.mark.parametrize("reduction", [1, 4])
+def test_damaged_jpegs_have_the_pixels_that_opencv_decodes_but_are_not_told_on_standard_error(
+    kind, progressive, reduction, capfd
+):
+    jpeg = _damaged(kind, progressive=progressive)
+    flag = cv2.IMREAD_COLOR if reduction == 1 else cv2.IMREAD_REDUCED_COLOR_4
+    expected = cv2.imdecode(np.frombuffer(jpeg, np.uint8), flag)[..., ::-1]
+    assert "Corrupt JPEG data" in capfd.readouterr().err
+    np.testing.assert_array_equal(decode(jpeg, 3, reduction=reduction), expected)
+    assert decode(jpeg, 3, reduction=reduction, quick=True).shape == expected.shape
+    assert capfd.readouterr().err == ""
+
+
+def test_jpegs_that_are_damaged_and_cut_off_are_refused():
+    cut_off = _damaged("no code")[:-300]
+    skipping = bytearray(_damaged("an early end", progressive=True))
+    skipping[-2:] = b"\xff\xfe\xff\xff\xff\xd9"  # a comment that is longer than what follows
+    for jpeg in (cut_off, bytes(skipping)):
+        with pytest.raises(UndecodableError):
+            decode(jpeg, 3)
+
+
+def test_a_jpeg_without_a_table_that_its_data_need_is_refused():
+    jpeg = bytearray(_photo_as_jpeg("4:2:0"))
+    jpeg[jpeg.index(b"\xff\xda") + 6] = 0x33
+    with pytest.raises(UndecodableError):
+        decode(bytes(jpeg), 3)
+
+
+def test_damage_before_the_data_is_treated_as_opencv_does():
+    jpeg = _photo_as_jpeg("4:2:0")
+    tables = jpeg.index(b"\xff\xc4")
+    jpeg = jpeg[:tables] + bytes(9) + jpeg[tables:]
+    expected = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    np.testing.assert_array_equal(decode(jpeg, 3), expected)
+
+
 @pytest.mark.parametrize("encoded", [b"", b"no image", b"\xff\xd8\xff", b"II*\0" + bytes(60)])
 def test_what_is_no_image_is_refused(encoded):
     with pytest.raises(UndecodableError):

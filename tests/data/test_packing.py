@@ -69,6 +69,29 @@ def test_packing_again_does_nothing_and_in_another_way_is_an_error(photos, tmp_p
         _pack(photos[0], tmp_path, quality=80)
 
 
+def test_a_folder_that_is_written_in_another_way_is_the_same_and_another_is_not(
+    photos, tmp_path, monkeypatch
+):
+    folder, broken = photos
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    first, name = f"{folder.name}/", folder.name
+    _pack(first, tmp_path)
+    for path in (name, f"./{name}", f"{name}/bright/..", f"~/{name}", folder):
+        index = json.loads((tmp_path / "index.json").read_text())
+        assert index["source"] == first
+        (tmp_path / "index.json").write_text(json.dumps(index | {"complete": False}))
+        assert _pack(path, tmp_path) == 36
+    lines = list(map(json.loads, (tmp_path / "skipped.jsonl").read_text().splitlines()))
+    assert len(lines) == len(broken)
+    assert {line["source"] for line in lines} == {first}
+    with pytest.raises(UserError, match=r"another way.*source: "):
+        _pack(f"{name}/bright", tmp_path)
+    (tmp_path / "index.json").write_text(json.dumps(index | {"source": 3}))
+    with pytest.raises(UserError, match=r"another way.*source: 3"):
+        _pack(name, tmp_path)
+
+
 def test_what_was_not_packed_to_the_end_is_not_read_and_is_finished_by_packing_again(
     photos, tmp_path
 ):

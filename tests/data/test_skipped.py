@@ -1,11 +1,15 @@
 """skipped.jsonl: each image once, from several processes and after a resume."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from etils import epath
+from processes import ROOT
 
+from music_jax.data import skipped
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.errors import UnusableDataError
@@ -13,8 +17,23 @@ from music_jax.errors import UnusableDataError
 _SOURCE = Source("numbers", range(100), "image", "label", num_classes=2)
 
 
-def _open(path, process=0):
-    return SkippedImages(epath.Path(path), max_share=0.5, process_index=process)
+def _open(path, process=0, processes=1, max_share=0.5):
+    return SkippedImages(
+        epath.Path(path), max_share=max_share, process_index=process, num_processes=processes
+    )
+
+
+def _open_all(path, processes):
+    """One for each process, of which all together may skip ten images."""
+    return [_open(path, process, processes, max_share=0.1) for process in range(processes)]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """What the time is, in seconds."""
+    now = [100.0]
+    monkeypatch.setattr(skipped.time, "monotonic", lambda: now[0])
+    return now
 
 
 def _images(path):
@@ -65,3 +84,136 @@ def test_the_share_is_one_of_the_whole_split_also_where_a_part_of_it_is_read(tmp
         noted.add(part, index, "broken")
     with pytest.raises(UnusableDataError, match="6 of the 100 images of numbers"):
         noted.add(part, 4, "broken")
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_the_share_is_one_of_what_all_processes_skip(tmp_path, clock, processes):
+    lists = _open_all(tmp_path, processes)
+    for index in range(10):
+        lists[index % processes].add(_SOURCE, index, "broken")
+        clock[0] += 10.0
+    with pytest.raises(UnusableDataError, match="11 of the 100 images of numbers") as caught:
+        lists[10 % processes].add(_SOURCE, 10, "broken")
+    own = "skipped.jsonl" if 10 % processes == 0 else f"skipped.process_{10 % processes}.jsonl"
+    assert f"listed in {tmp_path / own}" in str(caught.value)
+    more = {1: str(tmp_path / own), 8: "and 7 more lists beside it, skipped*.jsonl"}
+    if processes in more:
+        assert str(caught.value).endswith(more[processes])
+
+
+def test_an_image_that_two_processes_skip_counts_once(tmp_path, clock):
+    lists = _open_all(tmp_path, 2)
+    for index in range(10):
+        for one in lists:
+            one.add(_SOURCE, index, "broken")
+            clock[0] += 10.0
+    with pytest.raises(UnusableDataError, match="11 of the 100"):
+        lists[1].add(_SOURCE, 10, "broken")
+
+
+def test_the_lists_of_others_are_read_only_where_it_can_matter_and_now_and_then(
+    tmp_path, clock, monkeypatch
+):
+    lists = _open_all(tmp_path, 2)
+    lists[0].add(_SOURCE, 0, "broken")
+    read, seen = skipped._read, []
+
+    def slow_read(path):
+        seen.append(path.name)
+        clock[0] += 1.0
+        return read(path)
+
+    monkeypatch.setattr(skipped, "_read", slow_read)
+    for index in range(1, 6):
+        lists[1].add(_SOURCE, index, "broken")
+    assert seen == []
+    for _ in range(30):  # a look takes a second, so that the next is twenty seconds later
+        lists[1].add(_SOURCE, 6, "broken")
+        clock[0] += 1.0
+    assert seen == ["skipped.jsonl"] * 2
+
+
+def test_a_list_that_cannot_be_read_now_is_read_at_the_next_look(tmp_path, clock, monkeypatch):
+    lists = _open_all(tmp_path, 2)
+    for index in range(5):
+        lists[0].add(_SOURCE, index, "broken")
+
+    def fail(path):
+        raise RuntimeError("503")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(skipped, "_read", fail)
+        for index in range(5, 11):
+            lists[1].add(_SOURCE, index, "broken")
+    clock[0] += 10.0
+    with pytest.raises(UnusableDataError, match="11 of the 100"):
+        lists[1].add(_SOURCE, 10, "broken")
+
+
+def test_what_no_process_saw_to_be_too_much_is_seen_when_the_lists_are_joined(tmp_path, clock):
+    lists = _open_all(tmp_path, 3)
+    for index in range(11):  # the second process looks too early, the third has too few
+        lists[1 if index < 8 else 2].add(_SOURCE, index, "broken")
+    with pytest.raises(UnusableDataError, match="11 of the 100") as caught:
+        lists[0].merge()
+    assert str(caught.value).endswith(f"listed in {tmp_path / 'skipped.jsonl'}")
+    assert sorted(_images(tmp_path)) == list(range(11))
+    assert [path.name for path in tmp_path.iterdir()] == ["skipped.jsonl"]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 16])
+def test_on_another_number_of_processes_what_was_noted_before_counts_as_before(tmp_path, processes):
+    before = _open_all(tmp_path, 4)
+    for index in range(10):
+        before[index % 4].add(_SOURCE, index, "broken")
+    again = _open_all(tmp_path, processes)[-1]
+    again.add(_SOURCE, 3, "broken")
+    with pytest.raises(UnusableDataError, match="11 of the 100"):
+        again.add(_SOURCE, 10, "broken")
+
+
+def test_images_that_were_mended_since_an_earlier_run_do_not_end_this_one(tmp_path):
+    before = _open(tmp_path, 1, 2, max_share=1.0)
+    for index in range(20):
+        before.add(_SOURCE, index, "broken")
+    _open_all(tmp_path, 2)[0].merge()
+    assert len(_images(tmp_path)) == 20
+
+
+_PROCESS = """
+import sys, time
+from etils import epath
+from music_jax.data import skipped
+from music_jax.data.sources import Source
+from music_jax.errors import UnusableDataError
+
+process, directory = int(sys.argv[1]), epath.Path(sys.argv[2])
+skipped._SECONDS_BETWEEN_LOOKS = 0.05
+source = Source("numbers", range(1000), "image", "label", num_classes=2)
+one = skipped.SkippedImages(directory, max_share=0.1, process_index=process, num_processes=3)
+try:
+    for _ in range(100):
+        for index in range(process, 150, 3):
+            one.add(source, index, "broken")
+            time.sleep(0.01)
+except UnusableDataError as error:
+    print(error)
+"""
+
+
+def test_processes_at_the_same_time_hold_to_the_share_together(tmp_path):
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", _PROCESS, str(process), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for process in range(3)
+    ]
+    for process, each in enumerate(started):
+        out, err = each.communicate(timeout=120)
+        assert "of the 1000 images of numbers cannot be read" in out, err
+        assert 100 < int(out.split()[0]) <= 150
+        assert f"skipped{f'.process_{process}' if process else ''}.jsonl" in out

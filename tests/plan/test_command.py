@@ -105,6 +105,13 @@ def test_the_images_of_a_folder_are_counted_there(tmp_path):
         command._num_images(config)
 
 
+def test_where_no_images_are_named_the_error_says_how_to_name_them():
+    config = runpy.run_path(str(processes.ROOT / "configs" / "folder.py"))["get_config"]()
+    with pytest.raises(UserError, match=r"--config\.dataset\.path=DIR.*--num-images=N") as caught:
+        command._num_images(config)
+    assert ":train" not in str(caught.value)
+
+
 @pytest.mark.slow
 def test_a_small_config_is_planned_from_start_to_end(tmp_path):
     file = tmp_path / "plan.json"
