@@ -90,7 +90,7 @@ class Instruction:
     def scope(self) -> str:
         """Which operation of the traced program it comes from, or an empty text."""
         found = _SCOPE.search(self.attributes)
-        return found[1] if found else ""
+        return found[1].replace("\\'", "'") if found else ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -241,7 +241,7 @@ def test_a_file_that_is_cut_off_is_refused(name, part):
 
 
 def _damaged(kind: str, **options) -> bytes:
-    jpeg = _photo_as_jpeg("4:2:0", **options)
+    jpeg = _photo_as_jpeg(subsampling="4:2:0", **options)
     middle = jpeg.index(b"\xff\xda") + 1000
     match kind:
         case "a stray marker":
@@ -288,14 +288,14 @@ def test_jpegs_that_are_damaged_and_cut_off_are_refused():
 
 
 def test_a_jpeg_without_a_table_that_its_data_need_is_refused():
-    jpeg = bytearray(_photo_as_jpeg("4:2:0"))
+    jpeg = bytearray(_photo_as_jpeg(subsampling="4:2:0"))
     jpeg[jpeg.index(b"\xff\xda") + 6] = 0x33
     with pytest.raises(UndecodableError):
         decode(bytes(jpeg), 3)
 
 
 def test_damage_before_the_data_is_treated_as_opencv_does():
-    jpeg = _photo_as_jpeg("4:2:0")
+    jpeg = _photo_as_jpeg(subsampling="4:2:0")
     tables = jpeg.index(b"\xff\xc4")
     jpeg = jpeg[:tables] + bytes(9) + jpeg[tables:]
     expected = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
