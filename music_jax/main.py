@@ -43,7 +43,7 @@ def main() -> None:
     from music_jax.mesh import use_cores, use_repeatable_gpu_operations
     from music_jax.train import train_and_evaluate
 
-    use_cores(config.batch_size)
+    use_cores(config.batch_size // config.accumulation_steps)
     if config.deterministic:
         use_repeatable_gpu_operations()
     records.check_reachable(cli.WORKDIR.value)

@@ -89,7 +89,7 @@ def use_cores(batch_size: int) -> None:
     uses JAX's devices; it leaves alone what the user has set by JAX_NUM_CPU_DEVICES or XLA_FLAGS.
 
     Args:
-      batch_size: the devices are as many as divide it.
+      batch_size: samples that are embedded at once; the devices are as many as divide them.
     """
     chosen = "JAX_NUM_CPU_DEVICES" in os.environ
     chosen |= "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")

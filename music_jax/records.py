@@ -21,6 +21,7 @@ from music_jax import progress
 from music_jax.appending import Appended, open_to_append
 from music_jax.config import differences
 from music_jax.data.skipped import SkippedImages
+from music_jax.data.sources import Source
 from music_jax.errors import UserError
 from music_jax.json_files import parse_json, read_json
 from music_jax.mesh import is_main_process
@@ -192,22 +193,39 @@ def open_skipped(workdir: epath.Path, config: config_dict.ConfigDict) -> Skipped
     )
 
 
-def report_skipped(skipped: SkippedImages) -> None:
-    """Joins what all processes noted in skipped.jsonl, and says how many images were skipped.
+def join_skipped(skipped: SkippedImages, source: Source | None = None) -> None:
+    """Joins what all processes noted in skipped.jsonl; all processes call this together.
+
+    Args:
+      skipped: what this process noted.
+      source: images of which those that earlier runs skipped count too.
 
     Raises:
-      UnusableDataError: they are more, of all processes together, than may be skipped.
+      UnusableDataError: on process 0, if more of a source's images are skipped, by all processes
+        together, than may be; the others then wait to be told.
     """
     skipped.close()
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("skipped images noted by all processes")
+    _wait_for_all("skipped images noted")
     if jax.process_index() == 0:
         try:
             skipped.merge()
         finally:
             skipped.close()
-        if len(skipped):
-            progress.say(skipped.summary())
+        if source is not None:
+            skipped.check(source)
+    _wait_for_all("skipped images joined")
+
+
+def _wait_for_all(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def report_skipped(skipped: SkippedImages) -> None:
+    """Joins what all processes noted, which may raise, and says how many images were skipped."""
+    join_skipped(skipped)
+    if jax.process_index() == 0 and len(skipped):
+        progress.say(skipped.summary())
 
 
 class MetricsLog:

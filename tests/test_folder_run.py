@@ -99,15 +99,23 @@ def test_an_unlabelled_folder_is_trained_on_and_not_probed(tmp_path):
 @pytest.mark.slow
 def test_more_broken_files_than_allowed_end_the_run_with_exit_code_3(tmp_path):
     write_mixed(tmp_path / "photos", 80, broken_every=4)
-    code, out, err = run(
+    arguments = (
         "music_jax.main",
         *_FOLDER,
         f"--config.dataset.path={tmp_path / 'photos'}",
         f"--workdir={tmp_path / 'run'}",
     )
-    assert code == 3, err
-    line = err.splitlines()[-1]
-    assert "of the 80 images of" in line
-    assert "max_skipped_share = 0.1" in line
-    assert "skipped.jsonl" in line
-    assert "Traceback" not in err + out
+
+    def run_for_the_share(share, *more):
+        code, out, err = run(*arguments, *more)
+        assert code == 3, err
+        line = err.splitlines()[-1]
+        assert "of the 80 images of" in line
+        assert f"max_skipped_share = {share}" in line
+        assert "skipped.jsonl" in line
+        assert "Traceback" not in err + out
+
+    run_for_the_share("0.1")
+    code, _, err = run(*arguments, "--config.dataset.max_skipped_share=0.3")
+    assert code == 0, err
+    run_for_the_share("0.2", "--config.dataset.max_skipped_share=0.2")  # though all is trained

@@ -7,6 +7,7 @@ import resource
 import jax
 import pytest
 from etils import epath
+from jax.experimental import multihost_utils
 
 from music_jax.config import default_config
 from music_jax.data.sources import Source
@@ -16,6 +17,7 @@ from music_jax.records import (
     MetricsLog,
     as_json,
     check_same_run,
+    join_skipped,
     open_skipped,
     read_config,
     report_skipped,
@@ -129,7 +131,18 @@ def test_the_images_that_processes_skip_are_counted_together(tmp_path, monkeypat
         lists[index // 2].add(source, index, "broken")
     with pytest.raises(UnusableDataError, match="5 of the 40"):
         lists[1].add(source, 4, "broken")
-    monkeypatch.undo()
+    waited = []
+    monkeypatch.setattr(multihost_utils, "sync_global_devices", waited.append)
+    report_skipped(lists[1])
+    assert waited == ["skipped images noted", "skipped images joined"]
+    waited.clear()
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
     with pytest.raises(UnusableDataError, match="5 of the 40"):
         report_skipped(lists[0])
+    assert waited == ["skipped images noted"]  # the others wait on, and are told
     assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 5
+    monkeypatch.undo()
+    later = open_skipped(epath.Path(tmp_path), config)
+    join_skipped(later)  # nothing was noted since
+    with pytest.raises(UnusableDataError, match="5 of the 40"):
+        join_skipped(later, source)

@@ -148,6 +148,16 @@ class SkippedImages:
             self._lists = {self.path}
             self._check()
 
+    def check(self, source: Source) -> None:
+        """Judges by what is known: the lists that were there, and what this process has noted.
+
+        Raises:
+          UnusableDataError: more than the largest share of the source's images are skipped.
+        """
+        with self._lock:
+            self._sizes[source.name] = source.split_size
+            self._check()
+
     def close(self) -> None:
         """Makes all that was noted visible to others; more may be noted later.
 
@@ -231,7 +241,9 @@ def _read(path: epath.Path) -> dict[_Image, _Note]:
 
 def _text(path: epath.Path) -> str:
     try:
-        return read_text(path) if path.exists() else ""
+        return read_text(path)
+    except FileNotFoundError:
+        return ""
     except OSError as error:
         raise UserError(f"cannot read {path}: {error}; remove it to go on") from error
 

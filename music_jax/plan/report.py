@@ -140,6 +140,7 @@ def table(plans: Sequence[Plan]) -> str:
         [f"{p.largest_batch_size:,}" if p.largest_batch_size is not None else "" for p in plans],
     )
     row("it fits", ["yes" if plan.figures.fits else "NO" for plan in plans])
+    row("compiled in", [_duration(plan.figures.compile_seconds or 0.0) for plan in plans])
     if_fits("bound by", lambda p: p.bound)
     if_fits("a step, bound", lambda p: _duration(p.seconds_per_step))
     if_fits("an epoch, bound", lambda p: _duration(p.seconds_per_epoch))
@@ -173,7 +174,6 @@ def table(plans: Sequence[Plan]) -> str:
     row("peak compute", [f"{plan.peaks['compute'] / 1e12:,.0f} TFLOP" for plan in plans])
     for name in ("hbm", "network"):
         row(f"peak {name}", [f"{plan.peaks[name] / 1e9:,.0f} GB" for plan in plans])
-    row("compiled in", [_duration(plan.figures.compile_seconds or 0.0) for plan in plans])
     header = ["a chip and a step", *(plan.topology for plan in plans)]
     return progress.table(header, [[name, *cells] for name, cells in rows])
 

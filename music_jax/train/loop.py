@@ -104,6 +104,7 @@ def _train_and_evaluate(
         start_step = checkpoints.latest_whole_step() or 0
         results = read_results(config, directory, num_steps)
         if start_step == num_steps and (results is not None or probed is None):
+            skipped.check(source)
             done = "trained and evaluated" if results else "trained"
             progress.say(f"{directory} is done: {num_steps} steps {done}")
             if results:
@@ -149,6 +150,7 @@ def _train_and_evaluate(
         finally:
             events.close()
 
+    records.join_skipped(skipped, source)
     if probed is None:
         progress.say("not probed: name labelled images with --config.evaluation.test=")
         records.report_skipped(skipped)
