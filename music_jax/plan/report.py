@@ -76,7 +76,7 @@ class Plan:
 
     @property
     def least_seconds_per_step(self) -> float | None:
-        """The same if what XLA keeps in on-chip memory cost nothing: no step can be faster."""
+        """The same if what XLA keeps in on-chip memory cost nothing."""
         if self.figures.hbm_only_bytes is None:
             return None
         hbm = self.figures.hbm_only_bytes / self.peaks["hbm"]

@@ -89,6 +89,7 @@ def _train_and_evaluate(
 
     skipped = records.open_skipped(directory, config)
     skipped.add_left_out(source)
+    skipped.check(source)  # fails now, if an earlier run ended so
     recipe = make_recipe(config, order.steps_per_epoch)
     shapes = abstract_state(config, recipe.optimizer)
     training = TrainingInput(config, source, order, mesh, skipped)
@@ -104,7 +105,6 @@ def _train_and_evaluate(
         start_step = checkpoints.latest_whole_step() or 0
         results = read_results(config, directory, num_steps)
         if start_step == num_steps and (results is not None or probed is None):
-            skipped.check(source)
             done = "trained and evaluated" if results else "trained"
             progress.say(f"{directory} is done: {num_steps} steps {done}")
             if results:
