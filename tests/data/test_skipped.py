@@ -98,7 +98,7 @@ def test_the_share_is_one_of_what_all_processes_skip(tmp_path, clock, processes)
     assert f"listed in {tmp_path / own}" in str(caught.value)
     more = {1: str(tmp_path / own), 8: "and 7 more lists beside it, skipped*.jsonl"}
     if processes in more:
-        assert f"{more[processes]}; where" in str(caught.value)
+        assert f"{more[processes]}. Once" in str(caught.value)
 
 
 def test_an_image_that_two_processes_skip_counts_once(tmp_path, clock):
@@ -156,7 +156,7 @@ def test_what_no_process_saw_to_be_too_much_is_seen_when_the_lists_are_joined(tm
         lists[1 if index < 8 else 2].add(_SOURCE, index, "broken")
     with pytest.raises(UnusableDataError, match="11 of the 100") as caught:
         lists[0].merge()
-    assert f"listed in {tmp_path / 'skipped.jsonl'}; where" in str(caught.value)
+    assert f"listed in {tmp_path / 'skipped.jsonl'}. Once" in str(caught.value)
     assert sorted(_images(tmp_path)) == list(range(11))
     assert [path.name for path in tmp_path.iterdir()] == ["skipped.jsonl"]
 
