@@ -139,8 +139,8 @@ def open_source(dataset: config_dict.ConfigDict, split: str) -> Source:
       The split's source.
 
     Raises:
-      UserError: the split, the image or the label does not exist, or the files on disk are of a
-        format without random access.
+      UserError: the dataset has not been prepared, the split, the image or the label does not
+        exist, or the files on disk are of a format without random access.
     """
     import tensorflow_datasets as tfds
 
@@ -165,6 +165,11 @@ def open_source(dataset: config_dict.ConfigDict, split: str) -> Source:
             "array_record files"
         ) from error
     except Exception as error:  # whatever TFDS raises on an unknown split or damaged metadata
+        if not builder.is_prepared():
+            raise UserError(
+                f"dataset {dataset.name!r} has not been prepared in {builder.data_path}: training "
+                "does that; where it has been elsewhere, say so with --config.dataset.data_dir=DIR"
+            ) from error
         raise UserError(
             f"cannot read split {split!r} of {dataset.name!r}, which has the splits "
             f"{sorted(builder.info.splits)}: {' '.join(str(error).split())}"

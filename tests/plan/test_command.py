@@ -30,7 +30,9 @@ def test_an_unknown_topology_is_told_in_one_line():
 
 @pytest.mark.slow
 def test_a_topology_that_libtpu_refuses_is_told_before_the_others_are_compiled():
-    code, out, err = processes.run("music_jax.plan", *_DIGITS, "--topology=v5e:2x2,v5e:3x5")
+    code, out, err = processes.run(
+        "music_jax.plan", *_DIGITS, "--num-images=1437", "--topology=v5e:2x2,v5e:3x5"
+    )
     assert code == 2
     assert err.count("\n") == 1
     assert "v5e:3x5" in err
@@ -102,6 +104,13 @@ def test_the_images_of_a_folder_are_counted_there(tmp_path):
     assert command._num_images(config) == 3
     config.dataset.path = str(tmp_path / "gone")
     with pytest.raises(UserError, match=r"gone.*--num-images=N"):
+        command._num_images(config)
+
+
+def test_of_a_dataset_that_is_not_prepared_the_number_is_asked_for(tmp_path):
+    config = runpy.run_path(str(processes.ROOT / "configs" / "digits.py"))["get_config"]()
+    config.dataset.data_dir = str(tmp_path)
+    with pytest.raises(UserError, match=r"--num-images=N \(dataset 'digits' has not been prepared"):
         command._num_images(config)
 
 
