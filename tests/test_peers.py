@@ -2,24 +2,17 @@
 
 import json
 import signal
-import socket
 import time
 
 import numpy as np
 import pytest
-from processes import DIGITS, SMALL, metrics, run, start
+from processes import DIGITS, SMALL, free_port, metrics, run, start
 
 _MAIN = "music_jax.main"
 
 # AdamW divides by the root of tiny squares, which lets rounding grow faster than elsewhere; a low
 # learning rate keeps the comparison to the arithmetic of the step.
 _RUN = (DIGITS, *SMALL, "--config.optimizer.base_learning_rate=1e-5")
-
-
-def _free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def _flags(process, port):
@@ -56,7 +49,7 @@ def _saved(workdir):
 
 def start_two(told, *arguments):
     """Starts two processes that are told of each other in one way."""
-    port = _free_port()
+    port = free_port()
     processes = []
     for i in range(2):
         flags, environment = told(i, port)
