@@ -42,7 +42,7 @@ def start(module, *arguments, devices=1, env=None, **popen):
     )
 
 
-def run(module, *arguments, devices=1, timeout=300):
+def run(module, *arguments, devices=1, timeout=900):
     """Runs a command to its end; gives exit code, standard output and standard error."""
     process = start(module, *arguments, devices=devices)
     try:
