@@ -5,12 +5,11 @@ import itertools
 import pathlib
 import random
 import shutil
-import socket
 import subprocess
 import threading
 import time
 
-from processes import DIGITS, checkpoint, metrics, start
+from processes import DIGITS, checkpoint, free_port, metrics, start
 
 STEPS = 44
 CONFIG = (
@@ -62,9 +61,7 @@ class Run:
         command = [*CONFIG, *self.options, f"--workdir={self.workdir}"]
         if self.processes == 1:
             return [self._start("music_jax.main", *command)]
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{s.getsockname()[1]}"
+        address = f"127.0.0.1:{free_port()}"
         return [
             self._start(
                 "music_jax.main",

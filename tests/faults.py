@@ -64,14 +64,14 @@ def stops(shop: Workshop, index: int, rng: random.Random) -> list[str]:
     while True:
         run = shop.new()
         process = run.start()
-        shop.wait_for(run, process, moment, rng)
+        alive = shop.wait_for(run, process, moment, rng)
         process.send_signal(number)
         if twice:
             time.sleep(rng.uniform(0, 0.3))
             process.send_signal(number)
         began = time.monotonic()
         _, err = process.communicate(timeout=PATIENCE)
-        if moment != "evaluation" or process.returncode != 0:
+        if process.returncode != 0 or (alive and moment != "evaluation"):
             break
         shop.judge(run)  # it came to its end before
     codes = (75, 128 + number) if twice else (75,)

@@ -1,8 +1,11 @@
 """Running the commands as a user does: as processes, with their exit codes and files."""
 
+import contextlib
 import json
 import os
 import pathlib
+import random
+import socket
 import subprocess
 import sys
 
@@ -39,7 +42,7 @@ def start(module, *arguments, devices=1, env=None, **popen):
     )
 
 
-def run(module, *arguments, devices=1, timeout=300):
+def run(module, *arguments, devices=1, timeout=900):
     """Runs a command to its end; gives exit code, standard output and standard error."""
     process = start(module, *arguments, devices=devices)
     try:
@@ -47,6 +50,19 @@ def run(module, *arguments, devices=1, timeout=300):
     finally:
         process.kill()
     return process.returncode, out, err
+
+
+def free_port():
+    """A port for processes to meet at, which nobody has.
+
+    It is below those that Linux gives to whoever asks for any: it stays free until the first of the
+    processes, seconds later, listens at it.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_768)
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def metrics(workdir):

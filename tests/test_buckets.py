@@ -53,16 +53,17 @@ def _names(address, prefix):
 
 def _in_bucket(module, *arguments, env):
     process = start(module, *arguments, env=env)
-    out, err = process.communicate(timeout=400)
+    out, err = process.communicate(timeout=1200)
     return process.returncode, out, err
 
 
 @pytest.mark.slow
 def test_a_run_in_a_bucket_is_killed_and_goes_on_as_on_a_disk(bucket, tmp_path):
     address, env = bucket
-    arguments = (DIGITS, *SMALL, "--workdir=gs://bucket/runs/digits")
+    run_of_digits = (DIGITS, *SMALL, f"--config.dataset.data_dir={tmp_path / 'tfds'}")
+    arguments = (*run_of_digits, "--workdir=gs://bucket/runs/digits")
     first = start("music_jax.main", *arguments, env=env)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while not any(
         name.endswith("/commit_success.txt") and int(name.split("/")[3]) >= 8
         for name in _names(address, "runs/digits/checkpoints/")
@@ -78,7 +79,7 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on_as_on_a_disk(bucket, tmp_path):
     assert "resuming     after step" in out + err
     found = [json.loads(line) for line in _read(address, "runs/digits/metrics.jsonl").splitlines()]
 
-    code, _, err = run("music_jax.main", DIGITS, *SMALL, f"--workdir={tmp_path / 'disk'}")
+    code, _, err = run("music_jax.main", *run_of_digits, f"--workdir={tmp_path / 'disk'}")
     assert code == 0, err
     expected = metrics(tmp_path / "disk")
     assert [(line["step"], line["loss"]) for line in found] == [

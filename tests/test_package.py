@@ -19,6 +19,8 @@ _HEAVY = (
     "orbax",
     "safetensors",
 )
+# What pip says of a network that is not there, or that does not answer.
+_UNREACHABLE = ("NewConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ProxyError")
 
 _USE = f"""
 import sys
@@ -70,7 +72,7 @@ def test_the_wheel_installs_alone_and_is_typed(tmp_path):
     python = environment / "bin" / "python"
     pip = [python, "-m", "pip", "install", "--quiet", "-c", _ROOT / "requirements.txt", wheel]
     installed = subprocess.run(pip, capture_output=True, text=True)
-    if "NewConnectionError" in installed.stderr:
+    if installed.returncode != 0 and any(error in installed.stderr for error in _UNREACHABLE):
         pytest.skip("no package index can be reached")
     assert installed.returncode == 0, installed.stderr
     done = subprocess.run(

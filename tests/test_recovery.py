@@ -3,12 +3,11 @@
 import json
 import random
 import signal
-import socket
 import time
 
 import numpy as np
 import pytest
-from processes import DIGITS, checkpoint, metrics, start
+from processes import DIGITS, checkpoint, free_port, metrics, start
 
 from music_jax import config as config_lib
 from music_jax.data import datasets
@@ -191,9 +190,7 @@ def test_a_flipped_bit_is_found_and_undone(small, tmp_path):
 
 @pytest.mark.slow
 def test_a_flipped_bit_in_one_of_two_processes_ends_both(small, tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     check = "--config.guards.check_replicas_every_steps=5"
     processes = [
         _start(

@@ -100,7 +100,7 @@ def test_once_all_is_done_a_signal_changes_nothing(number):
 
 
 def test_signal_that_came_too_late_for_the_loop_still_stops():
-    process = start("leaving", grace=0.5)
+    process = start("leaving", grace=5.0)
     process.terminate()
     code, out, _ = end(process)
     assert code == 75
@@ -132,8 +132,8 @@ def test_second_signal_ends_at_once_whichever_it_is():
 
 
 def test_run_that_cannot_be_saved_ends_when_its_grace_is_over():
-    process = start("hangs", grace=0.5)
+    process = start("hangs", grace=2.5)
     process.terminate()
     code, out, err = end(process)
     assert (code, out) == (75, "saving\n")
-    assert "not saved within checkpoint.grace_seconds = 0.5" in err
+    assert "not saved within checkpoint.grace_seconds = 2.5" in err

@@ -52,7 +52,7 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(tmp_path, data):
     assert not psutil.wait_procs(workers, timeout=30)[1]  # none is left behind
     assert len(before) < _NUM_CELLS
 
-    code, out, err = run(_CLAIMS, *arguments, timeout=600)
+    code, out, err = run(_CLAIMS, *arguments, timeout=1800)
     assert code == 0, err
     after = _done(output)
     assert len(after) == _NUM_CELLS
@@ -83,15 +83,16 @@ def test_a_cell_trains_what_the_main_command_trains(tmp_path, data):
         *arguments,
         f"--workdir={tmp_path / 'main'}",
     )
-    os.sched_setaffinity(main.pid, {0})  # as the worker, before it has threads
-    _, err = main.communicate(timeout=300)
+    core = min(os.sched_getaffinity(0))
+    os.sched_setaffinity(main.pid, {core})  # as the worker, before it has threads
+    _, err = main.communicate(timeout=900)
     assert main.returncode == 0, err
     config = json.loads((tmp_path / "main" / "config.json").read_text())["config"]
     cell = tmp_path / "cell"
     task = {"directory": str(cell), "config": config, "in_memory": True}
     task |= {"searching": False, "collapsed_start": False}
     worker = start("music_jax.claims.worker", stdin=subprocess.PIPE)
-    setup = {"core": 0, "directory": str(tmp_path)}
+    setup = {"core": core, "directory": str(tmp_path)}
     worker.stdin.write(f"{json.dumps(setup)}\n{json.dumps(task)}\n")
     worker.stdin.flush()
     assert json.loads(worker.stdout.readline()) == {"error": None}

@@ -130,7 +130,6 @@ def test_a_small_config_is_planned_from_start_to_end(tmp_path):
         "--topology=v5e:2x2",
         f"--json={file}",
         "--num-images=1437",
-        timeout=600,
     )
     assert (code, err) == (0, "")
     assert "bound by" in out

@@ -16,6 +16,7 @@ _FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
+_PATIENCE = 120_000  # milliseconds, on a machine that has other work
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -26,7 +27,7 @@ def chromium():
     if path is None:
         pytest.fail("no Chromium: apt-get install chromium, or CHROMIUM=/path/to/it")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=_FLAGS)
+        browser = playwright.chromium.launch(executable_path=path, args=_FLAGS, timeout=_PATIENCE)
         try:
             yield browser
         finally:
@@ -45,7 +46,7 @@ class Opened:
             has_touch=touch,
         )
         self.page = self._context.new_page()
-        self.page.set_default_timeout(120_000)  # on a machine that has other work
+        self.page.set_default_timeout(_PATIENCE)
         self.page.on("console", lambda message: self.complaints.append(message.text))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("dialog", lambda dialog: self.complaints.append(dialog.message))

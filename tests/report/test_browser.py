@@ -146,11 +146,14 @@ def test_a_dot_of_the_map_shows_its_image_and_leads_to_its_neighbours(opened):
     page.locator("[data-map]").scroll_into_view_if_needed()
     dot = page.locator("[data-map] .points path").first
     dot.wait_for()
-    page.wait_for_timeout(200)
-    box = dot.bounding_box()
-    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    page.locator("#preview .thumb").wait_for()
-    name = page.locator("#preview .thumb").get_attribute("aria-label")
+    thumb = page.locator("#preview .thumb")
+    for _ in range(100):  # until the map has come to rest and listens
+        box = dot.bounding_box()
+        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        page.wait_for_timeout(200)
+        if thumb.is_visible():
+            break
+    name = thumb.get_attribute("aria-label")
     assert "probe says" in name
     page.mouse.down()
     page.mouse.up()
