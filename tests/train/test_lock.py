@@ -55,6 +55,15 @@ def test_lock_is_free_after_leaving_and_after_garbage(tmp_path):
         pass
 
 
+def test_a_record_is_never_found_half_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "_BEAT_SECONDS", 0.0)
+    (tmp_path / "lock").write_bytes(b" " * 4000 + b"garbage")
+    with WorkdirLock(epath.Path(tmp_path)):
+        counts = {json.loads((tmp_path / "lock").read_text())["count"] for _ in range(5000)}
+        assert max(counts) > 50  # it was written meanwhile
+    assert (tmp_path / "lock").read_text() == ""
+
+
 def _elsewhere(count):
     return json.dumps({"host": "elsewhere", "pid": 7, "started": "2026-01-01", "count": count})
 
