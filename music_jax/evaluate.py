@@ -1,10 +1,8 @@
 """`python -m music_jax.evaluate`: a checkpoint measured by any of the protocols."""
 
 from absl import flags
-from ml_collections import config_flags
 
 from music_jax import cli
-from music_jax.config import default_config
 from music_jax.evaluation import command
 
 _USAGE = """
@@ -98,9 +96,7 @@ def evaluate(
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_dict(
-        "config",
-        default_config(),
+    cli.define_config_fields(
         "--config.few_shot.draws=VALUE, --config.knn.FIELD=VALUE and the like change how the run "
         "is evaluated.",
     )

@@ -1,10 +1,8 @@
 """`python -m music_jax.linear_eval`: linear probe and kNN of a checkpoint."""
 
 from absl import flags
-from ml_collections import config_flags
 
 from music_jax import cli
-from music_jax.config import default_config
 from music_jax.evaluation import command
 
 _USAGE = """
@@ -49,9 +47,7 @@ def linear_eval(
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_dict(
-        "config",
-        default_config(),
+    cli.define_config_fields(
         "--config.linear_eval.FIELD=VALUE, --config.knn.FIELD=VALUE and the like change how the "
         "run is evaluated.",
     )
