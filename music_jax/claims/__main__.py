@@ -111,6 +111,6 @@ if __name__ == "__main__":
     flags.DEFINE_list("only", [], "Numbers of the claims to test; all by default.")
     flags.DEFINE_string("output", None, "Directory of the sweep. [claims/DATASET]")
     flags.DEFINE_string("results", None, "Markdown file in which to put the dataset's section.")
-    flags.DEFINE_integer("workers", None, "Processes on CPU. [one a core]")
+    flags.DEFINE_integer("workers", None, "Processes on CPU. [one a core]", lower_bound=1)
     flags.DEFINE_boolean("tables_only", False, "Train nothing: tables from what there is.")
     cli.run(main, _USAGE, on_a_run=False)
