@@ -10,7 +10,7 @@ Measures a run's latest checkpoint by the protocols named, and writes NAME.json 
 linear probe linear_eval.json) into the workdir.
 
   python -m music_jax.evaluate --workdir=runs/mnist5k
-  python -m music_jax.evaluate --workdir=runs/mnist5k --protocols=knn,segments --checkpoint=300
+  python -m music_jax.evaluate --workdir=runs/mnist5k --protocols=knn,segments --checkpoint=1550
   python -m music_jax.evaluate --workdir=runs/cifar10 --protocols=transfer \\
       --transfer=cifar100:train:test
   python -m music_jax.evaluate --workdir=runs/folder --protocols=linear \\
@@ -32,7 +32,7 @@ The protocols:
 Features are computed once and kept in the workdir's features/, which may be deleted at any time.
 What has been measured in the same way before is not measured again; see --again.
 
-Exit codes: 0 done; 2 wrong input; 3 unusable data.
+Exit codes: 0 done; 2 wrong input; 3 unusable data; 75 stopped by a signal.
 """
 
 _DEFAULT = ("linear", "knn", "fewshot", "retrieval", "clustering", "label_free", "segments")

@@ -19,7 +19,7 @@ left out. A .pth file is a pickle, which is not opened here; where torch is, con
 
   {convert}
 
-Exit codes: 0 done; 2 wrong input.
+Exit codes: 0 done; 2 wrong input; 75 stopped by a signal.
 """
 
 
