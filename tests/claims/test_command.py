@@ -115,6 +115,8 @@ def test_a_cell_trains_what_the_main_command_trains(tmp_path, data):
         ((DIGITS, "--seeds=0"), "--seeds must be at least 1; got 0"),
         ((DIGITS, "--only=9"), "no claim '9'"),
         ((DIGITS, "--only=1", "--workers=0"), "--workers=0"),
+        ((DIGITS, "--only=1", "--results=configs"), "--results=configs cannot be written"),
+        ((DIGITS, "--only=1", "--results=setup.cfg/R.md"), "R.md cannot be written"),
         ((DIGITS, "--config.knn.k=0"), "config.knn.k must be at least 1; got 0"),
     ],
 )
