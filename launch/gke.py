@@ -92,7 +92,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         parser.error("--topology is for TPUs; GPUs take --nodes and --gpus-per-node")
     if options.images is not None and not re.fullmatch(BUCKET, options.images):
         parser.error(
-            f"--images is gs://BUCKET or gs://BUCKET/FOLDER, without commas; got {options.images!r}"
+            "--images is gs://BUCKET or gs://BUCKET/FOLDER, the bucket's name in small letters and "
+            f"without commas; got {options.images!r}"
         )
     if not any(a.startswith("--workdir=") and "://" in a for a in of_main):
         parser.error("behind -- must come --workdir=gs://BUCKET/DIR, which all nodes can reach")

@@ -3,13 +3,12 @@
 import difflib
 import errno
 import os
-import runpy
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
-from ml_collections import config_dict
+from ml_collections import config_dict, config_flags
 
 from music_jax.errors import MusicError, StoppedError, UserError
 from music_jax.signals import end_on_signal, ignore_signals
@@ -153,20 +152,23 @@ def _parse_flags(argv: Sequence[str], usage: str) -> list[str]:
 
         print(config_fields.table())
         sys.exit(0)
+    path = _config_path(argv)
     try:
         rest = flags.FLAGS(argv)
-        if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
+        if "config" in flags.FLAGS and path is not None:
             list(flags.FLAGS.config)  # raises if the file could not be loaded
+            _check_config(flags.FLAGS.config, path)
         return rest
+    except UserError as error:
+        fail(error)
     except flags.Error as error:
-        fail(UserError(_one_line(error) + "; --help lists the options"))
-    except AttributeError as error:
-        fail(UserError(_unknown_field(argv) or _one_line(error)))
-    except OSError:
-        path = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), "")
+        fail(UserError(_config_mistake(argv) or _one_line(error) + "; --help lists the options"))
+    except OSError as error:
+        if path is None or os.path.isfile(path):
+            fail(UserError(_config_mistake(argv) or _one_line(error)))
         fail(UserError(f"cannot read the config file {path!r}; is the path right?"))
     except Exception as error:  # Whatever a config file raises is its author's mistake, not ours.
-        fail(UserError(f"the config file fails: {type(error).__name__}: {_one_line(error)}"))
+        fail(UserError(_config_mistake(argv) or f"{type(error).__name__}: {_one_line(error)}"))
     raise AssertionError("unreachable")
 
 
@@ -184,19 +186,71 @@ def _one_line(error: BaseException) -> str:
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 
-def _unknown_field(argv: Sequence[str]) -> str | None:
-    """The message for the first `--config.field` that the config file does not have."""
-    path = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), None)
-    if path is None:
+def define_config_fields(meaning: str) -> None:
+    """Defines `--config.FIELD=VALUE` for a command that takes no config file.
+
+    Args:
+      meaning: what `--help` says of it.
+    """
+    from music_jax.config import default_config
+
+    try:
+        config_flags.DEFINE_config_dict("config", default_config(), meaning)
+    except Exception as error:  # The fields on the command line are looked up at once.
+        fail(UserError(_config_mistake(sys.argv) or _one_line(error)))
+
+
+def _config_path(argv: Sequence[str]) -> str | None:
+    """What `--config=FILE` or `--config FILE` names, the last of them."""
+    path = None
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            path = value if equals else following
+    return path
+
+
+def _check_config(config: object, path: str) -> None:
+    """Checks that what a config file gave has every field."""
+    from music_jax.config import default_config, from_file
+    from music_jax.config_values import check_values
+
+    if not isinstance(config, config_dict.ConfigDict):
+        from_file(path)  # says what it is
+    else:
+        check_values(config, default_config())
+
+
+def _config_mistake(argv: Sequence[str]) -> str | None:
+    """What is wrong with the config file, or with the first `--config.FIELD` that it has not."""
+    from music_jax.config import default_config, from_file
+
+    if "config" not in flags.FLAGS and not any(a.startswith("--config.") for a in argv):
         return None
-    config = runpy.run_path(path)["get_config"]()
+    path, config = _config_path(argv), default_config()
+    takes_file = "config" in flags.FLAGS and flags.FLAGS["config"].default is None
+    if path is not None and not takes_file:
+        return "this command takes no config file, only fields of one: --config.FIELD=VALUE"
+    if path is None and takes_file:
+        return None
+    try:
+        config = config if path is None else from_file(path)
+    except UserError as error:
+        return str(error)
     known = field_names(config)
     for argument in argv:
         if not argument.startswith("--config."):
             continue
-        field = argument[len("--config.") :].partition("=")[0]
+        field, _, value = argument[len("--config.") :].partition("=")
         if field not in known:
             return unknown_field_message(field, known)
+        inner = [name for name in known if name.startswith(field + ".")]
+        if inner and not value.startswith("{"):
+            example = f"{field}.name" if f"{field}.name" in inner else inner[0]
+            return (
+                f"config.{field} is a group of fields; give one of them, such as "
+                f"--config.{example}=VALUE"
+            )
     return None
 
 
@@ -215,5 +269,5 @@ def unknown_field_message(field: str, known: Sequence[str]) -> str:
     """Says that a config has no such field, and which known one is nearest."""
     last = field.rpartition(".")[2]
     same_ending = [name for name in known if name.rpartition(".")[2] == last]
-    nearest = same_ending or difflib.get_close_matches(field, known, n=1, cutoff=0.0)
+    nearest = difflib.get_close_matches(field, same_ending or known, n=1, cutoff=0.0)
     return f"the config has no field {field!r}; the nearest known one is {nearest[0]!r}"

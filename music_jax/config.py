@@ -313,20 +313,38 @@ def from_file(path: str | os.PathLike[str], **fields: Any) -> config_dict.Config
     Raises:
       UserError: the file cannot be read or has no such function, or there is no such field.
     """
+    name = os.fspath(path)
     try:
-        config = runpy.run_path(os.fspath(path))["get_config"]()
+        get_config = runpy.run_path(name)["get_config"]
     except Exception as error:  # whatever a config file raises is its author's mistake
         raise UserError(
-            f"{os.fspath(path)!r} is no config file, such as configs/digits.py: "
-            f"{type(error).__name__}: {' '.join(str(error).split())}"
+            f"{name!r} is no config file, such as configs/digits.py: {_reason(error)}"
         ) from error
+    try:
+        config = get_config()
+    except Exception as error:
+        raise UserError(f"the config file {name!r} fails: {_reason(error)}") from error
+    if not isinstance(config, config_dict.ConfigDict):
+        raise UserError(
+            f"get_config of the config file {name!r} must return a config, as "
+            f"music_jax.config.default_config makes one; got {config!r:.100}"
+        )
     try:
         config.update(fields)
     except (KeyError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"a field of {fields} does not fit: {' '.join(str(error).split())}"
-        ) from error
+        raise UserError(f"a field of {fields} does not fit: {_reason(error)}") from error
     return config
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in one line, without all fields that ml_collections adds to it."""
+    name = type(error).__name__
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    said, _, rest = text.partition("Other fields present")
+    hint = rest.rpartition("Did you mean")
+    return " ".join(f"{name}: {said}{hint[1]}{hint[2] if hint[1] else ''}".split())
 
 
 def from_json(record: dict[str, Any]) -> config_dict.ConfigDict:

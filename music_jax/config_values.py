@@ -26,6 +26,11 @@ def check_values(config: config_dict.ConfigDict, default: config_dict.ConfigDict
 def _check(config: config_dict.ConfigDict, field: str, default: Any) -> None:
     value = config
     for part in field.split("."):
+        if part not in value:
+            raise UserError(
+                f"the config lacks the field {field!r}; a config file starts from "
+                "music_jax.config.default_config(), which has them all"
+            )
         value = value[part]
     wrong = None
     if isinstance(default, dict):

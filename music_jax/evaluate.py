@@ -1,10 +1,8 @@
 """`python -m music_jax.evaluate`: a checkpoint measured by any of the protocols."""
 
 from absl import flags
-from ml_collections import config_flags
 
 from music_jax import cli
-from music_jax.config import default_config
 from music_jax.evaluation import command
 
 _USAGE = """
@@ -12,7 +10,7 @@ Measures a run's latest checkpoint by the protocols named, and writes NAME.json 
 linear probe linear_eval.json) into the workdir.
 
   python -m music_jax.evaluate --workdir=runs/mnist5k
-  python -m music_jax.evaluate --workdir=runs/mnist5k --protocols=knn,segments --checkpoint=300
+  python -m music_jax.evaluate --workdir=runs/mnist5k --protocols=knn,segments --checkpoint=1550
   python -m music_jax.evaluate --workdir=runs/cifar10 --protocols=transfer \\
       --transfer=cifar100:train:test
   python -m music_jax.evaluate --workdir=runs/folder --protocols=linear \\
@@ -34,7 +32,7 @@ The protocols:
 Features are computed once and kept in the workdir's features/, which may be deleted at any time.
 What has been measured in the same way before is not measured again; see --again.
 
-Exit codes: 0 done; 2 wrong input; 3 unusable data.
+Exit codes: 0 done; 2 wrong input; 3 unusable data; 75 stopped by a signal.
 """
 
 _DEFAULT = ("linear", "knn", "fewshot", "retrieval", "clustering", "label_free", "segments")
@@ -98,9 +96,7 @@ def evaluate(
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_dict(
-        "config",
-        default_config(),
+    cli.define_config_fields(
         "--config.few_shot.draws=VALUE, --config.knn.FIELD=VALUE and the like change how the run "
         "is evaluated.",
     )

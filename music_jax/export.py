@@ -20,7 +20,7 @@ it a model card, FILE.md.
   stablehlo    uint8 images in, features out; any batch; jax alone runs it
   orbax        a directory, the parameters as nested dictionaries
 
-Exit codes: 0 done; 2 wrong input.
+Exit codes: 0 done; 2 wrong input; 75 stopped by a signal.
 """
 
 

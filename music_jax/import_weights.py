@@ -1,10 +1,8 @@
 """`python -m music_jax.import_weights`: weights from elsewhere as a run, to be evaluated."""
 
 from absl import flags
-from ml_collections import config_flags
 
 from music_jax import cli
-from music_jax.config import default_config
 from music_jax.errors import UserError
 
 _USAGE = """
@@ -21,7 +19,7 @@ left out. A .pth file is a pickle, which is not opened here; where torch is, con
 
   {convert}
 
-Exit codes: 0 done; 2 wrong input.
+Exit codes: 0 done; 2 wrong input; 75 stopped by a signal.
 """
 
 
@@ -54,9 +52,7 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "prefix", None, "What the backbone's tensors begin with, if the file has several backbones."
     )
-    config_flags.DEFINE_config_dict(
-        "config",
-        default_config(),
+    cli.define_config_fields(
         "--config.FIELD=VALUE says on what and how it is to be evaluated.",
     )
     cli.run(main, _usage(), in_processes=False)

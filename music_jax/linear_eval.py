@@ -1,10 +1,8 @@
 """`python -m music_jax.linear_eval`: linear probe and kNN of a checkpoint."""
 
 from absl import flags
-from ml_collections import config_flags
 
 from music_jax import cli
-from music_jax.config import default_config
 from music_jax.evaluation import command
 
 _USAGE = """
@@ -12,10 +10,10 @@ Trains a linear classifier on the frozen backbone of a run's latest checkpoint, 
 nearest neighbours; writes linear_eval.json and knn.json into the workdir.
 
   python -m music_jax.linear_eval --workdir=runs/mnist5k
-  python -m music_jax.linear_eval --workdir=runs/mnist5k --checkpoint=300
+  python -m music_jax.linear_eval --workdir=runs/mnist5k --checkpoint=1550
   python -m music_jax.linear_eval --workdir=runs/mnist5k --config.linear_eval.num_epochs=200
 
-Exit codes: 0 done; 2 wrong input; 3 unusable data.
+Exit codes: 0 done; 2 wrong input; 3 unusable data; 75 stopped by a signal.
 """
 
 
@@ -49,9 +47,7 @@ def linear_eval(
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_dict(
-        "config",
-        default_config(),
+    cli.define_config_fields(
         "--config.linear_eval.FIELD=VALUE, --config.knn.FIELD=VALUE and the like change how the "
         "run is evaluated.",
     )

@@ -1,10 +1,12 @@
 """`python -m music_jax.pack`: shrinks a dataset's images once, into a few large files."""
 
+import re
+
 from absl import flags
 from etils import epath
 
 from music_jax import cli
-from music_jax.errors import UserError
+from music_jax.errors import MusicError, UserError
 
 _USAGE = """
 Packs images into array_record shards: the shorter side shrunk, as JPEG or uncompressed. What comes
@@ -41,16 +43,26 @@ def main() -> None:
     config = default_config()
     config.dataset.data_dir = given.data_dir
     config.dataset.manual_dir = given.manual_dir
-    num_images = pack(
-        datasets.open_named(config, given.source, prepare=True),
-        epath.Path(given.output).expanduser(),
-        packing,
-        max_skipped_share=given.max_skipped_share,
-        num_threads=given.num_threads,
-    )
+    try:
+        num_images = pack(
+            datasets.open_named(config, given.source, prepare=True),
+            epath.Path(given.output).expanduser(),
+            packing,
+            max_skipped_share=given.max_skipped_share,
+            num_threads=given.num_threads,
+        )
+    except MusicError as error:
+        raise type(error)(_by_own_flags(str(error))) from error
     progress.say(
         f"{given.output} holds {num_images:,} images; train on them with "
         f"--config.dataset.path={given.output}"
+    )
+
+
+def _by_own_flags(message: str) -> str:
+    """The message with the fields of a config as the flags that they are here."""
+    return re.sub(
+        r"(--)?config\.dataset\.(data_dir|manual_dir|max_skipped_share)", r"--\2", message
     )
 
 

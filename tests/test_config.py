@@ -4,6 +4,7 @@ import pathlib
 import runpy
 
 import pytest
+from ml_collections import config_dict
 
 from music_jax.cli import field_names
 from music_jax.config import default_config, differences, from_file, from_json, validate
@@ -179,3 +180,29 @@ def test_a_config_file_with_other_values_keeps_the_rest():
 def test_a_config_file_or_a_field_that_is_none_is_named(path, fields, message):
     with pytest.raises(UserError, match=message):
         from_file(path, **fields)
+
+
+_MAKE = "from music_jax.config import default_config\ndef get_config():\n    c = default_config()\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (_MAKE + "    c.batchsize = 3", 'fails: .*"batchsize".* Did you mean "batch_size"'),
+        (_MAKE + "    c.batch_size = 'x'", "fails: TypeError: .*'batch_size'"),
+        (_MAKE + "    c.batch_size = 3", "must return a config, .*; got None"),
+        ("def get_config(): return {'seed': 0}", "must return a config, .*; got {'seed': 0}"),
+    ],
+)
+def test_what_a_config_file_does_wrong_is_told_in_a_line(text, message, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        from_file(path)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400  # not all the fields that there are
+
+
+def test_a_config_that_lacks_fields_is_told():
+    with pytest.raises(UserError, match="lacks the field 'accumulation_steps'; a config file"):
+        validate(config_dict.ConfigDict({"batch_size": 3}))

@@ -30,6 +30,7 @@ GPU = (*GKE[:2], "--accelerator=nvidia-h100-80gb")
         ((*GKE, "--gpus-per-node=4", "--", AWKWARD), "--gpus-per-node is for GPUs"),
         ((*GPU, "--images=bucket/x", "--", AWKWARD), "--images is gs://BUCKET or"),
         ((*GPU, "--images=gs://b/x,uid=0", "--", AWKWARD), "without commas; got"),
+        ((*GPU, "--images=gs://BUCKET/x", "--", AWKWARD), "the bucket's name in small letters"),
     ],
 )
 def test_wrong_use_is_one_clear_line_and_exit_code_2(arguments, message):

@@ -38,6 +38,7 @@ def main() -> None:
     if flags.FLAGS.seeds < 1:
         raise UserError(f"--seeds must be at least 1; got {flags.FLAGS.seeds}")
 
+    results_file = _results_file()
     cores = _cores()
     from music_jax import progress, records
     from music_jax.claims import plots, pool, report, results
@@ -73,8 +74,27 @@ def main() -> None:
         results.write(tables, directory)
         plots.write(tables, directory)
         progress.say(results.as_text(tables))
-        if flags.FLAGS.results:
-            report.write_section(epath.Path(flags.FLAGS.results), sweep, tables)
+        if results_file is not None:
+            report.write_section(results_file, sweep, tables)
+
+
+def _results_file() -> epath.Path | None:
+    """The Markdown file, seen to be writable before hours are spent."""
+    if not flags.FLAGS.results:
+        return None
+    path = epath.Path(flags.FLAGS.results).expanduser()
+    try:
+        (path.parent / "results").mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError("it is a directory")
+        if not path.exists():  # The only sure way to know.
+            path.touch()
+            path.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--results={path} cannot be written: {error}; name a Markdown file"
+        ) from error
+    return path
 
 
 def _cores() -> list[int | None]:
@@ -111,6 +131,6 @@ if __name__ == "__main__":
     flags.DEFINE_list("only", [], "Numbers of the claims to test; all by default.")
     flags.DEFINE_string("output", None, "Directory of the sweep. [claims/DATASET]")
     flags.DEFINE_string("results", None, "Markdown file in which to put the dataset's section.")
-    flags.DEFINE_integer("workers", None, "Processes on CPU. [one a core]")
+    flags.DEFINE_integer("workers", None, "Processes on CPU. [one a core]", lower_bound=1)
     flags.DEFINE_boolean("tables_only", False, "Train nothing: tables from what there is.")
     cli.run(main, _USAGE, on_a_run=False)

@@ -22,7 +22,7 @@ The network is run on some of the test images (of the training images, where the
 without a checkpoint or without the images the report has the curves and figures alone, and says so.
 The confusion matrix needs the linear probe, which a training ends with; see music_jax.linear_eval.
 
-Exit codes: 0 done; 2 wrong input.
+Exit codes: 0 done; 2 wrong input; 75 stopped by a signal.
 """
 
 _FEWEST, _MOST = 16, 4000

@@ -115,11 +115,15 @@ def test_a_cell_trains_what_the_main_command_trains(tmp_path, data):
         ((), "--config=FILE is missing"),
         ((DIGITS, "--seeds=0"), "--seeds must be at least 1; got 0"),
         ((DIGITS, "--only=9"), "no claim '9'"),
+        ((DIGITS, "--tables_only", "--workers=0"), "--workers=0"),
+        ((DIGITS, "--tables_only", "--results={tmp}"), "cannot be written: it is a directory"),
+        ((DIGITS, "--tables_only", "--results=/dev/null/R.md"), "R.md cannot be written"),
         ((DIGITS, "--config.knn.k=0"), "config.knn.k must be at least 1; got 0"),
     ],
 )
 def test_wrong_input_is_one_clear_line(tmp_path, arguments, message):
-    code, _, err = run(_CLAIMS, *arguments, f"--output={tmp_path}")
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    code, _, err = run(_CLAIMS, *arguments, f"--output={tmp_path / 'sweep'}")
     assert code == 2
     assert message in err
     assert "Traceback" not in err

@@ -191,3 +191,16 @@ def test_the_command_names_what_is_missing(tmp_path):
     code, _, err = run("music_jax.pack", f"--output={tmp_path}")
     assert code == 2
     assert err.splitlines()[-1] == "error: --source is missing: a folder, or NAME:SPLIT of TFDS"
+
+
+def test_the_command_names_its_own_flags_not_fields_of_a_config(photos, tmp_path):
+    output = f"--output={tmp_path / 'packed'}"
+    code, _, err = run("music_jax.pack", f"--source={photos[0]}", output)
+    assert code == 3
+    assert "more than the share --max_skipped_share = 0.01" in err
+    (tmp_path / "file").touch()
+    data_dir = f"--data_dir={tmp_path / 'file'}"
+    code, _, err = run("music_jax.pack", "--source=digits:test", output, data_dir)
+    assert code == 2
+    assert "choose another place with --data_dir=DIR" in err
+    assert "config." not in err
