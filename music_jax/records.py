@@ -47,6 +47,8 @@ def open_workdir(path: str, *, create: bool = True) -> epath.Path:
         workdir.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
         probe.unlink()
+    except FileExistsError as error:
+        raise UserError(f"the workdir {path} is a file; give a directory") from error
     except OSError as error:
         raise UserError(f"cannot write to the workdir {path}: {error}") from error
     return workdir

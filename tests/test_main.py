@@ -186,6 +186,7 @@ def test_one_and_two_devices_train_alike(data, tmp_path):
             1,
             "larger than the dataset digits:train of 1437 images",
         ),
+        ((DIGITS, "--workdir={tmp}/file"), 1, "/file is a file; give a directory"),
         ((DIGITS, "--workdir={tmp}/file/w"), 1, "cannot write to the workdir"),
     ],
 )

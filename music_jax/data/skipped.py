@@ -181,7 +181,7 @@ class SkippedImages:
                 raise UnusableDataError(
                     f"{count} of the {size} images of {source} cannot be read, more than the share "
                     f"config.dataset.max_skipped_share = {self._max_share:g}; they are listed in "
-                    f"{self._where()}. Once the images are mended, remove what lists them."
+                    f"{self._where()}. Once the images are mended, delete skipped*.jsonl there."
                 )
 
     def _where(self) -> str:
