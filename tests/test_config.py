@@ -171,7 +171,7 @@ def test_a_config_file_with_other_values_keeps_the_rest():
     [
         ("configs/nowhere.py", {}, "'configs/nowhere.py' is no config file"),
         ("setup.cfg", {}, "is no config file"),
-        ("tests/runs.py", {}, "is no config file"),
+        ("tests/small_runs.py", {}, "is no config file"),
         ("configs/digits.py", {"num_epoch": 3}, "num_epoch"),
         ("configs/digits.py", {"objective": {"segments": 3}}, "segments"),
         ("configs/digits.py", {"num_epochs": "many"}, "does not fit"),

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 from etils import epath
-from runs import small_config
+from small_runs import small_config
 
 from music_jax.config import FREE_FIELDS
 from music_jax.data import datasets

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from philox_weights import philox_images
-from runs import save_run, small_config
+from small_runs import save_run, small_config
 
 import music_jax
 from music_jax.data.augment import normalize_images

@@ -11,9 +11,9 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from philox_weights import philox_images
-from runs import save_run, small_config
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from small_runs import save_run, small_config
 
 import music_jax
 from music_jax.errors import UserError

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 from processes import run
-from runs import save_run, small_config
+from small_runs import save_run, small_config
 
 from tests.report.reports import data_of, write_workdir
 

@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from runs import small_config
+from small_runs import small_config
 
 from music_jax.data.augment import normalize_images
 from music_jax.mesh import batch_sharding, make_data_mesh
