@@ -2,7 +2,7 @@
 
 Paper: MUSIC, Niu & Wang, arXiv 2206.06461 (which has no experiment on this dataset).
 Expected: linear top-1 0.987, kNN top-1 0.983 (means of seeds 0, 1 and 2).
-Hardware and time: 2 CPU cores, 49 to 60 s, 1.1 GB.
+Hardware and time: 2 CPU cores, 49 to 60 s, 1.0 GB.
 Command: launch/local.sh --config=configs/digits.py --workdir=runs/digits
 """
 
