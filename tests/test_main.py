@@ -187,6 +187,11 @@ def test_one_and_two_devices_train_alike(data, tmp_path):
             "larger than the dataset digits:train of 1437 images",
         ),
         ((DIGITS, "--workdir={tmp}/file"), 1, "/file is a file; give a directory"),
+        (
+            (DIGITS, "--workdir={tmp}/w", "--config.accumulation_steps=0"),
+            1,
+            "config.accumulation_steps must be at least 1; got 0",
+        ),
         ((DIGITS, "--workdir={tmp}/file/w"), 1, "cannot write to the workdir"),
     ],
 )
