@@ -46,15 +46,28 @@ def new_path(path: _Path) -> Iterator[_Path]:
     """
     temporary = path.with_name(PREFIX + secrets.token_hex(8))
     try:
-        if "://" not in str(path):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-            os.close(os.open(temporary, flags, 0o666))
+        _create(temporary)
         yield temporary
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def check_writable(directory: pathlib.Path | epath.Path) -> None:
+    """Makes a file in a directory and removes it; raises OSError if that fails."""
+    temporary = directory / (PREFIX + secrets.token_hex(8))
+    _create(temporary)
+    temporary.unlink()
+
+
+def _create(path: pathlib.Path | epath.Path) -> None:
+    if "://" in str(path):
+        path.write_bytes(b"")
+    else:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        os.close(os.open(path, flags, 0o666))
 
 
 def write_new(path: pathlib.Path | epath.Path, content: bytes) -> None:

@@ -15,6 +15,7 @@ from music_jax.appending import Appended, open_to_append
 from music_jax.data.sources import Source
 from music_jax.errors import UnusableDataError, UserError
 from music_jax.json_files import parse_json, read_text
+from music_jax.new_file import write_new
 
 _FILE = "skipped.jsonl"
 _SECONDS_BETWEEN_LOOKS = 5.0  # at the lists of the other processes
@@ -251,6 +252,4 @@ def _text(path: epath.Path) -> str:
 def _drop_cut_off_line(path: epath.Path) -> None:
     text = _text(path)
     if text and not text.endswith("\n"):
-        temporary = path.with_name(path.name + ".new")
-        temporary.write_text(text[: text.rfind("\n") + 1])
-        temporary.replace(path)
+        write_new(path, text[: text.rfind("\n") + 1].encode())

@@ -94,7 +94,7 @@ def evaluate(
     """
     run = Run(
         config=config,
-        workdir=workdir,
+        output=workdir,
         sources=sources,
         images=sources.test,
         network=network,
@@ -115,7 +115,7 @@ def final_protocols(config: config_dict.ConfigDict) -> list[str]:
 def measure(
     run: Run, names: Sequence[str], *, transfer_sets: tuple[str, ...] = (), again: bool = False
 ) -> dict[str, Figures]:
-    """Measures a run by some protocols and writes each one's JSON file into its workdir.
+    """Measures a run by some protocols and writes each one's JSON file into its output directory.
 
     Protocols that the run is not fit for, having no labels or no segments, are passed over with a
     line that says so.
@@ -124,7 +124,7 @@ def measure(
       run: the run.
       names: of the protocols.
       transfer_sets: the datasets of `transfer`; see `transfer.transfer`.
-      again: measure anew what the workdir already has, measured in the same way.
+      again: measure anew what is there already, measured in the same way.
 
     Returns:
       What the files hold, by protocol.
@@ -141,14 +141,14 @@ def measure(
         if name == "transfer":
             about["data"] = {"sets": list(transfer_sets)}
             measured = functools.partial(transfer, sets=transfer_sets)
-        known = None if again else _read(run.workdir, name)
+        known = None if again else _read(run.output, name)
         if known is not None and about.items() <= known.items():
-            progress.say(f"{name}: measured before, in {run.workdir / _file(name)}")
+            progress.say(f"{name}: measured before, in {run.output / _file(name)}")
             results[name] = known
             continue
         results[name] = measured(run) | about
         if is_main_process():
-            write_json(run.workdir / _file(name), results[name])
+            write_json(run.output / _file(name), results[name])
     return results
 
 

@@ -2,7 +2,7 @@
 
 from ml_collections import config_dict
 
-from music_jax import records
+from music_jax import places, records
 from music_jax.config import FREE_FIELDS, from_json, is_free, validate
 from music_jax.data import datasets
 from music_jax.errors import UserError
@@ -12,12 +12,17 @@ from music_jax.train.restore import restore_run
 
 
 def open_run(
-    workdir: str, *, checkpoint: str | None = None, overrides: dict[str, object] | None = None
+    workdir: str,
+    *,
+    output: str | None = None,
+    checkpoint: str | None = None,
+    overrides: dict[str, object] | None = None,
 ) -> Run:
     """Opens a run with one of its checkpoints.
 
     Args:
-      workdir: of the run.
+      workdir: The run's workdir. Nothing is written into it if `output` is given.
+      output: Directory that results go to; the workdir by default.
       checkpoint: its step, or its directory; None for the latest.
       overrides: config fields, by dotted name, to evaluate with in place of the run's own.
 
@@ -25,40 +30,48 @@ def open_run(
       The run.
 
     Raises:
-      UserError: there is no such run or checkpoint, or an override would change what was trained.
+      UserError: there is no such run or checkpoint, an override would change what was trained, or
+        the images are in a place that only the run's files name; see `music_jax.places`.
     """
-    directory = records.open_workdir(workdir, create=False)
+    given = overrides or {}
+    directory = records.find_workdir(workdir)
     saved = records.read_config(directory)
-    if saved is None:
-        raise UserError(f"{workdir} holds no run: it has no config.json")
+    assert saved is not None
     config = from_json(saved)
-    _apply(config, overrides or {})
+    own = places.is_signed(config, records.read_signature(directory))
+    _apply(config, given)
     validate(config)
-    datasets.prepare(config)
-    training = datasets.training_source(config)
+    if not own:
+        places.leave_out_foreign(config, given, workdir)
+    results = records.open_workdir(output or workdir, create=output is not None)
+    datasets.prepare(config, given)
+    both_named = config.evaluation.train and config.evaluation.test
+    training = None if both_named else datasets.training_source(config)
     sources = datasets.evaluation_sources(config, training)
+    images = sources.test if sources else training
+    assert images is not None
 
     mesh = make_data_mesh()
     step, recipe, state = restore_run(directory, config, checkpoint, mesh)
     return Run(
         config=config,
-        workdir=directory,
+        output=results,
         sources=sources,
-        images=sources.test if sources else training,
+        images=images,
         network=recipe.network,
         params=state.params,
         batch_stats=state.batch_stats,
         step=step,
         mesh=mesh,
-        skipped=records.open_skipped(directory, config),
+        skipped=records.open_skipped(results, config),
     )
 
 
 def _apply(config: config_dict.ConfigDict, overrides: dict[str, object]) -> None:
     for field, value in overrides.items():
-        if not is_free(field):
+        if not is_free(field) and field not in places.FIELDS:
             raise UserError(
                 f"config.{field} belongs to the training, which is over; what can change is "
-                f"{', '.join(FREE_FIELDS)}"
+                f"{', '.join((*places.FIELDS[:2], *FREE_FIELDS))}"
             )
         config.update_from_flattened_dict({field: value})

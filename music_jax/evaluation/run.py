@@ -38,11 +38,11 @@ _PROBABILITIES_AT_ONCE = 4096  # samples
 class Run:
     """A run's network after some step, and the images that it is evaluated with.
 
-    What is computed from them is kept in memory and, but for raw pixels, below the workdir.
+    What is computed from them is kept in memory and, but for raw pixels, in the output directory.
 
     Attributes:
       config: the run's.
-      workdir: where results go.
+      output: Directory that results go to; the run's workdir, or another one.
       sources: labelled images to learn from and to test on, or None.
       images: what label-free measures are taken on: the test images if there are any, else those of
         the training.
@@ -55,7 +55,7 @@ class Run:
     """
 
     config: config_dict.ConfigDict
-    workdir: epath.Path
+    output: epath.Path
     sources: EvaluationSources | None
     images: Source
     network: Network
@@ -142,7 +142,7 @@ class Run:
         """
         if self.sources is None:
             raise UserError(
-                f"{self.workdir} was trained on images without a test set; name labelled ones with "
+                "the run was trained on images without a test set; name labelled ones with "
                 "--config.evaluation.test=, and --config.evaluation.train= to learn from"
             )
         return self.sources
@@ -240,6 +240,6 @@ class Run:
         on_disk: bool = True,
     ) -> Arrays:
         if memory_key not in self._memory:
-            cache = ArrayCache(self.workdir / "features")
+            cache = ArrayCache(self.output / "features")
             self._memory[memory_key] = cache.get(name, key, compute) if on_disk else compute()
         return self._memory[memory_key]

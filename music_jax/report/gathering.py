@@ -1,6 +1,7 @@
 """From a workdir to all that the report shows of it."""
 
 import dataclasses
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -41,12 +42,25 @@ class Shown:
     num_training_images: int | None = None
 
 
-def gather(recorded: Recorded, num_images: int) -> Shown:
-    """Opens a run's network and images, if they can be opened, and measures what is to be seen."""
+def gather(
+    recorded: Recorded, num_images: int, overrides: dict[str, object] | None = None
+) -> Shown:
+    """Opens a run's network and images, if they can be opened, and measures what is to be seen.
+
+    Args:
+      recorded: What the run's files say.
+      num_images: Number of images to show and measure.
+      overrides: Config fields, by dotted name, to open the run with in place of its own.
+    """
     classes: list[str] = []
     try:
-        run = open_run(str(recorded.path))
-        seen = look(run, num_images)
+        with tempfile.TemporaryDirectory() as scratch:  # for notes of images that are unreadable
+            run = open_run(
+                str(recorded.path),
+                output=scratch,
+                overrides={"dataset.max_skipped_share": 1.0} | (overrides or {}),
+            )
+            seen = look(run, num_images)
     except (MusicError, OSError) as error:
         why_not = " ".join(str(error).split())
         progress.say(f"{recorded.name}: no images are shown: {why_not}")

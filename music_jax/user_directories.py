@@ -1,0 +1,32 @@
+"""Directories of this user, outside any run."""
+
+import os
+import pathlib
+import stat
+
+
+def cache_directory(name: str) -> pathlib.Path:
+    """Makes `music_jax/NAME` below `$XDG_CACHE_HOME`, by default `~/.cache`; see `_make`."""
+    return _make("XDG_CACHE_HOME", "~/.cache", name)
+
+
+def state_directory() -> pathlib.Path:
+    """Makes `music_jax` below `$XDG_STATE_HOME`, by default `~/.local/state`; see `_make`."""
+    return _make("XDG_STATE_HOME", "~/.local/state", "")
+
+
+def _make(variable: str, default: str, name: str) -> pathlib.Path:
+    """Makes a directory that only this user can write to.
+
+    Raises:
+      OSError: It cannot be made, or others can write to it.
+    """
+    base = pathlib.Path(os.environ.get(variable) or os.path.expanduser(default))
+    if not base.is_absolute():
+        raise OSError(f"{base} is not an absolute path; set HOME or {variable}")
+    directory = base / "music_jax" / name
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = directory.stat()
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise OSError(f"others can write to {directory}")
+    return directory
