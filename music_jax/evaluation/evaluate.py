@@ -94,7 +94,7 @@ def evaluate(
     """
     run = Run(
         config=config,
-        output=workdir,
+        workdir=workdir,
         sources=sources,
         images=sources.test,
         network=network,
@@ -141,14 +141,14 @@ def measure(
         if name == "transfer":
             about["data"] = {"sets": list(transfer_sets)}
             measured = functools.partial(transfer, sets=transfer_sets)
-        known = None if again else _read(run.output, name)
+        known = None if again else _read(run.workdir, name)
         if known is not None and about.items() <= known.items():
-            progress.say(f"{name}: measured before, in {run.output / _file(name)}")
+            progress.say(f"{name}: measured before, in {run.workdir / _file(name)}")
             results[name] = known
             continue
         results[name] = measured(run) | about
         if is_main_process():
-            write_json(run.output / _file(name), results[name])
+            write_json(run.workdir / _file(name), results[name])
     return results
 
 

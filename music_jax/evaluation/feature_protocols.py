@@ -31,7 +31,7 @@ def linear_kept(run: Run) -> Figures:
     """As `linear`; what the probe said of each test image is kept in the workdir."""
     trained, test = _linear_probe(run, "trained"), run.test()
     found = Predictions(test.indices, test.labels, trained.predictions, run.step)
-    write_predictions(run.output, found)
+    write_predictions(run.workdir, found)
     return _linear(run, trained)
 
 

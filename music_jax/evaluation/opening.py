@@ -55,7 +55,7 @@ def open_run(
     step, recipe, state = restore_run(directory, config, checkpoint, mesh)
     return Run(
         config=config,
-        output=results,
+        workdir=results,
         sources=sources,
         images=images,
         network=recipe.network,

@@ -42,7 +42,7 @@ class Run:
 
     Attributes:
       config: the run's.
-      output: Directory that results go to; the run's workdir, or another one.
+      workdir: Directory that results go to; the run's, or another one.
       sources: labelled images to learn from and to test on, or None.
       images: what label-free measures are taken on: the test images if there are any, else those of
         the training.
@@ -55,7 +55,7 @@ class Run:
     """
 
     config: config_dict.ConfigDict
-    output: epath.Path
+    workdir: epath.Path
     sources: EvaluationSources | None
     images: Source
     network: Network
@@ -240,6 +240,6 @@ class Run:
         on_disk: bool = True,
     ) -> Arrays:
         if memory_key not in self._memory:
-            cache = ArrayCache(self.output / "features")
+            cache = ArrayCache(self.workdir / "features")
             self._memory[memory_key] = cache.get(name, key, compute) if on_disk else compute()
         return self._memory[memory_key]
