@@ -17,6 +17,8 @@ from music_jax.appending import open_to_append
 from music_jax.data.folder import open_folder
 from music_jax.data.packed import open_packed
 from music_jax.data.packing import Packing, pack
+from music_jax.data.skipped import SkippedImages, UnlistedImages
+from music_jax.data.sources import Source
 from music_jax.errors import UserError
 from music_jax.evaluation.cache import ArrayCache
 from music_jax.evaluation.predictions import Predictions, read_predictions, write_predictions
@@ -120,6 +122,17 @@ def test_a_log_is_not_added_to_through_a_link(outside, tmp_path):
     path.unlink()
     log.close()
     assert path.read_text() == "line\n"
+
+
+def test_skipped_images_are_not_listed_through_a_link(outside, tmp_path):
+    source = Source("photos", range(9), "image", "label", 0)
+    os.symlink(outside, tmp_path / "run" / "skipped.jsonl")
+    skipped = SkippedImages(epath.Path(tmp_path / "run"), max_share=1.0)
+    with pytest.raises(UserError, match="is a link"):
+        skipped.add(source, 3, "cut off")
+    os.remove(tmp_path / "run" / "skipped.jsonl")
+    UnlistedImages(epath.Path(tmp_path / "run"), max_share=1.0).add(source, 3, "cut off")
+    assert not os.listdir(tmp_path / "run")
 
 
 def test_a_log_of_two_names_grows_under_one(outside, tmp_path):

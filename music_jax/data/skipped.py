@@ -4,6 +4,7 @@ import collections
 import contextlib
 import json
 import math
+import os
 import threading
 import time
 from collections.abc import Mapping
@@ -75,7 +76,6 @@ class SkippedImages:
         for path in (self._own, *self._others()):
             self._take(path, _read(path))
         self._sizes.clear()
-        _drop_cut_off_line(self._own)
 
     def __len__(self) -> int:
         return len(self._noted)
@@ -205,6 +205,8 @@ class SkippedImages:
 
     def _write(self, image: _Image, note: _Note) -> None:
         if self._file is None:
+            if not os.path.islink(self._own):  # which is refused below
+                _drop_cut_off_line(self._own)
             self._file = open_to_append(self._own)
         line: dict[str, str | int]
         line = {"source": image.source, "image": image.name, "reason": note.reason}
@@ -218,6 +220,13 @@ class SkippedImages:
 
     def _parts(self) -> list[epath.Path]:
         return sorted(self.path.parent.glob(_part(self.path.parent, "*").name))
+
+
+class UnlistedImages(SkippedImages):
+    """Takes note of skipped images in memory alone."""
+
+    def _write(self, image: _Image, note: _Note) -> None:
+        pass
 
 
 def _part(directory: epath.Path, process: int | str) -> epath.Path:

@@ -5,6 +5,7 @@ from ml_collections import config_dict
 from music_jax import places, records
 from music_jax.config import FREE_FIELDS, from_json, is_free, validate
 from music_jax.data import datasets
+from music_jax.data.skipped import SkippedImages, UnlistedImages
 from music_jax.errors import UserError
 from music_jax.evaluation.run import Run
 from music_jax.mesh import make_data_mesh
@@ -15,6 +16,7 @@ def open_run(
     workdir: str,
     *,
     output: str | None = None,
+    read_only: bool = False,
     checkpoint: str | None = None,
     overrides: dict[str, object] | None = None,
 ) -> Run:
@@ -23,6 +25,7 @@ def open_run(
     Args:
       workdir: The run's workdir. Nothing is written into it if `output` is given.
       output: Directory that results go to; the workdir by default.
+      read_only: Whether nothing is written at all, not even which images cannot be decoded.
       checkpoint: its step, or its directory; None for the latest.
       overrides: config fields, by dotted name, to evaluate with in place of the run's own.
 
@@ -43,7 +46,12 @@ def open_run(
     validate(config)
     if not own:
         places.leave_out_foreign(config, given, workdir)
-    results = records.open_workdir(output or workdir, create=output is not None)
+    if read_only:
+        results = directory
+        skipped: SkippedImages = UnlistedImages(directory, max_share=1.0)
+    else:
+        results = records.open_workdir(output or workdir, create=output is not None)
+        skipped = records.open_skipped(results, config)
     datasets.prepare(config, given)
     both_named = config.evaluation.train and config.evaluation.test
     training = None if both_named else datasets.training_source(config)
@@ -63,7 +71,7 @@ def open_run(
         batch_stats=state.batch_stats,
         step=step,
         mesh=mesh,
-        skipped=records.open_skipped(results, config),
+        skipped=skipped,
     )
 
 

@@ -1,7 +1,6 @@
 """From a workdir to all that the report shows of it."""
 
 import dataclasses
-import tempfile
 from typing import Any
 
 import numpy as np
@@ -54,13 +53,8 @@ def gather(
     """
     classes: list[str] = []
     try:
-        with tempfile.TemporaryDirectory() as scratch:  # for notes of images that are unreadable
-            run = open_run(
-                str(recorded.path),
-                output=scratch,
-                overrides={"dataset.max_skipped_share": 1.0} | (overrides or {}),
-            )
-            seen = look(run, num_images)
+        run = open_run(str(recorded.path), read_only=True, overrides=overrides)
+        seen = look(run, num_images)
     except (MusicError, OSError) as error:
         why_not = " ".join(str(error).split())
         progress.say(f"{recorded.name}: no images are shown: {why_not}")
