@@ -95,7 +95,10 @@ def export(
         workdir=where if where.is_dir() else None,
         license_name=license_name,
     )
-    write_new(card, text.encode())
+    try:
+        write_new(card, text.encode())
+    except OSError as error:
+        raise UserError(f"cannot write the model card {card}: {error}") from error
     return path, card
 
 

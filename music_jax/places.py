@@ -126,7 +126,7 @@ def _key(*, create: bool) -> bytes:
     Raises:
       OSError: It cannot be read, or others can read it.
     """
-    path = state_directory() / "key"
+    path = state_directory(create=create) / "key"
     if create and not path.exists():
         temporary = path.with_name(f"key.{secrets.token_hex(8)}")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)

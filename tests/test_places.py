@@ -106,6 +106,7 @@ def test_a_signature_holds_for_its_places_and_its_user_alone(own, monkeypatch, t
         assert not places.is_signed(changed, signature), field
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another"))
     assert not places.is_signed(config, signature), "no key"
+    assert not os.listdir(tmp_path), "it is only made to sign"
     places.sign(config)
     assert not places.is_signed(config, signature), "another key"
 
