@@ -7,6 +7,7 @@ import pathlib
 import random
 import shutil
 import tempfile
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -39,18 +40,25 @@ def _made() -> tuple[pathlib.Path, pathlib.Path]:
         cv2.imwrite(str(path), np.full((28, 28), 60 * i, np.uint8))
     config = small_config()
     config.dataset.update({"name": "digits", "data_dir": "../outside"})
-    os.environ["XDG_STATE_HOME"] = str(directory / "another")
-    save_run(directory / "run", config)
+    with mock.patch.dict(os.environ, XDG_STATE_HOME=str(directory / "another")):
+        save_run(directory / "run", config)
     lines = [json.dumps({"step": i, "epoch": i / 2, "loss": 1.5}) for i in range(1, 4)]
     (directory / "run" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    os.environ["XDG_STATE_HOME"] = str(directory / "state")
-    places.sign(config)
+    with mock.patch.dict(os.environ, XDG_STATE_HOME=str(directory / "state")):
+        places.sign(config)
     return directory / "run", photos
 
 
 def foreign_run(rng: random.Random, directory: pathlib.Path) -> None:
     """Opens it by one of the commands, which may write nothing but what it was told to."""
     made, photos = _made()
+    with mock.patch.dict(os.environ, XDG_STATE_HOME=str(made.parent / "state")):
+        _open(rng, directory, made, photos)
+
+
+def _open(
+    rng: random.Random, directory: pathlib.Path, made: pathlib.Path, photos: pathlib.Path
+) -> None:
     run = directory / "run"
     shutil.copytree(made, run)
     record = json.loads((run / "config.json").read_text())
@@ -69,7 +77,6 @@ def foreign_run(rng: random.Random, directory: pathlib.Path) -> None:
         )
     text = hostile_json(rng, record) if rng.random() < 0.3 else json.dumps(record).encode()
     (run / "config.json").write_bytes(text)
-    output = directory / "run"
     for name in rng.sample(_LINKED, rng.randrange(5)):
         if not (run / name).exists() or (run / name).is_file():
             (run / name).unlink(missing_ok=True)
@@ -85,8 +92,8 @@ def foreign_run(rng: random.Random, directory: pathlib.Path) -> None:
         elsewhere = rng.choice((None, str(directory / "out")))
         evaluate(str(run), protocols=("knn",), output=elsewhere, overrides=overrides)
     elif command == "export":
-        export(str(run), form="safetensors", output=str(output / "backbone"))
+        export(str(run), form="safetensors", output=str(run / "backbone"))
     else:
         encoder = load(str(run))
         if command == "encode":
-            encode_folder(encoder, open_folder(str(photos)), str(output / "out.npy"))
+            encode_folder(encoder, open_folder(str(photos)), str(run / "out.npy"))

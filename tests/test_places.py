@@ -320,3 +320,11 @@ def test_a_run_of_before_signatures_is_opened_once_its_user_trains_it_again(own,
     assert run.step == 3
     records.write_config(epath.Path(tmp_path / "run"), from_json(record["config"]))  # as main does
     assert open_run(str(tmp_path / "run"), output=output).images.name == str(photos)
+
+
+def test_a_workdir_that_cannot_be_written_says_where_else_results_can_go(own, tmp_path):
+    shutil.copytree(own, tmp_path / "run")
+    (tmp_path / "run" / "features").symlink_to(tmp_path)
+    with pytest.raises(UserError, match=r"features in the workdir is a link.*--output=DIR$"):
+        open_run(str(tmp_path / "run"))
+    assert open_run(str(tmp_path / "run"), output=str(tmp_path / "out")).step == 3

@@ -1,5 +1,6 @@
 """Opening a run's workdir, to evaluate it."""
 
+from etils import epath
 from ml_collections import config_dict
 
 from music_jax import places, records
@@ -50,7 +51,7 @@ def open_run(
         results = directory
         skipped: SkippedImages = UnlistedImages(directory, max_share=1.0)
     else:
-        results = records.open_workdir(output or workdir, create=output is not None)
+        results = _open_output(workdir, output)
         skipped = records.open_skipped(results, config)
     datasets.prepare(config, given)
     both_named = config.evaluation.train and config.evaluation.test
@@ -73,6 +74,17 @@ def open_run(
         mesh=mesh,
         skipped=skipped,
     )
+
+
+def _open_output(workdir: str, output: str | None) -> epath.Path:
+    if output is not None:
+        return records.open_workdir(output)
+    try:
+        return records.open_workdir(workdir, create=False)
+    except UserError as error:
+        raise UserError(
+            f"{error}; or name another place for the results with --output=DIR"
+        ) from error
 
 
 def _apply(config: config_dict.ConfigDict, overrides: dict[str, object]) -> None:
