@@ -3,10 +3,14 @@
 import atexit
 import contextlib
 import os
+import stat
 import time
 from typing import Protocol
 
 from etils import epath
+
+from music_jax.errors import UserError
+from music_jax.new_file import write_new
 
 _SECONDS_BETWEEN_UPLOADS = 10.0
 _LARGEST_SHARE = 0.05  # of the time, that may be spent on uploading
@@ -32,9 +36,14 @@ class Appended(Protocol):
 def open_to_append(path: epath.Path) -> Appended:
     """Opens a text file to add lines to what is there.
 
+    A file that has other names is replaced by a copy first, so that only this one grows.
+
     An object in a bucket (`gs://`) cannot grow, and opening it with mode `a` replaces it: it is
     written anew as a whole, at most every ten seconds, when it is closed, and when Python exits. A
     process that is killed loses what came after the last of these.
+
+    Raises:
+      UserError: The path is a link, a pipe or the like.
     """
     return _Object(path) if "://" in str(path) else _File(path)
 
@@ -45,6 +54,7 @@ class _File:
     def __init__(self, path: epath.Path):
         self._path = path
         self._added = ""
+        _detach(path)
 
     def write(self, text: str) -> None:
         self._added += text
@@ -52,18 +62,36 @@ class _File:
     def flush(self, *, now: bool = False) -> None:
         if not self._added:
             return
-        before = os.path.getsize(self._path) if self._path.exists() else 0
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        descriptor = os.open(self._path, flags, 0o666)
         try:
-            with self._path.open("a") as file:
-                file.write(self._added)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.truncate(self._path, before)  # no half lines
-            raise
+            before = os.fstat(descriptor).st_size
+            left = memoryview(self._added.encode())
+            try:
+                while left:
+                    left = left[os.write(descriptor, left) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(descriptor, before)  # no half lines
+                raise
+        finally:
+            os.close(descriptor)
         self._added = ""
 
     def close(self) -> None:
         self.flush()
+
+
+def _detach(path: epath.Path) -> None:
+    """Checks that a file, if it is there, is no link, and replaces a hard link by a copy."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path} is a link or no file, so nothing is added to it; remove it")
+    if status.st_nlink > 1:
+        write_new(path, path.read_bytes())
 
 
 class _Object:

@@ -1,14 +1,15 @@
-"""What was compiled is kept in the workdir, so that a run that goes on need not compile again."""
+"""Keeps compiled programs in this user's cache, so that a resumed run need not compile again."""
 
 import os
+import pathlib
 import re
 import warnings
 from typing import Any
 
 import jax
-from etils import epath
 
 from music_jax import progress
+from music_jax.user_directories import cache_directory
 
 # Reading a program back takes some tens of milliseconds: less is not worth a file.
 _MIN_COMPILE_SECONDS = 0.1
@@ -16,30 +17,32 @@ _MIN_COMPILE_SECONDS = 0.1
 _FAILED = re.compile(r"Error (reading|writing) persistent compilation cache entry for '([^']*)'")
 
 
-def use_compilation_cache(workdir: str) -> None:
-    """Keeps what this process compiles in `workdir`/compilation_cache, and reads it from there.
+def use_compilation_cache() -> None:
+    """Keeps what this process compiles in `~/.cache/music_jax/compiled`, and reads it from there.
 
-    To be called before anything is compiled. It leaves alone what the user has chosen by
-    JAX_COMPILATION_CACHE_DIR. A program is found by its text, the
-    compiler's version and the devices, so that another one is never taken for it. What cannot be
-    read is compiled anew and kept in the damaged file's place; what cannot be written is not kept;
-    the run goes on in either case, and one line says so.
+    Call it before anything is compiled. JAX_COMPILATION_CACHE_DIR names another directory. A
+    program is found by its text, the compiler's version and the devices. One that cannot be read is
+    compiled again and replaces the damaged file; one that cannot be written is not kept; one line
+    says so.
 
-    The programs are machine code, which the process runs: the workdir is to be writable by those
-    alone who may run code as its owner.
-
-    Args:
-      workdir: of the run; may be a `gs://` one.
+    The programs are machine code, which the process runs: they are never read from a run's
+    directory, nor from one that others can write to. A run of several processes keeps none unless
+    JAX_COMPILATION_CACHE_DIR names a directory that all of them share: the processes compile some
+    programs together, so all must find a program or none.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.distributed.is_initialized():
         return
-    directory = epath.Path(workdir).expanduser() / "compilation_cache"
+    try:
+        directory = cache_directory("compiled")
+    except OSError as error:
+        progress.say(f"not keeping what is compiled: {error}")
+        return
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
     _watch(directory)
 
 
-def _watch(directory: epath.Path) -> None:
+def _watch(directory: pathlib.Path) -> None:
     """Turns JAX's warning for each file that fails into one line for all, and removes the file."""
     usual, told = warnings.showwarning, set()
 

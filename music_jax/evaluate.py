@@ -7,7 +7,7 @@ from music_jax.evaluation import command
 
 _USAGE = """
 Measures a run's latest checkpoint by the protocols named, and writes NAME.json of each (for the
-linear probe linear_eval.json) into the workdir.
+linear probe linear_eval.json) into the workdir, or into --output=DIR.
 
   python -m music_jax.evaluate --workdir=runs/mnist5k
   python -m music_jax.evaluate --workdir=runs/mnist5k --protocols=knn,segments --checkpoint=1550
@@ -15,6 +15,10 @@ linear probe linear_eval.json) into the workdir.
       --transfer=cifar100:train:test
   python -m music_jax.evaluate --workdir=runs/folder --protocols=linear \\
       --config.evaluation.train=photos/train --config.evaluation.test=photos/test
+  python -m music_jax.evaluate --workdir=/shared/runs/mnist5k --output=results/mnist5k
+
+Of a run that somebody else trained, or trained elsewhere, name the places of the images again, such
+as --config.dataset.path=DIR: places that only its config.json names are not read.
 
 The protocols:
 
@@ -29,8 +33,8 @@ The protocols:
   finetune    fine-tuning on all labels
   transfer    linear and knn on other datasets, named by --transfer
 
-Features are computed once and kept in the workdir's features/, which may be deleted at any time.
-What has been measured in the same way before is not measured again; see --again.
+Features are computed once and kept beside the results, in features/, which may be deleted at any
+time. What has been measured in the same way before is not measured again; see --again.
 
 Exit codes: 0 done; 2 wrong input; 3 unusable data; 75 stopped by a signal.
 """
@@ -44,6 +48,7 @@ def main() -> None:
     evaluate(
         workdir,
         protocols=tuple(name.strip() for name in flags.FLAGS.protocols if name.strip()),
+        output=flags.FLAGS.output,
         checkpoint=flags.FLAGS.checkpoint,
         transfer_sets=tuple(flags.FLAGS.transfer or ()),
         overrides=overrides,
@@ -55,16 +60,18 @@ def evaluate(
     workdir: str,
     *,
     protocols: tuple[str, ...] = _DEFAULT,
+    output: str | None = None,
     checkpoint: str | None = None,
     transfer_sets: tuple[str, ...] = (),
     overrides: dict[str, object] | None = None,
     again: bool = False,
 ) -> dict[str, dict]:
-    """Measures a checkpoint of a run, writes the figures into its workdir and prints them.
+    """Measures a checkpoint of a run, writes the figures and prints them.
 
     Args:
       workdir: of the run.
       protocols: names, as `music_jax.evaluation.evaluate.PROTOCOLS` has them.
+      output: Directory for the results; the workdir by default.
       checkpoint: its step, or its directory; None for the latest.
       transfer_sets: `NAME:TRAIN:TEST` or `FOLDER:FOLDER`; adds the protocol `transfer`.
       overrides: config fields, by dotted name, to evaluate with in place of the run's own.
@@ -88,7 +95,7 @@ def evaluate(
     check_names(protocols, transfer_sets)
     for spec in transfer_sets:
         parse_set(spec)
-    run = open_run(workdir, checkpoint=checkpoint, overrides=overrides)
+    run = open_run(workdir, output=output, checkpoint=checkpoint, overrides=overrides)
     results = measure(run, protocols, transfer_sets=transfer_sets, again=again)
     progress.say(summary_table(results))
     records.report_skipped(run.skipped)
@@ -107,6 +114,7 @@ if __name__ == "__main__":
         "A dataset to transfer to: NAME:TRAIN:TEST with the splits of TFDS, or FOLDER:FOLDER. May "
         "be given more than once.",
     )
+    flags.DEFINE_string("output", None, "Directory for the results; by default the workdir.")
     flags.DEFINE_string(
         "checkpoint", None, "Step of the checkpoint, or its directory; by default the latest."
     )

@@ -12,7 +12,7 @@ embedding. linear_eval, evaluate, export and encode then take it like any run.
 
   python -m music_jax.import_weights --weights=resnet50.safetensors --workdir=runs/barlow \\
       --config.dataset.name=imagenet2012 --config.dataset.test_split=validation
-  python -m music_jax.linear_eval --workdir=runs/barlow
+  python -m music_jax.linear_eval --workdir=runs/barlow --config.dataset.name=imagenet2012
 
 Which backbone it is follows from the file, and so does a prefix such as module.backbone.; heads are
 left out. A .pth file is a pickle, which is not opened here; where torch is, convert it:

@@ -12,6 +12,10 @@ nearest neighbours; writes linear_eval.json and knn.json into the workdir.
   python -m music_jax.linear_eval --workdir=runs/mnist5k
   python -m music_jax.linear_eval --workdir=runs/mnist5k --checkpoint=1550
   python -m music_jax.linear_eval --workdir=runs/mnist5k --config.linear_eval.num_epochs=200
+  python -m music_jax.linear_eval --workdir=/shared/runs/mnist5k --output=results/mnist5k
+
+Of a run that somebody else trained, or trained elsewhere, name the places of the images again, such
+as --config.dataset.path=DIR: places that only its config.json names are not read.
 
 Exit codes: 0 done; 2 wrong input; 3 unusable data; 75 stopped by a signal.
 """
@@ -20,16 +24,26 @@ Exit codes: 0 done; 2 wrong input; 3 unusable data; 75 stopped by a signal.
 def main() -> None:
     """Reads the flags and evaluates."""
     workdir, overrides = command.begin()
-    linear_eval(workdir, checkpoint=flags.FLAGS.checkpoint, overrides=overrides)
+    linear_eval(
+        workdir,
+        output=flags.FLAGS.output,
+        checkpoint=flags.FLAGS.checkpoint,
+        overrides=overrides,
+    )
 
 
 def linear_eval(
-    workdir: str, *, checkpoint: str | None = None, overrides: dict[str, object] | None = None
+    workdir: str,
+    *,
+    output: str | None = None,
+    checkpoint: str | None = None,
+    overrides: dict[str, object] | None = None,
 ) -> None:
     """Evaluates a checkpoint of a run, writes linear_eval.json and knn.json and prints the table.
 
     Args:
       workdir: of the run.
+      output: Directory for the results; the workdir by default.
       checkpoint: its step, or its directory; None for the latest.
       overrides: config fields, by dotted name, to evaluate with in place of the run's own.
 
@@ -41,7 +55,7 @@ def linear_eval(
     from music_jax.evaluation.opening import open_run
     from music_jax.evaluation.tables import results_table
 
-    run = open_run(workdir, checkpoint=checkpoint, overrides=overrides)
+    run = open_run(workdir, output=output, checkpoint=checkpoint, overrides=overrides)
     progress.say(results_table(measure(run, final_protocols(run.config), again=True)))
     records.report_skipped(run.skipped)
 
@@ -51,6 +65,7 @@ if __name__ == "__main__":
         "--config.linear_eval.FIELD=VALUE, --config.knn.FIELD=VALUE and the like change how the "
         "run is evaluated.",
     )
+    flags.DEFINE_string("output", None, "Directory for the results; by default the workdir.")
     flags.DEFINE_string(
         "checkpoint", None, "Step of the checkpoint, or its directory; by default the latest."
     )

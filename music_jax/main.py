@@ -49,7 +49,7 @@ def main() -> None:
     if config.deterministic:
         use_repeatable_gpu_operations()
     records.check_reachable(cli.WORKDIR.value)
-    use_compilation_cache(cli.WORKDIR.value)
+    use_compilation_cache()
     train_and_evaluate(config, cli.WORKDIR.value, profile_steps=profile_steps)
 
 

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from ml_collections import config_dict
 
 import music_jax
-from music_jax import progress
+from music_jax import places, progress
 from music_jax.appending import Appended, open_to_append
 from music_jax.config import differences
 from music_jax.data.skipped import SkippedImages
@@ -25,6 +25,7 @@ from music_jax.data.sources import Source
 from music_jax.errors import UserError
 from music_jax.json_files import parse_json, read_json
 from music_jax.mesh import is_main_process
+from music_jax.new_file import check_writable, write_new
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -42,11 +43,9 @@ def open_workdir(path: str, *, create: bool = True) -> epath.Path:
         raise UserError(f"the workdir {path} does not exist")
     if "://" not in str(path):
         _check_nothing_leads_out(os.fspath(workdir))
-    probe = workdir / f".writable.{jax.process_index()}"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
+        check_writable(workdir)
     except FileExistsError as error:
         raise UserError(f"the workdir {path} is a file; give a directory") from error
     except OSError as error:
@@ -128,6 +127,26 @@ def read_config(workdir: epath.Path) -> dict[str, Any] | None:
         ) from error
 
 
+def read_signature(workdir: epath.Path) -> object:
+    """What the workdir's config.json, which `read_config` has read, has as its signature."""
+    return read_json(workdir / "config.json").get("signature")
+
+
+def find_workdir(path: str) -> epath.Path:
+    """Finds a run's workdir to read from; nothing is written into it.
+
+    Raises:
+      UserError: It is not there or holds no run.
+    """
+    check_reachable(path)
+    workdir = absolute(path)
+    if not workdir.exists():
+        raise UserError(f"the workdir {path} does not exist")
+    if not (workdir / "config.json").exists():
+        raise UserError(f"{path} holds no run: it has no config.json")
+    return workdir
+
+
 def check_same_run(workdir: epath.Path, config: config_dict.ConfigDict) -> None:
     """Checks that a workdir's run, if it has one, trains what the config says.
 
@@ -169,6 +188,7 @@ def write_config(workdir: epath.Path, config: config_dict.ConfigDict) -> None:
             "count": jax.device_count(),
             "processes": jax.process_count(),
         },
+        "signature": places.sign(config),
         "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     write_json(workdir / "config.json", record)
@@ -180,9 +200,7 @@ def write_json(path: epath.Path, record: dict[str, Any]) -> None:
     Raises:
       ValueError: a number in it is not finite, which JSON has no name for.
     """
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
-    temporary.replace(path)
+    write_new(path, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
 
 
 def open_skipped(workdir: epath.Path, config: config_dict.ConfigDict) -> SkippedImages:
@@ -266,9 +284,7 @@ class MetricsLog:
             progress.say(f"{path}: {lost} damaged or repeated lines are left out")
         after = b"".join(line + b"\n" for step, line in kept.items() if step <= start_step)
         if after != before:
-            temporary = path.with_name(path.name + ".new")
-            temporary.write_bytes(after)
-            temporary.replace(path)
+            write_new(path, after)
         return open_to_append(path)
 
     def write(self, record: dict[str, Any]) -> None:

@@ -8,6 +8,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
     pathlib.Path(__file__).parents[1] / "build" / "tests" / "compilation_cache"
 )
+# Tests leave nothing in the home of whoever runs them.
+os.environ["XDG_CACHE_HOME"] = str(pathlib.Path(__file__).parents[1] / "build" / "tests" / "cache")
+os.environ["XDG_STATE_HOME"] = str(pathlib.Path(__file__).parents[1] / "build" / "tests" / "state")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -20,6 +23,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture
-def own_compilation_cache(monkeypatch):
-    """For a test that looks at the cache which the processes that it starts keep in the workdir."""
+def own_compilation_cache(monkeypatch, tmp_path):
+    """The directory where the processes that a test starts keep what they compile."""
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "music_jax" / "compiled"

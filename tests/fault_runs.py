@@ -48,10 +48,14 @@ class Run:
     def __init__(self, workdir, options, programs, devices=1, processes=1):
         self.workdir, self.options = workdir, [option for option in options if option]
         self.devices, self.processes = devices, processes
-        self.programs = programs  # where what was compiled is kept; None for the workdir
+        self.programs = programs  # where what was compiled is kept; None for the user's cache
+        self.cache = workdir.with_name(f"{workdir.name}-cache")
 
     def _start(self, module: str, *arguments: str) -> subprocess.Popen:
-        env: dict[str, str | None] = {"JAX_COMPILATION_CACHE_DIR": None}
+        env: dict[str, str | None] = {
+            "JAX_COMPILATION_CACHE_DIR": None,
+            "XDG_CACHE_HOME": str(self.cache),
+        }
         if self.programs:
             env["JAX_COMPILATION_CACHE_DIR"] = str(self.programs)
             env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

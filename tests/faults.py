@@ -117,7 +117,7 @@ def files(shop: Workshop, index: int, rng: random.Random) -> list[str]:
         run = shop.new()
         run.programs = None
         run.stop_at(STEPS // 2)
-        for path in (run.workdir / name).iterdir():
+        for path in (run.cache / "music_jax" / "compiled").iterdir():
             FILE_DAMAGES[kind](path, rng)
         expect("compiling anew" in shop.judge(run), "nothing said of it")
     elif name == "metrics.jsonl":

@@ -53,10 +53,17 @@ def _audit(inside: str) -> None:
             writes = isinstance(flag, int) and flag & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
             if writes and not isinstance(path, int) and is_outside(path):
                 _events.append(f"writes outside: opened {path!r} with {mode!r}")
-        elif event in _WRITES and any(map(is_outside, arguments[event == "os.symlink" :])):
+        elif event in _WRITES and any(map(is_outside, _paths(event, arguments))):
             _events.append(f"writes outside: {event} {arguments}")
 
     sys.addaudithook(hook)
+
+
+def _paths(event: str, arguments: tuple) -> tuple:
+    """The paths that are written to, one that is relative to an open directory as a whole."""
+    if event in ("os.remove", "os.rmdir") and arguments[1] >= 0:
+        return (os.path.join(os.readlink(f"/proc/self/fd/{arguments[1]}"), arguments[0]),)
+    return arguments[event == "os.symlink" :]
 
 
 class Cases:

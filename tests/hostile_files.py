@@ -24,6 +24,7 @@ from absl import flags
 from etils import epath
 from hostile_images import hostile_image, mutated, whole_images
 from hostile_json import hostile_json, hostile_value
+from hostile_runs import foreign_run
 from ml_collections import config_flags
 
 from music_jax import cli, records
@@ -406,6 +407,7 @@ TARGETS: dict[str, Callable[[random.Random, pathlib.Path], None]] = {
     "tfds": tfds_files,
     "checkpoint": checkpoints,
     "archives": archives,
+    "foreign run": foreign_run,
 }
 # Of a hundred cases, so many are of each: those that take long are fewer.
 SHARES = {
@@ -422,4 +424,5 @@ SHARES = {
     "tfds": 0.2,
     "checkpoint": 0.3,
     "archives": 1.5,
+    "foreign run": 0.1,
 }

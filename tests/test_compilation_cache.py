@@ -8,15 +8,13 @@ import pytest
 
 from tests.processes import ROOT
 
-pytestmark = pytest.mark.usefixtures("own_compilation_cache")
-
 # Compiles one program, and says what it gave and how often the cache had it.
 _PROGRAM = """
-import collections, sys
+import collections
 import jax, numpy as np
 from music_jax import compilation_cache
 compilation_cache._MIN_COMPILE_SECONDS = 0.0
-compilation_cache.use_compilation_cache(sys.argv[1])
+compilation_cache.use_compilation_cache()
 events = collections.Counter()
 jax.monitoring.register_event_listener(lambda name, **_: events.update([name.split("/")[-1]]))
 
@@ -29,10 +27,10 @@ print(events["cache_hits"], events["cache_misses"])
 """
 
 
-def _run(workdir, **environment):
+def _run(**environment):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | environment
     done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, str(workdir)],
+        [sys.executable, "-c", _PROGRAM],
         env=environment,
         capture_output=True,
         text=True,
@@ -45,38 +43,46 @@ def _run(workdir, **environment):
 
 
 @pytest.fixture
-def cached(tmp_path):
-    assert _run(tmp_path) == ([], "83.0", (0, 1)), "the first process compiles"
-    (file,) = (tmp_path / "compilation_cache").glob("jit_program-*")
-    return tmp_path, file
+def cached(own_compilation_cache):
+    assert _run() == ([], "83.0", (0, 1)), "the first process compiles"
+    (file,) = own_compilation_cache.glob("jit_program-*")
+    return file
 
 
 def test_the_second_process_compiles_nothing(cached):
-    assert _run(cached[0]) == ([], "83.0", (1, 0))
+    assert _run() == ([], "83.0", (1, 0))
 
 
 def test_a_damaged_file_is_told_of_once_and_replaced(cached):
-    workdir, file = cached
-    whole = file.read_bytes()
+    whole = cached.read_bytes()
     for damage in (whole[:50], b"", whole[:200] + bytes(50) + whole[250:]):
-        file.write_bytes(damage)
-        said, value, counts = _run(workdir)
+        cached.write_bytes(damage)
+        said, value, counts = _run()
         assert (value, counts) == ("83.0", (0, 1))
         assert len(said) == 1
-        assert "compilation_cache failed: compiling anew" in said[0]
-        assert _run(workdir) == ([], "83.0", (1, 0))
+        assert "compiled failed: compiling anew" in said[0]
+        assert _run() == ([], "83.0", (1, 0))
 
 
-def test_a_cache_that_cannot_be_written_harms_nothing(tmp_path):
-    (tmp_path / "compilation_cache").write_text("a file where the directory would be")
-    said, value, _ = _run(tmp_path)
-    assert value == "83.0"
-    assert said
-    assert all("compilation_cache failed" in line for line in said)
+def test_a_directory_that_others_can_write_to_is_not_used(own_compilation_cache):
+    own_compilation_cache.mkdir(parents=True)
+    own_compilation_cache.chmod(0o777)
+    said, value, counts = _run()
+    assert (value, counts) == ("83.0", (0, 0))
+    assert said == [f"not keeping what is compiled: others can write to {own_compilation_cache}"]
+    assert not list(own_compilation_cache.iterdir())
 
 
-def test_the_users_own_choice_stays(tmp_path):
+def test_a_cache_that_cannot_be_made_harms_nothing(own_compilation_cache):
+    own_compilation_cache.parents[1].write_text("a file where the directory would be")
+    said, value, counts = _run()
+    assert (value, counts) == ("83.0", (0, 0))
+    assert len(said) == 1
+    assert "not keeping what is compiled" in said[0]
+
+
+def test_the_users_own_choice_stays(own_compilation_cache, tmp_path):
     own = tmp_path / "own"
-    _run(tmp_path / "run", JAX_COMPILATION_CACHE_DIR=str(own))
+    _run(JAX_COMPILATION_CACHE_DIR=str(own))
     assert own.is_dir()
-    assert not (tmp_path / "run").exists()
+    assert not own_compilation_cache.exists()

@@ -67,9 +67,10 @@ def test_running_again_trains_nothing_and_says_so(finished, data):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("own_compilation_cache")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_goes_on_to_the_same_bits(finished, data, tmp_path, number):
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    finished, data, tmp_path, number, own_compilation_cache
+):
     workdir = tmp_path / "run"
     arguments = (_MAIN, DIGITS, *SMALL, data, f"--workdir={workdir}")
     process = start(*arguments)
@@ -92,7 +93,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finished, data, tmp_path, number
     assert code == 0, err
     assert f"after step {stopped}" in out
     # The step was not compiled again, and so not kept once more.
-    assert len(list((workdir / "compilation_cache").glob("jit_training_step-*"))) == 1
+    assert len(list(own_compilation_cache.glob("jit_training_step-*"))) == 1
     assert [line["step"] for line in metrics(workdir)] == list(range(1, 23))
     expected, found = checkpoint(finished[0], 22), checkpoint(workdir, 22)
     assert expected.keys() == found.keys()

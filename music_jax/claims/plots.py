@@ -7,6 +7,7 @@ import numpy as np
 from etils import epath
 
 from music_jax.claims.results import SHARES, Table, plot_name
+from music_jax.new_file import new_file
 
 matplotlib.use("agg")
 
@@ -25,7 +26,7 @@ def write(tables: list[Table], directory: epath.Path) -> None:
         else:
             figure = _bars(table)
         figure.suptitle(f"{table['claim']}. {table['title']}")
-        with (directory / plot_name(table)).open("wb") as file:
+        with new_file(directory / plot_name(table)) as file:
             figure.savefig(file, dpi=120)
         plt.close(figure)
 

@@ -12,6 +12,7 @@ from etils import epath
 
 from music_jax.claims.cells import Sweep
 from music_jax.claims.results import Table, markdown, plot_name
+from music_jax.new_file import write_new
 
 _PREAMBLE = """# Results: the paper's claims, put to the test
 
@@ -47,7 +48,7 @@ def write_section(path: epath.Path, sweep: Sweep, tables: list[Table]) -> None:
         text = pattern.sub(lambda _: section, text)
     else:
         text = f"{text.rstrip()}\n\n{section}\n"
-    path.write_text(text)
+    write_new(path, text.encode())
 
 
 def _dataset(sweep: Sweep) -> str:

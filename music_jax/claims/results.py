@@ -11,6 +11,7 @@ from music_jax import progress
 from music_jax.claims.cells import Cell, Sweep
 from music_jax.claims.grid import Point
 from music_jax.evaluation.statistics import mean_interval
+from music_jax.new_file import write_new
 from music_jax.records import write_json
 
 # What a claim's table shows, and how it is called; of shares, in percent.
@@ -137,9 +138,9 @@ def _measures(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def write(tables: list[Table], directory: epath.Path) -> None:
     """Writes claims.json, claims.csv and claims.md."""
     write_json(directory / "claims.json", {"claims": tables})
-    (directory / "claims.csv").write_text(_as_csv(tables))
+    write_new(directory / "claims.csv", _as_csv(tables).encode())
     text = "\n\n".join(f"## {t['claim']}. {t['title']}\n\n{markdown(t)}" for t in tables)
-    (directory / "claims.md").write_text(text + "\n")
+    write_new(directory / "claims.md", f"{text}\n".encode())
 
 
 def _as_csv(tables: list[Table]) -> str:

@@ -32,7 +32,7 @@ def main() -> None:
     from music_jax.claims.run_cell import CellTask, run_cell
     from music_jax.compilation_cache import use_compilation_cache
 
-    use_compilation_cache(setup["directory"])
+    use_compilation_cache()
     while True:
         task = tasks.get()
         answer: dict[str, str | None] = {"error": None}

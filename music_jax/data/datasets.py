@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -19,14 +20,22 @@ class EvaluationSources(NamedTuple):
     test: Source
 
 
-def prepare(config: config_dict.ConfigDict) -> None:
-    """Prepares every TFDS dataset that a config names.
+_FIELDS = ("dataset.name", "evaluation.train", "evaluation.test")
+
+
+def prepare(config: config_dict.ConfigDict, fields: Collection[str] = _FIELDS) -> None:
+    """Prepares the TFDS datasets that a config names.
+
+    Args:
+      config: The config.
+      fields: Fields whose datasets are prepared; others are left as they are.
 
     Raises:
       UserError: as `sources.prepare`.
     """
-    named = [_tfds_set(config, spec) for spec in (config.evaluation.train, config.evaluation.test)]
-    if not config.dataset.path:
+    parts = [part for part in ("train", "test") if f"evaluation.{part}" in fields]
+    named = [_tfds_set(config, config.evaluation[part]) for part in parts]
+    if "dataset.name" in fields and not config.dataset.path:
         named.append((config.dataset, ""))
     for dataset in {found[0].name: found[0] for found in named if found}.values():
         sources.prepare(dataset)
@@ -44,13 +53,13 @@ def training_source(config: config_dict.ConfigDict) -> Source:
 
 
 def evaluation_sources(
-    config: config_dict.ConfigDict, training: Source
+    config: config_dict.ConfigDict, training: Source | None
 ) -> EvaluationSources | None:
     """What the backbone is probed with, or None if the config names nothing to test with.
 
     Args:
       config: its part `evaluation` names the sources.
-      training: what `training_source` gave.
+      training: what `training_source` gave; None if the config names both sets.
 
     Raises:
       UserError: a source is not there, has no labels, or the two have different classes.
@@ -62,8 +71,8 @@ def evaluation_sources(
                 "none for no probe"
             )
         return None
-    train, test = training, None
-    if config.evaluation.train not in ("", config.dataset.path):
+    train = training
+    if train is None or config.evaluation.train not in ("", config.dataset.path):
         train = open_named(config, config.evaluation.train)
     if config.evaluation.test:
         test = open_named(config, config.evaluation.test)

@@ -20,6 +20,7 @@ from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.errors import UndecodableError, UserError
 from music_jax.json_files import read_json
+from music_jax.new_file import PREFIX, new_path
 from music_jax.records import write_json
 
 _AHEAD = 64  # images on their way for each thread
@@ -139,6 +140,8 @@ def _begin(directory: epath.Path, index: dict[str, Any]) -> bool:
     path = directory / INDEX_FILE
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        for left in directory.glob(f"{PREFIX}*"):  # by a call that was killed
+            left.unlink()
         if not path.exists():
             if any(directory.iterdir()):
                 raise UserError(
@@ -225,18 +228,17 @@ def _write_shard(
     """Writes a shard under another name first: no half of one is ever taken for a whole."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    temporary = directory / f"{name}.part"
-    writer = ArrayRecordWriter(os.fspath(temporary), "group_size:1")  # random access
     count = 0
-    try:
-        for image in images:
-            if image is not None:
-                writer.write(image)
-                count += 1
-            bar.update(1)
-    finally:
-        writer.close()
-    temporary.replace(directory / name)
+    with new_path(directory / name) as temporary:
+        writer = ArrayRecordWriter(os.fspath(temporary), "group_size:1")  # random access
+        try:
+            for image in images:
+                if image is not None:
+                    writer.write(image)
+                    count += 1
+                bar.update(1)
+        finally:
+            writer.close()
     shard = {"file": name, "images": count}
     write_json(directory / f"{name}.json", shard)
     return shard

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import json
 import math
+import os
 import threading
 import time
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from music_jax.appending import Appended, open_to_append
 from music_jax.data.sources import Source
 from music_jax.errors import UnusableDataError, UserError
 from music_jax.json_files import parse_json, read_text
+from music_jax.new_file import write_new
 
 _FILE = "skipped.jsonl"
 _SECONDS_BETWEEN_LOOKS = 5.0  # at the lists of the other processes
@@ -74,7 +76,6 @@ class SkippedImages:
         for path in (self._own, *self._others()):
             self._take(path, _read(path))
         self._sizes.clear()
-        _drop_cut_off_line(self._own)
 
     def __len__(self) -> int:
         return len(self._noted)
@@ -204,6 +205,8 @@ class SkippedImages:
 
     def _write(self, image: _Image, note: _Note) -> None:
         if self._file is None:
+            if not os.path.islink(self._own):  # which is refused below
+                _drop_cut_off_line(self._own)
             self._file = open_to_append(self._own)
         line: dict[str, str | int]
         line = {"source": image.source, "image": image.name, "reason": note.reason}
@@ -217,6 +220,13 @@ class SkippedImages:
 
     def _parts(self) -> list[epath.Path]:
         return sorted(self.path.parent.glob(_part(self.path.parent, "*").name))
+
+
+class UnlistedImages(SkippedImages):
+    """Takes note of skipped images in memory alone."""
+
+    def _write(self, image: _Image, note: _Note) -> None:
+        pass
 
 
 def _part(directory: epath.Path, process: int | str) -> epath.Path:
@@ -251,6 +261,4 @@ def _text(path: epath.Path) -> str:
 def _drop_cut_off_line(path: epath.Path) -> None:
     text = _text(path)
     if text and not text.endswith("\n"):
-        temporary = path.with_name(path.name + ".new")
-        temporary.write_text(text[: text.rfind("\n") + 1])
-        temporary.replace(path)
+        write_new(path, text[: text.rfind("\n") + 1].encode())

@@ -1,8 +1,11 @@
 """Random access to a dataset's encoded images; here, those of any TFDS builder."""
 
+import contextlib
 import dataclasses
 import difflib
 import os
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,8 @@ from ml_collections import config_dict
 from music_jax.errors import UndecodableError, UserError
 from music_jax.host_tensorflow import import_tensorflow
 
+_TFDS_FEATURES = "tensorflow_datasets.core.features."
+_feature_lock = threading.RLock()
 _KEPT_BYTES = 64 * 2**20  # of a dataset whose records stay in memory
 
 
@@ -168,7 +173,8 @@ def open_source(dataset: config_dict.ConfigDict, split: str) -> Source:
         if not builder.is_prepared():
             raise UserError(
                 f"dataset {dataset.name!r} has not been prepared in {builder.data_path}: training "
-                "does that; where it has been elsewhere, say so with --config.dataset.data_dir=DIR"
+                f"does that, and so does naming it here with --config.dataset.name={dataset.name}; "
+                "where it has been elsewhere, say so with --config.dataset.data_dir=DIR"
             ) from error
         raise UserError(
             f"cannot read split {split!r} of {dataset.name!r}, which has the splits "
@@ -237,11 +243,24 @@ def _builder(dataset: config_dict.ConfigDict) -> Any:
             "or a folder of images with --config.dataset.path="
         )
     try:
-        return tfds.builder(
-            dataset.name,
-            data_dir=_expanded(dataset.data_dir),
-            file_format="array_record",
-        )
+        if (
+            ":" in dataset.name
+            and tfds.core.naming.parse_builder_name_kwargs(dataset.name)[0].namespace
+        ):
+            raise UserError(
+                f"dataset {dataset.name!r} is a community dataset of TFDS, whose code would be "
+                "downloaded and run; give the name of one that TFDS itself has"
+            )
+        with _known_features_only():
+            builder = tfds.builder(
+                dataset.name,
+                data_dir=_expanded(dataset.data_dir),
+                file_format="array_record",
+            )
+            _ = builder.info.features  # read from files here, where those name them
+            return builder
+    except UserError:
+        raise
     except tfds.core.DatasetNotFoundError as error:
         known = tfds.list_builders(with_community_datasets=False)
         nearest = difflib.get_close_matches(dataset.name, known, n=1, cutoff=0.5)
@@ -253,8 +272,35 @@ def _builder(dataset: config_dict.ConfigDict) -> Any:
         ) from error
 
 
+@contextlib.contextmanager
+def _known_features_only() -> Iterator[None]:
+    """Keeps TFDS from importing a module because a dataset's features.json names a class in it.
+
+    Classes of TFDS itself, and those that are imported already, are found as ever.
+    """
+    import tensorflow_datasets as tfds
+
+    connector = tfds.features.FeatureConnector
+    with _feature_lock:
+        original = connector.__dict__["cls_from_name"]
+
+        def known_class(cls: Any, name: str) -> Any:
+            if name not in cls._registered_features and not name.startswith(_TFDS_FEATURES):
+                raise UserError(
+                    f"its features.json names the class {name!r}, which is not one of TFDS; import "
+                    "its module first if you trust it"
+                )
+            return original.__func__(cls, name)
+
+        connector.cls_from_name = classmethod(known_class)
+        try:
+            yield
+        finally:
+            connector.cls_from_name = original
+
+
 def _expanded(directory: str | None) -> str | None:
-    return directory and os.path.expanduser(directory)
+    return os.path.expanduser(directory) if directory else None
 
 
 def _hide_accelerators_from_tensorflow(name: str) -> None:

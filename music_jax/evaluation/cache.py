@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from music_jax import progress
 from music_jax.json_files import read_json
 from music_jax.mesh import is_main_process
+from music_jax.new_file import new_file
 from music_jax.records import write_json
 
 _INDEX = "index.json"
@@ -76,12 +77,14 @@ def _read(entry: epath.Path) -> dict[str, np.ndarray] | None:
 
 
 def _write(entry: epath.Path, key: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    entry.mkdir(parents=True, exist_ok=True)
-    (entry / _INDEX).unlink(missing_ok=True)  # which is written last: without it, nothing is there
+    if entry.exists():
+        entry.rmtree()
+    entry.mkdir(parents=True)
     for name, array in arrays.items():
-        with (entry / f"{name}.npy").open("wb") as file:
+        with new_file(entry / f"{name}.npy") as file:
             np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
     checksums = {name: _checksum(array) for name, array in arrays.items()}
+    # Written last: without it, nothing is there.
     write_json(entry / _INDEX, {"key": key, "crc32": checksums})
 
 

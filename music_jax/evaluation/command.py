@@ -26,5 +26,5 @@ def begin() -> tuple[str, dict[str, object]]:
     cli.join_cluster()
     use_cores(batch_size=4)  # any batch is filled up, so that all devices get some of it
     records.check_reachable(workdir)
-    use_compilation_cache(workdir)
+    use_compilation_cache()
     return workdir, dict(config_flags.get_override_values(flags.FLAGS["config"]))

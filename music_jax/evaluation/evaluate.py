@@ -115,7 +115,7 @@ def final_protocols(config: config_dict.ConfigDict) -> list[str]:
 def measure(
     run: Run, names: Sequence[str], *, transfer_sets: tuple[str, ...] = (), again: bool = False
 ) -> dict[str, Figures]:
-    """Measures a run by some protocols and writes each one's JSON file into its workdir.
+    """Measures a run by some protocols and writes each one's JSON file into its output directory.
 
     Protocols that the run is not fit for, having no labels or no segments, are passed over with a
     line that says so.
@@ -124,7 +124,7 @@ def measure(
       run: the run.
       names: of the protocols.
       transfer_sets: the datasets of `transfer`; see `transfer.transfer`.
-      again: measure anew what the workdir already has, measured in the same way.
+      again: measure anew what is there already, measured in the same way.
 
     Returns:
       What the files hold, by protocol.

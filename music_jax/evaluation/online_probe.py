@@ -26,6 +26,7 @@ from music_jax.errors import UserError
 from music_jax.evaluation.features import Placing, normalize
 from music_jax.mesh import is_main_process
 from music_jax.models.network import Network, Tree
+from music_jax.new_file import new_file
 from music_jax.npz_files import read_npz
 
 _DIRECTORY = "online_probe"
@@ -259,11 +260,9 @@ class OnlineProbe:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             path = self._directory / f"{step}.npz"
-            temporary = path.with_name(path.name + ".new")
             arrays: dict[str, Any] = {k: np.asarray(v) for k, v in self._state._asdict().items()}
-            with temporary.open("wb") as file:
+            with new_file(path) as file:
                 np.savez(file, **arrays)
-            temporary.replace(path)
             for old in self._directory.glob("*.npz"):
                 if old.stem not in {str(s) for s in (*kept, step)}:
                     old.unlink()

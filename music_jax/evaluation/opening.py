@@ -1,10 +1,12 @@
 """Opening a run's workdir, to evaluate it."""
 
+from etils import epath
 from ml_collections import config_dict
 
-from music_jax import records
+from music_jax import places, records
 from music_jax.config import FREE_FIELDS, from_json, is_free, validate
 from music_jax.data import datasets
+from music_jax.data.skipped import SkippedImages, UnlistedImages
 from music_jax.errors import UserError
 from music_jax.evaluation.run import Run
 from music_jax.mesh import make_data_mesh
@@ -12,12 +14,19 @@ from music_jax.train.restore import restore_run
 
 
 def open_run(
-    workdir: str, *, checkpoint: str | None = None, overrides: dict[str, object] | None = None
+    workdir: str,
+    *,
+    output: str | None = None,
+    read_only: bool = False,
+    checkpoint: str | None = None,
+    overrides: dict[str, object] | None = None,
 ) -> Run:
     """Opens a run with one of its checkpoints.
 
     Args:
-      workdir: of the run.
+      workdir: The run's workdir. Nothing is written into it if `output` is given.
+      output: Directory that results go to; the workdir by default.
+      read_only: Whether nothing is written at all, not even which images cannot be decoded.
       checkpoint: its step, or its directory; None for the latest.
       overrides: config fields, by dotted name, to evaluate with in place of the run's own.
 
@@ -25,40 +34,64 @@ def open_run(
       The run.
 
     Raises:
-      UserError: there is no such run or checkpoint, or an override would change what was trained.
+      UserError: there is no such run or checkpoint, an override would change what was trained, or
+        the images are in a place that only the run's files name; see `music_jax.places`.
     """
-    directory = records.open_workdir(workdir, create=False)
+    given = overrides or {}
+    directory = records.find_workdir(workdir)
     saved = records.read_config(directory)
-    if saved is None:
-        raise UserError(f"{workdir} holds no run: it has no config.json")
+    assert saved is not None
     config = from_json(saved)
-    _apply(config, overrides or {})
+    own = places.is_signed(config, records.read_signature(directory))
+    _apply(config, given)
     validate(config)
-    datasets.prepare(config)
-    training = datasets.training_source(config)
+    if not own:
+        places.leave_out_foreign(config, given, workdir)
+    if read_only:
+        results = directory
+        skipped: SkippedImages = UnlistedImages(directory, max_share=1.0)
+    else:
+        results = _open_output(workdir, output)
+        skipped = records.open_skipped(results, config)
+    datasets.prepare(config, given)
+    both_named = config.evaluation.train and config.evaluation.test
+    training = None if both_named else datasets.training_source(config)
     sources = datasets.evaluation_sources(config, training)
+    images = sources.test if sources else training
+    assert images is not None
 
     mesh = make_data_mesh()
     step, recipe, state = restore_run(directory, config, checkpoint, mesh)
     return Run(
         config=config,
-        workdir=directory,
+        workdir=results,
         sources=sources,
-        images=sources.test if sources else training,
+        images=images,
         network=recipe.network,
         params=state.params,
         batch_stats=state.batch_stats,
         step=step,
         mesh=mesh,
-        skipped=records.open_skipped(directory, config),
+        skipped=skipped,
     )
+
+
+def _open_output(workdir: str, output: str | None) -> epath.Path:
+    if output is not None:
+        return records.open_workdir(output)
+    try:
+        return records.open_workdir(workdir, create=False)
+    except UserError as error:
+        raise UserError(
+            f"{error}; or name another place for the results with --output=DIR"
+        ) from error
 
 
 def _apply(config: config_dict.ConfigDict, overrides: dict[str, object]) -> None:
     for field, value in overrides.items():
-        if not is_free(field):
+        if not is_free(field) and field not in places.FIELDS:
             raise UserError(
                 f"config.{field} belongs to the training, which is over; what can change is "
-                f"{', '.join(FREE_FIELDS)}"
+                f"{', '.join((*places.FIELDS[:2], *FREE_FIELDS))}"
             )
         config.update_from_flattened_dict({field: value})

@@ -7,6 +7,7 @@ from etils import epath
 
 from music_jax import progress
 from music_jax.mesh import is_main_process
+from music_jax.new_file import new_file
 from music_jax.npz_files import read_npz
 
 _FILE = "linear_eval.npz"
@@ -38,9 +39,8 @@ def write_predictions(workdir: epath.Path, found: Predictions) -> None:
     if not is_main_process():
         return
     path = workdir / _FILE
-    temporary = path.with_name(path.name + ".new")
     try:
-        with temporary.open("wb") as file:
+        with new_file(path) as file:
             np.savez(
                 file,
                 indices=found.indices.astype(np.int64),
@@ -48,7 +48,6 @@ def write_predictions(workdir: epath.Path, found: Predictions) -> None:
                 predictions=found.predictions.astype(np.int32),
                 step=np.asarray(found.step, np.int64),
             )
-        temporary.replace(path)
     except OSError as error:
         progress.say(f"the probe's predictions are not kept: {error}")
 

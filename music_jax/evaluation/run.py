@@ -38,11 +38,11 @@ _PROBABILITIES_AT_ONCE = 4096  # samples
 class Run:
     """A run's network after some step, and the images that it is evaluated with.
 
-    What is computed from them is kept in memory and, but for raw pixels, below the workdir.
+    What is computed from them is kept in memory and, but for raw pixels, in the output directory.
 
     Attributes:
       config: the run's.
-      workdir: where results go.
+      workdir: Directory that results go to; the run's, or another one.
       sources: labelled images to learn from and to test on, or None.
       images: what label-free measures are taken on: the test images if there are any, else those of
         the training.
@@ -142,7 +142,7 @@ class Run:
         """
         if self.sources is None:
             raise UserError(
-                f"{self.workdir} was trained on images without a test set; name labelled ones with "
+                "the run was trained on images without a test set; name labelled ones with "
                 "--config.evaluation.test=, and --config.evaluation.train= to learn from"
             )
         return self.sources

@@ -37,8 +37,8 @@ def transfer(run: Run, sets: tuple[str, ...]) -> dict[str, Any]:
 def _at(run: Run, spec: str) -> Run:
     config = config_dict.ConfigDict(run.config.to_dict())
     config.evaluation.train, config.evaluation.test = parse_set(spec)
-    datasets.prepare(config)
-    sources = datasets.evaluation_sources(config, datasets.training_source(config))
+    datasets.prepare(config, ("evaluation.train", "evaluation.test"))
+    sources = datasets.evaluation_sources(config, None)
     if sources is None:
         raise UserError(f"--transfer={spec}: there are no labelled images to test on")
     return dataclasses.replace(run, config=config, sources=sources, images=sources.test)

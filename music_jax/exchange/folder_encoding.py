@@ -3,11 +3,10 @@
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import shutil
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
@@ -18,6 +17,7 @@ from music_jax.errors import UndecodableError, UnusableDataError, UserError
 from music_jax.exchange.encoder import Encoder, ahead
 from music_jax.exchange.extras import needs
 from music_jax.json_files import parse_json, read_json
+from music_jax.new_file import new_file, write_new
 from music_jax.npz_files import read_npz
 
 ENDINGS = (".npy", ".parquet")
@@ -170,13 +170,15 @@ def _open_parts(path: pathlib.Path, record: dict[str, Any]) -> pathlib.Path:
     """The directory of the parts, without those of other images or weights."""
     directory = path.with_name(path.name + ".parts")
     known = directory / "parts.json"
+    if directory.is_symlink():
+        raise UserError(f"{directory} is a link; remove it")
     if directory.exists() and _read_json(known) != record:
         if not known.exists() and any(directory.iterdir()):
             raise UserError(f"{directory} is in the way: it holds no parts of features")
         progress.say(f"{directory} is of other images or weights: starting anew")
         shutil.rmtree(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    _replace(known, json.dumps(record).encode())
+    write_new(known, json.dumps(record).encode())
     return directory
 
 
@@ -207,20 +209,13 @@ def _read_whole(file: pathlib.Path) -> _Part:
 
 def _write_part(file: pathlib.Path, part: _Part) -> None:
     names = json.dumps({"files": part.files, "broken": part.broken}).encode()
-    temporary = file.with_suffix(".new.npz")
-    np.savez(
-        temporary,
-        features=part.features,
-        codes=part.codes,
-        names=np.frombuffer(names, np.uint8),
-    )
-    temporary.replace(file)
-
-
-def _replace(path: pathlib.Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    with new_file(file) as opened:
+        np.savez(
+            opened,
+            features=part.features,
+            codes=part.codes,
+            names=np.frombuffer(names, np.uint8),
+        )
 
 
 def _check_any(files: list[str], broken: list[dict[str, str]]) -> None:
@@ -239,33 +234,32 @@ def _write(
     record: dict[str, Any],
 ) -> None:
     """Writes the files, one part in memory at a time; the one that was asked for comes last."""
-    temporary = path.with_name(f".{path.name}.new")
     if path.suffix == ".npy":
         record = record | {"files": files}
         if record["codes"]:
-            _write_npy(temporary, len(files), (_read_whole(part).codes for part in parts))
-            temporary.replace(path.with_suffix(".codes.npy"))
-        _write_npy(temporary, len(files), (_read_whole(part).features for part in parts))
-    else:
-        _write_parquet(temporary, map(_read_whole, parts), bool(record["codes"]))
-    _replace(listing, (json.dumps(record, indent=1) + "\n").encode())
-    os.replace(temporary, path)
+            with new_file(path.with_suffix(".codes.npy")) as file:
+                _write_npy(file, len(files), (_read_whole(part).codes for part in parts))
+    with new_file(path) as file:
+        if path.suffix == ".npy":
+            _write_npy(file, len(files), (_read_whole(part).features for part in parts))
+        else:
+            _write_parquet(file, map(_read_whole, parts), bool(record["codes"]))
+        write_new(listing, (json.dumps(record, indent=1) + "\n").encode())
 
 
-def _write_npy(path: pathlib.Path, count: int, arrays: Iterator[np.ndarray]) -> None:
-    with path.open("wb") as file:
-        for i, array in enumerate(arrays):
-            if i == 0:
-                header = {
-                    "descr": np.lib.format.dtype_to_descr(array.dtype),
-                    "fortran_order": False,
-                    "shape": (count, array.shape[1]),
-                }
-                np.lib.format.write_array_header_1_0(file, header)
-            file.write(np.ascontiguousarray(array).tobytes())
+def _write_npy(file: IO[bytes], count: int, arrays: Iterator[np.ndarray]) -> None:
+    for i, array in enumerate(arrays):
+        if i == 0:
+            header = {
+                "descr": np.lib.format.dtype_to_descr(array.dtype),
+                "fortran_order": False,
+                "shape": (count, array.shape[1]),
+            }
+            np.lib.format.write_array_header_1_0(file, header)
+        file.write(np.ascontiguousarray(array).tobytes())
 
 
-def _write_parquet(path: pathlib.Path, parts: Iterable[_Part], codes: bool) -> None:
+def _write_parquet(file: IO[bytes], parts: Iterable[_Part], codes: bool) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -279,7 +273,7 @@ def _write_parquet(path: pathlib.Path, parts: Iterable[_Part], codes: bool) -> N
         ]
         columns = {"file": pa.array(names, pa.string()), "features": rows(part.features)}
         table = pa.table(columns | ({"codes": rows(part.codes)} if codes else {}))
-        writer = writer or pq.ParquetWriter(path, table.schema)
+        writer = writer or pq.ParquetWriter(file, table.schema)
         writer.write_table(table)
     if writer is not None:
         writer.close()

@@ -16,6 +16,7 @@ from music_jax.exchange.encoder import encode_crops
 from music_jax.exchange.onnx_graph import onnx_model
 from music_jax.exchange.tensors import Tensors, safetensors_bytes
 from music_jax.exchange.trained import METADATA_KEY, TrainedBackbone
+from music_jax.new_file import new_path
 
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -218,18 +219,17 @@ def write(
     """
     path = epath.Path(output).expanduser()
     if "://" not in output:
-        path = epath.Path(path.resolve())
+        path = epath.Path(path.parent.resolve()) / path.name
     directory = not FORMATS[form].ending
     if path.is_dir() or (directory and path.exists()):
         raise UserError(f"--output={output} is there already; name one that is not")
-    temporary = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if directory:
             FORMATS[form].write(trained, path, num_classes)
         else:
-            FORMATS[form].write(trained, temporary, num_classes)
-            temporary.replace(path)
+            with new_path(path) as temporary:
+                FORMATS[form].write(trained, temporary, num_classes)
     except OSError as error:
         raise UserError(f"cannot write --output={output}: {error}") from error
     return path

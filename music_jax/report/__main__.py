@@ -3,6 +3,7 @@
 import os
 
 from absl import flags
+from ml_collections import config_flags
 
 from music_jax import cli
 from music_jax.errors import UserError
@@ -17,6 +18,9 @@ opens from disk on a computer or a phone. It may be written while the run goes o
   python -m music_jax.report --workdir=runs/mnist5k
   python -m music_jax.report --workdir=runs/music,runs/vicreg --output=compared.html
   python -m music_jax.report --workdir=runs/imagenet --images=400
+
+Of a run that somebody else trained, or trained elsewhere, name the places of the images again, such
+as --config.dataset.path=DIR: places that only its config.json names are not read.
 
 The network is run on some of the test images (of the training images, where there are no others);
 without a checkpoint or without the images the report has the curves and figures alone, and says so.
@@ -52,8 +56,13 @@ def main() -> None:
 
     check_workdirs(workdirs)
     use_cores(batch_size=4)  # any batch is filled up
-    use_compilation_cache(workdirs[0])
-    path, size = write_report(workdirs, output=flags.FLAGS.output, num_images=num_images)
+    use_compilation_cache()
+    path, size = write_report(
+        workdirs,
+        output=flags.FLAGS.output,
+        num_images=num_images,
+        overrides=dict(config_flags.get_override_values(flags.FLAGS["config"])),
+    )
     progress.say(f"wrote {path} ({size / 1e6:.1f} MB); open it in a browser")
 
 
@@ -65,6 +74,9 @@ def _workdirs(given: str) -> list[str]:
 
 
 if __name__ == "__main__":
+    cli.define_config_fields(
+        "--config.dataset.data_dir=DIR and the like say where the images of the runs are.",
+    )
     flags.DEFINE_string(
         "output", None, "The file to write; by default report.html in the (first) workdir."
     )

@@ -41,11 +41,19 @@ class Shown:
     num_training_images: int | None = None
 
 
-def gather(recorded: Recorded, num_images: int) -> Shown:
-    """Opens a run's network and images, if they can be opened, and measures what is to be seen."""
+def gather(
+    recorded: Recorded, num_images: int, overrides: dict[str, object] | None = None
+) -> Shown:
+    """Opens a run's network and images, if they can be opened, and measures what is to be seen.
+
+    Args:
+      recorded: What the run's files say.
+      num_images: Number of images to show and measure.
+      overrides: Config fields, by dotted name, to open the run with in place of its own.
+    """
     classes: list[str] = []
     try:
-        run = open_run(str(recorded.path))
+        run = open_run(str(recorded.path), read_only=True, overrides=overrides)
         seen = look(run, num_images)
     except (MusicError, OSError) as error:
         why_not = " ".join(str(error).split())

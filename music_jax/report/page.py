@@ -17,6 +17,7 @@ from etils import epath
 
 import music_jax
 from music_jax.errors import UserError
+from music_jax.new_file import check_writable, write_new
 from music_jax.report import curves, overview
 from music_jax.report.gathering import Shown, gather, payload
 from music_jax.report.reading import Recorded, read_workdirs
@@ -44,7 +45,11 @@ class _Sprites:
 
 
 def write_report(
-    workdirs: list[str], *, output: str | None = None, num_images: int = 1000
+    workdirs: list[str],
+    *,
+    output: str | None = None,
+    num_images: int = 1000,
+    overrides: dict[str, object] | None = None,
 ) -> tuple[epath.Path, int]:
     """Writes the report of some runs.
 
@@ -52,6 +57,7 @@ def write_report(
       workdirs: of the runs.
       output: the file; by default `report.html` in the first workdir.
       num_images: how many images of each run to show and measure.
+      overrides: Config fields, by dotted name, to open the runs with in place of their own.
 
     Returns:
       The file and its size in bytes.
@@ -64,15 +70,12 @@ def write_report(
     path = epath.Path(output).expanduser() if output else recorded[0].path / "report.html"
     if path.is_dir():
         raise UserError(f"--output={output} is a directory; name a file in it")
-    temporary = path.with_name(path.name + ".new")
     with _writing(path):  # fails now, not after all that is computed
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(b"")
-        temporary.unlink()
-    html = render([gather(run, num_images) for run in recorded])
+        check_writable(path.parent)
+    html = render([gather(run, num_images, overrides) for run in recorded])
     with _writing(path):
-        temporary.write_bytes(html)
-        temporary.replace(path)
+        write_new(path, html)
     return path, len(html)
 
 

@@ -106,12 +106,7 @@ def check_workdirs(paths: list[str]) -> list[epath.Path]:
     """Finds workdirs; errors as `read_workdirs`."""
     where: list[epath.Path] = []
     for path in paths:
-        records.check_reachable(path)
-        directory = records.absolute(path)
-        if not directory.exists():
-            raise UserError(f"the workdir {path} does not exist")
-        if not (directory / "config.json").exists():
-            raise UserError(f"{path} holds no run: it has no config.json")
+        directory = records.find_workdir(path)
         if directory in where:
             raise UserError(f"the workdir {path} is named twice in --workdir")
         where.append(directory)

@@ -12,6 +12,7 @@ from music_jax import progress, records
 from music_jax.errors import CorruptedError, DivergedError, UserError
 from music_jax.json_files import read_json
 from music_jax.mesh import is_main_process
+from music_jax.new_file import new_file
 from music_jax.train.checkpoints import Checkpoints
 from music_jax.train.guards import Trip
 from music_jax.train.input import TrainingInput
@@ -151,10 +152,8 @@ class Recovery:
                 **{name: np.asarray(value, np.float32) for name, value in trouble.seen.items()},
             }
             path.parent.mkdir(parents=True, exist_ok=True)
-            new = path.with_name(path.name + ".new")
-            with new.open("wb") as file:
+            with new_file(path) as file:
                 np.savez(file, **arrays)
-            new.replace(path)
         except OSError as error:  # Worth having, but not worth failing for.
             return f"its batch could not be saved ({error})"
         return f"its batch is kept in {path}"

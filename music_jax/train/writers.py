@@ -18,6 +18,7 @@ from music_jax.errors import UserError
 from music_jax.host_tensorflow import import_tensorflow
 from music_jax.json_files import read_json
 from music_jax.mesh import is_main_process
+from music_jax.new_file import new_path
 
 _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -182,11 +183,12 @@ def cut_back(path: epath.Path, step: int) -> None:
     if not any(read.HasField("summary") for _, read in pairs if read.step <= step):
         path.unlink()
         return
-    temporary = path.with_name(path.name.replace("tfevents", "new"))
-    with import_tensorflow().io.TFRecordWriter(os.fspath(temporary)) as writer:
+    with (
+        new_path(path) as temporary,
+        import_tensorflow().io.TFRecordWriter(os.fspath(temporary)) as writer,
+    ):
         for event in kept:
             writer.write(event)
-    temporary.replace(path)
 
 
 class WeightsAndBiases:
