@@ -25,6 +25,7 @@ from music_jax.data.sources import Source
 from music_jax.errors import UserError
 from music_jax.json_files import parse_json, read_json
 from music_jax.mesh import is_main_process
+from music_jax.new_file import write_new
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -180,9 +181,7 @@ def write_json(path: epath.Path, record: dict[str, Any]) -> None:
     Raises:
       ValueError: a number in it is not finite, which JSON has no name for.
     """
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
-    temporary.replace(path)
+    write_new(path, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
 
 
 def open_skipped(workdir: epath.Path, config: config_dict.ConfigDict) -> SkippedImages:
@@ -266,9 +265,7 @@ class MetricsLog:
             progress.say(f"{path}: {lost} damaged or repeated lines are left out")
         after = b"".join(line + b"\n" for step, line in kept.items() if step <= start_step)
         if after != before:
-            temporary = path.with_name(path.name + ".new")
-            temporary.write_bytes(after)
-            temporary.replace(path)
+            write_new(path, after)
         return open_to_append(path)
 
     def write(self, record: dict[str, Any]) -> None:

@@ -1,0 +1,63 @@
+"""Writes files whole, and never through a link."""
+
+import contextlib
+import os
+import pathlib
+import secrets
+from collections.abc import Iterator
+from typing import IO, TypeVar
+
+from etils import epath
+
+PREFIX = ".new-"  # of names of files that are being written; a killed process leaves one behind
+
+_Path = TypeVar("_Path", pathlib.Path, epath.Path)
+
+
+@contextlib.contextmanager
+def new_file(path: pathlib.Path | epath.Path) -> Iterator[IO[bytes]]:
+    """Opens a file for writing that takes the place of `path` when the block ends.
+
+    A reader finds either the old file or the whole new one, however many processes write at once.
+    A link at `path` is replaced; what it leads to stays as it is. If the block raises, `path` stays
+    as it is.
+
+    Args:
+      path: File on a disk or in a bucket; its directory exists.
+
+    Yields:
+      The file, open for binary writing.
+    """
+    with new_path(path) as temporary, temporary.open("wb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def new_path(path: _Path) -> Iterator[_Path]:
+    """Gives the name of a file that takes the place of `path`, for a library that opens it itself.
+
+    See `new_file`.
+
+    Args:
+      path: File on a disk or in a bucket; its directory exists.
+
+    Yields:
+      Path of an empty file in the same directory, whose name nobody could know before.
+    """
+    temporary = path.with_name(PREFIX + secrets.token_hex(8))
+    try:
+        if "://" not in str(path):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            os.close(os.open(temporary, flags, 0o666))
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_new(path: pathlib.Path | epath.Path, content: bytes) -> None:
+    """Writes a whole file; see `new_file`."""
+    with new_file(path) as file:
+        file.write(content)
