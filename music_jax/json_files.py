@@ -1,6 +1,7 @@
 """Reading JSON that anyone may have written: it is data, or a `ValueError`."""
 
 import json
+import os
 import re
 import stat
 from typing import Any
@@ -39,10 +40,8 @@ def read_text(path: epath.Path, *, errors: str = "replace") -> str:
       OSError: it cannot be read, or is no file but a pipe or a device, which could be waited for
         for ever.
     """
-    if "://" not in str(path):
-        mode = path.stat().mode
-        if mode is not None and not stat.S_ISREG(mode):
-            raise OSError(f"{path} is not a regular file")
+    if "://" not in str(path) and not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"{path} is not a regular file")
     return path.read_bytes().decode("utf-8", errors)
 
 

@@ -9,6 +9,8 @@ from typing import IO, TypeVar
 
 from etils import epath
 
+from music_jax.paths import bucket_errors
+
 PREFIX = ".new-"  # of names of files that are being written; a killed process leaves one behind
 
 _Path = TypeVar("_Path", pathlib.Path, epath.Path)
@@ -49,7 +51,8 @@ def new_path(path: _Path) -> Iterator[_Path]:
         if "://" not in str(path):
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             os.close(os.open(temporary, flags, 0o666))
-        yield temporary
+        with bucket_errors(path):
+            yield temporary
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):

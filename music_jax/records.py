@@ -26,6 +26,7 @@ from music_jax.errors import UserError
 from music_jax.json_files import parse_json, read_json
 from music_jax.mesh import is_main_process
 from music_jax.new_file import write_new
+from music_jax.paths import check_checkpoint_path
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -37,8 +38,9 @@ def open_workdir(path: str, *, create: bool = True) -> epath.Path:
       UserError: it cannot be made or written to, has a link that leads out of it, a pipe or a
         device in it, or (without `create`) is not there.
     """
-    check_reachable(path)
     workdir = absolute(path)
+    check_checkpoint_path(workdir)
+    check_reachable(path)
     if not create and not workdir.exists():
         raise UserError(f"the workdir {path} does not exist")
     if "://" not in str(path):
@@ -77,10 +79,23 @@ def _check_nothing_leads_out(workdir: str) -> None:
 
 
 def absolute(path: str) -> epath.Path:
-    """The path from the root, as Orbax wants it, without links; that of a bucket as it is."""
+    """The path from the root, as Orbax wants it, without links; that of a bucket as it is.
+
+    Raises:
+      UserError: no such kind of bucket is known, or a directory is taken for one.
+    """
     if "://" in str(path):
-        return epath.Path(path)
-    return epath.Path(epath.Path(path).expanduser().resolve())
+        try:
+            return epath.Path(path)
+        except KeyError as error:
+            raise UserError(
+                f"the workdir {path} is in no place that is known; give a directory or "
+                "gs://BUCKET/NAME"
+            ) from error
+    found = epath.Path(os.path.abspath(os.path.expanduser(path)))
+    if "://" in str(found):
+        raise UserError(f"{path} is taken for the bucket {found}; give it by another name")
+    return found
 
 
 def check_reachable(path: str) -> None:
@@ -91,12 +106,9 @@ def check_reachable(path: str) -> None:
     """
     if "://" not in str(path):
         return
+    bucket = absolute(path)
     try:
-        epath.Path(path).exists()
-    except KeyError as error:
-        raise UserError(
-            f"the workdir {path} is in no place that is known; give a directory or gs://BUCKET/NAME"
-        ) from error
+        bucket.exists()
     except ImportError as error:
         raise UserError(
             f"cannot reach the workdir {path}: {error}; buckets need one more package: pip install "

@@ -16,6 +16,7 @@ from music_jax.exchange.encoder import encode_crops
 from music_jax.exchange.onnx_graph import onnx_model
 from music_jax.exchange.tensors import Tensors, safetensors_bytes
 from music_jax.exchange.trained import METADATA_KEY, TrainedBackbone
+from music_jax.paths import check_checkpoint_path
 
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -101,6 +102,7 @@ def _write_orbax(trained: TrainedBackbone, path: epath.Path, num_classes: int) -
     import orbax.checkpoint as ocp
 
     del num_classes
+    check_checkpoint_path(path)
     params, batch_stats = trained.backbone_arrays()
     tree = {"params": _text_keys(params), "batch_stats": _text_keys(batch_stats)}
     with ocp.StandardCheckpointer() as checkpointer:
