@@ -231,6 +231,9 @@ def validate(config: config_dict.ConfigDict) -> None:
         "online_probe.batch_size",
     ):
         checks.check_at_least(config, field, 1)
+    threads = config.num_decode_threads
+    if threads is not None and not 1 <= threads <= 1024:
+        raise checks.wrong(config, "num_decode_threads", "be in [1, 1024]; unset means one a core")
     checks.check_guards(config)
     for field in ("objective.num_segments", "objective.units_per_segment"):
         checks.check_at_least(config, field, 2)
