@@ -19,7 +19,7 @@ from ml_collections import config_dict
 import music_jax
 from music_jax import progress
 from music_jax.appending import Appended, open_to_append
-from music_jax.config import differences
+from music_jax.config import differences, from_json
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.errors import UserError
@@ -144,13 +144,15 @@ def read_config(workdir: epath.Path) -> dict[str, Any] | None:
 def check_same_run(workdir: epath.Path, config: config_dict.ConfigDict) -> None:
     """Checks that a workdir's run, if it has one, trains what the config says.
 
+    Fields that did not exist when the run was saved had their present defaults.
+
     Raises:
       UserError: it trains something else; the message names what differs.
     """
     old = read_config(workdir)
     if old is None:
         return
-    differing = differences(old, as_json(config))
+    differing = differences(as_json(from_json(old)), as_json(config))
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise UserError(
