@@ -200,7 +200,11 @@ def slurm(tmp_path):
     (tmp_path / "launch/environment.sh").write_text(
         "venv=/venv\nensure_environment() { echo ready >>notes; }\n"
     )
-    commands = {"srun": 'echo "${SRUN_CPUS_PER_TASK:-none}" >cpus; exit "$SRUN_EXITS"', "scontrol": "", "squeue": 'echo "$STATE"'}
+    commands = {
+        "srun": 'echo "${SRUN_CPUS_PER_TASK:-none}" >cpus; exit "$SRUN_EXITS"',
+        "scontrol": "",
+        "squeue": 'echo "$STATE"',
+    }
     for name, body in commands.items():
         (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >>notes\n{body}\n')
         (tmp_path / name).chmod(0o755)

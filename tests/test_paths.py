@@ -1,4 +1,4 @@
-"""What `music_jax.paths` corrects: names taken literally, owners without a name, buckets' errors."""
+"""Names are taken literally, owners need no name, and a bucket's errors are OSErrors."""
 
 import contextlib
 import grp
@@ -159,7 +159,7 @@ def test_errors_of_a_bucket_are_errors_of_a_file_system(bucket):
             lambda: list(bucket.glob("*")),
             lambda: write_new(file, b"y"),
         ):
-            with pytest.raises(OSError, match="gs://bucket/run.*503, Service Unavailable"):
+            with pytest.raises(OSError, match=r"gs://bucket/run.*503, Service Unavailable"):
                 action()
     assert file.read_text() == "x"
     with pytest.raises(FileNotFoundError):
@@ -169,9 +169,9 @@ def test_errors_of_a_bucket_are_errors_of_a_file_system(bucket):
 def test_while_a_new_file_is_written_too(bucket):
     def write():
         with new_file(bucket / "a"):
-            raise TimeoutErrorOfAClient("the connection was reset")
+            raise ClientError("the connection was reset")
 
-    class TimeoutErrorOfAClient(Exception):
+    class ClientError(Exception):
         pass
 
     with pytest.raises(OSError, match="the connection was reset"):
@@ -237,7 +237,7 @@ def test_a_lock_in_a_bucket_out_of_reach_for_a_while_goes_on(bucket, monkeypatch
 
 
 def test_a_lock_in_a_bucket_out_of_reach_is_not_taken(bucket):
-    with out_of_reach(), pytest.raises(UserError, match="cannot lock gs://bucket/run: .*503"):
+    with out_of_reach(), pytest.raises(UserError, match=r"cannot lock gs://bucket/run: .*503"):
         lock.WorkdirLock(bucket).__enter__()
     with contextlib.suppress(FileNotFoundError):
         assert (bucket / "lock").read_text() == ""

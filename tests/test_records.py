@@ -117,7 +117,9 @@ def test_config_that_an_editor_on_windows_has_saved(tmp_path, encoding):
 
 def _fields(config, prefix=""):
     for name, value in config.items():
-        yield from _fields(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+        yield from (
+            _fields(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+        )
 
 
 def _save_without(tmp_path, config, field):
@@ -154,7 +156,7 @@ def test_a_field_that_is_gone_is_dropped_unless_it_decides_what_is_trained(tmp_p
     assert as_json(from_json(record)) == as_json(config)
     record["objective"]["gone"] = 1
     (tmp_path / "config.json").write_text(json.dumps({"config": record}))
-    with pytest.raises(UserError, match="does not fit this version: .*gone"):
+    with pytest.raises(UserError, match=r"does not fit this version: .*gone"):
         check_same_run(epath.Path(tmp_path), config)
 
 

@@ -91,26 +91,38 @@ def test_before_the_first_step_a_signal_ends_even_what_python_cannot_interrupt(n
 def test_a_closed_terminal_stops_and_saves(stage, tmp_path):
     """The process's own terminal hangs up, and printing to it is an error from then on."""
     command = COMMAND.replace('print("saving", flush=True)', 'print("lost"); saved()')
-    save = f"def saved(): open({str(tmp_path / 'saved')!r}, 'w').close()\n"
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execv(sys.executable, [sys.executable, "-c", save + command, stage, "60"])
+    begin = f"""
+import fcntl, termios
+def saved(): open({str(tmp_path / "saved")!r}, "w").close()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+"""
+    terminal, inner = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", begin + command, stage, "60"],
+        stdin=inner,
+        stdout=inner,
+        stderr=inner,
+        start_new_session=True,
+    )
+    os.close(inner)
     said = b""
     while b"ready" not in said:
         said += os.read(terminal, 1000)
     time.sleep(0.2)
     os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
+    try:
+        assert process.wait(timeout=20) == 75
+    finally:
+        process.kill()
     assert (tmp_path / "saved").exists() == (stage == "training")
 
 
 def test_under_nohup_a_closed_terminal_stops_nothing():
     process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, "training", "60"],
+        ["nohup", sys.executable, "-c", COMMAND, "training", "60"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
     )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGHUP)

@@ -208,6 +208,40 @@ def test_there_are_as_many_threads_as_the_process_has_cores(monkeypatch):
     assert usable_cores() == 128
 
 
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_divide_a_split_and_what_fills_it_up(processes):
+    parts = [
+        evaluation_batches(
+            _source(),
+            size=8,
+            resize_shorter_side=8,
+            channels=1,
+            batch_size=6,
+            positions=positions,
+            num_threads=2,
+        )
+        for positions in np.split(np.arange(6), processes)
+    ]
+    joined = [np.concatenate([part["label"] for part in same]) for same in zip(*parts, strict=True)]
+    assert np.concatenate(joined).tolist() == [*range(23), -1]
+
+
+def test_half_of_the_views_are_mirrored_each_by_itself():
+    image = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
+    records = [{"image": cv2.imencode(".png", image)[1].tobytes(), "label": 0}] * 200
+    source, order = Source("same", records, "image", "label", 1), TrainingOrder(200, 200, 0)
+    (batch,) = _batches(source, order, num_steps=1, flip=True)
+    mirrored = np.all(batch["images"] == image[:, ::-1], axis=(2, 3, 4))
+    assert np.all(mirrored | np.all(batch["images"] == image, axis=(2, 3, 4)))
+    counts = [
+        int(np.sum((mirrored[:, 0] == a) & (mirrored[:, 1] == b))) for a in (0, 1) for b in (0, 1)
+    ]
+    assert sum(counts) == 200
+    assert min(counts) > 30  # 50 each, with a standard deviation of 6
+    (batch,) = _batches(source, order, num_steps=1)
+    assert np.all(batch["images"] == image)
+
+
 def test_views_are_uint8_side_by_side_and_cut_differently():
     class Gradient(_Records):
         def __getitem__(self, i):

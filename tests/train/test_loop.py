@@ -161,7 +161,9 @@ def broken_fourth_step(monkeypatch):
 
 @pytest.mark.usefixtures("broken_fourth_step")
 def test_a_step_that_goes_wrong_stops_the_run_and_its_batch_is_kept(config, tmp_path):
-    with pytest.raises(DivergedError, match="not finite at step 4;.*step 2 is saved; its batch is"):
+    with pytest.raises(
+        DivergedError, match=r"not finite at step 4;.*step 2 is saved; its batch is"
+    ):
         train_and_evaluate(config, tmp_path)
     assert _saved_steps(tmp_path) == [2]
     assert _kinds(tmp_path) == [("tripped", 4), ("stopped", 4)]
@@ -208,7 +210,7 @@ def test_rewinds_are_counted_over_all_starts(config, tmp_path):
     config.guards.update({"policy": "rewind", "max_rewinds": 1})
     earlier = {"rewinds": [{"step": 2, "what": "a leap", "skipped": [1, 2]}]}
     (tmp_path / "rewinds.json").write_text(json.dumps(earlier))
-    with pytest.raises(DivergedError, match="rewound 1 times, as often as guards.max_rewinds"):
+    with pytest.raises(DivergedError, match=r"rewound 1 times, as often as guards\.max_rewinds"):
         train_and_evaluate(config, tmp_path)
     assert _json(tmp_path / "rewinds.json") == earlier
     assert [line["step"] for line in _metrics(tmp_path)] == [3]
