@@ -75,8 +75,8 @@ def run(
                         "'music_jax[data]'"
                     )
                 )
-            if isinstance(error, OSError) and error.errno in _OUT_OF_ROOM:
-                fail(UserError(f"{error}; mend that and run the same command again"))
+            if _is_storage_failure(error):
+                fail(UserError(f"{error}; fix this and rerun the command"))
             _end_peers(1, f"{type(error).__name__}: {_one_line(error)}", unexpected=error)
             raise
         else:
@@ -87,6 +87,15 @@ def run(
             ignore_signals()
 
     app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, usage))
+
+
+def _is_storage_failure(error: Exception) -> bool:
+    """Whether a file system is full or may not be written to, or a bucket does not answer."""
+    from music_jax.epath_corrections import BucketError
+
+    return isinstance(error, BucketError) or (
+        isinstance(error, OSError) and error.errno in _OUT_OF_ROOM
+    )
 
 
 def join_cluster() -> None:

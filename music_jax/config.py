@@ -231,6 +231,9 @@ def validate(config: config_dict.ConfigDict) -> None:
         "online_probe.batch_size",
     ):
         checks.check_at_least(config, field, 1)
+    threads = config.num_decode_threads
+    if threads is not None and not 1 <= threads <= 1024:
+        raise checks.wrong(config, "num_decode_threads", "be in [1, 1024]; unset means one a core")
     checks.check_guards(config)
     for field in ("objective.num_segments", "objective.units_per_segment"):
         checks.check_at_least(config, field, 2)
@@ -348,18 +351,35 @@ def _reason(error: Exception) -> str:
 
 
 def from_json(record: dict[str, Any]) -> config_dict.ConfigDict:
-    """The config that `config.json` holds; fields that it lacks keep their defaults.
+    """Returns the config that `config.json` holds, of this version of the package or another one.
+
+    Fields that it lacks get their defaults. Fields that this version lacks are dropped if they do
+    not change what is trained.
 
     Raises:
-      UserError: it has a field that no config has, or a value of the wrong type.
+      UserError: it has another field that this version lacks, or a value of the wrong type.
     """
     config = default_config()
     try:
-        config.update(_tuples(record))
+        config.update(_tuples(_without_unknown_free_fields(record, config.to_dict())))
     except Exception as error:  # whatever a ConfigDict raises on a record of another form
         reason = " ".join(str(error).split("Other fields present")[0].split())
         raise UserError(f"the saved config does not fit this version: {reason[:300]}") from error
     return config
+
+
+def _without_unknown_free_fields(
+    record: dict[str, Any], known: dict[str, Any], prefix: str = ""
+) -> dict[str, Any]:
+    kept = {}
+    for key, value in record.items():
+        if key not in known:
+            if is_free(prefix + key):
+                continue
+        elif isinstance(value, dict) and isinstance(known[key], dict):
+            value = _without_unknown_free_fields(value, known[key], f"{prefix}{key}.")
+        kept[key] = value
+    return kept
 
 
 def _tuples(value: Any) -> Any:

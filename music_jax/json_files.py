@@ -1,6 +1,8 @@
 """Reading JSON that anyone may have written: it is data, or a `ValueError`."""
 
+import codecs
 import json
+import os
 import re
 import stat
 from typing import Any
@@ -33,17 +35,21 @@ def read_json(path: epath.Path) -> Any:
 
 
 def read_text(path: epath.Path, *, errors: str = "replace") -> str:
-    """The text of a file in UTF-8; what is not is replaced, or with `strict` a `ValueError`.
+    """The text of a file; what cannot be decoded is replaced, or with `strict` a `ValueError`.
 
     Raises:
       OSError: it cannot be read, or is no file but a pipe or a device, which could be waited for
         for ever.
     """
-    if "://" not in str(path):
-        mode = path.stat().mode
-        if mode is not None and not stat.S_ISREG(mode):
-            raise OSError(f"{path} is not a regular file")
-    return path.read_bytes().decode("utf-8", errors)
+    if "://" not in str(path) and not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"{path} is not a regular file")
+    return decode_text(path.read_bytes(), errors)
+
+
+def decode_text(content: bytes, errors: str = "strict") -> str:
+    """Decodes UTF-8, or what editors on Windows write: a byte order mark, then that or UTF-16."""
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if utf16 else "utf-8-sig", errors)
 
 
 def _depth(text: str) -> int:

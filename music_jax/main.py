@@ -38,10 +38,11 @@ def main() -> None:
     text = flags.FLAGS.profile
     profile_steps = None if text is None else parse_steps(text)
     cli.join_cluster()
-    from music_jax import records
+    from music_jax import peers, records
     from music_jax.compilation_cache import use_compilation_cache
     from music_jax.config import validate
     from music_jax.mesh import use_cores, use_repeatable_gpu_operations
+    from music_jax.signals import StopSignal
     from music_jax.train import train_and_evaluate
 
     validate(config)
@@ -50,7 +51,8 @@ def main() -> None:
         use_repeatable_gpu_operations()
     records.check_reachable(cli.WORKDIR.value)
     use_compilation_cache()
-    train_and_evaluate(config, cli.WORKDIR.value, profile_steps=profile_steps)
+    stop = StopSignal(alone=not peers.exist(), grace_seconds=config.checkpoint.grace_seconds)
+    train_and_evaluate(config, cli.WORKDIR.value, profile_steps=profile_steps, stop=stop)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,20 @@
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from music_jax import peers
+from music_jax.cores import usable_cores
 from music_jax.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
@@ -95,9 +99,7 @@ def use_cores(batch_size: int) -> None:
     chosen |= "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if chosen or jax.distributed.is_initialized():
         return
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    divisors = [n for n in (4, 2, 1) if n <= cores and batch_size % n == 0]
+    divisors = [n for n in (4, 2, 1) if n <= usable_cores() and batch_size % n == 0]
     jax.config.update("jax_num_cpu_devices", divisors[0])
 
 
@@ -185,3 +187,21 @@ def to_devices(local: np.ndarray, batch_size: int, mesh: Mesh) -> jax.Array:
 def is_main_process() -> bool:
     """Whether this is the process that prints and writes."""
     return jax.process_index() == 0
+
+
+def from_main_process(make: Callable[[], Any]) -> Any:
+    """Gives all processes what the main one makes, so that they decide alike.
+
+    What each reads from shared storage may differ. All processes call this together.
+
+    Args:
+      make: Function that returns a JSON value; called on the main process alone.
+    """
+    if jax.process_count() == 1:
+        return make()
+    text = json.dumps(make() if is_main_process() else None).encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    content = np.zeros(size, np.uint8)
+    if is_main_process():
+        content[:] = np.frombuffer(text, np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(content)).tobytes())

@@ -9,6 +9,8 @@ from typing import IO, TypeVar
 
 from etils import epath
 
+from music_jax.epath_corrections import bucket_errors
+
 PREFIX = ".new-"  # of names of files that are being written; a killed process leaves one behind
 
 _Path = TypeVar("_Path", pathlib.Path, epath.Path)
@@ -46,8 +48,9 @@ def new_path(path: _Path) -> Iterator[_Path]:
     """
     temporary = path.with_name(PREFIX + secrets.token_hex(8))
     try:
-        _create(temporary)
-        yield temporary
+        with bucket_errors(path):
+            _create(temporary)
+            yield temporary
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):

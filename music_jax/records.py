@@ -19,9 +19,10 @@ from ml_collections import config_dict
 import music_jax
 from music_jax import places, progress
 from music_jax.appending import Appended, open_to_append
-from music_jax.config import differences
+from music_jax.config import differences, from_json
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
+from music_jax.epath_corrections import check_checkpoint_path
 from music_jax.errors import UserError
 from music_jax.json_files import parse_json, read_json
 from music_jax.mesh import is_main_process
@@ -37,8 +38,9 @@ def open_workdir(path: str, *, create: bool = True) -> epath.Path:
       UserError: it cannot be made or written to, has a link that leads out of it, a pipe or a
         device in it, or (without `create`) is not there.
     """
-    check_reachable(path)
     workdir = absolute(path)
+    check_checkpoint_path(workdir)
+    check_reachable(path)
     if not create and not workdir.exists():
         raise UserError(f"the workdir {path} does not exist")
     if "://" not in str(path):
@@ -75,10 +77,23 @@ def _check_nothing_leads_out(workdir: str) -> None:
 
 
 def absolute(path: str) -> epath.Path:
-    """The path from the root, as Orbax wants it, without links; that of a bucket as it is."""
+    """The path from the root, as Orbax wants it, without links; that of a bucket as it is.
+
+    Raises:
+      UserError: no such kind of bucket is known, or a directory is taken for one.
+    """
     if "://" in str(path):
-        return epath.Path(path)
-    return epath.Path(epath.Path(path).expanduser().resolve())
+        try:
+            return epath.Path(path)
+        except KeyError as error:
+            raise UserError(
+                f"the workdir {path} is in no place that is known; give a directory or "
+                "gs://BUCKET/NAME"
+            ) from error
+    found = epath.Path(os.path.abspath(os.path.expanduser(path)))
+    if "://" in str(found):
+        raise UserError(f"{path} is taken for the bucket {found}; give it by another name")
+    return found
 
 
 def check_reachable(path: str) -> None:
@@ -89,12 +104,9 @@ def check_reachable(path: str) -> None:
     """
     if "://" not in str(path):
         return
+    bucket = absolute(path)
     try:
-        epath.Path(path).exists()
-    except KeyError as error:
-        raise UserError(
-            f"the workdir {path} is in no place that is known; give a directory or gs://BUCKET/NAME"
-        ) from error
+        bucket.exists()
     except ImportError as error:
         raise UserError(
             f"cannot reach the workdir {path}: {error}; buckets need one more package: pip install "
@@ -150,13 +162,15 @@ def find_workdir(path: str) -> epath.Path:
 def check_same_run(workdir: epath.Path, config: config_dict.ConfigDict) -> None:
     """Checks that a workdir's run, if it has one, trains what the config says.
 
+    Fields that did not exist when the run was saved had their present defaults.
+
     Raises:
       UserError: it trains something else; the message names what differs.
     """
     old = read_config(workdir)
     if old is None:
         return
-    differing = differences(old, as_json(config))
+    differing = differences(as_json(from_json(old)), as_json(config))
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise UserError(

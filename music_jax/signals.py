@@ -1,4 +1,4 @@
-"""What SIGINT, SIGTERM and SIGUSR1 do: end a command at once, or stop a run between two steps."""
+"""What SIGINT, SIGTERM, SIGUSR1 and SIGHUP do: end a command, or stop a run between two steps."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from types import FrameType, TracebackType
 
 from music_jax.errors import StoppedError
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 def end_on_signal(end: Callable[[], None]) -> None:
@@ -43,18 +43,20 @@ class _Listener:
           hear: called there with each signal's number.
         """
         self._previous = {number: signal.getsignal(number) for number in _SIGNALS}
+        self._terminals = [fd for fd in (1, 2) if _is_terminal(fd)]
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._thread = threading.Thread(
-            target=_listen, args=(reader, hear), name="signals", daemon=True
+            target=self._listen, args=(reader, hear), name="signals", daemon=True
         )
         self._thread.start()
         self._outer = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
 
     def take(self, numbers: Iterable[signal.Signals]) -> None:
-        """Has Python hear signals, whoever heard them before."""
+        """Has Python hear signals, whoever heard them before; not SIGHUP under `nohup`."""
         for number in numbers:
-            signal.signal(number, _left_to_the_thread)
+            if number != signal.SIGHUP or self._previous[number] != signal.SIG_IGN:
+                signal.signal(number, _left_to_the_thread)
 
     def close(self) -> None:
         """Gives the signals back, and waits until all that came before are acted on."""
@@ -65,20 +67,65 @@ class _Listener:
         os.close(self._writer)
         self._thread.join()
 
+    def _listen(self, reader: int, hear: Callable[[int], None]) -> None:
+        while number := os.read(reader, 1):
+            if number[0] == signal.SIGHUP:
+                self._leave_terminals()
+            if number[0] in _SIGNALS:
+                hear(number[0])
+        os.close(reader)
+
+    def _leave_terminals(self) -> None:
+        """Discards what is printed from now on; printing to a closed terminal is an error."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for terminal in self._terminals:
+            os.dup2(nowhere, terminal)
+        os.close(nowhere)
+
+
+def _is_terminal(fd: int) -> bool:
+    try:
+        return os.isatty(fd)
+    except OSError:
+        return False
+
 
 def _left_to_the_thread(number: int, frame: FrameType | None) -> None:
     pass
 
 
-def _listen(reader: int, hear: Callable[[int], None]) -> None:
-    while number := os.read(reader, 1):
-        if number[0] in _SIGNALS:
-            hear(number[0])
-    os.close(reader)
+class Stop:
+    """Whether a run is to stop after the present step. Handles no signals.
+
+    Attributes:
+      received: Set it, from any thread, to have the run save and raise a StoppedError.
+    """
+
+    received = False
+
+    def __enter__(self) -> "Stop":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        pass
+
+    def begin(self) -> None:
+        """Is called after each step: from the first on, there is something to save."""
+
+    def agreed(self) -> None:
+        """Is called once all processes are to stop."""
+        self.received = True
 
 
-class StopSignal:
+class StopSignal(Stop):
     """A context in which the first signal asks for a stop and a second one exits at once.
+
+    For commands, which own the process; to be used on the main thread.
 
     With several processes the stop must be agreed on, so there the signal is left to JAX's
     coordination service, which hears SIGTERM and tells all processes at which step to stop
@@ -95,7 +142,6 @@ class StopSignal:
           alone: whether this process is the run's only one.
           grace_seconds: how long after the first signal the process ends whatever it does.
         """
-        self.received = False  # whether the run is to stop; the same in all its processes
         self._alone = alone
         self._grace_seconds = grace_seconds
         self._grace: threading.Timer | None = None
@@ -119,7 +165,7 @@ class StopSignal:
             from music_jax import peers  # with JAX, for which the commands do not wait
 
             peers.hear_preemption()
-            self._listener.take((signal.SIGINT, signal.SIGUSR1))
+            self._listener.take((signal.SIGINT, signal.SIGUSR1, signal.SIGHUP))
 
     def agreed(self) -> None:
         """To be called once it is settled that the run stops: the next signal ends this process."""

@@ -67,7 +67,9 @@ def images(rng: random.Random, directory: pathlib.Path) -> None:
         batches = loader._TrainingBatches(
             source, order, crop, 2, channels, np.arange(1), 1, True, None, BatchMemory()
         )
-        assert batches[0]["images"].shape == (1, 2, 16, 16, channels)
+        batch = batches.new(0)
+        batches.fill(0, batch, range(1))
+        assert batch["images"].shape == (1, 2, 16, 16, channels)
     elif use == 1:
         decode(shrink(encoded, Packing(shorter_side=8, channels=channels)), channels)
     else:

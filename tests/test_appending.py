@@ -4,11 +4,9 @@ import json
 import subprocess
 import sys
 
-import fsspec
 import pytest
 from etils import epath
-from etils.epath import backend, gpath
-from fsspec.implementations.memory import MemoryFileSystem
+from memory_bucket import bucket_directory
 
 from music_jax import appending, records
 from music_jax.appending import open_to_append
@@ -17,31 +15,10 @@ from music_jax.data.sources import Source
 from music_jax.errors import UnusableDataError, UserError
 
 
-class _Bucket(MemoryFileSystem):
-    """Objects in memory; as in gcsfs, opening one with mode `a` begins it anew."""
-
-    protocol = ("gs", "gcs")
-    cachable = False
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return MemoryFileSystem._strip_protocol(path.removeprefix("gs://"))
-
-    def _open(self, path, mode="rb", **kwargs):
-        return super()._open(path, mode.replace("a", "w"), **kwargs)
-
-
 @pytest.fixture
 def bucket(monkeypatch):
-    """A directory of a bucket that is reached as it is where TensorFlow is not installed."""
-    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
-    backend.fsspec_backend._get_filesystem.cache_clear()
-    fsspec.register_implementation("gcs", _Bucket, clobber=True)
-    directory = epath.Path("gs://bucket/run")
-    directory.mkdir(parents=True, exist_ok=True)
-    yield directory
-    _Bucket.store.clear()
-    backend.fsspec_backend._get_filesystem.cache_clear()
+    with bucket_directory(monkeypatch) as directory:
+        yield directory
 
 
 @pytest.fixture(params=["disk", "bucket"])

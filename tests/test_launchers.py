@@ -200,7 +200,11 @@ def slurm(tmp_path):
     (tmp_path / "launch/environment.sh").write_text(
         "venv=/venv\nensure_environment() { echo ready >>notes; }\n"
     )
-    commands = {"srun": 'exit "$SRUN_EXITS"', "scontrol": "", "squeue": 'echo "$STATE"'}
+    commands = {
+        "srun": 'echo "${SRUN_CPUS_PER_TASK:-none}" >cpus; exit "$SRUN_EXITS"',
+        "scontrol": "",
+        "squeue": 'echo "$STATE"',
+    }
     for name, body in commands.items():
         (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >>notes\n{body}\n')
         (tmp_path / name).chmod(0o755)
@@ -240,6 +244,13 @@ def test_slurm_requeues_only_what_was_stopped_and_saved(slurm, code, state, requ
     assert srun.endswith("/venv/bin/python -m music_jax.main --config=c.py --workdir=a b")
     asked = ["squeue --noheader --jobs=7 --format=%T"] if code == 75 else []
     assert rest == asked + (["scontrol requeue 7"] if requeued else [])
+
+
+@pytest.mark.parametrize(("given", "passed"), [({"SLURM_CPUS_PER_TASK": "12"}, "12"), ({}, "none")])
+def test_slurm_passes_the_cores_of_a_task_on(slurm, given, passed, tmp_path):
+    result = slurm("--config=c.py", SRUN_EXITS="0", STATE="RUNNING", **given)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "cpus").read_text() == f"{passed}\n"
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])

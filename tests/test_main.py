@@ -3,11 +3,13 @@
 import json
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
-from processes import DIGITS, SMALL, checkpoint, metrics, run, start
+from processes import DIGITS, ROOT, SMALL, checkpoint, metrics, run, start
 
 _MAIN, _LINEAR_EVAL = "music_jax.main", "music_jax.linear_eval"
 
@@ -67,7 +69,7 @@ def test_running_again_trains_nothing_and_says_so(finished, data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_run_goes_on_to_the_same_bits(
     finished, data, tmp_path, number, own_compilation_cache
 ):
@@ -239,6 +241,38 @@ def test_linear_eval_refuses_what_cannot_be_evaluated(finished, arguments, messa
     assert code == 2, err
     assert message in err
     assert "Traceback" not in err
+
+
+_RECORDING = """
+import json, runpy, sys
+import music_jax.train
+from music_jax import errors
+
+def record(config, workdir, *, profile_steps, stop):
+    given = [config.batch_size, workdir, profile_steps]
+    print(json.dumps([*given, type(stop).__name__, stop._alone, stop._grace_seconds]))
+    raise errors.DivergedError("it diverged")
+
+music_jax.train.train_and_evaluate = record
+runpy.run_module("music_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_main_trains_what_its_flags_say_and_stops_on_signals(tmp_path):
+    arguments = (
+        DIGITS,
+        "--config.batch_size=64",
+        "--config.checkpoint.grace_seconds=7.5",
+        "--profile=2:5",
+        f"--workdir={tmp_path / 'run'}",
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", _RECORDING, *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 3, result.stderr
+    assert result.stderr.splitlines()[-1] == "error: it diverged"
+    given = json.loads(result.stdout.splitlines()[-1])
+    assert given == [64, str(tmp_path / "run"), [2, 5], "StopSignal", True, 7.5]
 
 
 @pytest.mark.parametrize("module", [_MAIN, _LINEAR_EVAL])

@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 from jax.experimental import multihost_utils
 
-from music_jax.config import default_config
+from music_jax.config import default_config, from_json
 from music_jax.data.sources import Source
 from music_jax.errors import UnusableDataError, UserError
 from music_jax.records import (
@@ -106,6 +106,58 @@ def test_damaged_config_is_named_with_what_to_do(tmp_path, damaged):
     with pytest.raises(UserError, match=r"cannot read \S+config.json: .*remove the file") as error:
         read_config(epath.Path(tmp_path))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_config_that_an_editor_on_windows_has_saved(tmp_path, encoding):
+    text = json.dumps({"config": {"seed": 3}}, indent=2).replace("\n", "\r\n")
+    (tmp_path / "config.json").write_bytes(text.encode(encoding))
+    assert read_config(epath.Path(tmp_path)) == {"seed": 3}
+
+
+def _fields(config, prefix=""):
+    for name, value in config.items():
+        yield from (
+            _fields(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+        )
+
+
+def _save_without(tmp_path, config, field):
+    """Writes config.json as a version did that did not have the field yet."""
+    record = as_json(config)
+    part = record
+    *parents, last = field.split(".")
+    for name in parents:
+        part = part[name]
+    del part[last]
+    (tmp_path / "config.json").write_text(json.dumps({"config": record}))
+
+
+def test_a_field_that_is_newer_than_the_run_had_its_default(tmp_path):
+    config = default_config()
+    fields = list(_fields(as_json(config)))
+    assert len(fields) > 100
+    for field in fields:
+        _save_without(tmp_path, config, field)
+        check_same_run(epath.Path(tmp_path), config)
+    config.optimizer.final_scale = 0.25
+    _save_without(tmp_path, config, "optimizer.final_scale")
+    with pytest.raises(UserError, match=r"optimizer.final_scale: 0.001 there, 0.25 now"):
+        check_same_run(epath.Path(tmp_path), config)
+
+
+def test_a_field_that_is_gone_is_dropped_unless_it_decides_what_is_trained(tmp_path):
+    config = default_config()
+    record = as_json(config)
+    record["knn"]["gone"] = 1
+    record["evaluation"]["gone"] = {"inner": 2}
+    (tmp_path / "config.json").write_text(json.dumps({"config": record}))
+    check_same_run(epath.Path(tmp_path), config)
+    assert as_json(from_json(record)) == as_json(config)
+    record["objective"]["gone"] = 1
+    (tmp_path / "config.json").write_text(json.dumps({"config": record}))
+    with pytest.raises(UserError, match=r"does not fit this version: .*gone"):
+        check_same_run(epath.Path(tmp_path), config)
 
 
 def test_another_precision_goes_on_with_the_run_and_is_told(tmp_path, capsys):

@@ -1,5 +1,7 @@
 """Real signals to a real process, at each stage of a command."""
 
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -7,6 +9,7 @@ import time
 
 import pytest
 
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
 COMMAND = """
 import atexit, hashlib, os, sys, time
 from music_jax.errors import StoppedError
@@ -67,7 +70,7 @@ def end(process):
     return process.returncode, out, err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_first_signal_stops_and_saves(number):
     process = start("training")
     process.send_signal(number)
@@ -76,12 +79,58 @@ def test_first_signal_stops_and_saves(number):
     assert "stopping after this step" in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_before_the_first_step_a_signal_ends_even_what_python_cannot_interrupt(number):
     process = start("before")
     time.sleep(0.2)
     process.send_signal(number)
     assert end(process) == (75, "", "ended\n")
+
+
+@pytest.mark.parametrize("stage", ["before", "training"])
+def test_a_closed_terminal_stops_and_saves(stage, tmp_path):
+    """The process's own terminal hangs up, and printing to it is an error from then on."""
+    command = COMMAND.replace('print("saving", flush=True)', 'print("lost"); saved()')
+    begin = f"""
+import fcntl, termios
+def saved(): open({str(tmp_path / "saved")!r}, "w").close()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+"""
+    terminal, inner = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", begin + command, stage, "60"],
+        stdin=inner,
+        stdout=inner,
+        stderr=inner,
+        start_new_session=True,
+    )
+    os.close(inner)
+    said = b""
+    while b"ready" not in said:
+        said += os.read(terminal, 1000)
+    time.sleep(0.2)
+    os.close(terminal)
+    try:
+        assert process.wait(timeout=20) == 75
+    finally:
+        process.kill()
+    assert (tmp_path / "saved").exists() == (stage == "training")
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing():
+    process = subprocess.Popen(
+        ["nohup", sys.executable, "-c", COMMAND, "training", "60"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.terminate()
+    code, out, _ = end(process)
+    assert (code, out) == (75, "saving\nsaved\n")
 
 
 def test_after_the_steps_a_signal_ends_at_once():
@@ -91,7 +140,7 @@ def test_after_the_steps_a_signal_ends_at_once():
     assert end(process) == (75, "", "ended\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_once_all_is_done_a_signal_changes_nothing(number):
     process = start("done")
     time.sleep(0.2)

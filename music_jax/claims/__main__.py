@@ -9,6 +9,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from music_jax import cli
+from music_jax.cores import usable_cores
 from music_jax.errors import UserError
 
 _USAGE = """
@@ -114,7 +115,7 @@ def _cores() -> list[int | None]:
         return [None]
     affinity = getattr(os, "sched_getaffinity", None)
     if affinity is None:
-        return [None] * (flags.FLAGS.workers or os.cpu_count() or 1)
+        return [None] * (flags.FLAGS.workers or usable_cores())
     cores = sorted(affinity(0))
     return [cores[i % len(cores)] for i in range(flags.FLAGS.workers or len(cores))]
 

@@ -9,14 +9,15 @@ run was resumed.
 
 import dataclasses
 import itertools
-import os
+import threading
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
+from music_jax.cores import usable_cores
 from music_jax.data.central import central_view
 from music_jax.data.crops import NUMBERS_PER_BOX, Box, Crop, cut, draw_boxes
 from music_jax.data.decode import decode, largest_reduction, use_one_thread
@@ -66,9 +67,13 @@ class TrainingOrder:
         return index_shuffle(index, max_index=self.num_records - 1, seed=seed, rounds=4)
 
 
-# So many samples are read and planned before they are decoded: between two images that are decoded,
-# the caches hold nothing of Python's, and the same work takes three times as long.
-_PLANNED_AT_ONCE = 32
+# Samples that are read and planned before they are decoded, and that a thread decodes in a row:
+# between two images that are decoded, the caches hold nothing of Python's, and the same work takes
+# three times as long.
+_PART_SIZE = 32
+
+# Batches that are decoded ahead of their use, however many threads there are.
+_BATCHES_AHEAD = 3
 
 # So many images in a row, each drawn at random from the dataset, are not all broken by chance.
 _MAX_TRIES = 100
@@ -76,10 +81,7 @@ _MAX_TRIES = 100
 
 @dataclasses.dataclass(frozen=True)
 class _TrainingBatches:
-    """What Grain reads: item `step` is this process's share of that step's batch.
-
-    Whole batches cost less than single samples that are handed over and stacked.
-    """
+    """This process's share of each step's batch."""
 
     source: Source
     order: TrainingOrder
@@ -95,22 +97,28 @@ class _TrainingBatches:
     def __len__(self) -> int:
         return self.num_steps
 
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+    def new(self, step: int) -> dict[str, np.ndarray]:
+        """A batch whose images and labels are still to be filled in."""
         count, size = len(self.positions), self.crop.size
-        images = self.memory.take((count, self.num_views, size, size, self.channels))
-        first = self.order.sample_index(int(step), 0)
-        indices = [first + position for position in self.positions.tolist()]
-        labels: list[int] = []
-        for start in range(0, count, _PLANNED_AT_ONCE):
-            some = indices[start : start + _PLANNED_AT_ONCE]
-            keys = [self.order.record_key(index) for index in some]
-            for index, key, plan in zip(some, keys, self._plan(some, keys), strict=True):
-                labels.append(self._fill(index, key, plan, images[len(labels)]))
         return {
-            "images": images,
-            "sample_index": np.asarray([i % 2**32 for i in indices], np.uint32),
-            "label": np.asarray(labels, np.int32),
+            "images": self.memory.take((count, self.num_views, size, size, self.channels)),
+            "sample_index": np.asarray(
+                [i % 2**32 for i in self._indices(step, range(count))], np.uint32
+            ),
+            "label": np.empty(count, np.int32),
         }
+
+    def fill(self, step: int, batch: dict[str, np.ndarray], rows: range) -> None:
+        """Fills in some rows of a batch."""
+        indices = self._indices(step, rows)
+        keys = [self.order.record_key(index) for index in indices]
+        plans = self._plan(indices, keys)
+        for row, index, key, plan in zip(rows, indices, keys, plans, strict=True):
+            batch["label"][row] = self._fill(index, key, plan, batch["images"][row])
+
+    def _indices(self, step: int, rows: range) -> list[int]:
+        first = self.order.sample_index(step, 0)
+        return [first + position for position in self.positions[rows.start : rows.stop].tolist()]
 
     def _plan(self, sample_indices: list[int], keys: list[int]) -> "list[_Plan | UndecodableError]":
         """Reads images and draws what is to be cut out of them."""
@@ -255,13 +263,12 @@ def training_batches(
         skipped,
         BatchMemory(),
     )
-    dataset = grain.MapDataset.source(batches)[start_step:]
-    return iter(dataset.to_iter_dataset(_read_options(num_threads)))
+    return _read(batches, start_step, num_threads)
 
 
 @dataclasses.dataclass(frozen=True)
 class _EvaluationBatches:
-    """What Grain reads: item `k` is this process's share of the k-th batch of the split."""
+    """This process's share of each batch of the split."""
 
     source: Source
     positions: np.ndarray
@@ -274,18 +281,24 @@ class _EvaluationBatches:
     def __len__(self) -> int:
         return -(-len(self.source) // self.batch_size)
 
-    def __getitem__(self, k: int) -> dict[str, np.ndarray]:
-        shape = (len(self.positions), self.size, self.size, self.channels)
-        images = np.zeros(shape, np.uint8)
-        labels = np.full(len(self.positions), -1, np.int32)
-        decoded = np.zeros(len(self.positions), bool)
-        for i, position in enumerate(self.positions):
-            key = int(k) * self.batch_size + int(position)
+    def new(self, k: int) -> dict[str, np.ndarray]:
+        """A batch of blanks."""
+        del k
+        count = len(self.positions)
+        return {
+            "images": np.zeros((count, self.size, self.size, self.channels), np.uint8),
+            "label": np.full(count, -1, np.int32),
+            "decoded": np.zeros(count, bool),
+        }
+
+    def fill(self, k: int, batch: dict[str, np.ndarray], rows: range) -> None:
+        """Fills in some rows of a batch, up to the end of the split."""
+        for row in rows:
+            key = k * self.batch_size + int(self.positions[row])
             if key < len(self.source):
-                label = self._cut_center(key, images[i])
+                label = self._cut_center(key, batch["images"][row])
                 if label is not None:
-                    labels[i], decoded[i] = label, True
-        return {"images": images, "label": labels, "decoded": decoded}
+                    batch["label"][row], batch["decoded"][row] = label, True
 
     def _cut_center(self, key: int, view: np.ndarray) -> int | None:
         """Fills in the central view and gives the label; None if the image cannot be decoded."""
@@ -335,12 +348,72 @@ def evaluation_batches(
     batches = _EvaluationBatches(
         source, positions, batch_size, size, resize_shorter_side, channels, skipped
     )
-    return iter(grain.MapDataset.source(batches).to_iter_dataset(_read_options(num_threads)))
+    return _read(batches, 0, num_threads)
 
 
-def _read_options(num_threads: int | None) -> grain.ReadOptions:
-    threads = num_threads or os.cpu_count() or 1
-    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
+class _Batches(Protocol):
+    """Batches that are made row by row."""
+
+    @property
+    def positions(self) -> np.ndarray: ...
+
+    def __len__(self) -> int: ...
+
+    def new(self, k: int, /) -> dict[str, np.ndarray]: ...
+
+    def fill(self, k: int, batch: dict[str, np.ndarray], rows: range, /) -> None: ...
+
+
+class _Parts:
+    """What Grain reads: an item is some rows of a batch, which are filled in where they belong.
+
+    So all threads work on a few batches at a time. Single samples that are handed over and stacked
+    would cost more.
+    """
+
+    def __init__(self, batches: _Batches, size: int):
+        self._batches, self._size = batches, size
+        self.per_batch = -(-len(batches.positions) // size)
+        self._begun: dict[int, dict[str, np.ndarray]] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._batches) * self.per_batch
+
+    def __getitem__(self, item: int) -> int:
+        k, part = divmod(int(item), self.per_batch)
+        with self._lock:
+            if k not in self._begun:
+                self._begun[k] = self._batches.new(k)
+            batch = self._begun[k]
+        stop = min((part + 1) * self._size, len(self._batches.positions))
+        self._batches.fill(k, batch, range(part * self._size, stop))
+        return k
+
+    def take(self, k: int) -> dict[str, np.ndarray]:
+        """The batch, whose parts have all been read."""
+        with self._lock:
+            return self._begun.pop(k)
+
+
+def _read(
+    batches: _Batches, start: int, num_threads: int | None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Reads batches from `start` on, decoded by several threads ahead of their use."""
+    threads = num_threads or usable_cores()
+    # With few samples in a batch the parts are smaller, so that all threads have one.
+    share = -(-_BATCHES_AHEAD * len(batches.positions) // threads)
+    parts = _Parts(batches, min(_PART_SIZE, share))
+    options = grain.ReadOptions(
+        num_threads=threads,
+        prefetch_buffer_size=max(threads + 1, _BATCHES_AHEAD * parts.per_batch),
+    )
+    dataset = grain.MapDataset.source(parts)[start * parts.per_batch :]
+    read = iter(dataset.to_iter_dataset(options))
+    for k in range(start, len(batches)):
+        for _ in range(parts.per_batch):
+            next(read)
+        yield parts.take(k)
 
 
 def _skip(skipped: SkippedImages | None, source: Source, key: int, error: UndecodableError) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from music_jax import progress
+from music_jax.cores import usable_cores
 from music_jax.data.crops import resize
 from music_jax.data.decode import decode, largest_reduction, use_one_thread
 from music_jax.data.headers import read_header
@@ -103,7 +104,7 @@ def pack(
     skipped.add_left_out(source)
     num_shards = -(-len(source) // packing.shard_size)
     names = [f"images-{k:05d}-of-{num_shards:05d}.array_record" for k in range(num_shards)]
-    threads = num_threads or os.cpu_count() or 1
+    threads = num_threads or usable_cores()
     with (
         concurrent.futures.ThreadPoolExecutor(threads) as pool,
         progress.bar(len(source), unit="img", description="packing") as bar,

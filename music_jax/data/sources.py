@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from ml_collections import config_dict
 
+import music_jax.epath_corrections  # noqa: F401  (corrects the paths that TFDS uses)
 from music_jax.errors import UndecodableError, UserError
 from music_jax.host_tensorflow import import_tensorflow
 

@@ -19,7 +19,7 @@ from music_jax.evaluation.run import Run
 from music_jax.evaluation.tables import results_table, summary_table
 from music_jax.evaluation.transfer import transfer
 from music_jax.json_files import read_json
-from music_jax.mesh import is_main_process
+from music_jax.mesh import from_main_process, is_main_process
 from music_jax.models.network import Network
 from music_jax.records import as_json, write_json
 
@@ -141,7 +141,8 @@ def measure(
         if name == "transfer":
             about["data"] = {"sets": list(transfer_sets)}
             measured = functools.partial(transfer, sets=transfer_sets)
-        known = None if again else _read(run.workdir, name)
+        before = functools.partial(_read, run.workdir, name)
+        known = None if again else from_main_process(before)
         if known is not None and about.items() <= known.items():
             progress.say(f"{name}: measured before, in {run.workdir / _file(name)}")
             results[name] = known

@@ -7,6 +7,7 @@ import numpy as np
 from music_jax import progress
 from music_jax.data.sources import Source
 from music_jax.errors import UndecodableError, UserError
+from music_jax.json_files import decode_text
 
 
 def rows_of_list(source: Source, path: str) -> np.ndarray:
@@ -27,8 +28,9 @@ def rows_of_list(source: Source, path: str) -> np.ndarray:
       UserError: the list cannot be read, is empty, or names an image that is not there.
     """
     try:
-        with open(os.path.expanduser(path), encoding="utf-8") as file:
-            wanted = {os.path.basename(line.strip()) for line in file if line.strip()}
+        with open(os.path.expanduser(path), "rb") as file:
+            lines = decode_text(file.read()).replace("\r", "\n").split("\n")
+        wanted = {os.path.basename(line.strip()) for line in lines if line.strip()}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the list of images {path!r}: {error}") from error
     if not wanted:

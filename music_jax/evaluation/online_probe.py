@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
@@ -22,6 +23,7 @@ from music_jax.data.datasets import EvaluationSources
 from music_jax.data.loader import TrainingOrder, training_batches
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
+from music_jax.epath_corrections import bucket_errors
 from music_jax.errors import UserError
 from music_jax.evaluation.features import Placing, normalize
 from music_jax.mesh import is_main_process
@@ -259,9 +261,8 @@ class OnlineProbe:
             return
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            path = self._directory / f"{step}.npz"
             arrays: dict[str, Any] = {k: np.asarray(v) for k, v in self._state._asdict().items()}
-            with new_file(path) as file:
+            with new_file(self._directory / f"{step}.npz") as file:
                 np.savez(file, **arrays)
             for old in self._directory.glob("*.npz"):
                 if old.stem not in {str(s) for s in (*kept, step)}:
@@ -270,16 +271,23 @@ class OnlineProbe:
             progress.say(f"the online probe is not saved: {error}")
 
     def _restored(self, step: int) -> ProbeState:
-        fresh = init_probe(self._num_features, self._source.num_classes)
+        found = init_probe(self._num_features, self._source.num_classes)
+        if is_main_process():
+            found = self._read(step, found)
+        if jax.process_count() > 1:
+            found = multihost_utils.broadcast_one_to_all(found)
+        return jax.device_put(found, self._whole)
+
+    def _read(self, step: int, fresh: ProbeState) -> ProbeState:
         path = self._directory / f"{step}.npz"
-        found = None
         if step and path.exists():
             try:
-                arrays: dict[str, Any] = read_npz(path)
+                with bucket_errors(path):
+                    arrays: dict[str, Any] = read_npz(path)
                 found = ProbeState(**{name: arrays[name] for name in ProbeState._fields})
                 if any(a.shape != b.shape for a, b in zip(found, fresh, strict=True)):
                     raise ValueError("it is of another size")
+                return found
             except (OSError, ValueError, KeyError) as error:
                 progress.say(f"the online probe starts anew, {path} being damaged: {error}")
-                found = None
-        return jax.device_put(fresh if found is None else found, self._whole)
+        return fresh

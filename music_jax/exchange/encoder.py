@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from music_jax.cores import usable_cores
 from music_jax.data.augment import normalize_images
 from music_jax.errors import UndecodableError, UserError
 from music_jax.exchange.trained import TrainedBackbone, read_trained
@@ -260,14 +261,14 @@ def encode_crops(
 
 
 def ahead(function: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
-    """The function of each item, in order, computed by a few threads a little ahead of its use."""
-    threads = os.cpu_count() or 1
+    """Yields the function of each item, in order, computed by threads a little ahead of its use."""
+    threads = usable_cores()
     waiting: collections.deque = collections.deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))
-                if len(waiting) >= 64 * threads:
+                if len(waiting) >= max(threads, min(64 * threads, 1024)):
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

@@ -10,6 +10,7 @@ import jax.export
 import numpy as np
 from etils import epath
 
+from music_jax.epath_corrections import check_checkpoint_path
 from music_jax.errors import UserError
 from music_jax.exchange import torch_names
 from music_jax.exchange.encoder import encode_crops
@@ -102,6 +103,7 @@ def _write_orbax(trained: TrainedBackbone, path: epath.Path, num_classes: int) -
     import orbax.checkpoint as ocp
 
     del num_classes
+    check_checkpoint_path(path)
     params, batch_stats = trained.backbone_arrays()
     tree = {"params": _text_keys(params), "batch_stats": _text_keys(batch_stats)}
     with ocp.StandardCheckpointer() as checkpointer:

@@ -12,6 +12,7 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from music_jax import cli
+from music_jax.cores import usable_cores
 from music_jax.errors import UserError
 from music_jax.plan.chips import ATTACHED, CHIPS, attached_topology, chip_of
 from music_jax.plan.gpus import check_plugin
@@ -142,7 +143,7 @@ def _make_plans(
     from music_jax.plan import worker
 
     options: Any = flags.FLAGS
-    jobs = min(options.jobs or os.cpu_count() or 1, len(topologies))
+    jobs = min(options.jobs or usable_cores(), len(topologies))
     pool = concurrent.futures.ProcessPoolExecutor(
         jobs, multiprocessing.get_context("spawn"), initializer=worker.begin
     )

@@ -5,7 +5,6 @@ import contextlib
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
@@ -14,16 +13,17 @@ from jax.sharding import Mesh
 
 from music_jax import progress
 from music_jax.data.loader import TrainingOrder
+from music_jax.epath_corrections import check_checkpoint_path
 from music_jax.errors import UserError
 from music_jax.host_memory import give_back
-from music_jax.mesh import is_main_process
+from music_jax.mesh import from_main_process, is_main_process
 from music_jax.records import EventsLog
 from music_jax.train.integrity import find_damage, write_checksums
 from music_jax.train.late_answers import ignore_late_answers
 from music_jax.train.orbax_manager import Manager
 from music_jax.train.state import TrainState, state_shardings
 
-_NONE_WHOLE = -2  # what the main process tells the others where every checkpoint is damaged
+_NONE_WHOLE = -1  # what the main process tells the others where every checkpoint is damaged
 _POLL_SECONDS = 0.2
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not finished
 
@@ -55,8 +55,10 @@ class Checkpoints:
           events: where failed saves and damaged checkpoints are noted.
 
         Raises:
-          UserError: what Orbax notes beside the checkpoints is not as it wrote it.
+          UserError: what Orbax notes beside the checkpoints is not as it wrote it, or checkpoints
+            cannot be kept there.
         """
+        check_checkpoint_path(workdir)
         self._workdir = workdir
         self._read_only = read_only
         self._ignore_failed_saves = ignore_failed_saves
@@ -129,10 +131,7 @@ class Checkpoints:
                     self._set_aside(step, wrong)
             elif damage:
                 found = _NONE_WHOLE
-        if jax.process_count() > 1:
-            said = np.int32(-1 if found is None else found)
-            told = int(multihost_utils.broadcast_one_to_all(said))
-            found = None if told == -1 else told
+        found = from_main_process(lambda: found)
         if found == _NONE_WHOLE:
             # The main process alone knows what is wrong.
             details = "; ".join(f"step {step}: {wrong}" for step, wrong in damage.items())

@@ -12,6 +12,7 @@ import stat
 
 from etils import epath
 
+from music_jax.epath_corrections import BucketError, bucket_errors
 from music_jax.json_files import read_json
 
 CHECKSUMS = "CHECKSUMS.json"
@@ -34,12 +35,18 @@ def write_checksums(directory: epath.Path) -> None:
 
 
 def find_damage(directory: epath.Path) -> str | None:
-    """What is wrong with a checkpoint, in words, or None if it is as it was written."""
+    """What is wrong with a checkpoint, in words, or None if it is as it was written.
+
+    Raises:
+      BucketError: it is in a bucket that cannot be read now, which is no damage.
+    """
     try:
         record = read_json(directory / CHECKSUMS)
         expected, step_metadata = dict(record["files"]), record["step_metadata"]
     except FileNotFoundError:
         return f"{CHECKSUMS} is missing"
+    except BucketError:
+        raise
     except (OSError, ValueError, KeyError, TypeError):
         return f"{CHECKSUMS} cannot be read"
     try:
@@ -53,6 +60,8 @@ def find_damage(directory: epath.Path) -> str | None:
                 return f"{name} was not there when it was saved"
             if _fingerprint(present[name]) != expected[name]:
                 return f"{name} has changed"
+    except BucketError:
+        raise
     except (OSError, ValueError, TypeError, AttributeError) as error:
         return f"cannot be read: {' '.join(str(error).split())}"
     return None
@@ -77,7 +86,7 @@ def _files(directory: epath.Path, prefix: str = "") -> dict[str, epath.Path]:
 def _fingerprint(path: epath.Path) -> list[int | str]:
     """Size in bytes and BLAKE2b of a file."""
     digest, size = hashlib.blake2b(digest_size=16), 0
-    with path.open("rb") as file:
+    with bucket_errors(path), path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
             size += len(chunk)

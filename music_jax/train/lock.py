@@ -50,11 +50,12 @@ class WorkdirLock:
         """Takes the lock.
 
         Raises:
-          UserError: another process holds it; the message tells its host and pid.
+          UserError: another process holds it, whose host and pid the message tells, or it cannot
+            be read or written.
         """
-        if "://" not in str(self._workdir):
-            self._file = open(self._path, "a")
         try:
+            if "://" not in str(self._workdir):
+                self._file = open(self._path, "a")
             os_lock = self._take_os_lock()
             holder = _read(self._path)
             if holder and not self._has_ended(holder, os_lock):
@@ -65,6 +66,9 @@ class WorkdirLock:
                 holder = _read(self._path)
                 if holder and not self._is_mine(holder):
                     raise self._refusal(holder)
+        except OSError as error:
+            self._close()
+            raise UserError(f"cannot lock {self._workdir}: {error}") from error
         except BaseException:
             self._close()
             raise
@@ -153,11 +157,15 @@ class WorkdirLock:
 
 
 def _read(path: epath.Path) -> dict[str, Any] | None:
-    """What the holder has written, or None if there is none or it cannot be read."""
+    """What the holder has written, or None if there is none or it makes no sense.
+
+    Raises:
+      OSError: it cannot be read.
+    """
     try:
         record = parse_json(read_text(path)[:_MAX_CHARACTERS])
         return record if {"host", "pid", "started"} <= record.keys() else None
-    except (OSError, ValueError, AttributeError):
+    except (FileNotFoundError, ValueError, AttributeError):
         return None
 
 

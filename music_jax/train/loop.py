@@ -17,8 +17,13 @@ from music_jax.data.loader import TrainingOrder
 from music_jax.errors import StoppedError, UserError
 from music_jax.evaluation.evaluate import evaluate, read_results, results_table
 from music_jax.evaluation.online_probe import OnlineProbe, make_online_probe
-from music_jax.mesh import check_divisible, is_main_process, make_data_mesh
-from music_jax.signals import StopSignal
+from music_jax.mesh import (
+    check_divisible,
+    from_main_process,
+    is_main_process,
+    make_data_mesh,
+)
+from music_jax.signals import Stop
 from music_jax.train import guards
 from music_jax.train.checkpoints import Checkpoints
 from music_jax.train.corruption import CorruptionChecks
@@ -39,6 +44,7 @@ def train_and_evaluate(
     workdir: str,
     *,
     profile_steps: tuple[int, int] | None = None,
+    stop: Stop | None = None,
 ) -> TrainState:
     """Pre-trains, resuming if the workdir has a checkpoint, then probes the backbone.
 
@@ -46,6 +52,7 @@ def train_and_evaluate(
       config: as `music_jax.config.default_config` makes it.
       workdir: directory for checkpoints, logs and results; may be a `gs://` one.
       profile_steps: the first and the last step that a JAX profile is recorded of, in `profile/`.
+      stop: Tells when to save and stop before the end; None for a run that no signal stops.
 
     Returns:
       The state after the last step.
@@ -54,7 +61,7 @@ def train_and_evaluate(
       UserError: the config, the dataset or the workdir cannot be used.
       DivergedError: a guard tripped; see `music_jax.train.guards`.
       CorruptedError: devices did not hold, or did not compute, the same bits.
-      StoppedError: a signal came; all is saved and the same call goes on.
+      StoppedError: `stop`, or the cluster, stopped the run; all is saved and the same call goes on.
     """
     config_lib.validate(config)
     mesh = make_data_mesh(fsdp=config.sharding.fsdp)
@@ -63,7 +70,7 @@ def train_and_evaluate(
     records.check_same_run(directory, config)
     lock = WorkdirLock(directory) if is_main_process() else contextlib.nullcontext()
     with lock, Writers(config, directory) as writers:
-        return _train_and_evaluate(config, directory, mesh, writers, profile_steps)
+        return _train_and_evaluate(config, directory, mesh, writers, profile_steps, stop or Stop())
 
 
 def _train_and_evaluate(
@@ -72,6 +79,7 @@ def _train_and_evaluate(
     mesh: Mesh,
     writers: Writers,
     profile_steps: tuple[int, int] | None,
+    stop: Stop,
 ) -> TrainState:
     _prepare_datasets(config)
     source = datasets.training_source(config)
@@ -103,7 +111,7 @@ def _train_and_evaluate(
     )
     try:
         start_step = checkpoints.latest_whole_step() or 0
-        results = read_results(config, directory, num_steps)
+        results = from_main_process(lambda: read_results(config, directory, num_steps))
         if start_step == num_steps and (results is not None or probed is None):
             done = "trained and evaluated" if results else "trained"
             progress.say(f"{directory} is done: {num_steps} steps {done}")
@@ -127,8 +135,7 @@ def _train_and_evaluate(
             pictures=Pictures(config, recipe, shapes, mesh) if writers.any else None,
             profile=profile,
         )
-        alone, grace = jax.process_count() == 1, config.checkpoint.grace_seconds
-        with StopSignal(alone=alone, grace_seconds=grace) as stop:
+        with stop:
             while True:  # A rewind is a resume from an older checkpoint.
                 if start_step:
                     state = checkpoints.restore(start_step, shapes, mesh, order)
@@ -194,7 +201,7 @@ class _Run:
     profile: Profile
 
 
-def _train(run: _Run, state: TrainState, start_step: int, stop: StopSignal) -> TrainState:
+def _train(run: _Run, state: TrainState, start_step: int, stop: Stop) -> TrainState:
     """Trains from a state to the last step.
 
     Raises:

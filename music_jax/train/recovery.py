@@ -11,7 +11,7 @@ from ml_collections import config_dict
 from music_jax import progress, records
 from music_jax.errors import CorruptedError, DivergedError, UserError
 from music_jax.json_files import read_json
-from music_jax.mesh import is_main_process
+from music_jax.mesh import from_main_process, is_main_process
 from music_jax.new_file import new_file
 from music_jax.train.checkpoints import Checkpoints
 from music_jax.train.guards import Trip
@@ -82,7 +82,7 @@ class Recovery:
         self._rewinding = config.guards.policy == "rewind"
         self._max_rewinds = config.guards.max_rewinds
         self._directory, self._training, self._events = directory, training, events
-        self._rewinds = _read(directory / _FILE)
+        self._rewinds = from_main_process(lambda: _read(directory / _FILE))
         self.skipped = {step for rewind in self._rewinds for step in rewind["skipped"]}
 
     def recover(self, trouble: Trouble, checkpoints: Checkpoints) -> None:

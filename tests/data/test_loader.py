@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import json
+import os
+import threading
 import time
 
 import cv2
@@ -12,6 +14,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
+from music_jax.cores import usable_cores
 from music_jax.data import loader
 from music_jax.data.crops import Crop
 from music_jax.data.decode import decode
@@ -121,6 +124,122 @@ def test_the_number_of_threads_changes_nothing(threads):
     found = _batches(_source(), order, crop=crop, num_threads=threads)
     for a, b in zip(expected, found, strict=True):
         np.testing.assert_array_equal(a["images"], b["images"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 31, 32, 33, 70])
+def test_batches_of_any_size_are_filled_whole(batch_size):
+    order = TrainingOrder(70, batch_size, seed=3)
+    for step, batch in enumerate(_batches(_source(70), order, num_steps=3, num_threads=5)):
+        indices = [order.sample_index(step, position) for position in range(batch_size)]
+        labels = [order.record_key(index) for index in indices]
+        assert batch["sample_index"].tolist() == indices
+        assert batch["label"].tolist() == labels
+        assert batch["images"][:, 1, 0, 0, 0].tolist() == labels
+
+
+class _Counted(_Records):
+    read = 0
+
+    def __getitem__(self, i):
+        self.read += 1
+        return super().__getitem__(i % 200)
+
+
+@pytest.mark.parametrize("threads", [1, 4, 64])
+def test_however_many_threads_few_batches_are_read_ahead(threads):
+    records = _Counted(100_000)
+    order = TrainingOrder(len(records), 64, seed=0)
+    source = Source("counted", records, "image", "label", 200)
+    batches = training_batches(
+        source,
+        order,
+        crop=_WHOLE,
+        channels=1,
+        positions=np.arange(64),
+        num_steps=1000,
+        num_threads=threads,
+    )
+    next(batches)
+    read = -1
+    while read != records.read:
+        read = records.read
+        time.sleep(0.2)
+    assert 3 * 64 <= read <= 5 * 64
+
+
+def test_several_threads_decode_one_batch():
+    together = threading.Barrier(4, timeout=20)
+
+    class Waiting(_Records):
+        def __getitem__(self, i):
+            together.wait()
+            return super().__getitem__(i)
+
+    source = Source("waiting", Waiting(128), "image", "label", 128)
+    (batch,) = _batches(source, TrainingOrder(128, 128, 0), num_steps=1, num_threads=4)
+    assert sorted(batch["label"]) == list(range(128))
+    (batch,) = evaluation_batches(
+        source,
+        size=8,
+        resize_shorter_side=8,
+        channels=1,
+        batch_size=128,
+        positions=np.arange(128),
+        num_threads=4,
+    )
+    assert batch["label"].tolist() == list(range(128))
+
+
+def test_there_are_as_many_threads_as_the_process_has_cores(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 40}, raising=False)
+    assert usable_cores() == 3
+    used, options = [], grain.ReadOptions
+
+    def read_options(**given):
+        used.append(given["num_threads"])
+        return options(**given)
+
+    monkeypatch.setattr(loader.grain, "ReadOptions", read_options)
+    _batches(_source(), TrainingOrder(23, 5, 0))
+    _batches(_source(), TrainingOrder(23, 5, 0), num_threads=2)
+    assert used == [3, 2]
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    assert usable_cores() == 128
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_divide_a_split_and_what_fills_it_up(processes):
+    parts = [
+        evaluation_batches(
+            _source(),
+            size=8,
+            resize_shorter_side=8,
+            channels=1,
+            batch_size=6,
+            positions=positions,
+            num_threads=2,
+        )
+        for positions in np.split(np.arange(6), processes)
+    ]
+    joined = [np.concatenate([part["label"] for part in same]) for same in zip(*parts, strict=True)]
+    assert np.concatenate(joined).tolist() == [*range(23), -1]
+
+
+def test_half_of_the_views_are_mirrored_each_by_itself():
+    image = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
+    records = [{"image": cv2.imencode(".png", image)[1].tobytes(), "label": 0}] * 200
+    source, order = Source("same", records, "image", "label", 1), TrainingOrder(200, 200, 0)
+    (batch,) = _batches(source, order, num_steps=1, flip=True)
+    mirrored = np.all(batch["images"] == image[:, ::-1], axis=(2, 3, 4))
+    assert np.all(mirrored | np.all(batch["images"] == image, axis=(2, 3, 4)))
+    counts = [
+        int(np.sum((mirrored[:, 0] == a) & (mirrored[:, 1] == b))) for a in (0, 1) for b in (0, 1)
+    ]
+    assert sum(counts) == 200
+    assert min(counts) > 30  # 50 each, with a standard deviation of 6
+    (batch,) = _batches(source, order, num_steps=1)
+    assert np.all(batch["images"] == image)
 
 
 def test_views_are_uint8_side_by_side_and_cut_differently():

@@ -37,6 +37,15 @@ def test_images_are_found_by_the_name_of_their_file(source, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_list_that_was_written_on_windows(source, tmp_path, encoding, newline):
+    text = newline.join(["n02_1.JPEG", "n01_3.JPEG"])
+    (tmp_path / "list.txt").write_bytes(text.encode(encoding))
+    rows = rows_of_list(source, str(tmp_path / "list.txt"))
+    assert [source.record_name(i) for i in rows] == ["n01/n01_3.JPEG", "n02/n02_1.JPEG"]
+
+
 def test_records_of_tfds_are_found_by_their_file_name(tmp_path):
     records = [{"file_name": f"n03_{i}.JPEG".encode(), "image": b"", "label": 0} for i in range(5)]
     source = Source("tfds", records, "image", "label", 2)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 import resource
 import threading
 
@@ -49,6 +50,28 @@ def test_restored_onto_other_devices(tmp_path, devices, fsdp):
     expected = state_shardings(_state(), mesh)
     for a, s in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.sharding == s
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "found"),
+    [
+        ("num_records", 33, "'next_sample_index': 115, 'num_records': 33"),
+        ("batch_size", 8, "'next_sample_index': 56, 'num_records': 32, 'batch_size': 8"),
+        ("seed", 1, "'seed': 1}"),
+    ],
+)
+def test_another_position_in_the_input_is_refused(tmp_path, field, value, found):
+    order, mesh = TrainingOrder(32, 16, 0), make_data_mesh(1)
+    checkpoints = Checkpoints(epath.Path(tmp_path))
+    checkpoints.save(7, jax.device_put(_state(), state_shardings(_state(), mesh)), order)
+    shapes = jax.eval_shape(_state)
+    assert checkpoints.restore(7, shapes, mesh, order).step == 7
+    other = dataclasses.replace(order, **{field: value})
+    saved = "{'next_sample_index': 112, 'num_records': 32, 'batch_size': 16, 'seed': 0}"
+    with pytest.raises(UserError, match=re.escape(f"was reading {saved}, but")) as error:
+        checkpoints.restore(7, shapes, mesh, other)
+    checkpoints.close()
+    assert found in str(error.value)
 
 
 def test_damaged_checkpoints_are_set_aside_until_none_is_whole(tmp_path):

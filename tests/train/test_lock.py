@@ -105,6 +105,58 @@ def test_holder_on_another_host_that_gives_signs_of_life_is_respected(tmp_path):
     beat.join()
 
 
+class _Clock:
+    """A clock that goes on as one sleeps, and what happens meanwhile."""
+
+    def __init__(self, each_second):
+        self.seconds, self._each_second = 0.0, each_second
+
+    def monotonic(self):
+        return self.seconds
+
+    def sleep(self, seconds):
+        self.seconds += seconds
+        self._each_second(self.seconds)
+
+
+@pytest.mark.parametrize("late", [10, 30])
+def test_a_holder_that_is_two_beats_late_still_holds(tmp_path, monkeypatch, late):
+    """A holder writes every ten seconds; a busy machine or a slow disk may delay it."""
+
+    def beat(seconds):
+        if seconds >= late:
+            _beat_elsewhere(tmp_path, 2)
+
+    monkeypatch.setattr(lock, "time", clock := _Clock(beat))
+    (tmp_path / "lock").write_text(_elsewhere(1))
+    with pytest.raises(UserError, match="process 7 on elsewhere"):
+        WorkdirLock(epath.Path(tmp_path)).__enter__()
+    assert clock.seconds == late
+
+
+def test_a_holder_that_was_silent_for_forty_seconds_has_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "time", clock := _Clock(lambda seconds: None))
+    (tmp_path / "lock").write_text(_elsewhere(1))
+    with WorkdirLock(epath.Path(tmp_path)):
+        assert clock.seconds == 40
+
+
+def test_a_holder_writes_every_ten_seconds(tmp_path, monkeypatch):
+    waits = []
+
+    class Released(threading.Event):
+        def wait(self, timeout=None):
+            waits.append(timeout)
+            return len(waits) == 3  # two beats
+
+    with WorkdirLock(epath.Path(tmp_path)) as held:
+        pass
+    held._released, held._count = Released(), 0
+    held._beat()
+    assert waits == [10, 10, 10]
+    assert json.loads((tmp_path / "lock").read_text())["count"] == 2
+
+
 def test_where_the_file_system_has_no_locks_the_record_decides(
     tmp_path, holder, impatient, no_os_locks
 ):

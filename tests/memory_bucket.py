@@ -1,0 +1,68 @@
+"""A bucket in memory, reached through `epath` as it is where TensorFlow is not installed."""
+
+import contextlib
+
+import fsspec
+from etils import epath
+from etils.epath import backend, gpath
+from fsspec.implementations.memory import MemoryFileSystem
+
+
+class HttpError(Exception):
+    """As gcsfs has it: no OSError."""
+
+
+class Bucket(MemoryFileSystem):
+    """Objects in memory; as in gcsfs, opening one with mode `a` begins it anew."""
+
+    protocol = ("gs", "gcs")
+    cachable = False
+    out_of_reach = False
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return MemoryFileSystem._strip_protocol(path.removeprefix("gs://"))
+
+    def _answer(self):
+        if Bucket.out_of_reach:
+            raise HttpError("503, Service Unavailable")
+
+    def _open(self, path, mode="rb", **kwargs):
+        self._answer()
+        return super()._open(path, mode.replace("a", "w"), **kwargs)
+
+    def info(self, path, **kwargs):
+        self._answer()
+        return super().info(path, **kwargs)
+
+    def exists(self, path, **kwargs):
+        self._answer()
+        return super().exists(path, **kwargs)
+
+    def ls(self, path, detail=True, **kwargs):
+        self._answer()
+        return super().ls(path, detail, **kwargs)
+
+
+@contextlib.contextmanager
+def bucket_directory(monkeypatch):
+    """A directory of the bucket."""
+    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    fsspec.register_implementation("gcs", Bucket, clobber=True)
+    directory = epath.Path("gs://bucket/run")
+    directory.mkdir(parents=True, exist_ok=True)
+    yield directory
+    Bucket.store.clear()
+    Bucket.pseudo_dirs[:] = [""]
+    backend.fsspec_backend._get_filesystem.cache_clear()
+
+
+@contextlib.contextmanager
+def out_of_reach():
+    """Meanwhile whatever is asked of the bucket fails."""
+    Bucket.out_of_reach = True
+    try:
+        yield
+    finally:
+        Bucket.out_of_reach = False
