@@ -79,7 +79,7 @@ ensure_environment() {
       if is_installed "$file"; then continue; fi
       copy=$venv/installing.txt
       cp "$root/$file" "$copy"
-      install "$file" -r "$copy"
+      install "$file" --require-hashes -r "$copy"
       # music_jax itself, by a relative path, so that the repository can be moved.
       for site_packages in "$venv"/lib/python3*/site-packages; do
         echo ../../../.. >"$site_packages/music_jax.pth"
@@ -87,7 +87,9 @@ ensure_environment() {
       mv "$copy" "$(stamp "$file")"
     done
     if ! has_accelerator; then
-      install "jax[$accelerator]" -c "$root/$1" "jax[$accelerator]"
+      # With the file as constraints, pip would demand hashes for the accelerator's packages, too.
+      version=$(sed -n 's/^jax==\([^ ]*\).*/\1/p' "$root/$1")
+      install "jax[$accelerator]" "jax[$accelerator]==$version"
       touch "$venv/installed-jax-$accelerator"
     fi
     echo "Made it in $SECONDS s." >&2
