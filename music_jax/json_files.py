@@ -1,6 +1,8 @@
 """Reading JSON that anyone may have written: it is data, or a `ValueError`."""
 
 import json
+import os
+import pathlib
 import re
 import stat
 from typing import Any
@@ -8,6 +10,8 @@ from typing import Any
 from etils import epath
 
 _MAX_DEPTH = 32
+_MAX_BYTES = 1 << 26  # of a file; what this package writes is far smaller
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{]|[\]}]', re.DOTALL)
 
 
@@ -15,11 +19,22 @@ def parse_json(text: str) -> Any:
     """What a JSON text says.
 
     Raises:
-      ValueError: it is not JSON, or nested deeper than anything that this package writes.
+      ValueError: it is not JSON, nested deeper than anything that this package writes, has a whole
+        number of more than 64 bits, or a surrogate that stands for no byte of a file's name.
     """
     if text.count("[") + text.count("{") > _MAX_DEPTH and _depth(text) > _MAX_DEPTH:
         raise ValueError(f"it is nested more than {_MAX_DEPTH} levels deep")
-    return json.loads(text)
+    value = json.loads(text, parse_int=_integer)
+    if _SURROGATE.search(text):
+        json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")
+    return value
+
+
+def _integer(digits: str) -> int:
+    value = int(digits)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError("it has a whole number of more than 64 bits")
+    return value
 
 
 def read_json(path: epath.Path) -> Any:
@@ -36,14 +51,38 @@ def read_text(path: epath.Path, *, errors: str = "replace") -> str:
     """The text of a file in UTF-8; what is not is replaced, or with `strict` a `ValueError`.
 
     Raises:
-      OSError: it cannot be read, or is no file but a pipe or a device, which could be waited for
-        for ever.
+      OSError: as `read_bytes`.
     """
-    if "://" not in str(path):
-        mode = path.stat().mode
-        if mode is not None and not stat.S_ISREG(mode):
-            raise OSError(f"{path} is not a regular file")
-    return path.read_bytes().decode("utf-8", errors)
+    return read_bytes(path, max_bytes=_MAX_BYTES).decode("utf-8", errors)
+
+
+def read_bytes(path: pathlib.Path | epath.Path, *, max_bytes: int) -> bytes:
+    """Reads a file that is expected to be small.
+
+    Args:
+      path: File on a disk or in a bucket.
+      max_bytes: Size from which on it is refused, so that it cannot fill the memory.
+
+    Raises:
+      OSError: it cannot be read, is larger, or is no file but a pipe or a device, which could be
+        waited for for ever.
+    """
+    check_is_file(path)
+    with path.open("rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise OSError(f"{path} is larger than the {max_bytes / 2**20:.0f} MiB that it may have")
+    return content
+
+
+def check_is_file(path: pathlib.Path | epath.Path) -> None:
+    """Checks that a path is a file, or a link to one.
+
+    Raises:
+      OSError: it is not there, or is a directory, a pipe or a device.
+    """
+    if "://" not in str(path) and not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"{path} is not a regular file")
 
 
 def _depth(text: str) -> int:

@@ -29,6 +29,7 @@ from music_jax.models.network import Network, Tree
 from music_jax.npz_files import read_npz
 
 _DIRECTORY = "online_probe"
+_NPZ_OVERHEAD = 1 << 16  # bytes of a file beside its arrays, at most
 
 
 class ProbeState(NamedTuple):
@@ -276,10 +277,14 @@ class OnlineProbe:
         found = None
         if step and path.exists():
             try:
-                arrays: dict[str, Any] = read_npz(path)
+                size = sum(array.nbytes for array in fresh)
+                arrays: dict[str, Any] = read_npz(path, max_bytes=size + _NPZ_OVERHEAD)
                 found = ProbeState(**{name: arrays[name] for name in ProbeState._fields})
-                if any(a.shape != b.shape for a, b in zip(found, fresh, strict=True)):
-                    raise ValueError("it is of another size")
+                if any(
+                    (a.shape, a.dtype) != (b.shape, b.dtype)
+                    for a, b in zip(found, fresh, strict=True)
+                ):
+                    raise ValueError("it is of another size or type")
             except (OSError, ValueError, KeyError) as error:
                 progress.say(f"the online probe starts anew, {path} being damaged: {error}")
                 found = None
