@@ -183,9 +183,7 @@ def confusion(found: Predictions, class_names: list[str]) -> Confusion:
     names = [class_names[i] if i < len(class_names) else str(i) for i in classes.tolist()]
     totals = np.bincount(labels, minlength=len(classes))
     wrong = labels != predictions
-    cells, times = np.unique(
-        labels[wrong] * len(classes) + predictions[wrong], return_counts=True
-    )
+    cells, times = np.unique(labels[wrong] * len(classes) + predictions[wrong], return_counts=True)
     pairs = []
     for cell in np.argsort(-times, kind="stable")[:_MAX_PAIRS]:
         i, j = divmod(int(cells[cell]), len(classes))
