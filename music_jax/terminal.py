@@ -4,10 +4,10 @@ import unicodedata
 
 
 def printable(text: str) -> str:
-    """Escapes all that a terminal would obey instead of showing it.
+    r"""Escapes all that a terminal would obey instead of showing it.
 
-    Control and format characters, ends of lines and lone surrogates become, for example, `\\\\x1b`,
-    `\\\\n` and `\\\\udcff`, so that the text stays on one line and moves no cursor.
+    Control and format characters, ends of lines and lone surrogates become, for example, `\x1b`,
+    `\n` and `\udcff`, so that the text stays on one line and moves no cursor.
     """
     if text.isprintable():
         return text
