@@ -239,7 +239,7 @@ def test_test_runner_adds_its_own_requirements(clone, tmp_path):
 def read_pins(path):
     """Each pin, such as `jax==1 ; MARKERS`, with its hashes."""
     text = re.sub(r"^#.*\n", "", path.read_text(), flags=re.MULTILINE).replace(" \\\n", "\n")
-    pins = {}
+    pins, pin = {}, None
     for line in text.splitlines():
         if line.startswith("    --hash="):
             pins[pin].append(line.removeprefix("    --hash="))

@@ -15,8 +15,8 @@ from music_jax.report.images import Seen
 from music_jax.report.reading import read_workdirs
 
 HOSTILE = "</script><script>window.hacked=1;alert(1)</script>"
-# Names of metrics that mean something to the page's scripts, to Plotly or to JavaScript, and some that
-# HTML changes.
+# Names of metrics that mean something to the page's scripts, to Plotly or to JavaScript, and some
+# that HTML changes.
 HOSTILE_NAMES = (
     *("base64", "shape", "type", "dtype", "bdata", "values", "step ", "__proto__", "constructor"),
     *("toString", "hasOwnProperty", "", "\0", "a\r\nb", "\x1b[31m", "\udcff", '"]', "%{x}"),
