@@ -79,7 +79,7 @@ ensure_environment() {
       if is_installed "$file"; then continue; fi
       copy=$venv/installing.txt
       cp "$root/$file" "$copy"
-      install "$file" -r "$copy"
+      install "$file" --require-hashes -r "$copy"
       # music_jax itself, by a relative path, so that the repository can be moved.
       for site_packages in "$venv"/lib/python3*/site-packages; do
         echo ../../../.. >"$site_packages/music_jax.pth"
@@ -87,7 +87,8 @@ ensure_environment() {
       mv "$copy" "$(stamp "$file")"
     done
     if ! has_accelerator; then
-      install "jax[$accelerator]" -c "$root/$1" "jax[$accelerator]"
+      # pip keeps the JAX that is installed and adds what that version needs for the accelerator.
+      install "jax[$accelerator]" "jax[$accelerator]"
       touch "$venv/installed-jax-$accelerator"
     fi
     echo "Made it in $SECONDS s." >&2

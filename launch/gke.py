@@ -157,8 +157,8 @@ def mount_images(where: str, template: dict, container: dict) -> None:
 
 def manifest(options: argparse.Namespace) -> dict:
     """The JobSet: one job, of one pod a node."""
-    # $$(NAME) is how Kubernetes is told to leave $(NAME) alone.
-    arguments = [argument.replace("$(", "$$(") for argument in options.main_arguments]
+    # Kubernetes replaces $(NAME) by a variable's value, and $$ by $, wherever they stand.
+    arguments = [argument.replace("$", "$$") for argument in options.main_arguments]
     annotations = {}
     container = {"name": "train", "image": options.image}
     pod = {

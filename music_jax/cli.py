@@ -12,6 +12,7 @@ from ml_collections import config_dict, config_flags
 
 from music_jax.errors import MusicError, StoppedError, UserError
 from music_jax.signals import end_on_signal, ignore_signals
+from music_jax.terminal import printable
 from music_jax.usage import flag_help
 
 # What the extra `data` of setup.cfg brings, by the names that are imported.
@@ -127,7 +128,7 @@ def _stop_at_once() -> None:
 
 def _tell(error: MusicError) -> None:
     name = "stopped" if isinstance(error, StoppedError) else "error"
-    print(f"{name}: {error}", file=sys.stderr, flush=True)
+    print(printable(f"{name}: {error}"), file=sys.stderr, flush=True)
     _end_peers(error.exit_code, str(error))
 
 
@@ -148,7 +149,8 @@ def _end_peers(exit_code: int, message: str, *, unexpected: Exception | None = N
     if unexpected:  # A collective that breaks because another process failed needs no traceback.
         cause = peers.failure_behind(unexpected)
         message = cause or message
-        print(f"error: {cause}" if cause else traceback.format_exc(), file=sys.stderr, flush=True)
+        told = printable(f"error: {cause}") if cause else traceback.format_exc()
+        print(told, file=sys.stderr, flush=True)
     peers.end_run(exit_code, message)
 
 

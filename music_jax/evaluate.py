@@ -97,7 +97,7 @@ def evaluate(
         parse_set(spec)
     run = open_run(workdir, output=output, checkpoint=checkpoint, overrides=overrides)
     results = measure(run, protocols, transfer_sets=transfer_sets, again=again)
-    progress.say(summary_table(results))
+    progress.say_lines(summary_table(results))
     records.report_skipped(run.skipped)
     return results
 

@@ -56,7 +56,7 @@ def linear_eval(
     from music_jax.evaluation.tables import results_table
 
     run = open_run(workdir, output=output, checkpoint=checkpoint, overrides=overrides)
-    progress.say(results_table(measure(run, final_protocols(run.config), again=True)))
+    progress.say_lines(results_table(measure(run, final_protocols(run.config), again=True)))
     records.report_skipped(run.skipped)
 
 

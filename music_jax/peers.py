@@ -19,6 +19,8 @@ from jax._src import (
     distributed,
 )  # The coordination service has no public name; Orbax does the same.
 
+from music_jax.terminal import printable
+
 _FAILURE = "music_jax/failure"
 _ALIVE = "music_jax/alive"
 _DONE = "done"  # in place of a sign of life, from one that has nothing more to do
@@ -118,12 +120,12 @@ def _watch() -> None:
     for count in itertools.count():
         message = _failure_of_another()
         if message is not None:
-            print(f"error: {message}", file=sys.stderr, flush=True)
+            print(printable(f"error: {message}"), file=sys.stderr, flush=True)
             _leave(_published() or {"exit_code": 1})
         if distributed.global_state.process_id == 0:
             message = _silence(since=began, seconds=_SILENT_SECONDS)
             if message is not None:
-                print(f"error: {message}", file=sys.stderr, flush=True)
+                print(printable(f"error: {message}"), file=sys.stderr, flush=True)
                 end_run(1, message)
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             _give_sign(str(count))

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 import tqdm
 
 from music_jax.mesh import is_main_process
+from music_jax.terminal import printable
 
 # Of a bar in a log.
 _SECONDS_BETWEEN_LINES = 10.0
@@ -16,12 +17,19 @@ _SHARE_BETWEEN_LINES = 0.05  # of the time that it has been there
 
 
 def say(text: str) -> None:
-    """Prints on the main process, above any progress bar."""
+    """Prints one line on the main process, above any progress bar."""
     if is_main_process():
-        encoding = sys.stdout.encoding or "utf-8"  # names of files may have bytes that it has not
+        text = printable(text)
+        encoding = sys.stdout.encoding or "utf-8"  # a name may have characters that it has not
         text = text.encode(encoding, "backslashreplace").decode(encoding)
         tqdm.tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
+
+
+def say_lines(text: str) -> None:
+    """Prints a table or other text of several lines, as `say` does."""
+    for line in text.split("\n"):
+        say(line)
 
 
 def bar(total: int, *, unit: str, description: str, done: int = 0) -> Any:
@@ -48,7 +56,7 @@ def bar(total: int, *, unit: str, description: str, done: int = 0) -> Any:
         initial=done,
         unit=unit,
         unit_scale=total >= 10_000,
-        desc=description,
+        desc=printable(description),
         file=file,
         ncols=100 if unknown else None,
         nrows=20 if unknown else None,
@@ -89,6 +97,7 @@ def _in_notebook() -> bool:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lays out a table, the first column to the left and the others to the right."""
+    header, *rows = [[printable(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:

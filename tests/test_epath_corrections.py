@@ -15,7 +15,7 @@ import pytest
 from etils import epath
 from memory_bucket import bucket_directory, out_of_reach
 
-from music_jax import records
+from music_jax import epath_corrections, records
 from music_jax.config import default_config
 from music_jax.data.loader import TrainingOrder
 from music_jax.errors import UserError

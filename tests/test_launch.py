@@ -47,7 +47,7 @@ class Clone:
         for name in ["launch/environment.sh", "launch/local.sh", "tests/run.sh"]:
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.root / name)
-        (self.root / "requirements.txt").write_text("jax==1\n")
+        (self.root / "requirements.txt").write_text(f"jax==1 \\\n    --hash=sha256:{64 * '0'}\n")
         (self.root / "tests/requirements.txt").write_text("pytest==1\n")
         (self.root / "music_jax").mkdir()
         (self.root / "music_jax/__init__.py").touch()
@@ -142,8 +142,8 @@ def test_accelerator_is_added_once_at_the_pinned_version(clone, accelerator):
         assert clone.run(ACCELERATOR=accelerator).returncode == 0
 
     first, second = clone.installations
-    assert first.endswith(f"-r {clone.root}/.venv/installing.txt")
-    assert second.endswith(f"-c {clone.root}/requirements.txt jax[{accelerator}]")
+    assert first.endswith(f" --require-hashes -r {clone.root}/.venv/installing.txt")
+    assert second.endswith(f" jax[{accelerator}]")
 
 
 def test_unknown_accelerator_is_one_line_and_exit_2(clone):
@@ -237,14 +237,26 @@ def test_test_runner_adds_its_own_requirements(clone, tmp_path):
 
 
 def read_pins(path):
-    lines = path.read_text().splitlines()
-    return [line for line in lines if not line.startswith("#")]
+    """Each pin, such as `jax==1 ; MARKERS`, with its hashes."""
+    text = re.sub(r"^#.*\n", "", path.read_text(), flags=re.MULTILINE).replace(" \\\n", "\n")
+    pins, pin = {}, None
+    for line in text.splitlines():
+        if line.startswith("    --hash="):
+            pins[pin].append(line.removeprefix("    --hash="))
+        else:
+            pin = line
+            pins[pin] = []
+    return pins
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "tests/requirements.txt"])
-def test_every_requirement_is_one_exact_version(name):
-    for pin in read_pins(ROOT / name):
+def test_every_requirement_is_one_exact_version_with_the_hashes_of_its_files(name):
+    pins = read_pins(ROOT / name)
+    assert len(pins) > 100
+    for pin, hashes in pins.items():
         assert re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*( ; [^@/]+)?", pin), pin
+        assert hashes, pin
+        assert all(re.fullmatch("sha256:[0-9a-f]{64}", each) for each in hashes), pin
     assert "://" not in (ROOT / name).read_text()
 
 

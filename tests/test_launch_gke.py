@@ -1,6 +1,7 @@
 """The launcher for GKE: what it refuses, and that Kubernetes takes what it makes."""
 
 import json
+import re
 
 import kubernetes_validate
 import pytest
@@ -51,10 +52,21 @@ def jobset(*arguments):
 
 
 def expand(argument, variables):
-    """As Kubernetes expands $(NAME) and $$(NAME) in a container's arguments."""
-    for name, value in variables.items():
-        argument = argument.replace(f"$({name})", value)
-    return argument.replace("$$(", "$(")
+    """Expands a container's argument as Kubernetes does: $(NAME), and $$ for $."""
+
+    def value(found):
+        if found[0] == "$$":
+            return "$"
+        return variables.get(found[1], found[0])  # what is not defined stays as it is
+
+    return re.sub(r"\$\$|\$\(([^)]*)\)", value, argument)
+
+
+def test_arguments_arrive_at_main_as_they_were_given():
+    given = [AWKWARD, "$(A)", "$$(A)", "$$$(A)", "a$$b", "$", "$$", "$(A", "$A", "$(B)$$", "\\$(A)"]
+    result = launch("gke.py", *GKE, "--dry-run", "--", *given)
+    (container,) = one_job(json.loads(result.stdout))["template"]["spec"]["containers"]
+    assert [expand(argument, {"A": "value"}) for argument in container["args"]] == given
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def test_deep_json_is_refused_and_brackets_in_texts_are_not():
 def _zip(**changes):
     """An .npz file, with fields of its first entry changed: at some offset, by two bytes."""
     file = io.BytesIO()
-    np.savez_compressed(file, a=np.arange(1000), b=np.ones(3))
+    np.savez(file, a=np.arange(1000), b=np.ones(3), c=np.asarray(7), d=np.eye(2, 3, order="F"))
     content = bytearray(file.getvalue())
     central = content.index(b"PK\x01\x02")
     for where, (local, entry) in {"method": (8, 10), "flags": (6, 8)}.items():
@@ -39,6 +39,8 @@ def test_all_arrays_of_an_npz_file_are_read(tmp_path):
     found = read_npz(tmp_path / "a.npz")
     np.testing.assert_array_equal(found["a"], np.arange(1000))
     np.testing.assert_array_equal(found["b"], np.ones(3))
+    assert found["c"] == 7
+    np.testing.assert_array_equal(found["d"], np.eye(2, 3))
 
 
 def _pickled():

@@ -74,7 +74,7 @@ def main() -> None:
         tables = results.collect(sweep)
         results.write(tables, directory)
         plots.write(tables, directory)
-        progress.say(results.as_text(tables))
+        progress.say_lines(results.as_text(tables))
         if results_file is not None:
             report.write_section(results_file, sweep, tables)
 

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,13 +13,41 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from music_jax import progress
-from music_jax.json_files import read_json
+from music_jax.json_files import check_is_file, read_json
 from music_jax.mesh import is_main_process
 from music_jax.new_file import new_file
+from music_jax.npz_files import read_npy
 from music_jax.records import write_json
 
 _INDEX = "index.json"
 _FORMAT = 1
+
+
+class Expected(NamedTuple):
+    """What an array can be.
+
+    Attributes:
+      shape: Its shape, with the largest possible number of rows.
+      dtype: Its type.
+      values: Range of its integers; None for any values.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    values: range | None = None
+
+    @property
+    def max_bytes(self) -> int:
+        """Size of the largest such array."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def allows(self, array: np.ndarray) -> bool:
+        """Whether an array is one of these, apart from the number of its rows."""
+        if array.dtype != self.dtype or array.ndim == 0 or array.shape[1:] != self.shape[1:]:
+            return False
+        if self.values is None or not array.size:
+            return True
+        return self.values.start <= array.min() and array.max() < self.values.stop
 
 
 class ArrayCache:
@@ -29,7 +58,12 @@ class ArrayCache:
         self._directory = directory
 
     def get(
-        self, name: str, key: dict[str, Any], compute: Callable[[], dict[str, np.ndarray]]
+        self,
+        name: str,
+        key: dict[str, Any],
+        compute: Callable[[], dict[str, np.ndarray]],
+        *,
+        expected: dict[str, Expected],
     ) -> dict[str, np.ndarray]:
         """The arrays that were kept for a key, or else computes and keeps them.
 
@@ -40,13 +74,14 @@ class ArrayCache:
           name: first part of the directory's name, for people.
           key: all that the arrays depend on, as JSON holds it.
           compute: what gives the arrays, called by all processes of a run or by none.
+          expected: what `compute` can give, by name; all arrays have equally many rows.
 
         Returns:
           The arrays by name.
         """
         text = json.dumps({"format": _FORMAT, **key}, sort_keys=True)
         entry = self._directory / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-        arrays = _read(entry)
+        arrays = _read(entry, expected)
         if _all_processes(arrays is not None) and arrays is not None:
             return arrays
         arrays = compute()
@@ -58,20 +93,25 @@ class ArrayCache:
         return arrays
 
 
-def _read(entry: epath.Path) -> dict[str, np.ndarray] | None:
+def _read(entry: epath.Path, expected: dict[str, Expected]) -> dict[str, np.ndarray] | None:
     if not (entry / _INDEX).exists():
         return None
     try:
         index = read_json(entry / _INDEX)
         found = {}
-        for name, checksum in index["crc32"].items():
+        for name, like in expected.items():
+            check_is_file(entry / f"{name}.npy")
             with (entry / f"{name}.npy").open("rb") as file:
-                array = np.lib.format.read_array(file, allow_pickle=False)
-            if _checksum(array) != checksum:
+                array = read_npy(file, max_bytes=like.max_bytes)
+            if _checksum(array) != index["crc32"][name]:
                 raise ValueError(f"{name}.npy has changed")
+            if not like.allows(array):
+                raise ValueError(f"{name}.npy holds something else")
             found[name] = array
+        if len({len(array) for array in found.values()}) > 1:
+            raise ValueError("the arrays do not have as many rows as each other")
         return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         progress.say(f"features in {entry} are damaged and are computed again: {error}")
         return None
 

@@ -32,6 +32,7 @@ from music_jax.new_file import new_file
 from music_jax.npz_files import read_npz
 
 _DIRECTORY = "online_probe"
+_NPZ_OVERHEAD = 1 << 16  # bytes of a file beside its arrays, at most
 
 
 class ProbeState(NamedTuple):
@@ -282,11 +283,15 @@ class OnlineProbe:
         path = self._directory / f"{step}.npz"
         if step and path.exists():
             try:
+                size = sum(array.nbytes for array in fresh)
                 with bucket_errors(path):
-                    arrays: dict[str, Any] = read_npz(path)
+                    arrays: dict[str, Any] = read_npz(path, max_bytes=size + _NPZ_OVERHEAD)
                 found = ProbeState(**{name: arrays[name] for name in ProbeState._fields})
-                if any(a.shape != b.shape for a, b in zip(found, fresh, strict=True)):
-                    raise ValueError("it is of another size")
+                if any(
+                    (a.shape, a.dtype) != (b.shape, b.dtype)
+                    for a, b in zip(found, fresh, strict=True)
+                ):
+                    raise ValueError("it is of another size or type")
                 return found
             except (OSError, ValueError, KeyError) as error:
                 progress.say(f"the online probe starts anew, {path} being damaged: {error}")

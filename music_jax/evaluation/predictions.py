@@ -71,7 +71,7 @@ def read_predictions(workdir: epath.Path) -> Predictions | None:
                 raise ValueError("its arrays are of other shapes or types")
         if len(images) != 1 or not images[0] or min(labels.min(), indices.min()) < 0:
             raise ValueError("it names no images, or images without a label")
-        if predictions.min() < 0:
+        if predictions.min() < 0 or max(labels.max(), predictions.max()) >= 2**31:
             raise ValueError("its predictions are no labels")
         return Predictions(indices, labels, predictions, int(step))
     except (OSError, KeyError) as error:

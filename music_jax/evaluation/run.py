@@ -16,7 +16,7 @@ from music_jax.data.datasets import EvaluationSources
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.errors import UserError
-from music_jax.evaluation.cache import ArrayCache, content_bytes
+from music_jax.evaluation.cache import ArrayCache, Expected, content_bytes
 from music_jax.evaluation.features import (
     Arrays,
     Extractor,
@@ -112,6 +112,7 @@ class Run:
                 skipped=self.skipped,
                 description=f"views of {self.images.name}",
             ),
+            self._expected_floats(len(self.images), self.config.evaluation.num_views),
         )
 
     def probabilities(self) -> np.ndarray:
@@ -169,11 +170,18 @@ class Run:
             )
             return found.arrays | {"labels": found.labels, "indices": found.indices}
 
+        expected = self._expected_floats(len(source)) | {
+            "labels": Expected((len(source),), np.int32, range(-1, max(source.num_classes, 1))),
+            "indices": Expected((len(source),), np.int64, range(len(source))),
+        }
+        if not embeddings:
+            del expected["embeddings"]
         arrays = self._once(
             (id(source), of),
             f"step_{self.step}-{of}",
             self._key(source, of) | {"embeddings": embeddings},
             compute,
+            expected,
             on_disk=of != "raw_pixels",
         )
         arrays = dict(arrays)
@@ -181,6 +189,12 @@ class Run:
         if not all(np.all(np.isfinite(array)) for array in arrays.values()):
             raise UserError(f"some features of {source.name} are not finite; nothing to evaluate")
         return SplitFeatures(arrays, labels, indices)
+
+    def _expected_floats(self, *shape: int) -> dict[str, Expected]:
+        return {
+            "features": Expected((*shape, self.network.num_features), np.float32),
+            "embeddings": Expected((*shape, self.network.num_embedding), np.float32),
+        }
 
     def extractor(self, of: str, *, embeddings: bool = False) -> Extractor:
         """What computes features from images; for `of`, see `train`."""
@@ -236,10 +250,13 @@ class Run:
         name: str,
         key: dict[str, Any],
         compute: Callable[[], Arrays],
+        expected: dict[str, Expected],
         *,
         on_disk: bool = True,
     ) -> Arrays:
         if memory_key not in self._memory:
             cache = ArrayCache(self.workdir / "features")
-            self._memory[memory_key] = cache.get(name, key, compute) if on_disk else compute()
+            self._memory[memory_key] = (
+                cache.get(name, key, compute, expected=expected) if on_disk else compute()
+            )
         return self._memory[memory_key]

@@ -195,7 +195,14 @@ def _read_part(file: pathlib.Path) -> _Part | None:
     try:
         arrays = read_npz(file)
         names = parse_json(arrays["names"].tobytes().decode())
-        return _Part(names["files"], arrays["features"], arrays["codes"], names["broken"])
+        part = _Part(names["files"], arrays["features"], arrays["codes"], names["broken"])
+        rows = [(name, "") for name in part.files] + [(name, why) for name, why in part.broken]
+        if not all(isinstance(text, str) for row in rows for text in row):
+            raise ValueError("its names are no texts")
+        for array, dtype in ((part.features, np.float32), (part.codes, np.int32)):
+            if array.dtype != dtype or array.ndim != 2 or len(array) != len(part.files):
+                raise ValueError("its arrays are of other shapes or types")
+        return part
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

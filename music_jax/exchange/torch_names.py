@@ -40,6 +40,8 @@ _TRANSFORMER_PARTS = {
     "mlp_out": "mlp.fc2",
 }
 _POSITIONS = "pos_embed"
+# Of the tensors that tell which backbone it is.
+_LANDMARK_AXES = {"cls_token": 3, "patch_embed.proj.weight": 4, "conv1.weight": 4}
 
 
 def check_exchangeable(config: config_dict.ConfigDict) -> None:
@@ -111,7 +113,7 @@ def from_torch(config: config_dict.ConfigDict, tensors: Tensors, where: str) -> 
     backbone = make_frozen_backbone(config)
     expected = by_name(backbone.params) | by_name(backbone.batch_stats)
     shapes = {names[ours]: _their_shape(names[ours], x.shape) for ours, x in expected.items()}
-    if "cls_token" in tensors:
+    if "width" in BACKBONES[config.backbone.name].make.keywords:
         _check_positions(config, tensors, where)
     check_shapes(tensors, shapes, where, strict=False)
     return {
@@ -126,6 +128,12 @@ def detect_backbone(tensors: Tensors, where: str) -> dict[str, object]:
     Raises:
       UserError: it is none that there is here.
     """
+    for name, axes in _LANDMARK_AXES.items():
+        if name in tensors and tensors[name].ndim != axes:
+            raise UserError(
+                f"{where} fits no backbone: {name} has the shape {tensors[name].shape}, in place "
+                f"of one of {axes} axes"
+            )
     found: object = None
     if "cls_token" in tensors and "patch_embed.proj.weight" in tensors:
         found = (tensors["cls_token"].shape[-1], _count(tensors, r"blocks\.(\d+)\."))
@@ -224,12 +232,12 @@ def _positions(config: config_dict.ConfigDict, width: int) -> np.ndarray:
 
 def _check_positions(config: config_dict.ConfigDict, tensors: Tensors, where: str) -> None:
     found = tensors.get(_POSITIONS)
-    if found is None or found.ndim != 3:
-        raise UserError(f"{where} has no {_POSITIONS}")
+    if found is None or found.ndim != 3 or found.shape[1] < 2:
+        raise UserError(f"{where} has no {_POSITIONS} of the shape (1, 1 + patches, width)")
     side = round((found.shape[1] - 1) ** 0.5)
     there = config.copy_and_resolve_references()
     there.crop.size = 16 * side
-    expected = _positions(there, found.shape[2])
+    expected = _positions(there, BACKBONES[config.backbone.name].make.keywords["width"])
     if found.shape != expected.shape or np.abs(found - expected).max() > 1e-3:
         raise UserError(
             f"the position embedding of {where} is a learnt one; vision transformers here have the "

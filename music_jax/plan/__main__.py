@@ -68,9 +68,9 @@ def main() -> None:
 
     plans = _make_plans(config, topologies, num_images)
     progress.say("")
-    progress.say(report.table(plans))
+    progress.say_lines(report.table(plans))
     progress.say("")
-    progress.say(report.notes(plans))
+    progress.say_lines(report.notes(plans))
     if output is not None:
         output.write_text(json.dumps([plan.as_json() for plan in plans], indent=2) + "\n")
 

@@ -118,7 +118,7 @@ def kinds(runs: list[Recorded]) -> list[Kind]:
         note = "Each run's own objective: their values are not comparable."
         known[0] = known[0]._replace(note=note)
     others = sorted(names - {kind.name for kind in _KINDS})[:_MAX_OTHERS]
-    return known + [Kind(name, name, "", "", "health") for name in others]
+    return known + [Kind(name, said(name, 80), "", "", "health") for name in others]
 
 
 def points(run: Recorded) -> dict[str, Any]:

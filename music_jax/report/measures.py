@@ -175,29 +175,30 @@ class Confusion:
 
 def confusion(found: Predictions, class_names: list[str]) -> Confusion:
     """Counts the probe's predictions by class."""
-    labels, predictions = found.labels, found.predictions
-    size = int(max(labels.max(), predictions.max())) + 1
-    names = [class_names[i] if i < len(class_names) else str(i) for i in range(size)]
-    counts = np.zeros((size, size), np.int64)
-    np.add.at(counts, (labels, predictions), 1)
-    wrong = counts.copy()
-    np.fill_diagonal(wrong, 0)
-    order = np.argsort(-wrong, axis=None, kind="stable")[:_MAX_PAIRS]
-    pairs = [
-        (names[i], names[j], int(wrong[i, j]), int(counts[i].sum()))
-        for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True)
-        if wrong[i, j]
-    ]
-    left_out = max(size - _MAX_CONFUSED, 0)
+    size = int(max(found.labels.max(), found.predictions.max())) + 1
+    # Of many classes only those that occur: their number is that of the images at most.
+    both = np.stack([found.labels, found.predictions])
+    classes = np.arange(size) if size <= _MAX_CONFUSED else np.unique(both)
+    labels, predictions = np.searchsorted(classes, both)
+    names = [class_names[i] if i < len(class_names) else str(i) for i in classes.tolist()]
+    totals = np.bincount(labels, minlength=len(classes))
+    wrong = labels != predictions
+    cells, times = np.unique(labels[wrong] * len(classes) + predictions[wrong], return_counts=True)
+    pairs = []
+    for cell in np.argsort(-times, kind="stable")[:_MAX_PAIRS]:
+        i, j = divmod(int(cells[cell]), len(classes))
+        pairs.append((names[i], names[j], int(times[cell]), int(totals[i])))
+    left_out = max(len(classes) - _MAX_CONFUSED, 0)
     if left_out:
-        errors = wrong.sum(axis=0) + wrong.sum(axis=1)
+        mistaken = np.concatenate([labels[wrong], predictions[wrong]])
+        errors = np.bincount(mistaken, minlength=len(classes))
         kept = np.sort(np.argsort(-errors, kind="stable")[:_MAX_CONFUSED])
-        place = np.full(size, _MAX_CONFUSED)
+        place = np.full(len(classes), _MAX_CONFUSED)
         place[kept] = np.arange(_MAX_CONFUSED)
-        folded = np.zeros((_MAX_CONFUSED + 1,) * 2, np.int64)
-        np.add.at(folded, (place[labels], place[predictions]), 1)
+        labels, predictions = place[labels], place[predictions]
         names = [names[i] for i in kept] + [f"{left_out} others"]
-        counts = folded
+    counts = np.zeros((len(names), len(names)), np.int64)
+    np.add.at(counts, (labels, predictions), 1)
     return Confusion(names, counts, pairs, left_out)
 
 

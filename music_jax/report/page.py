@@ -105,27 +105,34 @@ def render(shown: list[Shown]) -> bytes:
 
 def _page(shown: list[Shown], *, tile: int, matrix: int) -> bytes:
     runs, sprites = [run.recorded for run in shown], _Sprites()
-    everything = []
+    kinds, everything = curves.kinds(runs), []
     for run in shown:
         data, files = payload(run, tile=tile, matrix=matrix)
         for name, url in files.items():
             data[f"{name}Class"] = sprites.add(url)
         recorded = run.recorded
+        points, bounds = curves.points(recorded), curves.bounds(recorded)
+        # In the order of the charts: a name from a file would be a key that may mean something.
         data |= {
             "name": recorded.name,
-            "curves": curves.points(recorded),
-            "bounds": curves.bounds(recorded),
+            "curves": {
+                "step": points["step"],
+                "epoch": points["epoch"],
+                "values": [points.get(kind.name) for kind in kinds],
+            },
+            "bounds": [bounds.get(kind.name) for kind in kinds],
         }
         everything.append(data)
-    kinds = curves.kinds(runs)
     charts = [
-        {**kind._asdict(), "alt": curves.described(kind, runs), "any_bound": _bounded(kind, runs)}
-        for kind in kinds
+        {
+            **kind._asdict(),
+            "index": index,
+            "alt": curves.described(kind, runs),
+            "any_bound": _bounded(kind, runs),
+        }
+        for index, kind in enumerate(kinds)
     ]
-    drawn = {
-        "runs": everything,
-        "curves": [{k: c[k] for k in ("name", "title", "unit")} for c in charts],
-    }
+    drawn = {"runs": everything, "units": [kind.unit for kind in kinds]}
     script = "\n".join(_read(name) for name in _SCRIPTS)
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_read),
@@ -152,7 +159,7 @@ def _page(shown: list[Shown], *, tile: int, matrix: int) -> bytes:
         library=_raw(_compressed_library()),
         data=_raw(_compressed(json.dumps(drawn, allow_nan=False, separators=(",", ":")))),
     )
-    return text.encode()
+    return text.encode(errors="backslashreplace")  # lone surrogates stand for bytes of names
 
 
 class _Tables(NamedTuple):

@@ -59,6 +59,7 @@ class Checkpoints:
             cannot be kept there.
         """
         check_checkpoint_path(workdir)
+        ignore_late_answers()
         self._workdir = workdir
         self._read_only = read_only
         self._ignore_failed_saves = ignore_failed_saves
@@ -186,7 +187,6 @@ class Checkpoints:
             are ignored.
         """
         self.wait()
-        ignore_late_answers()
         copied = jax.block_until_ready(_on_host(_as_tree(state)))
         self._saving = step
         self._writing = self._writer.submit(self._write, step, copied, _input_position(step, order))

@@ -25,7 +25,7 @@ def describe(
     """Prints the parameters, the devices, the arithmetic of the batch and the objective."""
     device = mesh.devices.flat[0]
     objective = config.objective
-    progress.say(
+    progress.say_lines(
         parameter_overview.get_parameter_overview(
             _plain(state.params), include_stats=False, max_lines=80
         )

@@ -67,19 +67,22 @@ def find_damage(directory: epath.Path) -> str | None:
     return None
 
 
-def _files(directory: epath.Path, prefix: str = "") -> dict[str, epath.Path]:
+def _files(directory: epath.Path) -> dict[str, epath.Path]:
     """Every file below a directory but those that are stamped later, by relative name."""
     found: dict[str, epath.Path] = {}
-    for path in directory.iterdir():
-        name = prefix + path.name
-        if "://" not in str(path):
-            mode = os.lstat(path).st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # it could lead anywhere
-                raise OSError(f"{name} is neither a file nor a directory")
-        if path.is_dir():
-            found |= _files(path, f"{name}/")
-        elif name not in (CHECKSUMS, _STEP_METADATA, _COMMIT_MARK):
-            found[name] = path
+    folders = [("", directory)]
+    while folders:
+        prefix, folder = folders.pop()
+        for path in folder.iterdir():
+            name = prefix + path.name
+            if "://" not in str(path):
+                mode = os.lstat(path).st_mode
+                if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # it could lead anywhere
+                    raise OSError(f"{name} is neither a file nor a directory")
+            if path.is_dir():
+                folders.append((f"{name}/", path))
+            elif name not in (CHECKSUMS, _STEP_METADATA, _COMMIT_MARK):
+                found[name] = path
     return found
 
 

@@ -17,6 +17,7 @@ from etils import epath
 from music_jax import progress
 from music_jax.errors import UserError
 from music_jax.json_files import parse_json, read_text
+from music_jax.terminal import printable
 
 _FILE = "lock"
 _MAX_CHARACTERS = 4096  # what is written is far shorter
@@ -50,12 +51,14 @@ class WorkdirLock:
         """Takes the lock.
 
         Raises:
-          UserError: another process holds it, whose host and pid the message tells, or it cannot
-            be read or written.
+          UserError: Another process holds it, whose host and pid the message tells; it cannot be
+            read or written; or it is a hard link, so that writing it would change another file.
         """
         try:
             if "://" not in str(self._workdir):
                 self._file = open(self._path, "a")
+                if os.fstat(self._file.fileno()).st_nlink > 1:
+                    raise UserError(f"{self._path} is another file too, by a hard link; remove it")
             os_lock = self._take_os_lock()
             holder = _read(self._path)
             if holder and not self._has_ended(holder, os_lock):
@@ -123,10 +126,11 @@ class WorkdirLock:
             with contextlib.suppress(OSError):  # a full disk, a bucket out of reach for a while
                 holder = _read(self._path)
                 if holder and not self._is_mine(holder):
-                    sys.stderr.write(
-                        f"\nerror: {self._workdir} was taken over by {_name(holder)} while this "
-                        "process stood still\n"
+                    told = (
+                        f"error: {self._workdir} was taken over by {_name(holder)} while this "
+                        "process stood still"
                     )
+                    sys.stderr.write(f"\n{printable(told)}\n")
                     sys.stderr.flush()
                     os._exit(UserError.exit_code)
                 self._write()

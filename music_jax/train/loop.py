@@ -116,7 +116,7 @@ def _train_and_evaluate(
             done = "trained and evaluated" if results else "trained"
             progress.say(f"{directory} is done: {num_steps} steps {done}")
             if results:
-                progress.say(results_table(results))
+                progress.say_lines(results_table(results))
             return checkpoints.restore(start_step, shapes, mesh, order)
         describe(config, mesh, source, order, shapes, start_step)
         run = _Run(
@@ -175,7 +175,7 @@ def _train_and_evaluate(
     )
     if is_main_process():
         results = read_results(config, directory, num_steps) or {}
-        progress.say(results_table(results))
+        progress.say_lines(results_table(results))
         writers.scalars(num_steps, {f"{name}_top1": r["top1"] for name, r in results.items()})
     records.report_skipped(skipped)
     return state

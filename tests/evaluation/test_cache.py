@@ -1,10 +1,12 @@
 """The features on disk: taken once, and never when they are damaged."""
 
+import json
+
 import numpy as np
 import pytest
 from etils import epath
 
-from music_jax.evaluation.cache import ArrayCache
+from music_jax.evaluation.cache import ArrayCache, Expected, _checksum
 
 
 class _Counting:
@@ -13,11 +15,21 @@ class _Counting:
 
     def __call__(self):
         self.calls += 1
-        return {"features": np.arange(12.0).reshape(3, 4), "labels": np.zeros(0, np.int32)}
+        return {
+            "features": np.arange(12, dtype=np.float32).reshape(3, 4),
+            "labels": np.asarray([1, -1, 0], np.int32),
+        }
+
+
+_EXPECTED = {
+    "features": Expected((5, 4), np.float32),
+    "labels": Expected((5,), np.int32, range(-1, 2)),
+}
 
 
 def _get(directory, compute, key="a"):
-    return ArrayCache(epath.Path(directory)).get("test", {"step": key}, compute)
+    cache = ArrayCache(epath.Path(directory))
+    return cache.get("test", {"step": key}, compute, expected=_EXPECTED)
 
 
 def test_arrays_are_computed_once_a_key(tmp_path):
@@ -41,6 +53,24 @@ def _pickle(path):
     np.save(path, np.asarray([{"a": 1}], object), allow_pickle=True)
 
 
+def _header(old, new):
+    return lambda path: path.write_bytes(path.read_bytes().replace(old, new, 1))
+
+
+def _sealed(change):
+    """Damages an array and writes the checksum that it then has."""
+
+    def damage(path):
+        array = change(np.load(path))
+        np.save(path, array)
+        index = path.with_name("index.json")
+        record = json.loads(index.read_text())
+        record["crc32"][path.stem] = _checksum(array)
+        index.write_text(json.dumps(record))
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("file", "damage"),
     [
@@ -49,6 +79,17 @@ def _pickle(path):
         ("features.npy", lambda path: path.unlink()),
         ("features.npy", _pickle),
         ("labels.npy", lambda path: path.write_bytes(b"")),
+        ("features.npy", _header(b"(", b")")),  # SyntaxError in NumPy
+        ("features.npy", _header(b"(3, 4)", b"(3, 99999999999)")),
+        ("features.npy", _sealed(lambda array: array[:2])),
+        ("features.npy", _sealed(lambda array: array[:, :3])),
+        ("features.npy", _sealed(lambda array: array[0, 0])),
+        ("features.npy", _sealed(lambda array: array.astype(np.float16))),
+        ("features.npy", _sealed(lambda array: np.tile(array, (2, 1)))),
+        ("labels.npy", _sealed(lambda array: array + 1)),
+        ("labels.npy", _sealed(lambda array: array - 1)),
+        ("index.json", lambda path: path.write_text('{"crc32": {"features": 1}}')),
+        ("index.json", lambda path: path.write_text('{"crc32": 5}')),
         ("index.json", lambda path: path.write_text("{")),
         ("index.json", lambda path: path.write_text("[]")),
         ("index.json", lambda path: path.write_text("[" * 100_000)),

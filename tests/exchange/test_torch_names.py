@@ -1,10 +1,13 @@
 """Weights in torchvision's and timm's layout; `reference/make_torch.py` says where from."""
 
 import json
+import os
 import pathlib
+import struct
 
 import numpy as np
 import pytest
+from etils import epath
 from philox_weights import philox_images, philox_weights
 from safetensors.numpy import save_file
 
@@ -12,7 +15,7 @@ import music_jax
 from music_jax.config import default_config
 from music_jax.errors import UserError
 from music_jax.exchange.importing import import_weights
-from music_jax.exchange.tensors import by_name
+from music_jax.exchange.tensors import by_name, read_safetensors
 from music_jax.exchange.torch_names import from_torch, to_torch
 from music_jax.models.network import make_frozen_backbone
 from music_jax.models.vision_transformer import sincos_positions
@@ -149,9 +152,30 @@ def _deeper(weights):
     weights["layer3.2.conv1.weight"] = weights["layer3.1.conv1.weight"]
 
 
+def _set(name, value):
+    return lambda weights: weights.update({name: value})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            _set("conv1.weight", np.zeros((), np.float32)),
+            r"conv1\.weight has the shape \(\), in place of one of",
+        ),
+        (
+            _set("conv1.weight", np.ones((64, 3), np.float32)),
+            r"shape \(64, 3\), in place of one of 4",
+        ),
+        (
+            _set("bn1.weight", np.zeros((), np.float32)),
+            r"bn1\.weight of shape \(\) in place of \(64,\)",
+        ),
+        (
+            _set("bn1.weight", np.ones(64, np.int64)),
+            r"bn1\.weight of type int64 in place of a float",
+        ),
+        (_set("bn1.weight", np.ones(64, bool)), r"bn1\.weight of type bool in place of a floating"),
         (_without, r"no layer3\.1\.bn2\.running_var"),
         (_one_channel, "takes images of 1 channels; config.dataset.num_channels is 3"),
         (_other_width, r"layer1\.0\.conv1\.weight of shape \(128, 64, 3, 3\) in place of"),
@@ -165,6 +189,78 @@ def test_weights_of_another_network_are_refused(change, message, tmp_path):
     with pytest.raises(UserError, match=message):
         _import(tmp_path, weights)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("cls_token", (), r"cls_token has the shape \(\), in place of one of 3 axes"),
+        ("patch_embed.proj.weight", (384, 768), "in place of one of 4 axes"),
+        ("pos_embed", (), "has no pos_embed of the shape"),
+        ("pos_embed", (1, 0, 384), "has no pos_embed of the shape"),
+        ("pos_embed", (1, 197, 5), "is a learnt one"),
+        ("pos_embed", (1, 7, 384), "is a learnt one"),
+    ],
+)
+def test_tensors_of_other_shapes_are_refused(name, shape, message, tmp_path):
+    weights = _weights("vit_s16")
+    weights[name] = np.zeros(shape, np.float32)
+    with pytest.raises(UserError, match=message):
+        _import(tmp_path, weights)
+
+
+def _raw_safetensors(path, kind, shape, content):
+    described = {"dtype": kind, "shape": shape, "data_offsets": [0, len(content)]}
+    header = json.dumps({"a": described}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + content)
+    return epath.Path(path)
+
+
+def test_halves_and_bfloat16_are_read_as_float32(tmp_path):
+    values = [1.0, -0.5, 3.140625, 65504.0, 2.0**-14]
+    half = np.asarray(values, np.float16).tobytes()
+    tensors, _ = read_safetensors(_raw_safetensors(tmp_path / "half", "F16", [5], half))
+    np.testing.assert_array_equal(tensors["a"], np.asarray(values, np.float32))
+    # The upper half of the bits of a float32.
+    bits = np.asarray([0x3F80, 0xC049, 0x0001], np.uint16)
+    path = _raw_safetensors(tmp_path / "bfloat16", "BF16", [3], bits.tobytes())
+    tensors, _ = read_safetensors(path)
+    assert tensors["a"].dtype == np.float32
+    expected = (bits.astype(np.uint32) << 16).view(np.float32)
+    np.testing.assert_array_equal(tensors["a"], expected)
+    assert tensors["a"][0] == 1
+    assert tensors["a"][1] == -3.140625
+
+
+@pytest.mark.parametrize(
+    "kind", ["F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64", "F4"]
+)
+def test_types_without_a_meaning_of_their_own_are_refused(kind, tmp_path):
+    size = {"C64": 64, "F4": 4}.get(kind, 8)
+    path = _raw_safetensors(tmp_path / "x", kind, [8], bytes(size))
+    with pytest.raises(UserError, match=f"a is of the type {kind}, which is not read here"):
+        read_safetensors(path)
+
+
+def _fifo(path):
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    "make", [_fifo, pathlib.Path.mkdir, lambda path: path.symlink_to("/dev/zero")]
+)
+def test_what_is_no_file_is_refused_and_not_waited_for(make, tmp_path):
+    make(tmp_path / "theirs")
+    with pytest.raises(UserError, match="is not a regular file"):
+        import_weights(str(tmp_path / "theirs"), str(tmp_path / "run"), _config("resnet50"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_of_more_than_weights_is_refused_before_it_is_read(tmp_path):
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(5 << 30)
+    with pytest.raises(UserError, match=r"has 5\.0 GiB, and 4 are read at most"):
+        read_safetensors(epath.Path(tmp_path / "sparse"))
 
 
 def test_learnt_positions_are_refused(tmp_path):

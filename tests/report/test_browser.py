@@ -127,7 +127,7 @@ def test_the_theme_can_be_changed(opened):
     opened.draw_all()
     colours = (
         "[getComputedStyle(document.body).backgroundColor,"
-        " getComputedStyle(document.querySelector('[data-curve=loss] .ytitle')).fill]"
+        " getComputedStyle(document.querySelector(\"[data-curve='0'] .ytitle\")).fill]"
     )
     light = page.evaluate(colours)
     button = page.locator("#theme")
@@ -167,13 +167,13 @@ def test_a_dot_of_the_map_shows_its_image_and_leads_to_its_neighbours(opened):
 
 def test_curves_are_drawn_over_epochs_or_steps_with_the_bound(opened):
     page = opened.page
-    page.locator("[data-curve=loss]").scroll_into_view_if_needed()
-    title = page.locator("[data-curve=loss] .xtitle")
+    page.locator("[data-curve='0']").scroll_into_view_if_needed()
+    title = page.locator("[data-curve='0'] .xtitle")
     title.wait_for()
     assert title.text_content() == "epoch"
-    assert "bound −4.828" in page.locator("[data-curve=loss]").text_content()
+    assert "bound −4.828" in page.locator("[data-curve='0']").text_content()
     page.locator("#curves-axis").select_option("step")
-    page.locator("[data-curve=loss] .xtitle", has_text="step").wait_for()
+    page.locator("[data-curve='0'] .xtitle", has_text="step").wait_for()
 
 
 def test_an_old_browser_is_told_what_is_missing(browser, reports):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from music_jax.errors import UserError
-from music_jax.report import page
+from music_jax.report import curves, page
 from tests.report.reports import (
     HOSTILE,
     data_of,
@@ -78,14 +78,18 @@ def test_everything_is_said(finished):
         HOSTILE,
     ):
         assert part in said, part
-    alt = re.search(r'data-curve="loss" role="img" aria-label="([^"]*)"', text)[1]
+    alt = re.search(r'data-curve="0" role="img" aria-label="([^"]*)"', text)[1]
     assert "in nats" in alt
     assert "-1.8 at step 1, -4.7 at step 30, bound -4.828" in alt
     figures = data_of(text)["runs"][0]
-    assert figures["bounds"]["loss"] == pytest.approx(-3 * np.log(5))
-    assert figures["bounds"]["cross_segment"] == pytest.approx(-2 * np.log(5))
-    assert figures["curves"]["images_per_second"][:2] == [None, 640.0]
-    assert max(figures["curves"]["online_top1"]) == pytest.approx(100 * 30 / 35, rel=1e-4)
+    order = [kind.name for kind in curves.kinds([finished.recorded])]
+    bounds = dict(zip(order, figures["bounds"], strict=True))
+    assert bounds["loss"] == pytest.approx(-3 * np.log(5))
+    assert bounds["cross_segment"] == pytest.approx(-2 * np.log(5))
+    assert bounds["learning_rate"] is None
+    drawn = dict(zip(order, figures["curves"]["values"], strict=True))
+    assert drawn["images_per_second"][:2] == [None, 640.0]
+    assert max(drawn["online_top1"]) == pytest.approx(100 * 30 / 35, rel=1e-4)
 
 
 def test_what_the_run_says_is_nowhere_taken_for_markup(finished):

@@ -1,19 +1,19 @@
 // The curves of a training: all runs in each chart, with the bound.
 
-function drawCurves({ runs, curves }) {
+function drawCurves({ runs, units }) {
   const axis = $("#curves-axis");
   if (!axis) return;
-  for (const { name, title, unit } of curves) {
-    chart($(`[data-curve="${CSS.escape(name)}"]`), (colours) => curveFigure(runs, name, title, unit, axis.value, colours));
-  }
+  units.forEach((unit, curve) => {
+    chart($(`[data-curve="${curve}"]`), (colours) => curveFigure(runs, curve, unit, axis.value, colours));
+  });
   axis.addEventListener("change", () => $$("[data-curve]").forEach(redraw));
 }
 
-function curveFigure(runs, name, title, unit, axis, colours) {
+function curveFigure(runs, curve, unit, axis, colours) {
   const data = [];
   const levels = new Set();
   runs.forEach((run, index) => {
-    const y = run.curves[name];
+    const y = run.curves.values[curve];
     if (!y) return;
     const few = y.filter((value) => value !== null).length <= 40;
     data.push({
@@ -26,7 +26,7 @@ function curveFigure(runs, name, title, unit, axis, colours) {
       marker: { size: 5 },
       hovertemplate: `${axis} %{x:.4~g}: %{y:.4~g} ${plain(unit)}${runs.length > 1 ? ` (${plain(run.name)})` : ""}<extra></extra>`,
     });
-    if (name in run.bounds) levels.add(run.bounds[name]);
+    if (run.bounds[curve] !== null) levels.add(run.bounds[curve]);
   });
   const lines = [...levels].map((level) => ({
     type: "line", xref: "paper", x0: 0, x1: 1, y0: level, y1: level,
