@@ -13,7 +13,7 @@ nearest neighbours; writes linear_eval.json and knn.json into the workdir.
   python -m music_jax.linear_eval --workdir=runs/mnist5k --checkpoint=1550
   python -m music_jax.linear_eval --workdir=runs/mnist5k --config.linear_eval.num_epochs=200
 
-Exit codes: 0 done; 2 wrong input; 3 unusable data; 75 stopped by a signal.
+Exit codes: 0 done; 2 wrong input; 3 unusable data, or a probe diverged; 75 stopped by a signal.
 """
 
 

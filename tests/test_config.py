@@ -66,7 +66,7 @@ def test_imagenet_is_the_recipe_of_the_paper():
         ("accumulation_steps", 3, "accumulation_steps must divide batch_size = "),
         ("accumulation_steps", 0, "accumulation_steps must be at least 1"),
         ("sharding.fsdp", 0, "fsdp must be at least 1"),
-        ("batch_size", 0, "batch_size must be at least 1"),
+        ("batch_size", 0, "batch_size must be at least 2"),
         ("num_epochs", -3, "num_epochs must be at least 1"),
         ("optimizer.warmup_epochs", 1000, "warmup_epochs must be in"),
         ("optimizer.base_learning_rate", float("nan"), "must be a finite number"),

@@ -117,9 +117,8 @@ def test_top_k_accuracies_are_scikit_learns():
             np.testing.assert_allclose(found[i, j], expected)
 
 
-@pytest.mark.parametrize("value", [0.0, np.nan])
-def test_scores_that_tell_nothing_are_never_right(value):
-    heads = Heads(np.full((1, 4, 10), value, np.float32), np.zeros((1, 10), np.float32))
+def test_scores_that_are_all_alike_are_never_right():
+    heads = Heads(np.zeros((1, 4, 10), np.float32), np.zeros((1, 10), np.float32))
     features = np.ones((7, 4), np.float32)
     np.testing.assert_array_equal(accuracies(heads, features, np.arange(7)), [[0.0, 0.0]])
 
