@@ -141,33 +141,32 @@ class Source:
             found.update(label for label in self._labels([index]) if label >= 0)
         return len(found) >= count
 
-    def labelled_rows(self) -> np.ndarray:
-        """The images that have a label.
+    def labels(self) -> np.ndarray:
+        """The labels of all images.
 
         No image is decoded. A folder's labels are known; those of other sources are in the records,
-        all of which are read: ImageNet as TFDS stores it in one to three minutes. An image whose
-        record is damaged is among the rows: whoever reads it skips it and takes note.
+        all of which are read: ImageNet as TFDS stores it in one to three minutes.
 
         Returns:
-          Their indices, int64, ascending.
+          int32 [images], -1 where an image has none and -2 where the record is damaged.
         """
         if (known := _known_labels(self.records)) is not None:
-            return np.flatnonzero(known >= 0)
+            return known
         if not self.num_classes:
-            return np.arange(0)
+            return np.full(len(self), -1, np.int32)
         parts = np.array_split(np.arange(len(self)), -(-len(self) // _LABELS_AT_ONCE))
-        rows = []
+        found = []
         with (
             concurrent.futures.ThreadPoolExecutor() as pool,
             progress.bar(len(self), unit="img", description=f"labels of {self.name}") as bar,
         ):
-            for part, labels in zip(parts, pool.map(self._labels, parts), strict=True):
-                rows.append(part[np.asarray(labels) != -1])
-                bar.update(len(part))
-        return np.concatenate(rows)
+            for labels in pool.map(self._labels, parts):
+                found += labels
+                bar.update(len(labels))
+        return np.asarray(found, np.int32)
 
     def _labels(self, indices: Iterable[int]) -> list[int]:
-        """The labels of images, -1 where there is none and -2 where the record is damaged."""
+        """The labels of some images, as `labels` gives them."""
         found = []
         for index in indices:
             try:
@@ -232,11 +231,11 @@ def open_source(dataset: config_dict.ConfigDict, split: str) -> Source:
     label, names, no_classes = features.get(dataset.label_key), (), ""
     if label is None:
         no_classes = f"{dataset.name} has no feature {dataset.label_key!r}"
-    elif isinstance(label, tfds.features.ClassLabel) and label.num_classes:
+    elif isinstance(label, tfds.features.ClassLabel):
         names = tuple(label.names)
     else:
         kind = type(label).__name__
-        no_classes = f"its feature {dataset.label_key!r} is a {kind}, not a ClassLabel with names"
+        no_classes = f"its feature {dataset.label_key!r} is a {kind}, not a ClassLabel"
     try:
         still_encoded = {
             key: tfds.decode.SkipDecoding()

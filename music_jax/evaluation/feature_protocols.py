@@ -183,17 +183,17 @@ def retrieval(run: Run) -> Figures:
 
 def clustering(run: Run) -> Figures:
     """Each segment's units as clusters of the test images, and clusters of the joint code."""
-    outputs, probabilities = run.unlabelled(), run.probabilities()
-    labelled = np.flatnonzero(outputs.labels >= 0)
-    labels = outputs.labels[labelled]
-    if len(np.unique(labels)) < 2:
+    labels = run.unlabelled().labels
+    labelled = np.flatnonzero(labels >= 0)
+    labels, probabilities = labels[labelled], run.probabilities()[labelled]
+    num_clusters = len(np.unique(labels))
+    if num_clusters < 2:
         raise NotMeasurableError("clustering needs test images with labels of two classes or more")
     codes = probabilities.argmax(axis=2)  # [images, segments]
     agreement = agreement_between_segments(codes)
-    scores = [cluster_scores(codes[labelled, s], labels) for s in range(codes.shape[1])]
+    scores = [cluster_scores(codes[:, s], labels) for s in range(codes.shape[1])]
     chosen = int(np.argmax(agreement))
     oracle = int(np.argmax([score.accuracy for score in scores]))
-    num_clusters = len(np.unique(labels))
     joint = joint_clusters(
         probabilities,
         num_clusters=num_clusters,
@@ -202,7 +202,7 @@ def clustering(run: Run) -> Figures:
     )
     return {
         "joint_code": {
-            **cluster_scores(joint[labelled], labels)._asdict(),
+            **cluster_scores(joint, labels)._asdict(),
             "num_clusters": num_clusters,
         },
         "chosen_segment": {

@@ -156,7 +156,7 @@ def make_online_probe(
             f"{source.no_classes and f' ({source.no_classes})'}; name a labelled set with "
             "--config.online_probe.train=, a folder or NAME:SPLIT of TFDS"
         )
-    rows = source.labelled_rows()
+    rows = np.flatnonzero(source.labels() != -1)
     if len(rows) < 2:
         raise UserError(
             f"only {len(rows)} of the {len(source)} images of {source.name} have a label, too few "

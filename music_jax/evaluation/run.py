@@ -82,29 +82,28 @@ class Run:
           NotMeasurableError: the images do not have labels of two classes.
           UserError: a feature is not finite.
         """
-        found = self._labelled(self.evaluation_sources().train, of)
-        if len(np.unique(found.labels)) < 2:
-            name = self.evaluation_sources().train.name
-            raise NotMeasurableError(
-                f"the images of {name} that have a label and can be decoded are of one class; two "
-                "are needed to learn from"
-            )
-        return found
+        return self._labelled(self.evaluation_sources().train, of, classes=2)
 
     def test(self, of: str = "trained") -> SplitFeatures:
         """Features of the labelled test images; arguments and errors as `train`."""
-        return self._labelled(self.evaluation_sources().test, of)
+        return self._labelled(self.evaluation_sources().test, of, classes=1)
 
     def labelled_rows(self, split: Literal["train", "test"]) -> np.ndarray:
         """Indices of the images of a split that have a label, ascending; all labels are read once.
 
         Features bring their labels along, so that only what reads the images themselves needs this.
+        An image whose record is damaged is among them: it is skipped, and noted, when it is read.
+
+        Raises:
+          NotMeasurableError: as `train` and `test`.
         """
         source = getattr(self.evaluation_sources(), split)
-        key = ("labelled", id(source))
+        key = ("labels", id(source))
         if key not in self._memory:
-            self._memory[key] = {"rows": source.labelled_rows()}
-        return self._memory[key]["rows"]
+            self._memory[key] = {"labels": source.labels()}
+        labels = self._memory[key]["labels"]
+        _check_classes(source, labels, 2 if split == "train" else 1)
+        return np.flatnonzero(labels != -1)
 
     def unlabelled(self) -> SplitFeatures:
         """`features` and `embeddings` of all `images`, whether they have a label or not."""
@@ -165,10 +164,10 @@ class Run:
         counts = {}
         for split in splits:
             source = getattr(self.evaluation_sources(), split)
-            if ("labelled", id(source)) in self._memory:
+            if ("labels", id(source)) in self._memory:
                 counts[split] = len(source) - len(self.labelled_rows(split))
             else:
-                counts[split] = self._labelled(source, "trained").without_label
+                counts[split] = self._split(source, "trained").labelled().without_label
         return {"without_label": counts} if any(counts.values()) else {}
 
     @property
@@ -186,12 +185,9 @@ class Run:
             raise NotMeasurableError(self.why_not)
         return self.sources
 
-    def _labelled(self, source: Source, of: str) -> SplitFeatures:
+    def _labelled(self, source: Source, of: str, *, classes: int) -> SplitFeatures:
         found = self._split(source, of).labelled()
-        if not len(found):
-            raise NotMeasurableError(
-                f"none of the {len(source)} images of {source.name} has a label and can be decoded"
-            )
+        _check_classes(source, found.labels, classes)
         return found
 
     def _split(self, source: Source, of: str) -> SplitFeatures:
@@ -283,6 +279,15 @@ class Run:
             cache = ArrayCache(self.workdir / "features")
             self._memory[memory_key] = cache.get(name, key, compute) if on_disk else compute()
         return self._memory[memory_key]
+
+
+def _check_classes(source: Source, labels: np.ndarray, least: int) -> None:
+    classes = len(np.unique(labels[labels >= 0]))
+    if classes < least:
+        raise NotMeasurableError(
+            f"the images of {source.name} that can be decoded have labels of {classes} classes; at "
+            f"least {least} are needed"
+        )
 
 
 def _check_finite(arrays: Arrays, images: str) -> None:

@@ -12,7 +12,12 @@ from music_jax.data import datasets
 from music_jax.data.decode import decode
 from music_jax.data.folder import MAX_FILE_BYTES, open_folder
 from music_jax.data.skipped import SkippedImages
-from music_jax.errors import NotMeasurableError, UndecodableError, UserError
+from music_jax.errors import (
+    NotMeasurableError,
+    UndecodableError,
+    UnusableDataError,
+    UserError,
+)
 
 
 def _write(path, value=7):
