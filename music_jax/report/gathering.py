@@ -161,13 +161,13 @@ def payload(shown: Shown, *, tile: int, matrix: int) -> tuple[dict[str, Any], di
 
 
 def _probed_on(shown: Shown) -> bool:
-    """Whether the probe's test images are those that are shown and have a label."""
+    """Whether the probe's test images are those that are shown."""
     seen, found = shown.seen, shown.recorded.predictions
     if seen is None or found is None:
         return False
     known = dict(zip(found.indices.tolist(), found.labels.tolist(), strict=True))
     pairs = zip(seen.indices.tolist(), seen.labels.tolist(), strict=True)
-    return all(known.get(index, label) == label for index, label in pairs if label >= 0)
+    return all(known.get(index, label) == label for index, label in pairs)
 
 
 def _confusion_data(found: measures.Confusion | None) -> dict[str, Any] | None:
