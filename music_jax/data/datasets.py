@@ -74,7 +74,7 @@ def evaluation_sources(
     if config.evaluation.train not in ("", config.dataset.path):
         train = open_named(config, config.evaluation.train)
     else:
-        train = training or training_source(config)
+        train = training_source(config) if training is None else training
     for source, field, classes in ((train, "evaluation.train", 2), (test, "evaluation.test", 1)):
         if missing := _missing_labels(source, classes):
             raise NotMeasurableError(
@@ -126,11 +126,12 @@ def _missing_labels(source: Source, classes: int) -> str:
         return source.no_classes
     if source.num_classes < 2:
         return "every image must lie in one of two or more class folders"
-    if source.has_classes(classes):
+    found = source.count_classes(classes)
+    if found >= classes:
         return ""
-    if not source.has_classes(1):
+    if not found:
         return f"none of its {len(source):,} images has a label"
-    return f"all of its {len(source):,} images that have a label are of one class"
+    return f"those of its {len(source):,} images that have a label are all of one class"
 
 
 def open_path(path: str) -> Source:

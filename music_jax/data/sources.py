@@ -130,16 +130,16 @@ class Source:
             raise UndecodableError(f"its label {label} is none of {self.num_classes} classes")
         return label
 
-    def has_classes(self, count: int) -> bool:
-        """Whether images of at least so many different classes are there; stops once they are."""
+    def count_classes(self, at_most: int) -> int:
+        """Counts the classes that images have, and stops reading once there are so many."""
         if (known := _known_labels(self.records)) is not None:
-            return len(np.unique(known[known >= 0])) >= count
+            return min(len(np.unique(known[known >= 0])), at_most)
         found: set[int] = set()
-        for index in range(len(self)):
-            if len(found) >= count:
+        for index in range(len(self) if self.num_classes else 0):
+            if len(found) >= at_most:
                 break
             found.update(label for label in self._labels([index]) if label >= 0)
-        return len(found) >= count
+        return len(found)
 
     def labels(self) -> np.ndarray:
         """The labels of all images.

@@ -119,7 +119,10 @@ def test_a_set_without_classes_is_read_without_labels(data_dir, name):
         ({"dataset__name": "scalar"}, "its feature 'label' is a Scalar, not a ClassLabel"),
         ({"dataset__name": "text"}, "its feature 'label' is a Text, not a ClassLabel"),
         ({"dataset__name": "many"}, "its feature 'label' is a Sequence, not a ClassLabel"),
-        ({"dataset__name": "one_class"}, "that have a label are of one class.*evaluation.train"),
+        (
+            {"dataset__name": "one_class"},
+            r"4 images that have a label are all of one class.*evaluation\.train=",
+        ),
         (
             {"dataset__name": "partly", "evaluation__test": "partly:unlabelled"},
             "none of its 5 images has a label.*evaluation.test",
@@ -155,7 +158,7 @@ def test_all_labels_are_read_from_the_records(data_dir):
     assert [source.example(i)[1] for i in range(25)] == expected
     rows = np.asarray([24, 3, 0, 11])
     assert source.subset(rows).labels().tolist() == [expected[i] for i in rows]
-    assert source.has_classes(2)
+    assert [source.count_classes(n) for n in (1, 2, 99)] == [1, 2, len({*expected} - {-1})]
 
 
 def test_images_that_nothing_needs_are_not_opened(tmp_path, data_dir):
