@@ -208,7 +208,6 @@ def validate(config: config_dict.ConfigDict) -> None:
             checks.check_one_of(config, field, known)
     checks.check_backbone(config)
     for field in (
-        "batch_size",
         "accumulation_steps",
         "num_epochs",
         "log_every_steps",
@@ -222,18 +221,16 @@ def validate(config: config_dict.ConfigDict) -> None:
         "evaluation.view_images",
         "few_shot.draws",
         "semi_supervised.num_epochs",
-        "semi_supervised.batch_size",
         "finetune.num_epochs",
-        "finetune.batch_size",
         "retrieval.max_gallery",
         "clustering.num_starts",
         "online_probe.every_steps",
-        "online_probe.batch_size",
     ):
         checks.check_at_least(config, field, 1)
     threads = config.num_decode_threads
     if threads is not None and not 1 <= threads <= 1024:
         raise checks.wrong(config, "num_decode_threads", "be in [1, 1024]; unset means one a core")
+    checks.check_batches(config)
     checks.check_guards(config)
     for field in ("objective.num_segments", "objective.units_per_segment"):
         checks.check_at_least(config, field, 2)
@@ -257,8 +254,6 @@ def validate(config: config_dict.ConfigDict) -> None:
             raise checks.wrong(config, field, "be in [0, 1)")
     if config.sharding.fsdp is not None:
         checks.check_at_least(config, "sharding.fsdp", 1)
-    if config.batch_size % config.accumulation_steps:
-        raise checks.wrong(config, "accumulation_steps", f"divide batch_size = {config.batch_size}")
     if not 0 <= config.seed < 2**32:
         raise checks.wrong(config, "seed", "be in [0, 2**32)")
     if config.crop.eval_resize < config.crop.size:

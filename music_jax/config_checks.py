@@ -78,6 +78,26 @@ def check_guards(config: config_dict.ConfigDict) -> None:
             raise wrong(config, f"guards.{field}", "be in [0, 1]")
 
 
+def check_batches(config: config_dict.ConfigDict) -> None:
+    """Checks that a batch that is normalized by its own statistics has at least two samples.
+
+    The batch is the global one, over all devices; with accumulation each microbatch is normalized.
+    """
+    for part in ("semi_supervised.", "finetune.", "online_probe.", ""):
+        if get(config, f"{part}batch_size") < 2:
+            raise wrong(config, f"{part}batch_size", "be at least 2: it is normalized as a whole")
+    size, parts = config.batch_size, config.accumulation_steps
+    if size % parts:
+        raise wrong(config, "accumulation_steps", f"divide batch_size = {size}")
+    if size // parts < 2:
+        raise wrong(
+            config,
+            "accumulation_steps",
+            f"leave two samples or more of batch_size = {size} to each microbatch, which is "
+            "normalized as a whole",
+        )
+
+
 def check_evaluation(config: config_dict.ConfigDict) -> None:
     """Checks the protocols' own parts."""
     check_at_least(config, "evaluation.num_views", 2)

@@ -13,8 +13,12 @@ class UserError(MusicError):
     exit_code = 2
 
 
+class NotMeasurableError(UserError):
+    """The images do not allow a measure: they have no labels, or are too few; others may be."""
+
+
 class DivergedError(MusicError):
-    """A guard tripped: a loss that was not finite or leapt, or a collapse; see `train.guards`."""
+    """A guard tripped (see `train.guards`), or a probe's weights or scores are not finite."""
 
     exit_code = 3
 

@@ -36,7 +36,9 @@ The protocols:
 Features are computed once and kept beside the results, in features/, which may be deleted at any
 time. What has been measured in the same way before is not measured again; see --again.
 
-Exit codes: 0 done; 2 wrong input; 3 unusable data; 75 stopped by a signal.
+Images without a label take part only in what needs no labels; a line says how many there were.
+
+Exit codes: 0 done; 2 wrong input; 3 unusable data, or a probe diverged; 75 stopped by a signal.
 """
 
 _DEFAULT = ("linear", "knn", "fewshot", "retrieval", "clustering", "label_free", "segments")
@@ -73,7 +75,8 @@ def evaluate(
       protocols: names, as `music_jax.evaluation.evaluate.PROTOCOLS` has them.
       output: Directory for the results; the workdir by default.
       checkpoint: its step, or its directory; None for the latest.
-      transfer_sets: `NAME:TRAIN:TEST` or `FOLDER:FOLDER`; adds the protocol `transfer`.
+      transfer_sets: as `music_jax.data.datasets.parse_pair` reads them; adds the protocol
+        `transfer`.
       overrides: config fields, by dotted name, to evaluate with in place of the run's own.
       again: measure anew what was measured before in the same way.
 
@@ -83,9 +86,10 @@ def evaluate(
     Raises:
       UserError: there is no such run, checkpoint, protocol or dataset, or an override would change
         what was trained.
+      DivergedError: a probe diverged.
     """
     from music_jax import progress, records
-    from music_jax.evaluation.evaluate import check_names, measure
+    from music_jax.evaluation.evaluate import PROTOCOLS, check_names, measure
     from music_jax.evaluation.opening import open_run
     from music_jax.evaluation.tables import summary_table
     from music_jax.evaluation.transfer import parse_set
@@ -95,7 +99,14 @@ def evaluate(
     check_names(protocols, transfer_sets)
     for spec in transfer_sets:
         parse_set(spec)
-    run = open_run(workdir, output=output, checkpoint=checkpoint, overrides=overrides)
+    run = open_run(
+        workdir,
+        output=output,
+        checkpoint=checkpoint,
+        overrides=overrides,
+        labels=any(PROTOCOLS[name].labels for name in protocols),
+        images=any(name != "transfer" for name in protocols),
+    )
     results = measure(run, protocols, transfer_sets=transfer_sets, again=again)
     progress.say_lines(summary_table(results))
     records.report_skipped(run.skipped)
@@ -111,8 +122,8 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string(
         "transfer",
         None,
-        "A dataset to transfer to: NAME:TRAIN:TEST with the splits of TFDS, or FOLDER:FOLDER. May "
-        "be given more than once.",
+        "A dataset to transfer to: NAME:TRAIN:TEST with the splits of TFDS, or SET:SET, each a "
+        "folder or NAME:SPLIT. May be given more than once.",
     )
     flags.DEFINE_string("output", None, "Directory for the results; by default the workdir.")
     flags.DEFINE_string(

@@ -17,7 +17,7 @@ nearest neighbours; writes linear_eval.json and knn.json into the workdir.
 Of a run that somebody else trained, or trained elsewhere, name the places of the images again, such
 as --config.dataset.path=DIR: places that only its config.json names are not read.
 
-Exit codes: 0 done; 2 wrong input; 3 unusable data; 75 stopped by a signal.
+Exit codes: 0 done; 2 wrong input; 3 unusable data, or a probe diverged; 75 stopped by a signal.
 """
 
 

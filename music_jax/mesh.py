@@ -148,6 +148,14 @@ def make_data_mesh(
     )
 
 
+def shares_cores(mesh: Mesh) -> bool:
+    """Whether each step must end before the next begins, as on several CPU devices.
+
+    These share the real cores, and unfinished steps of several of them can starve each other.
+    """
+    return mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Splits the leading axis over all devices of the mesh."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

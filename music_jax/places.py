@@ -71,21 +71,30 @@ def is_signed(config: config_dict.ConfigDict, signature: object) -> bool:
     return own
 
 
-def leave_out_foreign(config: config_dict.ConfigDict, given: Collection[str], workdir: str) -> None:
+def leave_out_foreign(
+    config: config_dict.ConfigDict,
+    given: Collection[str],
+    workdir: str,
+    *,
+    labels: bool,
+    images: bool,
+) -> None:
     """Takes out of a config without this user's signature the places that the user did not name.
 
     Args:
       config: The run's config, with the user's values in place of the run's.
       given: Fields that the user named on the command line.
       workdir: The run's, for the message.
+      labels: Whether labeled images are needed.
+      images: Whether any images are needed.
 
     Raises:
-      UserError: The evaluation needs such a place: the user did not name both evaluation sets.
+      UserError: The evaluation needs such a place: the user did not name the sets that it reads.
     """
     foreign = {field: value for field, value in _named(config).items() if field not in given}
     config.update_from_flattened_dict({field: _defaults()[field] for field in foreign})
-    both_named = config.evaluation.train and config.evaluation.test
-    if foreign and (not both_named or "semi_supervised.lists" in foreign):
+    named = config.evaluation.test and (config.evaluation.train or not labels)
+    if foreign and images and (not named or (labels and "semi_supervised.lists" in foreign)):
         flags = " ".join(f"--config.{field}={_quoted(value)}" for field, value in foreign.items())
         raise UserError(
             f"{workdir} was not trained by this user on this machine, so data is not read from "

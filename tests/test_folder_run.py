@@ -86,14 +86,14 @@ def test_an_unlabelled_folder_is_trained_on_and_not_probed(tmp_path):
     evaluate = ("music_jax.evaluate", f"--workdir={tmp_path / 'run'}")
     code, out, err = run(*evaluate, "--protocols=knn,label_free,segments")
     assert code == 0, err
-    assert "not measured: knn: there are no labelled images" in out
+    assert "not measured: knn: there are no images to test with; name labelled images" in out
     found = json.loads((tmp_path / "run" / "label_free.json").read_text())
     assert (found["num_images"], found["features"]["size"] > 0) == (40, True)
     assert found["data"] == {"images": str(tmp_path / "photos")}
     assert (tmp_path / "run" / "segments.json").exists()
     code, _, err = run(*evaluate, "--protocols=linear,knn")
     assert code == 2
-    assert "nothing can be measured; linear, knn: there are no labelled images" in err
+    assert "nothing can be measured: linear, knn: there are no images to test with" in err
 
 
 @pytest.mark.slow

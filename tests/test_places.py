@@ -180,9 +180,11 @@ def test_every_place_of_a_foreign_run_must_be_named(field, value):
     config = default_config()
     config.dataset.name = "mnist"
     config.update_from_flattened_dict({field: value})
-    places.leave_out_foreign(config.copy_and_resolve_references(), {field}, "runs/a")
+    places.leave_out_foreign(
+        config.copy_and_resolve_references(), {field}, "runs/a", labels=True, images=True
+    )
     with pytest.raises(UserError, match=rf"--config\.{field}=") as error:
-        places.leave_out_foreign(config, (), "runs/a")
+        places.leave_out_foreign(config, (), "runs/a", labels=True, images=True)
     assert str(error.value).startswith("runs/a was not trained by this user on this machine")
 
 
@@ -190,7 +192,7 @@ def test_a_name_of_tfds_is_no_place():
     for name in ("mnist5k", "mnist", "glue/cola", "mnist:3.0.1", "glue/cola:1.0.*"):
         config = default_config()
         config.dataset.name = name
-        places.leave_out_foreign(config, (), "runs/a")
+        places.leave_out_foreign(config, (), "runs/a", labels=True, images=True)
         assert config.dataset.name == name
 
 
@@ -198,7 +200,7 @@ def test_a_place_with_control_characters_is_not_repeated():
     config = default_config()
     config.dataset.path = "\x1b]0;title\x07"
     with pytest.raises(UserError, match=r"--config\.dataset\.path=PLACE$"):
-        places.leave_out_foreign(config, (), "runs/a")
+        places.leave_out_foreign(config, (), "runs/a", labels=True, images=True)
 
 
 def test_evaluation_writes_a_dataset_only_where_the_user_names_it(foreign, tmp_path):

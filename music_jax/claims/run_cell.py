@@ -26,7 +26,7 @@ from music_jax.data.crops import Crop
 from music_jax.data.decode import decode
 from music_jax.data.loader import TrainingOrder, training_batches
 from music_jax.data.sources import Source, open_source
-from music_jax.errors import DivergedError, UndecodableError, UnusableDataError, UserError
+from music_jax.errors import DivergedError, UndecodableError, UnusableDataError
 from music_jax.evaluation.features import extract_split
 from music_jax.json_files import read_json
 from music_jax.mesh import batch_sharding, local_positions, make_data_mesh, to_devices
@@ -267,9 +267,7 @@ def _measure_run(
     """The measures of a cell that was a run: its probe and kNN, and of a sample all else."""
     result: dict[str, Any] = {}
     if not searching:
-        probed = datasets.evaluation_sources(config, datasets.training_source(config))
-        if probed is None:
-            raise UserError("the claims need labelled images: set config.evaluation.test")
+        probed = datasets.evaluation_sources(config)
         outputs = []
         for source in probed:
             rng = np.random.Generator(np.random.Philox(key=[config.seed, _SAMPLE]))

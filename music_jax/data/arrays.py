@@ -7,7 +7,6 @@ from ml_collections import config_dict
 
 from music_jax.data import datasets
 from music_jax.data.loader import evaluation_batches
-from music_jax.errors import UserError
 
 
 def load_images(
@@ -33,12 +32,10 @@ def load_images(
       UnusableDataError: an image cannot be decoded.
     """
     datasets.prepare(config)
-    source = datasets.training_source(config)
     if split == "test":
-        found = datasets.evaluation_sources(config, source)
-        if found is None:
-            raise UserError("there are no test images; name some with config.evaluation.test")
-        source = found.test
+        source = datasets.evaluation_sources(config).test
+    else:
+        source = datasets.training_source(config)
     wanted = min(len(source), at_most or len(source))
     (batch,) = evaluation_batches(
         source.subset(np.arange(wanted)),

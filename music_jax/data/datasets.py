@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -10,7 +11,10 @@ from ml_collections import config_dict
 
 from music_jax.data import folder, packed, sources
 from music_jax.data.sources import Source
-from music_jax.errors import UserError
+from music_jax.errors import NotMeasurableError, UserError
+
+_TEST_SPLIT = "test"  # the config's default: a dataset need not have it
+_VERSION = re.compile(r"\d+\.(\d+|\*)\.(\d+|\*)")
 
 
 class EvaluationSources(NamedTuple):
@@ -53,39 +57,86 @@ def training_source(config: config_dict.ConfigDict) -> Source:
 
 
 def evaluation_sources(
-    config: config_dict.ConfigDict, training: Source | None
-) -> EvaluationSources | None:
-    """What the backbone is probed with, or None if the config names nothing to test with.
+    config: config_dict.ConfigDict, training: Source | None = None
+) -> EvaluationSources:
+    """Opens what the backbone is probed with.
 
     Args:
       config: its part `evaluation` names the sources.
-      training: what `training_source` gave; None if the config names both sets.
+      training: what `training_source` gave, if it was opened before; else it is opened only if
+        `evaluation.train` does not name other images.
 
     Raises:
-      UserError: a source is not there, has no labels, or the two have different classes.
+      NotMeasurableError: there are no images to test with, or too few labels.
+      UserError: a source is not there, or the two have different classes.
     """
-    if not config.evaluation.test and config.dataset.path:
-        if config.evaluation.train:
-            raise UserError(
-                "config.evaluation.train is given but not config.evaluation.test; name both, or "
-                "none for no probe"
-            )
-        return None
-    train = training
-    if train is None or config.evaluation.train not in ("", config.dataset.path):
+    test = _test_source(config)
+    if test is None:
+        raise NotMeasurableError(
+            _no_test_images(config) + "; name labelled images with --config.evaluation.test=, and "
+            "--config.evaluation.train= to learn from"
+        )
+    if config.evaluation.train not in ("", config.dataset.path):
         train = open_named(config, config.evaluation.train)
-    if config.evaluation.test:
-        test = open_named(config, config.evaluation.test)
     else:
-        test = sources.open_source(config.dataset, config.dataset.test_split)
-    for source, field in ((train, "evaluation.train"), (test, "evaluation.test")):
-        if source.num_classes < 2:
-            raise UserError(
-                f"{source.name} cannot be evaluated with: every image must lie in one of two or "
-                f"more class folders; name a labelled set with --config.{field}=, a folder or "
-                "NAME:SPLIT of TFDS"
+        train = training_source(config) if training is None else training
+    for source, field, classes in ((train, "evaluation.train", 2), (test, "evaluation.test", 1)):
+        if missing := _missing_labels(source, classes):
+            raise NotMeasurableError(
+                f"{source.name} cannot be evaluated with: {missing}; name a labelled set with "
+                f"--config.{field}=, a folder or NAME:SPLIT of TFDS"
             )
     return EvaluationSources(train, _with_classes(test, train))
+
+
+def evaluation_images(config: config_dict.ConfigDict) -> Source:
+    """Opens what is measured without labels: the images to test with, or else of the training.
+
+    Raises:
+      UserError: they are not there.
+    """
+    test = _test_source(config)
+    return training_source(config) if test is None else test
+
+
+def _test_source(config: config_dict.ConfigDict) -> Source | None:
+    """The images to test with; None if there are none.
+
+    The default of `dataset.test_split` need not be there; any other split that is named must.
+    """
+    if config.evaluation.test:
+        return open_named(config, config.evaluation.test)
+    dataset = config.dataset
+    if config.evaluation.train and dataset.path:
+        raise UserError(
+            "config.evaluation.train is given but not config.evaluation.test; name both, or "
+            "none for no probe"
+        )
+    if dataset.path or not dataset.test_split:
+        return None
+    if dataset.test_split == _TEST_SPLIT and not sources.has_split(dataset, _TEST_SPLIT):
+        return None
+    return sources.open_source(dataset, dataset.test_split)
+
+
+def _no_test_images(config: config_dict.ConfigDict) -> str:
+    if config.dataset.path or not config.dataset.test_split:
+        return "there are no images to test with"
+    return f"{config.dataset.name} has no split {config.dataset.test_split!r} to test with"
+
+
+def _missing_labels(source: Source, classes: int) -> str:
+    """What a source lacks to be evaluated with; nothing if it has images of so many classes."""
+    if source.no_classes:
+        return source.no_classes
+    if source.num_classes < 2:
+        return "every image must lie in one of two or more class folders"
+    found = source.count_classes(classes)
+    if found >= classes:
+        return ""
+    if not found:
+        return f"none of its {len(source):,} images has a label"
+    return f"those of its {len(source):,} images that have a label are all of one class"
 
 
 def open_path(path: str) -> Source:
@@ -98,7 +149,7 @@ def open_path(path: str) -> Source:
 
 
 def open_named(config: config_dict.ConfigDict, name: str, *, prepare: bool = False) -> Source:
-    """Opens a folder, or a split of a TFDS dataset written `NAME:SPLIT`.
+    """Opens a folder, or a split of a TFDS dataset: `NAME:SPLIT`, or with a config and a version.
 
     Args:
       config: its part `dataset` says where TFDS's files are and how their features are called.
@@ -117,12 +168,73 @@ def open_named(config: config_dict.ConfigDict, name: str, *, prepare: bool = Fal
 def _tfds_set(
     config: config_dict.ConfigDict, name: str
 ) -> tuple[config_dict.ConfigDict, str] | None:
-    """The `dataset` part and the split that `NAME:SPLIT` stands for; None if it is a folder."""
-    if ":" not in name or os.path.isdir(os.path.expanduser(name)):
+    """The `dataset` part and the split that a name stands for; None if it is a folder."""
+    *first, split = _parts(name)
+    if not first or os.path.isdir(os.path.expanduser(name)):
         return None
     dataset = config_dict.ConfigDict(config.dataset.to_dict())
-    dataset.name, _, split = name.partition(":")
+    dataset.name = ":".join(first)
     return dataset, split
+
+
+def parse_pair(spec: str) -> tuple[str, str] | None:
+    """Divides the names of two sets, to learn from and to test on, that a colon joins.
+
+    Each is a folder that is there, or a split of TFDS as `open_named` takes it. Of two splits of
+    one dataset its name is given once: `NAME:TRAIN:TEST`, or `NAME:VERSION:TRAIN:TEST`. Where a
+    text can be read in several ways, it is two folders, or else one dataset, or else any two sets;
+    `./FOLDER` is always a folder.
+
+    Returns:
+      The two names, each as `open_named` takes it; None if there is no way to read the text.
+
+    Example:
+      >>> from music_jax.data.datasets import parse_pair
+      >>> parse_pair("cifar10:3.0.2:train[:90%]:test")
+      ('cifar10:3.0.2:train[:90%]', 'cifar10:3.0.2:test')
+      >>> parse_pair("mnist:train:digits:1.0.0:test")
+      ('mnist:train', 'digits:1.0.0:test')
+    """
+    parts = _parts(spec)
+    if not all(parts):
+        return None
+    pairs = [(":".join(parts[:i]), ":".join(parts[i:])) for i in range(1, len(parts))]
+    for pair in pairs:
+        if all(map(_is_there, pair)):
+            return pair
+    *first, train, test = parts if len(parts) > 2 else ["", ""]
+    if _is_split([*first, train]) and _is_split([*first, test]):
+        return ":".join([*first, train]), ":".join([*first, test])
+    for pair in pairs:
+        if all(_is_there(name) or _is_split(_parts(name)) for name in pair):
+            return pair
+    return None
+
+
+def _is_there(path: str) -> bool:
+    return os.path.exists(os.path.expanduser(path))
+
+
+def _is_split(parts: list[str]) -> bool:
+    """Whether these may be the parts of a split of TFDS: `NAME:SPLIT` or `NAME:VERSION:SPLIT`."""
+    if not 2 <= len(parts) <= 3 or parts[0][:1] in ("", ".", "/", "~"):
+        return False
+    *version, split = parts[1:]
+    if "/" in split or _VERSION.fullmatch(split):
+        return False
+    return all(map(_VERSION.fullmatch, version))
+
+
+def _parts(spec: str) -> list[str]:
+    """The parts between colons that are not in brackets, as in `train[:90%]`."""
+    parts, depth = [""], 0
+    for character in spec:
+        depth += (character == "[") - (character == "]")
+        if character == ":" and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
 
 
 class _Relabelled:
@@ -140,6 +252,11 @@ class _Relabelled:
 
     def record_name(self, index: int) -> str:
         return self._source.record_name(index)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        known = getattr(self._source.records, "labels", None)
+        return None if known is None else np.where(known >= 0, self._table[known], -1)
 
 
 def _with_classes(test: Source, train: Source) -> Source:

@@ -141,13 +141,13 @@ class _Files:
     """Reads one file at a time, when it is asked for."""
 
     def __init__(self, root: str, names: list[str], labels: np.ndarray):
-        self._root, self._names, self._labels = root, names, labels
+        self._root, self._names, self.labels = root, names, labels
 
     def __len__(self) -> int:
         return len(self._names)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self._read(self._names[index]), "label": self._labels[index]}
+        return {"image": self._read(self._names[index]), "label": self.labels[index]}
 
     def record_name(self, index: int) -> str:
         return self._names[index]

@@ -1,23 +1,27 @@
 """Random access to a dataset's encoded images; here, those of any TFDS builder."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from ml_collections import config_dict
 
 import music_jax.epath_corrections  # noqa: F401  (corrects the paths that TFDS uses)
+from music_jax import progress
 from music_jax.errors import UndecodableError, UserError
 from music_jax.host_tensorflow import import_tensorflow
 
 _TFDS_FEATURES = "tensorflow_datasets.core.features."
 _feature_lock = threading.RLock()
 _KEPT_BYTES = 64 * 2**20  # of a dataset whose records stay in memory
+_LABEL_KEY = "label"  # the config's default: a dataset need not have it
+_LABELS_AT_ONCE = 256  # read by one thread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +38,15 @@ class _Selected:
     def record_name(self, index: int) -> str:
         return _record_name(self.records, int(self.indices[index]))
 
+    @property
+    def labels(self) -> np.ndarray | None:
+        known = _known_labels(self.records)
+        return None if known is None else known[self.indices]
+
+
+def _known_labels(records: Any) -> np.ndarray | None:
+    return getattr(records, "labels", None)
+
 
 def _record_name(records: Any, index: int) -> str:
     return getattr(records, "record_name", str)(index)
@@ -46,11 +59,13 @@ class Source:
     Attributes:
       name: the dataset and the split, for messages.
       records: `len()` and `[index]`, giving dictionaries that hold the encoded image and the label;
-        `record_name(index)`, if it is there, says what an image is called.
+        `record_name(index)`, if it is there, says what an image is called, and the array `labels`
+        holds the labels where they are known without reading records.
       image_key: where a record holds the encoded image's bytes.
       label_key: where it holds the integer label.
       num_classes: how many labels there are; 0 where the images have none.
       class_names: what the labels are called, if they have names.
+      no_classes: why the images have no labels, if that needs an explanation.
       left_out: name and reason of each image that is not among the records though it is there.
       subset_of: images of the split that these are some of; None if they are all.
     """
@@ -61,6 +76,7 @@ class Source:
     label_key: str
     num_classes: int
     class_names: tuple[str, ...] = ()
+    no_classes: str = ""
     left_out: tuple[tuple[str, str], ...] = ()
     subset_of: int | None = None
 
@@ -100,17 +116,69 @@ class Source:
           UndecodableError: the record is damaged, or its label is none of the classes.
         """
         record = self.record(index)
-        try:
-            encoded, label = record[self.image_key], int(record[self.label_key])
-        except Exception as error:  # whatever stands there in place of a label
-            raise UndecodableError(
-                f"its record lacks an image or a label: {type(error).__name__}: {error}"
-            ) from error
+        label = self._label_of(record)
+        encoded = record.get(self.image_key)
         if not isinstance(encoded, bytes):
             raise UndecodableError("its record holds no encoded image")
-        if not -1 <= label < max(self.num_classes, 1):
-            raise UndecodableError(f"its label {label} is none of {self.num_classes} classes")
         return encoded, label
+
+    def _label_of(self, record: dict) -> int:
+        if not self.num_classes:
+            return -1
+        try:
+            label = int(record[self.label_key])
+        except Exception as error:  # whatever stands there in place of a label
+            raise UndecodableError(
+                f"its record lacks a label: {type(error).__name__}: {error}"
+            ) from error
+        if not -1 <= label < self.num_classes:
+            raise UndecodableError(f"its label {label} is none of {self.num_classes} classes")
+        return label
+
+    def count_classes(self, at_most: int) -> int:
+        """Counts the classes that images have, and stops reading once there are so many."""
+        if (known := _known_labels(self.records)) is not None:
+            return min(len(np.unique(known[known >= 0])), at_most)
+        found: set[int] = set()
+        for index in range(len(self) if self.num_classes else 0):
+            if len(found) >= at_most:
+                break
+            found.update(label for label in self._labels([index]) if label >= 0)
+        return len(found)
+
+    def labels(self) -> np.ndarray:
+        """The labels of all images.
+
+        No image is decoded. A folder's labels are known; those of other sources are in the records,
+        all of which are read: ImageNet as TFDS stores it in one to three minutes.
+
+        Returns:
+          int32 [images], -1 where an image has none and -2 where the record is damaged.
+        """
+        if (known := _known_labels(self.records)) is not None:
+            return known
+        if not self.num_classes:
+            return np.full(len(self), -1, np.int32)
+        parts = np.array_split(np.arange(len(self)), -(-len(self) // _LABELS_AT_ONCE))
+        found = []
+        with (
+            concurrent.futures.ThreadPoolExecutor() as pool,
+            progress.bar(len(self), unit="img", description=f"labels of {self.name}") as bar,
+        ):
+            for labels in pool.map(self._labels, parts):
+                found += labels
+                bar.update(len(labels))
+        return np.asarray(found, np.int32)
+
+    def _labels(self, indices: Iterable[int]) -> list[int]:
+        """The labels of some images, as `labels` gives them."""
+        found = []
+        for index in indices:
+            try:
+                found.append(self._label_of(self.record(int(index))))
+            except UndecodableError:
+                found.append(-2)
+        return found
 
     def record_name(self, index: int) -> str:
         """What an image is called: its path in a folder, else its index."""
@@ -137,6 +205,9 @@ class _Kept:
 def open_source(dataset: config_dict.ConfigDict, split: str) -> Source:
     """Opens one split of a TFDS dataset, which `prepare` has prepared.
 
+    The labels are those of a ClassLabel feature. Where `dataset.label_key` names a feature of
+    another kind, or is "" or the default and there is no such feature, the images have no labels.
+
     Args:
       dataset: the config's `dataset` part.
       split: a TFDS split such as `train` or `train[:90%]`.
@@ -151,12 +222,25 @@ def open_source(dataset: config_dict.ConfigDict, split: str) -> Source:
     import tensorflow_datasets as tfds
 
     builder = _builder(dataset)
-    features = builder.info.features
+    features = dict(builder.info.features.items())
     for key in (dataset.image_key, dataset.label_key):
-        if key not in features:
+        if key not in features and key not in (_LABEL_KEY, ""):
             raise UserError(
                 f"dataset {dataset.name!r} has no feature {key!r}; it has {sorted(features)}"
             )
+    if not isinstance(features.get(dataset.image_key), tfds.features.Image):
+        raise UserError(
+            f"the feature {dataset.image_key!r} of dataset {dataset.name!r} is not an Image; name "
+            f"one of {sorted(features)} that is, with --config.dataset.image_key="
+        )
+    label, names, no_classes = features.get(dataset.label_key), (), ""
+    if label is None:
+        no_classes = f"{dataset.name} has no feature {dataset.label_key!r}"
+    elif isinstance(label, tfds.features.ClassLabel):
+        names = tuple(label.names)
+    else:
+        kind = type(label).__name__
+        no_classes = f"its feature {dataset.label_key!r} is a {kind}, not a ClassLabel"
     try:
         still_encoded = {
             key: tfds.decode.SkipDecoding()
@@ -186,9 +270,15 @@ def open_source(dataset: config_dict.ConfigDict, split: str) -> Source:
         records=_Kept(records) if builder.info.dataset_size <= _KEPT_BYTES else records,
         image_key=dataset.image_key,
         label_key=dataset.label_key,
-        num_classes=features[dataset.label_key].num_classes,
-        class_names=tuple(features[dataset.label_key].names),
+        num_classes=len(names),
+        class_names=names,
+        no_classes=no_classes,
     )
+
+
+def has_split(dataset: config_dict.ConfigDict, split: str) -> bool:
+    """Whether a TFDS dataset has a split of this name."""
+    return split in _builder(dataset).info.splits
 
 
 def prepare(dataset: config_dict.ConfigDict) -> None:

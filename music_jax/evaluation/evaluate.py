@@ -13,10 +13,10 @@ from ml_collections import config_dict
 from music_jax import progress
 from music_jax.data.datasets import EvaluationSources
 from music_jax.data.skipped import SkippedImages
-from music_jax.errors import UserError
+from music_jax.errors import DivergedError, NotMeasurableError, UserError
 from music_jax.evaluation import feature_protocols, image_protocols
 from music_jax.evaluation.run import Run
-from music_jax.evaluation.tables import results_table, summary_table
+from music_jax.evaluation.tables import results_table, say_without_label, summary_table
 from music_jax.evaluation.transfer import transfer
 from music_jax.json_files import read_json
 from music_jax.mesh import from_main_process, is_main_process
@@ -117,8 +117,8 @@ def measure(
 ) -> dict[str, Figures]:
     """Measures a run by some protocols and writes each one's JSON file into its output directory.
 
-    Protocols that the run is not fit for, having no labels or no segments, are passed over with a
-    line that says so.
+    Protocols that cannot measure the run, which has no labels, no segments or too few images, are
+    passed over with a line that says so.
 
     Args:
       run: the run.
@@ -130,26 +130,46 @@ def measure(
       What the files hold, by protocol.
 
     Raises:
-      UserError: a protocol is unknown, or the run is fit for none of those named.
+      DivergedError: a probe diverged; the other protocols are measured.
+      UserError: a protocol is unknown, or none of those named can measure the run.
     """
     check_names(names, transfer_sets)
-    chosen = _fit_protocols(run, names)
-    results = {}
-    for name in chosen:
+    results: dict[str, Figures] = {}
+    passed_over: dict[str, str] = {}
+    diverged: list[DivergedError] = []
+    for name in dict.fromkeys(names):
         about = envelope(name, run.config, run.step)
         measured = PROTOCOLS[name].measure
         if name == "transfer":
             about["data"] = {"sets": list(transfer_sets)}
             measured = functools.partial(transfer, sets=transfer_sets)
+        elif not PROTOCOLS[name].labels:
+            about["data"] = {"images": run.images.name}
         before = functools.partial(_read, run.workdir, name)
         known = None if again else from_main_process(before)
         if known is not None and about.items() <= known.items():
             progress.say(f"{name}: measured before, in {run.workdir / _file(name)}")
             results[name] = known
+            say_without_label(name, known)
             continue
-        results[name] = measured(run) | about
+        try:
+            _check_fit(run, name)
+            results[name] = measured(run) | about
+        except NotMeasurableError as error:
+            passed_over[name] = str(error)
+            continue
+        except DivergedError as error:
+            diverged.append(error)
+            continue
+        say_without_label(name, results[name])
         if is_main_process():
             write_json(run.workdir / _file(name), results[name])
+    if not (results or diverged):
+        raise UserError(f"nothing can be measured: {_by_reason(passed_over)}")
+    if passed_over:
+        progress.say(f"not measured: {_by_reason(passed_over)}")
+    if diverged:
+        raise diverged[0]
     return results
 
 
@@ -160,7 +180,7 @@ def envelope(name: str, config: config_dict.ConfigDict, step: int) -> Figures:
     own = dataset.path or f"{dataset.name}:{dataset.train_split}"
     train = evaluation.pop("train") or own
     test = evaluation.pop("test") or (
-        None if dataset.path else f"{dataset.name}:{dataset.test_split}"
+        f"{dataset.name}:{dataset.test_split}" if dataset.test_split and not dataset.path else None
     )
     return {
         "protocol": name,
@@ -199,26 +219,21 @@ def check_names(names: Sequence[str], transfer_sets: Sequence[str] = ()) -> None
         )
 
 
-def _fit_protocols(run: Run, names: Sequence[str]) -> list[str]:
-    unlabelled = [n for n in names if PROTOCOLS[n].labels and run.sources is None]
-    music = run.config.objective.name == "music"
-    without = [n for n in names if PROTOCOLS[n].segments and not music and n not in unlabelled]
-    why = []
-    if unlabelled:
-        why.append(
-            f"{', '.join(unlabelled)}: there are no labelled images; name some with "
-            "--config.evaluation.test=, and --config.evaluation.train= to learn from"
-        )
-    if without:
-        why.append(
-            f"{', '.join(without)}: the objective {run.config.objective.name} has no segments"
-        )
-    chosen = [name for name in dict.fromkeys(names) if name not in (*unlabelled, *without)]
-    if not chosen:
-        raise UserError(f"nothing can be measured; {'; '.join(why)}")
-    for line in why:
-        progress.say(f"not measured: {line}")
-    return chosen
+def _check_fit(run: Run, name: str) -> None:
+    """Raises NotMeasurableError if a run has no labels, or no segments, that a protocol needs."""
+    if PROTOCOLS[name].labels:
+        run.evaluation_sources()
+    objective = run.config.objective.name
+    if PROTOCOLS[name].segments and objective != "music":
+        raise NotMeasurableError(f"the objective {objective} has no segments")
+
+
+def _by_reason(passed_over: dict[str, str]) -> str:
+    """The protocols that were passed over, those with the same reason together."""
+    names: dict[str, list[str]] = {}
+    for name, reason in passed_over.items():
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(those)}: {reason}" for reason, those in names.items())
 
 
 def _file(name: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from music_jax import progress
+from music_jax.errors import DivergedError, NotMeasurableError
 from music_jax.evaluation import linear_probe
 from music_jax.evaluation.clustering import (
     agreement_between_segments,
@@ -53,6 +54,7 @@ def _linear(run: Run, trained: ProbeResult) -> Figures:
         "num_test": len(run.test()),
         "learning_rate": trained.base_learning_rate * settings.batch_size / 256,
         **others,
+        **run.without_label("train", "test"),
     }
 
 
@@ -67,8 +69,18 @@ def _linear_probe(run: Run, of: str) -> ProbeResult:
         drop_epochs=tuple(settings.drop_epochs),
     )
     description = f"linear probe, {of.replace('_', ' ')}"
-    if settings.random_crops:
-        return random_crop_probe(run, of, recipe, description)
+    try:
+        if settings.random_crops:
+            return random_crop_probe(run, of, recipe, description)
+        return _fixed_feature_probe(run, of, recipe, description)
+    except DivergedError as error:
+        raise DivergedError(
+            f"{description}: it diverged; lower config.linear_eval.base_learning_rates"
+        ) from error
+
+
+def _fixed_feature_probe(run: Run, of: str, recipe: ProbeRecipe, description: str) -> ProbeResult:
+    settings = run.config.linear_eval
     train, test = run.train(of), run.test(of)
     total = linear_probe.num_steps(recipe, len(train), settings.validation_fraction)
     with progress.bar(total, unit="step", description=description) as bar:
@@ -118,6 +130,7 @@ def knn(run: Run) -> Figures:
             f"{of}_top1": by_k(of)[settings.k] if linear_eval[of] else None
             for of in ("raw_pixels", "random_init")
         },
+        **run.without_label("train", "test"),
     }
 
 
@@ -144,7 +157,11 @@ def fewshot(run: Run) -> Figures:
                 "interval": _finite(result.top1.half_width),
                 "draws": result.accuracies.tolist(),
             }
-    return {"top1_by_shots": found, "num_test": len(test)}
+    return {
+        "top1_by_shots": found,
+        "num_test": len(test),
+        **run.without_label("train", "test"),
+    }
 
 
 def retrieval(run: Run) -> Figures:
@@ -160,20 +177,23 @@ def retrieval(run: Run) -> Figures:
         "map": float(np.mean(answered)) if len(answered) else None,
         "num_gallery": len(train),
         "num_queries": len(answered),
+        **run.without_label("train", "test"),
     }
 
 
 def clustering(run: Run) -> Figures:
     """Each segment's units as clusters of the test images, and clusters of the joint code."""
-    outputs, probabilities = run.unlabelled(), run.probabilities()
-    labelled = np.flatnonzero(outputs.labels >= 0)
-    labels = outputs.labels[labelled]
+    labels = run.unlabelled().labels
+    labelled = np.flatnonzero(labels >= 0)
+    labels, probabilities = labels[labelled], run.probabilities()[labelled]
+    num_clusters = len(np.unique(labels))
+    if num_clusters < 2:
+        raise NotMeasurableError("clustering needs test images with labels of two classes or more")
     codes = probabilities.argmax(axis=2)  # [images, segments]
     agreement = agreement_between_segments(codes)
-    scores = [cluster_scores(codes[labelled, s], labels) for s in range(codes.shape[1])]
+    scores = [cluster_scores(codes[:, s], labels) for s in range(codes.shape[1])]
     chosen = int(np.argmax(agreement))
     oracle = int(np.argmax([score.accuracy for score in scores]))
-    num_clusters = len(np.unique(labels))
     joint = joint_clusters(
         probabilities,
         num_clusters=num_clusters,
@@ -182,7 +202,7 @@ def clustering(run: Run) -> Figures:
     )
     return {
         "joint_code": {
-            **cluster_scores(joint[labelled], labels)._asdict(),
+            **cluster_scores(joint, labels)._asdict(),
             "num_clusters": num_clusters,
         },
         "chosen_segment": {
@@ -201,11 +221,13 @@ def clustering(run: Run) -> Figures:
             for a, score in zip(agreement, scores, strict=True)
         ],
         "num_images": len(labels),
+        **run.without_label("test"),
     }
 
 
 def label_free(run: Run) -> Figures:
     """RankMe, α-ReQ and uniformity of one view of each image; LiDAR and alignment of several."""
+    _check_two_images(run)
     outputs, views = run.unlabelled().arrays, run.views()
     figures: Figures = {}
     for name in ("features", "embeddings"):
@@ -230,6 +252,7 @@ def label_free(run: Run) -> Figures:
 
 def segments(run: Run) -> Figures:
     """How the segments use their units, what they share, and the objective's distance to bound."""
+    _check_two_images(run)
     objective = run.config.objective
     probabilities = run.probabilities()
     found = measure_segments(probabilities)
@@ -267,6 +290,12 @@ def segments(run: Run) -> Figures:
         },
         "mutual_information_matrix": found.mutual_information.tolist(),
     }
+
+
+def _check_two_images(run: Run) -> None:
+    count = len(run.unlabelled())
+    if count < 2:
+        raise NotMeasurableError(f"two images or more are needed; {run.images.name} has {count}")
 
 
 def _summary(values: np.ndarray) -> dict[str, float]:

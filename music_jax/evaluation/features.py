@@ -37,11 +37,13 @@ class SplitFeatures:
       arrays: `features` [images, features] and whatever else the extractor gives.
       labels: int32 [images], -1 where an image has none.
       indices: each image's index in the source, int64 [images].
+      without_label: how many images `labelled` left out.
     """
 
     arrays: Arrays
     labels: np.ndarray
     indices: np.ndarray
+    without_label: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,11 +59,15 @@ class SplitFeatures:
             {name: array[rows] for name, array in self.arrays.items()},
             self.labels[rows],
             self.indices[rows],
+            self.without_label,
         )
 
     def labelled(self) -> "SplitFeatures":
         """Those of the images that have a label."""
-        return self if np.all(self.labels >= 0) else self.rows(np.flatnonzero(self.labels >= 0))
+        rows = np.flatnonzero(self.labels >= 0)
+        if len(rows) == len(self):
+            return self
+        return dataclasses.replace(self.rows(rows), without_label=len(self) - len(rows))
 
 
 def backbone_extractor(

@@ -9,8 +9,7 @@ import numpy as np
 from ml_collections import config_dict
 
 from music_jax import progress
-from music_jax.data.sources import Source
-from music_jax.errors import UserError
+from music_jax.errors import DivergedError, NotMeasurableError
 from music_jax.evaluation import linear_probe
 from music_jax.evaluation.feature_scaling import fit_scaling
 from music_jax.evaluation.features import extract_split, normalize, random_crop_batches
@@ -33,9 +32,13 @@ def random_crop_probe(run: Run, of: str, recipe: ProbeRecipe, description: str) 
       description: what the progress bar says.
 
     Returns:
-      The accuracies on the central views of all test images.
+      The accuracies on the central views of all test images that have a label.
+
+    Raises:
+      DivergedError: as `linear_probe.linear_probe`.
     """
-    settings, source = run.config.linear_eval, run.labelled_sources().train
+    settings, source = run.config.linear_eval, run.evaluation_sources().train
+    labelled = run.labelled_rows("train")
     extract, test = run.extractor(of), run.test(of)
     scale = fit_scaling(settings.feature_scaling, lambda: run.train(of).features)
     scale_on_device = jax.jit(scale)
@@ -70,33 +73,34 @@ def random_crop_probe(run: Run, of: str, recipe: ProbeRecipe, description: str) 
     rates = recipe.base_learning_rates
     if len(rates) > 1:
         rest, held_out = linear_probe.split_for_validation(
-            len(source), settings.validation_fraction, run.config.seed
+            len(labelled), settings.validation_fraction, run.config.seed
         )
         train = run.train(of)
-        part = train.rows(np.flatnonzero(np.isin(train.indices, held_out)))
-        scores = linear_probe.accuracies(trained(recipe, rest), scale(part.features), part.labels)
-        rates = (rates[int(np.argmax(scores[:, 0]))],)
+        part = train.rows(np.flatnonzero(np.isin(train.indices, labelled[held_out])))
+        heads = trained(recipe, labelled[rest])
+        rates = (rates[linear_probe.best_rate(heads, scale(part.features), part.labels)],)
     recipe = dataclasses.replace(recipe, base_learning_rates=rates)
-    heads = trained(recipe, np.arange(len(source)))
+    heads = trained(recipe, labelled)
     return linear_probe.score_heads(
-        heads, scale(test.features), test.labels, rates[0], num_train=len(source)
+        heads, scale(test.features), test.labels, rates[0], num_train=len(labelled)
     )
 
 
 def full_finetune(run: Run) -> Figures:
     """Fine-tuning of the whole backbone on all labelled training images."""
-    settings, source = run.config.finetune, run.labelled_sources().train
+    settings, rows = run.config.finetune, run.labelled_rows("train")
     recipe = _recipe(settings, settings.backbone_learning_rate, settings.head_learning_rate)
-    return _finetuned(run, source, recipe, "fine-tuning")
+    return _finetuned(run, rows, recipe, "fine-tuning") | run.without_label("train", "test")
 
 
 def semi_supervised(run: Run) -> Figures:
     """Fine-tuning on a small share of the labels: 1 % and 10 %, by default."""
-    settings, source = run.config.semi_supervised, run.labelled_sources().train
+    settings, source = run.config.semi_supervised, run.evaluation_sources().train
     found = {}
     for i, fraction in enumerate(settings.fractions):
         if settings.lists[i]:
-            rows = rows_of_list(source, settings.lists[i])
+            listed = rows_of_list(source, settings.lists[i])
+            rows = np.intersect1d(listed, run.labelled_rows("train"))
         else:
             train = run.train()
             rows = train.indices[stratified_subset(train.labels, fraction, seed=run.config.seed)]
@@ -104,10 +108,10 @@ def semi_supervised(run: Run) -> Figures:
             settings, settings.backbone_learning_rates[i], settings.head_learning_rates[i]
         )
         name = f"{100 * fraction:g} %"
-        found[name] = _finetuned(run, source.subset(rows), recipe, f"fine-tuning on {name}") | {
+        found[name] = _finetuned(run, rows, recipe, f"fine-tuning on {name}") | {
             "list": settings.lists[i] or "stratified"
         }
-    return {"by_share": found}
+    return {"by_share": found, **run.without_label("train", "test")}
 
 
 def _recipe(
@@ -123,12 +127,15 @@ def _recipe(
     )
 
 
-def _finetuned(run: Run, source: Source, recipe: FinetuneRecipe, description: str) -> Figures:
-    recipe = dataclasses.replace(recipe, batch_size=min(recipe.batch_size, len(source)))
-    steps_per_epoch = len(source) // recipe.batch_size
+def _finetuned(run: Run, rows: np.ndarray, recipe: FinetuneRecipe, description: str) -> Figures:
+    if len(rows) < 2:
+        raise NotMeasurableError(f"{description} needs two images or more with a label")
+    train, test = run.evaluation_sources()
+    recipe = dataclasses.replace(recipe, batch_size=min(recipe.batch_size, len(rows)))
+    steps_per_epoch = len(rows) // recipe.batch_size
     prepare = functools.partial(normalize, config=run.config)
     batches = random_crop_batches(
-        source,
+        train.subset(rows),
         run.config,
         run.mesh,
         batch_size=recipe.batch_size,
@@ -153,20 +160,22 @@ def _finetuned(run: Run, source: Source, recipe: FinetuneRecipe, description: st
         )
     found = extract_split(
         logit_extractor(run.network, classifier, prepare),
-        run.labelled_sources().test,
+        test.subset(run.labelled_rows("test")),
         run.config,
         run.mesh,
         skipped=run.skipped,
         description=f"{description}, test",
-    ).labelled()
+    )
+    if not len(found):
+        raise NotMeasurableError(f"none of the images of {test.name} can be decoded")
     logits = found.arrays["logits"]
     if not np.all(np.isfinite(logits)):
-        raise UserError(f"{description} diverged; lower its learning rates")
+        raise DivergedError(f"{description} diverged; lower its learning rates")
     ranks = linear_probe.ranks(logits, found.labels)
     return {
         "top1": float(np.mean(ranks < 1)),
         "top5": float(np.mean(ranks < 5)),
-        "num_train": len(source),
+        "num_train": len(rows),
         "num_test": len(found),
         "batch_size": recipe.batch_size,
     }

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from music_jax.errors import DivergedError, NotMeasurableError
 from music_jax.evaluation.feature_scaling import fit_scaling
 
 _INIT_STD = 0.01
@@ -183,6 +184,7 @@ def linear_probe(
       The accuracies over the whole test set, and the predictions.
 
     Raises:
+      DivergedError: as `best_rate` and `score_heads`.
       ValueError: features and labels do not fit together.
     """
     if len(train_features) != len(train_labels) or len(test_features) != len(test_labels):
@@ -210,8 +212,7 @@ def linear_probe(
     if len(rates) > 1:
         rest, held_out = split_for_validation(len(train_labels), validation_fraction, seed)
         heads = trained(recipe, rest)
-        scores = accuracies(heads, train_features[held_out], train_labels[held_out])
-        rates = (rates[int(np.argmax(scores[:, 0]))],)
+        rates = (rates[best_rate(heads, train_features[held_out], train_labels[held_out])],)
     recipe = dataclasses.replace(recipe, base_learning_rates=rates)
     heads = trained(recipe, np.arange(len(train_labels)))
     return score_heads(heads, test_features, test_labels, rates[0], num_train=len(train_labels))
@@ -241,6 +242,26 @@ def split_for_validation(count: int, fraction: float, seed: int) -> tuple[np.nda
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
+def best_rate(heads: Heads, features: np.ndarray, labels: np.ndarray) -> int:
+    """Chooses the learning rate whose classifier is best on held-out samples.
+
+    A classifier that diverged is worse than any other.
+
+    Returns:
+      Its index.
+
+    Raises:
+      DivergedError: all of them diverged.
+      NotMeasurableError: there are no samples.
+    """
+    if not len(labels):
+        raise NotMeasurableError("no images are left to choose the learning rate by")
+    top1 = accuracies(heads, features, labels)[:, 0]
+    if np.all(np.isnan(top1)):
+        raise DivergedError("the linear probe diverged; lower its learning rates")
+    return int(np.nanargmax(top1))
+
+
 def score_heads(
     heads: Heads,
     features: np.ndarray,
@@ -249,8 +270,14 @@ def score_heads(
     *,
     num_train: int,
 ) -> ProbeResult:
-    """What the first of the classifiers is worth on the test samples."""
+    """What the first of the classifiers is worth on the test samples.
+
+    Raises:
+      DivergedError: its scores are not all finite.
+    """
     top1, top5 = accuracies(heads, features, labels)[0]
+    if np.isnan(top1):
+        raise DivergedError("the linear probe diverged; lower its learning rates")
     return ProbeResult(
         float(top1), float(top5), base_learning_rate, num_train, predict(heads, features)
     )
@@ -273,13 +300,17 @@ def logits(heads: Heads, features: jax.Array) -> jax.Array:
 def accuracies(
     heads: Heads, features: np.ndarray, labels: np.ndarray, *, top: tuple[int, ...] = (1, 5)
 ) -> np.ndarray:
-    """Top-k accuracies in [0, 1], float64 [rates, len(top)], over all samples given."""
-    correct = np.zeros((heads.bias.shape[0], len(top)), np.int64)
+    """Top-k accuracies in [0, 1], float64 [rates, len(top)], over all samples given.
+
+    They are NaN for a classifier whose scores are not all finite.
+    """
+    correct = np.zeros((heads.bias.shape[0], len(top)))
     for start in range(0, len(labels), _BLOCK):
         block = slice(start, start + _BLOCK)
         scores = np.asarray(_jitted_logits(heads, features[block]))  # [rates, block, classes]
         rank = ranks(scores, labels[block])
         correct += np.stack([np.sum(rank < k, axis=1) for k in top], axis=1)
+        correct[~np.all(np.isfinite(scores), axis=(1, 2))] = np.nan
     return correct / len(labels)
 
 

@@ -26,7 +26,7 @@ from music_jax.data.sources import Source
 from music_jax.epath_corrections import bucket_errors
 from music_jax.errors import UserError
 from music_jax.evaluation.features import Placing, normalize
-from music_jax.mesh import is_main_process
+from music_jax.mesh import is_main_process, shares_cores
 from music_jax.models.network import Network, Tree
 from music_jax.new_file import new_file
 from music_jax.npz_files import read_npz
@@ -156,9 +156,21 @@ def make_online_probe(
         )
     if source.num_classes < 2:
         raise UserError(
-            f"{source.name} has no labels for the online probe; name a labelled set with "
+            f"{source.name} has no labels for the online probe"
+            f"{source.no_classes and f' ({source.no_classes})'}; name a labelled set with "
             "--config.online_probe.train=, a folder or NAME:SPLIT of TFDS"
         )
+    rows = np.flatnonzero(source.labels() != -1)
+    if len(rows) < 2:
+        raise UserError(
+            f"only {len(rows)} of the {len(source)} images of {source.name} have a label, too few "
+            "for the online probe; name a labelled set with --config.online_probe.train="
+        )
+    if len(rows) < len(source):
+        progress.say(
+            f"online probe: {len(source) - len(rows):,} images without a label were left out"
+        )
+        source = source.subset(rows)
     return OnlineProbe(config, source, network, mesh, directory, skipped)
 
 
@@ -193,6 +205,7 @@ class OnlineProbe:
         self._num_features = network.num_features
         self._state: ProbeState | None = None
         self._batches: Iterator[dict[str, np.ndarray]] | None = None
+        self._has_diverged = False
         settings = config.online_probe
 
         def step(
@@ -215,7 +228,7 @@ class OnlineProbe:
 
         What was saved at later steps, which the training takes again, is removed.
         """
-        self._state = self._restored(step)
+        self._state, self._has_diverged = self._restored(step), False
         if is_main_process() and self._directory.exists():
             for path in self._directory.glob("*.npz"):
                 if path.stem.isdecimal() and int(path.stem) > step:
@@ -242,14 +255,25 @@ class OnlineProbe:
         batch = next(self._batches)
         images, labels = self._placing(batch["images"][:, 0]), self._placing(batch["label"])
         self._state = self._step(self._state, params, batch_stats, images, labels)
-        if self._whole.mesh.size > 1 and jax.default_backend() == "cpu":
-            jax.block_until_ready(self._state)  # as the training's own steps are
+        if shares_cores(self._placing.mesh):
+            jax.block_until_ready(self._state)
 
     def metrics(self) -> dict[str, float]:
-        """`online_top1` of the images since this was last asked; nothing if there were none."""
+        """`online_top1` of the images since this was last asked.
+
+        Nothing if there were none, or once the probe has diverged, which the training survives; a
+        line says so.
+        """
         assert self._state is not None
         seen, correct = float(self._state.seen), float(self._state.correct)
-        if not seen:
+        if not seen or self._has_diverged:
+            return {}
+        if not all(np.all(np.isfinite(np.asarray(array))) for array in self._state):
+            self._has_diverged = True
+            progress.say(
+                "the online probe diverged and is no longer reported; lower "
+                "config.online_probe.learning_rate"
+            )
             return {}
         zeros = jax.device_put((jnp.zeros(()), jnp.zeros(())), self._whole)
         self._state = self._state._replace(seen=zeros[0], correct=zeros[1])

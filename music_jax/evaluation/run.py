@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from ml_collections import config_dict
 from music_jax.data.datasets import EvaluationSources
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
-from music_jax.errors import UserError
+from music_jax.errors import NotMeasurableError, UserError
 from music_jax.evaluation.cache import ArrayCache, Expected, content_bytes
 from music_jax.evaluation.features import (
     Arrays,
@@ -43,7 +43,7 @@ class Run:
     Attributes:
       config: the run's.
       workdir: Directory that results go to; the run's, or another one.
-      sources: labelled images to learn from and to test on, or None.
+      sources: Images to learn from and to test on, some of which have labels, or None.
       images: what label-free measures are taken on: the test images if there are any, else those of
         the training.
       network: the network.
@@ -52,6 +52,7 @@ class Run:
       step: of the checkpoint that they come from.
       mesh: the devices.
       skipped: takes note of images that cannot be decoded, which count in no figure.
+      why_not: why there are no `sources`.
     """
 
     config: config_dict.ConfigDict
@@ -64,6 +65,7 @@ class Run:
     step: int
     mesh: Mesh
     skipped: SkippedImages
+    why_not: str = "there are no labelled images"
 
     def __post_init__(self) -> None:
         """Notes what was left out when the sources were opened."""
@@ -77,21 +79,43 @@ class Run:
           of: `trained`, `random_init` (the backbone before the training) or `raw_pixels`.
 
         Raises:
-          UserError: no image has a label, or a feature is not finite.
+          NotMeasurableError: the images do not have labels of two classes.
+          UserError: a feature is not finite.
         """
-        return self._labelled(self.labelled_sources().train, of)
+        return self._labelled(self.evaluation_sources().train, of, classes=2)
 
     def test(self, of: str = "trained") -> SplitFeatures:
         """Features of the labelled test images; arguments and errors as `train`."""
-        return self._labelled(self.labelled_sources().test, of)
+        return self._labelled(self.evaluation_sources().test, of, classes=1)
+
+    def labelled_rows(self, split: Literal["train", "test"]) -> np.ndarray:
+        """Indices of the images of a split that have a label, ascending; all labels are read once.
+
+        Features bring their labels along, so that only what reads the images themselves needs this.
+        An image whose record is damaged is among them: it is skipped, and noted, when it is read.
+
+        Raises:
+          NotMeasurableError: as `train` and `test`.
+        """
+        source = getattr(self.evaluation_sources(), split)
+        key = ("labels", id(source))
+        if key not in self._memory:
+            self._memory[key] = {"labels": source.labels()}
+        labels = self._memory[key]["labels"]
+        _check_classes(source, labels, 2 if split == "train" else 1)
+        return np.flatnonzero(labels != -1)
 
     def unlabelled(self) -> SplitFeatures:
         """`features` and `embeddings` of all `images`, whether they have a label or not."""
         return self._split(self.images, "trained")
 
     def views(self) -> Arrays:
-        """`features` and `embeddings` [images, views, ...] of several views of some `images`."""
-        return self._once(
+        """`features` and `embeddings` [images, views, ...] of several views of some `images`.
+
+        Raises:
+          UserError: one of them is not finite.
+        """
+        found = self._once(
             ("views",),
             f"step_{self.step}-views",
             self._key(self.images, "trained")
@@ -114,6 +138,8 @@ class Run:
             ),
             self._expected_floats(len(self.images), self.config.evaluation.num_views),
         )
+        _check_finite(found, f"views of {self.images.name}")
+        return found
 
     def probabilities(self) -> np.ndarray:
         """The segments' probabilities for all `images`, float32 [images, segments, units]."""
@@ -130,28 +156,39 @@ class Run:
         parts = [convert(embeddings[start : start + _PROBABILITIES_AT_ONCE]) for start in starts]
         return np.concatenate([np.asarray(part) for part in parts])
 
+    def without_label(self, *splits: Literal["train", "test"]) -> dict[str, Any]:
+        """How many images of each split were left out for want of a label, as figures.
+
+        Returns:
+          `without_label`, a number for each split; nothing if there are no such images.
+        """
+        counts = {}
+        for split in splits:
+            source = getattr(self.evaluation_sources(), split)
+            if ("labels", id(source)) in self._memory:
+                counts[split] = len(source) - len(self.labelled_rows(split))
+            else:
+                counts[split] = self._split(source, "trained").labelled().without_label
+        return {"without_label": counts} if any(counts.values()) else {}
+
     @property
     def num_classes(self) -> int:
         """How many labels there are."""
-        return self.labelled_sources().train.num_classes
+        return self.evaluation_sources().train.num_classes
 
-    def labelled_sources(self) -> EvaluationSources:
-        """The labelled images.
+    def evaluation_sources(self) -> EvaluationSources:
+        """The images to learn from and to test on.
 
         Raises:
-          UserError: there are none.
+          NotMeasurableError: there are none with labels.
         """
         if self.sources is None:
-            raise UserError(
-                "the run was trained on images without a test set; name labelled ones with "
-                "--config.evaluation.test=, and --config.evaluation.train= to learn from"
-            )
+            raise NotMeasurableError(self.why_not)
         return self.sources
 
-    def _labelled(self, source: Source, of: str) -> SplitFeatures:
+    def _labelled(self, source: Source, of: str, *, classes: int) -> SplitFeatures:
         found = self._split(source, of).labelled()
-        if not len(found):
-            raise UserError(f"none of the {len(source)} images of {source.name} has a label")
+        _check_classes(source, found.labels, classes)
         return found
 
     def _split(self, source: Source, of: str) -> SplitFeatures:
@@ -186,8 +223,7 @@ class Run:
         )
         arrays = dict(arrays)
         labels, indices = arrays.pop("labels"), arrays.pop("indices")
-        if not all(np.all(np.isfinite(array)) for array in arrays.values()):
-            raise UserError(f"some features of {source.name} are not finite; nothing to evaluate")
+        _check_finite(arrays, source.name)
         return SplitFeatures(arrays, labels, indices)
 
     def _expected_floats(self, *shape: int) -> dict[str, Expected]:
@@ -260,3 +296,20 @@ class Run:
                 cache.get(name, key, compute, expected=expected) if on_disk else compute()
             )
         return self._memory[memory_key]
+
+
+def _check_classes(source: Source, labels: np.ndarray, least: int) -> None:
+    classes = len(np.unique(labels[labels >= 0]))
+    if classes < least:
+        raise NotMeasurableError(
+            f"the images of {source.name} that can be decoded have labels of {classes} classes; at "
+            f"least {least} are needed"
+        )
+
+
+def _check_finite(arrays: Arrays, images: str) -> None:
+    if not all(np.all(np.isfinite(array)) for array in arrays.values()):
+        raise UserError(
+            f"some features of {images} are not finite: the network has diverged; evaluate an "
+            "earlier checkpoint with --checkpoint=STEP"
+        )

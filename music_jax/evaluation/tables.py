@@ -11,13 +11,22 @@ Rows = list[tuple[str, str]]
 
 def results_table(results: dict[str, Figures]) -> str:
     """The figures of the linear probe and kNN as a table, in percent."""
-    linear, knn = results["linear"], results.get("knn", {})
-    rows = [("trained backbone", *map(_percent, (linear["top1"], linear["top5"], knn.get("top1"))))]
+    linear, knn = results.get("linear", {}), results.get("knn", {})
+    trained = linear.get("top1"), linear.get("top5"), knn.get("top1")
+    rows = [("trained backbone", *map(_percent, trained))]
     for key, label in (("random_init", "random backbone"), ("raw_pixels", "raw pixels")):
         values = [linear.get(f"{key}_top1"), knn.get(f"{key}_top1")]
-        if values[0] is not None:
+        if values != [None, None]:
             rows.append((label, _percent(values[0]), "", _percent(values[1])))
     return progress.table(("", "linear top-1", "linear top-5", "kNN top-1"), rows)
+
+
+def say_without_label(protocol: str, figures: Figures) -> None:
+    """Says how many images a protocol left out for want of a label, if there were any."""
+    counts = figures.get("without_label")
+    if counts:
+        said = " and ".join(f"{count:,} {split} images" for split, count in counts.items() if count)
+        progress.say(f"{protocol}: {said} without a label were left out")
 
 
 def summary_table(results: dict[str, Figures]) -> str:

@@ -1,7 +1,6 @@
 """Transfer: the frozen backbone's features on another dataset."""
 
 import dataclasses
-import os
 from typing import Any
 
 from ml_collections import config_dict
@@ -11,6 +10,7 @@ from music_jax.data import datasets
 from music_jax.errors import UserError
 from music_jax.evaluation.feature_protocols import knn, linear
 from music_jax.evaluation.run import Run
+from music_jax.evaluation.tables import say_without_label
 
 
 def transfer(run: Run, sets: tuple[str, ...]) -> dict[str, Any]:
@@ -18,7 +18,8 @@ def transfer(run: Run, sets: tuple[str, ...]) -> dict[str, Any]:
 
     Args:
       run: the run.
-      sets: of each dataset, `NAME:TRAIN:TEST` with the splits of TFDS, or `FOLDER:FOLDER`.
+      sets: of each dataset, the images to learn from and to test on: `NAME:TRAIN:TEST` with the
+        splits of TFDS, or `SET:SET`; see `datasets.parse_pair`.
 
     Returns:
       The figures of both protocols by dataset.
@@ -31,6 +32,7 @@ def transfer(run: Run, sets: tuple[str, ...]) -> dict[str, Any]:
         progress.say(f"transfer to {spec}")
         there = _at(run, spec)
         found[spec] = {"linear": linear(there), "knn": knn(there)}
+        say_without_label(f"transfer to {spec}", found[spec]["linear"])
     return {"by_dataset": found}
 
 
@@ -38,9 +40,7 @@ def _at(run: Run, spec: str) -> Run:
     config = config_dict.ConfigDict(run.config.to_dict())
     config.evaluation.train, config.evaluation.test = parse_set(spec)
     datasets.prepare(config, ("evaluation.train", "evaluation.test"))
-    sources = datasets.evaluation_sources(config, None)
-    if sources is None:
-        raise UserError(f"--transfer={spec}: there are no labelled images to test on")
+    sources = datasets.evaluation_sources(config)
     return dataclasses.replace(run, config=config, sources=sources, images=sources.test)
 
 
@@ -48,34 +48,13 @@ def parse_set(spec: str) -> tuple[str, str]:
     """The training and the test part of a dataset, as `config.evaluation` names them.
 
     Raises:
-      UserError: it is neither `NAME:TRAIN:TEST` nor two folders.
-
-    Example:
-      >>> from music_jax.evaluation.transfer import parse_set
-      >>> parse_set("cifar10:train[:90%]:test")
-      ('cifar10:train[:90%]', 'cifar10:test')
+      UserError: it is none of what `transfer` takes.
     """
-    parts = _split(spec)
-    for i in range(1, len(parts)):
-        pair = ":".join(parts[:i]), ":".join(parts[i:])
-        if all(os.path.exists(os.path.expanduser(path)) for path in pair):
-            return pair
-    if len(parts) == 3 and all(parts):
-        name, train, test = parts
-        return f"{name}:{train}", f"{name}:{test}"
-    raise UserError(
-        f"--transfer={spec}: expected NAME:TRAIN:TEST with the splits of a TFDS dataset, such as "
-        "cifar10:train:test, or FOLDER:FOLDER of images to learn from and to test on"
-    )
-
-
-def _split(spec: str) -> list[str]:
-    """The parts between colons that are not in brackets, as in `train[:90%]`."""
-    parts, depth = [""], 0
-    for character in spec:
-        depth += (character == "[") - (character == "]")
-        if character == ":" and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
+    pair = datasets.parse_pair(spec)
+    if pair is None:
+        raise UserError(
+            f"--transfer={spec}: expected NAME:TRAIN:TEST with the splits of a TFDS dataset, such "
+            "as cifar10:train:test, or two sets with a colon between, each a folder that is there "
+            "or NAME:SPLIT"
+        )
+    return pair

@@ -13,8 +13,10 @@ from ml_collections import config_dict
 from music_jax import config as config_lib
 from music_jax import progress, records
 from music_jax.data import datasets
+from music_jax.data.datasets import EvaluationSources
 from music_jax.data.loader import TrainingOrder
-from music_jax.errors import StoppedError, UserError
+from music_jax.data.sources import Source
+from music_jax.errors import NotMeasurableError, StoppedError, UserError
 from music_jax.evaluation.evaluate import evaluate, read_results, results_table
 from music_jax.evaluation.online_probe import OnlineProbe, make_online_probe
 from music_jax.mesh import (
@@ -22,6 +24,7 @@ from music_jax.mesh import (
     from_main_process,
     is_main_process,
     make_data_mesh,
+    shares_cores,
 )
 from music_jax.signals import Stop
 from music_jax.train import guards
@@ -88,7 +91,7 @@ def _train_and_evaluate(
             f"config.batch_size = {config.batch_size} is larger than the dataset {source.name} of "
             f"{len(source)} images; take at most {len(source)}"
         )
-    probed = datasets.evaluation_sources(config, source)  # fails now, not after training
+    probed, why_not = _probed(config, source)  # fails now, not after training
     order = TrainingOrder(len(source), config.batch_size, config.seed)
     num_steps = config.num_epochs * order.steps_per_epoch
     profile = Profile(directory / "profile", profile_steps, num_steps)
@@ -159,7 +162,7 @@ def _train_and_evaluate(
 
     records.join_skipped(skipped, source)
     if probed is None:
-        progress.say("not probed: name labelled images with --config.evaluation.test=")
+        progress.say(f"not probed: {why_not}")
         records.report_skipped(skipped)
         return state
     evaluate(
@@ -173,12 +176,22 @@ def _train_and_evaluate(
         step=num_steps,
         mesh=mesh,
     )
-    if is_main_process():
-        results = read_results(config, directory, num_steps) or {}
+    if is_main_process() and (results := read_results(config, directory, num_steps)):
         progress.say_lines(results_table(results))
         writers.scalars(num_steps, {f"{name}_top1": r["top1"] for name, r in results.items()})
     records.report_skipped(skipped)
     return state
+
+
+def _probed(config: config_dict.ConfigDict, source: Source) -> tuple[EvaluationSources | None, str]:
+    """What the backbone is probed with, or why it is not: images that are named must be usable."""
+    try:
+        return datasets.evaluation_sources(config, source), ""
+    except NotMeasurableError as error:
+        if config.evaluation.train or config.evaluation.test:
+            raise
+        progress.say(f"the backbone will not be probed: {error}")
+        return None, str(error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,11 +274,8 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: Stop) -> TrainSt
 
 
 def _blocking(step_function: StepFunction, mesh: Mesh) -> StepFunction:
-    """Waits for each step on several CPU devices, which share the real cores.
-
-    Unfinished steps of several of them can starve each other.
-    """
-    if mesh.size == 1 or jax.default_backend() != "cpu":
+    """Waits for each step where the devices share the real cores."""
+    if not shares_cores(mesh):
         return step_function
     return lambda *arguments: jax.block_until_ready(step_function(*arguments))
 

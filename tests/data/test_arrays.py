@@ -44,5 +44,5 @@ def test_a_folder_alone_has_no_test_images(config, tmp_path):
     assert images.shape == (2, 8, 8, 1)
     assert np.all(images == 200)
     assert labels.tolist() == [-1, -1]
-    with pytest.raises(UserError, match="no test images"):
+    with pytest.raises(UserError, match="no images to test with"):
         load_images(config)

@@ -12,7 +12,12 @@ from music_jax.data import datasets
 from music_jax.data.decode import decode
 from music_jax.data.folder import MAX_FILE_BYTES, open_folder
 from music_jax.data.skipped import SkippedImages
-from music_jax.errors import UndecodableError, UnusableDataError, UserError
+from music_jax.errors import (
+    NotMeasurableError,
+    UndecodableError,
+    UnusableDataError,
+    UserError,
+)
 
 
 def _write(path, value=7):
@@ -165,7 +170,8 @@ def test_evaluation_sets_may_be_tfds_splits(tmp_path):
 
 def test_without_an_evaluation_set_a_folder_is_not_probed(tmp_path):
     config = _config(**{"dataset.path": str(_labelled(tmp_path, ["a", "b"]))})
-    assert datasets.evaluation_sources(config, datasets.training_source(config)) is None
+    with pytest.raises(NotMeasurableError, match=r"no images to test with.*evaluation\.test="):
+        datasets.evaluation_sources(config, datasets.training_source(config))
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,12 @@ def test_a_search_that_finds_nothing_has_no_figure(tmp_path):
         return SplitFeatures({"features": rows}, np.full(4, label, np.int32), np.arange(4))
 
     config = small_config()
-    run = types.SimpleNamespace(config=config, train=lambda: features(0), test=lambda: features(1))
+    run = types.SimpleNamespace(
+        config=config,
+        train=lambda: features(0),
+        test=lambda: features(1),
+        without_label=lambda *splits: {},
+    )
     found = feature_protocols.retrieval(run)
     assert found == {"map": None, "num_gallery": 4, "num_queries": 0}
 

@@ -8,10 +8,12 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import top_k_accuracy_score
 
+from music_jax.errors import DivergedError
 from music_jax.evaluation.linear_probe import (
     Heads,
     ProbeRecipe,
     accuracies,
+    best_rate,
     fit,
     linear_probe,
     logits,
@@ -68,6 +70,22 @@ def test_the_learning_rate_is_chosen_without_the_test_samples():
         assert next(steps) == num_steps(recipe, len(train), 0.1)
 
 
+def test_features_are_scaled_by_the_training_samples():
+    train, train_labels, test, test_labels = _digits()
+    train, test = 3 * train + 1, 5 * test - 2
+    recipe = ProbeRecipe(2, 100, (0.03, 0.1))
+    mean, std = train.mean(0), train.std(0) + np.float32(1e-6)
+    raw, scaled = (
+        linear_probe(a, train_labels, b, test_labels, recipe, num_classes=10, feature_scaling=name)
+        for a, b, name in (
+            (train, test, "standardize"),
+            ((train - mean) / std, (test - mean) / std, "none"),
+        )
+    )
+    assert raw.top1 == pytest.approx(scaled.top1, abs=0.002)
+    assert np.mean(raw.predictions == scaled.predictions) > 0.995
+
+
 def test_each_learning_rate_is_trained_as_if_alone():
     train, labels, _, _ = _digits()
     rates = (0.01, 0.3)
@@ -117,9 +135,25 @@ def test_top_k_accuracies_are_scikit_learns():
             np.testing.assert_allclose(found[i, j], expected)
 
 
-@pytest.mark.parametrize("value", [0.0, np.nan])
-def test_scores_that_tell_nothing_are_never_right(value):
-    heads = Heads(np.full((1, 4, 10), value, np.float32), np.zeros((1, 10), np.float32))
+def test_a_classifier_whose_scores_are_not_finite_has_no_accuracy():
+    kernel = np.stack([np.eye(4, dtype=np.float32)] * 3)
+    kernel[0, 2, 1], kernel[1, 0, 0] = np.nan, np.inf
+    heads = Heads(kernel, np.zeros((3, 4), np.float32))
+    found = accuracies(heads, np.eye(4, dtype=np.float32)[:3], np.asarray([0, 1, 0]))
+    np.testing.assert_array_equal(found, [[np.nan] * 2, [np.nan] * 2, [2 / 3, 1.0]])
+
+
+def test_the_best_rate_is_one_that_did_not_diverge():
+    kernel = np.full((3, 2, 2), np.nan, np.float32)
+    features, labels = np.eye(2, dtype=np.float32), np.asarray([0, 1])
+    with pytest.raises(DivergedError, match="lower its learning rates"):
+        best_rate(Heads(kernel, np.zeros((3, 2), np.float32)), features, labels)
+    kernel[1] = -np.eye(2)  # never right
+    assert best_rate(Heads(kernel, np.zeros((3, 2), np.float32)), features, labels) == 1
+
+
+def test_scores_that_are_all_alike_are_never_right():
+    heads = Heads(np.zeros((1, 4, 10), np.float32), np.zeros((1, 10), np.float32))
     features = np.ones((7, 4), np.float32)
     np.testing.assert_array_equal(accuracies(heads, features, np.arange(7)), [[0.0, 0.0]])
 

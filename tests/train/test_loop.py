@@ -6,6 +6,7 @@ import json
 import signal
 import threading
 
+import cv2
 import jax
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from jax.experimental import multihost_utils
 from tiny_training import tiny_config
 
 from music_jax import mesh
+from music_jax.config import default_config
 from music_jax.data import datasets
 from music_jax.data.crops import Crop
 from music_jax.data.loader import TrainingOrder, training_batches
-from music_jax.errors import DivergedError, StoppedError
+from music_jax.errors import DivergedError, NotMeasurableError, StoppedError
 from music_jax.signals import Stop
 from music_jax.train import loop, recovery, train_and_evaluate
 
@@ -259,3 +261,18 @@ def test_what_was_left_out_is_what_the_main_process_has_read(config, tmp_path, m
     assert processes.main(read) == {1, 2}
     (tmp_path / "rewinds.json").unlink()  # as a network file system may show it to the other
     assert processes.other(read) == {1, 2}
+
+
+def test_a_set_without_labels_is_trained_on_and_not_probed_unless_it_is_named(tmp_path, capsys):
+    for name in ("a", "b"):
+        cv2.imwrite(str(tmp_path / f"{name}.png"), np.zeros((4, 4), np.uint8))
+    config = default_config()
+    config.dataset.path = str(tmp_path)
+    source = datasets.training_source(config)
+    probed, why_not = loop._probed(config, source)
+    assert probed is None
+    assert "no images to test with; name labelled images" in why_not
+    assert f"the backbone will not be probed: {why_not}" in capsys.readouterr().out
+    config.evaluation.test = str(tmp_path)
+    with pytest.raises(NotMeasurableError, match="two or more class folders"):
+        loop._probed(config, source)

@@ -11,9 +11,16 @@ from etils import epath
 from processes import DIGITS, SMALL, checkpoint, metrics, run
 
 from music_jax.config import default_config
+from music_jax.data.datasets import EvaluationSources
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
-from music_jax.evaluation.online_probe import OnlineProbe, init_probe, probe_step
+from music_jax.errors import UserError
+from music_jax.evaluation.online_probe import (
+    OnlineProbe,
+    init_probe,
+    make_online_probe,
+    probe_step,
+)
 from music_jax.mesh import make_data_mesh
 
 _PROBE = ("--config.online_probe.enabled=True", "--config.online_probe.batch_size=100")
@@ -66,6 +73,43 @@ def test_what_was_saved_of_steps_that_are_taken_again_is_removed(tmp_path):
     assert sorted(path.name for path in saved.iterdir()) == ["4.npz", "6.npz"]
     probe.start(4, 100)
     assert [path.name for path in saved.iterdir()] == ["4.npz"]
+
+
+def _probe_of(tmp_path, labels, **fields):
+    config = default_config()
+    config.online_probe.update({"enabled": True, **fields})
+    records = [{"image": b"", "label": label} for label in labels]
+    source = Source("numbers", records, "image", "label", 10)
+    return make_online_probe(
+        config,
+        EvaluationSources(source, source),
+        types.SimpleNamespace(num_features=4),
+        make_data_mesh(1),
+        epath.Path(tmp_path),
+        SkippedImages(epath.Path(tmp_path), max_share=1.0),
+    )
+
+
+def test_images_without_a_label_are_left_out(tmp_path, capsys):
+    probe = _probe_of(tmp_path, [3, -1, 5, -1, -1, 7])
+    assert [probe._source.record(i)["label"] for i in range(len(probe._source))] == [3, 5, 7]
+    assert "online probe: 3 images without a label were left out" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"only 1 of the 3 images.*online_probe\.train="):
+        _probe_of(tmp_path, [-1, -1, 4])
+
+
+def test_a_probe_that_diverged_is_no_longer_reported(tmp_path, capsys):
+    probe = _probe_of(tmp_path, [0, 1])
+    probe.start(0, 100)
+    seen = probe._state._replace(correct=jnp.asarray(3.0), seen=jnp.asarray(4.0))
+    probe._state = seen
+    assert probe.metrics() == {"online_top1": 0.75}
+    assert probe.metrics() == {}
+    for array in ("kernel", "velocity_bias"):
+        probe.start(0, 100)
+        probe._state = seen._replace(**{array: getattr(seen, array).at[0].set(jnp.inf)})
+        assert probe.metrics() == probe.metrics() == {}
+        assert capsys.readouterr().out.count("the online probe diverged") == 1
 
 
 @pytest.mark.slow

@@ -1,0 +1,179 @@
+"""Which sets a config or a flag names: versions of TFDS, pairs, and sets without labels."""
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from tfds_sets import IMAGES, LABELS, write_set
+
+from music_jax.config import default_config
+from music_jax.data import datasets, sources
+from music_jax.data.decode import decode
+from music_jax.errors import NotMeasurableError, UserError
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Sets of a few digits."""
+    directory = tmp_path_factory.mktemp("tfds")
+    train, test = LABELS[:20], LABELS[:6]
+    both = {"train": train, "test": test}
+    mixed = np.where(np.arange(20) % 3 == 1, -1, train)
+    write_set(directory, "partly", {"train": mixed, "test": test, "unlabelled": [-1] * 5})
+    write_set(directory, "one_class", {"train": [-1, 4, 4, -1], "test": test})
+    write_set(directory, "without", {"train": [None] * 20}, label=None)
+    write_set(directory, "only_train", {"train": train})
+    write_set(directory, "versioned", both, version="2.1.0")
+    write_set(directory, "versioned", {"train": train[:9], "test": test}, version="2.2.0")
+    write_set(directory, "several", both, version="1.2.0", config="small-v2")
+    write_set(directory, "scalar", both, tfds.features.Scalar(np.int64))
+    text = {split: [f"digit {i}" for i in labels] for split, labels in both.items()}
+    write_set(directory, "text", text, tfds.features.Text())
+    many = {split: [[int(i), 3] for i in labels] for split, labels in both.items()}
+    write_set(
+        directory, "many", many, tfds.features.Sequence(tfds.features.ClassLabel(num_classes=10))
+    )
+    return str(directory)
+
+
+def _config(data_dir, **fields):
+    config = default_config()
+    config.dataset.data_dir = data_dir
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
+    return config
+
+
+@pytest.mark.parametrize(
+    ("name", "images"),
+    [
+        ("versioned:train", 9),  # the newest version
+        ("versioned:2.1.0:train", 20),
+        ("versioned:2.1.*:train[:50%]", 10),
+        ("several/small-v2:train", 20),
+        ("several/small-v2:1.2.0:train[5:]", 15),
+        ("partly:train+unlabelled", 25),
+    ],
+)
+def test_a_split_is_named_with_its_config_and_version(data_dir, name, images):
+    source = datasets.open_named(_config(data_dir), name)
+    assert len(source) == images
+    dataset, _, split = name.rpartition(":") if "[" not in name else name.partition(":train")
+    config = _config(data_dir, dataset__name=dataset)
+    split = "train" + split if "[" in name else split
+    assert len(sources.open_source(config.dataset, split)) == images
+
+
+def test_a_version_that_is_not_there_is_an_error(data_dir):
+    with pytest.raises(UserError, match=r"versioned:3\.0\.0"):
+        datasets.open_named(_config(data_dir), "versioned:3.0.0:train")
+
+
+@pytest.mark.parametrize(
+    ("text", "pair"),
+    [
+        ("cifar10:train:test", ("cifar10:train", "cifar10:test")),
+        ("cifar10:train[:90%]:train[90%:]", ("cifar10:train[:90%]", "cifar10:train[90%:]")),
+        ("cifar10:3.0.2:train:test", ("cifar10:3.0.2:train", "cifar10:3.0.2:test")),
+        ("a/b-v2:1.*.*:train:val", ("a/b-v2:1.*.*:train", "a/b-v2:1.*.*:val")),
+        ("mnist:train:digits:test", ("mnist:train", "digits:test")),
+        ("mnist:1.0.0:train:digits:test", ("mnist:1.0.0:train", "digits:test")),
+        ("mnist:train:digits:1.0.0:test", ("mnist:train", "digits:1.0.0:test")),
+        ("a:1.0.0:train:b/c:2.0.0:test", ("a:1.0.0:train", "b/c:2.0.0:test")),
+        ("photos:x/y", ("photos", "x/y")),
+        ("a:b:c:d", ("a:b", "c:d")),  # folders
+        ("photos:a:b", ("photos", "a:b")),
+        ("photos:digits:1.0.0:test", ("photos", "digits:1.0.0:test")),
+        ("./photos:digits:test", ("./photos", "digits:test")),
+        ("digits:train:./photos", ("digits:train", "./photos")),
+        ("digits:train:photos", ("digits:train", "digits:photos")),
+        ("digits:1.0.0:test", None),
+        ("digits", None),
+        ("digits:train", None),
+        ("digits::test", None),
+        ("digits:train:/nowhere", None),
+        ("photos:nowhere", None),
+    ],
+)
+def test_a_pair_of_sets_is_divided_where_both_sides_are_sets(text, pair, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", "x/y", "a:b", "c:d"):
+        (tmp_path / name).mkdir(parents=True)
+    assert datasets.parse_pair(text) == pair
+
+
+@pytest.mark.parametrize("name", ["without", "scalar", "text", "many"])
+def test_a_set_without_classes_is_read_without_labels(data_dir, name):
+    source = sources.open_source(_config(data_dir, dataset__name=name).dataset, "train")
+    assert (len(source), source.num_classes, source.class_names) == (20, 0, ())
+    encoded, label = source.example(7)
+    assert any(np.array_equal(decode(encoded, 1)[..., 0], image) for image in IMAGES[:20])
+    assert label == -1
+    assert source.labels().tolist() == [-1] * 20
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dataset__name": "without"}, "without has no split 'test' to test with"),
+        ({"dataset__name": "only_train"}, "only_train has no split 'test' to test with"),
+        ({"dataset__name": "only_train", "dataset__test_split": ""}, "no images to test with"),
+        ({"dataset__name": "scalar"}, "its feature 'label' is a Scalar, not a ClassLabel"),
+        ({"dataset__name": "text"}, "its feature 'label' is a Text, not a ClassLabel"),
+        ({"dataset__name": "many"}, "its feature 'label' is a Sequence, not a ClassLabel"),
+        (
+            {"dataset__name": "one_class"},
+            r"4 images that have a label are all of one class.*evaluation\.train=",
+        ),
+        (
+            {"dataset__name": "partly", "evaluation__test": "partly:unlabelled"},
+            "none of its 5 images has a label.*evaluation.test",
+        ),
+        (
+            {"dataset__name": "partly", "evaluation__train": "without:train"},
+            "without has no feature 'label'.*evaluation.train",
+        ),
+    ],
+)
+def test_what_lacks_for_a_probe_is_said(data_dir, fields, message):
+    with pytest.raises(NotMeasurableError, match=message):
+        datasets.evaluation_sources(_config(data_dir, **fields))
+
+
+@pytest.mark.parametrize("split", ["tset", "test[:50%]", "validation"])
+def test_only_the_default_test_split_need_not_be_there(data_dir, split):
+    config = _config(data_dir, dataset__name="only_train", dataset__test_split=split)
+    with pytest.raises(UserError, match="cannot read split") as told:
+        datasets.evaluation_sources(config)
+    assert not isinstance(told.value, NotMeasurableError)
+
+
+def test_all_labels_are_read_from_the_records(data_dir):
+    source = datasets.open_named(_config(data_dir), "partly:train+unlabelled")
+    images = [decode(source.example(i)[0], 1)[..., 0] for i in range(25)]
+    digits = [int(np.flatnonzero([np.array_equal(x, y) for y in IMAGES])[0]) for x in images]
+    expected = [
+        -1 if i >= 20 or digit % 3 == 1 else LABELS[digit] for i, digit in enumerate(digits)
+    ]
+    assert expected.count(-1) == 12
+    assert source.labels().tolist() == expected
+    assert [source.example(i)[1] for i in range(25)] == expected
+    rows = np.asarray([24, 3, 0, 11])
+    assert source.subset(rows).labels().tolist() == [expected[i] for i in rows]
+    assert [source.count_classes(n) for n in (1, 2, 99)] == [1, 2, len({*expected} - {-1})]
+
+
+def test_images_that_nothing_needs_are_not_opened(tmp_path, data_dir):
+    config = _config(data_dir, dataset__path=str(tmp_path / "gone"))
+    config.evaluation.update({"train": "partly:train", "test": "versioned:2.1.0:test"})
+    datasets.prepare(config)
+    found = datasets.evaluation_sources(config)
+    assert (len(found.train), len(found.test)) == (20, 6)
+    assert len(datasets.evaluation_images(config)) == 6
+    config.evaluation.train = ""
+    with pytest.raises(UserError, match="no folder"):
+        datasets.evaluation_sources(config)
+
+
+def test_a_feature_that_is_no_image_is_an_error(data_dir):
+    config = _config(data_dir, dataset__name="versioned", dataset__image_key="label")
+    with pytest.raises(UserError, match=r"'label' of dataset 'versioned' is not an Image"):
+        sources.open_source(config.dataset, "train")
