@@ -110,6 +110,8 @@ def default_config() -> config_dict.ConfigDict:
     # Of ResNets alone; None is their own default, imagenet and True.
     config.backbone.stem = config_dict.placeholder(str)  # imagenet, cifar, strided
     config.backbone.zero_init_residual = config_dict.placeholder(bool)  # start as the shortcuts
+    # Of vision transformers alone; None: 6 for vit_s16, 12 for vit_b16. MoCo v3's have 12.
+    config.backbone.num_heads = config_dict.placeholder(int)
 
     config.projector = config_dict.ConfigDict()
     config.projector.hidden_sizes = (8192,)  # () for a linear projector

@@ -48,12 +48,15 @@ def check_backbone(config: config_dict.ConfigDict) -> None:
 
     backbone = config.backbone
     spec = BACKBONES[backbone.name]
-    for field in ("stem", "zero_init_residual"):
+    for field in ("stem", "zero_init_residual", "num_heads"):
         if field not in spec.fields and backbone[field] is not None:
             raise UserError(
                 f"config.backbone.{field} = {backbone[field]!r} means nothing to {backbone.name}; "
                 "leave it unset"
             )
+    width, heads = spec.make.keywords.get("width"), backbone.num_heads
+    if heads is not None and (heads < 1 or width % heads):
+        raise wrong(config, "backbone.num_heads", f"divide {backbone.name}'s width, {width}")
     if config.crop.size % spec.image_multiple:
         raise wrong(
             config, "crop.size", f"be a multiple of {spec.image_multiple} for {backbone.name}"

@@ -7,15 +7,19 @@ from music_jax.errors import UserError
 
 _USAGE = """
 Makes a workdir of a ResNet-18/34/50 in the layout of torchvision and timm, which the checkpoints of
-Barlow Twins and VICReg have, too, or of a vision transformer of timm's with MoCo v3's position
-embedding. linear_eval, evaluate, export and encode then take it like any run.
+Barlow Twins and VICReg have, too, or of a ResNet that lightly wrapped (backbone.0.weight), or of a
+vision transformer of timm's with MoCo v3's position embedding. linear_eval, evaluate, export and
+encode then take it like any run.
 
   python -m music_jax.import_weights --weights=resnet50.safetensors --workdir=runs/barlow \\
       --config.dataset.name=imagenet2012 --config.dataset.test_split=validation
   python -m music_jax.linear_eval --workdir=runs/barlow --config.dataset.name=imagenet2012
 
 Which backbone it is follows from the file, and so does a prefix such as module.backbone.; heads are
-left out. A .pth file is a pickle, which is not opened here; where torch is, convert it:
+left out. The number of a transformer's attention heads does not follow: MoCo v3's checkpoints are
+recognized by their names, for others --config.backbone.num_heads= says it. What else the file does
+not tell, and was assumed, is printed. A .pth file is a pickle, which is not opened here; where
+torch is, convert it:
 
   {convert}
 
@@ -33,10 +37,13 @@ def main() -> None:
     from music_jax import progress
     from music_jax.exchange.importing import import_weights
 
-    config = import_weights(given.weights, cli.WORKDIR.value, given.config, prefix=given.prefix)
-    stem = f" with the stem {config.backbone.stem}" if config.backbone.stem else ""
+    imported = import_weights(given.weights, cli.WORKDIR.value, given.config, prefix=given.prefix)
+    progress.say(f"assumed, since the file does not tell: {imported.assumed}")
+    if imported.left_out:
+        counts = ", ".join(f"{name} ({count})" for name, count in imported.left_out.items())
+        progress.say(f"left out, with the number of tensors: {counts}")
     progress.say(
-        f"{cli.WORKDIR.value} holds the {config.backbone.name}{stem} of {given.weights}; "
+        f"{cli.WORKDIR.value} holds the {imported.config.backbone.name} of {given.weights}; "
         f"python -m music_jax.linear_eval --workdir={cli.WORKDIR.value} evaluates it"
     )
 

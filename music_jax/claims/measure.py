@@ -1,12 +1,10 @@
 """What is measured of a trained cell, all of it from features and embeddings of both splits."""
 
-import warnings
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import config_dict
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import normalized_mutual_info_score
 
 from music_jax.evaluation.clustering import (
@@ -132,9 +130,7 @@ def _measure_segments(
     train_p, p = _probabilities(train, config), _probabilities(test, config)
     codes = p.argmax(axis=2)
     best = int(agreement_between_segments(train_p.argmax(axis=2)).argmax())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer codes than clusters: a result
-        clusters = joint_clusters(p, num_clusters=num_classes, num_starts=_STARTS)
+    clusters = joint_clusters(p, num_clusters=num_classes, num_starts=_STARTS)
     joint = cluster_scores(clusters, labels)
     by_segment = [cluster_scores(code, labels) for code in codes.T]
     measures = measure_segments(p)

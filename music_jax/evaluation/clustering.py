@@ -3,6 +3,7 @@
 scikit-learn takes seconds to import, so only what needs it does.
 """
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -106,10 +107,13 @@ def joint_clusters(
       seed: of the starts.
 
     Returns:
-      int32 [samples], in [0, num_clusters).
+      int32 [samples], in [0, num_clusters); fewer clusters where fewer codes differ.
     """
     from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
 
     roots = np.sqrt(np.asarray(probabilities, np.float32)).reshape(len(probabilities), -1)
     kmeans = KMeans(num_clusters, n_init=num_starts, random_state=seed)
-    return kmeans.fit_predict(roots).astype(np.int32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer codes than clusters: a result
+        return kmeans.fit_predict(roots).astype(np.int32)

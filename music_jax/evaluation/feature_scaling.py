@@ -10,9 +10,8 @@ import numpy as np
 Features = Any  # an array of NumPy or of JAX
 
 FEATURE_SCALINGS = ("none", "standardize", "whiten")
-_MIN_STD = 1e-6
 _WHITENING_FLOOR = 0.1  # of the mean variance, added to every direction's
-_BLOCK = 65_536  # samples whose products are summed at once
+_BLOCK = 8192  # samples that are summed at once, in float64
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,10 +37,11 @@ class Scaling:
 
 
 def fit_scaling(name: str, features: Callable[[], np.ndarray]) -> Callable[[Features], Features]:
-    """Learns a scaling from training features.
+    """Learns a scaling from training features; neither depends on the features' scale.
 
-    `standardize` gives each feature the mean 0 and the deviation 1. `whiten` also takes away what
-    they share: the symmetric inverse root of their covariance, a tenth of the mean variance being
+    `standardize` gives each feature the mean 0 and the deviation 1; like scikit-learn's
+    `StandardScaler`, it leaves the scale of a constant feature. `whiten` also takes away what they
+    share: the symmetric inverse root of their covariance, a tenth of the mean variance being
     added to the variance of every direction, so that directions that hold next to nothing are not
     blown up (ZCA: Kessy, Lewin & Strimmer, arXiv 1512.00809; the ridge is ours). It makes the
     classifier's problem well conditioned, so that SGD solves it in few epochs.
@@ -61,14 +61,18 @@ def fit_scaling(name: str, features: Callable[[], np.ndarray]) -> Callable[[Feat
     if name == "none":
         return lambda unscaled: unscaled
     train = features()
-    mean = train.mean(axis=0, dtype=np.float64).astype(np.float32)
+    mean = train.mean(axis=0, dtype=np.float64)
+    centered = (train[i : i + _BLOCK] - mean for i in range(0, len(train), _BLOCK))
     if name == "standardize":
-        return Scaling(mean, 1 / (train.std(axis=0) + _MIN_STD))
-    covariance = np.zeros((train.shape[1], train.shape[1]))
-    for start in range(0, len(train), _BLOCK):
-        centred = train[start : start + _BLOCK] - mean
-        covariance += centred.T @ centred
-    variances, directions = np.linalg.eigh(covariance / len(train))
-    floor = _WHITENING_FLOOR * variances.mean() + _MIN_STD**2
-    roots = np.sqrt(np.maximum(variances, 0) + floor)
-    return Scaling(mean, ((directions / roots) @ directions.T).astype(np.float32))
+        variances = sum(np.sum(block**2, axis=0) for block in centered) / len(train)
+        # The variance that rounding leaves to a constant feature, as in scikit-learn.
+        eps = np.finfo(np.float64).eps
+        constant = variances <= (len(train) * eps * mean) ** 2
+        scale = 1 / np.where(constant, 1, np.sqrt(variances))
+    else:
+        covariance = sum(block.T @ block for block in centered) / len(train)
+        variances, directions = np.linalg.eigh(covariance)
+        floor = _WHITENING_FLOOR * np.trace(covariance) / len(mean)
+        roots = np.sqrt(np.maximum(variances, 0) + floor)
+        scale = (directions / np.where(roots > 0, roots, 1)) @ directions.T
+    return Scaling(mean.astype(np.float32), scale.astype(np.float32))

@@ -39,7 +39,8 @@ def few_shot(
 ) -> FewShotResult:
     """Logistic regression on a few samples a class, over several draws of them.
 
-    Features are scaled to unit length. The classifier is scikit-learn's, with an L2 penalty.
+    Features are scaled to unit length. The classifier is scikit-learn's, with an L2 penalty; where
+    only one class was drawn, it predicts that class.
 
     Args:
       train_features: what the samples are drawn from, [train, features].
@@ -75,11 +76,16 @@ def few_shot(
         classifier = LogisticRegression(
             C=inverse_regularization * len(rows), max_iter=1000, tol=1e-5
         )
+        labels = train_labels[rows]
+        if np.all(labels == labels[0]):  # which scikit-learn refuses
+            accuracies[draw] = np.mean(test_labels == labels[0])
+            after_draw()
+            continue
         drawn, tested = _in_span(train[rows], test)
         # On so little data, threads would wait for one another most of the time.
         with threadpool_limits(1), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            classifier.fit(drawn, train_labels[rows])
+            classifier.fit(drawn, labels)
         accuracies[draw] = np.mean(classifier.predict(tested) == test_labels)
         after_draw()
     return FewShotResult(shots, mean_interval(accuracies), accuracies)

@@ -1,6 +1,7 @@
 """Nearest neighbours, and classification by their weighted vote (Wu et al, arXiv 1805.01978)."""
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -22,8 +23,10 @@ def knn_predict(
 ) -> np.ndarray:
     """Predicts labels by a vote of the nearest training samples.
 
-    Features are normalised to unit length; each of the `k` neighbours with the largest cosine
-    similarity `s` votes for its label with weight `exp(s / temperature)`.
+    Features are normalized to unit length; each of the `k` neighbors with the largest cosine
+    similarity `s` votes for its label with weight `exp(s / temperature)`. Of equal similarities the
+    earlier training sample is the nearer one, and of equal votes the lower label wins: neither
+    depends on the labels of the test samples.
 
     Args:
       train_features: [train, features].
@@ -64,10 +67,12 @@ def nearest_neighbours(
     block_size: int = 256,
     bank_block_size: int = _BANK_BLOCK,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The samples of a bank with the largest cosine similarity to each query.
+    """Finds the samples of a bank with the largest cosine similarity to each query.
 
     Only a block of the bank is on the device at a time, and of it no more than `block_size *
     bank_block_size` similarities, so that the bank may be as large as the host's memory holds.
+    The blocks are of nearly equal size: a block of one row is multiplied in another order, and its
+    similarities would differ from those of equal rows in other blocks.
 
     Args:
       bank: [bank, features].
@@ -95,8 +100,10 @@ def nearest_neighbours(
     unit = np.pad(unit_length(queries), ((0, padding), (0, 0)))
     blocks = jnp.asarray(unit.reshape(-1, block_size, unit.shape[1]))
     found: tuple[jax.Array, jax.Array] | None = None
-    for start in range(0, bank.shape[0], bank_block_size):
-        part = jnp.asarray(unit_length(bank[start : start + bank_block_size]))
+    num_blocks = -(-bank.shape[0] // bank_block_size)
+    bounds = [i * bank.shape[0] // num_blocks for i in range(num_blocks + 1)]
+    for start, end in itertools.pairwise(bounds):
+        part = jnp.asarray(unit_length(bank[start:end]))
         similarities, rows = _nearest(blocks, part, min(k, part.shape[0]))
         rows = rows + start
         if found is not None:
@@ -127,26 +134,38 @@ def _nearest(blocks: jax.Array, bank: jax.Array, k: int) -> tuple[jax.Array, jax
 def weighted_vote(
     similarities: np.ndarray, labels: np.ndarray, *, num_classes: int, temperature: float = 0.07
 ) -> np.ndarray:
-    """The label with the most votes, each neighbour's weighing `exp(similarity / temperature)`.
+    """Returns the label with the most votes, each weighing `exp(similarity / temperature)`.
 
     Args:
-      similarities: float [queries, k], at most 1.
-      labels: of the neighbours, integers [queries, k].
-      num_classes: number of labels.
-      temperature: of the weights.
+      similarities: Cosine similarities of the neighbors, float [queries, k].
+      labels: Labels of the neighbors, integers [queries, k].
+      num_classes: Number of labels.
+      temperature: Temperature of the weights.
 
     Returns:
-      int32 [queries].
+      int32 [queries]; the lowest label of those with equal votes.
     """
-    # The largest similarity is 1, so subtracting 1 keeps the exponential in range.
-    weights = np.exp((similarities.astype(np.float64) - 1.0) / temperature)
+    exact = similarities.astype(np.float64)
+    # Only ratios of weights matter. With the nearest neighbor's weight at 1, no temperature makes
+    # all weights 0.
+    weights = np.exp((exact - exact.max(axis=1, keepdims=True)) / temperature)
     votes = np.zeros((len(labels), num_classes))
     np.add.at(votes, (np.arange(len(labels))[:, None], labels), weights)
     return np.argmax(votes, axis=1).astype(np.int32)
 
 
 def unit_length(features: np.ndarray | jax.Array, dtype: Any = np.float32) -> np.ndarray:
-    """Features [samples, features] of a dtype, scaled to length 1; those of zeros stay."""
-    features = np.asarray(features, dtype)
-    norms = np.linalg.norm(features, axis=1, keepdims=True)
-    return features / np.maximum(norms, 1e-12)
+    """Scales features [samples, features] to length 1, whatever their scale; zeros stay zeros.
+
+    Args:
+      features: Finite numbers, [samples, features].
+      dtype: Type of the result.
+    """
+    x = np.asarray(features)
+    if x.dtype != np.float64:
+        x = x.astype(dtype, copy=False)
+    # By the power of two below its largest number first, so that no square overflows or vanishes.
+    largest = np.maximum(x.max(axis=1, keepdims=True), -x.min(axis=1, keepdims=True))
+    x = x / np.ldexp(np.ones_like(largest), np.frexp(largest)[1] - 1)
+    norms = np.linalg.norm(x, axis=1, keepdims=True)
+    return (x / np.where(norms > 0, norms, 1)).astype(dtype, copy=False)

@@ -17,9 +17,11 @@ def average_precisions(
     query_features: np.ndarray,
     query_labels: np.ndarray,
 ) -> np.ndarray:
-    """Average precision of each query: a gallery sample of the query's label is relevant.
+    """Returns the average precision of each query: gallery samples of its label are relevant.
 
-    The whole gallery is ranked by cosine similarity. The mean over the queries is the mAP.
+    The whole gallery is ranked by cosine similarity. Samples of equal similarity share the rank of
+    the last of them, as in scikit-learn's `average_precision_score`, so that features that are all
+    alike give the share of relevant samples. The mean over the queries is the mAP.
 
     Args:
       gallery_features: [gallery, features].
@@ -45,6 +47,8 @@ def average_precisions(
             f"{query_features.shape[1]} (queries)"
         )
     count = len(query_labels)
+    if not count or not len(gallery_labels):
+        return np.full(count, np.nan)
     block_size = min(count, max(1, _SIMILARITIES // len(gallery_labels)))
     padding = -count % block_size
     queries = np.pad(unit_length(query_features), ((0, padding), (0, 0)))
@@ -72,8 +76,16 @@ def _average_precisions(
         similarities = jnp.matmul(features, gallery.T, precision=jax.lax.Precision.HIGHEST)
         order = jnp.argsort(-similarities, axis=1)  # [block, gallery]
         relevant = (gallery_labels[order] == wanted[:, None]).astype(jnp.float32)
-        rank = jnp.arange(1, gallery.shape[0] + 1, dtype=jnp.float32)
-        precision = jnp.cumsum(relevant, axis=1) / rank[None]
+        ranked = jnp.take_along_axis(similarities, order, axis=1)
+        # The place of the last sample of the same similarity, [block, gallery].
+        places = jnp.broadcast_to(jnp.arange(ranked.shape[1])[None], ranked.shape)
+        differs = ranked[:, :-1] != ranked[:, 1:]
+        ends = jnp.where(
+            jnp.pad(differs, ((0, 0), (0, 1)), constant_values=True), places, places.shape[1]
+        )
+        last = jax.lax.cummin(ends, axis=1, reverse=True)
+        found = jnp.take_along_axis(jnp.cumsum(relevant, axis=1), last, axis=1)
+        precision = found / (last + 1).astype(jnp.float32)
         return jnp.sum(precision * relevant, axis=1) / jnp.sum(relevant, axis=1)
 
     blocks = queries.reshape(-1, block_size, queries.shape[1]), labels.reshape(-1, block_size)

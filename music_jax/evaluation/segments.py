@@ -88,11 +88,12 @@ def mutual_information(probabilities: np.ndarray) -> np.ndarray:
     samples, segments, units = p.shape
     flat = jnp.asarray(p.reshape(samples, segments * units))
     information = np.empty((segments, segments))
-    usage = p.mean(axis=0, dtype=np.float64)  # [segments, units]
     for s in range(segments):  # a segment's rows of P at a time: [units, segments * units]
         rows = np.asarray(_product(flat[:, s * units : (s + 1) * units], flat), np.float64)
         joint = rows.reshape(units, segments, units)
-        independent = usage[s][:, None, None] * usage[None]
+        joint /= joint.sum(axis=(0, 2), keepdims=True)
+        # By the marginals of the same sums, rounding leaves no information where there is none.
+        independent = joint.sum(axis=2, keepdims=True) * joint.sum(axis=0, keepdims=True)
         ratio = np.divide(joint, independent, out=np.ones_like(joint), where=joint > 0)
         information[s] = np.sum(joint * np.log(ratio), axis=(0, 2))
     return np.maximum((information + information.T) / 2, 0.0)
@@ -166,6 +167,4 @@ def _checked(probabilities: np.ndarray) -> np.ndarray:
     p = np.asarray(probabilities)
     if p.ndim != 3 or 0 in p.shape:
         raise ValueError(f"expected probabilities [samples, segments, units]; got {p.shape}")
-    if not np.issubdtype(p.dtype, np.floating):
-        p = p.astype(np.float32)
-    return p
+    return p if p.dtype == np.float64 else p.astype(np.float32)

@@ -131,6 +131,8 @@ def _torchvision_usage(trained: TrainedBackbone, name: str, num_classes: int) ->
     theirs = torch_names.TIMM_NAMES[backbone]
     head = "fc" if is_resnet else "head"
     size = "" if is_resnet else f", img_size={trained.config.crop.size}"
+    if trained.config.backbone.num_heads is not None:
+        size += f", num_heads={trained.config.backbone.num_heads}"
     lines = ["    import safetensors.torch, timm, torch, torchvision", ""]
     lines += [f'    tensors = safetensors.torch.load_file("{name}")']
     if is_resnet:

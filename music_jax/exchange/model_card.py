@@ -163,7 +163,8 @@ def _origin(imported: dict[str, Any]) -> str:
     return (
         f"Weights from {_code(imported.get('file', '?'))} (SHA-256 "
         f"{_code(imported.get('sha256', '?'))}), in the layout of torchvision and timm. They were "
-        "trained elsewhere; the recipe in config.json is not theirs."
+        "trained elsewhere; the recipe in config.json is not theirs. Assumed, since the file does "
+        f"not tell: {_code(imported.get('assumed', '?'))}."
     )
 
 

@@ -64,6 +64,7 @@ class _Graph:
         self.nodes: list[Any] = []
         self.initializers: list[Any] = []
         self.sizes = BACKBONES[trained.config.backbone.name].make.keywords
+        self._num_heads = trained.config.backbone.num_heads or self.sizes.get("num_heads")
         self._stem = trained.config.backbone.stem or "imagenet"
         self._tensors = trained.tensors
         self._named: set[str] = set()
@@ -112,7 +113,7 @@ class _Graph:
         self._node("Concat", means, axis=1, output="features")
 
     def vision_transformer(self, size: int) -> None:
-        width, heads = self.sizes["width"], self.sizes["num_heads"]
+        width, heads = self.sizes["width"], self._num_heads
         patch = self.sizes["patch_size"]
         rows = size // patch
         kernel = self._tensors["patches.kernel"].reshape(patch, patch, -1, width)

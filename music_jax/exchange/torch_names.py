@@ -43,6 +43,21 @@ _POSITIONS = "pos_embed"
 # Of the tensors that tell which backbone it is.
 _LANDMARK_AXES = {"cls_token": 3, "patch_embed.proj.weight": 4, "conv1.weight": 4}
 
+# Tensors that tell where in a file a backbone begins: by the names of torchvision and timm, and by
+# those of `nn.Sequential(*list(resnet.children())[:-1])`, as lightly wraps a ResNet.
+_LAYOUTS = (
+    ("conv1.weight", "bn1.weight", "layer1.0.conv1.weight"),
+    ("0.weight", "1.weight", "7.0.conv1.weight", "4.0.conv1.weight"),
+    ("patch_embed.proj.weight", "cls_token"),
+)
+_CHILDREN = {"0": "conv1", "1": "bn1"} | {f"{3 + i}": f"layer{i}" for i in (1, 2, 3, 4)}
+
+# What a tensor beside those of the backbone is called where the features depend on it.
+_PART_OF_RESNET = re.compile(r"(conv|bn|layer|stem|downsample|[0-7]\.)")
+_PART_OF_TRANSFORMER = re.compile(
+    r"(blocks|patch|pos_|cls_|dist_token|reg(ister)?_token|storage_token|norm|fc_norm|ln_|rope)"
+)
+
 
 def check_exchangeable(config: config_dict.ConfigDict) -> None:
     """Checks that torchvision or timm has this backbone.
@@ -106,8 +121,8 @@ def from_torch(config: config_dict.ConfigDict, tensors: Tensors, where: str) -> 
       where: what to call them in messages.
 
     Raises:
-      UserError: one is missing or of another shape, or the position embedding of a vision
-        transformer is a learnt one, which there is no place for here.
+      UserError: one is missing, of another shape or unknown, or the position embedding of a vision
+        transformer is not MoCo v3's.
     """
     names = _names(config)
     backbone = make_frozen_backbone(config)
@@ -116,10 +131,63 @@ def from_torch(config: config_dict.ConfigDict, tensors: Tensors, where: str) -> 
     if "width" in BACKBONES[config.backbone.name].make.keywords:
         _check_positions(config, tensors, where)
     check_shapes(tensors, shapes, where, strict=False)
+    _check_parts(tensors, set(names.values()), where)
     return {
         ours: _turned_back(tensors[theirs], theirs, expected[ours].shape)
         for ours, theirs in names.items()
     }
+
+
+def unused(config: config_dict.ConfigDict, tensors: Tensors) -> list[str]:
+    """Returns the names of the tensors that are none of the backbone's, such as a classifier's."""
+    return _besides(tensors, set(_names(config).values()))
+
+
+def _besides(tensors: Tensors, used: set[str]) -> list[str]:
+    passed_over = {_POSITIONS} if "cls_token" in tensors else set()
+    return [
+        name
+        for name in sorted(tensors.keys() - used - passed_over)
+        if not name.endswith("num_batches_tracked")
+    ]
+
+
+def _check_parts(tensors: Tensors, used: set[str], where: str) -> None:
+    """Checks that no tensor that is not used would change the features."""
+    part = _PART_OF_TRANSFORMER if "cls_token" in tensors else _PART_OF_RESNET
+    unknown = [name for name in _besides(tensors, used) if part.match(name)]
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise UserError(
+            f"{where} is of another architecture: the backbone here has no {', '.join(unknown[:3])}"
+            f"{more}, on which the features depend"
+        )
+
+
+def backbone_prefixes(tensors: Tensors) -> list[str]:
+    """Returns what the names of each backbone in a file begin with."""
+    return sorted(
+        {
+            prefix
+            for layout in _LAYOUTS
+            for name in tensors
+            if f".{name}".endswith(f".{layout[-1]}")
+            for prefix in [name.removesuffix(layout[-1])]
+            if all(prefix + part in tensors for part in layout)
+        }
+    )
+
+
+def named_children(tensors: Tensors) -> Tensors:
+    """Gives the tensors of a `Sequential` of a ResNet's children the names of the children."""
+    if not all(name in tensors for name in _LAYOUTS[1]):
+        return tensors
+
+    def named(name: str) -> str:
+        first, dot, rest = name.partition(".")
+        return _CHILDREN.get(first, first) + dot + rest
+
+    return {named(name): tensor for name, tensor in tensors.items()}
 
 
 def detect_backbone(tensors: Tensors, where: str) -> dict[str, object]:
@@ -240,8 +308,8 @@ def _check_positions(config: config_dict.ConfigDict, tensors: Tensors, where: st
     expected = _positions(there, BACKBONES[config.backbone.name].make.keywords["width"])
     if found.shape != expected.shape or np.abs(found - expected).max() > 1e-3:
         raise UserError(
-            f"the position embedding of {where} is a learnt one; vision transformers here have the "
-            "fixed sine-cosine one of MoCo v3"
+            f"the position embedding of {where} is a learned or another one; vision transformers "
+            "here have the fixed sine-cosine one of MoCo v3"
         )
 
 

@@ -57,9 +57,8 @@ class TrainedBackbone:
     def description(self) -> dict[str, Any]:
         """What a file has to say beside the tensors, so that they can be used: plain JSON."""
         config = self.config
-        backbone = {"name": config.backbone.name}
-        if config.backbone.stem is not None:
-            backbone["stem"] = config.backbone.stem
+        fields = ("name", "stem", "num_heads")
+        backbone = {k: config.backbone[k] for k in fields if config.backbone[k] is not None}
         return {
             "version": 1,
             "step": self.step,

@@ -29,7 +29,11 @@ def _resnet(**arguments: Any) -> BackboneSpec:
 
 
 def _vit(**arguments: Any) -> BackboneSpec:
-    return BackboneSpec(partial(VisionTransformer, patch_size=16, **arguments), image_multiple=16)
+    return BackboneSpec(
+        partial(VisionTransformer, patch_size=16, **arguments),
+        fields=("num_heads",),
+        image_multiple=16,
+    )
 
 
 _IMAGENET_WIDTHS = (64, 128, 256, 512)

@@ -5,7 +5,14 @@ import runpy
 import numpy as np
 from sklearn.metrics import normalized_mutual_info_score
 
-from music_jax.claims.measure import Outputs, linear_top1, measure, measure_factors
+from music_jax.claims.measure import (
+    Outputs,
+    _measure_segments,
+    linear_top1,
+    measure,
+    measure_factors,
+)
+from music_jax.evaluation.clustering import cluster_scores
 
 
 def problem(samples, seed):
@@ -71,3 +78,21 @@ def test_collapsed_embeddings_are_told_from_the_features_before_them():
     assert found["dead_units"] == 0.75
     assert found["segments_label_nmi_mean"] == 0
     assert found["joint_code_accuracy"] < 0.4
+
+
+def test_no_label_chooses_the_segment_that_is_reported():
+    rng = np.random.default_rng(2)
+
+    def split(codes):
+        embeddings = [20 * np.eye(4, dtype=np.float32)[code] for code in codes]
+        labels = {"label": codes[0], "hue": codes[1]}
+        return Outputs(np.zeros((300, 2)), np.concatenate(embeddings, axis=1), labels)
+
+    label, hue = rng.integers(4, size=(2, 300))
+    # In training three segments agree, on the second label; in testing three do on the first.
+    train, test = split([label, hue, hue, hue]), split([label, hue, label, label])
+    found = _measure_segments(train, test, settings())
+    reported, others = cluster_scores(hue, label), cluster_scores(label, label)
+    assert found["segment_accuracy"] == reported.accuracy
+    assert found["segment_purity"] == reported.purity
+    assert reported.accuracy < 0.5 < others.accuracy == 1

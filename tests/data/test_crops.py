@@ -46,6 +46,20 @@ def test_crop_areas_and_ratios_stay_in_their_ranges():
     np.testing.assert_allclose(np.mean(areas), 0.4, atol=0.02)
 
 
+def test_areas_are_drawn_evenly_and_ratios_evenly_in_their_logarithm():
+    crop = Crop(size=8, scale=(0.04, 0.2), aspect_ratio=(1 / 4, 4))
+    numbers = np.zeros((4, NUMBERS_PER_BOX))
+    numbers[:, :10] = np.asarray([0, 0.5, 1, 0])[:, None]  # the area
+    numbers[:, 10:20] = np.asarray([0.5, 0.5, 0.75, 0])[:, None]  # the ratio: 1, 1, 2, 1 / 4
+    numbers[:, 20:] = (0.25, 0.5)  # top and left
+    boxes = draw_boxes(np.full(4, 800), np.full(4, 1250), crop, numbers)
+    areas = np.asarray([0.04, 0.12, 0.2, 0.04]) * 1_000_000
+    ratios = np.asarray([1, 1, 2, 1 / 4])  # width over height
+    height, width = np.rint(np.sqrt(areas / ratios)), np.rint(np.sqrt(areas * ratios))
+    top, left = (801 - height) * 0.25, (1251 - width) * 0.5
+    np.testing.assert_array_equal(boxes, np.stack([top, left, height, width], 1).astype(int))
+
+
 def test_boxes_lie_anywhere_with_the_same_probability():
     crop = Crop(size=8, scale=(0.25, 0.25), aspect_ratio=(1.0, 1.0))
     boxes = np.asarray(_boxes(10, 10, crop, 600))

@@ -3,20 +3,30 @@
 import json
 import os
 import pathlib
+import re
 import struct
 
 import numpy as np
 import pytest
 from etils import epath
+from flax import nnx
 from philox_weights import philox_images, philox_weights
 from safetensors.numpy import save_file
 
 import music_jax
-from music_jax.config import default_config
+from music_jax.config import default_config, validate
 from music_jax.errors import UserError
+from music_jax.exchange import importing
 from music_jax.exchange.importing import import_weights
 from music_jax.exchange.tensors import by_name, read_safetensors
-from music_jax.exchange.torch_names import from_torch, to_torch
+from music_jax.exchange.torch_names import (
+    _check_parts,
+    backbone_prefixes,
+    from_torch,
+    named_children,
+    to_torch,
+    unused,
+)
 from music_jax.models.network import make_frozen_backbone
 from music_jax.models.vision_transformer import sincos_positions
 
@@ -90,9 +100,10 @@ def test_imported_weights_give_torchs_features(name, prefix, tmp_path):
     weights = {prefix + key: value for key, value in _weights(name).items()}
     weights["module.projector.0.weight"] = np.ones((8, 8), np.float32)
     save_file(weights, tmp_path / "theirs.safetensors")
-    import_weights(
-        str(tmp_path / "theirs.safetensors"), str(tmp_path / "run"), _config("resnet50", 64)
-    )
+    config = _config("resnet50", 64)
+    if name == "vit_s16":
+        config.backbone.num_heads = 6  # timm's
+    import_weights(str(tmp_path / "theirs.safetensors"), str(tmp_path / "run"), config)
 
     encoder = music_jax.load(tmp_path / "run")
     assert encoder.trained.config.backbone.name == name
@@ -110,20 +121,182 @@ def test_imported_weights_give_torchs_features(name, prefix, tmp_path):
 def _import(tmp_path, weights, **options):
     save_file(weights, tmp_path / "theirs.safetensors")
     config = options.pop("config", _config("resnet50", 64))
-    return import_weights(
+    imported = import_weights(
         str(tmp_path / "theirs.safetensors"), str(tmp_path / "run"), config, **options
     )
+    return imported.config
 
 
 def test_of_several_backbones_one_is_named(tmp_path):
     one = _weights("resnet18")
     both = {f"encoder_q.{k}": v for k, v in one.items()}
     both |= {f"encoder_k.{k}": np.asarray(v + 1) for k, v in one.items()}
-    with pytest.raises(UserError, match=r"several backbones.*--prefix"):
+    with pytest.raises(UserError, match=r"--prefix=, of 'encoder_k\.', 'encoder_q\.'"):
         _import(tmp_path, both)
-    with pytest.raises(UserError, match=r"begins with 'teacher\.'"):
+    with pytest.raises(UserError, match=r"begins with --prefix=teacher\."):
         _import(tmp_path, both, prefix="teacher.")
     assert _import(tmp_path, both, prefix="encoder_k.").backbone.name == "resnet18"
+
+
+_CHILDREN = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
+
+
+def _as_children(weights, numbers=_CHILDREN):
+    """The names that `nn.Sequential(*list(resnet.children())[:-1])` gives to the tensors."""
+    parts = {name: name.partition(".") for name in weights}
+    return {f"{numbers[first]}.{rest}": weights[n] for n, (first, _, rest) in parts.items()}
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "",
+        "module.",
+        "model.",
+        "state_dict.",
+        "backbone.",  # lightly, solo-learn
+        "encoder.",
+        "encoder_q.",
+        "module.backbone.",  # Barlow Twins, VICReg
+        "student.backbone.",
+        "teacher.backbone.",
+        "model.backbone._orig_mod.",
+    ],
+)
+def test_a_backbone_is_found_below_any_prefix_by_its_names_or_its_numbers(prefix):
+    one = np.zeros(1, np.float32)
+    heads = {f"{prefix}fc.weight": one, "projection_head.layers.0.weight": one, "queue": one}
+    resnet = dict.fromkeys((n for n in _SHAPES["resnet18"] if not n.startswith("fc.")), one)
+    for tensors in (resnet, _as_children(resnet)):
+        found = heads | {prefix + name: x for name, x in tensors.items()}
+        assert backbone_prefixes(found) == [prefix]
+        assert named_children(tensors).keys() == resnet.keys()
+    transformer = {prefix + name: one for name in _SHAPES["vit_s16"]}
+    assert backbone_prefixes(heads | transformer) == [prefix]
+
+
+def test_the_backbone_that_lightly_wrapped_is_that_of_torchvision(tmp_path):
+    weights = _weights("resnet18")
+    wrapped = {f"backbone.{n}": x for n, x in _as_children(weights).items()}
+    wrapped |= {"backbone.9.weight": np.ones((2, 512), np.float32)}  # behind the pooling
+    wrapped |= {f"projection_head.{i}.weight": np.ones((8, 8), np.float32) for i in range(2)}
+    save_file(wrapped, tmp_path / "theirs.safetensors")
+    found = import_weights(
+        str(tmp_path / "theirs.safetensors"), str(tmp_path / "run"), _config("resnet50", 64)
+    )
+    assert (found.config.backbone.name, found.config.backbone.stem) == ("resnet18", "imagenet")
+    assert found.left_out == {"backbone.9": 1, "projection_head": 2}
+    assert "a 7 x 7 stem of stride 2 with max-pooling" in found.assumed
+    kept = json.loads((tmp_path / "run" / "imported.json").read_text())
+    assert (kept["prefix"], kept["left_out"]) == ("backbone.", found.left_out)
+    assert kept["assumed"] == found.assumed
+    expected = from_torch(found.config, weights, "the file")
+    trained = music_jax.load(tmp_path / "run").trained
+    assert trained.tensors.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(trained.tensors[name], value)
+
+
+def test_the_resnet_of_lightlys_generator_is_refused(tmp_path):
+    # Its children lack the ReLU behind the stem, so as a Sequential it is another network.
+    numbers = {"conv1": "0", "bn1": "1", "layer1": "2", "layer2": "3", "layer3": "4", "layer4": "5"}
+    with pytest.raises(UserError, match="no backbone in the layout"):
+        _import(tmp_path, _as_children(_weights("resnet18"), numbers))
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "heads"),
+    [
+        ("vit_s16", "module.base_encoder.", 12),
+        ("vit_s16", "module.momentum_encoder.", 12),
+        ("vit_s16", "base_encoder.", 12),
+        ("vit_b16", "", 12),
+        ("resnet18", "module.base_encoder.", None),
+    ],
+)
+def test_the_heads_of_moco_v3_are_recognized(name, prefix, heads):
+    config = _config(name)
+    assert importing._num_heads(config, prefix, "the file") == heads
+    if heads:
+        config.backbone.num_heads = 3
+        assert importing._num_heads(config, prefix, "the file") == 3
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "teacher.backbone.", "encoder_q."])
+def test_the_heads_of_another_small_transformer_are_asked_for(prefix):
+    with pytest.raises(
+        UserError, match=r"num_heads=12 it is MoCo v3's, .*num_heads=6 it is timm's"
+    ):
+        importing._num_heads(_config("vit_s16"), prefix, "the file")
+
+
+@pytest.mark.slow
+def test_a_moco_v3_file_becomes_a_run_with_12_heads(tmp_path):
+    weights = {f"module.base_encoder.{n}": x for n, x in _weights("vit_s16").items()}
+    weights["module.base_encoder.head.0.weight"] = np.ones((8, 384), np.float32)
+    weights |= {f"module.momentum_encoder.{n}": x for n, x in _weights("vit_s16").items()}
+    with pytest.raises(UserError, match="several backbones"):
+        _import(tmp_path, weights)
+    _import(tmp_path, weights, prefix="module.base_encoder.")
+    assert music_jax.load(tmp_path / "run").trained.config.backbone.num_heads == 12
+
+
+def test_the_number_of_heads_reaches_the_network_and_divides_its_width():
+    config = _config("vit_s16")
+    for given, expected in ((None, 6), (12, 12)):
+        config.backbone.num_heads = given
+        backbone = make_frozen_backbone(config)
+        module = nnx.merge(backbone.graph, backbone.params, backbone.batch_stats)
+        assert {block.attention.num_heads for block in module.blocks} == {expected}
+    for wrong in (0, 5, -6):
+        config.backbone.num_heads = wrong
+        with pytest.raises(UserError, match=r"num_heads must divide vit_s16's width, 384"):
+            validate(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "extras"),
+    [
+        (
+            "vit_s16",
+            [
+                "reg_token",
+                "register_tokens",
+                "dist_token",
+                "fc_norm.weight",
+                "norm_pre.weight",
+                "blocks.3.ls1.gamma",
+                "blocks.0.attn.q_norm.weight",
+            ],
+        ),
+        (
+            "resnet18",
+            [
+                "conv1.bias",
+                "layer2.0.se.fc1.weight",
+                "layer5.0.conv1.weight",
+                "2.weight",  # of a Sequential, between the stem and the stages
+            ],
+        ),
+    ],
+)
+def test_a_tensor_that_would_change_the_features_is_refused(name, extras):
+    config = _config(name)
+    weights = {n: np.zeros(s, np.float32) for n, s in _SHAPES[name].items()}
+    heads = {n for n in weights if n.startswith(("fc.", "head."))}
+    assert set(unused(config, weights)) == heads
+    used = weights.keys() - heads
+    for extra in extras:
+        with pytest.raises(UserError, match=f"the backbone here has no {re.escape(extra)}, on"):
+            _check_parts(weights | {extra: np.zeros(8, np.float32)}, used, "the file")
+    _check_parts(weights, used, "the file")
+
+
+def test_an_architecture_with_more_parts_is_not_imported(tmp_path):
+    weights = _weights("resnet18") | {"layer2.0.se.fc1.weight": np.zeros(8, np.float32)}
+    with pytest.raises(UserError, match=r"the backbone here has no layer2\.0\.se\.fc1\.weight"):
+        _import(tmp_path, weights)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_stem_of_3_x_3_is_found_and_may_be_the_strided_one(tmp_path):
@@ -266,7 +439,7 @@ def test_a_file_of_more_than_weights_is_refused_before_it_is_read(tmp_path):
 def test_learnt_positions_are_refused(tmp_path):
     weights = _weights("vit_s16")
     weights["pos_embed"] = weights["pos_embed"] + np.float32(0.01)
-    with pytest.raises(UserError, match="is a learnt one"):
+    with pytest.raises(UserError, match="is a learned or another one"):
         _import(tmp_path, weights)
 
 

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from music_jax.config import default_config
 from music_jax.models.network import init_network, make_network
-from music_jax.models.resnet import pooling_cells
+from music_jax.models.resnet import BasicBlock, Bottleneck, pooling_cells
 
 # Parameters of torchvision's ResNets without the classifier (model.fc).
 _TORCHVISION_SIZES = {"resnet18": 11_176_512, "resnet34": 21_284_672, "resnet50": 23_508_032}
@@ -109,3 +110,18 @@ def test_features_in_inference_do_not_depend_on_the_rest_of_the_batch():
 )
 def test_pooling_cells_are_pytorchs(length, count, expected):
     assert pooling_cells(length, count) == expected
+
+
+@pytest.mark.parametrize(("block", "last"), [(BasicBlock, "norm2"), (Bottleneck, "norm3")])
+def test_kernels_are_drawn_by_fan_out_and_the_last_scale_alone_starts_at_zero(block, last):
+    made = block(48, 32, 2, True, jnp.dtype("float32"), nnx.Rngs(0))
+    params = nnx.to_pure_dict(nnx.state(made, nnx.Param))
+    for name in [name for name in params if name.startswith("norm")]:
+        np.testing.assert_array_equal(params[name]["scale"], 0 if name == last else 1)
+    np.testing.assert_array_equal(params["shortcut"]["norm"]["scale"], 1)
+    convolutions = [params[name] for name in params if name.startswith("conv")]
+    for kernel in (conv["kernel"] for conv in (*convolutions, params["shortcut"]["conv"])):
+        # He et al (arXiv 1502.01852), by the outputs; 4 deviations of what is drawn.
+        size, _, _, c_out = kernel.shape
+        deviation = np.sqrt(2 / (size**2 * c_out))
+        np.testing.assert_allclose(np.std(kernel), deviation, rtol=4 / np.sqrt(2 * kernel.size))

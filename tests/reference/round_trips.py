@@ -140,7 +140,10 @@ def _imported(name, directory):
         positions = np.concatenate([np.zeros((1, width)), sincos_positions(14, 14, width)])
         weights["pos_embed"] = positions[None].astype(np.float32)
     save_file(weights, directory / "theirs.safetensors")
-    import_weights(str(directory / "theirs.safetensors"), str(directory / "run"), default_config())
+    config = default_config()
+    if name == "vit_s16":
+        config.backbone.num_heads = 6  # timm's
+    import_weights(str(directory / "theirs.safetensors"), str(directory / "run"), config)
     return directory / "run"
 
 

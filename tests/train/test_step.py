@@ -1,6 +1,7 @@
 """The training step as a function: what it learns from, on any number of devices."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 
 from music_jax.config import default_config, set_views
+from music_jax.data.augment import ViewAugmentation, augment_views
 from music_jax.mesh import batch_sharding, make_data_mesh
 from music_jax.train.state import init_state
-from music_jax.train.step import compile_step, make_recipe
+from music_jax.train.step import augmented_views, compile_step, make_recipe
 
 
 def _config(objective="music", optimizer="sgd"):
@@ -167,3 +169,34 @@ def test_the_state_is_donated():
     images, index = next(_batches(config, 1))
     step_function(state, *jax.device_put((images, index), batch_sharding(mesh)))
     assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
+
+
+def test_the_augmentation_of_a_sample_is_by_its_index_wherever_it_stands_in_the_batch():
+    config = _config()
+    config.dataset.std = (0.5,)
+    config.augmentation.view_2.noise_std = 0.2
+    config.seed = 7
+    recipe = make_recipe(config, steps_per_epoch=4)
+    images = np.random.default_rng(0).integers(0, 256, (6, 2, 10, 14, 1), dtype=np.uint8)
+    index = np.asarray([900, 17, 2**31 + 5, 3, 41, 900], np.uint32)
+    augmented = jax.jit(functools.partial(augmented_views, recipe))
+    found = augmented(images, index)
+    order = np.asarray([4, 0, 3, 5, 1, 2])
+    moved = augmented(images[order], index[order])
+    np.testing.assert_array_equal(moved, found[order])
+    same = np.tile(images[:1], (6, 1, 1, 1, 1))
+    alike = augmented(same, index)
+    np.testing.assert_array_equal(alike[0], alike[5])
+    assert all(np.any(alike[0] != alike[i]) for i in range(1, 5))
+    expected = jax.jit(augment_views, static_argnames=("views", "mean", "std"))(
+        images,
+        index,
+        jax.random.fold_in(jax.random.key(7), 1),
+        views=(
+            ViewAugmentation(flip_probability=0.5, noise_probability=1.0, noise_std=0.05),
+            ViewAugmentation(flip_probability=0.5, noise_probability=1.0, noise_std=0.2),
+        ),
+        mean=(0.5,),
+        std=(0.5,),
+    )
+    np.testing.assert_array_equal(found, expected)
