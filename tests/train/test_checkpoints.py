@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import resource
 import threading
 
@@ -49,6 +50,27 @@ def test_restored_onto_other_devices(tmp_path, devices, fsdp):
     expected = state_shardings(_state(), mesh)
     for a, s in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.sharding == s
+
+
+def test_a_checkpoint_from_before_the_order_was_mixed_resumes_and_says_so(tmp_path, capsys):
+    order, mesh = TrainingOrder(32, 16, 0), make_data_mesh(1)
+    checkpoints = Checkpoints(epath.Path(tmp_path))
+    checkpoints.save(7, _on_one_device(_state()), order)
+    checkpoints.wait()
+    position = tmp_path / "checkpoints" / "7" / "input" / "metadata"
+    saved = json.loads(position.read_text())
+    assert saved.pop("order") == 2
+    checkpoints.restore(7, jax.eval_shape(_state), mesh, order)
+    assert "another order" not in capsys.readouterr().out
+
+    position.write_text(json.dumps(saved))
+    found = checkpoints.restore(7, jax.eval_shape(_state), mesh, order)
+    np.testing.assert_array_equal(found.params["bias"], np.arange(5.0))
+    assert "in another order than the one that this run began with" in capsys.readouterr().out
+    position.write_text(json.dumps(saved | {"seed": 1}))
+    with pytest.raises(UserError, match="has the dataset changed"):
+        checkpoints.restore(7, jax.eval_shape(_state), mesh, order)
+    checkpoints.close()
 
 
 def test_damaged_checkpoints_are_set_aside_until_none_is_whole(tmp_path):
