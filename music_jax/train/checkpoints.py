@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from music_jax import progress
-from music_jax.data.loader import TrainingOrder
+from music_jax.data.loader import ORDER_VERSION, TrainingOrder
 from music_jax.epath_corrections import check_checkpoint_path
 from music_jax.errors import UserError
 from music_jax.host_memory import give_back
@@ -308,11 +308,20 @@ class Checkpoints:
             raise UserError(
                 f"cannot restore step {step} of {self._manager.directory}: {_shortened(error)}"
             ) from error
-        if order is not None and restored["input"] != _input_position(step, order):
-            raise UserError(
-                f"the checkpoint of step {step} was reading {restored['input']}, but this run "
-                f"would read {_input_position(step, order)}; has the dataset changed?"
-            )
+        if order is not None:
+            saved, now = restored["input"], _input_position(step, order)
+            if isinstance(saved, dict) and "order" not in saved:
+                saved = saved | {"order": ORDER_VERSION}
+                progress.say(
+                    f"step {step} was saved by an earlier version of music_jax: from here on the "
+                    "images come in another order than the one that this run began with, and sgd "
+                    "no longer decays biases and normalization parameters"
+                )
+            if saved != now:
+                raise UserError(
+                    f"the checkpoint of step {step} was reading {saved}, but this run would read "
+                    f"{now}; has the dataset changed?"
+                )
         return TrainState(**restored["state"])
 
     def reached_preemption(self, step: int) -> bool:
@@ -377,4 +386,5 @@ def _input_position(step: int, order: TrainingOrder) -> dict[str, int]:
         "num_records": order.num_records,
         "batch_size": order.batch_size,
         "seed": order.seed,
+        "order": ORDER_VERSION,
     }

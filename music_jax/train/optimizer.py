@@ -1,4 +1,8 @@
-"""The optimisers by name."""
+"""The optimizers by name.
+
+All of them decay the parameters of two or more dimensions alone: no biases and no parameters of
+normalization layers.
+"""
 
 from collections.abc import Callable
 
@@ -18,7 +22,7 @@ def _sgd(
     learning_rate: optax.Schedule, config: config_dict.ConfigDict
 ) -> optax.GradientTransformation:
     return optax.chain(
-        optax.add_decayed_weights(config.weight_decay),
+        optax.add_decayed_weights(config.weight_decay, mask=matrices_only),
         optax.sgd(learning_rate, momentum=config.momentum),
     )
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import re
 import resource
 import threading
@@ -57,7 +58,7 @@ def test_restored_onto_other_devices(tmp_path, devices, fsdp):
     [
         ("num_records", 33, "'next_sample_index': 115, 'num_records': 33"),
         ("batch_size", 8, "'next_sample_index': 56, 'num_records': 32, 'batch_size': 8"),
-        ("seed", 1, "'seed': 1}"),
+        ("seed", 1, "'seed': 1, 'order': 2}"),
     ],
 )
 def test_another_position_in_the_input_is_refused(tmp_path, field, value, found):
@@ -67,11 +68,32 @@ def test_another_position_in_the_input_is_refused(tmp_path, field, value, found)
     shapes = jax.eval_shape(_state)
     assert checkpoints.restore(7, shapes, mesh, order).step == 7
     other = dataclasses.replace(order, **{field: value})
-    saved = "{'next_sample_index': 112, 'num_records': 32, 'batch_size': 16, 'seed': 0}"
+    saved = "{'next_sample_index': 112, 'num_records': 32, 'batch_size': 16, 'seed': 0, 'order': 2}"
     with pytest.raises(UserError, match=re.escape(f"was reading {saved}, but")) as error:
         checkpoints.restore(7, shapes, mesh, other)
     checkpoints.close()
     assert found in str(error.value)
+
+
+def test_a_checkpoint_from_before_the_order_was_mixed_resumes_and_says_so(tmp_path, capsys):
+    order, mesh = TrainingOrder(32, 16, 0), make_data_mesh(1)
+    checkpoints = Checkpoints(epath.Path(tmp_path))
+    checkpoints.save(7, _on_one_device(_state()), order)
+    checkpoints.wait()
+    position = tmp_path / "checkpoints" / "7" / "input" / "metadata"
+    saved = json.loads(position.read_text())
+    assert saved.pop("order") == 2
+    checkpoints.restore(7, jax.eval_shape(_state), mesh, order)
+    assert "another order" not in capsys.readouterr().out
+
+    position.write_text(json.dumps(saved))
+    found = checkpoints.restore(7, jax.eval_shape(_state), mesh, order)
+    np.testing.assert_array_equal(found.params["bias"], np.arange(5.0))
+    assert "in another order than the one that this run began with" in capsys.readouterr().out
+    position.write_text(json.dumps(saved | {"seed": 1}))
+    with pytest.raises(UserError, match="has the dataset changed"):
+        checkpoints.restore(7, jax.eval_shape(_state), mesh, order)
+    checkpoints.close()
 
 
 def test_damaged_checkpoints_are_set_aside_until_none_is_whole(tmp_path):
