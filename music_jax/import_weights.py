@@ -28,16 +28,16 @@ def main() -> None:
     given = flags.FLAGS
     if not given.weights:
         raise UserError("--weights=FILE is missing: a safetensors file")
-    if not cli.WORKDIR.value:
+    if not given.workdir:
         raise UserError("--workdir=DIR is missing: a directory for the run")
     from music_jax import progress
     from music_jax.exchange.importing import import_weights
 
-    config = import_weights(given.weights, cli.WORKDIR.value, given.config, prefix=given.prefix)
+    config = import_weights(given.weights, given.workdir, given.config, prefix=given.prefix)
     stem = f" with the stem {config.backbone.stem}" if config.backbone.stem else ""
     progress.say(
-        f"{cli.WORKDIR.value} holds the {config.backbone.name}{stem} of {given.weights}; "
-        f"python -m music_jax.linear_eval --workdir={cli.WORKDIR.value} evaluates it"
+        f"{given.workdir} holds the {config.backbone.name}{stem} of {given.weights}; "
+        f"python -m music_jax.linear_eval --workdir={given.workdir} evaluates it"
     )
 
 

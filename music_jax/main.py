@@ -28,7 +28,7 @@ def main() -> None:
     config = flags.FLAGS.config
     if config is None:
         raise UserError("--config=FILE is missing, such as --config=configs/mnist5k.py")
-    if not cli.WORKDIR.value:
+    if not flags.FLAGS.workdir:
         raise UserError("--workdir=DIR is missing: the directory for checkpoints and results")
     from music_jax.host_memory import use_few_arenas
 
@@ -48,9 +48,9 @@ def main() -> None:
     use_cores(config.batch_size // config.accumulation_steps)
     if config.deterministic:
         use_repeatable_gpu_operations()
-    records.check_reachable(cli.WORKDIR.value)
-    use_compilation_cache(cli.WORKDIR.value)
-    train_and_evaluate(config, cli.WORKDIR.value, profile_steps=profile_steps)
+    records.check_reachable(flags.FLAGS.workdir)
+    use_compilation_cache(flags.FLAGS.workdir)
+    train_and_evaluate(config, flags.FLAGS.workdir, profile_steps=profile_steps)
 
 
 if __name__ == "__main__":
