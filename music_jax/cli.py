@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import difflib
 import errno
 import os
 import pathlib
@@ -297,6 +296,7 @@ def _check_config(config: object, path: str) -> None:
 def _config_mistake(argv: Sequence[str]) -> str | None:
     """What is wrong with the config file, or with the first `--config.FIELD` that it has not."""
     from music_jax.config import default_config, from_file
+    from music_jax.config_values import field_names, unknown_field_message
 
     if "config" not in flags.FLAGS and not any(a.startswith("--config.") for a in argv):
         return None
@@ -330,6 +330,7 @@ def _config_mistake(argv: Sequence[str]) -> str | None:
 def _field_without_prefix(argv: Sequence[str]) -> str | None:
     """What is meant by a flag that is no flag, but ends the name of a config's field."""
     from music_jax.config import default_config
+    from music_jax.config_values import field_names
 
     if "config" not in flags.FLAGS:
         return None
@@ -345,22 +346,3 @@ def _field_without_prefix(argv: Sequence[str]) -> str | None:
             options = " or ".join(f"--config.{field}" for field in meant)
             return f"unknown flag --{name}; did you mean {options}?"
     return None
-
-
-def field_names(config: config_dict.ConfigDict, prefix: str = "") -> list[str]:
-    """Dotted names of all fields of a config, inner ones included."""
-    names = []
-    for key in config:
-        value = config.get_ref(key).get() if config.get_ref(key) is not None else None
-        names.append(prefix + key)
-        if isinstance(value, config_dict.ConfigDict):
-            names += field_names(value, f"{prefix}{key}.")
-    return names
-
-
-def unknown_field_message(field: str, known: Sequence[str]) -> str:
-    """Says that a config has no such field, and which known one is nearest."""
-    last = field.rpartition(".")[2]
-    same_ending = [name for name in known if name.rpartition(".")[2] == last]
-    nearest = difflib.get_close_matches(field, same_ending or known, n=1, cutoff=0.0)
-    return f"the config has no field {field!r}; the nearest known one is {nearest[0]!r}"

@@ -41,13 +41,11 @@ def main() -> None:
     from music_jax import records
     from music_jax.compilation_cache import use_compilation_cache
     from music_jax.config import validate
-    from music_jax.mesh import use_cores, use_repeatable_gpu_operations
+    from music_jax.mesh import use_cores
     from music_jax.train import train_and_evaluate
 
     validate(config)
     use_cores(config.batch_size // config.accumulation_steps)
-    if config.deterministic:
-        use_repeatable_gpu_operations()
     records.check_reachable(flags.FLAGS.workdir)
     use_compilation_cache(flags.FLAGS.workdir)
     train_and_evaluate(config, flags.FLAGS.workdir, profile_steps=profile_steps)

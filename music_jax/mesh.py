@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from absl import logging
+from jax._src import xla_bridge  # Whether devices are started has no public name.
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from music_jax import peers
@@ -141,14 +142,22 @@ _REPEATABLE = "--xla_gpu_exclude_nondeterministic_ops"
 
 
 def use_repeatable_gpu_operations() -> None:
-    """Has XLA leave out, on GPUs, what gives other bits each time it runs.
+    """Disables nondeterministic GPU operations, by XLA_FLAGS of this process.
 
-    To be called before anything uses JAX's devices; it leaves alone what the user has set by
-    XLA_FLAGS.
+    XLA reads them when JAX starts its devices. If that has happened, nothing changes, and a warning
+    says so where the devices are GPUs. What the user has set by XLA_FLAGS is left alone.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if _REPEATABLE not in flags and "--xla_gpu_deterministic_ops" not in flags:
+    if _REPEATABLE in flags or "--xla_gpu_deterministic_ops" in flags:
+        return
+    if not xla_bridge.backends_are_initialized():
         os.environ["XLA_FLAGS"] = f"{flags} {_REPEATABLE}=true".strip()
+    elif jax.default_backend() == "gpu":
+        logging.warning(
+            "config.deterministic has no effect, since this process has used its GPU before: a run "
+            "repeated gives other bits. Set XLA_FLAGS=%s=true before JAX is used",
+            _REPEATABLE,
+        )
 
 
 def make_data_mesh(

@@ -10,13 +10,16 @@ Rows = list[tuple[str, str]]
 
 
 def results_table(results: dict[str, Figures]) -> str:
-    """The figures of the linear probe and kNN as a table, in percent."""
+    """The figures of the linear probe and kNN as a table, in percent, beside what chance gives."""
     linear, knn = results["linear"], results.get("knn", {})
     rows = [("trained backbone", *map(_percent, (linear["top1"], linear["top5"], knn.get("top1"))))]
     for key, label in (("random_init", "random backbone"), ("raw_pixels", "raw pixels")):
         values = [linear.get(f"{key}_top1"), knn.get(f"{key}_top1")]
         if values[0] is not None:
             rows.append((label, _percent(values[0]), "", _percent(values[1])))
+    if classes := linear.get("num_classes"):  # which earlier versions did not write
+        chance = _percent(1 / classes)
+        rows.append(("chance", chance, _percent(min(1.0, 5 / classes)), chance))
     return progress.table(("", "linear top-1", "linear top-5", "kNN top-1"), rows)
 
 

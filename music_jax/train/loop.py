@@ -17,7 +17,12 @@ from music_jax.data.loader import TrainingOrder
 from music_jax.errors import StoppedError, UserError
 from music_jax.evaluation.evaluate import evaluate, read_results, results_table
 from music_jax.evaluation.online_probe import OnlineProbe, make_online_probe
-from music_jax.mesh import check_divisible, is_main_process, make_data_mesh
+from music_jax.mesh import (
+    check_divisible,
+    is_main_process,
+    make_data_mesh,
+    use_repeatable_gpu_operations,
+)
 from music_jax.signals import StopSignal
 from music_jax.train import guards
 from music_jax.train.checkpoints import Checkpoints
@@ -57,6 +62,8 @@ def train_and_evaluate(
       StoppedError: a signal came; all is saved and the same call goes on.
     """
     config_lib.validate(config)
+    if config.deterministic:
+        use_repeatable_gpu_operations()
     mesh = make_data_mesh(fsdp=config.sharding.fsdp)
     check_divisible(config.batch_size, config.accumulation_steps, mesh)
     directory = records.open_workdir(workdir)
