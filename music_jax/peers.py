@@ -32,7 +32,7 @@ _POLL_SECONDS = 1.0
 _SILENT_SECONDS = 50.0  # after which a process that is not heard of counts as gone
 _BROKEN_SECONDS = 15.0  # the same, once a collective has broken
 _FAREWELL_SECONDS = 10.0  # how long the coordinator waits for all to have heard
-# After which JAX itself aborts; later than all of the above, whose message and exit code come first.
+# After which JAX itself aborts: later than all of the above, whose messages come first.
 HEARTBEAT_TIMEOUT_SECONDS = 300
 # The same for processes that do not find each other, which JAX would end by an abort.
 _JOIN_SECONDS = 300.0
