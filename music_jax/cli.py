@@ -1,11 +1,15 @@
 """What all commands share: flags, `--help`, one clear line for an error, and the exit code."""
 
-import difflib
+import ast
+import contextlib
 import errno
 import os
+import pathlib
+import select
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
@@ -34,10 +38,10 @@ os.environ.setdefault("EPATH_USE_TF", "false")
 # What a file system says that is full or may not be written to.
 _OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, logs, results.")
-COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes in the run.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
+# The flags by which the processes of a run find each other.
+_PROCESSES = ("coordinator_address", "num_processes", "process_id")
+# What a shell gives for a process that SIGPIPE has ended.
+_PIPE_CLOSED = 128 + signal.SIGPIPE
 
 
 def run(
@@ -45,19 +49,23 @@ def run(
 ) -> None:
     """Parses the command line, runs `main` and exits with the code that its outcome calls for.
 
-    A command defines its own flags just before, not at import: flags are global to the process.
+    A command defines its own flags just before, and the flags that commands share are defined here,
+    never at import: flags are global to the process.
 
     Args:
-      main: the command; it reads its own flags.
+      main: the command; it reads its flags from `flags.FLAGS`.
       usage: what `--help` prints above the flags.
       on_a_run: whether it takes a workdir.
       in_processes: whether it may run in several processes at once, and takes the flags by which
         they find each other; not without a workdir.
     """
     end_on_signal(_stop_at_once)
-    unused = () if in_processes and on_a_run else (COORDINATOR, NUM_PROCESSES, PROCESS_ID)
-    for flag in unused if on_a_run else (WORKDIR, *unused):
-        delattr(flags.FLAGS, flag.name)
+    if on_a_run:
+        flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, logs, results.")
+        if in_processes:
+            flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
+            flags.DEFINE_integer("num_processes", None, "Number of processes in the run.")
+            flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
     logging.set_verbosity(logging.FATAL)  # an error is told once, by the command itself
 
     def guarded(argv: Sequence[str]) -> None:
@@ -69,6 +77,10 @@ def run(
         except MusicError as error:
             fail(error)
         except Exception as error:
+            if _is_of_output(error):
+                _end_peers(_PIPE_CLOSED, "nobody reads its output any more")
+                raise
+            check_devices()
             if isinstance(error, ModuleNotFoundError) and error.name in _DATA:
                 fail(
                     UserError(
@@ -87,7 +99,50 @@ def run(
                 peers.stop_watching()
             ignore_signals()
 
-    app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, usage))
+    with closed_pipe_ends():
+        app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, usage))
+
+
+@contextlib.contextmanager
+def closed_pipe_ends() -> Iterator[None]:
+    """Ends the process like SIGPIPE would, once nobody reads its standard output or error.
+
+    SIGPIPE itself stays ignored, as Python has it: it would end the process for any connection that
+    breaks, that to a bucket too.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+    except BrokenPipeError as error:
+        if not _is_of_output(error):
+            raise
+        os._exit(_PIPE_CLOSED)
+
+
+def _is_of_output(error: BaseException) -> bool:
+    """Whether an error is that nobody reads the standard output or error any more."""
+    if not isinstance(error, BrokenPipeError):
+        return False
+    asked = select.poll()
+    for descriptor in (1, 2):
+        asked.register(descriptor, 0)
+    return any(events & select.POLLERR for _, events in asked.poll(0))
+
+
+def commands() -> dict[str, str]:
+    """What each command does, in a few words, by its name; a command is a module with `cli.run`."""
+    package = pathlib.Path(__file__).parent
+    found = {}
+    for file in sorted([*package.glob("*.py"), *package.glob("*/__main__.py")]):
+        text = file.read_text(encoding="utf-8")
+        if "\n    cli.run(" in text:
+            summary = (ast.get_docstring(ast.parse(text)) or "").splitlines()[0]
+            name = file.parent.name if file.name == "__main__.py" else file.stem
+            found[name] = summary.partition(": ")[2].rstrip(".")
+    return dict(sorted(found.items()))
 
 
 def _is_storage_failure(error: Exception) -> bool:
@@ -103,7 +158,20 @@ def join_cluster() -> None:
     """Joins the run's other processes, by the flags or by what the cluster tells."""
     from music_jax.mesh import join_cluster
 
-    join_cluster(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    join_cluster(*(flags.FLAGS[name].value for name in _PROCESSES))
+
+
+def check_devices() -> None:
+    """Ends the command if JAX finds no device, which is then why something failed."""
+    import jax
+
+    try:
+        jax.devices()
+    except Exception as error:  # an AssertionError without a text, if the plugin is not installed
+        chosen = os.environ.get("JAX_PLATFORMS")
+        what = f"JAX_PLATFORMS={chosen} cannot be used here" if chosen else "JAX finds no device"
+        todo = "unset it, or install what it names" if chosen else "JAX_PLATFORMS=cpu uses the CPU"
+        fail(UserError(f"{what}: {_one_line(error) or 'nothing is installed for it'}; {todo}"))
 
 
 def _look_for_no_absent_tpu() -> None:
@@ -121,8 +189,9 @@ def fail(error: MusicError) -> None:
 def _stop_at_once() -> None:
     """Ends the process from any thread."""
     error = StoppedError("nothing saved is lost; run the same command to go on")
-    _tell(error)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # of a pipe that nobody reads any more
+        _tell(error)
+        sys.stdout.flush()
     os._exit(error.exit_code)
 
 
@@ -158,22 +227,26 @@ def _parse_flags(argv: Sequence[str], usage: str) -> list[str]:
     if {"-h", "--help", "-help", "--helpshort"} & set(argv[1:]):
         print(usage.strip() + "\n\n" + _flag_help(argv[0]))
         sys.exit(0)
-    if "config" in flags.FLAGS and "--helpfields" in argv[1:]:
-        from music_jax import config_fields
-
-        print(config_fields.table())
-        sys.exit(0)
+    list_fields = "config" in flags.FLAGS and "--helpfields" in argv[1:]
+    if list_fields:
+        argv = [argument for argument in argv if argument != "--helpfields"]
     path = _config_path(argv)
     try:
         rest = flags.FLAGS(argv)
         if "config" in flags.FLAGS and path is not None:
             list(flags.FLAGS.config)  # raises if the file could not be loaded
             _check_config(flags.FLAGS.config, path)
+        if list_fields:
+            from music_jax import config_fields
+
+            print(config_fields.table(flags.FLAGS.config))
+            sys.exit(0)
         return rest
     except UserError as error:
         fail(error)
     except flags.Error as error:
-        fail(UserError(_config_mistake(argv) or _one_line(error) + "; --help lists the options"))
+        mistake = _config_mistake(argv) or _field_without_prefix(argv)
+        fail(UserError(mistake or _one_line(error) + "; --help lists the options"))
     except OSError as error:
         if path is None or os.path.isfile(path):
             fail(UserError(_config_mistake(argv) or _one_line(error)))
@@ -186,9 +259,8 @@ def _parse_flags(argv: Sequence[str], usage: str) -> list[str]:
 def _flag_help(program: str) -> str:
     by_module = flags.FLAGS.flags_by_module_dict()
     of_all = by_module.get(__name__, [])
-    names = {flag.name for flag in (COORDINATOR, NUM_PROCESSES, PROCESS_ID)}
-    processes = [flag for flag in of_all if flag.name in names]
-    own = [flag for flag in of_all if flag.name not in names]
+    processes = [flag for flag in of_all if flag.name in _PROCESSES]
+    own = [flag for flag in of_all if flag.name not in _PROCESSES]
     own += [flag for module in ("__main__", program) for flag in by_module.get(module, [])]
     return flag_help(own, processes)
 
@@ -235,6 +307,7 @@ def _check_config(config: object, path: str) -> None:
 def _config_mistake(argv: Sequence[str]) -> str | None:
     """What is wrong with the config file, or with the first `--config.FIELD` that it has not."""
     from music_jax.config import default_config, from_file
+    from music_jax.config_values import field_names, unknown_field_message
 
     if "config" not in flags.FLAGS and not any(a.startswith("--config.") for a in argv):
         return None
@@ -265,20 +338,22 @@ def _config_mistake(argv: Sequence[str]) -> str | None:
     return None
 
 
-def field_names(config: config_dict.ConfigDict, prefix: str = "") -> list[str]:
-    """Dotted names of all fields of a config, inner ones included."""
-    names = []
-    for key in config:
-        value = config.get_ref(key).get() if config.get_ref(key) is not None else None
-        names.append(prefix + key)
-        if isinstance(value, config_dict.ConfigDict):
-            names += field_names(value, f"{prefix}{key}.")
-    return names
+def _field_without_prefix(argv: Sequence[str]) -> str | None:
+    """What is meant by a flag that is no flag, but ends the name of a config's field."""
+    from music_jax.config import default_config
+    from music_jax.config_values import field_names
 
-
-def unknown_field_message(field: str, known: Sequence[str]) -> str:
-    """Says that a config has no such field, and which known one is nearest."""
-    last = field.rpartition(".")[2]
-    same_ending = [name for name in known if name.rpartition(".")[2] == last]
-    nearest = difflib.get_close_matches(field, same_ending or known, n=1, cutoff=0.0)
-    return f"the config has no field {field!r}; the nearest known one is {nearest[0]!r}"
+    if "config" not in flags.FLAGS:
+        return None
+    known = field_names(default_config())
+    for argument in argv[1:]:
+        name = argument.partition("=")[0].lstrip("-").replace("-", "_")
+        if not argument.startswith("-") or name in flags.FLAGS:
+            continue
+        meant = [field for field in known if field.endswith(f".{name}")]
+        if name in known:
+            meant = [name]
+        if meant:
+            options = " or ".join(f"--config.{field}" for field in meant)
+            return f"unknown flag --{name}; did you mean {options}?"
+    return None

@@ -11,7 +11,7 @@ from ml_collections import config_dict
 
 from music_jax import config_checks as checks
 from music_jax.config_evaluation import add_evaluation
-from music_jax.config_values import check_values
+from music_jax.config_values import check_values, set_fields
 from music_jax.data.augment import ViewAugmentation
 from music_jax.errors import UserError
 
@@ -311,7 +311,8 @@ def from_file(path: str | os.PathLike[str], **fields: Any) -> config_dict.Config
       The config.
 
     Raises:
-      UserError: the file cannot be read or has no such function, or there is no such field.
+      UserError: the file cannot be read or has no such function, there is no such field, or a
+        field takes no such value.
     """
     name = os.fspath(path)
     try:
@@ -329,10 +330,8 @@ def from_file(path: str | os.PathLike[str], **fields: Any) -> config_dict.Config
             f"get_config of the config file {name!r} must return a config, as "
             f"music_jax.config.default_config makes one; got {config!r:.100}"
         )
-    try:
-        config.update(fields)
-    except (KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"a field of {fields} does not fit: {_reason(error)}") from error
+    set_fields(config, fields)
+    check_values(config, default_config())
     return config
 
 

@@ -9,6 +9,8 @@ import tokenize
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from ml_collections import config_dict
+
 from music_jax import config as config_lib
 from music_jax.config_evaluation import add_evaluation
 from music_jax.data.augment import ViewAugmentation
@@ -34,8 +36,12 @@ class Field(NamedTuple):
     is_group: bool
 
 
-def fields() -> list[Field]:
-    """All fields and groups, each group before its fields, in the order in which they are set."""
+def fields(config: config_dict.ConfigDict | None = None) -> list[Field]:
+    """All fields and groups, each group before its fields, in the order in which they are set.
+
+    Args:
+      config: has the values to give in place of the defaults.
+    """
     meanings: dict[str, str] = {}
     for name, meaning in (
         *_comments(config_lib.default_config).items(),
@@ -44,7 +50,7 @@ def fields() -> list[Field]:
         meanings[name] = meaning
         if name == "augmentation":
             for view in ("view_1", "view_2"):
-                meanings[f"augmentation.{view}"] = "" if view == "view_1" else "as view_1"
+                meanings[f"augmentation.{view}"] = ""
                 for field, what in _attributes(ViewAugmentation).items():
                     meanings[f"augmentation.{view}.{field}"] = what
     choices = config_lib.choices()
@@ -57,19 +63,28 @@ def fields() -> list[Field]:
             tuple(str(choice) for choice in choices.get(name, ())),
             isinstance(value, dict),
         )
-        for name, value in _named(config_lib.default_config().to_dict())
+        for name, value in _named((config or config_lib.default_config()).to_dict())
     ]
     return sorted(found, key=lambda field: place.get(field.name, len(place)))
 
 
-def table() -> str:
-    """All fields with their defaults and meanings, for a terminal."""
-    lines = []
-    for field in fields():
-        if field.name.startswith("augmentation.view_2."):
+def table(config: config_dict.ConfigDict | None = None) -> str:
+    """All fields with their values and meanings, for a terminal.
+
+    Args:
+      config: has the values; None for the defaults.
+    """
+    found, lines = fields(config), []
+    values = {field.name: field.default for field in found}
+    same_views = all(
+        value == values[name.replace("view_2", "view_1")] for name, value in values.items()
+    )
+    for field in found:
+        if field.name.startswith("augmentation.view_2.") and same_views:
             continue
         if field.is_group:
-            lines += ["", f"config.{field.name}" + (f": {field.meaning}" if field.meaning else "")]
+            meaning = "as view_1" if same_views and field.name.endswith("view_2") else field.meaning
+            lines += ["", f"config.{field.name}" + (f": {meaning}" if meaning else "")]
             continue
         indent = "  " if "." in field.name else ""
         known = "" if all(c in field.meaning for c in field.choices) else "|".join(field.choices)

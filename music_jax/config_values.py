@@ -1,5 +1,7 @@
-"""Whether the values of a config can be meant at all, whatever the field is for."""
+"""Names, types and ranges of a config's fields, whatever the field is for."""
 
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import config_dict
@@ -49,7 +51,11 @@ def _check(config: config_dict.ConfigDict, field: str, default: Any) -> None:
     elif isinstance(value, str):
         if "\0" in value:
             wrong = "hold no zero byte"
-    elif not (value is None and default is None) and not _is_meant(value):
+    elif value is None and default is not None:
+        wrong = f"be of type {type(default).__name__}"
+    elif isinstance(value, bool) and not isinstance(default, bool | None):
+        wrong = "be a number"
+    elif value is not None and not _is_meant(value):
         wrong = f"be a finite number up to {_MAX_NUMBER}"
     if wrong:
         raise UserError(f"config.{field} must {wrong}; got {value!r}")
@@ -57,3 +63,57 @@ def _check(config: config_dict.ConfigDict, field: str, default: Any) -> None:
 
 def _is_meant(number: Any) -> bool:
     return isinstance(number, int | float) and abs(number) <= _MAX_NUMBER
+
+
+def set_fields(
+    config: config_dict.ConfigDict, fields: Mapping[str, Any], *, prefix: str = ""
+) -> None:
+    """Sets fields of a config, those of a group as a mapping.
+
+    Args:
+      config: the config, or a group of it.
+      fields: values by name, or by dotted name.
+      prefix: dotted name of the group, with a dot behind.
+
+    Raises:
+      UserError: there is no such field, or it takes no such value.
+    """
+    known = config.to_dict()
+    for name, value in fields.items():
+        field = f"{prefix}{name}"
+        name, _, inner = name.partition(".")
+        value = {inner: value} if inner else value
+        if name not in known:
+            raise UserError(unknown_field_message(field, field_names(config, prefix)))
+        if isinstance(known[name], dict):
+            if not isinstance(value, Mapping | config_dict.ConfigDict):
+                raise UserError(
+                    f"config.{field} is a group of fields and takes a dictionary such as "
+                    f"{{{next(iter(known[name]))!r}: VALUE}}; got {value!r}"
+                )
+            set_fields(config[name], value, prefix=f"{prefix}{name}.")
+            continue
+        try:
+            config[name] = value
+        except TypeError as error:
+            kind = config.get_type(name).__name__
+            raise UserError(f"config.{field} must be of type {kind}; got {value!r}") from error
+
+
+def field_names(config: config_dict.ConfigDict, prefix: str = "") -> list[str]:
+    """Dotted names of all fields of a config, inner ones included."""
+    names = []
+    for key in config:
+        value = config.get_ref(key).get() if config.get_ref(key) is not None else None
+        names.append(prefix + key)
+        if isinstance(value, config_dict.ConfigDict):
+            names += field_names(value, f"{prefix}{key}.")
+    return names
+
+
+def unknown_field_message(field: str, known: Sequence[str]) -> str:
+    """Says that a config has no such field, and which known one is nearest."""
+    last = field.rpartition(".")[2]
+    same_ending = [name for name in known if name.rpartition(".")[2] == last]
+    nearest = difflib.get_close_matches(field, same_ending or known, n=1, cutoff=0.0)
+    return f"the config has no field {field!r}; the nearest known one is {nearest[0]!r}"

@@ -25,7 +25,7 @@ def main() -> None:
     """Reads the flags and encodes."""
     given = flags.FLAGS
     for flag, value, meaning in (
-        ("workdir=DIR", cli.WORKDIR.value, "the run whose backbone computes the features"),
+        ("workdir=DIR", given.workdir, "the run whose backbone computes the features"),
         ("images=FOLDER", given.images, "the images"),
         ("output=FILE", given.output, "a .npy or .parquet file for the features"),
     ):
@@ -42,7 +42,7 @@ def main() -> None:
 
     use_cores(batch_size=4)  # any batch is filled up
     source = datasets.open_path(given.images)
-    trained = read_trained(str(cli.WORKDIR.value), checkpoint=given.checkpoint)
+    trained = read_trained(given.workdir, checkpoint=given.checkpoint)
     encoder = Encoder(trained, batch_size=given.batch_size)
     progress.say(encode_folder(encoder, source, given.output, codes=given.codes))
 

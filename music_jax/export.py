@@ -27,7 +27,7 @@ Exit codes: 0 done; 2 wrong input; 75 stopped by a signal.
 def main() -> None:
     """Reads the flags and exports."""
     given = flags.FLAGS
-    if not cli.WORKDIR.value:
+    if not given.workdir:
         raise UserError("--workdir=DIR is missing: the run whose backbone is exported")
     if not given.format:
         raise UserError("--format is missing: safetensors, torchvision, onnx, stablehlo or orbax")
@@ -36,7 +36,7 @@ def main() -> None:
     from music_jax import progress
 
     path, card = export(
-        cli.WORKDIR.value,
+        given.workdir,
         form=given.format,
         output=given.output,
         checkpoint=given.checkpoint,

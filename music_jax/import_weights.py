@@ -32,19 +32,19 @@ def main() -> None:
     given = flags.FLAGS
     if not given.weights:
         raise UserError("--weights=FILE is missing: a safetensors file")
-    if not cli.WORKDIR.value:
+    if not given.workdir:
         raise UserError("--workdir=DIR is missing: a directory for the run")
     from music_jax import progress
     from music_jax.exchange.importing import import_weights
 
-    imported = import_weights(given.weights, cli.WORKDIR.value, given.config, prefix=given.prefix)
+    imported = import_weights(given.weights, given.workdir, given.config, prefix=given.prefix)
     progress.say(f"assumed, since the file does not tell: {imported.assumed}")
     if imported.left_out:
         counts = ", ".join(f"{name} ({count})" for name, count in imported.left_out.items())
         progress.say(f"left out, with the number of tensors: {counts}")
     progress.say(
-        f"{cli.WORKDIR.value} holds the {imported.config.backbone.name} of {given.weights}; "
-        f"python -m music_jax.linear_eval --workdir={cli.WORKDIR.value} evaluates it"
+        f"{given.workdir} holds the {imported.config.backbone.name} of {given.weights}; "
+        f"python -m music_jax.linear_eval --workdir={given.workdir} evaluates it"
     )
 
 

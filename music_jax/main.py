@@ -28,7 +28,7 @@ def main() -> None:
     config = flags.FLAGS.config
     if config is None:
         raise UserError("--config=FILE is missing, such as --config=configs/mnist5k.py")
-    if not cli.WORKDIR.value:
+    if not flags.FLAGS.workdir:
         raise UserError("--workdir=DIR is missing: the directory for checkpoints and results")
     from music_jax.host_memory import use_few_arenas
 
@@ -41,18 +41,17 @@ def main() -> None:
     from music_jax import peers, records
     from music_jax.compilation_cache import use_compilation_cache
     from music_jax.config import validate
-    from music_jax.mesh import use_cores, use_repeatable_gpu_operations
+    from music_jax.mesh import use_cores
     from music_jax.signals import StopSignal
     from music_jax.train import train_and_evaluate
 
     validate(config)
     use_cores(config.batch_size // config.accumulation_steps)
-    if config.deterministic:
-        use_repeatable_gpu_operations()
-    records.check_reachable(cli.WORKDIR.value)
+    workdir = flags.FLAGS.workdir
+    records.check_reachable(workdir)
     use_compilation_cache()
     stop = StopSignal(alone=not peers.exist(), grace_seconds=config.checkpoint.grace_seconds)
-    train_and_evaluate(config, cli.WORKDIR.value, profile_steps=profile_steps, stop=stop)
+    train_and_evaluate(config, workdir, profile_steps=profile_steps, stop=stop)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
+from jax._src import xla_bridge  # Whether devices are started has no public name.
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -32,6 +34,8 @@ def join_cluster(
 ) -> None:
     """Joins the run's other processes, if there are any; to be called before anything uses JAX.
 
+    The cluster is asked only if none of the three is given.
+
     Args:
       coordinator_address: HOST:PORT of process 0, or None where the cluster tells all three.
       num_processes: processes in the run.
@@ -41,24 +45,34 @@ def join_cluster(
       UserError: only some of the three are given, the processes do not find each other, or a
         launcher has started several without saying where process 0 is.
     """
-    given = (coordinator_address, num_processes, process_id)
-    if any(g is None for g in given) and any(g is not None for g in given):
-        raise UserError(
-            "--coordinator_address, --num_processes and --process_id go together: give all three, "
-            f"or none where the cluster tells them; got {coordinator_address}, {num_processes}, "
-            f"{process_id}"
-        )
+    given = num_processes is not None
+    _check_processes(coordinator_address, num_processes, process_id)
+    if num_processes == 1:
+        return
     # Until there is something to save, SIGTERM is not JAX's; see `peers.hear_preemption`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(coordinator_address, num_processes, process_id)
-    except (ValueError, RuntimeError) as error:
-        message = " ".join(str(error).split())
-        if _NO_CLUSTER not in message:
-            where = f"of {num_processes} processes at {coordinator_address}"
+        with peers.joining():
+            jax.distributed.initialize(
+                coordinator_address,
+                num_processes,
+                process_id,
+                cluster_detection_method="deactivate" if given else None,
+                initialization_timeout=peers.JOIN_TIMEOUT_SECONDS,
+                heartbeat_timeout_seconds=peers.HEARTBEAT_TIMEOUT_SECONDS,
+            )
+    except Exception as error:  # a cluster's own client raises whatever it likes
+        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if peers.coordinator() is not None:
             raise UserError(
-                f"cannot join the run {where if coordinator_address else 'of this cluster'}: "
-                f"{message}; is process 0 running, and its port reachable?"
+                f"cannot join the run's other processes at {peers.coordinator()}: {message}; is "
+                "process 0 running, and its port reachable?"
+            ) from error
+        if _NO_CLUSTER not in message:
+            raise UserError(
+                f"cannot find out whether this cluster runs further processes: {message}; give "
+                "--num_processes=1 if it does not, else --coordinator_address, --num_processes and "
+                "--process_id"
             ) from error
         for name in _LAUNCHERS_COUNTS:
             if int(os.environ.get(name) or 1) > 1:
@@ -69,6 +83,29 @@ def join_cluster(
         logging.info("running as a single process: %s", error)
     if peers.exist():
         peers.watch()
+
+
+def _check_processes(
+    coordinator_address: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+    """Checks the three flags."""
+    given = (coordinator_address, num_processes, process_id)
+    if num_processes == 1 and process_id in (None, 0):
+        return
+    if any(g is None for g in given) and any(g is not None for g in given):
+        raise UserError(
+            "--coordinator_address, --num_processes and --process_id go together: give all three, "
+            "none where the cluster tells them, or --num_processes=1 alone; got "
+            f"{coordinator_address}, {num_processes}, {process_id}"
+        )
+    if coordinator_address is None or num_processes is None or process_id is None:
+        return
+    if not re.fullmatch(r".+:\d{1,5}", coordinator_address):
+        raise UserError(f"--coordinator_address must be HOST:PORT; got {coordinator_address!r}")
+    if not 0 <= process_id < num_processes:
+        raise UserError(
+            f"--process_id must be in [0, num_processes = {num_processes}); got {process_id}"
+        )
 
 
 def look_for_no_absent_tpu() -> None:
@@ -107,14 +144,22 @@ _REPEATABLE = "--xla_gpu_exclude_nondeterministic_ops"
 
 
 def use_repeatable_gpu_operations() -> None:
-    """Has XLA leave out, on GPUs, what gives other bits each time it runs.
+    """Disables nondeterministic GPU operations, by XLA_FLAGS of this process.
 
-    To be called before anything uses JAX's devices; it leaves alone what the user has set by
-    XLA_FLAGS.
+    XLA reads them when JAX starts its devices. If that has happened, nothing changes, and a warning
+    says so where the devices are GPUs. What the user has set by XLA_FLAGS is left alone.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if _REPEATABLE not in flags and "--xla_gpu_deterministic_ops" not in flags:
+    if _REPEATABLE in flags or "--xla_gpu_deterministic_ops" in flags:
+        return
+    if not xla_bridge.backends_are_initialized():
         os.environ["XLA_FLAGS"] = f"{flags} {_REPEATABLE}=true".strip()
+    elif jax.default_backend() == "gpu":
+        logging.warning(
+            "config.deterministic has no effect, since this process has used its GPU before: a run "
+            "repeated gives other bits. Set XLA_FLAGS=%s=true before JAX is used",
+            _REPEATABLE,
+        )
 
 
 def make_data_mesh(

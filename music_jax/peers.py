@@ -1,17 +1,23 @@
 """When one process of a run fails, all end, with its message and its exit code.
 
-Without this the others would wait in a collective for a process that is gone. One that is killed
-outright can tell nobody: process 0 misses its sign of life and ends the others. If process 0 itself
-is killed, JAX aborts the others at once, since the coordination service went with it.
+Without this the others would wait in a collective for a process that is gone. A process that is
+killed or stopped outright tells nobody: process 0 hears no more of it and ends the others. If it is
+process 0, each of the others ends by itself once the coordination service, which process 0 runs, no
+longer answers.
 """
 
 import contextlib
+import ctypes
+import faulthandler
 import itertools
 import json
 import os
+import signal
+import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import jax
@@ -25,12 +31,19 @@ _FAILURE = "music_jax/failure"
 _ALIVE = "music_jax/alive"
 _DONE = "done"  # in place of a sign of life, from one that has nothing more to do
 _POLL_SECONDS = 1.0
-_SILENT_SECONDS = 60.0  # without a sign of life, after which a process counts as gone
+_SILENT_SECONDS = 50.0  # after which a process that is not heard of counts as gone
 _BROKEN_SECONDS = 15.0  # the same, once a collective has broken
 _FAREWELL_SECONDS = 10.0  # how long the coordinator waits for all to have heard
+# After which JAX itself aborts: later than all of the above, whose messages come first.
+HEARTBEAT_TIMEOUT_SECONDS = 300
+# The same for processes that do not find each other, which JAX would end by an abort.
+_JOIN_SECONDS = 300.0
+JOIN_TIMEOUT_SECONDS = 360
+_WAITING_SECONDS = 30.0  # between two lines that say what a process waits for
 
 _finished = threading.Event()
-_heard: dict[int, tuple[str, float]] = {}  # of each other process: its last sign of life, and when
+_heard: dict[int, tuple[str, float]] = {}  # of each other process: its last sign, and when
+_kept: list[Any] = []  # what C alone refers to
 
 
 def exist() -> bool:
@@ -40,16 +53,41 @@ def exist() -> bool:
     )
 
 
+def coordinator() -> str | None:
+    """HOST:PORT of process 0, once JAX has it from the flags or from the cluster."""
+    return distributed.global_state.coordinator_address
+
+
+@contextlib.contextmanager
+def joining() -> Iterator[None]:
+    """Says what this process waits for while the processes find each other, on standard error.
+
+    Ends this process if they do not.
+    """
+    _replace_abort()
+    joined = threading.Event()
+    thread = threading.Thread(target=_tell_of_waiting, args=(joined,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        joined.set()
+        thread.join()
+
+
 def watch() -> None:
-    """Starts a thread that ends this process within seconds of the failure of another one."""
+    """Starts what ends this process soon after another one has failed or fallen silent."""
     threading.Thread(target=_watch, name="peers", daemon=True).start()
+    if distributed.global_state.process_id != 0:
+        _heard[0] = "", time.monotonic()
+        threading.Thread(target=_watch_service, name="process 0", daemon=True).start()
 
 
 def stop_watching() -> None:
-    """Ends the thread; to be called once this process has nothing more to do."""
-    _finished.set()
+    """Ends the threads; to be called once this process has nothing more to do."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         _give_sign(_DONE)
+    _finished.set()
 
 
 def hear_preemption() -> None:
@@ -85,7 +123,6 @@ def end_run(exit_code: int, message: str) -> NoReturn:
       exit_code: of all processes.
       message: what the others print.
     """
-    stop_watching()
     mine = {
         "process": distributed.global_state.process_id,
         "exit_code": exit_code,
@@ -128,9 +165,78 @@ def _watch() -> None:
                 print(printable(f"error: {message}"), file=sys.stderr, flush=True)
                 end_run(1, message)
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            _give_sign(str(count))
+            _give_sign(_DONE if _finished.is_set() else str(count))
+            _heard[0] = "", time.monotonic()
         if _finished.wait(_POLL_SECONDS):
             return
+
+
+def _watch_service() -> None:
+    """Ends this process when the service of process 0 has not answered `_watch` for long.
+
+    A call to a service that is stopped does not return, hence a thread of its own.
+    """
+    while not _finished.wait(_POLL_SECONDS):
+        if time.monotonic() - _heard[0][1] > _SILENT_SECONDS:
+            _end_alone(1, _gone("0", _SILENT_SECONDS))
+
+
+def _end_alone(exit_code: int, message: str) -> NoReturn:
+    """Ends this process without a word to the others, which find out likewise."""
+    with contextlib.suppress(OSError):
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(exit_code)
+
+
+def _replace_abort() -> None:
+    """Has our message and exit code end this process where JAX would abort it.
+
+    JAX's client aborts at once when its connection to process 0 breaks, and lets nobody be asked
+    first. Python's own signal handlers would run too late, on the main thread. Any other abort goes
+    on, with the threads' tracebacks as absl prints them.
+    """
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def handle(number: int) -> None:
+        if exist() and distributed.global_state.process_id != 0 and not _service_is_there():
+            _end_alone(1, _gone("0", 0))
+        faulthandler.dump_traceback(all_threads=True)
+
+    _kept.append(handle)
+    ctypes.CDLL(None).signal(signal.SIGABRT, handle)
+
+
+def _service_is_there() -> bool:
+    host, _, port = (coordinator() or "").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def _tell_of_waiting(joined: threading.Event) -> None:
+    began = time.monotonic()
+    due = began + 0.1  # processes that start together find each other at once
+    while not joined.wait(max(0.0, due - time.monotonic())):
+        state, now = distributed.global_state, time.monotonic()
+        what = "looking for the other processes of this cluster"
+        if state.client is not None:
+            what = (
+                f"process {state.process_id} of {state.num_processes} waits for the others at "
+                f"{state.coordinator_address}"
+            )
+        elif now - began < 3:  # most often there is no cluster, which is soon found out
+            due = now + 0.1
+            continue
+        if now - began > _JOIN_SECONDS:
+            _end_alone(
+                2,
+                f"{what}, in vain for {_JOIN_SECONDS:g} s; are all processes running, and is that "
+                "port reachable?",
+            )
+        print(f"{what}, {now - began:.0f} s so far", file=sys.stderr, flush=True)
+        due = now + _WAITING_SECONDS
 
 
 def _give_sign(sign: str) -> None:
@@ -139,7 +245,7 @@ def _give_sign(sign: str) -> None:
 
 
 def _silence(since: float, seconds: float) -> str | None:
-    """Says which other processes have given no sign for so long, if any; for process 0."""
+    """Says which other processes were not heard of for so long, if any; for process 0."""
     now = time.monotonic()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         for key, sign in _client().key_value_dir_get(_ALIVE):
@@ -153,9 +259,14 @@ def _silence(since: float, seconds: float) -> str | None:
             silent.append(str(process))
     if not silent:
         return None
+    return _gone(", ".join(silent), seconds)
+
+
+def _gone(processes: str, seconds: float) -> str:
+    since = f" for {seconds:g} s" if seconds else ""
     return (
-        f"no sign of life from process {', '.join(silent)} for {seconds:g} s: killed, or its "
-        "machine is lost; run the same command again to go on from the last checkpoint"
+        f"no answer from process {processes}{since}: killed or stopped, or its machine is lost; "
+        "rerun the command to resume from the last checkpoint"
     )
 
 
@@ -172,6 +283,7 @@ def _leave(failure: dict[str, Any]) -> NoReturn:
                 left = max(1, int(1000 * (deadline - time.monotonic())))
                 client.blocking_key_value_get(f"{_FAILURE}/heard/{process}", left)
             time.sleep(0.5)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # of a pipe that nobody reads any more
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(failure["exit_code"])

@@ -26,7 +26,7 @@ def flag_help(own: Iterable[flags.Flag], processes: Iterable[flags.Flag]) -> str
     for flag in sorted(own, key=lambda flag: flag.name):
         lines += _entry(_form(flag), _explanation(flag))
         if "config" in flag.flag_type():
-            lines += _entry("--helpfields", "Lists the fields of a config with their defaults.")
+            lines += _entry("--helpfields", "Lists the fields of the config with their values.")
     several = sorted(processes, key=lambda flag: flag.name)
     if several:
         lines += ["", "In several processes, where the cluster does not tell them (TPU, Slurm, GKE"]

@@ -27,7 +27,7 @@ from hostile_json import hostile_json, hostile_value
 from hostile_runs import foreign_run
 from ml_collections import config_flags
 
-from music_jax import cli, records
+from music_jax import cli, config_values, records
 from music_jax.config import default_config, differences, from_json, validate
 from music_jax.data import loader, sources
 from music_jax.data.crops import Crop, center_crop
@@ -89,7 +89,7 @@ def config_json(rng: random.Random, directory: pathlib.Path) -> None:
 
 @functools.cache
 def _fields() -> tuple[str, ...]:
-    return tuple(cli.field_names(default_config()))
+    return tuple(config_values.field_names(default_config()))
 
 
 def config_flag(rng: random.Random, directory: pathlib.Path) -> None:

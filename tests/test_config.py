@@ -6,8 +6,8 @@ import runpy
 import pytest
 from ml_collections import config_dict
 
-from music_jax.cli import field_names
 from music_jax.config import default_config, differences, from_file, from_json, validate
+from music_jax.config_values import field_names
 from music_jax.errors import UserError
 from music_jax.models.network import make_network
 from music_jax.records import as_json

@@ -107,6 +107,8 @@ def _cores() -> list[int | None]:
     if backend != "cpu":
         ask = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
         found = subprocess.run(ask, capture_output=True, text=True, check=False)
+        if found.returncode:
+            cli.check_devices()
         backend = (found.stdout.split() or ["none"])[-1]
     import jax
 

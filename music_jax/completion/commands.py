@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ElementTree
 from typing import NamedTuple
 
 import music_jax
+from music_jax import cli
 from music_jax.config_fields import Field
 
 # What the commands are started by.
@@ -46,20 +47,10 @@ class Command(NamedTuple):
     has_fields: bool
 
 
-def names() -> list[str]:
-    """The commands' names: the modules that end in `cli.run`."""
-    files = [*_PACKAGE.glob("*.py"), *_PACKAGE.glob("*/__main__.py")]
-    return sorted(
-        file.parent.name if file.name == "__main__.py" else file.stem
-        for file in files
-        if "    cli.run(" in file.read_text(encoding="utf-8")
-    )
-
-
 def all_commands() -> list[Command]:
     """All commands; starts each of them to ask for its flags, which takes some seconds."""
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        return list(pool.map(_command, names()))
+        return list(pool.map(_command, cli.commands()))
 
 
 def _command(name: str) -> Command:

@@ -16,7 +16,7 @@ def begin() -> tuple[str, dict[str, object]]:
     Raises:
       UserError: the workdir is missing or cannot be reached.
     """
-    workdir = cli.WORKDIR.value
+    workdir = flags.FLAGS.workdir
     if not workdir:
         raise UserError("--workdir=DIR is missing: the directory of the run to evaluate")
     from music_jax import records

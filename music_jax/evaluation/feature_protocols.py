@@ -52,6 +52,7 @@ def _linear(run: Run, trained: ProbeResult) -> Figures:
         "top5": trained.top5,
         "num_train": trained.num_train,
         "num_test": len(run.test()),
+        "num_classes": run.num_classes,
         "learning_rate": trained.base_learning_rate * settings.batch_size / 256,
         **others,
         **run.without_label("train", "test"),

@@ -10,7 +10,7 @@ Rows = list[tuple[str, str]]
 
 
 def results_table(results: dict[str, Figures]) -> str:
-    """The figures of the linear probe and kNN as a table, in percent."""
+    """The figures of the linear probe and kNN as a table, in percent, beside what chance gives."""
     linear, knn = results.get("linear", {}), results.get("knn", {})
     trained = linear.get("top1"), linear.get("top5"), knn.get("top1")
     rows = [("trained backbone", *map(_percent, trained))]
@@ -18,6 +18,9 @@ def results_table(results: dict[str, Figures]) -> str:
         values = [linear.get(f"{key}_top1"), knn.get(f"{key}_top1")]
         if values != [None, None]:
             rows.append((label, _percent(values[0]), "", _percent(values[1])))
+    if classes := linear.get("num_classes"):  # which earlier versions did not write
+        chance = _percent(1 / classes)
+        rows.append(("chance", chance, _percent(min(1.0, 5 / classes)), chance))
     return progress.table(("", "linear top-1", "linear top-5", "kNN top-1"), rows)
 
 

@@ -56,7 +56,7 @@ class Figures:
       hbm_traffic_bytes: XLA's "bytes accessed" likewise: what its instructions read and write. It
         counts arrays that stay in on-chip memory too.
       hbm_only_bytes: counted here without those.
-      received_bytes: what enters the chip over the network.
+      received_bytes: what enters the chip from other chips.
       collective_bytes: results of the collectives, by kind.
       objective_flops: of the objective and its gradient alone.
       largest_arrays: the largest that the step writes: bytes, type and shape, how many, by what.
@@ -114,16 +114,21 @@ class Slice:
     Attributes:
       topology: its name.
       mesh: of their devices.
-      chips: how many chips they are; a chip of two devices counts once.
+      chip_of_device: for each device of the mesh, in its order, the index of its chip.
       hbm_bytes: what XLA may use of the memory of one device.
       estimates: of the figures that XLA does not give for these chips, how they are found.
     """
 
     topology: str
     mesh: Mesh
-    chips: int
+    chip_of_device: tuple[int, ...]
     hbm_bytes: float
     estimates: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def chips(self) -> int:
+        """How many chips they are; a chip of two devices counts once."""
+        return len(set(self.chip_of_device))
 
     @property
     def devices_per_chip(self) -> int:
@@ -149,7 +154,7 @@ def open_slice(topology: str, fsdp: int | None = None) -> Slice:
             topology=f"1x1x{topology.partition(':')[2]}",  # GPUs of one machine
         )
         mesh = make_data_mesh(devices=description.devices, fsdp=fsdp)
-        return Slice(topology, mesh, mesh.size, chip.gpu.usable_bytes, _GPU_ESTIMATES)
+        return Slice(topology, mesh, tuple(range(mesh.size)), chip.gpu.usable_bytes, _GPU_ESTIMATES)
     try:
         description = topologies.get_topology_desc(
             platform="tpu", topology_name=topology, chip_config_name=chip.configuration
@@ -161,8 +166,10 @@ def open_slice(topology: str, fsdp: int | None = None) -> Slice:
         ) from error
     devices: Any = description.devices
     mesh = make_data_mesh(devices=devices, fsdp=fsdp)
-    chips = len({tuple(device.coords) for device in devices})
-    return Slice(topology, mesh, chips, _hbm_of_device(mesh))
+    places: list[Any] = [tuple(device.coords) for device in mesh.devices.flat]
+    chips = list(dict.fromkeys(places))
+    chip_of_device = tuple(chips.index(place) for place in places)
+    return Slice(topology, mesh, chip_of_device, _hbm_of_device(mesh))
 
 
 def _hbm_of_device(mesh: Mesh) -> float:
@@ -278,13 +285,13 @@ def _measure(
             estimates=slice_.estimates | _UNREAD_ESTIMATES,
         )
     flops, traffic = costs(compiled, program)
-    sent = counts.collectives(program, mesh.size)
+    sent = counts.collectives(program, slice_.chip_of_device)
     return dataclasses.replace(
         figures,
         flops=flops * per_chip,
         hbm_traffic_bytes=traffic * per_chip,
         hbm_only_bytes=counts.work(program).hbm_bytes * per_chip,
-        received_bytes=sent.received * per_chip,
+        received_bytes=sent.received,
         collective_bytes={kind: size * per_chip for kind, size in sent.by_kind.items()},
         objective_flops=objective_flops(recipe, config, mesh) * per_chip
         if with_objective

@@ -8,6 +8,7 @@ which factor that falls short.
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,8 +27,11 @@ _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call",
     "conditional", "opt-barrier", "partition-id", "replica-id", "after-all",
 }  # fmt: skip
-_DEVICE_LIST = re.compile(r"replica_groups=(\[[\d,]+\]|\{\{[^}]*\})")
-_DEVICE_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+# The groups of devices of a collective, in each of the forms that XLA writes them in.
+_GROUP_LIST = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
+_GROUP_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_GROUP_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{}]*\})\}")
 _DIM_LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _CONTRACTING = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
@@ -43,57 +47,70 @@ _GEMM_CONTRACTING = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
 
 @dataclasses.dataclass(frozen=True)
 class Collectives:
-    """What the collectives of one device move in one run of the program.
+    """What the collectives of a program move in one run of it.
 
     Attributes:
-      received: bytes that enter the device, each collective going round a ring.
-      by_kind: bytes of the collectives' results, by kind.
+      received: bytes that enter a chip from other chips; those of the chip that most enter.
+      by_kind: bytes of the collectives' results on one device, by kind.
     """
 
     received: float
     by_kind: dict[str, int]
 
 
-def collectives(program: Program, devices: int) -> Collectives:
+def collectives(program: Program, chip_of_device: Sequence[int]) -> Collectives:
     """Counts the collectives of a program.
 
-    A ring of g devices brings each (g - 1) / g of what an all-gather or an all-to-all returns,
-    g - 1 times what a reduce-scatter returns, and twice (g - 1) / g of what an all-reduce returns.
+    What devices of one chip send each other does not enter the chip. A chip that holds the share p
+    of a group's devices receives 1 - p of what an all-gather returns, twice that of what an
+    all-reduce returns, 1 - p of all that a reduce-scatter adds up, and 1 - p of what an all-to-all
+    returns to each of its devices: the least that is possible, and what rings of chips achieve.
 
     Args:
       program: the program.
-      devices: how many devices it runs on.
+      chip_of_device: for each device of the mesh, in its order, the index of its chip.
     """
     sent: dict[str, tuple[int, _Sent]] = {}
     for name, times in _runs(program).items():
         for instruction in program.computations[name].values():
-            for found in _sent(program, name, instruction, devices):
+            for found in _sent(program, name, instruction, len(chip_of_device)):
                 # Of a chain that goes through a loop, what is outside tells how often it runs.
                 before = sent.get(found.key)
                 if before is None or times < before[0]:
                     sent[found.key] = times, found
-    received, by_kind = 0.0, dict[str, int]()
+    received, by_kind = np.zeros(max(chip_of_device) + 1), dict[str, int]()
     for times, found in sent.values():
         by_kind[found.kind] = by_kind.get(found.kind, 0) + times * found.size
-        received += times * found.size * _share(found.kind, found.group)
-    return Collectives(received, by_kind)
+        received += times * _received(found, np.asarray(chip_of_device))
+    return Collectives(float(received.max()), by_kind)
 
 
-def _share(kind: str, group: int) -> float:
-    if kind == "collective-permute":
-        return 1.0
-    return {"all-reduce": 2 * (group - 1) / group, "reduce-scatter": group - 1.0}.get(
-        kind, (group - 1) / group
-    )
+def _received(sent: "_Sent", chip_of_device: np.ndarray) -> np.ndarray:
+    """Bytes of a collective that enter each chip."""
+    chips = int(chip_of_device.max()) + 1
+    received = np.zeros(chips)
+    for group in sent.groups:
+        on_chip = np.bincount(chip_of_device[list(group)], minlength=chips)
+        if sent.kind == "collective-permute":  # a group is a pair: source and target
+            source, target = chip_of_device[list(group)]
+            received[target] += sent.size * (source != target)
+            continue
+        whole = {
+            "all-reduce": 2 * sent.size,
+            "reduce-scatter": len(group) * sent.size,
+            "all-to-all": on_chip * sent.size,
+        }.get(sent.kind, sent.size)
+        received += np.where(on_chip > 0, whole * (1 - on_chip / len(group)), 0.0)
+    return received
 
 
 class _Sent(NamedTuple):
-    """A collective: which it is, its kind, the bytes of its result and the size of its group."""
+    """A collective: which it is, its kind, the bytes of its result, and its groups of devices."""
 
     key: str
     kind: str
     size: int
-    group: int
+    groups: tuple[tuple[int, ...], ...]
 
 
 def _sent(
@@ -109,7 +126,7 @@ def _sent(
         size = sum(array.size for array in arrays)
         chain = _CHAIN.search(instruction.attributes)
         key = chain[1] if chain else f"{computation}/{instruction.name}"
-        return [_Sent(key, kind, size, _group_size(instruction.attributes, devices))]
+        return [_Sent(key, kind, size, _groups(instruction.attributes, devices))]
     if instruction.opcode != "fusion":
         return []
     called = instruction.called["calls"]
@@ -121,21 +138,34 @@ def _sent(
     if called.startswith("all-reduce-scatter"):
         # An all-reduce of which each device keeps its share: what moves is a reduce-scatter.
         return [
-            found._replace(kind="reduce-scatter", size=found.size // found.group) for found in sent
+            found._replace(kind="reduce-scatter", size=found.size // len(found.groups[0]))
+            for found in sent
         ]
     return sent
 
 
-def _group_size(attributes: str, devices: int) -> int:
-    if found := _DEVICE_MESH.search(attributes):
-        sizes = dict(axis.split("=") for axis in found[1].split(","))
-        return math.prod(int(sizes[axis]) for axis in found[2].split(","))
-    found = _DEVICE_LIST.search(attributes)
-    if found is None:
-        return devices
-    if found[1].startswith("["):  # [number of groups, devices in each]
-        return int(found[1].strip("[]").split(",")[-1])
-    return found[1].count(",") + 1
+def _groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
+    """The devices that exchange with each other, by their place in the mesh."""
+    if found := _GROUP_MESH.search(attributes):
+        sizes = {axis: int(size) for axis, size in (a.split("=") for a in found[1].split(","))}
+        inner = [list(sizes).index(axis) for axis in found[2].split(",")]
+        outer = [axis for axis in range(len(sizes)) if axis not in inner]
+        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        width = math.prod(ids.shape[axis] for axis in inner)
+        ids = ids.transpose(outer + inner).reshape(-1, width)
+    elif found := _GROUP_IOTA.search(attributes):
+        shape, sizes, order = (
+            [int(n) for n in text.split(",")] if text else []
+            for text in (found[1], found[2], found[3])
+        )
+        ids = np.arange(math.prod(sizes)).reshape(sizes)
+        ids = ids.transpose(order or range(len(sizes))).reshape(shape)
+    elif found := _GROUP_LIST.search(attributes) or _PAIRS.search(attributes):
+        groups = found[1].strip("{}").split("},{")
+        return tuple(tuple(int(n) for n in group.split(",")) for group in groups)
+    else:
+        ids = np.arange(devices)[None]
+    return tuple(tuple(group) for group in ids.tolist())
 
 
 @dataclasses.dataclass(frozen=True)

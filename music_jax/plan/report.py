@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from music_jax import progress
-from music_jax.plan.chips import chip_of
+from music_jax.plan.chips import chip_of, network_peak
 from music_jax.plan.compiling import Figures
 
 # What XLA does not give for any chip.
 _COUNTED = {
     "hbm_only_bytes": "XLA's bytes accessed, counted in its program without on-chip memory",
-    "received_bytes": "counted in XLA's program, each collective going round a ring",
+    "received_bytes": "counted in XLA's program: the least that must enter a chip",
     "collective_bytes": "counted in XLA's program: the collectives' results",
 }
 
@@ -50,12 +50,14 @@ class Plan:
             "hbm": self.figures.hbm_traffic_bytes,
             "network": self.figures.received_bytes,
         }
-        peaks = self.peaks
-        return {name: need / peaks[name] for name, need in needs.items() if need is not None}
+        peaks = self.peaks  # a single chip has no network, and needs none
+        return {
+            n: need / peaks[n] if need else 0.0 for n, need in needs.items() if need is not None
+        }
 
     @property
     def bound(self) -> str:
-        """The resource that needs the longest."""
+        """The resource that is the bottleneck: it needs the longest."""
         seconds = self.peak_seconds
         return max(seconds, key=lambda name: seconds[name])
 
@@ -66,17 +68,17 @@ class Plan:
         return {
             "compute": chip.flops_per_second,
             "hbm": chip.hbm_bytes_per_second,
-            "network": chip.network_bytes_per_second,
+            "network": network_peak(self.topology),
         }
 
     @property
     def seconds_per_step(self) -> float:
-        """What that resource needs, by XLA's bytes accessed as if all went through the HBM."""
+        """An estimate: what that resource needs, if all bytes accessed go through the HBM."""
         return max(self.peak_seconds.values())
 
     @property
     def least_seconds_per_step(self) -> float | None:
-        """The same if what XLA keeps in on-chip memory cost nothing."""
+        """A lower bound: the same if what XLA keeps in on-chip memory costs nothing."""
         if self.figures.hbm_only_bytes is None:
             return None
         hbm = self.figures.hbm_only_bytes / self.peaks["hbm"]
@@ -141,11 +143,12 @@ def table(plans: Sequence[Plan]) -> str:
     )
     row("it fits", ["yes" if plan.figures.fits else "NO" for plan in plans])
     row("compiled in", [_duration(plan.figures.compile_seconds or 0.0) for plan in plans])
-    if_fits("bound by", lambda p: p.bound)
-    if_fits("a step, bound", lambda p: _duration(p.seconds_per_step))
-    if_fits("an epoch, bound", lambda p: _duration(p.seconds_per_epoch))
-    if_fits("the run, bound", lambda p: _duration(p.num_epochs * p.seconds_per_epoch))
-    if_fits("images/s, bound", lambda p: f"{p.images_per_second:,.0f}")
+    if_fits("bottleneck", lambda p: p.bound)
+    if_fits("a step, estimate", lambda p: _duration(p.seconds_per_step))
+    if_fits("a step, lower bound", lambda p: _duration(p.least_seconds_per_step))
+    if_fits("an epoch, estimate", lambda p: _duration(p.seconds_per_epoch))
+    if_fits("the run, estimate", lambda p: _duration(p.num_epochs * p.seconds_per_epoch))
+    if_fits("images/s, estimate", lambda p: f"{p.images_per_second:,.0f}")
     if_fits("host cores to decode them", lambda p: f"{p.images_per_second / p.decode_rate:.1f}")
     if_fits("  images/s of such a core", lambda p: f"{p.decode_rate:,.0f}")
     heading("MEMORY")
@@ -169,7 +172,6 @@ def table(plans: Sequence[Plan]) -> str:
     heading("TIME AT THE PUBLISHED PEAKS")
     for name in ("compute", "hbm", "network"):
         if_fits(name, lambda p, n=name: _duration(p.peak_seconds.get(n)))
-    if_fits("at the very least", lambda p: _duration(p.least_seconds_per_step))
     heading("THE CHIP, A SECOND")
     row("peak compute", [f"{plan.peaks['compute'] / 1e12:,.0f} TFLOP" for plan in plans])
     for name in ("hbm", "network"):
@@ -224,9 +226,10 @@ def notes(plans: Sequence[Plan]) -> str:
     sources = dict.fromkeys(chip.source for chip in (chip_of(plan.topology) for plan in plans))
     lines += [
         "All else of memory and work is XLA's own for the step compiled for these chips. Times are",
-        "bounds and not measurements: what the scarcest of compute, HBM and network needs at the",
-        "chip's published peak, with all bytes accessed going through the HBM; at the very least,",
-        "without those of arrays that XLA keeps in on-chip memory, which it counts too. Peaks:",
+        "not measured: they are what the bottleneck of compute, HBM and network needs at the",
+        "chip's published peak. The estimate takes all bytes accessed as going through the HBM,",
+        "those of arrays too that XLA keeps in on-chip memory; the lower bound leaves these out.",
+        "The network's peak is that of the chip with the fewest links. Peaks:",
         *(f"  {source}" for source in sources),
     ]
     return "\n".join(lines)

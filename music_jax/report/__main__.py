@@ -34,7 +34,7 @@ _FEWEST, _MOST = 16, 4000
 
 def main() -> None:
     """Reads the flags and writes the report."""
-    given, num_images = cli.WORKDIR.value, flags.FLAGS.images
+    given, num_images = flags.FLAGS.workdir, flags.FLAGS.images
     workdirs = _workdirs(given or "")
     if not workdirs:
         raise UserError("--workdir=DIR is missing: the run to show; several with commas between")

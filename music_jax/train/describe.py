@@ -13,6 +13,9 @@ from music_jax.data.loader import TrainingOrder
 from music_jax.data.sources import Source
 from music_jax.train.state import TrainState
 
+_FEW_STEPS = 10  # of an epoch
+_UNUSED_SHARE = 0.01  # of the images, that every epoch may leave out
+
 
 def describe(
     config: config_dict.ConfigDict,
@@ -55,6 +58,36 @@ def describe(
         lines.append(("resuming", f"after step {start_step}"))
     for name, value in lines:
         progress.say(f"{name:12s} {value}")
+    for hint in small_data_hints(config, order):
+        progress.say(f"warning: {hint}")
+
+
+def small_data_hints(config: config_dict.ConfigDict, order: TrainingOrder) -> list[str]:
+    """What defaults that are meant for large datasets do to a small one, and which field helps."""
+    steps, images, logged = order.steps_per_epoch, order.num_records, config.log_every_steps
+    unused = images - steps * config.batch_size
+    hints = []
+    if steps < _FEW_STEPS:
+        hints.append(
+            f"an epoch of {images} images is only {steps} step{'s' * (steps > 1)} of "
+            f"config.batch_size = {config.batch_size}; a smaller batch makes more of it"
+        )
+    if unused > _UNUSED_SHARE * images:
+        hints.append(
+            f"each epoch leaves out {unused} of {images} images ({unused / images:.0%}), others "
+            "each time, since batches are whole; another config.batch_size leaves out fewer"
+        )
+    if logged > config.num_epochs * steps:
+        hints.append(
+            f"the run has fewer steps than config.log_every_steps = {logged}: besides the first "
+            "step and those of checkpoints only the last is logged"
+        )
+    elif logged > steps:
+        hints.append(
+            f"metrics are logged once in {logged / steps:.1f} epochs; a smaller "
+            "config.log_every_steps logs more often"
+        )
+    return hints
 
 
 def _plain(tree: Any) -> Any:

@@ -25,6 +25,7 @@ from music_jax.mesh import (
     is_main_process,
     make_data_mesh,
     shares_cores,
+    use_repeatable_gpu_operations,
 )
 from music_jax.signals import Stop
 from music_jax.train import guards
@@ -67,6 +68,8 @@ def train_and_evaluate(
       StoppedError: `stop`, or the cluster, stopped the run; all is saved and the same call goes on.
     """
     config_lib.validate(config)
+    if config.deterministic:
+        use_repeatable_gpu_operations()
     mesh = make_data_mesh(fsdp=config.sharding.fsdp)
     check_divisible(config.batch_size, config.accumulation_steps, mesh)
     directory = records.open_workdir(workdir)

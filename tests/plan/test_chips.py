@@ -3,7 +3,7 @@
 import pytest
 
 from music_jax.errors import UserError
-from music_jax.plan.chips import CHIPS, attached_topology, chip_of
+from music_jax.plan.chips import CHIPS, attached_topology, chip_of, network_peak
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
@@ -46,6 +46,29 @@ def test_peaks_of_h100_are_the_datasheets_without_sparsity():
 def test_what_cannot_be_a_topology_is_told(topology, expected):
     with pytest.raises(UserError, match=expected):
         chip_of(topology)
+
+
+@pytest.mark.parametrize(
+    ("topology", "links", "published"),
+    [
+        # Two links an axis in a ring, one at the end of a row, none where there is one chip.
+        ("v5e:1x1", 0 / 4, 200e9),
+        ("v5e:1x2", 1 / 4, 200e9),
+        ("v5e:2x2", 2 / 4, 200e9),
+        ("v5e:4x8", 2 / 4, 200e9),
+        ("v5e:8x16", 3 / 4, 200e9),
+        ("v6e:16x16", 4 / 4, 400e9),
+        ("v3:2x2", 2 / 4, 280e9),
+        ("v3:32x32", 4 / 4, 280e9),
+        ("v4:2x2x1", 2 / 6, 300e9),
+        ("v4:2x4x4", 3 / 6, 300e9),
+        ("v4:4x4x8", 6 / 6, 300e9),
+        ("tpu7x:2x2x1", 2 / 6, 600e9),
+        ("h100:2", 1, 450e9),
+    ],
+)
+def test_the_network_is_that_of_the_chip_with_the_fewest_links(topology, links, published):
+    assert network_peak(topology) == pytest.approx(links * published)
 
 
 def _with_gpus(directory, monkeypatch, *names):

@@ -132,7 +132,7 @@ def test_a_small_config_is_planned_from_start_to_end(tmp_path):
         "--num-images=1437",
     )
     assert (code, err) == (0, "")
-    assert "bound by" in out
+    assert "bottleneck" in out
     (plan,) = json.loads(file.read_text())
     assert (plan["topology"], plan["chips"], plan["batch_size"]) == ("v5e:2x2", 4, 64)
     assert plan["fits"]

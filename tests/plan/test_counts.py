@@ -60,7 +60,7 @@ def test_collectives_by_kind(four_chips, function, kind, result, received):
     compiled = _compile(
         _on_each(four_chips, function), four_chips, ((1024, 128), "float32", ("data",))
     )
-    found = counts.collectives(compiling.read(compiled), 4)
+    found = counts.collectives(compiling.read(compiled), range(4))
     assert found.by_kind == {kind: result}
     assert found.received == received
 
@@ -72,7 +72,7 @@ def test_collectives_of_groups_of_devices(four_chips):
     compiled = _compile(
         _on_each(four_chips, pairs), four_chips, ((1024, 128), "float32", ("data",))
     )
-    found = counts.collectives(compiling.read(compiled), 4)
+    found = counts.collectives(compiling.read(compiled), range(4))
     assert found.received == pytest.approx(2 * 1 / 2 * 131072)
 
 
@@ -99,7 +99,7 @@ def test_a_collective_counts_once_whatever_it_overlaps_with(four_chips, layers):
     program = compiling.read(compiled)
     # It starts, it ends, and each layer is computed with it going on.
     assert compiled.as_text().count("chain_id") == layers + 2
-    found = counts.collectives(program, 4)
+    found = counts.collectives(program, range(4))
     assert found.by_kind == {"all-gather": 2048 * 4096 * 2}
     assert found.received == 3 / 4 * 2048 * 4096 * 2
     assert counts.work(program).bytes < compiled.cost_analysis()["bytes accessed"]
@@ -115,7 +115,7 @@ def _looping(body):
 def test_collectives_in_a_loop_count_each_turn(four_chips):
     body = _looping(lambda x: jnp.tanh(jax.lax.ppermute(x, "data", [(0, 1), (1, 2), (2, 3)])))
     compiled = _compile(_on_each(four_chips, body), four_chips, ((1024, 128), "float32", ("data",)))
-    found = counts.collectives(compiling.read(compiled), 4)
+    found = counts.collectives(compiling.read(compiled), range(4))
     assert found.by_kind == {"collective-permute": _TURNS * 131072}
 
 
