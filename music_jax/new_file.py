@@ -9,7 +9,8 @@ from typing import IO, TypeVar
 
 from etils import epath
 
-PREFIX = ".new-"  # of names of files that are being written; a killed process leaves one behind
+# Begins the names of files that are being written; a process that is killed leaves one behind.
+PREFIX = ".new-"
 
 _Path = TypeVar("_Path", pathlib.Path, epath.Path)
 
