@@ -11,7 +11,8 @@ from etils import epath
 
 from music_jax.epath_corrections import bucket_errors
 
-PREFIX = ".new-"  # of names of files that are being written; a killed process leaves one behind
+# Begins the names of files that are being written; a process that is killed leaves one behind.
+PREFIX = ".new-"
 
 _Path = TypeVar("_Path", pathlib.Path, epath.Path)
 

@@ -4,8 +4,10 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
+from music_jax.compilation_cache import use_compilation_cache
 from tests.processes import ROOT
 
 # Compiles one program, and says what it gave and how often the cache had it.
@@ -79,6 +81,14 @@ def test_a_cache_that_cannot_be_made_harms_nothing(own_compilation_cache):
     assert (value, counts) == ("83.0", (0, 0))
     assert len(said) == 1
     assert "not keeping what is compiled" in said[0]
+
+
+def test_processes_of_one_run_keep_nothing_of_their_own(own_compilation_cache, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == before
+    assert not own_compilation_cache.exists()
 
 
 def test_the_users_own_choice_stays(own_compilation_cache, tmp_path):

@@ -20,6 +20,7 @@ from music_jax.data import sources
 from music_jax.errors import UserError
 from music_jax.evaluate import evaluate
 from music_jax.evaluation.opening import open_run
+from music_jax.linear_eval import linear_eval
 from music_jax.report.page import write_report
 
 
@@ -235,6 +236,19 @@ def test_results_go_to_the_output_and_the_run_stays_as_it_is(foreign, photos, tm
     assert written == found["knn"]
     assert written["top1"] == 1.0, "each image is its own nearest neighbor"
     assert written["data"] == {"train": str(photos), "test": str(photos)}
+
+
+def test_linear_eval_takes_an_output_too(foreign, photos, tmp_path):
+    before = _listing(foreign)
+    settings = {"num_epochs": 1, "random_crops": False, "validation_fraction": 0.5}
+    linear_eval(
+        str(foreign),
+        output=str(tmp_path / "out"),
+        overrides=_both(photos) | {f"linear_eval.{name}": x for name, x in settings.items()},
+    )
+    assert _listing(foreign) == before
+    written = ["features", "knn.json", "linear_eval.json", "linear_eval.npz"]
+    assert sorted(os.listdir(tmp_path / "out")) == written
 
 
 def test_a_report_of_a_foreign_run_leaves_its_images_out(foreign, photos, tmp_path, capsys):

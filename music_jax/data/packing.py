@@ -141,7 +141,7 @@ def _begin(directory: epath.Path, index: dict[str, Any]) -> bool:
     path = directory / INDEX_FILE
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for left in directory.glob(f"{PREFIX}*"):  # by a call that was killed
+        for left in directory.glob(f"{PREFIX}*"):  # from a call that was killed
             left.unlink()
         if not path.exists():
             if any(directory.iterdir()):

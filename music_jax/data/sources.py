@@ -348,7 +348,7 @@ def _builder(dataset: config_dict.ConfigDict) -> Any:
                 data_dir=_expanded(dataset.data_dir),
                 file_format="array_record",
             )
-            _ = builder.info.features  # read from files here, where those name them
+            _ = builder.info.features  # a dataset without code reads them from its files here
             return builder
     except UserError:
         raise
@@ -378,8 +378,8 @@ def _known_features_only() -> Iterator[None]:
         def known_class(cls: Any, name: str) -> Any:
             if name not in cls._registered_features and not name.startswith(_TFDS_FEATURES):
                 raise UserError(
-                    f"its features.json names the class {name!r}, which is not one of TFDS; import "
-                    "its module first if you trust it"
+                    f"the features.json of a dataset names the class {name!r}, which is not one of "
+                    "TFDS; if you trust it, import its module before"
                 )
             return original.__func__(cls, name)
 

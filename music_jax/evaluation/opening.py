@@ -51,7 +51,8 @@ def open_run(
     given = overrides or {}
     directory = records.find_workdir(workdir)
     saved = records.read_config(directory)
-    assert saved is not None
+    if saved is None:  # it was there a moment ago
+        raise UserError(f"{workdir} holds no run: it has no config.json")
     config = from_json(saved)
     own = places.is_signed(config, records.read_signature(directory))
     _apply(config, given)
