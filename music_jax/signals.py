@@ -92,7 +92,8 @@ class Stop:
     """Whether a run is to stop after the present step. Handles no signals.
 
     Attributes:
-      received: Set it, from any thread, to have the run save and raise a StoppedError.
+      received: Whether it is. Set it, from any thread, to have a run of one process save and raise
+        a StoppedError.
     """
 
     received = False
