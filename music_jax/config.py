@@ -59,7 +59,7 @@ def default_config() -> config_dict.ConfigDict:
     # On GPUs: the same bits each time, for 1.5 x the time of a step of ResNet-50 on an H200.
     config.deterministic = True
     config.log_every_steps = 50
-    config.num_decode_threads = config_dict.placeholder(int)  # None: one a core
+    config.num_decode_threads = config_dict.placeholder(int)  # None: one a usable core
     config.tensorboard = True  # event files beside metrics.jsonl, where TensorFlow is installed
     # Logs to Weights & Biases too, in this project; its own WANDB_ variables say the rest.
     config.wandb_project = ""
@@ -231,7 +231,7 @@ def validate(config: config_dict.ConfigDict) -> None:
         checks.check_at_least(config, field, 1)
     threads = config.num_decode_threads
     if threads is not None and not 1 <= threads <= 1024:
-        raise checks.wrong(config, "num_decode_threads", "be in [1, 1024]; unset means one a core")
+        raise checks.wrong(config, "num_decode_threads", "be in [1, 1024] or unset, for one a core")
     checks.check_batches(config)
     checks.check_guards(config)
     for field in ("objective.num_segments", "objective.units_per_segment"):

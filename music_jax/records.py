@@ -90,7 +90,8 @@ def absolute(path: str) -> epath.Path:
                 f"the workdir {path} is in no place that is known; give a directory or "
                 "gs://BUCKET/NAME"
             ) from error
-    found = epath.Path(os.path.abspath(os.path.expanduser(path)))
+    # POSIX lets a path begin with two slashes, and TensorStore does not.
+    found = epath.Path("/" + os.path.abspath(os.path.expanduser(path)).lstrip("/"))
     if "://" in str(found):
         raise UserError(f"{path} is taken for the bucket {found}; give it by another name")
     return found

@@ -43,7 +43,7 @@ class _Listener:
           hear: called there with each signal's number.
         """
         self._previous = {number: signal.getsignal(number) for number in _SIGNALS}
-        self._terminals = [fd for fd in (1, 2) if _is_terminal(fd)]
+        self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._thread = threading.Thread(
@@ -76,18 +76,12 @@ class _Listener:
         os.close(reader)
 
     def _leave_terminals(self) -> None:
-        """Discards what is printed from now on; printing to a closed terminal is an error."""
+        """Discards what is printed to a terminal that is closed, which would be an error."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for terminal in self._terminals:
-            os.dup2(nowhere, terminal)
+            if not os.isatty(terminal):
+                os.dup2(nowhere, terminal)
         os.close(nowhere)
-
-
-def _is_terminal(fd: int) -> bool:
-    try:
-        return os.isatty(fd)
-    except OSError:
-        return False
 
 
 def _left_to_the_thread(number: int, frame: FrameType | None) -> None:
@@ -98,7 +92,8 @@ class Stop:
     """Whether a run is to stop after the present step. Handles no signals.
 
     Attributes:
-      received: Set it, from any thread, to have the run save and raise a StoppedError.
+      received: Whether it is. Set it, from any thread, to have a run of one process save and raise
+        a StoppedError.
     """
 
     received = False

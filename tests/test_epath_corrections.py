@@ -17,11 +17,13 @@ from memory_bucket import bucket_directory, out_of_reach
 
 from music_jax import epath_corrections, records
 from music_jax.config import default_config
+from music_jax.data import sources
 from music_jax.data.loader import TrainingOrder
 from music_jax.errors import UserError
 from music_jax.exchange import formats
 from music_jax.mesh import make_data_mesh
 from music_jax.new_file import new_file, write_new
+from music_jax.plan import remembered
 from music_jax.train import lock
 from music_jax.train.checkpoints import Checkpoints
 from music_jax.train.guards import init_guard_state
@@ -55,10 +57,10 @@ def _saved_and_restored(workdir):
 
 @pytest.mark.parametrize(
     "name",
-    ["lr=[1]", "[!a]/x", "*", "?", "{a}", "a b\n#%20", "~", "a:b", "é" * 120, "[1]/../[2]"],
+    ["lr=[1]", "[!a]//x", "*", "?", "{a}", "a b\n#%20", "~", "a:b", "é" * 120, "[1]/../[2]"],
 )
 def test_what_is_saved_in_a_directory_of_any_name_is_restored(name, tmp_path):
-    workdir = records.open_workdir(os.path.join(tmp_path, name))
+    workdir = records.open_workdir(f"/{tmp_path}/{name}")  # two slashes at the beginning
     assert _saved_and_restored(workdir) == [[0, 1, 2], [3, 4, 5]]
 
 
@@ -137,6 +139,19 @@ def test_files_whose_owner_has_no_name(tmp_path, monkeypatch):
     assert file.stat().mtime == int(os.path.getmtime(file))
     assert not file.stat().is_directory
     assert workdir.stat().is_directory
+
+
+def test_a_user_without_a_home_names_a_place_for_datasets(monkeypatch):
+    def unknown(number):
+        raise KeyError(f"uid not found: {number}")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    dataset = default_config().dataset
+    dataset.name = "digits"
+    with pytest.raises(UserError, match=r"has no home directory.*--config\.dataset\.data_dir=DIR"):
+        sources.prepare(dataset)
+    assert remembered.directory().parts[:2] == ("/", "dev")  # nothing can be kept there
 
 
 @pytest.fixture

@@ -254,7 +254,7 @@ def training_batches(
       flip: mirror half of the views; for where no device augmentation follows.
       skipped: takes note of each image that cannot be decoded, whose place another image takes,
         chosen by the seed and the sample's index alone; without it such an image is an error.
-      num_threads: decoding threads; by default one a core.
+      num_threads: Decoding threads; by default one a core that the process may use.
 
     Yields:
       Dictionaries of `images`, uint8 [positions, views, size, size, channels]; `sample_index`,
@@ -351,7 +351,7 @@ def evaluation_batches(
       positions: the positions of the global batch that this process fills, ascending.
       skipped: takes note of each image that cannot be decoded, which is a blank whose label is -1;
         without it such an image is an error.
-      num_threads: decoding threads; by default one a core.
+      num_threads: Decoding threads; by default one a core that the process may use.
 
     Yields:
       Dictionaries of `images`, uint8 [positions, size, size, channels]; `label`, int32 [positions],

@@ -333,6 +333,11 @@ def _builder(dataset: config_dict.ConfigDict) -> Any:
             "no dataset is named: give a TFDS name, such as mnist5k, with --config.dataset.name=, "
             "or a folder of images with --config.dataset.path="
         )
+    if not (dataset.data_dir or "TFDS_DATA_DIR" in os.environ) and os.path.expanduser("~") == "~":
+        raise UserError(
+            "this user has no home directory to keep datasets in; set HOME, or name a place with "
+            "--config.dataset.data_dir=DIR"
+        )
     try:
         if (
             ":" in dataset.name

@@ -17,8 +17,10 @@ _COUNTING = ("compiling", "counts", "hlo", "chips", "gpus")
 
 def directory() -> pathlib.Path:
     """Where figures are kept: `music_jax/plan` in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(cache).expanduser() / "music_jax" / "plan"
+    cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if cache.startswith("~"):  # a user without a home, for whom nothing can be kept
+        cache = os.devnull
+    return pathlib.Path(cache) / "music_jax" / "plan"
 
 
 def remember(program: str, chips: str, make: Callable[[], Any], kind: type) -> Any:
