@@ -129,8 +129,9 @@ def _missing_labels(source: Source, classes: int) -> str:
     """What a source lacks to be evaluated with; nothing if it has images of so many classes."""
     if source.no_classes:
         return source.no_classes
-    if source.num_classes < 2:
-        return "every image must lie in one of two or more class folders"
+    if source.num_classes < classes:
+        few = "one of two or more class folders" if classes > 1 else "a class folder"
+        return f"every image must lie in {few}"
     found = source.count_classes(classes)
     if found >= classes:
         return ""

@@ -25,12 +25,13 @@ def transfer(run: Run, sets: tuple[str, ...]) -> dict[str, Any]:
       The figures of both protocols by dataset.
 
     Raises:
-      UserError: a dataset is not there, has no labels or cannot be read.
+      NotMeasurableError: a dataset has too few labels.
+      UserError: a dataset is not there or cannot be read.
     """
     found = {}
-    for spec in sets:
+    runs = {spec: _at(run, spec) for spec in sets}  # one that cannot be opened fails at once
+    for spec, there in runs.items():
         progress.say(f"transfer to {spec}")
-        there = _at(run, spec)
         found[spec] = {"linear": linear(there), "knn": knn(there)}
         say_without_label(f"transfer to {spec}", found[spec]["linear"])
     return {"by_dataset": found}

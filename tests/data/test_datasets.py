@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from tfds_sets import IMAGES, LABELS, write_set
+from tfds_sets import IMAGES, LABELS, png, write_set
 
 from music_jax.config import default_config
 from music_jax.data import datasets, sources
@@ -170,6 +170,18 @@ def test_images_that_nothing_needs_are_not_opened(tmp_path, data_dir):
     assert len(datasets.evaluation_images(config)) == 6
     config.evaluation.train = ""
     with pytest.raises(UserError, match="no folder"):
+        datasets.evaluation_sources(config)
+
+
+def test_a_test_set_may_be_one_image_of_one_class(tmp_path, data_dir):
+    (tmp_path / "test" / "7").mkdir(parents=True)
+    (tmp_path / "test" / "7" / "a.png").write_bytes(png(IMAGES[7]))
+    config = _config(data_dir, evaluation__train="only_train:train")
+    config.evaluation.test = str(tmp_path / "test")
+    found = datasets.evaluation_sources(config)
+    assert [found.test.example(i)[1] for i in range(len(found.test))] == [7]
+    config.evaluation.update({"train": config.evaluation.test, "test": "only_train:train"})
+    with pytest.raises(NotMeasurableError, match="two or more class folders"):
         datasets.evaluation_sources(config)
 
 
