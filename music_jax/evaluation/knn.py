@@ -148,7 +148,8 @@ def weighted_vote(
     exact = similarities.astype(np.float64)
     # Only ratios of weights matter. With the nearest neighbor's weight at 1, no temperature makes
     # all weights 0.
-    weights = np.exp((exact - exact.max(axis=1, keepdims=True)) / temperature)
+    with np.errstate(over="ignore"):  # to minus infinity, whose weight is 0
+        weights = np.exp((exact - exact.max(axis=1, keepdims=True)) / temperature)
     votes = np.zeros((len(labels), num_classes))
     np.add.at(votes, (np.arange(len(labels))[:, None], labels), weights)
     return np.argmax(votes, axis=1).astype(np.int32)

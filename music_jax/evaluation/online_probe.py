@@ -104,7 +104,9 @@ def probe_step(
     def loss(head: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         logits = features @ head[0] + head[1][None]
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return jnp.mean(losses), jnp.sum(jnp.argmax(logits, axis=1) == labels)
+        # As in `linear_probe.ranks`, ties and NaN count against the label.
+        of_label = jnp.take_along_axis(logits, labels[:, None], axis=1)
+        return jnp.mean(losses), jnp.sum(jnp.sum(logits >= of_label, axis=1) == 1)
 
     head = probe.kernel, probe.bias
     (grad_kernel, grad_bias), correct = jax.grad(loss, has_aux=True)(head)

@@ -76,7 +76,10 @@ def import_weights(
     """
     source = epath.Path(weights).expanduser()
     found, _ = read_safetensors(source)
-    prefix = _find_prefix(found, weights) if prefix is None else prefix
+    if prefix is None:
+        prefix = _find_prefix(found, weights)
+    elif prefix:
+        prefix = prefix.removesuffix(".") + "."
     tensors = _below(found, prefix, weights)
     config = _config_for(tensors, config, weights)
     ours = torch_names.from_torch(config, tensors, weights)

@@ -64,7 +64,7 @@ class _Graph:
         self.nodes: list[Any] = []
         self.initializers: list[Any] = []
         self.sizes = BACKBONES[trained.config.backbone.name].make.keywords
-        self._num_heads = trained.config.backbone.num_heads or self.sizes.get("num_heads", 0)
+        self._num_heads: int = trained.config.backbone.num_heads or self.sizes.get("num_heads", 0)
         self._stem = trained.config.backbone.stem or "imagenet"
         self._tensors = trained.tensors
         self._named: set[str] = set()

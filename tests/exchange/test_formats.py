@@ -18,8 +18,10 @@ from small_runs import save_run, small_config
 import music_jax
 from music_jax.errors import UserError
 from music_jax.evaluation.evaluate import envelope
+from music_jax.exchange.formats import FORMATS
 from music_jax.exchange.model_card import _results
 from music_jax.exchange.tensors import by_name
+from music_jax.exchange.trained import TrainedBackbone
 from music_jax.export import export
 
 _CIFAR = {"num_channels": 3, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
@@ -33,6 +35,7 @@ def _save(directory, name):
         config.crop.size = config.crop.eval_resize = 36
     else:
         config = small_config(name=name, stem="cifar" if name == "resnet18" else None)
+        config.backbone.num_heads = 12 if name == "vit_s16" else None  # as MoCo v3's; usual are 6
         config.dataset.update(_CIFAR)
         config.crop.size = config.crop.eval_resize = 32
         config.compute_dtype = "bfloat16"
@@ -55,6 +58,16 @@ def run(request, tmp_path_factory):
     encoder = music_jax.load(directory)
     images = philox_images(5, encoder.size, encoder.channels)
     return directory, images, encoder(images)
+
+
+def test_a_file_and_its_card_say_how_many_heads_there_are():
+    config = small_config(name="vit_s16", stem=None, num_heads=12)
+    config.crop.size = 32
+    trained = TrainedBackbone(config, 0, {})
+    assert trained.description()["config"]["backbone"] == {"name": "vit_s16", "num_heads": 12}
+    usage = FORMATS["torchvision"].usage(trained, "a.safetensors", 0)
+    made = 'vit_small_patch16_224", num_classes=0, img_size=32, num_heads=12)'
+    assert made in usage
 
 
 def _agree(found, expected):

@@ -135,7 +135,7 @@ def test_of_several_backbones_one_is_named(tmp_path):
         _import(tmp_path, both)
     with pytest.raises(UserError, match=r"begins with --prefix=teacher\."):
         _import(tmp_path, both, prefix="teacher.")
-    assert _import(tmp_path, both, prefix="encoder_k.").backbone.name == "resnet18"
+    assert _import(tmp_path, both, prefix="encoder_k").backbone.name == "resnet18"
 
 
 _CHILDREN = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}

@@ -23,11 +23,13 @@ from music_jax.data import datasets, sources
 from music_jax.data.augment import ViewAugmentation, augment_views
 from music_jax.data.crops import Crop
 from music_jax.data.loader import TrainingOrder
+from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.evaluation import feature_protocols, features, image_protocols, online_probe
 from music_jax.evaluation.few_shot import FewShotResult
 from music_jax.evaluation.finetune import FinetuneRecipe
 from music_jax.evaluation.linear_probe import ProbeRecipe, ProbeResult
+from music_jax.evaluation.run import Run
 from music_jax.evaluation.statistics import Interval
 from music_jax.mesh import batch_sharding, make_data_mesh
 from music_jax.models.network import INIT_COMPILER_OPTIONS, init_network
@@ -347,10 +349,9 @@ def _at(tree, path):
     return tree
 
 
-def _source(labels=(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3)):
-    return Source(
-        "photos", [{"label": label} for label in labels], "image", "label", 4, tuple("abcd")
-    )
+def _source(count=12):
+    records = [{"picture": b"", "kind": i % 4} for i in range(count)]
+    return Source(f"{count} photos", records, "picture", "kind", 4, tuple("abcd"))
 
 
 _CROP = Crop(12, (0.2, 0.9), (0.6, 1.7))
@@ -403,13 +404,13 @@ def test_images_come_from_where_the_config_says(config, calls):
     config.evaluation.update({"train": "", "test": ""})
     datasets.evaluation_sources(config, training)
     opened = [given for given, _ in calls.of["open_source"]]
-    assert [(dataset.name, split) for dataset, split in opened] == [
+    assert {(dataset.name, split) for dataset, split in opened} == {
         ("one", "first"),
         ("two", "second"),
         ("three", "third"),
         ("named", "trained"),
         ("named", "tested"),
-    ]
+    }
     for dataset, _ in opened:
         assert _some(dataset, "data_dir", "manual_dir") == ("/data", "/manual")
         assert _some(dataset, "image_key", "label_key") == ("picture", "kind")
@@ -431,38 +432,45 @@ def test_the_online_probe_learns_as_described(config, calls, tmp_path):
     assert _some(options, "learning_rate", "momentum", "weight_decay") == (0.51, 0.52, 0.53)
 
 
-def _features(of, samples=12):
-    values = {"trained": 1.0, "random_init": 2.0, "raw_pixels": 3.0}
-    labels = np.arange(samples, dtype=np.int32) % 4
-    rows = np.full((samples, 5), values[of], np.float32)
-    return features.SplitFeatures({"features": rows}, labels, np.arange(samples))
+class _FakeFeatures(Run):
+    """A run whose features are all 1, those of a random backbone 2, and pixels 3."""
+
+    def _split(self, source, of):
+        value = {"trained": 1.0, "random_init": 2.0, "raw_pixels": 3.0}[of]
+        labels = np.asarray([record["kind"] for record in source.records], np.int32)
+        rows = np.full((len(source), 5), value, np.float32)
+        return features.SplitFeatures({"features": rows}, labels, np.arange(len(source)))
+
+    def probabilities(self):
+        return np.full((len(self.images), 3, 4), 0.25, np.float32)
 
 
-def _run(config):
-    return types.SimpleNamespace(
+@pytest.fixture
+def run(config, tmp_path):
+    train, test = _source(12), _source(8)
+    return _FakeFeatures(
         config=config,
-        num_classes=4,
-        step=3,
-        mesh=None,
-        skipped=None,
+        workdir=epath.Path(tmp_path),
+        sources=datasets.EvaluationSources(train, test),
+        images=test,
         network=None,
-        params=None,
-        batch_stats=None,
-        train=lambda of="trained": _features(of),
-        test=lambda of="trained": _features(of, 8),
-        labelled_sources=lambda: datasets.EvaluationSources(_source(), _source()),
+        params={},
+        batch_stats={},
+        step=3,
+        mesh=make_data_mesh(1),
+        skipped=SkippedImages(epath.Path(tmp_path), max_share=0.5),
     )
 
 
 def test_the_linear_probe_is_trained_as_described_on_the_features_that_it_is_said_to_be_of(
-    config, calls
+    run, calls
 ):
     def result(train, *given, **options):
         score = float(train[0, 0]) / 10
         return ProbeResult(score, score + 0.05, 0.24, 12, np.zeros(8, np.int32))
 
     calls.replace(feature_protocols.linear_probe, "linear_probe", result)
-    found = feature_protocols.linear(_run(config))
+    found = feature_protocols.linear(run)
     assert found == {
         "top1": 0.1,
         "top5": pytest.approx(0.15),
@@ -487,7 +495,7 @@ def test_the_linear_probe_is_trained_as_described_on_the_features_that_it_is_sai
         assert (len(given[0]), len(given[2])) == (12, 8)
 
 
-def test_neighbours_and_few_shots_are_counted_as_described(config, calls):
+def test_neighbours_and_few_shots_are_counted_as_described(run, calls):
     def nearest(bank, queries, *, k):
         return np.zeros((len(queries), k)), np.tile(np.arange(k), (len(queries), 1))
 
@@ -496,7 +504,7 @@ def test_neighbours_and_few_shots_are_counted_as_described(config, calls):
 
     calls.replace(feature_protocols, "nearest_neighbours", nearest)
     calls.replace(feature_protocols, "weighted_vote", vote)
-    found = feature_protocols.knn(_run(config))
+    found = feature_protocols.knn(run)
     assert (found["k"], found["temperature"], list(found["top1_by_k"])) == (3, 0.5, ["1", "3", "5"])
     assert {options["k"] for _, options in calls.of["nearest_neighbours"]} == {5}
     assert {options["temperature"] for _, options in calls.of["weighted_vote"]} == {0.5}
@@ -505,50 +513,41 @@ def test_neighbours_and_few_shots_are_counted_as_described(config, calls):
         return FewShotResult(options["shots"], Interval(0.5, 0.1), np.full(options["draws"], 0.5))
 
     calls.replace(feature_protocols, "few_shot", shots)
-    feature_protocols.fewshot(_run(config))
+    feature_protocols.fewshot(run)
     names = ("shots", "draws", "inverse_regularization", "seed")
     found = [_some(options, *names) for _, options in calls.of["few_shot"]]
     assert found == [(2, 6, 0.3, 5), (4, 6, 0.3, 5)]
 
 
-def test_galleries_and_clusters_are_as_described(config, calls):
+def test_galleries_and_clusters_are_as_described(run, calls):
     calls.replace(feature_protocols, "average_precisions", lambda *given: np.ones(8))
-    assert feature_protocols.retrieval(_run(config))["num_gallery"] == 9
-    gallery = calls.of["average_precisions"][0][0][0]
+    assert feature_protocols.retrieval(run)["num_gallery"] == 9
+    ((gallery, *_), _), *_ = calls.of["average_precisions"]
     assert len(gallery) == 9
     calls.replace(feature_protocols, "joint_clusters", lambda p, **options: np.zeros(len(p), int))
-    outputs = _features("trained")
-    run = _run(config)
-    run.unlabelled = lambda: outputs
-    run.probabilities = lambda: np.full((12, 3, 4), 0.25, np.float32)
     feature_protocols.clustering(run)
     names = ("num_clusters", "num_starts", "seed")
     assert _some(calls.options("joint_clusters"), *names) == (4, 3, 5)
 
 
-def test_fine_tuning_is_as_described(config, calls, monkeypatch):
+def test_fine_tuning_is_as_described(run, calls):
     logits = features.SplitFeatures(
         {"logits": np.eye(4)[[0, 1, 2, 0]]}, np.arange(4, dtype=np.int32), np.arange(4)
     )
-    calls.replace(image_protocols, "random_crop_batches")
-    calls.replace(image_protocols, "finetune")
-    calls.replace(image_protocols, "logit_extractor")
+    for name in ("random_crop_batches", "finetune", "logit_extractor"):
+        calls.replace(image_protocols, name)
     calls.replace(image_protocols, "extract_split", lambda *given, **options: logits)
     calls.replace(image_protocols, "rows_of_list", lambda source, name: np.arange(10))
-    large = dataclasses.replace(_source(), records=[{"label": i % 4} for i in range(60)])
-    run = _run(config)
-    run.labelled_sources = lambda: datasets.EvaluationSources(large, large)
+    run = dataclasses.replace(run, sources=datasets.EvaluationSources(_source(60), _source(4)))
     found = image_protocols.full_finetune(run)
     assert (found["top1"], found["num_train"], found["batch_size"]) == (0.75, 60, 44)
     image_protocols.semi_supervised(run)
-    recipes = [given[4] for given, _ in calls.of["finetune"]]
-    assert recipes == [
+    assert [given[4] for given, _ in calls.of["finetune"]] == [
         FinetuneRecipe(43, 44, 0.41, 0.42, momentum=0.45, weight_decay=0.46),
         FinetuneRecipe(35, 10, 0.31, 0.33, momentum=0.37, weight_decay=0.38),
-        FinetuneRecipe(35, 12, 0.32, 0.34, momentum=0.37, weight_decay=0.38),
+        FinetuneRecipe(35, 36, 0.32, 0.34, momentum=0.37, weight_decay=0.38),
     ]
     assert [given[1] for given, _ in calls.of["rows_of_list"]] == ["first.txt"]
-    lengths = [len(given[0]) for given, _ in calls.of["random_crop_batches"]]
-    assert lengths == [60, 10, 12]  # all, those of the list, a share of 1.0 of the 12 with features
-    for _, options in calls.of["random_crop_batches"]:
-        assert options["seed"] == 5
+    cut = calls.of["random_crop_batches"]
+    assert [len(given[0]) for given, _ in cut] == [60, 10, 60]
+    assert {options["seed"] for _, options in cut} == {5}
