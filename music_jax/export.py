@@ -75,6 +75,7 @@ def export(
     from music_jax.exchange import formats, torch_names
     from music_jax.exchange.model_card import model_card
     from music_jax.exchange.trained import read_trained
+    from music_jax.paths import printable
 
     if form not in formats.FORMATS:
         raise UserError(f"--format must be one of {', '.join(formats.FORMATS)}; got {form!r}")
@@ -86,16 +87,15 @@ def export(
     path = formats.write(trained, form, output, num_classes=num_classes)
     where = epath.Path(workdir).expanduser()
     card = path.with_name(path.name + ".md")
-    card.write_text(
-        model_card(
-            trained,
-            form=form,
-            file_name=path.name,
-            num_classes=num_classes,
-            workdir=where if where.is_dir() else None,
-            license_name=license_name,
-        )
+    text = model_card(
+        trained,
+        form=form,
+        file_name=path.name,
+        num_classes=num_classes,
+        workdir=where if where.is_dir() else None,
+        license_name=license_name,
     )
+    card.write_text(printable(text))
     return path, card
 
 

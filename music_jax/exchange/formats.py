@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from music_jax.exchange.encoder import encode_crops
 from music_jax.exchange.onnx_graph import onnx_model
 from music_jax.exchange.tensors import Tensors, safetensors_bytes
 from music_jax.exchange.trained import METADATA_KEY, TrainedBackbone
+from music_jax.paths import check_utf8
 
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -226,6 +228,7 @@ def write(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if directory:
+            check_utf8(os.fspath(path))
             FORMATS[form].write(trained, path, num_classes)
         else:
             FORMATS[form].write(trained, temporary, num_classes)

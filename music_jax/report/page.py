@@ -17,6 +17,7 @@ from etils import epath
 
 import music_jax
 from music_jax.errors import UserError
+from music_jax.paths import printable
 from music_jax.report import curves, overview
 from music_jax.report.gathering import Shown, gather, payload
 from music_jax.report.reading import Recorded, read_workdirs
@@ -149,7 +150,7 @@ def _page(shown: list[Shown], *, tile: int, matrix: int) -> bytes:
         library=_raw(_compressed_library()),
         data=_raw(_compressed(json.dumps(drawn, allow_nan=False, separators=(",", ":")))),
     )
-    return text.encode()
+    return printable(text).encode()
 
 
 class _Tables(NamedTuple):
