@@ -15,12 +15,13 @@ from music_jax.data.datasets import EvaluationSources
 from music_jax.data.skipped import SkippedImages
 from music_jax.errors import UserError
 from music_jax.evaluation import feature_protocols, image_protocols
-from music_jax.evaluation.run import Run
+from music_jax.evaluation.run import Run, agreed_fingerprint
 from music_jax.evaluation.tables import results_table, summary_table
-from music_jax.evaluation.transfer import transfer
+from music_jax.evaluation.transfer import on_dataset, transfer
 from music_jax.json_files import read_json
 from music_jax.mesh import is_main_process
 from music_jax.models.network import Network
+from music_jax.paths import normalized
 from music_jax.records import as_json, write_json
 
 Figures = dict[str, Any]
@@ -137,28 +138,38 @@ def measure(
     results = {}
     for name in chosen:
         about = envelope(name, run.config, run.step)
-        measured = PROTOCOLS[name].measure
+        measured: Callable[[], Figures] = functools.partial(PROTOCOLS[name].measure, run)
+        sources = list((PROTOCOLS[name].labels and run.sources) or [run.images])
         if name == "transfer":
             about["data"] = {"sets": list(transfer_sets)}
-            measured = functools.partial(transfer, sets=transfer_sets)
+            there = {spec: on_dataset(run, spec) for spec in transfer_sets}
+            measured = functools.partial(transfer, there)
+            sources = [source for r in there.values() for source in r.labelled_sources()]
+        about["images_fingerprint"] = [agreed_fingerprint(source) for source in sources]
         known = None if again else _read(run.workdir, name)
-        if known is not None and about.items() <= known.items():
+        if known is not None and _is_about(known, about):
             progress.say(f"{name}: measured before, in {run.workdir / _file(name)}")
             results[name] = known
             continue
-        results[name] = measured(run) | about
+        results[name] = measured() | about
         if is_main_process():
             write_json(run.workdir / _file(name), results[name])
     return results
+
+
+def _is_about(known: Figures, about: Figures) -> bool:
+    """Whether figures were measured as now; those of older versions do not name the images."""
+    images = {"images_fingerprint": about.get("images_fingerprint")}
+    return about.items() <= (images | known).items()
 
 
 def envelope(name: str, config: config_dict.ConfigDict, step: int) -> Figures:
     """What the figures of a protocol depend on: protocol, data, hyper-parameters, step and seed."""
     everything = as_json(config)
     dataset, evaluation = config.dataset, everything["evaluation"]
-    own = dataset.path or f"{dataset.name}:{dataset.train_split}"
-    train = evaluation.pop("train") or own
-    test = evaluation.pop("test") or (
+    own = normalized(dataset.path) or f"{dataset.name}:{dataset.train_split}"
+    train = normalized(evaluation.pop("train")) or own
+    test = normalized(evaluation.pop("test")) or (
         None if dataset.path else f"{dataset.name}:{dataset.test_split}"
     )
     return {
@@ -251,13 +262,20 @@ def read_all(workdir: epath.Path) -> dict[str, Figures]:
 
 
 def read_results(
-    config: config_dict.ConfigDict, workdir: epath.Path, step: int
+    config: config_dict.ConfigDict,
+    workdir: epath.Path,
+    step: int,
+    sources: EvaluationSources | None = None,
 ) -> dict[str, Figures] | None:
-    """What a training ends with, if it has been written for a step and the config's protocols."""
+    """What a training ends with, if it has been written for a step and the config's protocols.
+
+    With `sources`, the figures must have been measured on these images as they are now.
+    """
     results = {}
+    images = {"images_fingerprint": [agreed_fingerprint(s) for s in sources]} if sources else {}
     for name in final_protocols(config):
         found = _read(workdir, name)
-        if found is None or not envelope(name, config, step).items() <= found.items():
+        if found is None or not _is_about(found, envelope(name, config, step) | images):
             return None
         results[name] = found
     return results

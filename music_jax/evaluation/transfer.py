@@ -13,28 +13,32 @@ from music_jax.evaluation.feature_protocols import knn, linear
 from music_jax.evaluation.run import Run
 
 
-def transfer(run: Run, sets: tuple[str, ...]) -> dict[str, Any]:
-    """The linear probe and kNN on each of some datasets, its images cut as the run's.
+def transfer(runs: dict[str, Run]) -> dict[str, Any]:
+    """Measures the linear probe and kNN on some datasets.
 
     Args:
-      run: the run.
-      sets: of each dataset, `NAME:TRAIN:TEST` with the splits of TFDS, or `FOLDER:FOLDER`.
+      runs: What `on_dataset` returned, by dataset.
 
     Returns:
       The figures of both protocols by dataset.
-
-    Raises:
-      UserError: a dataset is not there, has no labels or cannot be read.
     """
     found = {}
-    for spec in sets:
+    for spec, run in runs.items():
         progress.say(f"transfer to {spec}")
-        there = _at(run, spec)
-        found[spec] = {"linear": linear(there), "knn": knn(there)}
+        found[spec] = {"linear": linear(run), "knn": knn(run)}
     return {"by_dataset": found}
 
 
-def _at(run: Run, spec: str) -> Run:
+def on_dataset(run: Run, spec: str) -> Run:
+    """Returns a run with the images of another dataset, which are cut as its own.
+
+    Args:
+      run: The run.
+      spec: `NAME:TRAIN:TEST` with the splits of TFDS, or `FOLDER:FOLDER`.
+
+    Raises:
+      UserError: the dataset is not there, has no labels or cannot be read.
+    """
     config = config_dict.ConfigDict(run.config.to_dict())
     config.evaluation.train, config.evaluation.test = parse_set(spec)
     datasets.prepare(config)
