@@ -14,6 +14,7 @@ from music_jax.config_evaluation import add_evaluation
 from music_jax.config_values import check_values, set_fields
 from music_jax.data.augment import ViewAugmentation
 from music_jax.errors import UserError
+from music_jax.paths import normalized
 
 # What may change between two runs of one workdir without changing what is trained.
 FREE_FIELDS = (
@@ -392,6 +393,8 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         if is_free(name):
             continue
         a, b = old.get(key), new.get(key)
+        if name == "dataset.path" and isinstance(a, str) and isinstance(b, str):
+            a, b = normalized(a), normalized(b)
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, name + ".")
         elif a != b:

@@ -76,6 +76,7 @@ def export(
     from music_jax.exchange.model_card import model_card
     from music_jax.exchange.trained import read_trained
     from music_jax.new_file import write_new
+    from music_jax.paths import escape_surrogates
 
     if form not in formats.FORMATS:
         raise UserError(f"--format must be one of {', '.join(formats.FORMATS)}; got {form!r}")
@@ -96,7 +97,7 @@ def export(
         license_name=license_name,
     )
     try:
-        write_new(card, text.encode())
+        write_new(card, escape_surrogates(text).encode())
     except OSError as error:
         raise UserError(f"cannot write the model card {card}: {error}") from error
     return path, card

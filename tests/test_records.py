@@ -2,16 +2,20 @@
 
 import contextlib
 import json
+import os
 import resource
+import subprocess
 
 import jax
 import pytest
 from etils import epath
 from jax.experimental import multihost_utils
+from small_runs import save_run, small_config
 
 from music_jax.config import default_config, from_json
 from music_jax.data.sources import Source
 from music_jax.errors import UnusableDataError, UserError
+from music_jax.mesh import make_data_mesh
 from music_jax.records import (
     EventsLog,
     MetricsLog,
@@ -19,9 +23,11 @@ from music_jax.records import (
     check_same_run,
     join_skipped,
     open_skipped,
+    open_workdir,
     read_config,
     report_skipped,
 )
+from music_jax.train.restore import restore_run
 
 
 def _line(step):
@@ -198,3 +204,41 @@ def test_the_images_that_processes_skip_are_counted_together(tmp_path, monkeypat
     join_skipped(later)  # nothing was noted since
     with pytest.raises(UnusableDataError, match="5 of the 40"):
         join_skipped(later, source)
+
+
+def test_checkpoints_may_be_a_link_to_other_storage(tmp_path):
+    run, scratch = tmp_path / "run", tmp_path / "scratch"
+    run.mkdir()
+    scratch.mkdir()
+    (run / "checkpoints").symlink_to(scratch)
+    save_run(run, small_config())
+    assert (scratch / "3").is_dir()
+    assert open_workdir(str(run)) == epath.Path(run)
+    for name in ("3", str(run / "checkpoints" / "3")):
+        assert restore_run(epath.Path(run), small_config(), name, make_data_mesh())[0] == 3
+    (scratch / "out").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="out in the workdir is a link that leads out"):
+        open_workdir(str(run))
+    (scratch / "out").unlink()
+    os.mkfifo(scratch / "pipe")
+    with pytest.raises(UserError, match="pipe in the workdir is a pipe"):
+        open_workdir(str(run))
+
+
+def test_a_workdir_with_folders_nested_deeply_is_opened(tmp_path):
+    at = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(1200):
+        os.mkdir("deep", dir_fd=at)
+        below = os.open("deep", os.O_RDONLY, dir_fd=at)
+        os.close(at)
+        at = below
+    os.close(at)
+    assert open_workdir(str(tmp_path)) == epath.Path(tmp_path)
+    subprocess.run(["rm", "-r", tmp_path / "deep"], check=True)
+
+
+def test_a_workdir_whose_name_is_not_utf8_is_refused_before_anything_is_written(tmp_path):
+    workdir = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    with pytest.raises(UserError, match=r"caf\\xe9 is not UTF-8.*rename it, or give another"):
+        open_workdir(workdir)
+    assert list(tmp_path.iterdir()) == []

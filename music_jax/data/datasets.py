@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import unicodedata
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from ml_collections import config_dict
 from music_jax.data import folder, packed, sources
 from music_jax.data.sources import Source
 from music_jax.errors import NotMeasurableError, UserError
+from music_jax.paths import normalized
 
 _TEST_SPLIT = "test"  # the config's default: a dataset need not have it
 _VERSION = re.compile(r"\d+\.(\d+|\*)\.(\d+|\*)")
@@ -76,7 +78,7 @@ def evaluation_sources(
             _no_test_images(config) + "; name labelled images with --config.evaluation.test=, and "
             "--config.evaluation.train= to learn from"
         )
-    if config.evaluation.train not in ("", config.dataset.path):
+    if normalized(config.evaluation.train) not in ("", normalized(config.dataset.path)):
         train = open_named(config, config.evaluation.train)
     else:
         train = training_source(config) if training is None else training
@@ -261,18 +263,24 @@ class _Relabelled:
 
 
 def _with_classes(test: Source, train: Source) -> Source:
-    """The test source with the training source's numbers for the classes of the same names."""
+    """The test source with the training source's numbers for the classes of the same names.
+
+    Names that differ in Unicode normalization alone are the same, unless one source has both forms.
+    """
     if test.class_names == train.class_names:
         return test
-    numbers = {name: number for number, name in enumerate(train.class_names)}
-    unknown = [name for name in test.class_names if name not in numbers]
+    test_names, train_names = (_alike(source.class_names) for source in (test, train))
+    if test_names is None or train_names is None:
+        test_names, train_names = test.class_names, train.class_names
+    numbers = {name: number for number, name in enumerate(train_names)}
+    unknown = [name for name in test_names if name not in numbers]
     if unknown:
         raise UserError(
             f"{test.name} has classes that {train.name} has not: {', '.join(unknown[:3])}"
             + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
             + "; both must name their classes alike"
         )
-    table = np.asarray([numbers[name] for name in test.class_names], np.int32)
+    table = np.asarray([numbers[name] for name in test_names], np.int32)
     return dataclasses.replace(
         test,
         records=_Relabelled(test, table),
@@ -281,3 +289,9 @@ def _with_classes(test: Source, train: Source) -> Source:
         num_classes=train.num_classes,
         class_names=train.class_names,
     )
+
+
+def _alike(names: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The names in Unicode's form NFC; None if two of them are the same then."""
+    found = tuple(unicodedata.normalize("NFC", name) for name in names)
+    return found if len(set(found)) == len(found) else None

@@ -7,6 +7,7 @@ transparency is dropped, so that the colour below it is seen; Exif orientation i
 
 import re
 import struct
+from collections.abc import Callable
 
 import cv2
 import numpy as np
@@ -18,6 +19,18 @@ from music_jax.errors import UndecodableError
 
 # What cannot be decoded is reported by the caller, with the image's name.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+# Of JPEGs, which `headers` knows how to turn and for which it and OpenCV do not always agree.
+_NOT_TURNED = cv2.IMREAD_IGNORE_ORIENTATION
+_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda image: cv2.flip(image, 1),
+    3: lambda image: cv2.rotate(image, cv2.ROTATE_180),
+    4: lambda image: cv2.flip(image, 0),
+    5: cv2.transpose,
+    6: lambda image: cv2.rotate(image, cv2.ROTATE_90_CLOCKWISE),
+    7: lambda image: cv2.rotate(cv2.transpose(image), cv2.ROTATE_180),
+    8: lambda image: cv2.rotate(image, cv2.ROTATE_90_COUNTERCLOCKWISE),
+}
 
 _FLAGS = {
     (1, 1): cv2.IMREAD_GRAYSCALE,
@@ -99,7 +112,7 @@ def decode(
                 return image
         image = _decode_plain(encoded, header, reduction, quick)
     if image is None:
-        image = _decode_any(encoded, channels, reduction)
+        image = _decode_any(encoded, channels, header, reduction)
     if header.is_jpeg and image.shape[:2] != _reduced(header, reduction):
         raise UndecodableError(
             f"its header says {header.width} x {header.height} pixels, which are not what it holds"
@@ -173,14 +186,17 @@ def _decode_with_turbo(
     )
 
 
-def _decode_any(encoded: bytes, channels: int, reduction: int) -> np.ndarray:
+def _decode_any(encoded: bytes, channels: int, header: Header, reduction: int) -> np.ndarray:
     readable = np.frombuffer(without_texts(encoded), np.uint8)
+    flags = _FLAGS[channels, reduction] | (_NOT_TURNED if header.is_jpeg else 0)
     try:
-        image = cv2.imdecode(readable, _FLAGS[channels, reduction])
+        image = cv2.imdecode(readable, flags)
     except cv2.error as error:
         raise UndecodableError(f"it cannot be decoded: {error.err}") from error
     if image is None:
         raise UndecodableError(f"its {len(encoded):,} bytes cannot be decoded")
+    if header.orientation > 1:
+        image = _TURNS[header.orientation](image)
     if channels == 1:
         return image[..., None]
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image) if reduction > 1 else image

@@ -1,9 +1,12 @@
 """A folder of image files as a source, in an order that does not depend on the file system."""
 
+import array
+import collections
+import errno
+import hashlib
 import os
 import stat
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,24 +14,40 @@ import numpy as np
 from music_jax import progress
 from music_jax.data.sources import Source
 from music_jax.errors import UndecodableError, UserError
+from music_jax.paths import escape_surrogates, normalized
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+# All names by which Pillow, OpenCV and browsers know the formats that are decoded.
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jfi", ".pjpeg", ".pjp"),
+    *(".png", ".apng", ".webp", ".bmp", ".dib", ".gif"),
+)
+
+# Folders that operating systems and storage devices make, besides hidden ones; in lower case.
+_SYSTEM_FOLDERS = frozenset(
+    (
+        *("@eadir", "@recycle", "@recently-snapshot", "@sharesnap", "@__thumb"),
+        *("#recycle", "#snapshot", "$recycle.bin", "system volume information"),
+        *("__macosx", "network trash folder", "temporary items", "lost+found"),
+    )
+)
 
 MAX_FILE_BYTES = 2**29  # a larger file is not read: headers.MAX_PIXELS decoded are 2**28.6 bytes
 _SECONDS_BETWEEN_LINES = 5.0
+_KINDS_IN_MESSAGE = 10
+_LONGEST_EXTENSION = 16
 
 
 def open_folder(path: str) -> Source:
-    """Lists the images of a folder and of all folders in it; reads none of them.
+    """Lists the images of a folder and of all folders below it; reads none of them.
 
     A file is an image by its name (`EXTENSIONS`, in upper or lower case). Hidden files and folders
-    are passed over. Links are followed as long as they stay inside the folder; of several to the
-    same folder the first by name, and none to folders below one, so that there are never many more
-    images than files. The class of an image is the first sub-folder on its path; the source has
-    labels if every image has a class.
+    and those of the operating system are excluded; one line counts what is excluded. Links are
+    followed, but each folder is listed once: by its own path, or else by the first link to it. The
+    class of an image is the first sub-folder on its path; the source has labels if every image has
+    a class.
 
     Args:
-      path: the folder.
+      path: The folder.
 
     Returns:
       The images in the order of their relative paths, of which one is `record_name(index)`.
@@ -37,125 +56,217 @@ def open_folder(path: str) -> Source:
       UserError: there is no such folder, it cannot be listed, or it holds no image.
     """
     root = os.path.abspath(os.path.expanduser(path))
+    name = escape_surrogates(normalized(path))
     if "\0" in root or not os.path.isdir(root):
-        raise UserError(f"there is no folder {path!r}")
+        raise UserError(f"there is no folder {name!r}")
     started = time.monotonic()
     listing = _Listing(root)
     try:
         listing.walk()
     except OSError as error:
-        raise UserError(f"cannot list the folder {path!r}: {error}") from error
-    names = sorted(listing.names)
-    if not names:
-        links = f", but {len(listing.left_out)} links that are not followed"
+        where = escape_surrogates(os.path.relpath(os.fsdecode(error.filename or root), root))
         raise UserError(
-            f"the folder {path!r} holds no image ({', '.join(EXTENSIONS)})"
-            + (links if listing.left_out else "")
+            f"cannot list the folder {name!r}: {error.strerror}: {where[:100]!r}"
+        ) from error
+    excluded = listing.excluded()
+    if not listing.names:
+        raise UserError(
+            f"the folder {name!r} holds no image ({', '.join(EXTENSIONS)})"
+            + (f"; left out: {excluded}" if excluded else "")
         )
-    classes = [name.partition("/")[0] if "/" in name else None for name in names]
-    class_names = () if None in classes else tuple(sorted({c for c in classes if c is not None}))
-    numbers = {name: number for number, name in enumerate(class_names)}
-    labels = np.asarray([numbers.get(c, -1) if c else -1 for c in classes], np.int32)
+    files = _Files(root, listing)
+    class_names = tuple(map(escape_surrogates, files.class_names))
     progress.say(
-        f"{path}: {len(names):,} images, "
+        f"{name}: {len(files):,} images, "
         + (f"{len(class_names):,} classes" if class_names else "no labels")
         + f", listed in {time.monotonic() - started:.1f} s"
     )
+    if excluded:
+        progress.say(f"{name}: left out: {excluded}")
     return Source(
-        name=path,
-        records=_Files(root, names, labels),
+        name=name,
+        records=files,
         image_key="image",
         label_key="label",
         num_classes=len(class_names),
         class_names=class_names,
-        left_out=tuple(sorted(listing.left_out.items())),
+        identity=files.identity,
     )
 
 
 class _Listing:
-    """The relative paths, with `/`, of the images below a folder."""
+    """The image files below a folder.
+
+    Attributes:
+      names: Their relative paths, with `/`, in no particular order.
+      sizes: The size of each, in bytes.
+      times: When each was modified, in nanoseconds.
+      is_link: Whether each is a link to a file.
+    """
 
     def __init__(self, root: str):
         self.names: list[str] = []
-        self.left_out: dict[str, str] = {}
+        self.sizes, self.times = array.array("q"), array.array("q")
+        self.is_link = bytearray()
+        self._excluded: collections.Counter[str] = collections.Counter()
         self._root = root
         self._real_root = os.path.realpath(root)
+        self._listed: set[str] = set()  # real paths of folders
         self._said = time.monotonic()
 
     def walk(self) -> None:
-        followed: set[str] = set()
-        for name, target in sorted(self._walk_below("", self._real_root)):
-            if target in followed:
-                self.left_out[name] = "a second link to the same folder"
-                continue
-            followed.add(target)
-            for link, _ in self._walk_below(name + "/", target):
-                self.left_out[link] = "a link to a folder below such a link"
+        """Lists all images.
+
+        Raises:
+          OSError: a folder cannot be listed.
+        """
+        links = [("", self._real_root)]
+        while links:
+            found = []
+            for name, target in links:
+                if target in self._listed:
+                    self._excluded["links to folders that are listed already"] += 1
+                found += self._walk_below(name, target)
+            links = sorted(found)
+
+    def excluded(self) -> str:
+        """Counts what is not listed, by extension, folder or reason; empty if there is nothing."""
+        kinds = sorted(self._excluded.items(), key=lambda item: (-item[1], item[0]))
+        said = [f"{count:,} {escape_surrogates(kind)}" for kind, count in kinds[:_KINDS_IN_MESSAGE]]
+        if len(kinds) > _KINDS_IN_MESSAGE:
+            said.append(f"{sum(count for _, count in kinds[_KINDS_IN_MESSAGE:]):,} others")
+        return ", ".join(said)
 
     def _walk_below(self, prefix: str, real: str) -> list[tuple[str, str]]:
-        """Lists what is below a folder; gives the links to folders, with their real paths."""
-        links, waiting = [], [(prefix, real)]
+        """Lists a folder and those below it; returns the links to folders, with their targets."""
+        links: list[tuple[str, str]] = []
+        waiting = [(prefix, real)]
         while waiting:
             prefix, real = waiting.pop()
-            for entry, target in self._entries(prefix, real):
-                name = prefix + entry.name
-                if entry.is_dir():
-                    if not entry.is_symlink():
-                        waiting.append((name + "/", target))
-                    elif not f"{real}/".startswith(f"{target}/"):  # else it runs in a circle
-                        links.append((name, target))
-                elif entry.is_file() and name.lower().endswith(EXTENSIONS):
-                    self.names.append(name)
+            if real in self._listed:
+                continue
+            self._listed.add(real)
+            with os.scandir(real) as entries:
+                for entry in entries:
+                    self._take(entry, prefix, real, waiting, links)
             self._say_now_and_then()
         return links
 
-    def _entries(self, prefix: str, real: str) -> Iterator[tuple[os.DirEntry, str]]:
-        """What is in a folder, each with its real path, without what is hidden or leads out."""
-        with os.scandir(real) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                target = f"{real}/{entry.name}"
-                if entry.is_symlink():
-                    try:
-                        os.stat(target)
-                    except FileNotFoundError:
-                        continue
-                    except OSError as error:  # such as a link to itself
-                        self.left_out[prefix + entry.name] = f"a link: {error.strerror}"
-                        continue
-                    target = os.path.realpath(target)
-                    if os.path.commonpath([self._real_root, target]) != self._real_root:
-                        self.left_out[prefix + entry.name] = "a link out of the folder"
-                        continue
-                yield entry, target
+    def _take(
+        self,
+        entry: os.DirEntry,
+        prefix: str,
+        real: str,
+        folders: list[tuple[str, str]],
+        links: list[tuple[str, str]],
+    ) -> None:
+        """Adds an entry of a folder to the images, the folders or the links, or excludes it."""
+        name, is_link = entry.name, entry.is_symlink()
+        is_folder = entry.is_dir(follow_symlinks=False)
+        is_image = name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+        if not (is_folder or is_link or is_image):
+            self._excluded[_kind(name)] += 1
+            return
+        try:
+            status = entry.stat() if not is_folder else None
+        except OSError as error:
+            if is_link:  # to nothing, to itself, or to what may not be read
+                self._excluded["links that cannot be followed"] += 1
+            elif not isinstance(error, FileNotFoundError):  # else it has just been removed
+                raise
+            return
+        if status is None or stat.S_ISDIR(status.st_mode):
+            if name.startswith(".") or name.lower() in _SYSTEM_FOLDERS:
+                self._excluded[f"{name}/"] += 1
+            elif not is_link:
+                folders.append((f"{prefix}{name}/", f"{real}/{name}"))
+            else:
+                target = os.path.realpath(f"{real}/{name}")
+                if _holds(target, real) or _holds(target, self._real_root):
+                    self._excluded["links to a folder that holds them"] += 1
+                else:
+                    links.append((f"{prefix}{name}/", target))
+        elif not is_image:
+            self._excluded[_kind(name)] += 1
+        elif not stat.S_ISREG(status.st_mode):
+            self._excluded["pipes or devices"] += 1
+        else:
+            self.names.append(prefix + name)
+            self.sizes.append(status.st_size)
+            self.times.append(status.st_mtime_ns)
+            self.is_link.append(is_link)
 
     def _say_now_and_then(self) -> None:
         now = time.monotonic()
         if now - self._said > _SECONDS_BETWEEN_LINES:
             self._said = now
-            progress.say(f"listing {self._root}: {len(self.names):,} images so far")
+            progress.say(
+                f"listing {escape_surrogates(self._root)}: {len(self.names):,} images so far"
+            )
+
+
+def _kind(name: str) -> str:
+    """What a file that is not listed is counted as."""
+    extension = os.path.splitext(name)[1].lower()
+    if len(extension) > _LONGEST_EXTENSION:
+        return "other files"
+    if not name.startswith("."):
+        return extension or "files without an extension"
+    if extension:
+        return f"hidden {extension}"
+    return name if name == ".DS_Store" else "hidden files"
+
+
+def _holds(folder: str, path: str) -> bool:
+    return f"{path}/".startswith(f"{folder.rstrip('/')}/")
 
 
 class _Files:
-    """Reads one file at a time, when it is asked for."""
+    """Reads one file at a time, when it is asked for.
 
-    def __init__(self, root: str, names: list[str], labels: np.ndarray):
-        self._root, self._names, self.labels = root, names, labels
+    Attributes:
+      class_names: The first folder of each path, sorted; empty if an image lies in no folder.
+      labels: Index of each image's class, -1 if it lies in no folder, int32 [images].
+    """
+
+    def __init__(self, root: str, listing: _Listing):
+        order = sorted(range(len(listing.names)), key=listing.names.__getitem__)
+        self._root = root
+        self._names = [listing.names[i] for i in order]
+        classes = [name.partition("/")[0] if "/" in name else "" for name in self._names]
+        self.class_names = () if "" in classes else tuple(sorted(set(classes)))
+        numbers = {name: number for number, name in enumerate(self.class_names)}
+        self.labels = np.asarray([numbers.get(name, -1) for name in classes], np.int32)
+        self._sizes = np.asarray(listing.sizes)[order]
+        self._times = np.asarray(listing.times)[order]
+        self._is_link = np.frombuffer(listing.is_link, np.bool_)[order]
 
     def __len__(self) -> int:
         return len(self._names)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self._read(self._names[index]), "label": self.labels[index]}
+        return {"image": self._read(index), "label": self.labels[index]}
 
     def record_name(self, index: int) -> str:
-        return self._names[index]
+        return escape_surrogates(self._names[index])
 
-    def _read(self, name: str) -> bytes:
+    def identity(self, times: bool) -> bytes:
+        """Hashes the names and sizes of all files in order, and if asked when they were modified.
+
+        A copy of the folder keeps names and sizes, but not always the times.
+        """
+        digest = hashlib.sha256("\0".join(self._names).encode(errors="surrogateescape"))
+        digest.update(self._sizes.tobytes())
+        if times:
+            digest.update(self._times.tobytes())
+        return digest.digest()
+
+    def _read(self, index: int) -> bytes:
+        # Without waiting: the file could have become a pipe since it was listed. A link is followed
+        # only if it was one then.
+        flags = os.O_RDONLY | os.O_NONBLOCK | (0 if self._is_link[index] else os.O_NOFOLLOW)
         try:
-            # Without waiting: the file could have become a pipe since it was listed.
-            descriptor = os.open(f"{self._root}/{name}", os.O_RDONLY | os.O_NONBLOCK)
+            descriptor = os.open(f"{self._root}/{self._names[index]}", flags)
             try:
                 status = os.fstat(descriptor)
                 if not stat.S_ISREG(status.st_mode):
@@ -170,4 +281,8 @@ class _Files:
             finally:
                 os.close(descriptor)
         except OSError as error:
+            if error.errno == errno.ELOOP and not self._is_link[index]:
+                raise UndecodableError(
+                    "it has become a link since the folder was listed"
+                ) from error
             raise UndecodableError(f"it cannot be read: {error.strerror}") from error

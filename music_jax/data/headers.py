@@ -14,8 +14,8 @@ MAX_PIXELS = 2**27
 
 _MAX_JPEG_SEGMENTS = 4096
 _MAX_JPEG_HEIGHT = 65_500  # libjpeg's
-_MAX_EXIF_ENTRIES = 512
 _ORIENTATION = 0x0112  # the tag's number in Exif
+_INTEGERS = {3: "H", 4: "I", 8: "h", 9: "i"}  # types of values in Exif: short and long, signed
 # Start-of-frame markers: 0xC0 to 0xCF without those of Huffman tables, extensions and arithmetic
 # coding tables.
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -24,7 +24,8 @@ _START_OF_SCAN, _END_OF_IMAGE, _RESTART_INTERVAL, _APP1 = 0xDA, 0xD9, 0xDD, 0xE1
 # The next marker that a segment follows: none of stuffed and fill bytes, TEM, RST0 to RST7, SOI.
 _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)
 _AT_ONCE = frozenset(b for n in range(256) if _MARKER.fullmatch(b := bytes((0xFF, n))))
-_LENGTH, _FRAME = struct.Struct(">H"), struct.Struct(">BHHB")
+_LENGTH, _FRAME = struct.Struct(">H"), struct.Struct(">HBHHB")
+_EXIF = b"Exif\0\0"
 
 # Decoders go over all pixels for each scan, however few bytes it has. What programs write has ten
 # scans or so; as many pixels as this take two seconds,
@@ -42,6 +43,7 @@ class Header(NamedTuple):
       is_jpeg: whether it can be decoded at a half, a quarter or an eighth of its size.
       is_plain: whether it is a JPEG as most are: eight bits, three components, not turned or
         mirrored by its Exif orientation.
+      orientation: how a JPEG is to be turned and mirrored, 1 (not at all) to 8 as Exif counts.
       height_at: where a JPEG says its height in two bytes, if its upper rows can be decoded without
         those below: it is plain, with one scan, and says nothing of restart markers; else 0.
     """
@@ -50,6 +52,7 @@ class Header(NamedTuple):
     width: int
     is_jpeg: bool = False
     is_plain: bool = False
+    orientation: int = 1
     height_at: int = 0
 
 
@@ -96,30 +99,33 @@ def _parse(encoded: bytes) -> Header:
 
 
 def _jpeg(encoded: bytes) -> Header:
-    at, orientation, restarts = 2, 1, False
+    at, frame, frame_at, exif, restarts = 2, None, 0, [], False
     for _ in range(_MAX_JPEG_SEGMENTS):
         marker, at = _next_segment(encoded, at)
         if marker in (None, _START_OF_SCAN, _END_OF_IMAGE):
             break
-        (length,) = _LENGTH.unpack_from(encoded, at)
-        if marker in _START_OF_FRAME:
-            bits, height, width, components = _FRAME.unpack_from(encoded, at + 2)
-            one_scan = False
-            if marker in _SEQUENTIAL:
-                one_scan, restarts_follow = _has_one_scan(encoded, at + length, components)
-                restarts |= restarts_follow
-            if not one_scan:
-                _check_scans(encoded, at + length, height * width)
-            if orientation >= 5:
-                height, width = width, height
-            is_plain = (bits, components, orientation) == (8, 3, 1)
-            in_part = is_plain and one_scan and not restarts and height <= _MAX_JPEG_HEIGHT
-            return Header(height, width, True, is_plain, at + 3 if in_part else 0)
-        if marker == _APP1 and encoded[at + 2 : at + 8] == b"Exif\0\0":
-            orientation = _orientation(encoded[at + 8 : at + length])
+        if marker in _START_OF_FRAME and frame is None:
+            frame, frame_at = marker, at
+        elif marker == _APP1 and encoded[at + 2 : at + 8] == _EXIF:
+            exif.append((at + 8, at + _LENGTH.unpack_from(encoded, at)[0]))
         restarts |= marker == _RESTART_INTERVAL
-        at += length
-    raise UndecodableError("its header gives no size")
+        at += _LENGTH.unpack_from(encoded, at)[0]
+    if frame is None:
+        raise UndecodableError("its header gives no size")
+    length, bits, height, width, components = _FRAME.unpack_from(encoded, frame_at)
+    # A first scan of all components is the only one of a sequential JPEG that is read, as in nearly
+    # all files: to look for further ones takes a fifteenth of the time of decoding.
+    one_scan = frame in _SEQUENTIAL and marker == _START_OF_SCAN and encoded[at + 2] == components
+    if not one_scan:
+        _check_scans(encoded, frame_at + length, height * width)
+    # An Exif block of more than 64 kB goes on in the next segments; so does one that is repeated.
+    orientation = _orientation(b"".join(encoded[start:end] for start, end in exif)) if exif else 1
+    height_at = frame_at + 3
+    if orientation >= 5:
+        height, width = width, height
+    is_plain = (bits, components, orientation) == (8, 3, 1)
+    in_part = is_plain and one_scan and not restarts and height <= _MAX_JPEG_HEIGHT
+    return Header(height, width, True, is_plain, orientation, height_at if in_part else 0)
 
 
 def _next_segment(encoded: bytes, at: int) -> tuple[int | None, int]:
@@ -129,24 +135,6 @@ def _next_segment(encoded: bytes, at: int) -> tuple[int | None, int]:
         return two[1], at + 2
     found = _MARKER.search(encoded, at)  # decoders skip what lies between segments
     return (None, at) if found is None else (found[1][0], found.end())
-
-
-def _has_one_scan(encoded: bytes, at: int, components: int) -> tuple[bool, bool]:
-    """Whether the first scan of a sequential JPEG is of all components, and so the only one read.
-
-    As in nearly all files: to look for further ones takes a fifteenth of the time of decoding.
-
-    Returns:
-      That, and whether an interval of restart markers is set before the scan.
-    """
-    restarts = False
-    for _ in range(_MAX_JPEG_SEGMENTS):
-        marker, at = _next_segment(encoded, at)
-        if marker in (None, _START_OF_SCAN):
-            return marker is not None and encoded[at + 2] == components, restarts
-        restarts |= marker == _RESTART_INTERVAL
-        at += _LENGTH.unpack_from(encoded, at)[0]
-    return False, restarts
 
 
 def _check_scans(encoded: bytes, at: int, pixels: int) -> None:
@@ -167,19 +155,26 @@ def _check_scans(encoded: bytes, at: int, pixels: int) -> None:
 
 
 def _orientation(exif: bytes) -> int:
-    """How an Exif block says to turn the image: 2 to 8, from 5 on with its sides exchanged; else 1.
+    """Reads how Exif says to turn an image: 2 to 8, from 5 on with its sides exchanged, or else 1.
 
-    Of a damaged block, 1.
+    As in Pillow, the first directory counts, and in it a whole number. Damaged Exif gives 1.
     """
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
+    if order is None:
+        return 1
     try:
-        order = {b"II": "<", b"MM": ">"}[exif[:2]]
-        (at,) = struct.unpack_from(order + "I", exif, 4)
-        (count,) = struct.unpack_from(order + "H", exif, at)
-        for entry in range(min(count, _MAX_EXIF_ENTRIES)):
-            tag, _, _, value = struct.unpack_from(order + "HHIH", exif, at + 2 + 12 * entry)
+        (at,) = struct.unpack_from(f"{order}I", exif, 4)
+        (count,) = struct.unpack_from(f"{order}H", exif, at)
+        entries = exif[at + 2 : at + 2 + 12 * count]
+        whole = entries[: len(entries) // 12 * 12]
+        for tag, kind, values, value in struct.iter_unpack(f"{order}HHI4s", whole):
             if tag == _ORIENTATION:
-                return value if 2 <= value <= 8 else 1
-    except (KeyError, struct.error):
+                integer = struct.Struct(order + _INTEGERS.get(kind, ""))
+                if not 1 <= values * integer.size <= len(value):
+                    return 1
+                (found,) = integer.unpack_from(value)
+                return found if 2 <= found <= 8 else 1
+    except struct.error:
         pass
     return 1
 

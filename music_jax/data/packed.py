@@ -5,6 +5,7 @@ shards, in order, and the classes; a directory that has one is a packed dataset.
 its index says so, and beside each shard that is finished lies a JSON file with what it holds.
 """
 
+import json
 import os
 import stat
 import struct
@@ -15,6 +16,7 @@ from etils import epath
 from music_jax.data.sources import Source
 from music_jax.errors import UserError
 from music_jax.json_files import read_json
+from music_jax.paths import check_utf8, escape_surrogates, normalized
 
 INDEX_FILE = "index.json"
 FORMAT = "music_jax packed images, version 1"
@@ -66,11 +68,15 @@ def open_packed(path: str) -> Source:
     if not index["complete"]:
         raise UserError(f"{path!r} is not packed to the end; run music_jax.pack again to go on")
     root = epath.Path(path).expanduser()
+    check_utf8(os.fspath(root))
     files = [os.fspath(root / shard["file"]) for shard in index["shards"]]
+    stamps = []
     try:
         for name in files:
-            if not stat.S_ISREG(os.lstat(name).st_mode):
+            status = os.lstat(name)
+            if not stat.S_ISREG(status.st_mode):
                 raise ValueError(f"{os.path.basename(name)} is a link or no file")
+            stamps.append((status.st_size, status.st_mtime_ns))
         records = ArrayRecordDataSource(files)
         if len(records) != index["num_images"]:
             raise ValueError(f"they hold {len(records)} images, not {index['num_images']}")
@@ -78,13 +84,19 @@ def open_packed(path: str) -> Source:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"cannot read the shards of {path!r}: {reason}") from error
     names = tuple(index["class_names"])
+
+    def identity(times: bool) -> bytes:
+        said = [index["shards"], index["class_names"], [size for size, _ in stamps]]
+        return json.dumps([*said, stamps] if times else said).encode()
+
     return Source(
-        name=path,
+        name=escape_surrogates(normalized(path)),
         records=_Records(records),
         image_key="image",
         label_key="label",
         num_classes=len(names),
         class_names=names,
+        identity=identity,
     )
 
 

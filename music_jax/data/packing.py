@@ -22,6 +22,7 @@ from music_jax.data.sources import Source
 from music_jax.errors import UndecodableError, UserError
 from music_jax.json_files import read_json
 from music_jax.new_file import PREFIX, new_path
+from music_jax.paths import check_utf8
 from music_jax.records import write_json
 
 _AHEAD = 64  # images on their way for each thread
@@ -32,9 +33,9 @@ class Packing:
     """How images are packed.
 
     Attributes:
-      shorter_side: what the shorter side is shrunk to, in pixels; smaller images stay as they are.
-      encoding: `jpeg`, or `raw` for uncompressed pixels (BMP), which need no decoding and about
-        eight times the room.
+      shorter_side: what the shorter side is shrunk to, in pixels.
+      encoding: `jpeg`, by which the files of images that are small enough stay as they are, or
+        `raw` for uncompressed pixels (BMP), which need no decoding and about eight times the room.
       quality: of the JPEGs, 1 to 100.
       channels: 1 or 3.
       shard_size: images of the source that go into one shard.
@@ -93,6 +94,7 @@ def pack(
         "complete": False,
         "source": source.name,
         "source_images": len(source),
+        "source_fingerprint": source.fingerprint(times=False),
         **dataclasses.asdict(packing),
         "class_names": list(source.class_names),
         "shards": [],
@@ -101,7 +103,6 @@ def pack(
         return int(read_index(os.fspath(directory))["num_images"])
     source = dataclasses.replace(source, name=index["source"])
     skipped = SkippedImages(directory, max_share=max_skipped_share)
-    skipped.add_left_out(source)
     num_shards = -(-len(source) // packing.shard_size)
     names = [f"images-{k:05d}-of-{num_shards:05d}.array_record" for k in range(num_shards)]
     threads = num_threads or usable_cores()
@@ -139,6 +140,7 @@ def _begin(directory: epath.Path, index: dict[str, Any]) -> bool:
     Where the one there writes the same source in another way, so does `index` from then on.
     """
     path = directory / INDEX_FILE
+    check_utf8(os.fspath(directory))
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for left in directory.glob(f"{PREFIX}*"):  # from a call that was killed
@@ -155,13 +157,19 @@ def _begin(directory: epath.Path, index: dict[str, Any]) -> bool:
     there = read_index(os.fspath(directory))
     if _place(there.get("source")) == _place(index["source"]):
         index["source"] = there["source"]
-    passing = ("complete", "num_images", "shards")
+    passing = ("complete", "num_images", "shards", "source_fingerprint")
     differing = [key for key in index if key not in passing and there.get(key) != index[key]]
     if differing:
         raise UserError(
             f"{directory} holds images that are packed in another way "
             f"({', '.join(f'{key}: {there.get(key)!r}' for key in differing[:3])}); give the same "
             "arguments to go on with it, or another --output"
+        )
+    fingerprint = index["source_fingerprint"]
+    if there.get("source_fingerprint", fingerprint) != fingerprint:  # older versions wrote none
+        raise UserError(
+            f"the images of {index['source']} have changed since {directory} was begun: files were "
+            "renamed, replaced, added or removed; pack the new images into another --output"
         )
     return bool(there["complete"])
 
@@ -206,7 +214,7 @@ def shrink(encoded: bytes, packing: Packing) -> bytes:
     factor = min(header.height, header.width) / packing.shorter_side
     reduction = largest_reduction(header, factor)
     image = decode(encoded, packing.channels, header=header, reduction=reduction)
-    if factor <= 1 and header.is_jpeg and packing.encoding == "jpeg":
+    if factor <= 1 and packing.encoding == "jpeg":
         return encoded  # it was decoded only to see that it can be
     ratio = packing.shorter_side / min(image.shape[:2])
     if ratio < 1:

@@ -80,21 +80,13 @@ class SkippedImages:
     def __len__(self) -> int:
         return len(self._noted)
 
-    def add_left_out(self, source: Source) -> None:
-        """Notes what was left out when the source was opened; raises as `add` does."""
-        for image, reason in source.left_out:
-            self._add(source, image, reason)
-
     def add(self, source: Source, index: int, reason: str) -> None:
         """Notes one image.
 
         Raises:
           UnusableDataError: more than the largest share of the source's images are skipped.
         """
-        self._add(source, source.record_name(index), reason)
-
-    def _add(self, source: Source, name: str, reason: str) -> None:
-        image, size = _Image(source.name, name), source.split_size
+        image, size = _Image(source.name, source.record_name(index)), source.split_size
         with self._lock:
             self._sizes[source.name] = size
             if image not in self._noted:
@@ -182,7 +174,8 @@ class SkippedImages:
                 raise UnusableDataError(
                     f"{count} of the {size} images of {source} cannot be read, more than the share "
                     f"config.dataset.max_skipped_share = {self._max_share:g}; they are listed in "
-                    f"{self._where()}. Once the images are mended, delete skipped*.jsonl there."
+                    f"{self._where()}. Once the images are repaired, delete skipped*.jsonl (and "
+                    "images.json) there."
                 )
 
     def _where(self) -> str:

@@ -4,9 +4,11 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
+import hashlib
+import json
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ _feature_lock = threading.RLock()
 _KEPT_BYTES = 64 * 2**20  # of a dataset whose records stay in memory
 _LABEL_KEY = "label"  # the config's default: a dataset need not have it
 _LABELS_AT_ONCE = 256  # read by one thread
+_FINGERPRINTED = 64  # images whose contents a fingerprint depends on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +69,8 @@ class Source:
       num_classes: how many labels there are; 0 where the images have none.
       class_names: what the labels are called, if they have names.
       no_classes: why the images have no labels, if that needs an explanation.
-      left_out: name and reason of each image that is not among the records though it is there.
+      identity: what tells the records from others without reading them, such as the names and sizes
+        of files; with `True` also the times at which these were modified.
       subset_of: images of the split that these are some of; None if they are all.
     """
 
@@ -77,7 +81,7 @@ class Source:
     num_classes: int
     class_names: tuple[str, ...] = ()
     no_classes: str = ""
-    left_out: tuple[tuple[str, str], ...] = ()
+    identity: Callable[[bool], bytes] = lambda _: b""
     subset_of: int | None = None
 
     def __len__(self) -> int:
@@ -86,13 +90,35 @@ class Source:
     def subset(self, indices: np.ndarray) -> "Source":
         """The samples at these indices, in this order."""
         return dataclasses.replace(
-            self, records=_Selected(self.records, indices), subset_of=self.split_size
+            self,
+            records=_Selected(self.records, indices),
+            identity=lambda times: self.identity(times) + np.asarray(indices, np.int64).tobytes(),
+            subset_of=self.split_size,
         )
 
     @property
     def split_size(self) -> int:
         """How many images the whole split has."""
         return len(self) if self.subset_of is None else self.subset_of
+
+    def fingerprint(self, *, times: bool) -> str:
+        """Returns a hash that changes when images are renamed, replaced, added or removed.
+
+        It depends on the source's identity and on the contents of a few images, evenly spread.
+
+        Args:
+          times: Whether it may also change when a file was only copied or touched. Then no change
+            of a file goes unnoticed.
+        """
+        digest = hashlib.sha256(self.identity(times))
+        digest.update(len(self).to_bytes(8, "little"))
+        for index in np.unique(np.linspace(0, len(self) - 1, _FINGERPRINTED, dtype=np.int64)):
+            try:
+                content = self.example(int(index))[0]
+            except UndecodableError:
+                content = b"unreadable"
+            digest.update(hashlib.sha256(content).digest())
+        return digest.hexdigest()
 
     def record(self, index: int) -> dict:
         """What the records hold of an image.
@@ -265,6 +291,7 @@ def open_source(dataset: config_dict.ConfigDict, split: str) -> Source:
             f"cannot read split {split!r} of {dataset.name!r}, which has the splits "
             f"{sorted(builder.info.splits)}: {' '.join(str(error).split())}"
         ) from error
+    shards = [[s.name, s.num_bytes, list(s.shard_lengths)] for s in builder.info.splits.values()]
     return Source(
         name=f"{dataset.name}:{split}",
         records=_Kept(records) if builder.info.dataset_size <= _KEPT_BYTES else records,
@@ -273,6 +300,7 @@ def open_source(dataset: config_dict.ConfigDict, split: str) -> Source:
         num_classes=len(names),
         class_names=names,
         no_classes=no_classes,
+        identity=lambda _: json.dumps([builder.info.full_name, split, shards]).encode(),
     )
 
 

@@ -15,12 +15,13 @@ from music_jax.data.datasets import EvaluationSources
 from music_jax.data.skipped import SkippedImages
 from music_jax.errors import DivergedError, NotMeasurableError, UserError
 from music_jax.evaluation import feature_protocols, image_protocols
-from music_jax.evaluation.run import Run
+from music_jax.evaluation.run import Run, agreed_fingerprint
 from music_jax.evaluation.tables import results_table, say_without_label, summary_table
-from music_jax.evaluation.transfer import transfer
+from music_jax.evaluation.transfer import on_dataset, transfer
 from music_jax.json_files import read_json
 from music_jax.mesh import from_main_process, is_main_process
 from music_jax.models.network import Network
+from music_jax.paths import normalized
 from music_jax.records import as_json, write_json
 
 Figures = dict[str, Any]
@@ -139,22 +140,27 @@ def measure(
     diverged: list[DivergedError] = []
     for name in dict.fromkeys(names):
         about = envelope(name, run.config, run.step)
-        measured = PROTOCOLS[name].measure
+        measured: Callable[[], Figures] = functools.partial(PROTOCOLS[name].measure, run)
+        sources = list((PROTOCOLS[name].labels and run.sources) or [run.images])
         if name == "transfer":
             about["data"] = {"sets": list(transfer_sets)}
-            measured = functools.partial(transfer, sets=transfer_sets)
         elif not PROTOCOLS[name].labels:
             about["data"] = {"images": run.images.name}
-        before = functools.partial(_read, run.workdir, name)
-        known = None if again else from_main_process(before)
-        if known is not None and about.items() <= known.items():
-            progress.say(f"{name}: measured before, in {run.workdir / _file(name)}")
-            results[name] = known
-            say_without_label(name, known)
-            continue
         try:
+            if name == "transfer":
+                there = {spec: on_dataset(run, spec) for spec in transfer_sets}
+                measured = functools.partial(transfer, there)
+                sources = [source for r in there.values() for source in r.evaluation_sources()]
+            about["images_fingerprint"] = [agreed_fingerprint(source) for source in sources]
+            before = functools.partial(_read, run.workdir, name)
+            known = None if again else from_main_process(before)
+            if known is not None and _is_about(known, about):
+                progress.say(f"{name}: measured before, in {run.workdir / _file(name)}")
+                results[name] = known
+                say_without_label(name, known)
+                continue
             _check_fit(run, name)
-            results[name] = measured(run) | about
+            results[name] = measured() | about
         except NotMeasurableError as error:
             passed_over[name] = str(error)
             continue
@@ -173,13 +179,19 @@ def measure(
     return results
 
 
+def _is_about(known: Figures, about: Figures) -> bool:
+    """Whether figures were measured as now; those of older versions do not name the images."""
+    images = {"images_fingerprint": about.get("images_fingerprint")}
+    return about.items() <= (images | known).items()
+
+
 def envelope(name: str, config: config_dict.ConfigDict, step: int) -> Figures:
     """What the figures of a protocol depend on: protocol, data, hyper-parameters, step and seed."""
     everything = as_json(config)
     dataset, evaluation = config.dataset, everything["evaluation"]
-    own = dataset.path or f"{dataset.name}:{dataset.train_split}"
-    train = evaluation.pop("train") or own
-    test = evaluation.pop("test") or (
+    own = normalized(dataset.path) or f"{dataset.name}:{dataset.train_split}"
+    train = normalized(evaluation.pop("train")) or own
+    test = normalized(evaluation.pop("test")) or (
         f"{dataset.name}:{dataset.test_split}" if dataset.test_split and not dataset.path else None
     )
     return {
@@ -267,13 +279,21 @@ def read_all(workdir: epath.Path) -> dict[str, Figures]:
 
 
 def read_results(
-    config: config_dict.ConfigDict, workdir: epath.Path, step: int
+    config: config_dict.ConfigDict,
+    workdir: epath.Path,
+    step: int,
+    fingerprints: Sequence[str] = (),
 ) -> dict[str, Figures] | None:
-    """What a training ends with, if it has been written for a step and the config's protocols."""
+    """What a training ends with, if it has been written for a step and the config's protocols.
+
+    With `fingerprints`, those of the evaluation's sources, the figures must have been measured on
+    these images.
+    """
     results = {}
+    images = {"images_fingerprint": list(fingerprints)} if fingerprints else {}
     for name in final_protocols(config):
         found = _read(workdir, name)
-        if found is None or not envelope(name, config, step).items() <= found.items():
+        if found is None or not _is_about(found, envelope(name, config, step) | images):
             return None
         results[name] = found
     return results

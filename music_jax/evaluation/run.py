@@ -27,11 +27,20 @@ from music_jax.evaluation.features import (
     pixel_extractor,
     replicate,
 )
+from music_jax.mesh import from_main_process
 from music_jax.models.network import INIT_COMPILER_OPTIONS, Network, init_network
 from music_jax.objectives import segment_probabilities
 from music_jax.records import as_json
 
 _PROBABILITIES_AT_ONCE = 4096  # samples
+
+
+def agreed_fingerprint(source: Source) -> str:
+    """Returns the fingerprint of a source on the main process, whose files may be other copies.
+
+    All processes of a run call this together.
+    """
+    return from_main_process(lambda: source.fingerprint(times=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +75,6 @@ class Run:
     mesh: Mesh
     skipped: SkippedImages
     why_not: str = "there are no labelled images"
-
-    def __post_init__(self) -> None:
-        """Notes what was left out when the sources were opened."""
-        for source in (self.images, *(self.sources or ())):
-            self.skipped.add_left_out(source)
 
     def train(self, of: str = "trained") -> SplitFeatures:
         """Features of the labelled training images.
@@ -248,17 +252,14 @@ class Run:
         )
 
     def _key(self, source: Source, of: str) -> dict[str, Any]:
-        """What features depend on, besides what the images hold."""
-        names = zlib.crc32("\n".join(map(source.record_name, range(len(source)))).encode())
+        """Returns all that features depend on."""
         config = as_json(self.config)
         return {
             "network": of,
             "step": self.step,
             "weights": self._weights,
-            "source": source.name,
-            "images": len(source),
-            "names": names,
-            "classes": zlib.crc32("\n".join(source.class_names).encode()),
+            "images": agreed_fingerprint(source),
+            "classes": source.class_names,
             "view": [config["crop"]["size"], config["crop"]["eval_resize"]],
             "pixels": [config["dataset"][name] for name in ("num_channels", "mean", "std")],
             "compute_dtype": config["compute_dtype"],

@@ -13,31 +13,35 @@ from music_jax.evaluation.run import Run
 from music_jax.evaluation.tables import say_without_label
 
 
-def transfer(run: Run, sets: tuple[str, ...]) -> dict[str, Any]:
-    """The linear probe and kNN on each of some datasets, its images cut as the run's.
+def transfer(runs: dict[str, Run]) -> dict[str, Any]:
+    """Measures the linear probe and kNN on some datasets.
 
     Args:
-      run: the run.
-      sets: of each dataset, the images to learn from and to test on: `NAME:TRAIN:TEST` with the
-        splits of TFDS, or `SET:SET`; see `datasets.parse_pair`.
+      runs: What `on_dataset` returned, by dataset.
 
     Returns:
       The figures of both protocols by dataset.
-
-    Raises:
-      NotMeasurableError: a dataset has too few labels.
-      UserError: a dataset is not there or cannot be read.
     """
     found = {}
-    runs = {spec: _at(run, spec) for spec in sets}  # one that cannot be opened fails at once
-    for spec, there in runs.items():
+    for spec, run in runs.items():
         progress.say(f"transfer to {spec}")
-        found[spec] = {"linear": linear(there), "knn": knn(there)}
+        found[spec] = {"linear": linear(run), "knn": knn(run)}
         say_without_label(f"transfer to {spec}", found[spec]["linear"])
     return {"by_dataset": found}
 
 
-def _at(run: Run, spec: str) -> Run:
+def on_dataset(run: Run, spec: str) -> Run:
+    """Returns a run with the images of another dataset, which are cut as its own.
+
+    Args:
+      run: The run.
+      spec: `NAME:TRAIN:TEST` with the splits of TFDS, or `SET:SET`; see
+        `datasets.parse_pair`.
+
+    Raises:
+      NotMeasurableError: the dataset has too few labels.
+      UserError: it is not there or cannot be read.
+    """
     config = config_dict.ConfigDict(run.config.to_dict())
     config.evaluation.train, config.evaluation.test = parse_set(spec)
     datasets.prepare(config, ("evaluation.train", "evaluation.test"))

@@ -96,8 +96,7 @@ def encode_folder(encoder: Encoder, source: Source, output: str, *, codes: bool 
         parts = _compute_parts(encoder, source, directory, codes)
         names = [(part.files, part.broken) for part in map(_read_whole, parts)]
         record["broken"] = [
-            {"file": name, "reason": reason}
-            for name, reason in (*source.left_out, *(pair for part in names for pair in part[1]))
+            {"file": name, "reason": reason} for part in names for name, reason in part[1]
         ]
         files = [name for part in names for name in part[0]]
         _check_any(files, record["broken"])
@@ -157,12 +156,11 @@ def _encode(encoder: Encoder, source: Source, indices: range, codes: bool, bar: 
 
 
 def _fingerprint(encoder: Encoder, source: Source, codes: bool) -> str:
-    """Stands for the weights, the preprocessing and the images' names."""
+    """Returns a hash of the weights, the preprocessing and the images."""
     digest = hashlib.sha256(json.dumps([encoder.trained.description(), codes]).encode())
     for name, tensor in sorted(encoder.trained.tensors.items()):
         digest.update(name.encode() + np.ascontiguousarray(tensor).tobytes())
-    for index in range(len(source)):
-        digest.update(source.record_name(index).encode(errors="surrogateescape") + b"\0")
+    digest.update(source.fingerprint(times=True).encode())
     return digest.hexdigest()
 
 
@@ -275,10 +273,7 @@ def _write_parquet(file: IO[bytes], parts: Iterable[_Part], codes: bool) -> None
 
     writer = None
     for part in parts:
-        names = [
-            name.encode(errors="surrogateescape").decode(errors="replace") for name in part.files
-        ]
-        columns = {"file": pa.array(names, pa.string()), "features": rows(part.features)}
+        columns = {"file": pa.array(part.files, pa.string()), "features": rows(part.features)}
         table = pa.table(columns | ({"codes": rows(part.codes)} if codes else {}))
         writer = writer or pq.ParquetWriter(file, table.schema)
         writer.write_table(table)

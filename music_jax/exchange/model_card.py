@@ -91,7 +91,7 @@ def _preprocessing(trained: TrainedBackbone) -> str:
 def _data(trained: TrainedBackbone) -> str:
     dataset = trained.config.dataset
     if dataset.path:
-        return f"The images of the folder {_code(dataset.path.rstrip('/').rpartition('/')[2])}."
+        return f"The images of the folder {_code(epath.Path(dataset.path).name)}."
     return f"The split {_code(dataset.train_split)} of {_code(dataset.name)} (TFDS); no label used."
 
 

@@ -87,7 +87,7 @@ def read_trained(path: str, *, checkpoint: str | None = None) -> TrainedBackbone
     """
     where = epath.Path(path).expanduser()
     if where.is_dir():
-        return _read_run(where, path, checkpoint)
+        return _read_run(path, checkpoint)
     if not where.exists():
         raise UserError(f"there is neither a workdir nor a file {path!r}")
     if checkpoint is not None:
@@ -95,13 +95,12 @@ def read_trained(path: str, *, checkpoint: str | None = None) -> TrainedBackbone
     return _read_file(where)
 
 
-def _read_run(where: epath.Path, path: str, checkpoint: str | None) -> TrainedBackbone:
+def _read_run(path: str, checkpoint: str | None) -> TrainedBackbone:
     from music_jax import records
     from music_jax.mesh import make_data_mesh
     from music_jax.train.restore import restore_run
 
-    if "://" not in path:
-        where = epath.Path(where.resolve())
+    where = records.absolute(path)
     saved = records.read_config(where)
     if saved is None:
         raise UserError(f"{path} holds no run: it has no config.json")

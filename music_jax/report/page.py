@@ -18,6 +18,7 @@ from etils import epath
 import music_jax
 from music_jax.errors import UserError
 from music_jax.new_file import check_writable, write_new
+from music_jax.paths import escape_surrogates
 from music_jax.report import curves, overview
 from music_jax.report.gathering import Shown, gather, payload
 from music_jax.report.reading import Recorded, read_workdirs
@@ -159,7 +160,7 @@ def _page(shown: list[Shown], *, tile: int, matrix: int) -> bytes:
         library=_raw(_compressed_library()),
         data=_raw(_compressed(json.dumps(drawn, allow_nan=False, separators=(",", ":")))),
     )
-    return text.encode(errors="backslashreplace")  # lone surrogates stand for bytes of names
+    return escape_surrogates(text).encode()
 
 
 class _Tables(NamedTuple):

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import shutil
 from typing import Any
 
 import jax
@@ -168,7 +169,10 @@ class Checkpoints:
             taken = {path.name for path in parent.iterdir()}
             names = [str(step), *(f"{step}-{n}" for n in range(1, len(taken) + 1))]
             kept = parent / next(name for name in names if name not in taken)
-            self._directory_of(step).rename(kept)
+            if "://" in str(parent):
+                self._directory_of(step).rename(kept)
+            else:  # which copies where `checkpoints` is a link to another file system
+                shutil.move(self._directory_of(step), kept)
             message += f"; it is kept as {kept}"
         progress.say(message)
         self._note("damaged", step, wrong)

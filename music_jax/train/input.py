@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
@@ -13,7 +14,10 @@ from music_jax.data.crops import Crop
 from music_jax.data.loader import TrainingOrder, training_batches
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
+from music_jax.errors import UserError
+from music_jax.json_files import read_json
 from music_jax.mesh import local_positions, to_devices
+from music_jax.records import write_json
 
 _BATCHES_AHEAD = 2  # on their way to the devices while a step runs
 
@@ -64,3 +68,35 @@ class TrainingInput:
         while queue:
             yield queue.popleft()
             queue.extend(itertools.islice(moving, 1))
+
+
+def check_same_images(directory: epath.Path, source: Source, *, resuming: bool) -> None:
+    """Checks that a run resumes with the images that it began with, and notes them at its start.
+
+    Their fingerprint is in images.json. A run without this file, such as one of an older version,
+    goes on, and gets it.
+
+    Args:
+      directory: The workdir.
+      source: The images.
+      resuming: Whether the run has a checkpoint.
+
+    Raises:
+      UserError: images were renamed, replaced, added or removed, or the file cannot be read.
+    """
+    path = directory / "images.json"
+    fingerprint = source.fingerprint(times=False)
+    if resuming and path.exists():
+        try:
+            same = read_json(path)["fingerprint"] == fingerprint
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"cannot read {path}: {error!r}; remove it to resume") from error
+        if not same:
+            raise UserError(
+                f"the images of {source.name} have changed since the run in {directory} began: "
+                "files were renamed, replaced, added or removed. Put them back and rerun the "
+                "command, or train on the new images with another --workdir; to resume this run "
+                f"with the images as they are now, remove {path}"
+            )
+        return
+    write_json(path, {"source": source.name, "images": len(source), "fingerprint": fingerprint})

@@ -19,6 +19,7 @@ from music_jax.data.sources import Source
 from music_jax.errors import NotMeasurableError, StoppedError, UserError
 from music_jax.evaluation.evaluate import evaluate, read_results, results_table
 from music_jax.evaluation.online_probe import OnlineProbe, make_online_probe
+from music_jax.evaluation.run import agreed_fingerprint
 from music_jax.mesh import (
     check_divisible,
     from_main_process,
@@ -32,7 +33,7 @@ from music_jax.train import guards
 from music_jax.train.checkpoints import Checkpoints
 from music_jax.train.corruption import CorruptionChecks
 from music_jax.train.describe import describe
-from music_jax.train.input import TrainingInput
+from music_jax.train.input import TrainingInput, check_same_images
 from music_jax.train.lock import WorkdirLock
 from music_jax.train.log import Log
 from music_jax.train.pictures import Pictures
@@ -102,7 +103,6 @@ def _train_and_evaluate(
         records.write_config(directory, config)
 
     skipped = records.open_skipped(directory, config)
-    skipped.add_left_out(source)
     skipped.check(source)  # fails now, if an earlier run ended so
     recipe = make_recipe(config, order.steps_per_epoch)
     shapes = abstract_state(config, recipe.optimizer)
@@ -117,13 +117,18 @@ def _train_and_evaluate(
     )
     try:
         start_step = checkpoints.latest_whole_step() or 0
-        results = from_main_process(lambda: read_results(config, directory, num_steps))
+        fingerprints = [agreed_fingerprint(source) for source in probed or ()]
+        results = from_main_process(
+            lambda: read_results(config, directory, num_steps, fingerprints)
+        )
         if start_step == num_steps and (results is not None or probed is None):
             done = "trained and evaluated" if results else "trained"
             progress.say(f"{directory} is done: {num_steps} steps {done}")
             if results:
                 progress.say_lines(results_table(results))
             return checkpoints.restore(start_step, shapes, mesh, order)
+        if start_step < num_steps and is_main_process():
+            check_same_images(directory, source, resuming=start_step > 0)
         describe(config, mesh, source, order, shapes, start_step)
         run = _Run(
             config=config,

@@ -1,5 +1,7 @@
 """A run's checkpoint, by step, by directory or the latest."""
 
+import os
+
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import config_dict
@@ -48,7 +50,7 @@ def _named_step(checkpoint: str, directory: epath.Path, steps: list[int]) -> int
     name = checkpoint.rstrip("/").rpartition("/")[2]
     if "/" in checkpoint:
         where = records.absolute(checkpoint.rstrip("/")).parent
-        if where != directory / "checkpoints":
+        if where != records.absolute(os.fspath(directory / "checkpoints")):
             raise UserError(f"--checkpoint={checkpoint} is not below {directory}/checkpoints")
     if not name.isdigit() or int(name) not in steps:
         known = ", ".join(str(step) for step in sorted(steps)) or "none"

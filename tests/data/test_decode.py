@@ -87,6 +87,75 @@ def test_grays_are_those_that_pillow_reads(name):
     assert np.abs(found - expected).max() <= 3
 
 
+def _tiff(*entries, order=">", magic=42):
+    """Exif with one directory, of entries (tag, type, count, value)."""
+    formats = {1: "B3x", 2: "B3x", 3: "H2x", 4: "I", 7: "B3x", 8: "h2x", 9: "i"}
+    packed = b"".join(
+        struct.pack(f"{order}HHI{formats[kind]}", tag, kind, count, value)
+        for tag, kind, count, value in entries
+    )
+    mark = b"MM" if order == ">" else b"II"
+    return mark + struct.pack(f"{order}HIH", magic, 8, len(entries)) + packed + bytes(4)
+
+
+def _short(value, order=">"):
+    return _tiff((_ORIENTATION, 3, 1, value), order=order)
+
+
+def _app1(content, before=b"Exif\0\0"):
+    return b"\xff\xe1" + struct.pack(">H", len(before + content) + 2) + before + content
+
+
+def _with_blocks(*blocks, at=2):
+    jpeg = _CASES["jpeg"]
+    return jpeg[:at] + b"".join(blocks) + jpeg[at:]
+
+
+_SCAN = _CASES["jpeg"].index(b"\xff\xda")
+_OTHERS = [(0xF000 + n, 3, 1, n) for n in range(600)]
+_EXIFS = {  # to the orientation that Pillow applies
+    **{f"{n} {o}": (_with_blocks(_app1(_short(n, o))), n) for n in (1, 6) for o in "<>"},
+    "0": (_with_blocks(_app1(_short(0))), 1),
+    "9": (_with_blocks(_app1(_short(9))), 1),
+    "6 then 3": (_with_blocks(_app1(_short(6)), _app1(_short(3))), 6),
+    "1 then 6": (_with_blocks(_app1(_short(1)), _app1(_short(6))), 1),
+    "9 then 6": (_with_blocks(_app1(_short(9)), _app1(_short(6))), 1),
+    "none then 6": (_with_blocks(_app1(_tiff((0x0111, 3, 1, 1))), _app1(_short(6))), 1),
+    "damaged then 6": (_with_blocks(_app1(b"XX" + _short(3)[2:]), _app1(_short(6))), 1),
+    "XMP, then 6": (_with_blocks(_app1(b"<x/>", b"http:"), _app1(_short(6))), 6),
+    "in two segments": (_with_blocks(_app1(_short(6)[:12]), _app1(_short(6)[12:])), 6),
+    "after the frame": (_with_blocks(_app1(_short(6)), at=_SCAN), 6),
+    "behind the image": (_with_blocks(_app1(_short(6)), at=-2), 1),
+    "after many entries": (_with_blocks(_app1(_tiff(*_OTHERS, (_ORIENTATION, 3, 1, 6)))), 6),
+    "a long number": (_with_blocks(_app1(_tiff((_ORIENTATION, 4, 1, 6)))), 6),
+    "signed": (_with_blocks(_app1(_tiff((_ORIENTATION, 8, 1, 6)))), 6),
+    "text": (_with_blocks(_app1(_tiff((_ORIENTATION, 2, 1, 6)))), 1),
+    "a byte": (_with_blocks(_app1(_tiff((_ORIENTATION, 1, 1, 6), order="<"))), 1),
+    "no number": (_with_blocks(_app1(_tiff((_ORIENTATION, 3, 0, 6)))), 1),
+    "no TIFF": (_with_blocks(_app1(_tiff((_ORIENTATION, 3, 1, 6), order="<", magic=43))), 1),
+    "cut off": (_with_blocks(_app1(_short(6)[:20])), 1),
+    "empty": (_with_blocks(_app1(b"")), 1),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of damaged Exif
+@pytest.mark.parametrize("name", _EXIFS)
+def test_jpegs_are_turned_as_pillow_turns_them(name):
+    jpeg, orientation = _EXIFS[name]
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(jpeg)))
+    expected = np.asarray(image).astype(int)
+    header = read_header(jpeg)
+    assert (header.orientation, header[:2]) == (orientation, expected.shape[:2])
+    for quick in (False, True):
+        found = decode(jpeg, 3, quick=quick)
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).mean() < (4 if quick else 0.5)
+    half = decode(jpeg, 1, reduction=2)
+    averaged = np.asarray(image.convert("L").reduce(2)).astype(int)
+    assert half.shape[:2] == averaged.shape
+    assert np.abs(half[..., 0] - averaged).mean() < 4
+
+
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
 @pytest.mark.parametrize("reduction", [1, 2, 4, 8])
 def test_jpegs_have_the_pixels_that_opencv_decodes(subsampling, reduction):

@@ -1,23 +1,24 @@
-"""A folder of images: what is in it, in which order, and what is not followed."""
+"""A folder of images: what is in it, in which order, and what is left out."""
 
-import json
 import os
+import shutil
+import subprocess
+import unicodedata
 
 import cv2
 import numpy as np
 import pytest
 
-from music_jax.config import default_config
+from music_jax.config import default_config, differences
 from music_jax.data import datasets
 from music_jax.data.decode import decode
 from music_jax.data.folder import MAX_FILE_BYTES, open_folder
-from music_jax.data.skipped import SkippedImages
 from music_jax.errors import (
     NotMeasurableError,
     UndecodableError,
-    UnusableDataError,
     UserError,
 )
+from music_jax.records import as_json
 
 
 def _write(path, value=7):
@@ -79,42 +80,139 @@ def test_images_without_sub_folders_have_no_labels(tmp_path):
     assert [source.example(i)[1] for i in range(2)] == [-1, -1]
 
 
-def test_hidden_and_other_files_are_passed_over(tmp_path):
+def test_all_names_of_the_formats_are_images(tmp_path):
+    names = ["x.jpg", "x.JPEG", "x.jpe", "x.jfif", "x.JIF", "x.jfi", "x.pjpeg", "x.pjp", "x.png"]
+    names += ["x.apng", "x.webp", "x.bmp", "x.dib", "x.gif"]
+    for name in (*names, "x.tif", "x.heic", "x.jpg.txt"):
+        _write(tmp_path / name)
+    assert _names(open_folder(str(tmp_path))) == sorted(names)
+
+
+def test_what_is_left_out_is_counted_and_named_once(tmp_path, capsys):
     _write(tmp_path / "a/1.png")
-    for name in ["a/.2.png", ".hidden/3.png", "a/notes.txt", "a/png", "a/.DS_Store"]:
+    for name in (
+        *("a/2.tif", "a/3.TIF", "b/4.tif", "a/5.heic", "a/Thumbs.db", "a/.DS_Store", "a/._1.png"),
+        *("a/notes", "a/.hidden", "@eaDir/1.jpg", "a/@eaDir/2.jpg", "$RECYCLE.BIN/3.png"),
+        *(
+            "__MACOSX/a/4.png",
+            "lost+found/5.png",
+            ".git/6.png",
+            "a/System Volume Information/7.png",
+        ),
+    ):
         _write(tmp_path / name)
     os.mkfifo(tmp_path / "a/pipe.png")
     (tmp_path / "a/folder.png").mkdir()
-    assert _names(open_folder(str(tmp_path))) == ["a/1.png"]
+    (tmp_path / "a/dangling.png").symlink_to("nowhere.png")
+    (tmp_path / "a/loop.jpg").symlink_to("loop.jpg")
+    source = open_folder(str(tmp_path))
+    assert (_names(source), source.class_names) == (["a/1.png"], ("a",))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert lines == [
+        f"{tmp_path}: left out: 3 .tif, 2 @eaDir/, 2 links that cannot be followed, "
+        "1 $RECYCLE.BIN/, 1 .DS_Store, 1 .db, 1 .git/, 1 .heic, 1 System Volume Information/, "
+        "1 __MACOSX/, 5 others"
+    ]
+    open_folder(str(tmp_path / "a"))
+    (tmp_path / "a/1.png").unlink()
+    with pytest.raises(UserError, match=r"holds no image .*; left out: 2 \.tif"):
+        open_folder(str(tmp_path / "a"))
 
 
-def test_links_are_followed_inside_the_folder_only(tmp_path):
-    root = tmp_path / "root"
-    _write(root / "a/1.png")
-    _write(root / "b/2.png")
+def test_folders_of_links_are_read(tmp_path):
+    """As of ImageNet-100: links to files, to class folders, and to such folders of links."""
+    for i, name in enumerate(["n1/a.png", "n1/b.png", "n2/c.png", "n3/d.png"]):
+        _write(tmp_path / "imagenet/train" / name, i)
+    farm = tmp_path / "farm"
+    for name in ("n1", "n3"):
+        (farm / "train").mkdir(parents=True, exist_ok=True)
+        (farm / "train" / name).symlink_to(tmp_path / "imagenet/train" / name)
+    (farm / "few/n2").mkdir(parents=True)
+    (farm / "few/n2/c.png").symlink_to("../../../imagenet/train/n2/c.png")
+    (tmp_path / "data").symlink_to("farm")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/train").symlink_to("../data/train")
+
+    source = open_folder(str(farm / "train"))
+    assert _names(source) == ["n1/a.png", "n1/b.png", "n3/d.png"]
+    assert source.class_names == ("n1", "n3")
+    assert [decode(source.example(i)[0], 1)[0, 0, 0] for i in range(3)] == [0, 1, 3]
+    assert _names(open_folder(str(tmp_path / "data/few"))) == ["n2/c.png"]
+    assert _names(open_folder(str(tmp_path / "mine"))) == [f"train/{n}" for n in _names(source)]
+    assert open_folder(str(tmp_path / "mine")).example(2)[0] == source.example(2)[0]
+
+
+def test_each_folder_is_listed_once_whatever_links_lead_to_it(tmp_path, capsys):
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for name in ("a/1.png", "b/2.png"):
+        _write(root / name)
+    _write(outside / "p/3.png")
+    _write(outside / "q/4.png")
+    (root / "a/b").symlink_to(root / "b")  # two that lead to each other
+    (root / "b/a").symlink_to("../a")
+    (root / "a/circle").symlink_to(".")
+    (root / "a/up").symlink_to(tmp_path)
+    (root / "a/root").symlink_to("/")
+    (root / "d").symlink_to("../outside/p")
+    (root / "e").symlink_to("../outside/p")
+    (outside / "p/back").symlink_to(root)
+    (outside / "p/q").symlink_to("../q")
+    (outside / "q/p").symlink_to("../p")
+    assert _names(open_folder(str(root))) == ["a/1.png", "b/2.png", "d/3.png", "d/q/4.png"]
+    out = capsys.readouterr().out
+    assert "4 links to a folder that holds them, 4 links to folders that are listed already" in out
+
+
+def test_a_file_that_has_become_a_link_since_it_was_listed_is_refused(tmp_path):
     _write(tmp_path / "outside/secret.png")
-    (root / "a/inside.png").symlink_to(root / "b/2.png")
-    (root / "a/circle").symlink_to(root / "a")
-    (root / "c").symlink_to("b")
-    (root / "a/dangling.png").symlink_to(root / "nowhere.png")
-    (root / "a/out.png").symlink_to(tmp_path / "outside/secret.png")
-    (root / "d").symlink_to("../outside")
-    source = open_folder(str(root))
-    assert _names(source) == ["a/1.png", "a/inside.png", "b/2.png", "c/2.png"]
-    assert [name for name, _ in source.left_out] == ["a/out.png", "d"]
-
-    skipped = SkippedImages(_epath(tmp_path), max_share=0.5)
-    skipped.add_left_out(source)
-    lines = (tmp_path / "skipped.jsonl").read_text().splitlines()
-    assert [json.loads(line)["image"] for line in lines] == ["a/out.png", "d"]
-    with pytest.raises(UnusableDataError, match="3 of the 4 images"):
-        SkippedImages(_epath(tmp_path), max_share=0.4).add(source, 0, "broken")
+    _write(tmp_path / "root/file.png")
+    (tmp_path / "root/link.png").symlink_to("file.png")
+    source = open_folder(str(tmp_path / "root"))
+    (tmp_path / "root/link.png").unlink()
+    (tmp_path / "root/link.png").symlink_to("../outside/secret.png")
+    (tmp_path / "root/file.png").unlink()
+    (tmp_path / "root/file.png").symlink_to("../outside/secret.png")
+    with pytest.raises(UndecodableError, match="it has become a link since"):
+        source.example(0)
+    assert source.example(1)[0] == (tmp_path / "outside/secret.png").read_bytes()  # it was one then
 
 
-def _epath(path):
-    from etils import epath
+def test_folders_that_are_too_deep_to_be_listed_are_told_in_a_line(tmp_path):
+    def nest(folder, name):
+        folder.mkdir()
+        at = os.open(folder, os.O_RDONLY)
+        for _ in range(1200):
+            os.mkdir(name, dir_fd=at)
+            below = os.open(name, os.O_RDONLY, dir_fd=at)
+            os.close(at)
+            at = below
+        os.close(os.open("x.png", os.O_CREAT, dir_fd=at))
+        os.close(at)
 
-    return epath.Path(path)
+    nest(tmp_path / "deep", "d")
+    assert _names(open_folder(str(tmp_path / "deep"))) == ["d/" * 1200 + "x.png"]
+    nest(tmp_path / "deeper", "dddd")
+    with pytest.raises(UserError, match=r"cannot list the folder .*: File name too long") as error:
+        open_folder(str(tmp_path / "deeper"))
+    assert len(str(error.value)) < 400
+    subprocess.run(["rm", "-r", tmp_path / "deep", tmp_path / "deeper"], check=True)
+
+
+def test_names_that_are_not_utf8_are_images_and_classes_like_others(tmp_path):
+    root = os.fsencode(tmp_path) + b"/ph\xe9"
+    names = [b"\xe9t\xe9/1.png", b"\xe9t\xe9/caf\xe9.png", "ä/2.png".encode()]
+    for i, name in enumerate(names):
+        os.makedirs(os.path.dirname(root + b"/" + name), exist_ok=True)
+        with open(root + b"/" + name, "wb") as file:
+            file.write(cv2.imencode(".png", np.full((4, 4, 1), i, np.uint8))[1].tobytes())
+    source = open_folder(os.fsdecode(root))
+    assert source.name == f"{tmp_path}/ph\\xe9"
+    assert _names(source) == ["ä/2.png", "\\xe9t\\xe9/1.png", "\\xe9t\\xe9/caf\\xe9.png"]
+    assert source.class_names == ("ä", "\\xe9t\\xe9")
+    examples = [source.example(i) for i in range(3)]
+    assert [label for _, label in examples] == [0, 1, 1]
+    assert [decode(encoded, 1)[0, 0, 0] for encoded, _ in examples] == [2, 0, 1]
+    source.fingerprint(times=True)
 
 
 def test_a_folder_that_is_itself_a_link_is_a_folder(tmp_path):
@@ -151,6 +249,42 @@ def test_evaluation_sets_are_folders_with_the_classes_of_the_training_set(tmp_pa
     assert probed.train is training
     assert [probed.test.example(i)[1] for i in range(4)] == [0, 0, 2, 2]
     assert probed.test.record_name(3) == "c/1.png"
+
+
+@pytest.mark.parametrize("spelling", ["{}/", "{}/.", "{}//", "{}/a/..", "~/train"])
+def test_a_folder_is_the_same_in_any_spelling(tmp_path, monkeypatch, spelling):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    train = _labelled(tmp_path / "train", ["a", "b"])
+    fields = {"evaluation.train": spelling.format(train), "evaluation.test": str(train)}
+    config = _config(**{"dataset.path": str(train)} | fields)
+    training = datasets.training_source(config)
+    assert datasets.evaluation_sources(config, training).train is training
+    other = _config(**{"dataset.path": spelling.format(train)} | fields)
+    assert differences(as_json(config), as_json(other)) == []
+    assert datasets.training_source(other).name == training.name == str(train)
+
+
+def test_class_folders_that_differ_in_unicode_normalization_alone_are_the_same(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+
+    def labels(train, test):
+        shutil.rmtree(tmp_path / "sets", ignore_errors=True)
+        config = _config(
+            **{
+                "dataset.path": str(_labelled(tmp_path / "sets/train", train, count=1)),
+                "evaluation.test": str(_labelled(tmp_path / "sets/test", test, count=1)),
+            }
+        )
+        found = datasets.evaluation_sources(config, datasets.training_source(config)).test
+        return found.class_names, [found.example(i)[1] for i in range(len(found))]
+
+    assert labels(["a", composed, "z"], ["a", decomposed, "z"]) == (("a", "z", composed), [0, 2, 1])
+    assert labels(["a", decomposed], [composed, "a"]) == (("a", decomposed), [0, 1])
+    both = (decomposed, composed)  # two classes, since one folder has both
+    assert labels(both, both) == (both, [0, 1])
+    assert labels(["a", *both], ["a", composed]) == (("a", *both), [0, 2])
+    with pytest.raises(UserError, match="has classes that"):
+        labels(["a", composed], both)
 
 
 def test_evaluation_sets_may_be_tfds_splits(tmp_path):

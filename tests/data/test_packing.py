@@ -52,12 +52,27 @@ def test_packed_images_are_those_of_the_folder_smaller_in_the_same_order(
     assert files == [*shards, "index.json", "skipped.jsonl"]
 
 
-def test_images_that_are_small_already_are_not_enlarged_nor_compressed_twice(photos, tmp_path):
-    _pack(photos[0], tmp_path / "packed", shorter_side=48)
-    whole, packed = open_folder(str(photos[0])), open_path(str(tmp_path / "packed"))
-    assert whole.record_name(0).endswith(".jpg")
-    assert packed.example(0) == whole.example(0)
-    assert decode(packed.example(5)[0], 3).shape == (48, 64, 3)
+def test_files_of_images_that_are_small_already_stay_as_they_are(photos, tmp_path):
+    folder, broken = photos
+    _pack(folder, tmp_path / "packed", shorter_side=48)
+    whole, packed = open_folder(str(folder)), open_path(str(tmp_path / "packed"))
+    kept = [i for i in range(len(whole)) if whole.record_name(i) not in broken]
+    assert {whole.record_name(i)[-4:] for i in kept} >= {".jpg", ".png", ".bmp"}
+    assert [packed.example(i) for i in range(len(packed))] == [whole.example(i) for i in kept]
+
+
+def test_images_that_were_replaced_are_not_packed_as_if_they_were_the_same(tmp_path):
+    write_mixed(tmp_path / "photos", 20, broken_every=100)
+    _pack(tmp_path / "photos", tmp_path / "packed")
+    index = json.loads((tmp_path / "packed" / "index.json").read_text())
+    write_mixed(tmp_path / "photos", 20, broken_every=100, seed=1)
+    for complete in (True, False):
+        (tmp_path / "packed" / "index.json").write_text(json.dumps(index | {"complete": complete}))
+        with pytest.raises(UserError, match=r"images of .*photos have changed since .*packed"):
+            _pack(tmp_path / "photos", tmp_path / "packed")
+    del index["source_fingerprint"]  # as of an older version
+    (tmp_path / "packed" / "index.json").write_text(json.dumps(index))
+    assert _pack(tmp_path / "photos", tmp_path / "packed") == 20
 
 
 def test_packing_again_does_nothing_and_in_another_way_is_an_error(photos, tmp_path):
@@ -75,9 +90,9 @@ def test_a_folder_that_is_written_in_another_way_is_the_same_and_another_is_not(
     folder, broken = photos
     monkeypatch.chdir(folder.parent)
     monkeypatch.setenv("HOME", str(folder.parent))
-    first, name = f"{folder.name}/", folder.name
-    _pack(first, tmp_path)
-    for path in (name, f"./{name}", f"{name}/bright/..", f"~/{name}", folder):
+    name = first = folder.name
+    _pack(f"{name}/", tmp_path)
+    for path in (name, f"{name}/", f"./{name}", f"{name}/bright/..", f"~/{name}", folder):
         index = json.loads((tmp_path / "index.json").read_text())
         assert index["source"] == first
         (tmp_path / "index.json").write_text(json.dumps(index | {"complete": False}))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import types
 
 import cv2
@@ -16,11 +17,11 @@ from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.errors import UserError
 from music_jax.evaluation import feature_protocols
-from music_jax.evaluation.evaluate import envelope
+from music_jax.evaluation.evaluate import PROTOCOLS, envelope, measure
 from music_jax.evaluation.features import SplitFeatures
 from music_jax.evaluation.opening import _apply
 from music_jax.evaluation.run import Run
-from music_jax.evaluation.transfer import _at
+from music_jax.evaluation.transfer import on_dataset
 from music_jax.mesh import make_data_mesh
 from music_jax.records import write_json
 
@@ -56,19 +57,9 @@ def test_a_transfer_from_the_images_of_the_training_learns_from_these(tmp_path):
     sources = datasets.evaluation_sources(config, datasets.training_source(config))
     run = _run(tmp_path, config, sources, sources.test)
     other = _folder(tmp_path / "other", images=2)
-    there = _at(run, f"{config.dataset.path}:{other}")
+    there = on_dataset(run, f"{config.dataset.path}:{other}")
     assert (len(there.sources.train), len(there.sources.test)) == (6, 4)
     assert there.images is there.sources.test
-
-
-def test_what_evaluation_sources_leave_out_is_noted(tmp_path):
-    config = small_config()
-    config.dataset.path = _folder(tmp_path / "train")
-    config.evaluation.test = _folder(tmp_path / "test")
-    (tmp_path / "test" / "a" / "link").symlink_to(tmp_path / "train" / "a")
-    sources = datasets.evaluation_sources(config, datasets.training_source(config))
-    run = _run(tmp_path, config, sources, sources.test)
-    assert "1 of " + sources.test.name in run.skipped.summary()
 
 
 def test_labels_kept_on_disk_are_those_of_the_same_classes(tmp_path):
@@ -120,3 +111,55 @@ def test_what_may_change_for_an_evaluation_is_all_named():
         _apply(small_config(), {"seed": 3})
     for field in FREE_FIELDS:
         assert field in str(told.value)
+
+
+def test_features_are_kept_by_what_the_images_are_not_by_how_the_folder_is_named(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Run, "_weights", 0)
+    folder = tmp_path / "photos"
+    _folder(folder)
+    run = _run(tmp_path, small_config(), None, None)
+
+    def key():
+        return run._key(datasets.open_path(str(folder)), "trained")
+
+    before = key()
+    assert run._key(datasets.open_path(f"{folder}//"), "trained") == before
+    image = folder / "a" / "1.png"
+    content = bytearray(image.read_bytes())
+    content[-1] ^= 1  # as large as before
+    image.write_bytes(content)
+    assert key() != before
+    before = key()
+    os.utime(image, ns=(1, 1))
+    assert key() != before
+
+
+def test_figures_of_images_that_have_changed_are_measured_again(tmp_path, monkeypatch):
+    config = small_config()
+    config.dataset.path = _folder(tmp_path / "train")
+    config.evaluation.test = _folder(tmp_path / "test")
+    measured = []
+
+    def retrieval(run):
+        measured.append(run)
+        return {"map": 0.5}
+
+    protocol = PROTOCOLS["retrieval"]._replace(measure=retrieval)
+    monkeypatch.setitem(PROTOCOLS, "retrieval", protocol)
+
+    def measure_and_count(**fields):
+        config.evaluation.update(fields)
+        sources = datasets.evaluation_sources(config, datasets.training_source(config))
+        measure(_run(tmp_path, config, sources, sources.test), ["retrieval"])
+        return len(measured)
+
+    assert [measure_and_count(), measure_and_count()] == [1, 1]
+    assert measure_and_count(test=f"{tmp_path}/./test/") == 1
+    cv2.imwrite(str(tmp_path / "test" / "b" / "1.png"), np.ones((4, 4, 3), np.uint8))
+    assert [measure_and_count(), measure_and_count()] == [2, 2]
+    figures = json.loads((tmp_path / "retrieval.json").read_text())
+    del figures["images_fingerprint"]  # as of an older version
+    (tmp_path / "retrieval.json").write_text(json.dumps(figures))
+    assert measure_and_count() == 2

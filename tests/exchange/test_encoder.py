@@ -186,6 +186,31 @@ def test_parts_of_other_images_are_not_gone_on_from(encoder, folder, tmp_path, c
     assert _npy(output)[0]["files"] == names
 
 
+def test_what_was_encoded_of_other_pixels_is_not_done(encoder, folder, tmp_path):
+    photos, _, images = folder
+    output = tmp_path / "f.npy"
+    encode_folder(encoder, open_folder(str(photos)), str(output))
+    assert encode_folder(encoder, open_folder(f"{photos}/"), str(output)).endswith("is done")
+    before = os.stat(photos / "0.png")
+    cv2.imwrite(str(photos / "0.png"), 255 - images[0])
+    assert os.stat(photos / "0.png").st_mtime_ns != before.st_mtime_ns
+    with pytest.raises(UserError, match="from other images or weights"):
+        encode_folder(encoder, open_folder(str(photos)), str(output))
+
+
+def test_names_that_are_not_utf8_are_written_printable(encoder, folder, tmp_path):
+    photos, names, _ = folder
+    (photos / "6.png").rename(os.fsdecode(os.fsencode(photos) + b"/caf\xe9.png"))
+    (photos / "3-broken.jpg").rename(os.fsdecode(os.fsencode(photos) + b"/br\xe9.jpg"))
+    names = [*names[:3], "caf\\xe9.png", *names[4:]]
+    encode_folder(encoder, open_folder(str(photos)), str(tmp_path / "f.npy"), codes=True)
+    record = _npy(tmp_path / "f.npy")[0]
+    assert record["files"] == names
+    assert {b["file"] for b in record["broken"]} == {"br\\xe9.jpg", "inner/empty.png"}
+    encode_folder(encoder, open_folder(str(photos)), str(tmp_path / "f.parquet"))
+    assert pq.read_table(tmp_path / "f.parquet")["file"].to_pylist() == names
+
+
 def test_a_folder_without_a_whole_image_is_told(encoder, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_bytes(b"no")

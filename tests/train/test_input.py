@@ -1,0 +1,127 @@
+"""A run resumes with the images that it began with."""
+
+import json
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+from etils import epath
+from small_runs import small_config
+
+from music_jax.data.datasets import open_path
+from music_jax.data.packing import Packing, pack
+from music_jax.errors import UserError
+from music_jax.train import train_and_evaluate
+from music_jax.train.input import check_same_images
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(9):
+        cv2.imwrite(str(folder / f"{i}.bmp"), rng.integers(0, 256, (4, 4, 3), np.uint8))
+    return folder
+
+
+def _check(tmp_path, folder, *, resuming):
+    (tmp_path / "run").mkdir(exist_ok=True)
+    check_same_images(epath.Path(tmp_path / "run"), open_path(str(folder)), resuming=resuming)
+
+
+def _rename(folder):
+    (folder / "0.bmp").rename(folder / "x.bmp")
+
+
+def _swap(folder):
+    (folder / "0.bmp").rename(folder / "x")
+    (folder / "1.bmp").rename(folder / "0.bmp")
+    (folder / "x").rename(folder / "1.bmp")
+
+
+def _replace(folder):  # as large as before
+    content = bytearray((folder / "5.bmp").read_bytes())
+    content[-1] ^= 1
+    (folder / "5.bmp").write_bytes(content)
+
+
+def _enlarge(folder):
+    cv2.imwrite(str(folder / "3.bmp"), np.zeros((5, 4, 3), np.uint8))
+
+
+def _add(folder):
+    shutil.copy(folder / "3.bmp", folder / "33.bmp")
+
+
+@pytest.mark.parametrize("change", [_rename, _swap, _replace, _enlarge, _add])
+def test_a_run_is_not_resumed_with_other_images(photos, tmp_path, change):
+    _check(tmp_path, photos, resuming=False)
+    change(photos)
+    with pytest.raises(UserError, match=r"images of .*photos have changed .*remove .*images\.json"):
+        _check(tmp_path, photos, resuming=True)
+    (tmp_path / "run" / "images.json").unlink()  # as the message says
+    _check(tmp_path, photos, resuming=True)
+    _check(tmp_path, photos, resuming=True)
+
+
+def test_a_run_without_a_checkpoint_begins_with_what_is_there(photos, tmp_path):
+    _check(tmp_path, photos, resuming=False)
+    _rename(photos)
+    _check(tmp_path, photos, resuming=False)
+    _check(tmp_path, photos, resuming=True)
+
+
+def test_a_copy_of_a_folder_holds_the_same_images(photos, tmp_path):
+    _check(tmp_path, photos, resuming=False)
+    for path in photos.iterdir():
+        shutil.copyfile(path, photos / "copy")  # with another modification time
+        (photos / "copy").rename(path)
+    (photos / "notes.txt").touch()
+    photos.rename(tmp_path / "elsewhere")
+    _check(tmp_path, tmp_path / "elsewhere", resuming=True)
+
+
+def test_packed_images_are_compared_too(photos, tmp_path):
+    def packed(name):
+        pack(open_path(str(photos)), epath.Path(tmp_path / name), Packing(shard_size=4))
+        return tmp_path / name
+
+    first = packed("packed")
+    _check(tmp_path, first, resuming=False)
+    first.rename(tmp_path / "moved")
+    _check(tmp_path, tmp_path / "moved", resuming=True)
+    _replace(photos)
+    with pytest.raises(UserError, match="have changed"):
+        _check(tmp_path, packed("other"), resuming=True)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 100])
+def test_a_damaged_file_is_named_with_what_to_do(photos, tmp_path, content):
+    _check(tmp_path, photos, resuming=False)
+    (tmp_path / "run" / "images.json").write_text(content)
+    with pytest.raises(UserError, match=r"cannot read .*images\.json: .*remove it to resume"):
+        _check(tmp_path, photos, resuming=True)
+    (tmp_path / "run" / "images.json").write_text(json.dumps({"fingerprint": "another"}))
+    with pytest.raises(UserError, match="have changed"):
+        _check(tmp_path, photos, resuming=True)
+
+
+@pytest.mark.slow
+def test_a_training_refuses_images_that_were_renamed_since_it_was_stopped(photos, tmp_path):
+    config = small_config(name="tiny_resnet")
+    config.dataset.update({"path": str(photos), "name": "", "num_channels": 3})
+    config.dataset.update({"mean": (0.5,) * 3, "std": (0.5,) * 3})
+    config.crop.size = config.crop.eval_resize = 8
+    config.update({"batch_size": 8, "num_epochs": 2, "tensorboard": False})
+    config.checkpoint.update({"every_steps": 1, "max_to_keep": 9})
+    config.optimizer.warmup_epochs = 0
+    train_and_evaluate(config, str(tmp_path / "run"))
+    _rename(photos)
+    train_and_evaluate(config, str(tmp_path / "run"))  # it is done: no image is read
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+    with pytest.raises(UserError, match="have changed"):
+        train_and_evaluate(config, str(tmp_path / "run"))
+    (photos / "x.bmp").rename(photos / "0.bmp")
+    assert int(train_and_evaluate(config, str(tmp_path / "run")).step) == 2
