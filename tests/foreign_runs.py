@@ -32,7 +32,7 @@ import tqdm
 
 ROOT = pathlib.Path(__file__).parents[1]
 HANG_SECONDS = 300  # of all commands on one run
-CASES_A_PROCESS = 50  # what JAX keeps compiled grows with each
+CASES_A_PROCESS = 100  # what JAX keeps compiled grows with each
 MEMORY = 4 * 2**30  # beside what a worker holds before it begins
 COMMANDS = ("report", "evaluate", "export", "load", "encode")
 OUTCOMES = ("accepted", "clear errors", "wrong")
