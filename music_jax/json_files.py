@@ -11,6 +11,7 @@ from typing import Any
 from etils import epath
 
 _MAX_DEPTH = 32
+_CHUNK = 1 << 18  # bytes
 _MAX_BYTES = 1 << 26  # of a file; what this package writes is far smaller
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{]|[\]}]', re.DOTALL)
@@ -75,11 +76,16 @@ def read_bytes(path: pathlib.Path | epath.Path, *, max_bytes: int) -> bytes:
         forever.
     """
     check_is_file(path)
+    chunks, size = [], 0
     with path.open("rb") as file:
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        raise OSError(f"{path} is larger than the {max_bytes / 2**20:.0f} MiB that it may have")
-    return content
+        while chunk := file.read(_CHUNK):
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > max_bytes:
+                raise OSError(
+                    f"{path} is larger than the {max_bytes / 2**20:.0f} MiB that it may have"
+                )
+    return b"".join(chunks)
 
 
 def check_is_file(path: pathlib.Path | epath.Path) -> None:

@@ -8,8 +8,8 @@ from music_jax.paths import escape_surrogates
 def printable(text: str) -> str:
     r"""Escapes all that a terminal would obey instead of showing it.
 
-    Control and format characters and ends of lines become, for example, `\x1b` and `\n`, so that the
-    text stays on one line and moves no cursor; for surrogates see `paths.escape_surrogates`.
+    Control and format characters and ends of lines become, for example, `\x1b` and `\n`, so that
+    the text stays on one line and moves no cursor; for surrogates see `paths.escape_surrogates`.
     """
     text = escape_surrogates(text)
     if text.isprintable():

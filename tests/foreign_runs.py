@@ -32,7 +32,7 @@ import tqdm
 
 ROOT = pathlib.Path(__file__).parents[1]
 HANG_SECONDS = 300  # of all commands on one run
-CASES_A_PROCESS = 50  # what JAX keeps compiled grows with each
+CASES_A_PROCESS = 100  # what JAX keeps compiled grows with each
 MEMORY = 4 * 2**30  # beside what a worker holds before it begins
 COMMANDS = ("report", "evaluate", "export", "load", "encode")
 OUTCOMES = ("accepted", "clear errors", "wrong")
@@ -51,12 +51,13 @@ def watch(base: pathlib.Path) -> None:
     def below(path: str, folders: list[str]) -> bool:
         return any(f"{path}/".startswith(f"{folder}/") for folder in folders)
 
-    def real(path: object) -> str | None:
-        """Where a name lies; what it leads to is for the listing to tell."""
+    def real(path: object, folder: int = -1) -> str | None:
+        """Where a name lies, in an open folder or not; the listing tells what it leads to."""
         if not isinstance(path, str | bytes | os.PathLike):
             return None
-        folder, name = os.path.split(os.path.abspath(os.fsdecode(path)))
-        return f"{os.path.realpath(folder)}/{name}"
+        start = os.getcwd() if folder == -1 else os.readlink(f"/proc/self/fd/{folder}")
+        where, name = os.path.split(os.path.normpath(os.path.join(start, os.fsdecode(path))))
+        return f"{os.path.realpath(where)}/{name}"
 
     def hook(event: str, arguments: tuple) -> None:
         if event.startswith((*PROCESSES, *NETWORK)) or event == "pickle.find_class":
@@ -77,8 +78,11 @@ def watch(base: pathlib.Path) -> None:
             if below(os.path.abspath(os.fsdecode(arguments[0])), [outside]):
                 _events.append(f"listed {arguments[0]!r}")
         elif event in WRITES:
+            folder = -1 if event == "os.truncate" else arguments[-1]
+            # What a link leads to, which comes first, is not written.
             for path in arguments[event == "os.symlink" :]:
-                if (where := real(path)) and not below(where, allowed):
+                where = real(path, folder)
+                if where is not None and not below(where, allowed):
                     _events.append(f"{event} {path!r}")
         elif event == "exec" and below(getattr(arguments[0], "co_filename", ""), [run]):
             _events.append(f"ran {arguments[0].co_filename!r}")
@@ -155,7 +159,9 @@ class Cases:
         # Half of the runs are given the place of the images, the others have to do without.
         self._commands: dict[str, Callable[[dict[str, object]], object]] = {
             "report": lambda given: write_report([run], num_images=16, overrides=given),
-            "evaluate": lambda given: evaluate(run, protocols=("linear", "knn"), overrides=given),
+            "evaluate": lambda given: evaluate(
+                run, protocols=("knn",), overrides=given, again=True
+            ),
             "export": lambda _: export(run, form="safetensors", output=str(output / "x")),
             "load": lambda _: music_jax.load(run)(np.zeros((2, 8, 8, 1), np.uint8)),
             "encode": lambda _: encode(),

@@ -2,12 +2,17 @@
 
 import io
 import json
+import os
+import pathlib
 import struct
+import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
+from etils import epath
 
-from music_jax.json_files import parse_json
+from music_jax.json_files import parse_json, read_json, read_text
 from music_jax.npz_files import read_npz
 
 
@@ -19,6 +24,43 @@ def test_deep_json_is_refused_and_brackets_in_texts_are_not():
     assert parse_json(json.dumps(names)) == names
     with pytest.raises(ValueError, match="Unterminated"):
         parse_json("[" * 20 + '"' + '\\"[' * 200_000)
+
+
+@pytest.mark.parametrize("digits", ["9" * 400, "9" * 5000, str(2**63), str(-(2**63) - 1)])
+def test_whole_numbers_of_more_than_64_bits_are_refused(digits):
+    with pytest.raises(ValueError, match=r"more than 64 bits|integer string conversion"):
+        parse_json(f'{{"step": [{digits}]}}')
+
+
+def test_numbers_within_64_bits_are_read_as_they_are():
+    text = f"[{2**63 - 1}, {-(2**63)}, 0, -5, 1.5, 1e300]"
+    assert parse_json(text) == [2**63 - 1, -(2**63), 0, -5, 1.5, 1e300]
+
+
+def test_surrogates_that_stand_for_no_byte_are_refused_and_names_of_files_are_read():
+    for text in (r'"\ud800"', r'{"\uDfFf": 1}', r'["a", "\ude00\ud83d"]', r'"\udc7f"'):
+        with pytest.raises(ValueError, match="surrogates not allowed"):
+            parse_json(text)
+    name = b"caf\xe9.png".decode("utf-8", "surrogateescape")
+    assert parse_json(json.dumps([name, "\U0001f600"])) == [name, "\U0001f600"]
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, pathlib.Path.mkdir, lambda p: p.symlink_to("/dev/zero")]
+)
+def test_what_is_no_file_is_not_read(make, tmp_path):
+    make(tmp_path / "x")
+    for read in (read_json, read_text, read_npz):
+        with pytest.raises(OSError, match="is not a regular file"):
+            read(epath.Path(tmp_path / "x"))
+
+
+def test_what_is_larger_than_anything_expected_is_not_read(tmp_path):
+    with (tmp_path / "x").open("wb") as file:
+        file.truncate(1 << 40)  # takes no room
+    for read in (read_json, read_text, read_npz):
+        with pytest.raises(OSError, match="larger than the 64 MiB that it may have"):
+            read(epath.Path(tmp_path / "x"))
 
 
 def _zip(**changes):
@@ -72,4 +114,51 @@ def _npy():
 def test_a_damaged_npz_file_is_a_value_error(content, tmp_path):
     (tmp_path / "a.npz").write_bytes(content)
     with pytest.raises(ValueError, match=r"it is no whole \.npz file: ."):
+        read_npz(tmp_path / "a.npz")
+
+
+def _entry(shape, descr="<i8", content=b""):
+    header = io.BytesIO()
+    described = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, described)
+    return header.getvalue() + content
+
+
+_BOMBS = {
+    "declared": _entry((1 << 30,)),
+    "product": _entry((1 << 20, 1 << 20, 1 << 20)),
+    "no bytes": _entry((0, 1 << 62)),
+    "negative": _entry((-1,), content=bytes(8)),
+    "object": _entry((1,), "|O", bytes(8)),
+    "text": _entry((1,), "<U1000000000"),
+    "other order": _entry((1,), ">i8", bytes(8)),
+    "header": b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + bytes(1000),
+    "brackets": b"\x93NUMPY\x01\x00\x10\x27" + b"(" * 10_000,
+}
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("content", _BOMBS.values(), ids=_BOMBS)
+def test_arrays_that_are_not_what_they_say_take_no_memory(content, compression, tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", compression) as archive:
+        archive.writestr("a.npy", content)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"it is no whole \.npz file: ."):
+        read_npz(tmp_path / "a.npz")
+    assert tracemalloc.get_traced_memory()[1] < 5e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", ["inflated", "repeated", "many"])
+def test_archives_that_are_larger_inside_are_refused_before_they_are_read(kind, tmp_path):
+    compression = zipfile.ZIP_DEFLATED if kind == "inflated" else zipfile.ZIP_STORED
+    large = _entry((1 << 20,), content=bytes(8 << 20))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", compression) as archive:
+        for i in range(100 if kind == "many" else 1):
+            archive.writestr(
+                f"{i}.npy", _entry((1,), content=bytes(8)) if kind == "many" else large
+            )
+        if kind == "repeated":  # several entries that are the same bytes of the file
+            archive.filelist *= 30
+    with pytest.raises(ValueError, match=r"compressed|larger than the file|more than 64 arrays"):
         read_npz(tmp_path / "a.npz")

@@ -5,6 +5,8 @@ shards, in order, and the classes; a directory that has one is a packed dataset.
 its index says so, and beside each shard that is finished lies a JSON file with what it holds.
 """
 
+import bisect
+import itertools
 import json
 import os
 import stat
@@ -13,14 +15,17 @@ from typing import Any
 
 from etils import epath
 
+from music_jax.data.folder import MAX_FILE_BYTES
+from music_jax.data.shards import largest_chunk
 from music_jax.data.sources import Source
-from music_jax.errors import UserError
+from music_jax.errors import UndecodableError, UserError
 from music_jax.json_files import read_json
 from music_jax.paths import check_utf8, escape_surrogates, normalized
 
 INDEX_FILE = "index.json"
 FORMAT = "music_jax packed images, version 1"
 _SUFFIX = ".array_record"
+_LABEL_BYTES = 4
 
 
 def is_packed(path: str) -> bool:
@@ -77,7 +82,7 @@ def open_packed(path: str) -> Source:
             if not stat.S_ISREG(status.st_mode):
                 raise ValueError(f"{os.path.basename(name)} is a link or no file")
             stamps.append((status.st_size, status.st_mtime_ns))
-        records = ArrayRecordDataSource(files)
+        records = _Records(files, [ArrayRecordDataSource([name]) for name in files])
         if len(records) != index["num_images"]:
             raise ValueError(f"they hold {len(records)} images, not {index['num_images']}")
     except Exception as error:  # whatever the reader raises on damage
@@ -91,7 +96,7 @@ def open_packed(path: str) -> Source:
 
     return Source(
         name=escape_surrogates(normalized(path)),
-        records=_Records(records),
+        records=records,
         image_key="image",
         label_key="label",
         num_classes=len(names),
@@ -106,12 +111,33 @@ def encode_record(image: bytes, label: int) -> bytes:
 
 
 class _Records:
-    def __init__(self, records: Any):
-        self._records = records
+    """The records of all shards; one of a shard is read once all of it are known to be small."""
+
+    def __init__(self, files: list[str], shards: list[Any]):
+        self._files, self._shards = files, shards
+        self._ends = list(itertools.accumulate(map(len, shards)))
+        self._wrong: list[str | None] = [None] * len(shards)  # None: not checked yet
 
     def __len__(self) -> int:
-        return len(self._records)
+        return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self._records[index]
+        shard = bisect.bisect_right(self._ends, index)
+        wrong = self._wrong[shard]
+        if wrong is None:
+            wrong = self._wrong[shard] = _wrong_with(self._files[shard])
+        if wrong:
+            raise UndecodableError(f"its shard {wrong}")
+        record = self._shards[shard][index - self._ends[shard] + len(self._shards[shard])]
         return {"image": record[4:], "label": struct.unpack_from("<i", record)[0]}
+
+
+def _wrong_with(shard: str) -> str:
+    """Why no record of a shard is read, if anything: one that is larger than any image."""
+    try:
+        size = largest_chunk(shard)
+    except (OSError, ValueError) as error:
+        return f"cannot be read: {error}"
+    if size > MAX_FILE_BYTES + _LABEL_BYTES:
+        return f"has a record of {size:,} bytes, and images have {MAX_FILE_BYTES:,} at most"
+    return ""

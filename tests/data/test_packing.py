@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from mixed_images import write_mixed
 from processes import run, start
@@ -14,7 +15,8 @@ from music_jax.data.datasets import open_path
 from music_jax.data.decode import decode
 from music_jax.data.folder import open_folder
 from music_jax.data.packing import Packing, pack
-from music_jax.errors import UnusableDataError, UserError
+from music_jax.data.shards import largest_chunk
+from music_jax.errors import UndecodableError, UnusableDataError, UserError
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +166,42 @@ def test_too_many_broken_images_are_an_error(photos, tmp_path):
 def test_arguments_that_cannot_be_meant_are_named(fields):
     with pytest.raises(UserError, match=f"--{next(iter(fields))} must be"):
         Packing(**fields)
+
+
+def test_a_record_that_would_fill_the_memory_is_not_read(photos, tmp_path):
+    _pack(photos[0], tmp_path / "packed")
+    shard = tmp_path / "packed" / "images-00001-of-00003.array_record"
+    count = len(open_path(str(tmp_path / "packed")))
+    writer = ArrayRecordWriter(str(shard), "group_size:1")
+    shards = json.loads((tmp_path / "packed" / "index.json").read_text())["shards"]
+    for _ in range(shards[1]["images"] - 1):
+        writer.write(b"small")
+    bomb = bytes(2**29 + 5)  # a byte more than an image with its label may have
+    writer.write(bomb)
+    writer.close()
+    assert shard.stat().st_size < 1e6
+    source = open_path(str(tmp_path / "packed"))
+    assert len(source) == count
+    first = shards[0]["images"]
+    for index in range(first, first + shards[1]["images"]):
+        with pytest.raises(UndecodableError, match="its shard has a record of 536,870,9"):
+            source.example(index)
+    assert decode(source.example(0)[0], 3).shape == (24, 32, 3)
+    assert decode(source.example(count - 1)[0], 3).shape == (24, 32, 3)
+
+
+@pytest.mark.parametrize("options", ["group_size:1", "group_size:3", "group_size:1,uncompressed"])
+def test_the_largest_chunk_is_found_wherever_blocks_begin(options, tmp_path):
+    rng = np.random.default_rng(0)
+    sizes = [0, 1, 65_496, 65_472, 65_512, 65_536, 130_000, 200_000, 20, 3]
+    for shift in range(0, 60, 7):
+        path = str(tmp_path / f"{shift}")
+        writer = ArrayRecordWriter(path, options)
+        for size in (shift, *sizes):
+            writer.write(rng.bytes(size))
+        writer.write(bytes(3_000_000))
+        writer.close()
+        assert 3_000_000 <= largest_chunk(path) <= 3_000_000 + 330_000
 
 
 @pytest.mark.slow

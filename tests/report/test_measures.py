@@ -6,6 +6,7 @@ import scipy.special
 from sklearn.metrics import confusion_matrix
 from sklearn.metrics.pairwise import cosine_similarity
 
+from music_jax.evaluation.predictions import Predictions
 from music_jax.report import measures, page
 from tests.report.reports import data_of, make_seen, make_shown, write_results, write_workdir
 
@@ -86,6 +87,24 @@ def test_the_map_keeps_near_what_is_near_and_is_none_of_a_collapse():
     assert measures.flat_map(np.ones((60, 30), np.float32)) is None
     assert measures.flat_map(seen.embeddings[:4]) is None
     assert np.all(np.isfinite(measures.flat_map(np.eye(2, dtype=np.float32)[np.arange(9) % 2])))
+
+
+def test_labels_cost_no_memory_by_their_size():
+    labels = np.asarray([0, 0, 3, 2**31 - 1], np.int64)
+    predictions = np.asarray([0, 3, 3, 0], np.int64)
+    found = measures.confusion(Predictions(np.arange(4), labels, predictions, 2), ["a"])
+    assert found.names == ["a", "3", "2147483647"]
+    np.testing.assert_array_equal(found.counts, [[1, 1, 0], [0, 1, 0], [1, 0, 0]])
+    assert found.pairs == [("a", "3", 1, 2), ("2147483647", "a", 1, 1)]
+    assert found.left_out == 0
+
+
+def test_classes_that_do_not_occur_are_shown_where_there_are_few():
+    labels = np.asarray([0, 2], np.int64)
+    found = measures.confusion(Predictions(np.arange(2), labels, labels, 2), ["a", "b", "c"])
+    assert found.names == ["a", "b", "c"]
+    np.testing.assert_array_equal(found.counts, np.diag([1, 0, 1]))
+    assert found.pairs == []
 
 
 def test_confusions_are_counted(tmp_path):

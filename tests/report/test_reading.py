@@ -44,6 +44,13 @@ def test_predictions_of_another_probe_are_not_shown(tmp_path):
     (run,) = read_workdirs([str(path)])
     assert run.predictions is None
     assert "another probe" in run.notes[0]
+    for label in (2**31, 10**12, -1):
+        values = np.asarray([label])
+        arrays = {"indices": np.arange(1), "labels": values, "predictions": values}
+        np.savez(path / "linear_eval.npz", **arrays, step=np.asarray(30))
+        (run,) = read_workdirs([str(path)])
+        assert run.predictions is None
+        assert "linear_eval.npz cannot be read: its predictions" in run.notes[0] or label < 0
     np.savez(path / "linear_eval.npz", step=np.asarray([object()]))
     (run,) = read_workdirs([str(path)])
     assert "linear_eval.npz cannot be read" in run.notes[0]

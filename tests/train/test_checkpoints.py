@@ -6,7 +6,9 @@ import json
 import re
 import resource
 import threading
+import time
 
+import google_crc32c
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,6 +96,31 @@ def test_a_checkpoint_from_before_the_order_was_mixed_resumes_and_says_so(tmp_pa
     with pytest.raises(UserError, match="has the dataset changed"):
         checkpoints.restore(7, jax.eval_shape(_state), mesh, order)
     checkpoints.close()
+
+
+def test_a_checkpoint_that_names_other_files_is_one_error_and_nothing_else(tmp_path, capfd):
+    mesh = make_data_mesh(1)
+    writer = Checkpoints(epath.Path(tmp_path))
+    writer.save(
+        7, jax.device_put(_state(), state_shardings(_state(), mesh)), TrainingOrder(32, 16, 0)
+    )
+    writer.close()
+    state = tmp_path / "checkpoints" / "7" / "state"
+    manifest = bytearray((state / "manifest.ocdbt").read_bytes())
+    name = b"d/" + next((state / "d").iterdir()).name.encode()
+    at = bytes(manifest).index(name)
+    manifest[at : at + len(name)] = b"http://127.0.0.1:9/".ljust(len(name), b"x")
+    checksum = google_crc32c.Checksum(bytes(manifest[:-4])).digest()
+    manifest[-4:] = checksum[::-1]
+    (state / "manifest.ocdbt").write_bytes(manifest)
+    capfd.readouterr()
+    for _ in range(5):
+        reader = Checkpoints(epath.Path(tmp_path), read_only=True)
+        with pytest.raises(UserError, match="cannot restore step 7 of"):
+            reader.restore(7, jax.eval_shape(_state), mesh)
+        reader.close()
+    time.sleep(0.2)  # for what would be printed later
+    assert capfd.readouterr() == ("", "")
 
 
 def test_damaged_checkpoints_are_set_aside_until_none_is_whole(tmp_path):

@@ -55,6 +55,18 @@ def test_lock_is_free_after_leaving_and_after_garbage(tmp_path):
         pass
 
 
+def test_a_lock_that_is_a_hard_link_is_refused_and_the_other_file_stays(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "precious").write_text("precious")
+    os.link(tmp_path / "precious", tmp_path / "run" / "lock")
+    with pytest.raises(UserError, match="lock is another file too, by a hard link; remove it"):
+        WorkdirLock(epath.Path(tmp_path / "run")).__enter__()
+    assert (tmp_path / "precious").read_text() == "precious"
+    (tmp_path / "run" / "lock").unlink()
+    with WorkdirLock(epath.Path(tmp_path / "run")):
+        pass
+
+
 def test_a_record_is_never_found_half_written(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "_BEAT_SECONDS", 0.0)
     (tmp_path / "lock").write_bytes(b" " * 4000 + b"garbage")
