@@ -237,6 +237,8 @@ def _parse_flags(argv: Sequence[str], usage: str) -> list[str]:
     except flags.Error as error:
         mistake = _config_mistake(argv) or _field_without_prefix(argv)
         fail(UserError(mistake or _one_line(error) + "; --help lists the options"))
+    except BrokenPipeError:
+        raise
     except OSError as error:
         if path is None or os.path.isfile(path):
             fail(UserError(_config_mistake(argv) or _one_line(error)))

@@ -142,7 +142,6 @@ def test_a_platform_that_is_not_installed_is_told_in_one_line(command, platforms
     [
         ("music_jax", (), "stdout"),
         ("music_jax.main", ("--help",), "stdout"),
-        ("music_jax.main", ("--helpfull",), "stdout"),
         ("music_jax.evaluate", ("--helpfields",), "stdout"),
         ("music_jax.export", (), "stderr"),  # the error that an option is missing
     ],
