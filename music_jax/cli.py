@@ -72,7 +72,7 @@ def run(
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; every option starts with --")
-            _look_for_no_absent_tpu()
+            _prepare_jax()
             main()
         except MusicError as error:
             fail(error)
@@ -167,16 +167,17 @@ def check_devices() -> None:
 
     try:
         jax.devices()
-    except Exception as error:  # an AssertionError without a text, if the plugin is not installed
+    except Exception as error:
         chosen = os.environ.get("JAX_PLATFORMS")
         what = f"JAX_PLATFORMS={chosen} cannot be used here" if chosen else "JAX finds no device"
         todo = "unset it, or install what it names" if chosen else "JAX_PLATFORMS=cpu uses the CPU"
-        fail(UserError(f"{what}: {_one_line(error) or 'nothing is installed for it'}; {todo}"))
+        fail(UserError(f"{what}: {_one_line(error)}; {todo}"))
 
 
-def _look_for_no_absent_tpu() -> None:
-    from music_jax.mesh import look_for_no_absent_tpu
+def _prepare_jax() -> None:
+    from music_jax.mesh import check_gpu_plugins, look_for_no_absent_tpu
 
+    check_gpu_plugins()
     look_for_no_absent_tpu()
 
 
@@ -247,6 +248,8 @@ def _parse_flags(argv: Sequence[str], usage: str) -> list[str]:
     except flags.Error as error:
         mistake = _config_mistake(argv) or _field_without_prefix(argv)
         fail(UserError(mistake or _one_line(error) + "; --help lists the options"))
+    except BrokenPipeError:
+        raise
     except OSError as error:
         if path is None or os.path.isfile(path):
             fail(UserError(_config_mistake(argv) or _one_line(error)))

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import pkgutil
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -106,6 +107,25 @@ def _check_processes(
         raise UserError(
             f"--process_id must be in [0, num_processes = {num_processes}); got {process_id}"
         )
+
+
+def check_gpu_plugins() -> None:
+    """Checks that the GPUs that JAX_PLATFORMS names have a plugin; JAX may pass over those without.
+
+    Raises:
+      UserError: one has none.
+    """
+    plugins = [point.value for point in importlib.metadata.entry_points(group="jax_plugins")]
+    spec = importlib.util.find_spec("jax_plugins")
+    if spec is not None:
+        plugins += [m.name for m in pkgutil.iter_modules(spec.submodule_search_locations)]
+    chosen = os.environ.get("JAX_PLATFORMS", "")
+    for platform in {"cuda", "rocm"} & set(chosen.split(",")):
+        if not any(platform in plugin for plugin in plugins):
+            raise UserError(
+                f"JAX_PLATFORMS={chosen} cannot be used here: JAX's plugin for {platform} is not "
+                "installed; unset it, or install what it names"
+            )
 
 
 def look_for_no_absent_tpu() -> None:

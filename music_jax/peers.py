@@ -195,15 +195,18 @@ def _replace_abort() -> None:
     first. Python's own signal handlers would run too late, on the main thread. Any other abort goes
     on, with the threads' tracebacks as absl prints them.
     """
+    library = ctypes.CDLL(None)
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def handle(number: int) -> None:
         if exist() and distributed.global_state.process_id != 0 and not _service_is_there():
             _end_alone(1, _gone("0", 0))
         faulthandler.dump_traceback(all_threads=True)
+        library.signal(signal.SIGABRT, None)  # the default, which ends the process
+        os.kill(os.getpid(), signal.SIGABRT)
 
     _kept.append(handle)
-    ctypes.CDLL(None).signal(signal.SIGABRT, handle)
+    library.signal(signal.SIGABRT, handle)
 
 
 def _service_is_there() -> bool:

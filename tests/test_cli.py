@@ -1,7 +1,14 @@
-"""Configs and fields that a command cannot take: one line on standard error, exit code 2."""
+"""What all commands share: clear errors, the list of fields, closed pipes, and no global state."""
+
+import os
+import pathlib
+import subprocess
+import sys
 
 import pytest
-from processes import run
+from processes import DIGITS, ROOT, run, start
+
+import music_jax
 
 _FIELDS = "this command takes no config file, only fields of one"
 _EMPTY = "from ml_collections.config_dict import ConfigDict as get_config"
@@ -50,3 +57,151 @@ def test_a_config_or_field_that_is_none(command, arguments, message, tmp_path):
     assert len(err.splitlines()) == 1, err
     assert message.format(**paths) in err
     assert not out
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "message"),
+    [
+        ("main", "--batch_size=12", "unknown flag --batch_size; did you mean --config.batch_size?"),
+        ("main", "--num-segments=4", "did you mean --config.objective.num_segments?"),
+        ("main", "--optimizer.name=sgd", "did you mean --config.optimizer.name?"),
+        ("evaluate", "--shots=1", "did you mean --config.few_shot.shots?"),
+        ("export", "--batch_size=12", "Unknown command line flag 'batch_size'"),
+    ],
+)
+def test_a_field_given_as_a_flag_is_told_how_to_give_it(command, flag, message):
+    code, out, err = run(f"music_jax.{command}", flag)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_fields_name_alone_may_be_that_of_several():
+    code, _, err = run("music_jax.main", "--momentum=0")
+    assert code == 2
+    fields = ("finetune", "linear_eval", "online_probe", "optimizer", "semi_supervised")
+    meant = " or ".join(f"--config.{field}.momentum" for field in fields)
+    assert err == f"error: unknown flag --momentum; did you mean {meant}?\n"
+
+
+def _listed(*arguments):
+    code, out, err = run("music_jax.main", *arguments, "--helpfields")
+    assert (code, err) == (0, "")
+    lines = [line.strip() for line in out.splitlines()]
+    return dict(line.split()[0].split("=") for line in lines if line.startswith("--config."))
+
+
+def test_the_list_of_fields_has_the_values_of_the_config_file_and_the_command_line():
+    default, digits = _listed(), _listed(DIGITS, "--config.objective.num_segments=9")
+    assert default["--config.batch_size"] == "256"
+    assert digits["--config.batch_size"] == "128"
+    assert digits["--config.dataset.name"] == "digits"
+    assert digits["--config.objective.num_segments"] == "9"
+    # Views that are the same are listed once.
+    assert not any(name.startswith("--config.augmentation.view_2.") for name in default)
+
+
+def test_views_that_differ_are_both_listed(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from music_jax.config import default_config\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        "    config.augmentation.view_2.blur_probability = 0.125\n"
+        "    return config\n"
+    )
+    fields = _listed(f"--config={tmp_path / 'mine.py'}")
+    assert fields["--config.augmentation.view_1.blur_probability"] != "0.125"
+    assert fields["--config.augmentation.view_2.blur_probability"] == "0.125"
+
+
+def test_a_config_file_that_is_not_there_is_told_before_its_fields_are_listed():
+    code, out, err = run("music_jax.main", "--config=nowhere.py", "--helpfields")
+    assert (code, out) == (2, "")
+    assert "cannot read the config file 'nowhere.py'" in err
+
+
+@pytest.mark.parametrize(
+    ("command", "platforms"),
+    [("main", "nosuch"), ("claims", "cpu,nosuch"), ("export", "cuda"), ("pack", "cuda,cpu")],
+)
+def test_a_platform_that_is_not_installed_is_told_in_one_line(command, platforms, tmp_path):
+    arguments = {
+        "main": (DIGITS, f"--workdir={tmp_path}/run"),
+        "claims": (DIGITS, f"--output={tmp_path}/claims"),
+    }.get(command, ())
+    process = start(f"music_jax.{command}", *arguments, env={"JAX_PLATFORMS": platforms})
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, out) == (2, "")
+    assert err.startswith(f"error: JAX_PLATFORMS={platforms} cannot be used here: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "prints_to"),
+    [
+        ("music_jax", (), "stdout"),
+        ("music_jax.main", ("--help",), "stdout"),
+        ("music_jax.evaluate", ("--helpfields",), "stdout"),
+        ("music_jax.export", (), "stderr"),  # the error that an option is missing
+    ],
+)
+def test_a_pipe_that_nobody_reads_ends_a_command_in_silence(module, arguments, prints_to):
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {prints_to: writer}
+    command = [sys.executable, "-m", module, *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, **streams)
+    os.close(writer)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 141  # what a shell gives for a process that SIGPIPE has ended
+    assert not out
+    assert not err
+
+
+_LOOK = """
+import importlib, os, pkgutil, signal, sys
+from absl import flags
+import music_jax
+before = {n: signal.getsignal(n) for n in signal.valid_signals()}
+for module in pkgutil.walk_packages(music_jax.__path__, "music_jax."):
+    if not module.name.endswith("__main__"):
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            assert not error.name.startswith("music_jax"), error
+after = {n: signal.getsignal(n) for n in signal.valid_signals()}
+ours = {m for m, found in flags.FLAGS.flags_by_module_dict().items() if found and "music" in m}
+print(ours, before == after, signal.set_wakeup_fd(-1))
+flags.DEFINE_string("workdir", "theirs", "A flag of a program that uses the library.")
+import music_jax.evaluate, music_jax.export, music_jax.linear_eval
+print(flags.FLAGS["workdir"].default)
+"""
+
+
+def test_importing_the_library_defines_no_flag_and_installs_no_handler():
+    done = subprocess.run([sys.executable, "-c", _LOOK], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "set() True -1\ntheirs\n", done.stderr
+
+
+def test_the_commands_are_listed_with_a_line_each():
+    code, out, err = run("music_jax")
+    assert (code, err) == (0, "")
+    listed = dict(line.split(maxsplit=1) for line in out.splitlines() if line.startswith("  "))
+    assert listed["main"] == "pre-trains a backbone and probes it"
+    package = pathlib.Path(music_jax.__file__).parent
+    for name in listed:
+        assert (package / f"{name}.py").exists() or (package / name / "__main__.py").exists()
+    assert {"evaluate", "report", "plan", "claims", "import_weights"} <= listed.keys()
+    assert "cli" not in listed
+
+
+def test_the_version_is_told():
+    assert run("music_jax", "--version") == (0, f"music_jax {music_jax.__version__}\n", "")
+
+
+def test_an_argument_that_is_no_option_is_told_the_commands():
+    code, out, err = run("music_jax", "evaluate", "--workdir=x")
+    assert (code, out) == (2, "")
+    assert "error: unexpected argument 'evaluate'" in err
+    assert "music_jax.main" in err

@@ -170,6 +170,9 @@ def test_every_field_of_the_interface_is_there():
 def test_a_config_file_with_other_values_keeps_the_rest():
     config = from_file("configs/digits.py", num_epochs=3, objective={"num_segments": 7})
     assert (config.num_epochs, config.objective.num_segments) == (3, 7)
+    assert from_file("configs/digits.py", **{"objective.num_segments": 7}).objective == (
+        config.objective
+    )
     assert config.objective.units_per_segment == 16
     validate(from_file("configs/digits.py"))
 
@@ -182,7 +185,21 @@ def test_a_config_file_with_other_values_keeps_the_rest():
         ("tests/small_runs.py", {}, "is no config file"),
         ("configs/digits.py", {"num_epoch": 3}, "num_epoch"),
         ("configs/digits.py", {"objective": {"segments": 3}}, "segments"),
-        ("configs/digits.py", {"num_epochs": "many"}, "does not fit"),
+        ("configs/digits.py", {"num_epochs": "many"}, "config.num_epochs must be of type int; got"),
+        ("configs/digits.py", {"num_epochs": True}, "config.num_epochs must be a number; got True"),
+        ("configs/digits.py", {"num_epochs": None}, "config.num_epochs must be of type int"),
+        ("configs/digits.py", {"objective": "vicreg"}, "config.objective is a group of fields and"),
+        ("configs/digits.py", {"objective": None}, "config.objective is a group of fields and"),
+        ("configs/digits.py", {"augmentation": {"view_1": 1}}, "config.augmentation.view_1 is a"),
+        ("configs/digits.py", {"dataset": {"path": 3}}, "config.dataset.path must be of type str"),
+        ("configs/digits.py", {"dataset": {"data_dir": 3}}, "dataset.data_dir must be of type str"),
+        ("configs/digits.py", {"seed": {"x": 1}}, "config.seed must be of type int"),
+        (
+            "configs/digits.py",
+            {"crop": {"scale": ("a", 1)}},
+            "config.crop.scale must be a tuple of",
+        ),
+        ("configs/digits.py", {"objective.nam": "x"}, "the nearest known one is 'objective.name'"),
     ],
 )
 def test_a_config_file_or_a_field_that_is_none_is_named(path, fields, message):

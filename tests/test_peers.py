@@ -2,11 +2,13 @@
 
 import json
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
-from processes import DIGITS, SMALL, free_port, metrics, run, start
+from processes import DIGITS, ROOT, SMALL, free_port, metrics, run, start
 
 _MAIN = "music_jax.main"
 
@@ -158,5 +160,92 @@ def test_when_one_is_killed_the_other_says_so_and_ends(data, tmp_path):
     second.kill()
     (_, err), _ = end(processes, timeout=120)
     assert first.returncode == 1, err[-2000:]
-    assert "error: no sign of life from process 1" in err
+    assert "error: no answer from process 1 for " in err
     assert _saved(workdir)
+
+
+_JOIN = """
+import sys, time
+from absl import app, logging
+from music_jax import mesh
+logging.set_verbosity(logging.FATAL)
+def main(argv):
+    mesh.join_cluster(argv[1], int(argv[2]), int(argv[3]))
+    print("joined", flush=True)
+    time.sleep(200)
+app.run(main)  # which has Python print the threads' tracebacks at an abort, as for all commands
+"""
+
+
+def _joined(count):
+    """Processes of a run that do nothing but to belong to it."""
+    address = f"127.0.0.1:{free_port()}"
+    command = [sys.executable, "-c", _JOIN, address, str(count)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(i)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for i in range(count)
+    ]
+    assert [process.stdout.readline() for process in processes] == ["joined\n"] * count
+    return processes
+
+
+def test_when_process_0_is_killed_the_others_say_so_at_once():
+    processes = _joined(3)
+    processes[0].kill()
+    results = end(processes, timeout=60)
+    for process, (_, err) in list(zip(processes, results, strict=True))[1:]:
+        assert process.returncode == 1, err
+        assert err.splitlines()[-1].startswith("error: no answer from process 0: killed or stopped")
+        assert "Fatal Python error" not in err
+
+
+def test_another_abort_still_prints_the_tracebacks():
+    processes = _joined(2)
+    processes[1].send_signal(signal.SIGABRT)
+    _, err = processes[1].communicate(timeout=60)
+    processes[0].kill()
+    processes[0].communicate()
+    assert processes[1].returncode == -signal.SIGABRT
+    assert "most recent call first" in err
+    assert "no answer" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_when_one_is_stopped_the_others_say_so_and_end(count, stopped):
+    processes = _joined(count)
+    processes[stopped].send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    others = processes[:stopped] + processes[stopped + 1 :]
+    try:
+        for process in others:
+            _, err = process.communicate(timeout=75 - (time.monotonic() - began))
+            assert process.returncode == 1, err
+            assert f"no answer from process {stopped} for 50 s" in err.splitlines()[-1]
+            assert "Fatal" not in err
+            assert "Traceback" not in err
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_a_process_that_waits_for_the_others_says_for_what():
+    port = free_port()
+    for index in (0, 1):
+        process = subprocess.Popen(
+            [sys.executable, "-c", _JOIN, f"127.0.0.1:{port}", "3", str(index)],
+            cwd=ROOT,
+            text=True,
+            stderr=subprocess.PIPE,
+        )
+        try:
+            assert process.stderr.readline() == (
+                f"process {index} of 3 waits for the others at 127.0.0.1:{port}, 0 s so far\n"
+            )
+        finally:
+            process.kill()
+            process.communicate()

@@ -9,15 +9,14 @@ from docutils import nodes
 from docutils.statemachine import StringList
 from sphinx.util.docutils import SphinxDirective
 
-from music_jax import config_fields
-from music_jax.completion import commands
+from music_jax import cli, config_fields
 
 
 class CommandsDirective(SphinxDirective):
     """A section for each command, with what its `--help` prints."""
 
     def run(self) -> list[nodes.Node]:
-        names = commands.names()
+        names = cli.commands()
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             return [_section(*told) for told in zip(names, pool.map(_help, names), strict=True)]
 

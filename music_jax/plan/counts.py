@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -95,11 +95,8 @@ def _received(sent: "_Sent", chip_of_device: np.ndarray) -> np.ndarray:
             source, target = chip_of_device[list(group)]
             received[target] += sent.size * (source != target)
             continue
-        whole = {
-            "all-reduce": 2 * sent.size,
-            "reduce-scatter": len(group) * sent.size,
-            "all-to-all": on_chip * sent.size,
-        }.get(sent.kind, sent.size)
+        times: Any = {"all-reduce": 2, "reduce-scatter": len(group), "all-to-all": on_chip}
+        whole = sent.size * times.get(sent.kind, 1)
         received += np.where(on_chip > 0, whole * (1 - on_chip / len(group)), 0.0)
     return received
 
@@ -150,16 +147,14 @@ def _groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
         sizes = {axis: int(size) for axis, size in (a.split("=") for a in found[1].split(","))}
         inner = [list(sizes).index(axis) for axis in found[2].split(",")]
         outer = [axis for axis in range(len(sizes)) if axis not in inner]
-        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
         width = math.prod(ids.shape[axis] for axis in inner)
-        ids = ids.transpose(outer + inner).reshape(-1, width)
+        ids = ids.transpose(outer + inner).reshape((-1, width))
     elif found := _GROUP_IOTA.search(attributes):
-        shape, sizes, order = (
-            [int(n) for n in text.split(",")] if text else []
-            for text in (found[1], found[2], found[3])
-        )
-        ids = np.arange(math.prod(sizes)).reshape(sizes)
-        ids = ids.transpose(order or range(len(sizes))).reshape(shape)
+        # Groups and devices in each; all devices as a grid; the order of the grid's axes.
+        shape, grid = (tuple(int(n) for n in text.split(",")) for text in found.groups()[:2])
+        order = [int(n) for n in found[3].split(",")] if found[3] else range(len(grid))
+        ids = np.arange(math.prod(grid)).reshape(grid).transpose(order).reshape(shape)
     elif found := _GROUP_LIST.search(attributes) or _PAIRS.search(attributes):
         groups = found[1].strip("{}").split("},{")
         return tuple(tuple(int(n) for n in group.split(",")) for group in groups)

@@ -1,0 +1,25 @@
+"""The table that a training ends with."""
+
+import pytest
+
+from music_jax.evaluation.tables import results_table
+
+
+@pytest.mark.parametrize(
+    ("classes", "chance"), [(10, ["10.0", "50.0", "10.0"]), (3, ["33.3", "100.0", "33.3"])]
+)
+def test_accuracies_stand_beside_chance_and_the_baselines(classes, chance):
+    linear = {"top1": 0.5, "top5": 0.9, "num_classes": classes}
+    linear |= {"raw_pixels_top1": 0.25, "random_init_top1": None}
+    rows = results_table({"linear": linear, "knn": {"top1": 0.4, "raw_pixels_top1": 0.2}})
+    cells = {line[:16].strip(): line[16:].replace("%", "").split() for line in rows.splitlines()}
+    assert cells["trained backbone"] == ["50.0", "90.0", "40.0"]
+    assert cells["raw pixels"] == ["25.0", "20.0"]
+    assert cells["chance"] == chance
+    assert "random backbone" not in cells
+
+
+def test_results_of_an_earlier_version_have_no_chance():
+    assert "chance" not in results_table(
+        {"linear": {"top1": 0.5, "top5": 0.9}, "knn": {"top1": 0.4}}
+    )
