@@ -334,3 +334,29 @@ def test_evaluation_sets_that_cannot_be_used_are_named(tmp_path, evaluation, mes
 def test_neither_a_name_nor_a_folder_is_an_error():
     with pytest.raises(UserError, match=r"dataset\.name.*dataset\.path"):
         datasets.prepare(default_config())
+
+
+def test_a_fingerprint_depends_on_every_name_and_size_and_if_asked_on_every_time(tmp_path):
+    for i in range(200):
+        _write(tmp_path / f"{i:03d}.png", i % 7)
+    image = tmp_path / "001.png"  # not one of the 64 whose contents are read
+
+    def fingerprints():
+        source = open_folder(str(tmp_path))
+        return source.fingerprint(times=False), source.fingerprint(times=True)
+
+    before = fingerprints()
+    assert fingerprints() == before
+    os.utime(image, ns=(1, 1))
+    touched = fingerprints()
+    assert (touched[0] == before[0], touched[1] == before[1]) == (True, False)
+    image.write_bytes(image.read_bytes() + b"\0")
+    larger = fingerprints()
+    assert larger[0] != before[0]
+    image.rename(tmp_path / "001a.png")
+    renamed = fingerprints()
+    assert len({before, touched, larger, renamed}) == 4
+    assert renamed[0] != larger[0]
+    some = open_folder(str(tmp_path))
+    chosen = [some.subset(np.asarray(rows)).fingerprint(times=False) for rows in ([1, 2], [2, 1])]
+    assert chosen[0] != chosen[1]
