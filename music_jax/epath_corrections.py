@@ -26,6 +26,7 @@ from music_jax.errors import UserError
 
 _MAX_WORKDIR_BYTES = 3500  # Linux takes paths of 4096; the longest name in a workdir has 500
 _GLOB_CHARACTERS = "*?[]"
+_ANSWERS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 
 
 class BucketError(OSError):
@@ -34,13 +35,14 @@ class BucketError(OSError):
 
 @contextlib.contextmanager
 def bucket_errors(path: Any) -> Iterator[None]:
-    """Raises a BucketError in place of any error but an OSError, if the path is in a bucket.
+    """Raises a BucketError for whatever says that a bucket cannot be used now.
 
-    gcsfs, aiohttp, google-auth, botocore and TensorFlow each have errors of their own.
+    gcsfs, aiohttp, google-auth, botocore and TensorFlow each have errors of their own; some are
+    OSErrors. What is missing, or there already, is no failure of the bucket.
     """
     try:
         yield
-    except (OSError, ImportError):  # ImportError: the client is not installed
+    except (*_ANSWERS, BucketError, ImportError):  # ImportError: the client is not installed
         raise
     except Exception as error:
         if "://" not in str(path):

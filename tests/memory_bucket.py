@@ -17,15 +17,15 @@ class Bucket(MemoryFileSystem):
 
     protocol = ("gs", "gcs")
     cachable = False
-    out_of_reach = False
+    failure = None  # what it answers with
 
     @classmethod
     def _strip_protocol(cls, path):
         return MemoryFileSystem._strip_protocol(path.removeprefix("gs://"))
 
     def _answer(self):
-        if Bucket.out_of_reach:
-            raise HttpError("503, Service Unavailable")
+        if Bucket.failure is not None:
+            raise Bucket.failure("503, Service Unavailable")
 
     def _open(self, path, mode="rb", **kwargs):
         self._answer()
@@ -59,10 +59,10 @@ def bucket_directory(monkeypatch):
 
 
 @contextlib.contextmanager
-def out_of_reach():
+def out_of_reach(failure=HttpError):
     """Meanwhile whatever is asked of the bucket fails."""
-    Bucket.out_of_reach = True
+    Bucket.failure = failure
     try:
         yield
     finally:
-        Bucket.out_of_reach = False
+        Bucket.failure = None

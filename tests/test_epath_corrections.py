@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
-from memory_bucket import bucket_directory, out_of_reach
+from memory_bucket import HttpError, bucket_directory, out_of_reach
 
 from music_jax import epath_corrections, records
 from music_jax.config import default_config
@@ -221,13 +221,14 @@ def test_logs_in_a_bucket_out_of_reach_are_told_and_written_later(bucket, capsys
     strict.close()
 
 
-def test_a_checkpoint_that_cannot_be_reached_is_not_called_damaged(bucket):
+@pytest.mark.parametrize("failure", [HttpError, OSError, TimeoutError, PermissionError])
+def test_a_checkpoint_that_cannot_be_reached_is_not_called_damaged(bucket, failure):
     (bucket / "7").mkdir()
     (bucket / "7" / "_CHECKPOINT_METADATA").write_text("{}")
     (bucket / "7" / "data").write_text("data")
     write_checksums(bucket / "7")
     assert find_damage(bucket / "7") is None
-    with out_of_reach(), pytest.raises(epath_corrections.BucketError, match="503"):
+    with out_of_reach(failure), pytest.raises(epath_corrections.BucketError, match="503"):
         find_damage(bucket / "7")
     (bucket / "7" / "data").write_text("other")
     assert find_damage(bucket / "7") == "data has changed"
