@@ -462,6 +462,7 @@ def weights(rng: random.Random, directory: pathlib.Path) -> None:
 @functools.cache
 def _small_run() -> pathlib.Path:
     run, config = _kept("run"), small_config()
+    config.dataset.name = "absent"  # which is neither there nor to be had
     save_run(run, config)
     (run / "metrics.jsonl").write_text('{"step": 1, "epoch": 0.5, "loss": 1.5}\n' * 3)
     (run / "skipped.jsonl").write_text('{"source": "a", "image": "b", "reason": "broken"}\n')
