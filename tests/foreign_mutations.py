@@ -14,7 +14,7 @@ import shutil
 import socket
 import struct
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 from etils import epath
@@ -348,10 +348,10 @@ MUTATIONS: dict[str, Callable[[random.Random, Place], None]] = {
 }
 
 
-def mutate(rng: random.Random, place: Place, kinds: Iterable[str] = MUTATIONS) -> list[str]:
-    """Changes a run in one to three ways, of some kinds; returns their names."""
+def mutate(rng: random.Random, place: Place) -> list[str]:
+    """Changes a run in one to three ways; returns their names."""
     done = []
-    chosen = rng.choices(list(kinds), k=rng.choice((1, 1, 1, 2, 3)))
+    chosen = rng.choices(list(MUTATIONS), k=rng.choice((1, 1, 1, 2, 3)))
     # Nesting comes last, and once: nothing goes through such a run without falling over.
     for name in sorted(set(chosen), key=lambda name: (name == "nesting", name)):
         try:

@@ -26,11 +26,10 @@ import optax
 import tensorflow_datasets as tfds
 from absl import flags
 from etils import epath
-from foreign_mutations import MUTATIONS, Place, array_bomb, mutate
+from foreign_mutations import array_bomb
 from hostile_images import hostile_image, mutated, whole_images
 from hostile_json import hostile_json, hostile_value
 from ml_collections import config_flags
-from small_runs import save_run, small_config
 
 from music_jax import cli, records
 from music_jax.config import default_config, differences, from_json, validate
@@ -48,9 +47,8 @@ from music_jax.evaluation import evaluate
 from music_jax.evaluation.cache import ArrayCache, Expected
 from music_jax.evaluation.predictions import read_predictions
 from music_jax.exchange.importing import import_weights
-from music_jax.exchange.trained import read_trained
 from music_jax.mesh import make_data_mesh
-from music_jax.report import measures, page
+from music_jax.report import measures
 from music_jax.train import lock as lock_module
 from music_jax.train.checkpoints import Checkpoints
 from music_jax.train.guards import init_guard_state
@@ -459,29 +457,6 @@ def weights(rng: random.Random, directory: pathlib.Path) -> None:
     import_weights(str(file), str(directory / "run"), config)
 
 
-@functools.cache
-def _small_run() -> pathlib.Path:
-    run, config = _kept("run"), small_config()
-    config.dataset.name = "absent"  # which is neither there nor to be had
-    save_run(run, config)
-    (run / "metrics.jsonl").write_text('{"step": 1, "epoch": 0.5, "loss": 1.5}\n' * 3)
-    (run / "skipped.jsonl").write_text('{"source": "a", "image": "b", "reason": "broken"}\n')
-    figures = {"top1": 1.0, "top5": 1.0, "raw_pixels_top1": None, "random_init_top1": 0.25}
-    figures |= evaluate.envelope("linear", config, 3)
-    (run / "linear_eval.json").write_text(json.dumps(figures))
-    return run
-
-
-def foreign_run(rng: random.Random, directory: pathlib.Path) -> None:
-    """A run's directory as a whole; `foreign_runs.py` tries more, and more commands."""
-    run = directory / "run"
-    shutil.copytree(_small_run(), run)
-    kinds = set(MUTATIONS) - {"hard links", "nesting"}  # which write, or cannot be removed
-    mutate(rng, Place(run, directory.parent / "outside"), sorted(kinds))
-    page.write_report([str(run)], output=str(directory / "report.html"), num_images=16)
-    read_trained(str(run))
-
-
 TARGETS: dict[str, Callable[[random.Random, pathlib.Path], None]] = {
     "images": images,
     "config.json": config_json,
@@ -498,7 +473,6 @@ TARGETS: dict[str, Callable[[random.Random, pathlib.Path], None]] = {
     "archives": archives,
     "arrays": arrays,
     "weights": weights,
-    "foreign run": foreign_run,
 }
 # Of a hundred cases, so many are of each: those that take long are fewer.
 SHARES = {
@@ -517,5 +491,4 @@ SHARES = {
     "archives": 1.5,
     "arrays": 3,
     "weights": 0.5,
-    "foreign run": 0.2,
 }
