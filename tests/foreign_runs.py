@@ -253,19 +253,8 @@ def printed(file: pathlib.Path, *, show: bool) -> Iterator[list[str]]:
 
 
 def remove(path: pathlib.Path) -> None:
-    """Removes a directory however deep it is."""
-    while path.exists():
-        try:
-            shutil.rmtree(path)
-        except RecursionError:
-            deep = path
-            for _ in range(500):
-                inner = [p for p in deep.iterdir() if p.is_dir() and not p.is_symlink()]
-                if not inner:
-                    break
-                deep = max(inner, key=lambda p: p.name == "d")
-            deep.rename(path.with_name(f"{path.name}-deep"))
-            remove(path.with_name(f"{path.name}-deep"))
+    """Removes a directory however deep it is, which `shutil.rmtree` cannot."""
+    subprocess.run(["rm", "-rf", path], check=True)
 
 
 def restore(base: pathlib.Path) -> None:

@@ -4,14 +4,18 @@ A case writes hostile files into its empty directory, beside which `outside` lie
 it must not reach, and reads them as the package does. It returns, or raises `MusicError`.
 """
 
+import contextlib
 import fcntl
 import functools
+import io
 import json
+import math
 import os
 import pathlib
 import random
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable
 from unittest import mock
 
@@ -22,6 +26,7 @@ import optax
 import tensorflow_datasets as tfds
 from absl import flags
 from etils import epath
+from foreign_mutations import array_bomb
 from hostile_images import hostile_image, mutated, whole_images
 from hostile_json import hostile_json, hostile_value
 from hostile_runs import foreign_run
@@ -40,7 +45,11 @@ from music_jax.data.packing import Packing, pack, shrink
 from music_jax.data.skipped import SkippedImages
 from music_jax.errors import UndecodableError, UserError
 from music_jax.evaluation import evaluate
+from music_jax.evaluation.cache import ArrayCache, Expected
+from music_jax.evaluation.predictions import read_predictions
+from music_jax.exchange.importing import import_weights
 from music_jax.mesh import make_data_mesh
+from music_jax.report import measures
 from music_jax.train import lock as lock_module
 from music_jax.train.checkpoints import Checkpoints
 from music_jax.train.guards import init_guard_state
@@ -392,6 +401,62 @@ def archives(rng: random.Random, directory: pathlib.Path) -> None:
         assert left == {"train.tar"}, left
 
 
+def arrays(rng: random.Random, directory: pathlib.Path) -> None:
+    """The linear probe's predictions, and an array of the feature cache."""
+    labels = np.asarray([0, 1, 2, rng.choice((2, 50, 40_000, 2**40))])
+    file = io.BytesIO()
+    np.savez(file, indices=np.arange(4), labels=labels, predictions=labels, step=np.asarray(2))
+    whole = file.getvalue()
+    (directory / "linear_eval.npz").write_bytes(
+        mutated(rng, whole) if rng.random() < 0.7 else whole
+    )
+    if rng.random() < 0.3:
+        with zipfile.ZipFile(directory / "linear_eval.npz", "w", rng.choice((0, 8))) as archive:
+            for name in ("indices", "labels", "predictions", "step"):
+                archive.writestr(f"{name}.npy", array_bomb(rng))
+    with contextlib.suppress(ValueError):
+        found = read_predictions(epath.Path(directory))
+        measures.confusion(found, ["a"])
+    cache = ArrayCache(epath.Path(directory) / "features")
+    expected = {"labels": Expected((9,), np.int64, range(9))}
+
+    def kept() -> np.ndarray:
+        return cache.get("a", {}, lambda: {"labels": np.arange(4)}, expected=expected)["labels"]
+
+    kept()
+    (path,) = directory.glob("features/*/labels.npy")
+    path.write_bytes(rng.choice((array_bomb(rng), mutated(rng, path.read_bytes()))))
+    np.testing.assert_array_equal(kept(), np.arange(4))
+
+
+_TENSORS = (
+    *("conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer1.1.conv1.weight", "fc.weight"),
+    *("cls_token", "patch_embed.proj.weight", "pos_embed", "blocks.0.norm1.weight", "norm.bias"),
+)
+
+
+def weights(rng: random.Random, directory: pathlib.Path) -> None:
+    """A safetensors file of some tensors of a backbone, of any shapes and types."""
+    header, content = {}, b""
+    for name in rng.sample(_TENSORS, rng.randrange(1, len(_TENSORS))):
+        kind, size = rng.choice((*(("F32", 4),) * 5, ("BF16", 2), ("F8_E4M3", 1), ("I64", 8)))
+        shape = rng.choice(([64, 3, 7, 7], [1, 1, 384], [384, 3, 16, 16], [1, 5, 384], [64], []))
+        count = size * math.prod(shape)
+        offsets = [len(content), len(content) + count]
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": offsets}
+        content += rng.randbytes(count)
+    text = hostile_json(rng, header) if rng.random() < 0.3 else json.dumps(header).encode()
+    whole = len(text).to_bytes(8, "little") + text + content
+    file = directory / "weights.safetensors"
+    if rng.random() < 0.05:
+        os.mkfifo(file)
+    else:
+        file.write_bytes(mutated(rng, whole) if rng.random() < 0.3 else whole)
+    config = default_config()
+    config.dataset.name = "digits"
+    import_weights(str(file), str(directory / "run"), config)
+
+
 TARGETS: dict[str, Callable[[random.Random, pathlib.Path], None]] = {
     "images": images,
     "config.json": config_json,
@@ -407,6 +472,8 @@ TARGETS: dict[str, Callable[[random.Random, pathlib.Path], None]] = {
     "checkpoint": checkpoints,
     "archives": archives,
     "foreign run": foreign_run,
+    "arrays": arrays,
+    "weights": weights,
 }
 # Of a hundred cases, so many are of each: those that take long are fewer.
 SHARES = {
@@ -424,4 +491,6 @@ SHARES = {
     "checkpoint": 0.3,
     "archives": 1.5,
     "foreign run": 0.1,
+    "arrays": 3,
+    "weights": 0.5,
 }

@@ -35,7 +35,7 @@ from music_jax.json_files import parse_json
 from music_jax.train.integrity import find_damage, write_checksums
 
 _PACKAGE = pathlib.Path(records.__file__).parent
-_QUICK = sorted(set(TARGETS) - {"tfds", "checkpoint", "archives", "foreign run"})
+_QUICK = sorted(set(TARGETS) - {"tfds", "checkpoint", "archives", "foreign run", "weights"})
 
 
 @pytest.mark.parametrize("target", _QUICK)
