@@ -114,8 +114,9 @@ def closed_pipe_ends() -> Iterator[None]:
         try:
             yield
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:  # as where the shell has closed it
+                    stream.flush()
     except BrokenPipeError as error:
         if not _is_of_output(error):
             raise

@@ -165,9 +165,11 @@ def _watch() -> None:
                 print(printable(f"error: {message}"), file=sys.stderr, flush=True)
                 end_run(1, message)
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            _give_sign(_DONE if _finished.is_set() else str(count))
+            _give_sign(str(count))
             _heard[0] = "", time.monotonic()
         if _finished.wait(_POLL_SECONDS):
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                _give_sign(_DONE)  # again: the last count may have come after the first
             return
 
 

@@ -58,6 +58,16 @@ def test_a_run_leaves_what_the_interface_names(finished):
 
 
 @pytest.mark.slow
+def test_the_first_and_the_last_step_are_always_logged(data, tmp_path):
+    rarely = ("--config.log_every_steps=1000", "--config.checkpoint.every_steps=1000")
+    code, out, err = run(_MAIN, DIGITS, *SMALL, *rarely, data, f"--workdir={tmp_path / 'run'}")
+    assert code == 0, err
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 22]
+    assert out.count("warning: the run has fewer steps than config.log_every_steps = 1000") == 1
+    assert "each epoch leaves out 29 of 1437 images (2%)" in out
+
+
+@pytest.mark.slow
 def test_running_again_trains_nothing_and_says_so(finished, data):
     workdir, _ = finished
     before = (workdir / "metrics.jsonl").read_bytes()

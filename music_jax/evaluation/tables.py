@@ -18,7 +18,8 @@ def results_table(results: dict[str, Figures]) -> str:
         values = [linear.get(f"{key}_top1"), knn.get(f"{key}_top1")]
         if values != [None, None]:
             rows.append((label, _percent(values[0]), "", _percent(values[1])))
-    if classes := linear.get("num_classes"):  # which earlier versions did not write
+    classes = linear.get("num_classes")  # which earlier versions did not write
+    if isinstance(classes, int) and classes > 0:
         chance = _percent(1 / classes)
         rows.append(("chance", chance, _percent(min(1.0, 5 / classes)), chance))
     return progress.table(("", "linear top-1", "linear top-5", "kNN top-1"), rows)

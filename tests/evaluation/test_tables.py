@@ -19,7 +19,7 @@ def test_accuracies_stand_beside_chance_and_the_baselines(classes, chance):
     assert "random backbone" not in cells
 
 
-def test_results_of_an_earlier_version_have_no_chance():
-    assert "chance" not in results_table(
-        {"linear": {"top1": 0.5, "top5": 0.9}, "knn": {"top1": 0.4}}
-    )
+@pytest.mark.parametrize("classes", [{}, {"num_classes": 0}, {"num_classes": "many"}])
+def test_results_of_an_earlier_version_or_a_damaged_file_have_no_chance(classes):
+    linear = {"top1": 0.5, "top5": 0.9} | classes
+    assert "chance" not in results_table({"linear": linear, "knn": {"top1": 0.4}})
