@@ -172,8 +172,8 @@ def augment_views(
 
     The order is affine, flip, jitter, grayscale, blur, solarise, noise. An operation that no view
     has is not in the compiled program; one that a view does not have, or that is not drawn for it,
-    leaves that view exactly as it was, in every dtype. Everything is per sample, so a batch sharded along its first axis stays so, without
-    communication.
+    leaves that view exactly as it was, in every dtype. Everything is per sample, so a batch sharded
+    along its first axis stays so, without communication.
 
     Args:
         images: uint8 [batch, views, height, width, channels], 1 or 3 channels.

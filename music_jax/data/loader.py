@@ -2,9 +2,9 @@
 
 Global sample index `i` runs over the whole training: epoch `e` of a dataset of `n` images takes the
 indices `e * n ... e * n + n - 1`, shuffled by Grain with a key that is mixed from the seed and the
-epoch, and leaves out the remainder that fills no batch. The order, the crops, what takes the place of an image that cannot be decoded and (on the
-device) the augmentations depend on the seed and this index, never on a worker, a process or where a
-run was resumed.
+epoch, and leaves out the remainder that fills no batch. The order, the crops, what takes the place
+of an image that cannot be decoded and (on the device) the augmentations depend on the seed and this
+index, never on a worker, a process or where a run was resumed.
 """
 
 import dataclasses
