@@ -35,6 +35,8 @@ import tempfile
 import time
 import warnings
 
+LIBRARIES = ("cv2", "flax.nnx", "grain", "jax", "ml_collections", "optax", "orbax.checkpoint")
+LIBRARIES += ("pytest", "scipy.stats", "sklearn.cluster")
 ROOT = pathlib.Path(__file__).parents[1]
 # Which other tests are near to a module. Quick ones first: the first failure ends a trial.
 NEAREST = {
@@ -85,27 +87,27 @@ class _WithoutMessages(ast.NodeTransformer):
         node.annotation = None
         return node
 
-    def visit_AnnAssign(self, node):  # noqa: N802
+    def visit_AnnAssign(self, node):
         self.generic_visit(node)
         node.annotation = ast.Constant(None)
         return node
 
-    def visit_Raise(self, node):  # noqa: N802
+    def visit_Raise(self, node):
         raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
         return ast.Raise(exc=raised, cause=None)
 
-    def visit_Expr(self, node):  # noqa: N802
+    def visit_Expr(self, node):
         if isinstance(node.value, ast.Constant):
             return None
         if isinstance(node.value, ast.Call) and ast.unparse(node.value.func).startswith(MESSAGES):
             return None
         return self.generic_visit(node)
 
-    def visit_FunctionDef(self, node):  # noqa: N802
+    def visit_FunctionDef(self, node):
         node.returns = None
         return self.generic_visit(node)
 
-    def visit_If(self, node):  # noqa: N802
+    def visit_If(self, node):
         return None if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
 
 
@@ -134,7 +136,7 @@ def _operators() -> dict:
 
 
 def places(module: pathlib.Path) -> list[tuple[pathlib.Path, int, str, int]]:
-    """Where a module can be changed: the number of the syntax node, the operator and its variant."""
+    """Where a module can be changed: the syntax node's number, the operator and its variant."""
     import parso
     from cosmic_ray.ast import ast_nodes
 
@@ -215,17 +217,8 @@ def _prepare() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     os.chdir(ROOT)
-    import cv2  # noqa: F401
-    import flax.nnx
-    import grain
-    import jax
-    import ml_collections
-    import numpy as np
-    import optax
-    import orbax.checkpoint
-    import pytest
-    import scipy.stats
-    import sklearn.cluster  # noqa: F401
+    for name in LIBRARIES:
+        importlib.import_module(name)
 
 
 def _child(mutant: dict, directory: str) -> None:

@@ -24,6 +24,9 @@ what is in work when it is stopped or killed, nothing is kept.
   a collapsed start too where images are kept in memory); 6 temperature and weights; 7 what each
   segment is about (shapes)
 
+With --only, the tables of other claims that the directory has already stay, made anew from all
+results that are there. --results has one section for each sweep, by the name of its directory.
+
 Learning rates are chosen on a part of the training split. What differs from the config file, and
 all grids: music_jax/claims/settings.py. --config.FIELD=VALUE comes before both.
 
@@ -65,18 +68,19 @@ def main() -> None:
         overridden=overridden,
     )
     sweep.validate()
+    shown = sweep.with_earlier(claims)
     try:
         if not flags.FLAGS.tables_only:
             with WorkdirLock(directory):
                 datasets.prepare(config)
                 pool.run_missing(sweep, cores=cores)
     finally:
-        tables = results.collect(sweep)
+        tables = results.collect(shown)
         results.write(tables, directory)
         plots.write(tables, directory)
         progress.say_lines(results.as_text(tables))
         if results_file is not None:
-            report.write_section(results_file, sweep, tables)
+            report.write_section(results_file, shown, tables)
 
 
 def _results_file() -> epath.Path | None:

@@ -85,6 +85,34 @@ class Sweep:
         self._overridden = frozenset(overridden)
         self._results: dict[str, dict[str, Any]] = {}
 
+    def with_earlier(self, claims: list[Claim]) -> "Sweep":
+        """This sweep, with what claims.json in its directory has tables of already.
+
+        Args:
+          claims: all of the dataset's.
+        """
+        try:
+            tables = read_json(self.directory / "claims.json")["claims"]
+            numbers = {table["claim"] for table in tables}
+            seeds = [row["seeds_wanted"] for table in tables for row in table["rows"]]
+            num_seeds = max(self.num_seeds, *map(int, seeds))
+        except FileNotFoundError:
+            return self
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.directory / 'claims.json'} cannot be read: {error}; delete it and run "
+                "again without --only for the tables of all claims"
+            ) from error
+        numbers |= {claim.number for claim in self.claims}
+        return Sweep(
+            self.config,
+            self.settings,
+            [claim for claim in claims if claim.number in numbers],
+            num_seeds=num_seeds,
+            directory=self.directory,
+            overridden=self._overridden,
+        )
+
     def settings_in_order(self) -> list[Setting]:
         """Every setting once, those on which others wait first."""
         found: dict[str, Setting] = {}
@@ -267,10 +295,11 @@ def chosen(names: Mapping[int, Claim], only: Iterable[str]) -> list[Claim]:
       UserError: there is no such claim on this dataset.
     """
     wanted = [text.strip() for text in only]
-    unknown = [text for text in wanted if not text.isdigit() or int(text) not in names]
+    unknown = [text for text in wanted if not text.isdecimal() or int(text) not in names]
     if unknown:
         raise UserError(
             f"--only={','.join(wanted)}: there is no claim {unknown[0]!r} on this dataset; it has "
             f"{', '.join(str(number) for number in names)}"
         )
-    return [names[int(text)] for text in wanted] if wanted else list(names.values())
+    numbers = {int(text) for text in wanted} or set(names)
+    return [claim for number, claim in names.items() if number in numbers]

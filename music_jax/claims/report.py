@@ -3,6 +3,7 @@
 import re
 import shlex
 import sys
+import urllib.parse
 import warnings
 from typing import Any
 
@@ -28,12 +29,14 @@ _INCOMPLETE = "**The tables are not complete**: the last column says how many se
 
 
 def write_section(path: epath.Path, sweep: Sweep, tables: list[Table]) -> None:
-    """Puts the dataset's section into a Markdown file, in the place of an earlier one.
+    """Puts the sweep's section into a Markdown file, in the place of an earlier one.
+
+    The section has the name of the sweep's directory, so that sweeps of two configs keep theirs.
 
     The plots and the tables as JSON and CSV, which are in the sweep's directory already, are copied
-    to `results/DATASET` beside it.
+    to `results/NAME` beside it.
     """
-    name = _dataset(sweep)
+    name = _name(sweep)
     beside = path.parent / "results" / name
     beside.mkdir(parents=True, exist_ok=True)
     files = ["claims.json", "claims.csv", *(plot_name(table) for table in tables)]
@@ -51,8 +54,8 @@ def write_section(path: epath.Path, sweep: Sweep, tables: list[Table]) -> None:
     write_new(path, text.encode())
 
 
-def _dataset(sweep: Sweep) -> str:
-    return sweep.config.dataset.name.partition("/")[0]
+def _name(sweep: Sweep) -> str:
+    return urllib.parse.quote(sweep.directory.resolve().name, safe="")
 
 
 def _section(sweep: Sweep, tables: list[Table]) -> str:
@@ -69,7 +72,7 @@ def _section(sweep: Sweep, tables: list[Table]) -> str:
     lines = [
         f"## {config.dataset.name}",
         "",
-        f"`python -m music_jax.claims {_arguments()}`: {state}",
+        f"`python -m music_jax.claims {_arguments(sweep)}`: {state}",
         "",
         "Every run has the config's augmentations, optimiser and objective, but for "
         f"{', '.join(changes) or 'nothing'}; embedding {config.objective.num_segments} x "
@@ -88,17 +91,16 @@ def _section(sweep: Sweep, tables: list[Table]) -> str:
         lines += [markdown(table), ""]
         lines += [f"- {text}" for text in _findings(table)]
         if (sweep.directory / plot_name(table)).exists():
-            place = f"results/{_dataset(sweep)}/{plot_name(table)}"
+            place = f"results/{urllib.parse.quote(_name(sweep))}/{plot_name(table)}"
             lines += ["", f"![{table['title']}]({place})"]
     return "\n".join(lines)
 
 
-def _arguments() -> str:
-    kept = [
-        a
-        for a in sys.argv[1:]
-        if not a.startswith(("--output", "--results", "--tables", "--workers"))
-    ]
+def _arguments(sweep: Sweep) -> str:
+    """What makes the tables that are shown, and not the last call's share of them alone."""
+    kept = [a for a in sys.argv[1:] if a.startswith("--config")]
+    kept.append(f"--seeds={sweep.num_seeds}")
+    kept.append(f"--only={','.join(str(claim.number) for claim in sweep.claims)}")
     return " ".join(shlex.quote(argument) for argument in kept)
 
 

@@ -171,9 +171,9 @@ def augment_views(
     """Augments and normalises a batch of views.
 
     The order is affine, flip, jitter, grayscale, blur, solarise, noise. An operation that no view
-    has is not in the compiled program; one that a view does not have leaves that view exactly as it
-    was. Everything is per sample, so a batch sharded along its first axis stays so, without
-    communication.
+    has is not in the compiled program; one that a view does not have, or that is not drawn for it,
+    leaves that view exactly as it was, in every dtype. Everything is per sample, so a batch sharded
+    along its first axis stays so, without communication.
 
     Args:
         images: uint8 [batch, views, height, width, channels], 1 or 3 channels.
@@ -207,10 +207,12 @@ def augment_views(
         planes = colour.grayscale(planes, random.flag(_Draw.GRAYSCALE))
     if any(view.blur_probability for view in views):
         sigma = random.between(_Draw.BLUR_SIGMA, *_option_range(views, "blur_sigma"))
-        blurred = geometry.gaussian_blur(
-            colour.join_planes(planes).astype(dtype), sigma, random.flag(_Draw.BLUR)
+        blurred = geometry.gaussian_blur(colour.join_planes(planes).astype(dtype), sigma)
+        apply = colour.per_pixel(random.flag(_Draw.BLUR))
+        planes = tuple(
+            jnp.where(apply, jnp.clip(new.astype(jnp.float32), 0.0, 1.0), old)
+            for new, old in zip(colour.split_planes(blurred), planes, strict=True)
         )
-        planes = colour.split_planes(blurred.astype(jnp.float32))
     if any(view.solarize_probability for view in views):
         planes = colour.solarize(planes, random.flag(_Draw.SOLARIZE))
     if any(view.noise_probability and view.noise_std for view in views):

@@ -109,20 +109,19 @@ def blur_radius(side: int) -> int:
     return max(1, side // 20)
 
 
-def gaussian_blur(images: jax.Array, sigma: jax.Array, apply: jax.Array) -> jax.Array:
-    """Gaussian blur with reflected borders, of the images where `apply`.
+def gaussian_blur(images: jax.Array, sigma: jax.Array) -> jax.Array:
+    """Gaussian blur with reflected borders.
 
     As torchvision's `GaussianBlur`, with SimCLR's kernel size of about a tenth of the side
     (23 at 224 px). `dm_pix.gaussian_blur` pads with zeros, which darkens the borders, and under
     `vmap` becomes a convolution with a kernel per image and channel. Each side's blur is a product
     with a banded matrix here, reflection included: batched matrix products are what a TPU does
-    best, and an image that is not blurred has the identity.
+    best.
 
     Args:
         images: [..., height, width, channels], floating; products are taken in this dtype and
             summed in float32.
         sigma: [...] float32 standard deviations, in pixels, > 0.
-        apply: [...] bool.
 
     Returns:
         Images like the input's.
@@ -134,8 +133,8 @@ def gaussian_blur(images: jax.Array, sigma: jax.Array, apply: jax.Array) -> jax.
     if min(height, width) < 2:
         raise ValueError(f"expected images of 2 x 2 pixels or more to blur, got {height} x {width}")
     radius = blur_radius(min(height, width))
-    rows = _blur_matrix(height, radius, sigma, apply)
-    columns = rows if width == height else _blur_matrix(width, radius, sigma, apply)
+    rows = _blur_matrix(height, radius, sigma)
+    columns = rows if width == height else _blur_matrix(width, radius, sigma)
     # float32 images are multiplied as float32 also where the default is bfloat16 passes.
     precision = jax.lax.Precision.HIGHEST if images.dtype == jnp.float32 else None
     images = jnp.einsum(
@@ -146,7 +145,7 @@ def gaussian_blur(images: jax.Array, sigma: jax.Array, apply: jax.Array) -> jax.
     )
 
 
-def _blur_matrix(side: int, radius: int, sigma: jax.Array, apply: jax.Array) -> jax.Array:
+def _blur_matrix(side: int, radius: int, sigma: jax.Array) -> jax.Array:
     """[..., side, side]: row i holds the weights of the pixels that make pixel i."""
     precision = (0.5 / sigma**2)[..., None]  # [..., 1]
     taps = jnp.arange(-radius, radius + 1, dtype=jnp.float32).reshape((1,) * sigma.ndim + (-1,))
@@ -163,6 +162,4 @@ def _blur_matrix(side: int, radius: int, sigma: jax.Array, apply: jax.Array) -> 
     # Pixel -k shows pixel k, and pixel side - 1 + k shows pixel side - 1 - k.
     before = jnp.where(column > 0, row + column, far)
     after = jnp.where(column < side - 1, 2 * (side - 1) - row - column, far)
-    matrix = (weight(row - column) + weight(before) + weight(after)) / total
-    identity = jnp.eye(side, dtype=jnp.float32).reshape((1,) * sigma.ndim + (side, side))
-    return jnp.where(apply[..., None, None], matrix, identity)
+    return (weight(row - column) + weight(before) + weight(after)) / total

@@ -6,6 +6,7 @@ normalization layers.
 
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import optax
 from ml_collections import config_dict
 
@@ -21,10 +22,11 @@ def _lars(
 def _sgd(
     learning_rate: optax.Schedule, config: config_dict.ConfigDict
 ) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.add_decayed_weights(config.weight_decay, mask=matrices_only),
-        optax.sgd(learning_rate, momentum=config.momentum),
+    # optax's own mask would add to the optimizer's state: saved runs could not be resumed.
+    decay = optax.stateless_with_tree_map(
+        lambda g, w: g + config.weight_decay * w if jnp.ndim(w) >= 2 else g
     )
+    return optax.chain(decay, optax.sgd(learning_rate, momentum=config.momentum))
 
 
 def _adamw(

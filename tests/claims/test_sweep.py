@@ -280,7 +280,7 @@ def test_differences_are_welchs(tmp_path):
 
 def test_the_report_says_what_is_missing_and_keeps_other_sections(tmp_path):
     path = epath.Path(tmp_path) / "RESULTS.md"
-    sweep = make_sweep(tmp_path / "a", only=("1", "4"))
+    sweep = make_sweep(tmp_path / "a" / "mnist5k", only=("1", "4"))
     finish_all(sweep)
     tables = results.collect(sweep)
     results.write(tables, sweep.directory)
@@ -288,26 +288,79 @@ def test_the_report_says_what_is_missing_and_keeps_other_sections(tmp_path):
     report.write_section(path, sweep, tables)
     whole = path.read_text()
     for link in re.findall(r"!\[.*\]\((.*)\)", whole):
-        assert (tmp_path / link).read_bytes() == (tmp_path / "a" / link[-11:]).read_bytes()
+        assert (tmp_path / link).read_bytes() == (
+            tmp_path / "a" / "mnist5k" / link[-11:]
+        ).read_bytes()
     assert len(re.findall("claim-[14].png", whole)) == 2
     assert (tmp_path / "results/mnist5k/claims.csv").read_text().startswith("claim,series")
     assert "not complete" not in whole
     assert f"in {sweep.num_cells() / 100:.1f} hours" in whole
     assert "MUSIC minus vicreg: linear +0.0" in whole
 
-    other = make_sweep(tmp_path / "b", "shapes", only=("1", "7"))
+    other = make_sweep(tmp_path / "b" / "shapes", "shapes", only=("1", "7"))
     report.write_section(path, other, results.collect(other))
     assert whole.rstrip() in path.read_text()
     assert "**The tables are not complete**" in path.read_text()
 
     (sweep.directory / "music" / "seed=2" / "result.json").unlink()
-    partial = make_sweep(tmp_path / "a", only=("1", "4"))
+    partial = make_sweep(tmp_path / "a" / "mnist5k", only=("1", "4"))
     report.write_section(path, partial, results.collect(partial))
     text = path.read_text()
     assert text.count("## mnist5k") == text.count("## shapes") == 1
     mine = text[text.index("## mnist5k") : text.index("<!-- end of claims: mnist5k")]
     assert "**The tables are not complete**" in mine
     assert "2/3" in mine
+
+
+def write_tables(path, directory, **options):
+    """What the command writes once everything that is asked for is trained."""
+    sweep = make_sweep(directory, **options)
+    finish_all(sweep)
+    shown = sweep.with_earlier(make_sweep(directory).claims)
+    tables = results.collect(shown)
+    results.write(tables, shown.directory)
+    report.write_section(path, shown, tables)
+    return tables
+
+
+def test_testing_one_claim_again_keeps_the_tables_and_seeds_of_the_others(tmp_path):
+    path = epath.Path(tmp_path) / "RESULTS.md"
+    whole = write_tables(path, tmp_path / "mnist5k", only=("1", "2", "4"))
+    text = path.read_text()
+    assert write_tables(path, tmp_path / "mnist5k", only=("1",), seeds=1) == whole
+    assert path.read_text() == text
+    assert "--seeds=3 --only=1,2,4`: " in text
+    for directory in (tmp_path / "mnist5k", tmp_path / "results/mnist5k"):
+        tables = json.loads((directory / "claims.json").read_text())["claims"]
+        assert [table["claim"] for table in tables] == [1, 2, 4]
+    added = write_tables(path, tmp_path / "mnist5k", only=("6", "6"))
+    assert [table["claim"] for table in added] == [1, 2, 4, 6]
+
+
+def test_sweeps_of_two_configs_of_one_dataset_have_a_section_each(tmp_path):
+    path = epath.Path(tmp_path) / "RESULTS.md"
+    write_tables(path, tmp_path / "mnist5k", only=("1",))
+    text = path.read_text()
+    config = load("mnist5k")
+    config.augmentation.view_1.noise_std = 0.3
+    write_tables(path, tmp_path / "noisy", only=("1",), config=config)
+    assert path.read_text().startswith(text.rstrip())
+    assert "<!-- claims: noisy -->" in path.read_text()
+    assert (tmp_path / "results" / "noisy" / "claims.csv").exists()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_search_validates_on_images_that_it_does_not_train_on(name):
+    """In thousandths of the training split, of which the final cells train on all or a part."""
+
+    def part(split):
+        low, high = re.fullmatch(r"train(?:\[(\d*)%?:(\d*)%?\])?", split).groups()
+        return set(range(10 * int(low or 0), 10 * int(high or 100)))
+
+    settings = SETTINGS[name]
+    rest, held_out = map(part, settings.search_splits)
+    assert not rest & held_out
+    assert rest | held_out == part(settings.overrides.get("dataset.train_split", "train"))
 
 
 def test_the_mean_over_all_factors_is_shown_where_there_are_factors(tmp_path):

@@ -125,6 +125,35 @@ def test_size_of_the_batch_and_the_other_view_play_no_part(batch, key):
     np.testing.assert_allclose(got[:, 1], plain[:, 1], atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ("affine_probability", "rotation_degrees", "translation", "scale", "shear_degrees"),
+        ("flip_probability",),
+        ("jitter_probability", "brightness", "contrast", "saturation", "hue"),
+        ("grayscale_probability",),
+        ("blur_probability", "blur_sigma"),
+        ("solarize_probability",),
+        ("noise_probability", "noise_std"),
+    ],
+    ids=lambda fields: fields[0].removesuffix("_probability"),
+)
+def test_what_is_not_drawn_for_a_view_leaves_its_bits_alone(key, fields, dtype):
+    """Half of the views are drawn; the others are those that are normalized only."""
+    options = {name: getattr(FULL, name) for name in fields} | {fields[0]: 0.5}
+    if "blur_sigma" in options:
+        options["blur_sigma"] = (1.0, 2.0)  # less is hardly a blur
+    images, indices = images_of(24, side=12), np.arange(24)
+    got = augmented(images, indices, key, views=(ViewAugmentation(**options), NOTHING), dtype=dtype)
+    plain = quick_jit(functools.partial(normalize, mean=MEAN, std=STD, dtype=dtype))(images)
+    same = np.all(np.asarray(got == plain), axis=(2, 3, 4))
+    assert same[:, 1].all()
+    assert 4 < same[:, 0].sum() < 20
+    difference = np.abs(np.asarray(got - plain, np.float32)).max(axis=(2, 3, 4))
+    assert difference[~same].min() > 0.01  # as drawn, and not by rounding
+
+
 # What is drawn.
 
 
