@@ -29,7 +29,7 @@ from music_jax.terminal import printable
 
 _FAILURE = "music_jax/failure"
 _ALIVE = "music_jax/alive"
-_DONE = "done"  # in place of a sign of life, from one that has nothing more to do
+_DONE = "done"  # the last sign, of one that has nothing more to do
 _POLL_SECONDS = 1.0
 _SILENT_SECONDS = 50.0  # after which a process that is not heard of counts as gone
 _BROKEN_SECONDS = 15.0  # the same, once a collective has broken
