@@ -100,9 +100,30 @@ def test_warmup_cosine_without_warmup_starts_at_the_peak():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"batch_size": 0}, {"steps_per_epoch": 0}, {"num_epochs": 0}, {"warmup_epochs": 10}]
+    "wrong",
+    [
+        {"batch_size": 0},
+        {"steps_per_epoch": 0},
+        {"num_epochs": 0},
+        {"warmup_epochs": 10},
+        {"warmup_epochs": -1},
+    ],
 )
 def test_warmup_cosine_refuses_impossible_lengths(wrong):
     arguments = {"batch_size": 256, "steps_per_epoch": 5, "num_epochs": 10, "warmup_epochs": 2}
     with pytest.raises(ValueError, match="must be"):
         warmup_cosine(0.1, **(arguments | wrong))
+
+
+def test_warmup_cosine_takes_the_least_of_everything():
+    schedule = warmup_cosine(
+        0.1, batch_size=1, steps_per_epoch=1, num_epochs=1, warmup_epochs=0, final_scale=0.5
+    )
+    np.testing.assert_allclose([schedule(0), schedule(1)], [0.1 / 256, 0.05 / 256], rtol=1e-6)
+
+
+def test_lars_by_default_trusts_a_thousandth_and_decays_nothing():
+    params = {"w": jnp.full((2, 2), 3.0)}
+    optimizer = lars(1.0)
+    updates, _ = optimizer.update({"w": jnp.ones((2, 2))}, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["w"], -1e-3 * 3.0, rtol=1e-6)
