@@ -23,6 +23,7 @@ class LinearNetwork:
     """Features are the pixels times `scale`, embeddings the features times `head`."""
 
     num_features: int = SIDE * SIDE
+    num_embedding: int = 30
 
     def features(self, params, batch_stats, images):
         return images.reshape(images.shape[0], -1) * params["scale"][None]

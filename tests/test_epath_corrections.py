@@ -23,12 +23,12 @@ from music_jax.errors import UserError
 from music_jax.exchange import formats
 from music_jax.mesh import make_data_mesh
 from music_jax.new_file import new_file, write_new
-from music_jax.plan import remembered
 from music_jax.train import lock
 from music_jax.train.checkpoints import Checkpoints
 from music_jax.train.guards import init_guard_state
 from music_jax.train.integrity import find_damage, write_checksums
 from music_jax.train.state import TrainState, state_shardings
+from music_jax.user_directories import cache_directory
 
 ORDER = TrainingOrder(32, 16, 0)
 
@@ -151,7 +151,9 @@ def test_a_user_without_a_home_names_a_place_for_datasets(monkeypatch):
     dataset.name = "digits"
     with pytest.raises(UserError, match=r"has no home directory.*--config\.dataset\.data_dir=DIR"):
         sources.prepare(dataset)
-    assert remembered.directory().parts[:2] == ("/", "dev")  # nothing can be kept there
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with pytest.raises(OSError, match="not an absolute path; set HOME or XDG_CACHE_HOME"):
+        cache_directory("plan")
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Files are written whole and never through a link."""
 
+import functools
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from music_jax.data.packing import Packing, pack
 from music_jax.data.skipped import SkippedImages, UnlistedImages
 from music_jax.data.sources import Source
 from music_jax.errors import UserError
-from music_jax.evaluation.cache import ArrayCache
+from music_jax.evaluation.cache import ArrayCache, Expected
 from music_jax.evaluation.predictions import Predictions, read_predictions, write_predictions
 from music_jax.exchange.folder_encoding import encode_folder
 from music_jax.export import export
@@ -153,17 +154,20 @@ def test_a_pipe_is_no_log(tmp_path):
 def test_cached_arrays_are_not_written_through_links(outside, tmp_path, capsys):
     cache = ArrayCache(epath.Path(tmp_path / "run"))
     wanted = {"a": np.arange(3)}
-    cache.get("name", {}, lambda: wanted)
+    get = functools.partial(
+        cache.get, "name", {}, lambda: wanted, expected={"a": Expected((3,), np.int64)}
+    )
+    get()
     (entry,) = (tmp_path / "run").iterdir()
     for name in ("a.npy", "index.json"):
         for path in entry.iterdir():
             path.unlink()
         (entry / name).symlink_to(outside)
-        np.testing.assert_array_equal(cache.get("name", {}, lambda: wanted)["a"], [0, 1, 2])
+        np.testing.assert_array_equal(get()["a"], [0, 1, 2])
         assert not any(path.is_symlink() for path in entry.iterdir())
     shutil.rmtree(entry)
     entry.symlink_to(outside.parent)
-    np.testing.assert_array_equal(cache.get("name", {}, lambda: wanted)["a"], [0, 1, 2])
+    np.testing.assert_array_equal(get()["a"], [0, 1, 2])
     assert "features are not kept" in capsys.readouterr().out
 
 

@@ -162,7 +162,7 @@ def test_places_of_a_foreign_run_are_used_once_the_user_names_them(foreign, phot
     assert run.images.name == str(photos)
     run = open_run(str(foreign), output=output, overrides=_both(photos))
     assert run.config.dataset.path == "", "not needed, and not the user's choice"
-    assert (len(run.labelled_sources().train), len(run.images)) == (12, 12)
+    assert (len(run.evaluation_sources().train), len(run.images)) == (12, 12)
 
 
 @pytest.mark.parametrize(

@@ -239,6 +239,6 @@ def test_a_workdir_with_folders_nested_deeply_is_opened(tmp_path):
 
 def test_a_workdir_whose_name_is_not_utf8_is_refused_before_anything_is_written(tmp_path):
     workdir = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
-    with pytest.raises(UserError, match=r"caf\\xe9 is not UTF-8.*rename it, or give another"):
+    with pytest.raises(UserError, match=r"caf\\udce9': it is not UTF-8.*rename the directory"):
         open_workdir(workdir)
     assert list(tmp_path.iterdir()) == []

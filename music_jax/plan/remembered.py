@@ -1,26 +1,20 @@
 """Figures of what was compiled before: a plan that is asked for again, or was stopped, goes on."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
 import pathlib
-import tempfile
 from collections.abc import Callable
 from typing import Any
+
+from music_jax.new_file import write_new
+from music_jax.user_directories import cache_directory
 
 _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt", "jax-cuda12-pjrt")
 # What reads the figures out of a program.
 _COUNTING = ("compiling", "counts", "hlo", "chips", "gpus")
-
-
-def directory() -> pathlib.Path:
-    """Where figures are kept: `music_jax/plan` in the user's cache."""
-    cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    if cache.startswith("~"):  # a user without a home, for whom nothing can be kept
-        cache = os.devnull
-    return pathlib.Path(cache) / "music_jax" / "plan"
 
 
 def remember(program: str, chips: str, make: Callable[[], Any], kind: type) -> Any:
@@ -36,18 +30,13 @@ def remember(program: str, chips: str, make: Callable[[], Any], kind: type) -> A
       What `make` gives, or has given before. What cannot be read is made anew, and what cannot be
       kept is not.
     """
-    path = directory() / f"{_key(program, chips)}.json"
+    name = f"{_key(program, chips)}.json"
     try:
-        return kind(**json.loads(path.read_text()))
+        return kind(**json.loads((cache_directory("plan") / name).read_text()))
     except (OSError, ValueError, TypeError):
         figures = make()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(dataclasses.asdict(figures), file)
-        os.replace(file.name, path)
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        write_new(cache_directory("plan") / name, json.dumps(dataclasses.asdict(figures)).encode())
     return figures
 
 

@@ -74,7 +74,8 @@ def test_features_are_scaled_by_the_training_samples():
     train, train_labels, test, test_labels = _digits()
     train, test = 3 * train + 1, 5 * test - 2
     recipe = ProbeRecipe(2, 100, (0.03, 0.1))
-    mean, std = train.mean(0), train.std(0) + np.float32(1e-6)
+    mean, std = train.mean(0), train.std(0)
+    std[std == 0] = 1  # as StandardScaler does
     raw, scaled = (
         linear_probe(a, train_labels, b, test_labels, recipe, num_classes=10, feature_scaling=name)
         for a, b, name in (

@@ -48,6 +48,7 @@ def test_figures_are_those_of_the_labelled_images_alone(partly, name, capsys):
     mixed, labelled = found
     assert mixed.pop("without_label") == counts
     assert "without_label" not in labelled
+    assert mixed.pop("images_fingerprint") != labelled.pop("images_fingerprint")
     assert mixed == labelled
 
 

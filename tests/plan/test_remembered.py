@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from music_jax.plan import remembered
+from music_jax.user_directories import cache_directory
 
 
 @dataclasses.dataclass
@@ -43,7 +44,7 @@ def test_another_compiler_makes_it_anew(monkeypatch):
 @pytest.mark.parametrize("damage", ["", "{", '{"size": 1}', "[1]", "\0"])
 def test_a_damaged_file_is_made_anew(damage):
     _ask(size=1)
-    (file,) = remembered.directory().iterdir()
+    (file,) = cache_directory("plan").iterdir()
     file.write_text(damage)
     assert _ask(size=2) == (_Figures(2, ["all"]), True)
     assert _ask(size=3) == (_Figures(2, ["all"]), False)
