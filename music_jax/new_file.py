@@ -4,6 +4,8 @@ import contextlib
 import os
 import pathlib
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import IO, TypeVar
 
@@ -45,13 +47,20 @@ def new_path(path: _Path) -> Iterator[_Path]:
       path: File on a disk or in a bucket; its directory exists.
 
     Yields:
-      Path of an empty file in the same directory, whose name nobody could know before.
+      Path of a file in the same directory whose name nobody could know before; for a bucket, of one
+      on this machine, which is uploaded when the block ends.
     """
+    if "://" in str(path):  # an object appears whole once it is uploaded, and renaming copies it
+        with tempfile.TemporaryDirectory() as directory:
+            local = type(path)(directory) / path.name
+            yield local
+            with bucket_errors(path), local.open("rb") as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target)
+        return
     temporary = path.with_name(PREFIX + secrets.token_hex(8))
     try:
-        with bucket_errors(path):
-            _create(temporary)
-            yield temporary
+        _create(temporary)
+        yield temporary
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
