@@ -89,7 +89,7 @@ def test_every_command_takes_it(workdir, tmp_path):
     exported = tmp_path / "exported.safetensors"
     run("export", "--format=safetensors", f"--output={exported}")
     _check_features(exported)
-    run("evaluate", "--protocols=knn")
+    run("evaluate", "--protocols=knn", "--config.dataset.name=digits")  # prepares it
     assert json.loads((workdir / "knn.json").read_text())["step"] == 13
     run("report")
     assert "</html>" in (workdir / "report.html").read_text()
