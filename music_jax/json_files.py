@@ -39,14 +39,14 @@ def _integer(digits: str) -> int:
     return value
 
 
-def read_json(path: epath.Path) -> Any:
-    """What a JSON file says.
+def read_json(path: epath.Path, *, max_bytes: int = _MAX_BYTES) -> Any:
+    """What a JSON file of at most `max_bytes` says.
 
     Raises:
       OSError: it cannot be read, or is no file but a pipe or a device.
       ValueError: as `parse_json`.
     """
-    return parse_json(read_text(path, errors="strict"))
+    return parse_json(decode_text(read_bytes(path, max_bytes=max_bytes)))
 
 
 def read_text(path: epath.Path, *, errors: str = "replace") -> str:

@@ -13,6 +13,7 @@ from music_jax.json_files import read_bytes
 
 _MAX_BYTES = 1 << 26
 _MAX_ARRAYS = 64
+_READ_AT_ONCE = 1 << 24  # bytes
 _ENTRY = b"PK\x01\x02"  # begins what a zip file's directory says of one of its files
 
 
@@ -77,6 +78,12 @@ def read_npy(file: IO[bytes], *, max_bytes: int) -> np.ndarray:
     if size > max_bytes:
         raise ValueError(f"its array of {size:,} bytes is larger than the {max_bytes:,} expected")
     array = np.empty(shape, dtype, order="F" if fortran else "C")
-    if size and file.readinto(array.reshape(-1, order="A").view(np.uint8)) != size:  # type: ignore[attr-defined]
-        raise ValueError("it ends early")
+    if size:
+        left = memoryview(array.reshape(-1, order="A").view(np.uint8))
+        while left:
+            part = file.read(min(len(left), _READ_AT_ONCE))  # a bucket's files have no readinto
+            if not part:
+                raise ValueError("it ends early")
+            left[: len(part)] = part
+            left = left[len(part) :]
     return array

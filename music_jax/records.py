@@ -81,6 +81,7 @@ def _check_nothing_leads_out(workdir: str) -> None:
 
 
 def _check_link(path: str, root: str) -> None:
+    root = os.path.realpath(root)
     target = os.path.realpath(path) if os.path.exists(path) else "nowhere"
     if os.path.commonpath([root, os.path.abspath(target)]) != root:
         raise UserError(
@@ -90,7 +91,7 @@ def _check_link(path: str, root: str) -> None:
 
 
 def absolute(path: str) -> epath.Path:
-    """The path from the root, as Orbax wants it, without links; that of a bucket as it is.
+    """The path from the root, as Orbax wants it; that of a bucket as it is.
 
     Raises:
       UserError: no such kind of bucket is known, or a directory is taken for one.

@@ -24,10 +24,12 @@ def _checked(variable: str, default: str, name: str, *, create: bool) -> pathlib
     base = pathlib.Path(os.environ.get(variable) or os.path.expanduser(default))
     if not base.is_absolute():
         raise OSError(f"{base} is not an absolute path; set HOME or {variable}")
-    directory = base / "music_jax" / name
+    own = base / "music_jax"
     if create:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = directory.stat()
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise OSError(f"others can write to {directory}")
-    return directory
+        own.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (own / name).mkdir(mode=0o700, exist_ok=True)
+    for directory in (own, own / name):
+        status = directory.stat()
+        if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise OSError(f"others can write to {directory}")
+    return own / name

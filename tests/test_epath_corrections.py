@@ -185,7 +185,7 @@ def test_errors_of_a_bucket_are_errors_of_a_file_system(bucket):
 
 def test_an_object_stays_as_it_is_if_its_successor_fails(bucket):
     write_new(bucket / "a", b"old")
-    with pytest.raises(ZeroDivisionError), new_file(bucket / "a") as file:
+    with contextlib.suppress(ZeroDivisionError), new_file(bucket / "a") as file:
         file.write(b"half")
         raise ZeroDivisionError
     assert (bucket / "a").read_bytes() == b"old"

@@ -242,3 +242,10 @@ def test_a_workdir_whose_name_is_not_utf8_is_refused_before_anything_is_written(
     with pytest.raises(UserError, match=r"caf\\udce9': it is not UTF-8.*rename the directory"):
         open_workdir(workdir)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_that_stays_within_a_workdir_below_a_link_is_no_error(tmp_path):
+    (tmp_path / "scratch" / "run" / "wandb" / "run-1").mkdir(parents=True)
+    (tmp_path / "scratch" / "run" / "wandb" / "latest-run").symlink_to("run-1")
+    (tmp_path / "runs").symlink_to("scratch")
+    assert records.open_workdir(tmp_path / "runs" / "run").is_dir()

@@ -13,7 +13,7 @@ import pytest
 from etils import epath
 
 from music_jax.json_files import parse_json, read_json, read_text
-from music_jax.npz_files import read_npz
+from music_jax.npz_files import read_npy, read_npz
 
 
 def test_deep_json_is_refused_and_brackets_in_texts_are_not():
@@ -162,3 +162,20 @@ def test_archives_that_are_larger_inside_are_refused_before_they_are_read(kind, 
             archive.filelist *= 30
     with pytest.raises(ValueError, match=r"compressed|larger than the file|more than 64 arrays"):
         read_npz(tmp_path / "a.npz")
+
+
+def test_an_array_is_read_from_a_file_that_gives_a_few_bytes_at_a_time():
+    class Slow(io.BytesIO):
+        """As those of buckets are: no `readinto`, and fewer bytes than were asked for."""
+
+        readinto = None
+
+        def read(self, size=-1):
+            return super().read(min(size, 7) if size > 100 else size)
+
+    content = io.BytesIO()
+    np.lib.format.write_array(content, np.arange(100.0))
+    array = read_npy(Slow(content.getvalue()), max_bytes=800)
+    np.testing.assert_array_equal(array, np.arange(100.0))
+    with pytest.raises(ValueError, match="ends early"):
+        read_npy(Slow(content.getvalue()[:-1]), max_bytes=800)

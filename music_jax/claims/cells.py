@@ -95,7 +95,7 @@ class Sweep:
             tables = read_json(self.directory / "claims.json")["claims"]
             numbers = {table["claim"] for table in tables}
             seeds = [row["seeds_wanted"] for table in tables for row in table["rows"]]
-            num_seeds = max(self.num_seeds, *map(int, seeds))
+            num_seeds = max([self.num_seeds, *map(int, seeds)])
         except FileNotFoundError:
             return self
         except (OSError, ValueError, KeyError, TypeError) as error:

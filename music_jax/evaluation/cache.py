@@ -13,6 +13,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from music_jax import progress
+from music_jax.epath_corrections import bucket_errors
 from music_jax.json_files import check_is_file, read_json
 from music_jax.mesh import is_main_process
 from music_jax.new_file import new_file
@@ -101,7 +102,8 @@ def _read(entry: epath.Path, expected: dict[str, Expected]) -> dict[str, np.ndar
         found = {}
         for name, like in expected.items():
             check_is_file(entry / f"{name}.npy")
-            with (entry / f"{name}.npy").open("rb") as file:
+            path = entry / f"{name}.npy"
+            with bucket_errors(path), path.open("rb") as file:
                 array = read_npy(file, max_bytes=like.max_bytes)
             if _checksum(array) != index["crc32"][name]:
                 raise ValueError(f"{name}.npy has changed")

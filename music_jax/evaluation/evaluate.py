@@ -154,7 +154,7 @@ def measure(
             about["images_fingerprint"] = [agreed_fingerprint(source) for source in sources]
             before = functools.partial(_read, run.workdir, name)
             known = None if again else from_main_process(before)
-            if known is not None and _is_about(known, about):
+            if known is not None and about.items() <= known.items():
                 progress.say(f"{name}: measured before, in {run.workdir / _file(name)}")
                 results[name] = known
                 say_without_label(name, known)
@@ -177,12 +177,6 @@ def measure(
     if diverged:
         raise diverged[0]
     return results
-
-
-def _is_about(known: Figures, about: Figures) -> bool:
-    """Whether figures were measured as now; those of older versions do not name the images."""
-    images = {"images_fingerprint": about.get("images_fingerprint")}
-    return about.items() <= (images | known).items()
 
 
 def envelope(name: str, config: config_dict.ConfigDict, step: int) -> Figures:
@@ -265,6 +259,9 @@ def _may_be_meant(name: str, figures: Figures) -> bool:
     shares = [figures[share] for share in _SHARES if figures.get(share) is not None]
     if not all(isinstance(share, float) and 0 <= share <= 1 for share in shares):
         return False
+    counts = figures.get("without_label", {})
+    if not isinstance(counts, dict) or not all(type(count) is int for count in counts.values()):
+        return False
     try:
         summary_table({name: figures})
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -293,7 +290,11 @@ def read_results(
     images = {"images_fingerprint": list(fingerprints)} if fingerprints else {}
     for name in final_protocols(config):
         found = _read(workdir, name)
-        if found is None or not _is_about(found, envelope(name, config, step) | images):
+        # Figures of older versions do not name the images.
+        if (
+            found is None
+            or not (envelope(name, config, step) | images).items() <= (images | found).items()
+        ):
             return None
         results[name] = found
     return results

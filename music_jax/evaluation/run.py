@@ -258,7 +258,7 @@ class Run:
             "network": of,
             "step": self.step,
             "weights": self._weights,
-            "images": agreed_fingerprint(source),
+            "images": self._fingerprint(source),
             "classes": source.class_names,
             "view": [config["crop"]["size"], config["crop"]["eval_resize"]],
             "pixels": [config["dataset"][name] for name in ("num_channels", "mean", "std")],
@@ -266,6 +266,15 @@ class Run:
             "backbone": config["backbone"],
             "seed": config["seed"] if of == "random_init" else None,
         }
+
+    def _fingerprint(self, source: Source) -> str:
+        if id(source) not in self._fingerprints:
+            self._fingerprints[id(source)] = source, agreed_fingerprint(source)
+        return self._fingerprints[id(source)][1]
+
+    @functools.cached_property
+    def _fingerprints(self) -> dict[int, tuple[Source, str]]:
+        return {}  # each with its source, so that no other one gets its id
 
     @functools.cached_property
     def _memory(self) -> dict[tuple, Arrays]:

@@ -17,13 +17,14 @@ def transfer(runs: dict[str, Run]) -> dict[str, Any]:
     """Measures the linear probe and kNN on some datasets.
 
     Args:
-      runs: What `on_dataset` returned, by dataset.
+      runs: What `on_dataset` returned, by dataset; emptied.
 
     Returns:
       The figures of both protocols by dataset.
     """
     found = {}
-    for spec, run in runs.items():
+    for spec in list(runs):
+        run = runs.pop(spec)  # so that the features of one dataset are held at a time
         progress.say(f"transfer to {spec}")
         found[spec] = {"linear": linear(run), "knn": knn(run)}
         say_without_label(f"transfer to {spec}", found[spec]["linear"])

@@ -25,6 +25,7 @@ PART_SIZE = 1024  # images
 
 # A view, or why there is none.
 _View = np.ndarray | str
+_MAX_LISTING_BYTES = 1 << 30  # of the names of all images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +183,7 @@ def _open_parts(path: pathlib.Path, record: dict[str, Any]) -> pathlib.Path:
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
-        record = read_json(epath.Path(path))
+        record = read_json(epath.Path(path), max_bytes=_MAX_LISTING_BYTES)
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}

@@ -41,7 +41,8 @@ def read_safetensors(path: epath.Path) -> tuple[Tensors, dict[str, str]]:
         check_is_file(path)
         with path.open("rb") as file:
             start = file.read(2)
-            size = file.seek(0, os.SEEK_END)
+            file.seek(0, os.SEEK_END)
+            size = file.tell()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     if start in (b"PK", b"\x80\x02"):
