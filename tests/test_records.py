@@ -248,4 +248,4 @@ def test_a_link_that_stays_within_a_workdir_below_a_link_is_no_error(tmp_path):
     (tmp_path / "scratch" / "run" / "wandb" / "run-1").mkdir(parents=True)
     (tmp_path / "scratch" / "run" / "wandb" / "latest-run").symlink_to("run-1")
     (tmp_path / "runs").symlink_to("scratch")
-    assert records.open_workdir(tmp_path / "runs" / "run").is_dir()
+    assert open_workdir(tmp_path / "runs" / "run").is_dir()
