@@ -80,7 +80,6 @@ def run(
             if _is_of_output(error):
                 _end_peers(_PIPE_CLOSED, "nobody reads its output any more")
                 raise
-            check_devices()
             if isinstance(error, ModuleNotFoundError) and error.name in _DATA:
                 fail(
                     UserError(
@@ -90,6 +89,7 @@ def run(
                 )
             if _is_storage_failure(error):
                 fail(UserError(f"{error}; fix this and rerun the command"))
+            check_devices()
             _end_peers(1, f"{type(error).__name__}: {_one_line(error)}", unexpected=error)
             raise
         else:

@@ -10,6 +10,8 @@ from typing import Any
 
 from etils import epath
 
+from music_jax.epath_corrections import bucket_errors
+
 _MAX_DEPTH = 32
 _CHUNK = 1 << 18  # bytes
 _MAX_BYTES = 1 << 26  # of a file; what this package writes is far smaller
@@ -77,7 +79,7 @@ def read_bytes(path: pathlib.Path | epath.Path, *, max_bytes: int) -> bytes:
     """
     check_is_file(path)
     chunks, size = [], 0
-    with path.open("rb") as file:
+    with bucket_errors(path), path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             chunks.append(chunk)
             size += len(chunk)

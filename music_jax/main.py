@@ -41,7 +41,7 @@ def main() -> None:
     from music_jax import peers, records
     from music_jax.compilation_cache import use_compilation_cache
     from music_jax.config import validate
-    from music_jax.mesh import use_cores
+    from music_jax.mesh import use_cores, use_repeatable_gpu_operations
     from music_jax.signals import StopSignal
     from music_jax.train import train_and_evaluate
 
@@ -49,6 +49,8 @@ def main() -> None:
     use_cores(config.batch_size // config.accumulation_steps)
     workdir = flags.FLAGS.workdir
     records.check_reachable(workdir)
+    if config.deterministic:  # before a line that is printed may start the devices
+        use_repeatable_gpu_operations()
     use_compilation_cache()
     stop = StopSignal(alone=not peers.exist(), grace_seconds=config.checkpoint.grace_seconds)
     train_and_evaluate(config, workdir, profile_steps=profile_steps, stop=stop)

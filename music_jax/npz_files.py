@@ -79,11 +79,11 @@ def read_npy(file: IO[bytes], *, max_bytes: int) -> np.ndarray:
         raise ValueError(f"its array of {size:,} bytes is larger than the {max_bytes:,} expected")
     array = np.empty(shape, dtype, order="F" if fortran else "C")
     if size:
-        left = memoryview(array.reshape(-1, order="A").view(np.uint8))
-        while left:
+        left = array.reshape(-1, order="A").view(np.uint8)
+        while len(left):
             part = file.read(min(len(left), _READ_AT_ONCE))  # a bucket's files have no readinto
             if not part:
                 raise ValueError("it ends early")
-            left[: len(part)] = part
+            left[: len(part)] = np.frombuffer(part, np.uint8)
             left = left[len(part) :]
     return array

@@ -33,6 +33,9 @@ _DONE = "done"  # the last sign, of one that has nothing more to do
 _POLL_SECONDS = 1.0
 _SILENT_SECONDS = 50.0  # after which a process that is not heard of counts as gone
 _BROKEN_SECONDS = 15.0  # the same, once a collective has broken
+# Between two rounds of the watch: then this process itself stood still (suspended, or its threads
+# had to wait), and judges nobody by that time.
+_STALLED_SECONDS = 10.0
 _FAREWELL_SECONDS = 10.0  # how long the coordinator waits for all to have heard
 # After which JAX itself aborts: later than all of the above, whose messages come first.
 HEARTBEAT_TIMEOUT_SECONDS = 300
@@ -41,6 +44,7 @@ _JOIN_SECONDS = 300.0
 JOIN_TIMEOUT_SECONDS = 360
 _WAITING_SECONDS = 30.0  # between two lines that say what a process waits for
 
+_joined = threading.Event()
 _finished = threading.Event()
 _heard: dict[int, tuple[str, float]] = {}  # of each other process: its last sign, and when
 _kept: list[Any] = []  # what C alone refers to
@@ -48,9 +52,7 @@ _kept: list[Any] = []  # what C alone refers to
 
 def exist() -> bool:
     """Whether this process has joined a run of several; unlike JAX's own count, wakes no device."""
-    return (
-        distributed.global_state.client is not None and distributed.global_state.num_processes > 1
-    )
+    return _joined.is_set() and distributed.global_state.num_processes > 1
 
 
 def coordinator() -> str | None:
@@ -70,6 +72,8 @@ def joining() -> Iterator[None]:
     thread.start()
     try:
         yield
+        if distributed.global_state.client is not None:
+            _joined.set()
     finally:
         joined.set()
         thread.join()
@@ -153,13 +157,17 @@ def _failure_of_another() -> str | None:
 
 
 def _watch() -> None:
-    began = time.monotonic()
+    began = last = time.monotonic()
     for count in itertools.count():
         message = _failure_of_another()
         if message is not None:
             print(printable(f"error: {message}"), file=sys.stderr, flush=True)
             _leave(_published() or {"exit_code": 1})
         if distributed.global_state.process_id == 0:
+            now = time.monotonic()
+            if now - last > _STALLED_SECONDS:
+                began = now
+            last = now
             message = _silence(since=began, seconds=_SILENT_SECONDS)
             if message is not None:
                 print(printable(f"error: {message}"), file=sys.stderr, flush=True)
@@ -178,7 +186,12 @@ def _watch_service() -> None:
 
     A call to a service that is stopped does not return, hence a thread of its own.
     """
+    last = time.monotonic()
     while not _finished.wait(_POLL_SECONDS):
+        now = time.monotonic()
+        if now - last > _STALLED_SECONDS:
+            _heard[0] = "", now
+        last = now
         if time.monotonic() - _heard[0][1] > _SILENT_SECONDS:
             _end_alone(1, _gone("0", _SILENT_SECONDS))
 
@@ -236,7 +249,7 @@ def _tell_of_waiting(joined: threading.Event) -> None:
             continue
         if now - began > _JOIN_SECONDS:
             _end_alone(
-                2,
+                1,
                 f"{what}, in vain for {_JOIN_SECONDS:g} s; are all processes running, and is that "
                 "port reachable?",
             )

@@ -107,7 +107,9 @@ class Stop:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        pass
+        """Raises a StoppedError if the stop came too late for the loop to see it."""
+        if self.received and error is None:
+            raise StoppedError("saved at the last step; run the same command to finish")
 
     def begin(self) -> None:
         """Is called after each step: from the first on, there is something to save."""
@@ -184,6 +186,8 @@ class StopSignal(Stop):
 
     def _hear(self, number: int) -> None:
         if not self._start_grace():
+            if number == signal.SIGHUP:  # a shell and the kernel each send one for one terminal
+                return
             _say("stopping at once; what was saved before is intact")
             os._exit(128 + number)
         if self._alone:

@@ -31,5 +31,5 @@ def _checked(variable: str, default: str, name: str, *, create: bool) -> pathlib
     for directory in (own, own / name):
         status = directory.stat()
         if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise OSError(f"others can write to {directory}")
+            raise OSError(f"others can write to {directory}; chmod go-w {directory}")
     return own / name

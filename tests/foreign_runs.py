@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import pathlib
+import platform
 import random
 import resource
 import select
@@ -74,8 +75,10 @@ def watch(base: pathlib.Path) -> None:
                 _events.append(f"read {path!r}")
             if below(where, [f"{run}/compilation_cache", f"{run}/compiled", f"{run}/.cache"]):
                 _events.append(f"read a program {path!r}")
-        elif event in ("os.listdir", "os.scandir") and (where := real(arguments[0])):
-            if below(os.path.abspath(os.fsdecode(arguments[0])), [outside]):
+        elif event in ("os.listdir", "os.scandir"):
+            if not isinstance(arguments[0], int | None) and below(
+                os.path.abspath(os.fsdecode(arguments[0])), [outside]
+            ):
                 _events.append(f"listed {arguments[0]!r}")
         elif event in WRITES:
             folder = -1 if event == "os.truncate" else arguments[-1]
@@ -89,6 +92,7 @@ def watch(base: pathlib.Path) -> None:
         elif event == "ctypes.dlopen" and below(str(arguments[0]), [run]):
             _events.append(f"loaded {arguments[0]!r}")
 
+    platform.uname().processor  # noqa: B018  (a library asks for it, which starts `uname` once)
     sys.addaudithook(hook)
 
 

@@ -1,6 +1,7 @@
 """A bucket in memory, reached through `epath` as it is where TensorFlow is not installed."""
 
 import contextlib
+import io
 
 import fsspec
 from etils import epath
@@ -12,12 +13,20 @@ class HttpError(Exception):
     """As gcsfs has it: no OSError."""
 
 
+class _FailingReads(io.BytesIO):
+    """A file of a connection that breaks."""
+
+    def read(self, size=-1):
+        raise Bucket.failing_reads("503, Service Unavailable")
+
+
 class Bucket(MemoryFileSystem):
     """Objects in memory; as in gcsfs, opening one with mode `a` begins it anew."""
 
     protocol = ("gs", "gcs")
     cachable = False
     failure = None  # what it answers with
+    failing_reads = None  # what an open file answers with
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -28,8 +37,12 @@ class Bucket(MemoryFileSystem):
             raise Bucket.failure("503, Service Unavailable")
 
     def _open(self, path, mode="rb", **kwargs):
-        self._answer()
-        return super()._open(path, mode.replace("a", "w"), **kwargs)
+        if Bucket.failing_reads is None:
+            self._answer()
+        file = super()._open(path, mode.replace("a", "w"), **kwargs)
+        if Bucket.failing_reads is not None and mode == "rb":
+            return _FailingReads()
+        return file
 
     def info(self, path, **kwargs):
         self._answer()
@@ -66,3 +79,13 @@ def out_of_reach(failure=HttpError):
         yield
     finally:
         Bucket.failure = None
+
+
+@contextlib.contextmanager
+def broken_connection(failure=HttpError):
+    """Meanwhile files can be opened, and reading them fails."""
+    Bucket.failing_reads = failure
+    try:
+        yield
+    finally:
+        Bucket.failing_reads = None

@@ -71,7 +71,10 @@ def test_a_directory_that_others_can_write_to_is_not_used(own_compilation_cache)
     own_compilation_cache.chmod(0o777)
     said, value, counts = _run()
     assert (value, counts) == ("83.0", (0, 0))
-    assert said == [f"not keeping what is compiled: others can write to {own_compilation_cache}"]
+    assert said == [
+        f"not keeping what is compiled: others can write to {own_compilation_cache}; chmod go-w "
+        f"{own_compilation_cache}"
+    ]
     assert not list(own_compilation_cache.iterdir())
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
-from memory_bucket import HttpError, bucket_directory, out_of_reach
+from memory_bucket import HttpError, broken_connection, bucket_directory, out_of_reach
 
 from music_jax import epath_corrections, records
 from music_jax.config import default_config
@@ -21,6 +21,7 @@ from music_jax.data import sources
 from music_jax.data.loader import TrainingOrder
 from music_jax.errors import UserError
 from music_jax.exchange import formats
+from music_jax.json_files import read_json
 from music_jax.mesh import make_data_mesh
 from music_jax.new_file import new_file, write_new
 from music_jax.train import lock
@@ -256,3 +257,15 @@ def test_a_lock_in_a_bucket_out_of_reach_is_not_taken(bucket):
         lock.WorkdirLock(bucket).__enter__()
     with contextlib.suppress(FileNotFoundError):
         assert (bucket / "lock").read_text() == ""
+
+
+def test_a_connection_that_breaks_while_a_file_is_read_is_no_other_error(bucket):
+    (bucket / "7").mkdir()
+    (bucket / "7" / "_CHECKPOINT_METADATA").write_text("{}")
+    write_checksums(bucket / "7")
+    with broken_connection():
+        with pytest.raises(epath_corrections.BucketError, match="503"):
+            read_json(bucket / "7" / "CHECKSUMS.json")
+        with pytest.raises(epath_corrections.BucketError, match="503"):
+            find_damage(bucket / "7")
+    assert find_damage(bucket / "7") is None

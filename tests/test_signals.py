@@ -117,6 +117,19 @@ fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     assert (tmp_path / "saved").exists() == (stage == "training")
 
 
+def test_a_closed_terminal_tells_twice_and_is_heard_once():
+    """The shell and the kernel each send the signal."""
+    process = start("leaving")
+    process.send_signal(signal.SIGHUP)
+    assert process.stdout.readline() == "saving\n"
+    process.send_signal(signal.SIGHUP)
+    out, _ = process.communicate(timeout=20)
+    assert (process.returncode, out) == (
+        75,
+        "saved at the last step; run the same command to finish\n",
+    )
+
+
 def test_under_nohup_a_closed_terminal_stops_nothing():
     process = subprocess.Popen(
         ["nohup", sys.executable, "-c", COMMAND, "training", "60"],

@@ -1,6 +1,5 @@
 """Figures of what was compiled before: a plan that is asked for again, or was stopped, goes on."""
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -9,6 +8,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from music_jax import progress
 from music_jax.new_file import write_new
 from music_jax.user_directories import cache_directory
 
@@ -35,8 +35,10 @@ def remember(program: str, chips: str, make: Callable[[], Any], kind: type) -> A
         return kind(**json.loads((cache_directory("plan") / name).read_text()))
     except (OSError, ValueError, TypeError):
         figures = make()
-    with contextlib.suppress(OSError):
+    try:
         write_new(cache_directory("plan") / name, json.dumps(dataclasses.asdict(figures)).encode())
+    except OSError as error:
+        progress.say(f"these figures are not kept for later: {error}")
     return figures
 
 

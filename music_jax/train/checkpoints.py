@@ -318,8 +318,8 @@ class Checkpoints:
                 saved = saved | {"order": ORDER_VERSION}
                 progress.say(
                     f"step {step} was saved by an earlier version of music_jax: from here on the "
-                    "images come in another order than the one that this run began with, and sgd "
-                    "no longer decays biases and normalization parameters"
+                    "images come in another order than the one that this run began with, and with "
+                    "optimizer.name=sgd biases and normalization parameters are no longer decayed"
                 )
             if saved != now:
                 raise UserError(

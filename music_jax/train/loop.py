@@ -96,6 +96,11 @@ def _train_and_evaluate(
             f"{len(source)} images; take at most {len(source)}"
         )
     probed, why_not = _probed(config, source)  # fails now, not after training
+    if bool(from_main_process(lambda: why_not)) != bool(why_not):
+        raise UserError(
+            "the processes do not find the same images to evaluate with; this one: "
+            f"{why_not or 'there are some'}"
+        )
     order = TrainingOrder(len(source), config.batch_size, config.seed)
     num_steps = config.num_epochs * order.steps_per_epoch
     profile = Profile(directory / "profile", profile_steps, num_steps)
@@ -126,8 +131,8 @@ def _train_and_evaluate(
             progress.say(f"{directory} is done: {num_steps} steps {done}")
             if results:
                 progress.say_lines(results_table(results))
-            return checkpoints.restore(start_step, shapes, mesh, order)
-        if start_step < num_steps and is_main_process():
+            return checkpoints.restore(start_step, shapes, mesh)
+        if is_main_process():
             check_same_images(directory, source, resuming=start_step > 0)
         describe(config, mesh, source, order, shapes, start_step)
         run = _Run(
@@ -248,7 +253,8 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: Stop) -> TrainSt
             run.profile.after(step, state)
             stop.begin()  # the step is compiled; only now is there something to save
             last = step == num_steps
-            stopping = stop.received or run.checkpoints.reached_preemption(step)
+            asked = stop.received and jax.process_count() == 1  # several have to agree on a step
+            stopping = asked or run.checkpoints.reached_preemption(step)
             if stopping:
                 stop.agreed()
             saving = step % config.checkpoint.every_steps == 0 or last or stopping

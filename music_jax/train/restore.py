@@ -49,8 +49,11 @@ def restore_run(
 def _named_step(checkpoint: str, directory: epath.Path, steps: list[int]) -> int:
     name = checkpoint.rstrip("/").rpartition("/")[2]
     if "/" in checkpoint:
-        where = records.absolute(checkpoint.rstrip("/")).parent
-        if where != records.absolute(os.fspath(directory / "checkpoints")):
+        where = os.fspath(records.absolute(checkpoint.rstrip("/")).parent)
+        own = os.fspath(directory / "checkpoints")
+        if "://" not in own:
+            where, own = os.path.realpath(where), os.path.realpath(own)
+        if where != own:
             raise UserError(f"--checkpoint={checkpoint} is not below {directory}/checkpoints")
     if not name.isdigit() or int(name) not in steps:
         known = ", ".join(str(step) for step in sorted(steps)) or "none"

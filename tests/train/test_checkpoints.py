@@ -21,6 +21,7 @@ from music_jax.errors import UserError
 from music_jax.mesh import make_data_mesh
 from music_jax.train.checkpoints import Checkpoints
 from music_jax.train.guards import init_guard_state
+from music_jax.train.restore import _named_step
 from music_jax.train.state import TrainState, state_shardings
 
 
@@ -234,3 +235,13 @@ def test_checkpoint_that_was_being_written_is_removed_and_told(tmp_path, capsys)
     checkpoints.close()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["6"]
     assert "still being written when the run was cut off" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_named_by_its_path_whatever_links_lead_there(tmp_path):
+    (tmp_path / "scratch" / "run" / "checkpoints" / "5").mkdir(parents=True)
+    (tmp_path / "runs").symlink_to("scratch")
+    run = epath.Path(tmp_path / "runs" / "run")
+    for name in ("scratch/run/checkpoints/5", "runs/run/checkpoints/5/"):
+        assert _named_step(f"{tmp_path}/{name}", run, [5]) == 5
+    with pytest.raises(UserError, match="is not below"):
+        _named_step(f"{tmp_path}/other/checkpoints/5", run, [5])
