@@ -70,3 +70,16 @@ def test_any_flipped_byte_is_found(tmp_path_factory, position, flip):
     content[position] ^= flip
     file.write_bytes(content)
     assert damage_of(directory) == "data has changed"
+
+
+def test_a_file_that_has_become_huge_is_not_read(checkpoint):
+    os.truncate(checkpoint / "state" / "d" / "abc", 2**44)  # 16 TiB that take no room
+    assert damage_of(checkpoint) == "state/d/abc has changed"
+
+
+@pytest.mark.parametrize("entry", [[], 5, None, {"a": 1}])
+def test_checksums_of_another_form_are_damage(checkpoint, entry):
+    record = json.loads((checkpoint / CHECKSUMS).read_text())
+    record["files"]["state/empty"] = entry
+    (checkpoint / CHECKSUMS).write_text(json.dumps(record))
+    assert damage_of(checkpoint).startswith("cannot be read: ")
