@@ -53,8 +53,10 @@ NEAREST = {
     "evaluation/evaluate": ("evaluation/test_evaluate_units.py", "test_evaluate.py"),
     "evaluation/feature_protocols": ("evaluation", "test_evaluate.py"),
     "evaluation/image_protocols": ("evaluation", "test_evaluate.py"),
+    "objectives/cross_segment": ("objectives/test_global_batch.py",),
     "objectives/gram": ("objectives/test_vicreg.py", "objectives/test_barlow_twins.py"),
     "objectives/ratios": ("objectives/test_cross_segment.py", "objectives/test_probabilities.py"),
+    "objectives/simclr": ("objectives/test_global_batch.py",),
     "train/gradients": ("train/test_step.py",),
 }
 # Expressions and statements that hold messages alone.

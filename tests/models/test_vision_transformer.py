@@ -101,6 +101,39 @@ def test_positions_are_moco_v3s(reference):
     np.testing.assert_allclose(sincos_positions(4, 4, 24), reference["positions"], atol=1e-6)
 
 
+def test_positions_of_a_grid_that_is_not_square():
+    rows, columns = np.repeat([0, 1], 3), np.tile([0, 1, 2], 2)  # row by row
+    expected = [
+        wave(place * frequency)
+        for place in (rows, columns)
+        for wave in (np.sin, np.cos)
+        for frequency in (1.0, 0.01)
+    ]
+    np.testing.assert_allclose(sincos_positions(2, 3, 8), np.transpose(expected), atol=1e-7)
+
+
+def test_weights_start_as_moco_v3s():
+    """Xavier's uniform distribution, for queries, keys and values one by one; a token of 1e-6."""
+    model = VisionTransformer(
+        width=160, depth=1, num_heads=4, channels=3, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)
+    )
+    block = model.blocks[0]
+    for linear, inputs, outputs in (
+        (model.patches, 16 * 16 * 3, 160),
+        (block.attention.qkv, 160, 160),
+        (block.attention.output, 160, 160),
+        (block.mlp_in, 160, 640),
+        (block.mlp_out, 640, 160),
+    ):
+        kernel, bound = np.asarray(linear.kernel[...]), np.sqrt(6 / (inputs + outputs))
+        assert 0.999 * bound < np.abs(kernel).max() <= bound
+        np.testing.assert_allclose(np.std(kernel), bound / np.sqrt(3), rtol=0.015)
+        np.testing.assert_array_equal(linear.bias[...], 0)
+    # 4 deviations of what is drawn.
+    np.testing.assert_allclose(np.std(model.class_token[...]), 1e-6, rtol=4 / np.sqrt(2 * 160))
+    np.testing.assert_allclose(np.mean(model.class_token[...]), 0, atol=4e-6 / np.sqrt(160))
+
+
 @pytest.mark.parametrize("remat", [False, True])
 def test_features_and_gradients_are_timms(reference, remat):
     features, params = _with_weights(_tiny(remat=remat), reference)
