@@ -203,8 +203,10 @@ class _Mutated(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name, path=None, target=None):
         if name != self._name:
             return None
-        spec = importlib.util.spec_from_file_location(name, self._path, loader=self)
-        return spec
+        folders = [str(self._path.parent)] if self._path.name == "__init__.py" else None
+        return importlib.util.spec_from_file_location(
+            name, self._path, loader=self, submodule_search_locations=folders
+        )
 
     def exec_module(self, module):
         exec(compile(self._source, str(self._path), "exec"), module.__dict__)

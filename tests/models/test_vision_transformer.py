@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 
 from music_jax.config import default_config
+from music_jax.models import BACKBONES
 from music_jax.models.network import init_network
 from music_jax.models.vision_transformer import VisionTransformer, sincos_positions
 
@@ -165,6 +166,16 @@ def test_sizes_have_timms_number_of_parameters(name):
     with_positions, positions = _TIMM_SIZES[name]
     count = sum(x.size for x in jax.tree.leaves(params["backbone"]))
     assert count == with_positions - positions
+
+
+@pytest.mark.parametrize(("name", "heads"), [("vit_s16", 6), ("vit_b16", 12)])
+def test_sizes_have_timms_heads_and_patches_of_16(name, heads):
+    spec = BACKBONES[name]
+    model = nnx.eval_shape(
+        lambda: spec.make(channels=3, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    )
+    assert {block.attention.num_heads for block in model.blocks} == {heads}
+    assert spec.image_multiple == model.patch_size == 16
 
 
 def test_other_sizes_of_images_need_no_other_weights():
