@@ -53,8 +53,10 @@ NEAREST = {
     "evaluation/evaluate": ("evaluation/test_evaluate_units.py", "test_evaluate.py"),
     "evaluation/feature_protocols": ("evaluation", "test_evaluate.py"),
     "evaluation/image_protocols": ("evaluation", "test_evaluate.py"),
+    "objectives/cross_segment": ("objectives/test_global_batch.py",),
     "objectives/gram": ("objectives/test_vicreg.py", "objectives/test_barlow_twins.py"),
     "objectives/ratios": ("objectives/test_cross_segment.py", "objectives/test_probabilities.py"),
+    "objectives/simclr": ("objectives/test_global_batch.py",),
     "train/gradients": ("train/test_step.py",),
 }
 # Expressions and statements that hold messages alone.
@@ -201,8 +203,10 @@ class _Mutated(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name, path=None, target=None):
         if name != self._name:
             return None
-        spec = importlib.util.spec_from_file_location(name, self._path, loader=self)
-        return spec
+        folders = [str(self._path.parent)] if self._path.name == "__init__.py" else None
+        return importlib.util.spec_from_file_location(
+            name, self._path, loader=self, submodule_search_locations=folders
+        )
 
     def exec_module(self, module):
         exec(compile(self._source, str(self._path), "exec"), module.__dict__)

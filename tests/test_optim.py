@@ -63,6 +63,17 @@ def test_lars_takes_a_ratio_of_one_where_a_norm_is_zero(zero):
     np.testing.assert_allclose(updates["w"], -grads["w"])
 
 
+def test_lars_adapts_to_norms_far_below_one():
+    w, g = np.asarray([[0.03, -0.01, 0.0]]), np.asarray([[0.002, 0.001, -0.005]])
+    optimizer = lars(1.0, trust_coefficient=0.1)
+    params = {"w": jnp.asarray(w, jnp.float32)}
+    updates, _ = optimizer.update(
+        {"w": jnp.asarray(g, jnp.float32)}, optimizer.init(params), params
+    )
+    expected = -0.1 * np.linalg.norm(w) / np.linalg.norm(g) * g
+    np.testing.assert_allclose(updates["w"], expected, rtol=1e-6)
+
+
 def test_lars_differs_from_optax_lars_under_a_schedule():
     def schedule(step):
         return jnp.asarray(step, jnp.float32) / 5

@@ -27,6 +27,15 @@ def test_each_view_is_normalised_by_its_own_statistics_as_flax_does_in_two_passe
     np.testing.assert_allclose(ours.var[...], theirs.var[...], rtol=1e-5)
 
 
+def test_a_constant_channel_has_no_negative_variance():
+    norm = BatchNorm(2)
+    norm.bias[...] = jnp.asarray([0.25, -0.5])
+    x = jnp.broadcast_to(jnp.asarray([1234.567, -4321.123]), (37, 2))
+    y = norm(x, train=True, num_views=1)
+    assert jnp.isfinite(y).all()
+    assert (norm.var[...] >= 0.9).all()  # 0.9 of 1, plus a tenth of the batch's
+
+
 def test_inference_uses_the_running_statistics():
     norm = BatchNorm(3)
     x = _input().reshape(12, 5, 5, 3)

@@ -1,5 +1,7 @@
 """Backbones and projection head: shapes, sizes against torchvision's, and their initial state."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,12 @@ import pytest
 from flax import nnx
 
 from music_jax.config import default_config
-from music_jax.models.network import init_network, make_network
+from music_jax.models.network import (
+    INIT_COMPILER_OPTIONS,
+    init_network,
+    make_frozen_backbone,
+    make_network,
+)
 from music_jax.models.resnet import BasicBlock, Bottleneck, pooling_cells
 
 # Parameters of torchvision's ResNets without the classifier (model.fc).
@@ -84,6 +91,38 @@ def test_views_are_embedded_as_if_each_had_its_own_pass():
     for v in range(2):
         _, alone, _ = network.embed(params, stats, views[:, v : v + 1])
         np.testing.assert_allclose(together[:, v], alone[:, 0], rtol=1e-3, atol=1e-4)
+
+
+def test_the_head_is_trained_by_each_views_statistics_and_a_backbone_alone_has_the_same_features():
+    config = _config(name="tiny_resnet", stem="strided")
+    network, frozen = make_network(config), make_frozen_backbone(config)
+    init, embed, alone, whole = (
+        functools.partial(jax.jit, compiler_options=INIT_COMPILER_OPTIONS)(function)
+        for function in (
+            functools.partial(init_network, config),
+            network.embed,
+            frozen.features,
+            network.features,
+        )
+    )
+    params, stats = init(jax.random.key(0))
+    views = np.random.default_rng(0).normal(size=(5, 2, 16, 16, 3)).astype(np.float32)
+    features, embeddings, new_stats = embed(params, stats, views)
+    head = jax.tree.map(np.float64, params["projector"])
+    x = np.asarray(features, np.float64) @ head["hidden"][0]["kernel"]
+    hidden = np.maximum((x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5), 0)
+    np.testing.assert_allclose(
+        embeddings, hidden @ head["output"]["kernel"], rtol=0, atol=1e-4 * np.abs(embeddings).max()
+    )
+    running = 0.9 * 0.1 * x.mean(0)[0] + 0.1 * x.mean(0)[1]
+    found = new_stats["projector"]["norms"][0]["mean"]
+    np.testing.assert_allclose(found, running, rtol=0, atol=1e-4 * np.abs(running).max())
+    np.testing.assert_allclose(
+        alone(params["backbone"], stats["backbone"], views[:, 0]),
+        whole(params, stats, views[:, 0]),
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 def test_features_in_inference_do_not_depend_on_the_rest_of_the_batch():

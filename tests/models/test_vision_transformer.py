@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 
 from music_jax.config import default_config
+from music_jax.models import BACKBONES
 from music_jax.models.network import init_network
 from music_jax.models.vision_transformer import VisionTransformer, sincos_positions
 
@@ -101,6 +102,39 @@ def test_positions_are_moco_v3s(reference):
     np.testing.assert_allclose(sincos_positions(4, 4, 24), reference["positions"], atol=1e-6)
 
 
+def test_positions_of_a_grid_that_is_not_square():
+    rows, columns = np.repeat([0, 1], 3), np.tile([0, 1, 2], 2)  # row by row
+    expected = [
+        wave(place * frequency)
+        for place in (rows, columns)
+        for wave in (np.sin, np.cos)
+        for frequency in (1.0, 0.01)
+    ]
+    np.testing.assert_allclose(sincos_positions(2, 3, 8), np.transpose(expected), atol=1e-7)
+
+
+def test_weights_start_as_moco_v3s():
+    """Xavier's uniform distribution, for queries, keys and values one by one; a token of 1e-6."""
+    model = VisionTransformer(
+        width=160, depth=1, num_heads=4, channels=3, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)
+    )
+    block = model.blocks[0]
+    for linear, inputs, outputs in (
+        (model.patches, 16 * 16 * 3, 160),
+        (block.attention.qkv, 160, 160),
+        (block.attention.output, 160, 160),
+        (block.mlp_in, 160, 640),
+        (block.mlp_out, 640, 160),
+    ):
+        kernel, bound = np.asarray(linear.kernel[...]), np.sqrt(6 / (inputs + outputs))
+        assert 0.999 * bound < np.abs(kernel).max() <= bound
+        np.testing.assert_allclose(np.std(kernel), bound / np.sqrt(3), rtol=0.015)
+        np.testing.assert_array_equal(linear.bias[...], 0)
+    # 4 deviations of what is drawn.
+    np.testing.assert_allclose(np.std(model.class_token[...]), 1e-6, rtol=4 / np.sqrt(2 * 160))
+    np.testing.assert_allclose(np.mean(model.class_token[...]), 0, atol=4e-6 / np.sqrt(160))
+
+
 @pytest.mark.parametrize("remat", [False, True])
 def test_features_and_gradients_are_timms(reference, remat):
     features, params = _with_weights(_tiny(remat=remat), reference)
@@ -132,6 +166,16 @@ def test_sizes_have_timms_number_of_parameters(name):
     with_positions, positions = _TIMM_SIZES[name]
     count = sum(x.size for x in jax.tree.leaves(params["backbone"]))
     assert count == with_positions - positions
+
+
+@pytest.mark.parametrize(("name", "heads"), [("vit_s16", 6), ("vit_b16", 12)])
+def test_sizes_have_timms_heads_and_patches_of_16(name, heads):
+    spec = BACKBONES[name]
+    model = nnx.eval_shape(
+        lambda: spec.make(channels=3, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    )
+    assert {block.attention.num_heads for block in model.blocks} == {heads}
+    assert spec.image_multiple == model.patch_size == 16
 
 
 def test_other_sizes_of_images_need_no_other_weights():

@@ -11,8 +11,9 @@ import pytest
 from music_jax.config import default_config, set_views
 from music_jax.data.augment import ViewAugmentation, augment_views
 from music_jax.mesh import batch_sharding, make_data_mesh
-from music_jax.train.state import init_state
-from music_jax.train.step import augmented_views, compile_step, make_recipe
+from music_jax.train.guards import init_guard_state
+from music_jax.train.state import TrainState, init_state
+from music_jax.train.step import augmented_views, compile_skip, compile_step, make_recipe
 
 
 def _config(objective="music", optimizer="sgd"):
@@ -141,6 +142,61 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_named():
     kept = (state.params, state.batch_stats, state.opt_state)
     for a, b in zip(jax.tree.leaves(good), jax.tree.leaves(kept), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+class _Linear:
+    """In place of a network: the pixels' sum by two weights, and a count as running statistics."""
+
+    def embed(self, params, batch_stats, views):
+        flat = views.reshape(*views.shape[:2], -1)  # [batch, views, pixels]
+        return None, flat @ params["kernel"], {"count": batch_stats["count"] + 1}
+
+
+def test_a_skipped_step_changes_only_the_counts_and_the_rate_goes_on_where_it_was():
+    config = _config()
+    config.optimizer.warmup_epochs = 1
+    config.optimizer.weight_decay, config.optimizer.momentum = 0.1, 0.9
+    config.guards.enabled = False
+    mesh, rates = make_data_mesh(1), (0.0, 0.25 * 0.5 * 16 / 256, 0.5 * 0.5 * 16 / 256)
+    recipe = dataclasses.replace(
+        make_recipe(config, steps_per_epoch=4),
+        network=_Linear(),
+        views=(ViewAugmentation(), ViewAugmentation()),
+        objective=lambda a, b: (jnp.mean(a * b), {}),
+    )
+    kernel = np.random.default_rng(1).normal(size=(144, 2))
+    params = {"kernel": jnp.asarray(kernel, jnp.float32)}
+    state = TrainState(
+        step=jnp.int32(0),
+        params=params,
+        batch_stats={"count": jnp.int32(0)},
+        opt_state=recipe.optimizer.init(params),
+        guard=init_guard_state(),
+    )
+    state = jax.tree.map(jnp.copy, state)  # a buffer can be donated once
+    step_function, skip = compile_step(recipe, state, mesh), compile_skip(state, mesh)
+    velocity, taken = 0.0, 0
+    for number, (images, index) in enumerate(_batches(config, 5), 1):
+        if number in (2, 4):
+            before = jax.tree.map(jnp.copy, state)
+            donated, state = state, skip(state)
+            assert donated.params["kernel"].is_deleted()
+            guard = before.guard._replace(skipped=before.guard.skipped + 1)
+            expected = dataclasses.replace(before, step=number, guard=guard)
+            jax.tree.map(np.testing.assert_array_equal, state, expected)
+            continue
+        state, metrics = step_function(state, images, index)
+        x = ((images / 255 - 0.5) / 0.25).reshape(16, 2, -1)
+        a, b = x[:, 0] @ kernel, x[:, 1] @ kernel
+        gradient = (x[:, 0].T @ b + x[:, 1].T @ a) / a.size
+        velocity = 0.9 * velocity + gradient + 0.1 * kernel
+        kernel = kernel - rates[taken] * velocity
+        np.testing.assert_allclose(metrics["learning_rate"], rates[taken], rtol=1e-5)
+        np.testing.assert_allclose(metrics["loss"], np.mean(a * b), rtol=1e-4)
+        np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(gradient), rtol=1e-4)
+        np.testing.assert_allclose(state.params["kernel"], kernel, rtol=1e-4, atol=1e-5)
+        taken += 1
+    assert (int(state.step), int(state.guard.skipped), int(state.batch_stats["count"])) == (5, 2, 3)
 
 
 def test_bfloat16_starts_at_nearly_the_same_loss():
