@@ -56,6 +56,17 @@ def test_a_bank_in_blocks_has_the_same_neighbours():
     assert np.mean(blocks[1] == rows) > 0.98
 
 
+@pytest.mark.parametrize(("block_size", "bank_block_size"), [(5, 9), (64, 9), (64, 100)])
+def test_a_bank_that_is_smaller_than_k_is_ranked_whole(block_size, bank_block_size):
+    train, _, test, _ = _digits()
+    sizes = {"block_size": block_size, "bank_block_size": bank_block_size}
+    similarities, rows = nearest_neighbours(train[:23], test[:7], k=40, **sizes)
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (test[:7], train[:23])]
+    expected = unit[0] @ unit[1].T
+    np.testing.assert_array_equal(rows, np.argsort(-expected, axis=1))
+    np.testing.assert_allclose(similarities, -np.sort(-expected, axis=1), atol=1e-6)
+
+
 def test_nearer_neighbours_outvote_more_distant_ones():
     train = jnp.asarray([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0]])
     labels = jnp.asarray([0, 1, 1])
