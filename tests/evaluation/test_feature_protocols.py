@@ -13,6 +13,7 @@ from sklearn.metrics import (
 from sklearn.neighbors import KNeighborsClassifier
 from tfds_sets import IMAGES, LABELS
 
+from music_jax.config import set_views
 from music_jax.evaluation import feature_protocols
 from music_jax.evaluation.few_shot import few_shot
 from music_jax.evaluation.label_free import alignment, alpha_req, lidar, rankme, uniformity
@@ -29,6 +30,7 @@ def run(tmp_path_factory):
     config.knn.update({"k": 7, "more_k": (2, 30), "temperature": 0.2})
     config.linear_eval.raw_pixels = True
     config.evaluation.view_images = 60
+    set_views(config, flip_probability=0.5)
     config.few_shot.update({"shots": (2, 3), "draws": 3})
     directory = tmp_path_factory.mktemp("run")
     return pixel_run(
