@@ -96,3 +96,15 @@ def test_no_label_chooses_the_segment_that_is_reported():
     assert found["segment_accuracy"] == reported.accuracy
     assert found["segment_purity"] == reported.purity
     assert reported.accuracy < 0.5 < others.accuracy == 1
+
+
+def test_of_a_method_without_segments_none_are_measured():
+    train, test = problem(80, 0)[0], problem(40, 1)[0]
+    config = settings()
+    config.linear_eval.num_epochs = 1
+    general = ["embedding_rankme", "knn_top1", "rankme", "ten_shot_top1"]
+    for name in ("barlow_twins", "vicreg"):  # before and after music in the alphabet
+        config.objective.name = name
+        assert sorted(measure(train, test, config)) == general
+    config.objective.name = "barlow_twins"
+    assert sorted(measure_factors(train, test, config)) == ["factor_linear_top1", "factors"]

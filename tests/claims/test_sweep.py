@@ -261,13 +261,30 @@ def test_tables_have_means_and_student_intervals(tmp_path):
         [measure["mean"], measure["half_width"]], [np.mean(values), (high - low) / 2]
     )
     assert (row["learning_rate"], row["rate_at_edge"], row["seeds"]) == (1e-2, False, 3)
+    assert row["search"] == {
+        name: accuracy_of(Cell(base("music"), float(name), sweep.config.seed, True))
+        for name in ("0.0033", "0.01", "0.03")  # a third of the method's own, and three times it
+    }
 
     results.write(tables, sweep.directory)
     assert json.loads((sweep.directory / "claims.json").read_text()) == {"claims": tables}
     lines = (sweep.directory / "claims.csv").read_text().splitlines()
     assert len(lines) == 1 + 12 * 3  # settings, measures
     shown = f"{100 * np.mean(values):.1f} ± {100 * (high - low) / 2:.1f}"
-    assert f"| music | 2 | {shown} |" in (sweep.directory / "claims.md").read_text()
+    text = (sweep.directory / "claims.md").read_text()
+    assert f"| music | 2 | {shown} |" in text
+    numbers = " ---: |" * 5  # three measures, the rate and the seeds
+    assert f"| --- | --- |{numbers}" in text
+
+
+def test_the_one_rate_of_the_config_is_no_edge_of_a_search(tmp_path):
+    sweep = make_sweep(tmp_path, only=("1",), seeds=1)
+    finish_all(sweep)
+    rows = results.collect(sweep)[0]["rows"]
+    configured = [row for row in rows if not row["search"]]
+    assert len(configured) == 1
+    assert configured[0]["learning_rate"] == sweep.config.optimizer.base_learning_rate
+    assert not configured[0]["rate_at_edge"]
 
 
 def test_differences_are_welchs(tmp_path):

@@ -12,7 +12,7 @@ import scipy.stats
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from music_jax.data.augment import ViewAugmentation
+from music_jax.data.augment import ViewAugmentation, _Draw, _draw_affine, _Randomness
 from music_jax.data.augment import augment_views as augment
 from music_jax.data.augment import normalize_images as normalize
 
@@ -402,3 +402,20 @@ def test_bfloat16_is_float32_but_for_rounding(key):
     error = np.abs(np.asarray(half.astype(jnp.float32) - exact)) * np.asarray(STD) * 255
     assert error.max() < 3.0
     assert error.mean() < 0.5
+
+
+def test_each_draw_has_a_number_of_its_own_that_stays():
+    """Two draws of one number would depend on each other."""
+    names = "AFFINE ROTATION TRANSLATION_X TRANSLATION_Y SCALE SHEAR FLIP JITTER BRIGHTNESS"
+    names += " CONTRAST SATURATION HUE GRAYSCALE BLUR BLUR_SIGMA SOLARIZE NOISE"
+    assert {n: int(d) for n, d in _Draw.__members__.items()} == {
+        name: i for i, name in enumerate(names.split())
+    }
+
+
+def test_shifts_are_fractions_of_each_side(key):
+    view = ViewAugmentation(affine_probability=1.0, translation=0.25)
+    random = _Randomness(key, jnp.arange(500), (view,))
+    shifts = np.abs(_draw_affine(random, 12, 80))[:, 0, :, 2]  # along x and y
+    assert np.all(shifts <= [20, 3])
+    assert np.all(shifts.max(axis=0) > [19, 2.85])

@@ -9,6 +9,7 @@ from music_jax.data.crops import (
     NUMBERS_PER_BOX,
     Box,
     Crop,
+    _without_far_ends,
     center_crop,
     cut,
     draw_boxes,
@@ -69,6 +70,14 @@ def test_boxes_lie_anywhere_with_the_same_probability():
         assert counts.min() > 60  # 100 expected, deviation 9
 
 
+def test_a_box_as_high_or_as_wide_as_the_image_fits():
+    crop = Crop(size=8, scale=(0.25, 0.25), aspect_ratio=(1.0, 1.0))
+    numbers = np.full((1, NUMBERS_PER_BOX), 0.99)
+    for shape, box in (((50, 200), (0, 149, 50, 50)), ((200, 50), (149, 0, 50, 50))):
+        height, width = np.asarray([shape]).T
+        assert draw_boxes(height, width, crop, numbers).tolist() == [list(box)]
+
+
 def test_each_box_depends_on_its_own_numbers_and_image_alone():
     crop = Crop(size=16, scale=(0.1, 0.9))
     numbers = np.random.default_rng(0).random((50, NUMBERS_PER_BOX))
@@ -113,10 +122,27 @@ def test_a_crop_of_everything_takes_the_whole_of_a_square_image():
         assert set(_boxes(side, side, crop, 5)) == {Box(0, 0, side, side)}
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 500), (700, 2)])
-def test_images_too_narrow_for_any_box_are_cut_all_the_same(shape):
+@pytest.mark.parametrize(
+    ("shape", "box"),
+    [((40, 101), (0, 24, 40, 53)), ((101, 40), (24, 0, 53, 40))],  # 53: 40 * 4 / 3
+)
+def test_where_no_box_fits_the_largest_is_taken_from_the_center(shape, box):
+    assert set(_boxes(*shape, Crop(size=8, scale=(0.9, 1.0)), 5)) == {Box(*box)}
+
+
+@pytest.mark.parametrize(
+    ("shape", "aspect_ratio"),
+    [
+        ((1, 1), (3 / 4, 4 / 3)),
+        ((1, 500), (3 / 4, 4 / 3)),
+        ((700, 2), (3 / 4, 4 / 3)),
+        ((1, 500), (1 / 4, 1 / 3)),  # of one row, no column is narrow enough
+        ((500, 1), (3.0, 4.0)),
+    ],
+)
+def test_images_too_narrow_for_any_box_are_cut_all_the_same(shape, aspect_ratio):
     image = np.full((*shape, 3), 7, np.uint8)
-    (box,) = _boxes(*shape, Crop(size=8, scale=(0.9, 1.0)), 1)
+    (box,) = _boxes(*shape, Crop(size=8, scale=(0.9, 1.0), aspect_ratio=aspect_ratio), 1)
     np.testing.assert_array_equal(_cut(image, box, 8), np.full((8, 8, 3), 7))
 
 
@@ -152,6 +178,23 @@ def test_a_large_box_is_averaged_so_that_fine_patterns_do_not_alias():
     assert np.all(np.abs(_cut(checks, Box(0, 0, 256, 256), 60).astype(int) - 128) <= 1)
 
 
+@pytest.mark.parametrize(("height", "width"), [(48, 48), (48, 90), (90, 48)])
+def test_a_box_twice_as_large_as_the_view_is_averaged_over_two_by_two_pixels(height, width):
+    image = np.random.default_rng(0).integers(0, 256, (100, 110, 3), np.uint8)
+    found = _cut(image, Box(3, 7, height, width), 24)
+    part = image[3 : 3 + height, 7 : 7 + width]
+    means = part.reshape(height // 2, 2, width // 2, 2, 3).mean(axis=(1, 3))
+    expected = cv2.resize(means, (24, 24), interpolation=cv2.INTER_LINEAR)
+    assert np.abs(found - expected).max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(47, 110), (110, 47)])
+def test_a_box_that_is_long_on_one_side_alone_is_not_averaged(shape):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    expected = cv2.resize(image, (24, 24), interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_array_equal(_cut(image, Box(0, 0, *shape), 24), expected)
+
+
 @pytest.mark.parametrize("reduction", [2, 4])
 def test_a_box_of_an_image_that_was_decoded_smaller_is_the_same_part(reduction):
     image = cv2.GaussianBlur(_gradient(256, 248), (0, 0), 2)
@@ -168,6 +211,16 @@ def test_center_crop_takes_the_centre():
     assert cut.shape == (20, 20, 1)
     assert np.all(cut[:, 6:14] == 255)
     assert not np.any(cut[:, [0, 1, 2, -3, -2, -1]])
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_of_a_long_strip_the_middle_alone_is_enlarged(axis):
+    strip = np.random.default_rng(0).integers(0, 256, (161, 10, 3), np.uint8)
+    middle, shorter = strip[60:101], strip[:160]  # 40 rows, and one to keep the center
+    if axis == 1:
+        strip, middle, shorter = (x.swapaxes(0, 1) for x in (strip, middle, shorter))
+    np.testing.assert_array_equal(_without_far_ends(strip), middle)
+    np.testing.assert_array_equal(_without_far_ends(shorter), shorter)
 
 
 def test_center_crop_of_an_image_of_that_size_is_the_image():

@@ -16,7 +16,7 @@ from PIL import Image
 
 from music_jax.cores import usable_cores
 from music_jax.data import loader
-from music_jax.data.crops import Crop
+from music_jax.data.crops import NUMBERS_PER_BOX, Box, Crop, cut, draw_boxes
 from music_jax.data.decode import decode
 from music_jax.data.loader import TrainingOrder, evaluation_batches, training_batches
 from music_jax.data.skipped import SkippedImages
@@ -83,6 +83,12 @@ def test_the_order_is_the_same_with_every_version_of_grain_and_numpy():
     order = TrainingOrder(num_records=10, batch_size=5, seed=1)
     epochs = [[order.record_key(10 * epoch + i) for i in range(10)] for epoch in range(2)]
     assert epochs == [[8, 6, 9, 3, 0, 2, 7, 1, 5, 4], [6, 5, 7, 3, 8, 4, 9, 2, 0, 1]]
+
+
+def test_substitutes_are_the_same_with_every_version_of_numpy():
+    order = TrainingOrder(num_records=1000, batch_size=5, seed=1)
+    found = [[order.substitute(index, attempt) for attempt in range(3)] for index in (0, 7)]
+    assert found == [[332, 449, 124], [880, 341, 631]]
 
 
 def test_no_two_pairs_of_seed_and_epoch_share_an_order():
@@ -262,6 +268,32 @@ def test_half_of_the_views_are_mirrored_each_by_itself():
     assert min(counts) > 30  # 50 each, with a standard deviation of 6
     (batch,) = _batches(source, order, num_steps=1)
     assert np.all(batch["images"] == image)
+
+
+@pytest.mark.parametrize("num_views", [1, 2])
+def test_boxes_and_flips_are_each_samples_own_numbers_of_one_stream(num_views):
+    """The last number of each view flips it, and no other does: the others place the box."""
+    image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    records = [{"image": cv2.imencode(".png", image)[1].tobytes(), "label": 0}] * 20
+    source, order = Source("same", records, "image", "label", 1), TrainingOrder(20, 10, seed=5)
+    crop = Crop(8, (0.1, 0.6))
+    batches = _batches(
+        source, order, num_steps=2, crop=crop, channels=3, num_views=num_views, flip=True
+    )
+    found = np.concatenate([batch["images"] for batch in batches])[..., ::-1]  # as OpenCV has it
+
+    count = NUMBERS_PER_BOX + 1  # for each view
+    length = {1: 24, 2: 48}[num_views]  # of a sample's part: the next multiple of four
+    stream = np.random.Generator(np.random.Philox(key=[5, 0])).random((20, length))
+    numbers = stream[:, : num_views * count].reshape(20 * num_views, count)
+    sides = np.full(len(numbers), 30), np.full(len(numbers), 40)
+    boxes = draw_boxes(*sides, crop, numbers[:, :NUMBERS_PER_BOX])
+    expected = np.empty((len(numbers), 8, 8, 3), np.uint8)
+    for view, box, row in zip(expected, boxes.tolist(), numbers, strict=True):
+        cut(image, Box(*box), view)
+        if row[NUMBERS_PER_BOX] < 0.5:
+            view[:] = view[:, ::-1].copy()
+    np.testing.assert_array_equal(found, expected.reshape(found.shape))
 
 
 def test_views_are_uint8_side_by_side_and_cut_differently():

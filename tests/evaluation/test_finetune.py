@@ -37,6 +37,42 @@ def test_logits_are_those_of_the_running_statistics():
     np.testing.assert_allclose(extract(brighter)["logits"][0], found[0], rtol=1e-4, atol=1e-4)
 
 
+def test_the_steps_are_sgd_with_momentum_and_decay_in_plain_numpy():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (6, 32, 8, 8, 1), np.uint8)  # three steps an epoch
+    labels = rng.integers(3, size=(6, 32))
+    scale = rng.uniform(0.5, 1.5, 64)
+    recipe = FinetuneRecipe(2, 32, 40.0, 8.0, momentum=0.8, weight_decay=0.05)
+    with jax.numpy_dtype_promotion("standard"):
+        found = finetune(
+            LinearNetwork(),
+            {"scale": jnp.asarray(scale, jnp.float32)},
+            {},
+            [(jnp.asarray(x), jnp.asarray(y)) for x, y in zip(images, labels, strict=True)],
+            recipe,
+            num_classes=3,
+            steps_per_epoch=3,
+            normalize=_divided,
+            mesh=make_data_mesh(),
+            seed=4,
+        )
+    w = 0.01 * np.asarray(jax.random.normal(jax.random.key(4), (64, 3)), np.float64)
+    b = np.zeros(3)
+    m_scale, m_w, m_b = np.zeros(64), np.zeros((64, 3)), np.zeros(3)
+    for step, (x, y) in enumerate(zip(images.reshape(6, 32, 64) / 255, labels, strict=True)):
+        factor = 32 / 256 * 0.5 * (1 + np.cos(np.pi * step / 6))
+        scores = np.exp(x * scale @ w + b)
+        error = (scores / scores.sum(1, keepdims=True) - np.eye(3)[y]) / 32
+        m_scale = 0.8 * m_scale + np.sum(error @ w.T * x, axis=0) + 0.05 * scale
+        m_w = 0.8 * m_w + (x * scale).T @ error + 0.05 * w
+        m_b = 0.8 * m_b + error.sum(0) + 0.05 * b
+        scale = scale - 40.0 * factor * m_scale
+        w, b = w - 8.0 * factor * m_w, b - 8.0 * factor * m_b
+    np.testing.assert_allclose(found.params["scale"], scale, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.kernel, w, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.bias, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("devices", "waits"), [(1, 0), (2, 3)])
 def test_a_step_is_waited_for_only_where_devices_share_the_cores(devices, waits, monkeypatch):
     counted = []

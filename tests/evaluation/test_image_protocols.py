@@ -8,9 +8,9 @@ from tfds_sets import IMAGES, LABELS, png
 
 from music_jax.config import set_views
 from music_jax.data.sources import Source
-from music_jax.evaluation import linear_probe
-from music_jax.evaluation.features import random_crop_batches
-from music_jax.evaluation.image_protocols import random_crop_probe
+from music_jax.evaluation import image_protocols, linear_probe
+from music_jax.evaluation.features import SplitFeatures, random_crop_batches
+from music_jax.evaluation.image_protocols import full_finetune, random_crop_probe, semi_supervised
 from music_jax.evaluation.linear_probe import Heads, ProbeRecipe, split_for_validation
 
 _ROWS = 40  # to learn from
@@ -115,3 +115,24 @@ def test_crops_are_flipped_where_the_training_flips(flips, tmp_path):
     assert 45 <= sum(flipped) <= 83 if flips else not any(flipped)
     first, second = np.split(np.asarray(flipped), 2)
     assert flips == bool(np.any(first != second))  # drawn anew in each epoch
+
+
+def test_fine_tuning_counts_labels_among_the_best_and_learns_from_labelled_images(
+    tmp_path, monkeypatch
+):
+    ranks = np.asarray([0, 1, 4, 5, 9, 0, 3, 4], np.int32)  # of the labels: logits fall with them
+    logits = -np.tile(np.arange(10.0), (8, 1))
+    tested = SplitFeatures({"logits": logits}, ranks, np.arange(8))
+    monkeypatch.setattr(image_protocols, "finetune", lambda *_, **__: None)
+    monkeypatch.setattr(image_protocols, "extract_split", lambda *_, **__: tested)
+    monkeypatch.setattr(image_protocols, "rows_of_list", lambda *_: np.asarray([5, 3, 1]))
+    config = pixel_config()
+    config.semi_supervised.lists = ("list.txt",)
+    train = digits_source("train", range(40), unlabelled={3, 7})
+    run = pixel_run(tmp_path, train, digits_source("test", range(100, 108)), config)
+    expected = {"top1": 2 / 8, "top5": 6 / 8, "num_test": 8}
+    whole = full_finetune(run)
+    assert whole.pop("without_label")["train"] == 2
+    assert whole == expected | {"num_train": 38, "batch_size": 16}
+    few = semi_supervised(run)["by_share"]
+    assert few == {"20 %": expected | {"num_train": 2, "batch_size": 2, "list": "list.txt"}}

@@ -6,7 +6,7 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
-from music_jax.evaluation.knn import knn_predict, nearest_neighbours
+from music_jax.evaluation.knn import knn_predict, nearest_neighbours, unit_length
 
 
 def _digits():
@@ -54,6 +54,23 @@ def test_a_bank_in_blocks_has_the_same_neighbours():
     np.testing.assert_allclose(1 - whole[0], distances, atol=1e-6)
     assert np.mean(whole[1] == rows) > 0.98
     assert np.mean(blocks[1] == rows) > 0.98
+
+
+@pytest.mark.parametrize(("block_size", "bank_block_size"), [(5, 9), (64, 9), (64, 100)])
+def test_a_bank_that_is_smaller_than_k_is_ranked_whole(block_size, bank_block_size):
+    train, _, test, _ = _digits()
+    sizes = {"block_size": block_size, "bank_block_size": bank_block_size}
+    similarities, rows = nearest_neighbours(train[:23], test[:7], k=40, **sizes)
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (test[:7], train[:23])]
+    expected = unit[0] @ unit[1].T
+    np.testing.assert_array_equal(rows, np.argsort(-expected, axis=1))
+    np.testing.assert_allclose(similarities, -np.sort(-expected, axis=1), atol=1e-6)
+
+
+def test_features_in_float64_are_scaled_before_they_are_rounded():
+    found = unit_length(np.asarray([[3e200, -4e200], [5e-200, 12e-200]]))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, [[3 / 5, -4 / 5], [5 / 13, 12 / 13]], rtol=1e-6)
 
 
 def test_nearer_neighbours_outvote_more_distant_ones():

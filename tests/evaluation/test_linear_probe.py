@@ -19,6 +19,7 @@ from music_jax.evaluation.linear_probe import (
     logits,
     num_steps,
     shuffled_batches,
+    split_for_validation,
 )
 
 
@@ -167,3 +168,14 @@ def test_an_epoch_takes_each_sample_once_in_an_order_of_its_own():
     first, second = epochs[:4].ravel(), epochs[4:].ravel()
     assert sorted(first) == sorted(second) == list(range(20))
     assert np.any(first != second)
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "size"), [(40, 0.1, 4), (40, 0.3, 12), (5, 0.01, 1), (2, 1.0, 1)]
+)
+def test_each_sample_is_held_out_or_learned_from_and_some_are_either(count, fraction, size):
+    rest, held_out = split_for_validation(count, fraction, seed=3)
+    assert len(held_out) == size
+    assert sorted([*rest, *held_out]) == list(range(count))
+    assert np.all(np.diff(rest) > 0)
+    assert np.all(np.diff(held_out) > 0)

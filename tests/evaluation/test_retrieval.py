@@ -8,7 +8,7 @@ from sklearn.metrics import average_precision_score
 from music_jax.evaluation import retrieval
 
 
-@pytest.mark.parametrize("similarities", [10_000, 2**24])
+@pytest.mark.parametrize("similarities", [10, 10_000, 2**24])  # 10: fewer than the gallery has
 def test_average_precisions_are_scikit_learns(similarities, monkeypatch):
     monkeypatch.setattr(retrieval, "_SIMILARITIES", similarities)
     images, labels = load_digits(return_X_y=True)
@@ -31,3 +31,7 @@ def test_a_label_that_the_gallery_lacks_has_no_precision():
     assert np.isnan(found[2])
     with pytest.raises(ValueError, match="gallery: got 3 features but 2 labels"):
         retrieval.average_precisions(eye, np.asarray([0, 1]), eye, np.asarray([0, 1, 7]))
+    for sizes in ((3, 4), (4, 3)):
+        gallery, queries = (np.ones((3, size), np.float32) for size in sizes)
+        with pytest.raises(ValueError, match=r"features of one size; got \d \(gallery\)"):
+            retrieval.average_precisions(gallery, np.arange(3), queries, np.arange(3))
