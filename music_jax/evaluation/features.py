@@ -211,8 +211,9 @@ def extract_views(
       `features` [images, views, features] and `embeddings` [images, views, dim], float32.
     """
     num_views = config.evaluation.num_views
-    batch_size = min(_VIEWED_AT_ONCE, len(source))
-    num_steps = min(config.evaluation.view_images, len(source)) // batch_size or 1
+    num_images = min(config.evaluation.view_images, len(source))
+    batch_size = min(_VIEWED_AT_ONCE, num_images)
+    num_steps = num_images // batch_size
     pair = view_augmentations(config)
     augmentations = tuple(pair[i % 2] for i in range(num_views))
     key = jax.random.fold_in(jax.random.key(config.seed), _VIEWS_STREAM)
