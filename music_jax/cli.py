@@ -185,7 +185,8 @@ def _prepare_jax() -> None:
 def fail(error: MusicError) -> None:
     """Prints the error as one line and exits with its code, all processes of the run alike."""
     _tell(error)
-    ignore_signals()  # another one, while Python ends, would change the exit code
+    if isinstance(error, StoppedError):  # another signal, while Python ends, would change the code
+        ignore_signals()
     sys.exit(error.exit_code)
 
 
