@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _USAGE = """
 Compiles the training step that a config describes for TPU slices or GPUs that are not at hand, and
-tells what it needs: memory, FLOPs, bytes, network; which of them is the bottleneck at the chips'
+tells what it needs: memory, FLOPs, bytes, network; which one is the bottleneck at the chips'
 published peaks, and from this an estimate of the time of a step, an epoch and the run. Needs libtpu
 (Linux on x86-64), for GPUs JAX's CUDA plugin, and for ResNet-50 some minutes of two cores and 3 GB
 of memory a topology. What was compiled is kept in ~/.cache/music_jax/plan: the same command resumes
