@@ -1,4 +1,4 @@
-"""A folder of images of your own, labelled by sub-folder or not: the ImageNet recipe, smaller.
+"""A folder of images of your own, labeled by sub-folder or not: the ImageNet recipe, smaller.
 
 Paper: MUSIC, Niu & Wang, arXiv 2206.06461 (which has no experiment on such images).
 Expected: not yet measured; it depends on the images.

@@ -1,7 +1,7 @@
 """ImageNet with a vision transformer: ViT-S/16 trained by AdamW, else as configs/imagenet.py.
 
 Paper: the objective is MUSIC's, Niu & Wang, arXiv 2206.06461, which has no vision transformer. The
-  optimiser's settings are those of MoCo v3, Chen et al, arXiv 2104.02057, at 300 epochs.
+  optimizer's settings are those of MoCo v3, Chen et al, arXiv 2104.02057, at 300 epochs.
 Expected: not yet measured. Beside it, MoCo v3's ViT-S/16 at 300 epochs: 73.2 linear top-1.
 Hardware and time: not yet measured; meant for 32 TPU v5e chips or more.
 Command: python -m music_jax.main --config=configs/imagenet_vit.py --workdir=gs://BUCKET/imagenet_vit

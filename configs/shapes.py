@@ -38,7 +38,7 @@ def get_config() -> config_dict.ConfigDict:
         brightness=0.6,
         contrast=0.6,
         saturation=0.4,
-        hue=0.5,  # all hues: with a weak jitter, of 0.1, the colours are learned, not the shape
+        hue=0.5,  # all hues: with a weak jitter, of 0.1, the colors are learned, not the shape
         grayscale_probability=0.5,
     )
 

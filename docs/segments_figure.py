@@ -15,16 +15,16 @@ import numpy as np
 from etils import epath
 from sklearn.metrics import normalized_mutual_info_score
 
+from music_jax.checkpoint.manager import Checkpoints
 from music_jax.config import from_json
 from music_jax.data.augment import normalize_images
 from music_jax.data.loader import evaluation_batches
 from music_jax.data.sources import open_source
-from music_jax.mesh import make_data_mesh
+from music_jax.distributed.mesh import make_data_mesh
 from music_jax.objectives import segment_probabilities
-from music_jax.records import read_config
-from music_jax.train.checkpoints import Checkpoints
 from music_jax.train.state import abstract_state
 from music_jax.train.step import make_recipe
+from music_jax.workdir.records import read_config
 
 matplotlib.use("agg")
 

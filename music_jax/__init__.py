@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from music_jax import optim as optim
     from music_jax.exchange.encoder import Encoder
 
-__version__ = "0.1.0"
+from music_jax.version import __version__ as __version__
 
 
 def load(path: str | os.PathLike[str], *, checkpoint: str | None = None) -> "Encoder":

@@ -2,8 +2,9 @@
 
 import sys
 
-from music_jax import __version__, cli
+from music_jax import cli
 from music_jax.errors import UserError
+from music_jax.version import __version__
 
 
 def main(arguments: list[str]) -> None:

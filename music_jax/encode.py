@@ -33,12 +33,12 @@ def main() -> None:
             raise UserError(f"--{flag} is missing: {meaning}")
     if given.batch_size < 1:
         raise UserError(f"--batch_size must be 1 or more; got {given.batch_size}")
-    from music_jax import progress
     from music_jax.data import datasets
+    from music_jax.distributed import progress
+    from music_jax.distributed.mesh import use_cores
     from music_jax.exchange.encoder import Encoder
     from music_jax.exchange.folder_encoding import encode_folder
     from music_jax.exchange.trained import read_trained
-    from music_jax.mesh import use_cores
 
     use_cores(batch_size=4)  # any batch is filled up
     source = datasets.open_path(given.images)

@@ -3,7 +3,7 @@
 from absl import flags
 
 from music_jax import cli
-from music_jax.evaluation import command
+from music_jax.cli import evaluation_command
 
 _USAGE = """
 Measures a run's latest checkpoint by the protocols named, and writes NAME.json of each (for the
@@ -46,7 +46,7 @@ _DEFAULT = ("linear", "knn", "fewshot", "retrieval", "clustering", "label_free",
 
 def main() -> None:
     """Reads the flags and evaluates."""
-    workdir, overrides = command.begin()
+    workdir, overrides = evaluation_command.begin()
     evaluate(
         workdir,
         protocols=tuple(name.strip() for name in flags.FLAGS.protocols if name.strip()),
@@ -72,7 +72,7 @@ def evaluate(
 
     Args:
       workdir: of the run.
-      protocols: names, as `music_jax.evaluation.evaluate.PROTOCOLS` has them.
+      protocols: names, as `music_jax.evaluation.runner.PROTOCOLS` has them.
       output: Directory for the results; the workdir by default.
       checkpoint: its step, or its directory; None for the latest.
       transfer_sets: as `music_jax.data.datasets.parse_pair` reads them; adds the protocol
@@ -88,11 +88,12 @@ def evaluate(
         what was trained.
       DivergedError: a probe diverged.
     """
-    from music_jax import progress, records
-    from music_jax.evaluation.evaluate import PROTOCOLS, check_names, measure
-    from music_jax.evaluation.opening import open_run
+    from music_jax.distributed import progress
+    from music_jax.evaluation.load_run import open_run
+    from music_jax.evaluation.runner import PROTOCOLS, check_names, measure
     from music_jax.evaluation.tables import summary_table
     from music_jax.evaluation.transfer import parse_set
+    from music_jax.workdir import records
 
     if transfer_sets and "transfer" not in protocols:
         protocols = (*protocols, "transfer")

@@ -16,7 +16,7 @@ it a model card, FILE.md.
 
   safetensors  by our names; music_jax.load reads it
   torchvision  safetensors by torchvision's and timm's names; load_state_dict(strict=True) takes it
-  onnx         normalised images in, features out; any batch
+  onnx         normalized images in, features out; any batch
   stablehlo    uint8 images in, features out; any batch; jax alone runs it
   orbax        a directory, the parameters as nested dictionaries
 
@@ -33,7 +33,7 @@ def main() -> None:
         raise UserError("--format is missing: safetensors, torchvision, onnx, stablehlo or orbax")
     if not given.output:
         raise UserError("--output=FILE is missing: where the backbone goes")
-    from music_jax import progress
+    from music_jax.distributed import progress
 
     path, card = export(
         given.workdir,
@@ -75,8 +75,8 @@ def export(
     from music_jax.exchange import formats, torch_names
     from music_jax.exchange.model_card import model_card
     from music_jax.exchange.trained import read_trained
-    from music_jax.new_file import write_new
-    from music_jax.paths import escape_surrogates
+    from music_jax.workdir.new_file import write_new
+    from music_jax.workdir.paths import escape_surrogates
 
     if form not in formats.FORMATS:
         raise UserError(f"--format must be one of {', '.join(formats.FORMATS)}; got {form!r}")

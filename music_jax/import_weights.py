@@ -34,7 +34,7 @@ def main() -> None:
         raise UserError("--weights=FILE is missing: a safetensors file")
     if not given.workdir:
         raise UserError("--workdir=DIR is missing: a directory for the run")
-    from music_jax import progress
+    from music_jax.distributed import progress
     from music_jax.exchange.importing import import_weights
 
     imported = import_weights(given.weights, given.workdir, given.config, prefix=given.prefix)

@@ -3,11 +3,11 @@
 from absl import flags
 
 from music_jax import cli
-from music_jax.evaluation import command
+from music_jax.cli import evaluation_command
 
 _USAGE = """
 Trains a linear classifier on the frozen backbone of a run's latest checkpoint, and classifies by
-nearest neighbours; writes linear_eval.json and knn.json into the workdir.
+nearest neighbors; writes linear_eval.json and knn.json into the workdir.
 
   python -m music_jax.linear_eval --workdir=runs/mnist5k
   python -m music_jax.linear_eval --workdir=runs/mnist5k --checkpoint=1550
@@ -23,7 +23,7 @@ Exit codes: 0 done; 2 wrong input; 3 unusable data, or a probe diverged; 75 stop
 
 def main() -> None:
     """Reads the flags and evaluates."""
-    workdir, overrides = command.begin()
+    workdir, overrides = evaluation_command.begin()
     linear_eval(
         workdir,
         output=flags.FLAGS.output,
@@ -50,10 +50,11 @@ def linear_eval(
     Raises:
       UserError: there is no such run or checkpoint, or an override would change what was trained.
     """
-    from music_jax import progress, records
-    from music_jax.evaluation.evaluate import final_protocols, measure
-    from music_jax.evaluation.opening import open_run
+    from music_jax.distributed import progress
+    from music_jax.evaluation.load_run import open_run
+    from music_jax.evaluation.runner import final_protocols, measure
     from music_jax.evaluation.tables import results_table
+    from music_jax.workdir import records
 
     run = open_run(workdir, output=output, checkpoint=checkpoint, overrides=overrides)
     progress.say_lines(results_table(measure(run, final_protocols(run.config), again=True)))

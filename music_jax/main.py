@@ -30,7 +30,7 @@ def main() -> None:
         raise UserError("--config=FILE is missing, such as --config=configs/mnist5k.py")
     if not flags.FLAGS.workdir:
         raise UserError("--workdir=DIR is missing: the directory for checkpoints and results")
-    from music_jax.host_memory import use_few_arenas
+    from music_jax.checkpoint.host_memory import use_few_arenas
 
     use_few_arenas()
     from music_jax.train.profile import parse_steps
@@ -38,12 +38,13 @@ def main() -> None:
     text = flags.FLAGS.profile
     profile_steps = None if text is None else parse_steps(text)
     cli.join_cluster()
-    from music_jax import peers, records
-    from music_jax.compilation_cache import use_compilation_cache
     from music_jax.config import validate
-    from music_jax.mesh import use_cores, use_repeatable_gpu_operations
-    from music_jax.signals import StopSignal
+    from music_jax.distributed import failure_propagation
+    from music_jax.distributed.mesh import use_cores, use_repeatable_gpu_operations
+    from music_jax.distributed.signals import StopSignal
     from music_jax.train import train_and_evaluate
+    from music_jax.workdir import records
+    from music_jax.workdir.compilation_cache import use_compilation_cache
 
     validate(config)
     use_cores(config.batch_size // config.accumulation_steps)
@@ -52,7 +53,9 @@ def main() -> None:
     if config.deterministic:  # before a line that is printed may start the devices
         use_repeatable_gpu_operations()
     use_compilation_cache()
-    stop = StopSignal(alone=not peers.exist(), grace_seconds=config.checkpoint.grace_seconds)
+    stop = StopSignal(
+        alone=not failure_propagation.exist(), grace_seconds=config.checkpoint.grace_seconds
+    )
     train_and_evaluate(config, workdir, profile_steps=profile_steps, stop=stop)
 
 

@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules of the method's recipes, as optax transformations."""
+"""Optimizers and learning-rate schedules of the method's recipes, as optax transformations."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ Mask = Any | Callable[[optax.Params], Any]
 def matrices_only(params: optax.Params) -> Any:
     """A mask that is True for every parameter of two or more dimensions.
 
-    Biases and the scales and offsets of normalisation layers have one dimension.
+    Biases and the scales and offsets of normalization layers have one dimension.
     """
     return jax.tree.map(lambda p: jnp.ndim(p) >= 2, params)
 
@@ -65,7 +65,7 @@ def lars(
       trust_coefficient: :math:`\eta`.
       mask: what is decayed and adapted, as a pytree of booleans or a function from parameters to
         one. By default every parameter of two or more dimensions, so not biases nor the parameters
-        of normalisation layers; those take plain SGD with momentum.
+        of normalization layers; those take plain SGD with momentum.
 
     Returns:
       An `optax.GradientTransformation`; its `update` needs the parameters.
@@ -111,7 +111,7 @@ def warmup_cosine(
     Args:
       base_learning_rate: the learning rate at a batch of 256.
       batch_size: the global batch.
-      steps_per_epoch: optimiser steps an epoch.
+      steps_per_epoch: optimizer steps an epoch.
       num_epochs: length of the whole schedule, warm-up included.
       warmup_epochs: length of the warm-up; may be 0.
       final_scale: the last learning rate as a fraction of the peak.

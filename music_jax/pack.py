@@ -26,10 +26,10 @@ def main() -> None:
     for name, meaning in (("source", "a folder, or NAME:SPLIT of TFDS"), ("output", "a directory")):
         if not given[name].value:
             raise UserError(f"--{name} is missing: {meaning}")
-    from music_jax import progress
     from music_jax.config import default_config
     from music_jax.data import datasets
     from music_jax.data.packing import Packing, pack
+    from music_jax.distributed import progress
 
     if not 0 <= given.max_skipped_share <= 1:
         raise UserError(f"--max_skipped_share must be in [0, 1]; got {given.max_skipped_share}")
@@ -77,7 +77,7 @@ if __name__ == "__main__":
         "How images are kept; raw needs no decoding, and about eight times the room.",
     )
     flags.DEFINE_integer("quality", 90, "Of the JPEGs, 1 to 100.")
-    flags.DEFINE_integer("channels", 3, "1 for gray, 3 for colour.")
+    flags.DEFINE_integer("channels", 3, "1 for gray, 3 for color.")
     flags.DEFINE_integer("shard_size", 4096, "Images of the source that go into one shard.")
     flags.DEFINE_integer("num_threads", None, "Threads; by default one a core.", lower_bound=1)
     flags.DEFINE_float("max_skipped_share", 0.01, "Of the images, that may be unreadable.")

@@ -17,9 +17,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import jax
 import pytest
 
+from music_jax.distributed.progress import log_to_stdout
+
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+log_to_stdout()  # as the commands do: tests read messages with capsys
 
 
 @pytest.fixture

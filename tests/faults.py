@@ -3,7 +3,7 @@
     python tests/faults.py --kills=50 --seed=0
 
 Each fault is done to real processes and real files; then the same command is run again to the end.
-A fault is survived if the final parameters, statistics and optimiser are byte for byte those of a
+A fault is survived if the final parameters, statistics and optimizer are byte for byte those of a
 run that nothing happened to (on another topology: if the losses agree to 1e-5) and metrics.jsonl
 has each step once. Ends with exit code 1 if anything was lost. With --directory=DIR a campaign that
 was cut off goes on where it was.

@@ -21,7 +21,7 @@ from etils import epath
 from hostile_images import mutated
 from hostile_json import hostile_json, hostile_value
 
-from music_jax.train.integrity import CHECKSUMS, write_checksums
+from music_jax.checkpoint.integrity import CHECKSUMS, write_checksums
 
 
 @dataclasses.dataclass(frozen=True)

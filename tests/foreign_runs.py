@@ -201,8 +201,8 @@ class Cases:
     def _outcome(
         self, command: Callable[[dict[str, object]], object], given: dict, *, show: bool
     ) -> tuple[str, list[str]]:
+        from music_jax.distributed.terminal import printable
         from music_jax.errors import MusicError
-        from music_jax.terminal import printable
 
         outcome, told = "accepted", []
         with printed(self._base / "temporary" / "printed", show=show) as text:

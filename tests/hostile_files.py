@@ -32,8 +32,10 @@ from hostile_json import hostile_json, hostile_value
 from hostile_runs import foreign_run
 from ml_collections import config_flags
 
-from music_jax import cli, config_values, records
-from music_jax.config import default_config, differences, from_json, validate
+from music_jax import cli
+from music_jax.checkpoint.integrity import CHECKSUMS, write_checksums
+from music_jax.checkpoint.manager import Checkpoints
+from music_jax.config import default_config, differences, from_json, validate, values
 from music_jax.data import loader, sources
 from music_jax.data.crops import Crop, center_crop
 from music_jax.data.datasets import open_path
@@ -43,19 +45,18 @@ from music_jax.data.headers import read_header
 from music_jax.data.memory import BatchMemory
 from music_jax.data.packing import Packing, pack, shrink
 from music_jax.data.skipped import SkippedImages
+from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import UndecodableError, UserError
-from music_jax.evaluation import evaluate
+from music_jax.evaluation import runner
 from music_jax.evaluation.cache import ArrayCache, Expected
 from music_jax.evaluation.predictions import read_predictions
 from music_jax.exchange.importing import import_weights
-from music_jax.mesh import make_data_mesh
 from music_jax.report import measures
-from music_jax.train import lock as lock_module
-from music_jax.train.checkpoints import Checkpoints
 from music_jax.train.guards import init_guard_state
-from music_jax.train.integrity import CHECKSUMS, write_checksums
-from music_jax.train.lock import WorkdirLock
 from music_jax.train.state import TrainState
+from music_jax.workdir import lock as lock_module
+from music_jax.workdir import records
+from music_jax.workdir.lock import WorkdirLock
 
 SECRET = b"not to be read or written"
 
@@ -98,7 +99,7 @@ def config_json(rng: random.Random, directory: pathlib.Path) -> None:
 
 @functools.cache
 def _fields() -> tuple[str, ...]:
-    return tuple(config_values.field_names(default_config()))
+    return tuple(values.field_names(default_config()))
 
 
 def config_flag(rng: random.Random, directory: pathlib.Path) -> None:
@@ -138,9 +139,9 @@ def metrics(rng: random.Random, directory: pathlib.Path) -> None:
 def results(rng: random.Random, directory: pathlib.Path) -> None:
     config = default_config()
     linear = {"top1": 0.5, "top5": 0.75, "raw_pixels_top1": None, "random_init_top1": 0.25}
-    linear |= evaluate.envelope("linear", config, 3)
+    linear |= runner.envelope("linear", config, 3)
     knn = {"top1": 0.5, "top1_by_k": {"20": 0.5}, "raw_pixels_top1": 0.5}
-    knn |= evaluate.envelope("knn", config, 3)
+    knn |= runner.envelope("knn", config, 3)
     damaged = rng.randrange(2)
     texts = [
         hostile_json(rng, r) if i == damaged else json.dumps(r).encode()
@@ -148,9 +149,9 @@ def results(rng: random.Random, directory: pathlib.Path) -> None:
     ]
     (directory / "linear_eval.json").write_bytes(texts[0])
     (directory / "knn.json").write_bytes(texts[1])
-    found = evaluate.read_results(config, epath.Path(directory), 3)
+    found = runner.read_results(config, epath.Path(directory), 3)
     if found is not None:
-        evaluate.results_table(found)
+        runner.results_table(found)
 
 
 def skipped(rng: random.Random, directory: pathlib.Path) -> None:
@@ -354,7 +355,7 @@ def checkpoints(rng: random.Random, directory: pathlib.Path) -> None:
             return
     reader = Checkpoints(epath.Path(directory), read_only=rng.random() < 0.5)
     try:
-        found = reader.latest_whole_step()
+        found = reader.latest_valid_step()
         if found is not None:
             order = loader.TrainingOrder(32, 16, 0)
             reader.restore(found, jax.eval_shape(_state), make_data_mesh(), order)

@@ -184,7 +184,7 @@ def _progressive(side: int, mode: str) -> bytes:
 
 
 def scan_bomb(scans: int, side: int, mode: str = "L") -> bytes:
-    """A progressive JPEG whose last scan is repeated so many times, gray (`L`) or in colour."""
+    """A progressive JPEG whose last scan is repeated so many times, gray (`L`) or in color."""
     whole = _progressive(side, mode)
     last = whole.rindex(b"\xff\xda")
     return whole[:last] + whole[last:-2] * scans + b"\xff\xd9"

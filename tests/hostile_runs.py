@@ -14,12 +14,13 @@ import numpy as np
 from hostile_json import hostile_json, hostile_value
 from small_runs import save_run, small_config
 
-from music_jax import load, places
+from music_jax import load
 from music_jax.data.folder import open_folder
 from music_jax.evaluate import evaluate
 from music_jax.exchange.folder_encoding import encode_folder
 from music_jax.export import export
 from music_jax.report.page import write_report
+from music_jax.workdir import places
 
 _LINKED = (
     *("report.html", "report.html.new", "knn.json", "linear_eval.json", "linear_eval.npz"),

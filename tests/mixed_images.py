@@ -95,10 +95,10 @@ def _odd_files(value: int, rng: np.random.Generator) -> dict[str, bytes | None]:
     chunk = b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
     return {
         "gray16.png": encoded(".png", pixels[..., 0].astype(np.uint16) * 257),
-        "colour16.png": encoded(".png", pixels.astype(np.uint16) * 257),
+        "color16.png": encoded(".png", pixels.astype(np.uint16) * 257),
         "gray and alpha.png": saved(image.convert("LA"), "PNG"),
         "palette.png": saved(image.convert("P"), "PNG"),
-        "two colours.png": saved(image.convert("1"), "PNG"),
+        "two colors.png": saved(image.convert("1"), "PNG"),
         "alpha.webp": saved(image.convert("RGBA"), "WEBP", lossless=True),
         "animated.webp": saved(image, "WEBP", **frames),
         "animated.gif": saved(image, "GIF", **frames),

@@ -12,7 +12,7 @@ def philox_weights(shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]
 
 
 def philox_images(count: int, size: int, channels: int) -> np.ndarray:
-    """Uint8 [count, size, size, channels]: blocks of 8 pixels of one colour, and noise."""
+    """Uint8 [count, size, size, channels]: blocks of 8 pixels of one color, and noise."""
     rng = _rng(f"images {count} {size} {channels}")
     blocks = rng.integers(0, 200, (count, -(-size // 8), -(-size // 8), channels))
     blocks = blocks.repeat(8, axis=1).repeat(8, axis=2)[:, :size, :size]
@@ -32,7 +32,7 @@ def _tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
         values = rng.uniform(0.5, 2.0, shape)
     elif name.endswith("running_mean") or (name.endswith("bias") and len(shape) == 1):
         values = 0.1 * rng.standard_normal(shape)
-    elif len(shape) == 1:  # the scale of a normalisation
+    elif len(shape) == 1:  # the scale of a normalization
         values = rng.uniform(0.5, 1.5, shape)
     else:
         values = rng.standard_normal(shape) * np.sqrt(1 / np.prod(shape[1:]))

@@ -12,8 +12,8 @@ from tfds_sets import IMAGES, LABELS, png
 from music_jax.data.datasets import EvaluationSources
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
+from music_jax.distributed.mesh import make_data_mesh
 from music_jax.evaluation.run import Run
-from music_jax.mesh import make_data_mesh
 
 SIDE = 8
 
@@ -53,10 +53,10 @@ def pixel_config():
     return config
 
 
-def digits_source(name, rows, *, unlabelled=(), num_classes=10):
+def digits_source(name, rows, *, unlabeled=(), num_classes=10):
     """Digits by their index, some of them without a label."""
     records = [
-        {"image": png(IMAGES[i]), "label": -1 if i in unlabelled else int(LABELS[i])} for i in rows
+        {"image": png(IMAGES[i]), "label": -1 if i in unlabeled else int(LABELS[i])} for i in rows
     ]
     names = tuple(map(str, range(num_classes)))
     return Source(name, records, "image", "label", num_classes, names)

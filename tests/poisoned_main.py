@@ -84,15 +84,15 @@ def main():
     if batches:
         poison_batches(batches)
     if flips:
-        import music_jax.mesh
+        import music_jax.distributed.mesh
 
-        use_cores = music_jax.mesh.use_cores
+        use_cores = music_jax.distributed.mesh.use_cores
 
         def then_flip(batch_size):  # the devices may be looked at only from here on
             use_cores(batch_size)
             flip_after(flips)
 
-        music_jax.mesh.use_cores = then_flip
+        music_jax.distributed.mesh.use_cores = then_flip
     runpy.run_module("music_jax.main", run_name="__main__", alter_sys=True)
 
 

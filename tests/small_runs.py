@@ -6,13 +6,13 @@ import jax
 import numpy as np
 from etils import epath
 
-from music_jax import records
+from music_jax.checkpoint.manager import Checkpoints
 from music_jax.config import default_config, validate
 from music_jax.data.loader import TrainingOrder
-from music_jax.mesh import make_data_mesh
-from music_jax.train.checkpoints import Checkpoints
+from music_jax.distributed.mesh import make_data_mesh
 from music_jax.train.state import abstract_state, state_shardings
 from music_jax.train.step import make_recipe
+from music_jax.workdir import records
 
 
 def small_config(**backbone):

@@ -72,7 +72,7 @@ def test_each_protocol_leaves_its_figures_alike_on_one_and_two_devices(finished)
     assert 1 < one["label_free"]["embeddings"]["lidar"] < 64
     segments = one["segments"]
     assert np.asarray(segments["mutual_information_matrix"]).shape == (32, 32)
-    assert 0 < segments["above_bound"]["total"] < 3 * segments["log_units"]
+    assert 0 < segments["gap_to_bound"]["total"] < 3 * segments["log_units"]
 
 
 def _close(a, b, path=""):

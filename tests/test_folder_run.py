@@ -62,7 +62,7 @@ def test_a_folder_with_broken_files_is_trained_on_and_probed_and_every_one_is_li
 
 
 @pytest.mark.slow
-def test_an_unlabelled_folder_is_trained_on_and_not_probed(tmp_path):
+def test_an_unlabeled_folder_is_trained_on_and_not_probed(tmp_path):
     write_mixed(tmp_path / "photos", 40, broken_every=100)
     for i, path in enumerate(sorted((tmp_path / "photos").rglob("*.*"))):
         path.rename(tmp_path / "photos" / f"{i}{path.suffix}")
@@ -84,7 +84,7 @@ def test_an_unlabelled_folder_is_trained_on_and_not_probed(tmp_path):
     evaluate = ("music_jax.evaluate", f"--workdir={tmp_path / 'run'}")
     code, out, err = run(*evaluate, "--protocols=knn,label_free,segments")
     assert code == 0, err
-    assert "not measured: knn: there are no images to test with; name labelled images" in out
+    assert "not measured: knn: there are no images to test with; name labeled images" in out
     found = json.loads((tmp_path / "run" / "label_free.json").read_text())
     assert (found["num_images"], found["features"]["size"] > 0) == (40, True)
     assert found["data"] == {"images": str(tmp_path / "photos")}

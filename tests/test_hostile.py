@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from music_jax import records
+from music_jax.checkpoint.integrity import find_damage, write_checksums
 from music_jax.data.crops import Crop, center_crop
 from music_jax.data.decode import decode
 from music_jax.data.folder import open_folder
@@ -31,8 +31,8 @@ from music_jax.data.loader import TrainingOrder, training_batches
 from music_jax.data.png import without_texts
 from music_jax.data.sources import Source
 from music_jax.errors import MusicError, UndecodableError, UserError
-from music_jax.json_files import parse_json
-from music_jax.train.integrity import find_damage, write_checksums
+from music_jax.workdir import records
+from music_jax.workdir.json_files import parse_json
 
 _PACKAGE = pathlib.Path(records.__file__).parent
 _QUICK = sorted(set(TARGETS) - {"tfds", "checkpoint", "archives", "foreign run", "weights"})

@@ -1,4 +1,4 @@
-"""The optimiser and the schedule against numbers computed elsewhere."""
+"""The optimizer and the schedule against numbers computed elsewhere."""
 
 import pathlib
 

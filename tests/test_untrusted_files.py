@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from music_jax.json_files import parse_json, read_json, read_text
-from music_jax.npz_files import read_npy, read_npz
+from music_jax.workdir.json_files import parse_json, read_json, read_text
+from music_jax.workdir.npz_files import read_npy, read_npz
 
 
 def test_deep_json_is_refused_and_brackets_in_texts_are_not():

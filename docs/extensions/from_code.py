@@ -9,7 +9,8 @@ from docutils import nodes
 from docutils.statemachine import StringList
 from sphinx.util.docutils import SphinxDirective
 
-from music_jax import cli, config_fields
+from music_jax import cli
+from music_jax.config import fields as config_fields
 
 
 class CommandsDirective(SphinxDirective):

@@ -23,7 +23,7 @@ from music_jax.objectives import music_lower_bound, music_terms
 SEGMENTS, UNITS = 3, 8
 SAMPLES = UNITS**SEGMENTS  # every code once: uniform and independent
 _SHARP = 20.0  # logit of the chosen unit; the others have exp(-20) of its probability
-_COLOURS = {"diagonal": "#0072b2", "cross_segment": "#d55e00", "invariance": "#009e73"}
+_COLORS = {"diagonal": "#0072b2", "cross_segment": "#d55e00", "invariance": "#009e73"}
 
 
 def all_codes() -> np.ndarray:
@@ -79,7 +79,7 @@ def main(output: str) -> None:
             axis.plot(
                 shares,
                 np.minimum(values[name] - at_least, 12),
-                color=_COLOURS[name],
+                color=_COLORS[name],
                 label=f"{name.replace('_', '-')} term",
             )
         total = sum(values.values()) - music_lower_bound(UNITS)

@@ -9,7 +9,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from music_jax import cli
-from music_jax.cores import usable_cores
+from music_jax.distributed.cores import usable_cores
 from music_jax.errors import UserError
 
 _USAGE = """
@@ -44,13 +44,14 @@ def main() -> None:
 
     results_file = _results_file()
     cores = _cores()
-    from music_jax import progress, records
     from music_jax.claims import plots, pool, report, results
     from music_jax.claims.cells import Sweep, base_config, chosen
     from music_jax.claims.grid import make_claims
     from music_jax.claims.settings import settings_of
     from music_jax.data import datasets
-    from music_jax.train.lock import WorkdirLock
+    from music_jax.distributed import progress
+    from music_jax.workdir import records
+    from music_jax.workdir.lock import WorkdirLock
 
     name = config.dataset.name
     settings = settings_of(name)

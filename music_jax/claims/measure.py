@@ -7,16 +7,16 @@ import numpy as np
 from ml_collections import config_dict
 from sklearn.metrics import normalized_mutual_info_score
 
-from music_jax.evaluation.clustering import (
+from music_jax.evaluation.metrics.clustering import (
     agreement_between_segments,
     cluster_scores,
     joint_clusters,
 )
-from music_jax.evaluation.few_shot import few_shot
-from music_jax.evaluation.knn import knn_predict
-from music_jax.evaluation.label_free import rankme
-from music_jax.evaluation.linear_probe import ProbeRecipe, linear_probe
-from music_jax.evaluation.segments import measure_segments
+from music_jax.evaluation.metrics.few_shot import few_shot
+from music_jax.evaluation.metrics.knn import knn_predict
+from music_jax.evaluation.metrics.label_free import rankme
+from music_jax.evaluation.metrics.linear_probe import ProbeRecipe, linear_probe
+from music_jax.evaluation.metrics.segments import measure_segments
 from music_jax.objectives import segment_probabilities
 
 _SHOTS, _DRAWS = 10, 20

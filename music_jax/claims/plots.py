@@ -7,7 +7,7 @@ import numpy as np
 from etils import epath
 
 from music_jax.claims.results import SHARES, Table, plot_name
-from music_jax.new_file import new_file
+from music_jax.workdir.new_file import new_file
 
 matplotlib.use("agg")
 
@@ -75,7 +75,7 @@ def _bars(table: Table) -> Any:
 
 
 def _heat_maps(table: Table) -> Any:
-    """Segments by factors: normalised mutual information, of each setting's first seed."""
+    """Segments by factors: normalized mutual information, of each setting's first seed."""
     rows = [row for row in table["rows"] if row.get("factor_nmi")]
     columns = min(len(rows), 4)
     lines = -(-len(rows) // columns)

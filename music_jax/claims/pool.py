@@ -3,18 +3,21 @@
 import concurrent.futures
 import dataclasses
 import json
+import logging
 import subprocess
 import sys
 import threading
 
 from etils import epath
 
-from music_jax import progress
 from music_jax.claims.cells import Cell, Sweep
 from music_jax.claims.grid import Setting
 from music_jax.claims.run_cell import CellTask
+from music_jax.distributed import progress
 from music_jax.errors import UnusableDataError
-from music_jax.records import as_json
+from music_jax.workdir.records import as_json
+
+_logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 2  # a cell whose worker dies is tried once more
 
@@ -151,7 +154,7 @@ def run_missing(sweep: Sweep, *, cores: list[int | None]) -> None:
                 del in_work[cell.name]
                 if error is not None and not stopping.is_set():
                     failed[cell.name] = error
-                    progress.say(f"{cell.name} failed: {error}; see {worker.log}")
+                    _logger.info(f"{cell.name} failed: {error}; see {worker.log}")
                 elif error is None:
                     bar.set_postfix_str(cell.name, refresh=False)
                     bar.update(1)

@@ -13,7 +13,7 @@ from etils import epath
 
 from music_jax.claims.cells import Sweep
 from music_jax.claims.results import Table, markdown, plot_name
-from music_jax.new_file import write_new
+from music_jax.workdir.new_file import write_new
 
 _PREAMBLE = """# Results: the paper's claims, put to the test
 
@@ -74,14 +74,14 @@ def _section(sweep: Sweep, tables: list[Table]) -> str:
         "",
         f"`python -m music_jax.claims {_arguments(sweep)}`: {state}",
         "",
-        "Every run has the config's augmentations, optimiser and objective, but for "
+        "Every run has the config's augmentations, optimizer and objective, but for "
         f"{', '.join(changes) or 'nothing'}; embedding {config.objective.num_segments} x "
         f"{config.objective.units_per_segment}, batch {config.batch_size}. Learning rates are "
         f"chosen by the linear probe's accuracy on `{held_out}` after training on `{rest}`, once, "
         "with the first seed: for each method alone among "
         f"{', '.join(f'{rate:g}' for rate in settings.learning_rates)}, and for its other depths, "
         f"dimensions and batch sizes among that one and what is {settings.rate_step:g} times less "
-        "and more. One training judges a rate, on few images: neighbouring rates may be told apart "
+        "and more. One training judges a rate, on few images: neighboring rates may be told apart "
         "by chance. Where the objective's weights or the augmentations change, the rate stays.",
     ]
     if done < total:

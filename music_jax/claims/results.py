@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from music_jax import progress
 from music_jax.claims.cells import Cell, Sweep
 from music_jax.claims.grid import Point
-from music_jax.evaluation.statistics import mean_interval
-from music_jax.new_file import write_new
-from music_jax.records import write_json
+from music_jax.distributed import progress
+from music_jax.evaluation.metrics.statistics import mean_interval
+from music_jax.workdir.new_file import write_new
+from music_jax.workdir.records import write_json
 
 # What a claim's table shows, and how it is called; of shares, in percent.
 SHARES = {

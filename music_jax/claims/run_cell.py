@@ -15,7 +15,6 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
-from music_jax import records
 from music_jax.claims import measure as measuring
 from music_jax.claims.cells import result_file
 from music_jax.claims.measure import Outputs
@@ -26,14 +25,15 @@ from music_jax.data.crops import Crop
 from music_jax.data.decode import decode
 from music_jax.data.loader import TrainingOrder, training_batches
 from music_jax.data.sources import Source, open_source
+from music_jax.distributed.mesh import batch_sharding, local_positions, make_data_mesh, to_devices
 from music_jax.errors import DivergedError, UndecodableError, UnusableDataError
 from music_jax.evaluation.features import extract_split
-from music_jax.json_files import read_json
-from music_jax.mesh import batch_sharding, local_positions, make_data_mesh, to_devices
 from music_jax.train import guards, train_and_evaluate
 from music_jax.train.optimizer import OPTIMIZERS, make_schedule
 from music_jax.train.state import TrainState, abstract_state, initial_state, state_shardings
 from music_jax.train.step import make_recipe, training_step
+from music_jax.workdir import records
+from music_jax.workdir.json_files import read_json
 
 # Programs are the same whatever these are: seed and learning rate are arguments of theirs.
 _ANY = {
@@ -299,9 +299,9 @@ def _extract(
     )
     if not np.all(np.isfinite(found.features)):
         raise DivergedError("the features are not finite")
-    labelled = found.labelled()
+    labeled = found.labeled()
     if labels is None:
-        columns = {config.dataset.label_key: labelled.labels}
+        columns = {config.dataset.label_key: labeled.labels}
     else:
-        columns = {name: column[labelled.indices] for name, column in labels.items()}
-    return Outputs(labelled.features, labelled.arrays["embeddings"], columns)
+        columns = {name: column[labeled.indices] for name, column in labels.items()}
+    return Outputs(labeled.features, labeled.arrays["embeddings"], columns)

@@ -14,7 +14,7 @@ class Settings:
     Attributes:
       learning_rates: the rates searched for each method, ascending; for other settings of a method
         the search goes on from its best one, by `rate_step` to either side.
-      rate_step: ratio of two neighbouring rates.
+      rate_step: ratio of two neighboring rates.
       search_splits: what the search trains on and what it chooses by, both of the training split.
       overrides: of the config's fields, for every cell.
       hidden_size: of the projector's hidden layers.

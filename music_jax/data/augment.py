@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from music_jax.data import colour, geometry
+from music_jax.data import color, geometry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +32,12 @@ class ViewAugmentation:
         scale: range of the scale factor.
         shear_degrees: shear along x drawn in [-shear_degrees, shear_degrees].
         flip_probability: probability of a left-right flip.
-        jitter_probability: probability of a colour jitter: brightness, contrast, saturation, hue,
-            in this order (torchvision's is random; see `colour.colour_jitter`).
+        jitter_probability: probability of a color jitter: brightness, contrast, saturation, hue,
+            in this order (torchvision's is random; see `color.color_jitter`).
         brightness: factor drawn in [max(0, 1 - brightness), 1 + brightness].
         contrast: factor drawn likewise.
         saturation: factor drawn likewise; no effect on one channel.
-        hue: shift drawn in [-hue, hue], in turns of the colour circle, at most 0.5; no effect on
+        hue: shift drawn in [-hue, hue], in turns of the color circle, at most 0.5; no effect on
             one channel.
         grayscale_probability: probability of the gray version; no effect on one channel.
         blur_probability: probability of a Gaussian blur with a kernel about a tenth of the side.
@@ -76,7 +76,7 @@ class ViewAugmentation:
 
     @property
     def jitters(self) -> bool:
-        """Whether the colour jitter can change anything."""
+        """Whether the color jitter can change anything."""
         strengths = (self.brightness, self.contrast, self.saturation, self.hue)
         return self.jitter_probability > 0 and any(strengths)
 
@@ -168,7 +168,7 @@ def augment_views(
     std: Sequence[float],
     dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """Augments and normalises a batch of views.
+    """Augments and normalizes a batch of views.
 
     The order is affine, flip, jitter, grayscale, blur, solarise, noise. An operation that no view
     has is not in the compiled program; one that a view does not have, or that is not drawn for it,
@@ -195,31 +195,31 @@ def augment_views(
     random = _Randomness(key, sample_indices, views)
     channels = images.shape[-1]
 
-    planes = colour.split_planes(images)
+    planes = color.split_planes(images)
     if any(view.warps for view in views):
         planes = _warp_views(planes, _draw_affine(random, *images.shape[2:4]))
     if any(view.flip_probability for view in views):
         planes = geometry.flip_left_right(planes, random.flag(_Draw.FLIP))
     planes = _to_unit(planes)
     if any(view.jitters for view in views):
-        planes = colour.colour_jitter(planes, _draw_jitter(random))
+        planes = color.color_jitter(planes, _draw_jitter(random))
     if channels == 3 and any(view.grayscale_probability for view in views):
-        planes = colour.grayscale(planes, random.flag(_Draw.GRAYSCALE))
+        planes = color.grayscale(planes, random.flag(_Draw.GRAYSCALE))
     if any(view.blur_probability for view in views):
         sigma = random.between(_Draw.BLUR_SIGMA, *_option_range(views, "blur_sigma"))
-        blurred = geometry.gaussian_blur(colour.join_planes(planes).astype(dtype), sigma)
-        apply = colour.per_pixel(random.flag(_Draw.BLUR))
+        blurred = geometry.gaussian_blur(color.join_planes(planes).astype(dtype), sigma)
+        apply = color.per_pixel(random.flag(_Draw.BLUR))
         planes = tuple(
             jnp.where(apply, jnp.clip(new.astype(jnp.float32), 0.0, 1.0), old)
-            for new, old in zip(colour.split_planes(blurred), planes, strict=True)
+            for new, old in zip(color.split_planes(blurred), planes, strict=True)
         )
     if any(view.solarize_probability for view in views):
-        planes = colour.solarize(planes, random.flag(_Draw.SOLARIZE))
+        planes = color.solarize(planes, random.flag(_Draw.SOLARIZE))
     if any(view.noise_probability and view.noise_std for view in views):
         std_here = jnp.where(random.flag(_Draw.NOISE), random.option("noise_std"), 0.0)
-        noise = colour.split_planes(random.normal(images.shape[2:]))
+        noise = color.split_planes(random.normal(images.shape[2:]))
         planes = tuple(
-            jnp.clip(plane + colour.per_pixel(std_here) * extra, 0.0, 1.0)
+            jnp.clip(plane + color.per_pixel(std_here) * extra, 0.0, 1.0)
             for plane, extra in zip(planes, noise, strict=True)
         )
     return _standardize(planes, mean, std, dtype)
@@ -232,7 +232,7 @@ def normalize_images(
     std: Sequence[float],
     dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """Normalises images without augmenting them, for evaluation.
+    """Normalizes images without augmenting them, for evaluation.
 
     Args:
         images: uint8 [..., height, width, channels].
@@ -247,7 +247,7 @@ def normalize_images(
         ValueError: if the images are not uint8, or mean or std do not fit the channels.
     """
     _check_uint8(images)
-    return _standardize(_to_unit(colour.split_planes(images)), mean, std, dtype)
+    return _standardize(_to_unit(color.split_planes(images)), mean, std, dtype)
 
 
 def _draw_affine(random: _Randomness, height: int, width: int) -> jax.Array:
@@ -269,11 +269,11 @@ def _draw_affine(random: _Randomness, height: int, width: int) -> jax.Array:
     )
 
 
-def _warp_views(planes: colour.Planes, matrices: jax.Array) -> colour.Planes:
+def _warp_views(planes: color.Planes, matrices: jax.Array) -> color.Planes:
     """`geometry.warp_affine` of one view after the other.
 
     In a loop, whose result is written to memory: XLA on CPU would otherwise fuse the sampling into
-    the colour jitter and repeat it for every use of a pixel (seen: 41 ms instead of 2.6 ms).
+    the color jitter and repeat it for every use of a pixel (seen: 41 ms instead of 2.6 ms).
     """
 
     def swap(array: jax.Array) -> jax.Array:
@@ -284,7 +284,7 @@ def _warp_views(planes: colour.Planes, matrices: jax.Array) -> colour.Planes:
     return jax.tree.map(swap, warped)
 
 
-def _draw_jitter(random: _Randomness) -> colour.ColourJitter:
+def _draw_jitter(random: _Randomness) -> color.ColorJitter:
     """The draws, factors 1 and shift 0 where no jitter is drawn."""
     apply = random.flag(_Draw.JITTER)
 
@@ -297,7 +297,7 @@ def _draw_jitter(random: _Randomness) -> colour.ColourJitter:
         return any(getattr(view, name) for view in random.views)
 
     hue = random.symmetric(_Draw.HUE, random.option("hue"))
-    return colour.ColourJitter(
+    return color.ColorJitter(
         brightness=factor(_Draw.BRIGHTNESS) if has("brightness") else None,
         contrast=factor(_Draw.CONTRAST) if has("contrast") else None,
         saturation=factor(_Draw.SATURATION) if has("saturation") else None,
@@ -311,13 +311,13 @@ def _option_range(views: tuple[ViewAugmentation, ...], name: str) -> tuple[jax.A
     return jnp.asarray([low], jnp.float32), jnp.asarray([high], jnp.float32)
 
 
-def _to_unit(planes: colour.Planes) -> colour.Planes:
+def _to_unit(planes: color.Planes) -> color.Planes:
     """Values of 0 to 255, uint8 or float32, to float32 in [0, 1]."""
     return tuple(plane.astype(jnp.float32) / 255.0 for plane in planes)
 
 
 def _standardize(
-    planes: colour.Planes, mean: Sequence[float], std: Sequence[float], dtype: DTypeLike
+    planes: color.Planes, mean: Sequence[float], std: Sequence[float], dtype: DTypeLike
 ) -> jax.Array:
     """`(planes - mean) / std` in float32, rounded to dtype once and joined."""
     for name, numbers in (("mean", mean), ("std", std)):
@@ -327,7 +327,7 @@ def _standardize(
                 f"got {tuple(numbers)}"
             )
     triples = zip(planes, mean, std, strict=True)
-    return colour.join_planes(tuple(((p - m) / s).astype(dtype) for p, m, s in triples))
+    return color.join_planes(tuple(((p - m) / s).astype(dtype) for p, m, s in triples))
 
 
 def _check_between(name: str, value: float, low: float, high: float) -> None:

@@ -41,7 +41,7 @@ def draw_boxes(
 ) -> np.ndarray:
     """Draws a random part of each of many images, as torchvision's `RandomResizedCrop` does.
 
-    Area and aspect ratio are drawn at most ten times; if none fits, the largest centred part
+    Area and aspect ratio are drawn at most ten times; if none fits, the largest centerd part
     within the range of aspect ratios is taken.
 
     Args:
@@ -77,7 +77,7 @@ def cut(image: np.ndarray, box: Box, out: np.ndarray, *, reduction: int = 1) -> 
 
     Halves the part, each pixel the mean of four, while it is twice as large as the square or more,
     then interpolates bilinearly. Averaging over every pixel at once, as `resize` does, takes five
-    to ten times as long; the mean difference is one grey level.
+    to ten times as long; the mean difference is one gray level.
 
     Args:
       image: uint8 [height, width, channels].

@@ -13,14 +13,14 @@ from ml_collections import config_dict
 from music_jax.data import folder, packed, sources
 from music_jax.data.sources import Source
 from music_jax.errors import NotMeasurableError, UserError
-from music_jax.paths import normalized
+from music_jax.workdir.paths import normalized
 
 _TEST_SPLIT = "test"  # the config's default: a dataset need not have it
 _VERSION = re.compile(r"\d+\.(\d+|\*)\.(\d+|\*)")
 
 
 class EvaluationSources(NamedTuple):
-    """Labelled images with the same classes, to train classifiers on and to test them with."""
+    """Labeled images with the same classes, to train classifiers on and to test them with."""
 
     train: Source
     test: Source
@@ -75,7 +75,7 @@ def evaluation_sources(
     test = _test_source(config)
     if test is None:
         raise NotMeasurableError(
-            _no_test_images(config) + "; name labelled images with --config.evaluation.test=, and "
+            _no_test_images(config) + "; name labeled images with --config.evaluation.test=, and "
             "--config.evaluation.train= to learn from"
         )
     if normalized(config.evaluation.train) not in ("", normalized(config.dataset.path)):
@@ -85,7 +85,7 @@ def evaluation_sources(
     for source, field, classes in ((train, "evaluation.train", 2), (test, "evaluation.test", 1)):
         if missing := _missing_labels(source, classes):
             raise NotMeasurableError(
-                f"{source.name} cannot be evaluated with: {missing}; name a labelled set with "
+                f"{source.name} cannot be evaluated with: {missing}; name a labeled set with "
                 f"--config.{field}=, a folder or NAME:SPLIT of TFDS"
             )
     return EvaluationSources(train, _with_classes(test, train))
@@ -240,7 +240,7 @@ def _parts(spec: str) -> list[str]:
     return parts
 
 
-class _Relabelled:
+class _Relabeled:
     """Records whose labels are replaced by a table."""
 
     def __init__(self, source: Source, table: np.ndarray):
@@ -283,7 +283,7 @@ def _with_classes(test: Source, train: Source) -> Source:
     table = np.asarray([numbers[name] for name in test_names], np.int32)
     return dataclasses.replace(
         test,
-        records=_Relabelled(test, table),
+        records=_Relabeled(test, table),
         image_key="image",
         label_key="label",
         num_classes=train.num_classes,

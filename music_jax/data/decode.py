@@ -1,8 +1,8 @@
 """Decoding on the host: the bytes of an image file to uint8 pixels.
 
-simplejpeg decodes colour JPEGs as most are, OpenCV all else: JPEG (gray, CMYK, turned), PNG (8 and
+simplejpeg decodes color JPEGs as most are, OpenCV all else: JPEG (gray, CMYK, turned), PNG (8 and
 16 bits, palette), WebP, BMP and the first frame of a GIF. Sixteen bits are cut to the upper eight;
-transparency is dropped, so that the colour below it is seen; Exif orientation is applied.
+transparency is dropped, so that the color below it is seen; Exif orientation is applied.
 """
 
 import re
@@ -88,7 +88,7 @@ def decode(
       header: what `read_header` gave, if it was called already.
       reduction: 1, or 2, 4 or 8 for a JPEG at that part of its size.
       quick: take about a tenth less time for most JPEGs, by libjpeg-turbo's fast cosine
-        transform and without interpolating the colours: the mean difference is a grey level or
+        transform and without interpolating the colors: the mean difference is a gray level or
         two, of which one is common to all pixels (red and blue are darker).
       rows: with `quick`, how many of the upper rows are needed, at least 1, of the image before it
         is reduced; by default all. Where it saves time, only these and some more are decoded. What

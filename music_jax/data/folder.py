@@ -4,6 +4,7 @@ import array
 import collections
 import errno
 import hashlib
+import logging
 import os
 import stat
 import time
@@ -11,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from music_jax import progress
 from music_jax.data.sources import Source
 from music_jax.errors import UndecodableError, UserError
-from music_jax.paths import escape_surrogates, normalized
+from music_jax.workdir.paths import escape_surrogates, normalized
+
+_logger = logging.getLogger(__name__)
 
 # All names by which Pillow, OpenCV and browsers know the formats that are decoded.
 EXTENSIONS = (
@@ -76,13 +78,13 @@ def open_folder(path: str) -> Source:
         )
     files = _Files(root, listing)
     class_names = tuple(map(escape_surrogates, files.class_names))
-    progress.say(
+    _logger.info(
         f"{name}: {len(files):,} images, "
         + (f"{len(class_names):,} classes" if class_names else "no labels")
         + f", listed in {time.monotonic() - started:.1f} s"
     )
     if excluded:
-        progress.say(f"{name}: left out: {excluded}")
+        _logger.info(f"{name}: left out: {excluded}")
     return Source(
         name=name,
         records=files,
@@ -200,7 +202,7 @@ class _Listing:
         now = time.monotonic()
         if now - self._said > _SECONDS_BETWEEN_LINES:
             self._said = now
-            progress.say(
+            _logger.info(
                 f"listing {escape_surrogates(self._root)}: {len(self.names):,} images so far"
             )
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from music_jax.data.colour import Planes, per_pixel
+from music_jax.data.color import Planes, per_pixel
 
 
 def flip_left_right(planes: Planes, apply: jax.Array) -> Planes:
@@ -29,7 +29,7 @@ def affine_matrices(
 ) -> jax.Array:
     """The maps from an output pixel to the input position it shows.
 
-    The forward map is torchvision's `RandomAffine`: about the image's centre, with x to the right
+    The forward map is torchvision's `RandomAffine`: about the image's center, with x to the right
     and y down, `out = scale * R(rotation) @ [[1, -tan(shear)], [0, 1]] @ in + translation`.
 
     Args:
@@ -40,7 +40,7 @@ def affine_matrices(
         shear: [...] radians.
 
     Returns:
-        [..., 2, 3], float32: `in = m[:, :2] @ out + m[:, 2]`, both as (x, y) from the centre.
+        [..., 2, 3], float32: `in = m[:, :2] @ out + m[:, 2]`, both as (x, y) from the center.
     """
     cos, sin, tan = jnp.cos(rotation), jnp.sin(rotation), jnp.tan(shear)
     # The inverse of scale * [[cos, -cos tan - sin], [sin, -sin tan + cos]], of determinant scale².
@@ -55,8 +55,8 @@ def affine_matrices(
 def warp_affine(planes: Planes, matrices: jax.Array) -> Planes:
     """Bilinear affine warp of uint8 images, with black around them.
 
-    `dm_pix.affine_transform` treats the channels as a third dimension and gathers eight neighbours
-    a value. Here the four neighbours of a pixel are four bytes of one 32-bit word, so that one
+    `dm_pix.affine_transform` treats the channels as a third dimension and gathers eight neighbors
+    a value. Here the four neighbors of a pixel are four bytes of one 32-bit word, so that one
     gather fetches them all.
 
     Args:
@@ -68,12 +68,12 @@ def warp_affine(planes: Planes, matrices: jax.Array) -> Planes:
     """
     *lead, height, width = planes[0].shape
     ones = (1,) * len(lead)
-    centre_x, centre_y = (width - 1) / 2, (height - 1) / 2
-    out_x = (jnp.arange(width, dtype=jnp.float32) - centre_x).reshape(*ones, 1, width)
-    out_y = (jnp.arange(height, dtype=jnp.float32) - centre_y).reshape(*ones, height, 1)
+    center_x, center_y = (width - 1) / 2, (height - 1) / 2
+    out_x = (jnp.arange(width, dtype=jnp.float32) - center_x).reshape(*ones, 1, width)
+    out_y = (jnp.arange(height, dtype=jnp.float32) - center_y).reshape(*ones, height, 1)
     m = matrices[..., None, None]  # [..., 2, 3, 1, 1]
-    x = m[..., 0, 0, :, :] * out_x + m[..., 0, 1, :, :] * out_y + m[..., 0, 2, :, :] + centre_x
-    y = m[..., 1, 0, :, :] * out_x + m[..., 1, 1, :, :] * out_y + m[..., 1, 2, :, :] + centre_y
+    x = m[..., 0, 0, :, :] * out_x + m[..., 0, 1, :, :] * out_y + m[..., 0, 2, :, :] + center_x
+    y = m[..., 1, 0, :, :] * out_x + m[..., 1, 1, :, :] * out_y + m[..., 1, 2, :, :] + center_y
     x, y = jnp.clip(x, -1.0, width), jnp.clip(y, -1.0, height)  # all black from there on
     left = jnp.minimum(jnp.floor(x), width - 1.0)  # [..., height, width], in [-1, width - 1]
     above = jnp.minimum(jnp.floor(y), height - 1.0)
@@ -83,7 +83,7 @@ def warp_affine(planes: Planes, matrices: jax.Array) -> Planes:
 
     def warp(plane: jax.Array) -> jax.Array:
         # Word (i, j) starts at pixel (i - 1, j - 1): [..., (height + 1) * (width + 1)].
-        words = _neighbour_words(plane).reshape(*lead, (height + 1) * (width + 1))
+        words = _neighbor_words(plane).reshape(*lead, (height + 1) * (width + 1))
         found = jnp.take_along_axis(words, index, axis=-1, mode="promise_in_bounds")
         # To int32, since a CPU has no vector instruction from uint32 to float32.
         found = jax.lax.bitcast_convert_type(found, jnp.int32).reshape(plane.shape)
@@ -95,7 +95,7 @@ def warp_affine(planes: Planes, matrices: jax.Array) -> Planes:
     return tuple(warp(plane) for plane in planes)
 
 
-def _neighbour_words(plane: jax.Array) -> jax.Array:
+def _neighbor_words(plane: jax.Array) -> jax.Array:
     """Each 2 x 2 square of [..., height, width] uint8 with a black border, as one uint32."""
     padded = jnp.pad(plane, [(0, 0)] * (plane.ndim - 2) + [(1, 1), (1, 1)]).astype(jnp.uint32)
     top, bottom = padded[..., :-1, :], padded[..., 1:, :]
@@ -105,7 +105,7 @@ def _neighbour_words(plane: jax.Array) -> jax.Array:
 
 
 def blur_radius(side: int) -> int:
-    """Pixels on each side of the kernel's centre, so that its size is about side / 10 (SimCLR)."""
+    """Pixels on each side of the kernel's center, so that its size is about side / 10 (SimCLR)."""
     return max(1, side // 20)
 
 

@@ -18,7 +18,6 @@ import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
-from music_jax.cores import usable_cores
 from music_jax.data.central import central_view
 from music_jax.data.crops import NUMBERS_PER_BOX, Box, Crop, cut, draw_boxes
 from music_jax.data.decode import decode, largest_reduction, use_one_thread
@@ -26,6 +25,7 @@ from music_jax.data.headers import Header, read_header
 from music_jax.data.memory import BatchMemory
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
+from music_jax.distributed.cores import usable_cores
 from music_jax.errors import UndecodableError, UnusableDataError
 
 
@@ -204,7 +204,7 @@ class _TrainingBatches:
 def _uniform(seed: int, sample_indices: list[int], count: int) -> np.ndarray:
     """[samples, count] numbers in [0, 1), a function of the seed and each sample's index alone.
 
-    A sample's numbers are at its own place in one stream; neighbours are drawn together.
+    A sample's numbers are at its own place in one stream; neighbors are drawn together.
     """
     blocks = -(-count // 4)  # Philox gives four numbers for each value of its counter
     numbers = np.empty((len(sample_indices), 4 * blocks))
@@ -340,7 +340,7 @@ def evaluation_batches(
     skipped: SkippedImages | None = None,
     num_threads: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This process's share of every image of a split, in order, centre-cropped, once.
+    """This process's share of every image of a split, in order, center-cropped, once.
 
     Args:
       source: the images.

@@ -19,8 +19,8 @@ from music_jax.data.folder import MAX_FILE_BYTES
 from music_jax.data.shards import largest_chunk
 from music_jax.data.sources import Source
 from music_jax.errors import UndecodableError, UserError
-from music_jax.json_files import read_json
-from music_jax.paths import check_utf8, escape_surrogates, normalized
+from music_jax.workdir.json_files import read_json
+from music_jax.workdir.paths import check_utf8, escape_surrogates, normalized
 
 INDEX_FILE = "index.json"
 FORMAT = "music_jax packed images, version 1"

@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import itertools
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -11,19 +12,21 @@ import cv2
 import numpy as np
 from etils import epath
 
-from music_jax import progress
-from music_jax.cores import usable_cores
 from music_jax.data.crops import resize
 from music_jax.data.decode import decode, largest_reduction, use_one_thread
 from music_jax.data.headers import read_header
 from music_jax.data.packed import FORMAT, INDEX_FILE, encode_record, read_index
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
+from music_jax.distributed import progress
+from music_jax.distributed.cores import usable_cores
 from music_jax.errors import UndecodableError, UserError
-from music_jax.json_files import read_json
-from music_jax.new_file import PREFIX, new_path
-from music_jax.paths import check_utf8
-from music_jax.records import write_json
+from music_jax.workdir.json_files import read_json
+from music_jax.workdir.new_file import PREFIX, new_path
+from music_jax.workdir.paths import check_utf8
+from music_jax.workdir.records import write_json
+
+_logger = logging.getLogger(__name__)
 
 _AHEAD = 64  # images on their way for each thread
 
@@ -130,7 +133,7 @@ def pack(
     for name in names:
         (directory / f"{name}.json").unlink()
     if len(skipped):
-        progress.say(skipped.summary())
+        _logger.info(skipped.summary())
     return num_images
 
 

@@ -34,7 +34,7 @@ _SPREAD = 0.3
 
 _SUPERSAMPLING = 8  # of the outlines
 _SUBPIXEL_BITS = 4
-_OFFSET = 0.12  # of the outer positions from the centre, of the side
+_OFFSET = 0.12  # of the outer positions from the center, of the side
 _TEXTURE_PERIOD = 0.16  # of the side
 _FILL, _BACKGROUND = (0.85, 0.95), (0.55, 0.45)  # saturation and value
 _STROKES = {"thin dark": (0.035, 0.05), "thick dark": (0.085, 0.05), "thick light": (0.085, 0.97)}
@@ -79,12 +79,12 @@ def draw_image(factors: dict[str, int], size: int, *, variation: np.ndarray) -> 
     angle = np.pi / 4 * (factors["orientation"] + turn)
     radius = size * (0.45 + 0.1 * (factors["scale"] + scale)) / 2
     row, column = divmod(factors["position"], 3)
-    centre = size * (0.5 + _OFFSET * np.array([column - 1 + x, row - 1 + y]))
+    center = size * (0.5 + _OFFSET * np.array([column - 1 + x, row - 1 + y]))
 
     rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    outline = _outline(FACTORS["shape"][factors["shape"]]) @ rotation * radius + centre
+    outline = _outline(FACTORS["shape"][factors["shape"]]) @ rotation * radius + center
     inside = _coverage(outline, size, thickness=None)
-    pixels = np.stack(np.meshgrid(*(np.arange(size) + 0.5,) * 2), axis=-1) - centre
+    pixels = np.stack(np.meshgrid(*(np.arange(size) + 0.5,) * 2), axis=-1) - center
     brightness = _texture(FACTORS["texture"][factors["texture"]], pixels @ rotation.T / size)
     image = background + inside * (brightness * fill - background)
     stroke = _STROKES.get(FACTORS["stroke"][factors["stroke"]])
@@ -132,7 +132,7 @@ def _outline(shape: str) -> np.ndarray:
 def _coverage(outline: np.ndarray, size: int, thickness: float | None) -> np.ndarray:
     """How much of each pixel [size, size, 1] a polygon covers, or its outline if it has a width."""
     fine = np.zeros((size * _SUPERSAMPLING,) * 2, np.uint8)
-    # OpenCV counts from the first pixel's centre.
+    # OpenCV counts from the first pixel's center.
     corners = outline * _SUPERSAMPLING - 0.5
     corners = np.round(corners * 2**_SUBPIXEL_BITS).astype(np.int32)[None]
     if thickness is None:
@@ -152,7 +152,7 @@ def _texture(texture: str, place: np.ndarray) -> np.ndarray:
 
 
 def _rgb(hue_degrees: float, saturation: float, value: float) -> np.ndarray:
-    """The colour in RGB, [3] in [0, 1]."""
+    """The color in RGB, [3] in [0, 1]."""
     hsv = np.array([[[hue_degrees % 360, saturation, value]]], np.float32)
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0, 0].astype(np.float64)
 

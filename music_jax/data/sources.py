@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from ml_collections import config_dict
 
-import music_jax.epath_corrections  # noqa: F401  (corrects the paths that TFDS uses)
-from music_jax import progress
+import music_jax.workdir.epath_corrections  # noqa: F401  (corrects the paths that TFDS uses)
+from music_jax.data.host_tensorflow import import_tensorflow
+from music_jax.distributed import progress
 from music_jax.errors import UndecodableError, UserError
-from music_jax.host_tensorflow import import_tensorflow
 
 _TFDS_FEATURES = "tensorflow_datasets.core.features."
 _feature_lock = threading.RLock()

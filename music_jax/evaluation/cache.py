@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import zlib
 from collections.abc import Callable
@@ -12,13 +13,14 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from music_jax import progress
-from music_jax.epath_corrections import bucket_errors
-from music_jax.json_files import check_is_file, read_json
-from music_jax.mesh import is_main_process
-from music_jax.new_file import new_file
-from music_jax.npz_files import read_npy
-from music_jax.records import write_json
+from music_jax.distributed.mesh import is_main_process
+from music_jax.workdir.epath_corrections import bucket_errors
+from music_jax.workdir.json_files import check_is_file, read_json
+from music_jax.workdir.new_file import new_file
+from music_jax.workdir.npz_files import read_npy
+from music_jax.workdir.records import write_json
+
+_logger = logging.getLogger(__name__)
 
 _INDEX = "index.json"
 _FORMAT = 1
@@ -90,7 +92,7 @@ class ArrayCache:
             try:
                 _write(entry, json.loads(text), arrays)
             except OSError as error:
-                progress.say(f"features are not kept for the next time: {error}")
+                _logger.info(f"features are not kept for the next time: {error}")
         return arrays
 
 
@@ -114,7 +116,7 @@ def _read(entry: epath.Path, expected: dict[str, Expected]) -> dict[str, np.ndar
             raise ValueError("the arrays do not have as many rows as each other")
         return found
     except (OSError, ValueError, KeyError, TypeError) as error:
-        progress.say(f"features in {entry} are damaged and are computed again: {error}")
+        _logger.info(f"features in {entry} are damaged and are computed again: {error}")
         return None
 
 

@@ -5,23 +5,23 @@ from typing import Any
 
 import numpy as np
 
-from music_jax import progress
+from music_jax.distributed import progress
 from music_jax.errors import DivergedError, NotMeasurableError
-from music_jax.evaluation import linear_probe
-from music_jax.evaluation.clustering import (
+from music_jax.evaluation.image_protocols import random_crop_probe
+from music_jax.evaluation.metrics import linear_probe
+from music_jax.evaluation.metrics.clustering import (
     agreement_between_segments,
     cluster_scores,
     joint_clusters,
 )
-from music_jax.evaluation.few_shot import few_shot
-from music_jax.evaluation.image_protocols import random_crop_probe
-from music_jax.evaluation.knn import nearest_neighbours, weighted_vote
-from music_jax.evaluation.label_free import alignment, alpha_req, lidar, rankme, uniformity
-from music_jax.evaluation.linear_probe import ProbeRecipe, ProbeResult
+from music_jax.evaluation.metrics.few_shot import few_shot
+from music_jax.evaluation.metrics.knn import nearest_neighbors, weighted_vote
+from music_jax.evaluation.metrics.label_free import alignment, alpha_req, lidar, rankme, uniformity
+from music_jax.evaluation.metrics.linear_probe import ProbeRecipe, ProbeResult
+from music_jax.evaluation.metrics.retrieval import average_precisions
+from music_jax.evaluation.metrics.segments import bound_distances, measure_segments
 from music_jax.evaluation.predictions import Predictions, write_predictions
-from music_jax.evaluation.retrieval import average_precisions
 from music_jax.evaluation.run import Run
-from music_jax.evaluation.segments import bound_distances, measure_segments
 
 Figures = dict[str, Any]
 
@@ -100,13 +100,13 @@ def _fixed_feature_probe(run: Run, of: str, recipe: ProbeRecipe, description: st
 
 
 def knn(run: Run) -> Figures:
-    """The weighted vote of the nearest training samples, for several numbers of neighbours."""
+    """The weighted vote of the nearest training samples, for several numbers of neighbors."""
     settings = run.config.knn
     ks = sorted({settings.k, *settings.more_k})
 
     def by_k(of: str) -> dict[int, float]:
         train, test = run.train(of), run.test(of)
-        similarities, nearest = nearest_neighbours(train.features, test.features, k=max(ks))
+        similarities, nearest = nearest_neighbors(train.features, test.features, k=max(ks))
         accuracies = {}
         for k in ks:
             predicted = weighted_vote(
@@ -184,9 +184,9 @@ def retrieval(run: Run) -> Figures:
 
 def clustering(run: Run) -> Figures:
     """Each segment's units as clusters of the test images, and clusters of the joint code."""
-    labels = run.unlabelled().labels
-    labelled = np.flatnonzero(labels >= 0)
-    labels, probabilities = labels[labelled], run.probabilities()[labelled]
+    labels = run.unlabeled().labels
+    labeled = np.flatnonzero(labels >= 0)
+    labels, probabilities = labels[labeled], run.probabilities()[labeled]
     num_clusters = len(np.unique(labels))
     if num_clusters < 2:
         raise NotMeasurableError("clustering needs test images with labels of two classes or more")
@@ -229,7 +229,7 @@ def clustering(run: Run) -> Figures:
 def label_free(run: Run) -> Figures:
     """RankMe, α-ReQ and uniformity of one view of each image; LiDAR and alignment of several."""
     _check_two_images(run)
-    outputs, views = run.unlabelled().arrays, run.views()
+    outputs, views = run.unlabeled().arrays, run.views()
     figures: Figures = {}
     for name in ("features", "embeddings"):
         rows = outputs[name][:_MAX_RANKED]
@@ -281,7 +281,7 @@ def segments(run: Run) -> Figures:
             "bias": (units - 1) ** 2 / (2 * samples),
             "share_of_usage_entropy": float(np.mean(between) / usage) if usage > 0 else None,
         },
-        "above_bound": {**distances._asdict(), "num_images": len(several)},
+        "gap_to_bound": {**distances._asdict(), "num_images": len(several)},
         "by_segment": {
             "usage_entropy": found.usage_entropy.tolist(),
             "dead_units": found.dead_units.tolist(),
@@ -294,7 +294,7 @@ def segments(run: Run) -> Figures:
 
 
 def _check_two_images(run: Run) -> None:
-    count = len(run.unlabelled())
+    count = len(run.unlabeled())
     if count < 2:
         raise NotMeasurableError(f"two images or more are needed; {run.images.name} has {count}")
 

@@ -11,14 +11,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
-from music_jax import progress
 from music_jax.config import view_augmentations
 from music_jax.data.augment import augment_views, normalize_images
 from music_jax.data.crops import Crop
 from music_jax.data.loader import TrainingOrder, evaluation_batches, training_batches
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
-from music_jax.mesh import batch_sharding, local_positions, to_devices
+from music_jax.distributed import progress
+from music_jax.distributed.mesh import batch_sharding, local_positions, to_devices
 from music_jax.models.network import Network
 
 Arrays = dict[str, np.ndarray]
@@ -37,7 +37,7 @@ class SplitFeatures:
       arrays: `features` [images, features] and whatever else the extractor gives.
       labels: int32 [images], -1 where an image has none.
       indices: each image's index in the source, int64 [images].
-      without_label: how many images `labelled` left out.
+      without_label: how many images `labeled` left out.
     """
 
     arrays: Arrays
@@ -62,7 +62,7 @@ class SplitFeatures:
             self.without_label,
         )
 
-    def labelled(self) -> "SplitFeatures":
+    def labeled(self) -> "SplitFeatures":
         """Those of the images that have a label."""
         rows = np.flatnonzero(self.labels >= 0)
         if len(rows) == len(self):
@@ -79,13 +79,13 @@ def backbone_extractor(
     *,
     embeddings: bool = False,
 ) -> Extractor:
-    """An extractor of `features`, the normalisation layers being in inference mode.
+    """An extractor of `features`, the normalization layers being in inference mode.
 
     Args:
       network: the network.
       params: its parameters.
       batch_stats: its running statistics.
-      config: says how images are normalised.
+      config: says how images are normalized.
       mesh: the devices.
       embeddings: give the projector's `embeddings` as well.
 
@@ -108,7 +108,7 @@ def backbone_extractor(
 
 
 def pixel_extractor(config: config_dict.ConfigDict) -> Extractor:
-    """An extractor that gives the normalised pixels as `features`, for comparison."""
+    """An extractor that gives the normalized pixels as `features`, for comparison."""
 
     @jax.jit
     def extract(images: jax.Array) -> dict[str, jax.Array]:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from music_jax.distributed.mesh import shares_cores
 from music_jax.evaluation.features import Extractor, replicate
-from music_jax.mesh import shares_cores
 from music_jax.models.network import Network, Tree
 
 
@@ -19,7 +19,7 @@ class FinetuneRecipe:
     """How a backbone is trained on with labels.
 
     Attributes:
-      num_epochs: passes over the labelled images.
+      num_epochs: passes over the labeled images.
       batch_size: images a step.
       backbone_learning_rate: at a batch of 256; falls as a cosine to 0.
       head_learning_rate: of the linear classifier, likewise.
@@ -71,7 +71,7 @@ def finetune(
     seed: int = 0,
     after_step: Callable[[], None] = lambda: None,
 ) -> Classifier:
-    """Trains a backbone and a linear classifier together; normalisation is by the batch.
+    """Trains a backbone and a linear classifier together; normalization is by the batch.
 
     Args:
       network: the network, whose projector takes no part.

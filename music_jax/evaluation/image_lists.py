@@ -1,13 +1,16 @@
 """Which images of a source a list names."""
 
+import logging
 import os
 
 import numpy as np
 
-from music_jax import progress
 from music_jax.data.sources import Source
+from music_jax.distributed import progress
 from music_jax.errors import UndecodableError, UserError
-from music_jax.json_files import decode_text
+from music_jax.workdir.json_files import decode_text
+
+_logger = logging.getLogger(__name__)
 
 
 def rows_of_list(source: Source, path: str) -> np.ndarray:
@@ -48,7 +51,7 @@ def rows_of_list(source: Source, path: str) -> np.ndarray:
             bar.update()
     missing = sorted(wanted - found)
     if missing and rows and len(missing) <= unreadable:
-        progress.say(
+        _logger.info(
             f"{len(missing)} images that {path!r} lists are left out: {unreadable} records of "
             f"{source.name} cannot be read"
         )

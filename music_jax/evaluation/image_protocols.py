@@ -8,15 +8,15 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
-from music_jax import progress
+from music_jax.distributed import progress
 from music_jax.errors import DivergedError, NotMeasurableError
-from music_jax.evaluation import linear_probe
-from music_jax.evaluation.feature_scaling import fit_scaling
 from music_jax.evaluation.features import extract_split, normalize, random_crop_batches
-from music_jax.evaluation.few_shot import stratified_subset
 from music_jax.evaluation.finetune import FinetuneRecipe, finetune, logit_extractor
 from music_jax.evaluation.image_lists import rows_of_list
-from music_jax.evaluation.linear_probe import Heads, ProbeRecipe, ProbeResult
+from music_jax.evaluation.metrics import linear_probe
+from music_jax.evaluation.metrics.feature_scaling import fit_scaling
+from music_jax.evaluation.metrics.few_shot import stratified_subset
+from music_jax.evaluation.metrics.linear_probe import Heads, ProbeRecipe, ProbeResult
 from music_jax.evaluation.run import Run
 
 Figures = dict[str, Any]
@@ -38,7 +38,7 @@ def random_crop_probe(run: Run, of: str, recipe: ProbeRecipe, description: str) 
       DivergedError: as `linear_probe.linear_probe`.
     """
     settings, source = run.config.linear_eval, run.evaluation_sources().train
-    labelled = run.labelled_rows("train")
+    labeled = run.labeled_rows("train")
     extract, test = run.extractor(of), run.test(of)
     scale = fit_scaling(settings.feature_scaling, lambda: run.train(of).features)
     scale_on_device = jax.jit(scale)
@@ -73,22 +73,22 @@ def random_crop_probe(run: Run, of: str, recipe: ProbeRecipe, description: str) 
     rates = recipe.base_learning_rates
     if len(rates) > 1:
         rest, held_out = linear_probe.split_for_validation(
-            len(labelled), settings.validation_fraction, run.config.seed
+            len(labeled), settings.validation_fraction, run.config.seed
         )
         train = run.train(of)
-        part = train.rows(np.flatnonzero(np.isin(train.indices, labelled[held_out])))
-        heads = trained(recipe, labelled[rest])
+        part = train.rows(np.flatnonzero(np.isin(train.indices, labeled[held_out])))
+        heads = trained(recipe, labeled[rest])
         rates = (rates[linear_probe.best_rate(heads, scale(part.features), part.labels)],)
     recipe = dataclasses.replace(recipe, base_learning_rates=rates)
-    heads = trained(recipe, labelled)
+    heads = trained(recipe, labeled)
     return linear_probe.score_heads(
-        heads, scale(test.features), test.labels, rates[0], num_train=len(labelled)
+        heads, scale(test.features), test.labels, rates[0], num_train=len(labeled)
     )
 
 
 def full_finetune(run: Run) -> Figures:
-    """Fine-tuning of the whole backbone on all labelled training images."""
-    settings, rows = run.config.finetune, run.labelled_rows("train")
+    """Fine-tuning of the whole backbone on all labeled training images."""
+    settings, rows = run.config.finetune, run.labeled_rows("train")
     recipe = _recipe(settings, settings.backbone_learning_rate, settings.head_learning_rate)
     return _finetuned(run, rows, recipe, "fine-tuning") | run.without_label("train", "test")
 
@@ -100,7 +100,7 @@ def semi_supervised(run: Run) -> Figures:
     for i, fraction in enumerate(settings.fractions):
         if settings.lists[i]:
             listed = rows_of_list(source, settings.lists[i])
-            rows = np.intersect1d(listed, run.labelled_rows("train"))
+            rows = np.intersect1d(listed, run.labeled_rows("train"))
         else:
             train = run.train()
             rows = train.indices[stratified_subset(train.labels, fraction, seed=run.config.seed)]
@@ -160,7 +160,7 @@ def _finetuned(run: Run, rows: np.ndarray, recipe: FinetuneRecipe, description: 
         )
     found = extract_split(
         logit_extractor(run.network, classifier, prepare),
-        test.subset(run.labelled_rows("test")),
+        test.subset(run.labeled_rows("test")),
         run.config,
         run.mesh,
         skipped=run.skipped,

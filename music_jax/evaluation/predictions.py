@@ -1,14 +1,16 @@
 """linear_eval.npz: what the linear probe said of each test image, beside linear_eval.json."""
 
+import logging
 from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 
-from music_jax import progress
-from music_jax.mesh import is_main_process
-from music_jax.new_file import new_file
-from music_jax.npz_files import read_npz
+from music_jax.distributed.mesh import is_main_process
+from music_jax.workdir.new_file import new_file
+from music_jax.workdir.npz_files import read_npz
+
+_logger = logging.getLogger(__name__)
 
 _FILE = "linear_eval.npz"
 
@@ -49,7 +51,7 @@ def write_predictions(workdir: epath.Path, found: Predictions) -> None:
                 step=np.asarray(found.step, np.int64),
             )
     except OSError as error:
-        progress.say(f"the probe's predictions are not kept: {error}")
+        _logger.info(f"the probe's predictions are not kept: {error}")
 
 
 def read_predictions(workdir: epath.Path) -> Predictions | None:

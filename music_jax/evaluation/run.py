@@ -15,6 +15,7 @@ from ml_collections import config_dict
 from music_jax.data.datasets import EvaluationSources
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
+from music_jax.distributed.mesh import from_main_process
 from music_jax.errors import NotMeasurableError, UserError
 from music_jax.evaluation.cache import ArrayCache, Expected, content_bytes
 from music_jax.evaluation.features import (
@@ -27,10 +28,9 @@ from music_jax.evaluation.features import (
     pixel_extractor,
     replicate,
 )
-from music_jax.mesh import from_main_process
 from music_jax.models.network import INIT_COMPILER_OPTIONS, Network, init_network
 from music_jax.objectives import segment_probabilities
-from music_jax.records import as_json
+from music_jax.workdir.records import as_json
 
 _PROBABILITIES_AT_ONCE = 4096  # samples
 
@@ -74,10 +74,10 @@ class Run:
     step: int
     mesh: Mesh
     skipped: SkippedImages
-    why_not: str = "there are no labelled images"
+    why_not: str = "there are no labeled images"
 
     def train(self, of: str = "trained") -> SplitFeatures:
-        """Features of the labelled training images.
+        """Features of the labeled training images.
 
         Args:
           of: `trained`, `random_init` (the backbone before the training) or `raw_pixels`.
@@ -86,13 +86,13 @@ class Run:
           NotMeasurableError: the images do not have labels of two classes.
           UserError: a feature is not finite.
         """
-        return self._labelled(self.evaluation_sources().train, of, classes=2)
+        return self._labeled(self.evaluation_sources().train, of, classes=2)
 
     def test(self, of: str = "trained") -> SplitFeatures:
-        """Features of the labelled test images; arguments and errors as `train`."""
-        return self._labelled(self.evaluation_sources().test, of, classes=1)
+        """Features of the labeled test images; arguments and errors as `train`."""
+        return self._labeled(self.evaluation_sources().test, of, classes=1)
 
-    def labelled_rows(self, split: Literal["train", "test"]) -> np.ndarray:
+    def labeled_rows(self, split: Literal["train", "test"]) -> np.ndarray:
         """Indices of the images of a split that have a label, ascending; all labels are read once.
 
         Features bring their labels along, so that only what reads the images themselves needs this.
@@ -109,7 +109,7 @@ class Run:
         _check_classes(source, labels, 2 if split == "train" else 1)
         return np.flatnonzero(labels != -1)
 
-    def unlabelled(self) -> SplitFeatures:
+    def unlabeled(self) -> SplitFeatures:
         """`features` and `embeddings` of all `images`, whether they have a label or not."""
         return self._split(self.images, "trained")
 
@@ -148,7 +148,7 @@ class Run:
     def probabilities(self) -> np.ndarray:
         """The segments' probabilities for all `images`, float32 [images, segments, units]."""
         objective = self.config.objective
-        embeddings = self.unlabelled().arrays["embeddings"]
+        embeddings = self.unlabeled().arrays["embeddings"]
         convert = jax.jit(
             functools.partial(
                 segment_probabilities,
@@ -170,9 +170,9 @@ class Run:
         for split in splits:
             source = getattr(self.evaluation_sources(), split)
             if ("labels", id(source)) in self._memory:
-                counts[split] = len(source) - len(self.labelled_rows(split))
+                counts[split] = len(source) - len(self.labeled_rows(split))
             else:
-                counts[split] = self._split(source, "trained").labelled().without_label
+                counts[split] = self._split(source, "trained").labeled().without_label
         return {"without_label": counts} if any(counts.values()) else {}
 
     @property
@@ -190,8 +190,8 @@ class Run:
             raise NotMeasurableError(self.why_not)
         return self.sources
 
-    def _labelled(self, source: Source, of: str, *, classes: int) -> SplitFeatures:
-        found = self._split(source, of).labelled()
+    def _labeled(self, source: Source, of: str, *, classes: int) -> SplitFeatures:
+        found = self._split(source, of).labeled()
         _check_classes(source, found.labels, classes)
         return found
 

@@ -1,9 +1,12 @@
 """Figures as tables for people."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
-from music_jax import progress
+from music_jax.distributed import progress
+
+_logger = logging.getLogger(__name__)
 
 Figures = dict[str, Any]
 Rows = list[tuple[str, str]]
@@ -30,7 +33,7 @@ def say_without_label(protocol: str, figures: Figures) -> None:
     counts = figures.get("without_label")
     if counts:
         said = " and ".join(f"{count:,} {split} images" for split, count in counts.items() if count)
-        progress.say(f"{protocol}: {said} without a label were left out")
+        _logger.info(f"{protocol}: {said} without a label were left out")
 
 
 def summary_table(results: dict[str, Figures]) -> str:
@@ -114,7 +117,7 @@ def _label_free(figures: Figures) -> Rows:
 
 
 def _segments(figures: Figures) -> Rows:
-    above = figures["above_bound"]
+    above = figures["gap_to_bound"]
     return [
         (
             f"usage entropy, of log K = {figures['log_units']:.3f}",

@@ -1,16 +1,18 @@
 """Transfer: the frozen backbone's features on another dataset."""
 
 import dataclasses
+import logging
 from typing import Any
 
 from ml_collections import config_dict
 
-from music_jax import progress
 from music_jax.data import datasets
 from music_jax.errors import UserError
 from music_jax.evaluation.feature_protocols import knn, linear
 from music_jax.evaluation.run import Run
 from music_jax.evaluation.tables import say_without_label
+
+_logger = logging.getLogger(__name__)
 
 
 def transfer(runs: dict[str, Run]) -> dict[str, Any]:
@@ -25,7 +27,7 @@ def transfer(runs: dict[str, Run]) -> dict[str, Any]:
     found = {}
     for spec in list(runs):
         run = runs.pop(spec)  # so that the features of one dataset are held at a time
-        progress.say(f"transfer to {spec}")
+        _logger.info(f"transfer to {spec}")
         found[spec] = {"linear": linear(run), "knn": knn(run)}
         say_without_label(f"transfer to {spec}", found[spec]["linear"])
     return {"by_dataset": found}

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from music_jax.cores import usable_cores
 from music_jax.data.augment import normalize_images
+from music_jax.distributed.cores import usable_cores
+from music_jax.distributed.mesh import make_data_mesh, to_devices
 from music_jax.errors import UndecodableError, UserError
 from music_jax.exchange.trained import TrainedBackbone, read_trained
-from music_jax.mesh import make_data_mesh, to_devices
 from music_jax.objectives import segment_codes, segment_probabilities
 
 # An array [height, width] or [height, width, channels], or an image file.
@@ -48,7 +48,7 @@ class Encoder:
     """A function from images to features: the trained backbone in inference mode, in float32.
 
     Images are prepared as for the evaluation: the shorter side is resized, the central square is
-    cut out and its values are normalised.
+    cut out and its values are normalized.
 
     Attributes:
       trained: the backbone.

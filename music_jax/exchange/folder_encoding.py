@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import pathlib
 import shutil
 from collections.abc import Iterable, Iterator
@@ -11,14 +12,16 @@ from typing import IO, Any
 import numpy as np
 from etils import epath
 
-from music_jax import progress
 from music_jax.data.sources import Source
+from music_jax.distributed import progress
 from music_jax.errors import UndecodableError, UnusableDataError, UserError
 from music_jax.exchange.encoder import Encoder, ahead
 from music_jax.exchange.extras import needs
-from music_jax.json_files import parse_json, read_json
-from music_jax.new_file import new_file, write_new
-from music_jax.npz_files import read_npz
+from music_jax.workdir.json_files import parse_json, read_json
+from music_jax.workdir.new_file import new_file, write_new
+from music_jax.workdir.npz_files import read_npz
+
+_logger = logging.getLogger(__name__)
 
 ENDINGS = (".npy", ".parquet")
 PART_SIZE = 1024  # images
@@ -174,7 +177,7 @@ def _open_parts(path: pathlib.Path, record: dict[str, Any]) -> pathlib.Path:
     if directory.exists() and _read_json(known) != record:
         if not known.exists() and any(directory.iterdir()):
             raise UserError(f"{directory} is in the way: it holds no parts of features")
-        progress.say(f"{directory} is of other images or weights: starting anew")
+        _logger.info(f"{directory} is of other images or weights: starting anew")
         shutil.rmtree(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_new(known, json.dumps(record).encode())

@@ -10,14 +10,14 @@ import jax.export
 import numpy as np
 from etils import epath
 
-from music_jax.epath_corrections import check_checkpoint_path
 from music_jax.errors import UserError
 from music_jax.exchange import torch_names
 from music_jax.exchange.encoder import encode_crops
 from music_jax.exchange.onnx_graph import onnx_model
 from music_jax.exchange.tensors import Tensors, safetensors_bytes
 from music_jax.exchange.trained import METADATA_KEY, TrainedBackbone
-from music_jax.new_file import new_path
+from music_jax.workdir.epath_corrections import check_checkpoint_path
+from music_jax.workdir.new_file import new_path
 
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -86,7 +86,7 @@ def _write_stablehlo(trained: TrainedBackbone, path: epath.Path, num_classes: in
 
 
 def exported_program(trained: TrainedBackbone) -> jax.export.Exported:
-    """The backbone with its weights and the normalisation, for a batch of any size.
+    """The backbone with its weights and the normalization, for a batch of any size.
 
     From uint8 [batch, size, size, channels] to float32 [batch, features].
     """
@@ -157,7 +157,7 @@ def _onnx_usage(trained: TrainedBackbone, name: str, num_classes: int) -> str:
     import onnxruntime
 
     session = onnxruntime.InferenceSession("{name}")
-    # float32 [batch, {channels}, {size}, {size}], normalised; the preprocessing is in
+    # float32 [batch, {channels}, {size}, {size}], normalized; the preprocessing is in
     # session.get_modelmeta().custom_metadata_map
     (features,) = session.run(["features"], {{"images": images}})"""
 
@@ -170,7 +170,7 @@ def _stablehlo_usage(trained: TrainedBackbone, name: str, num_classes: int) -> s
 
     with open("{name}", "rb") as file:
         program = jax.export.deserialize(bytearray(file.read()))
-    features = program.call(images)  # uint8 [batch, {size}, {size}, {channels}]; normalises them
+    features = program.call(images)  # uint8 [batch, {size}, {size}, {channels}]; normalizes them
 
 It needs jax alone, and runs on {", ".join(_PLATFORMS)}."""
 
@@ -198,7 +198,7 @@ FORMATS: dict[str, Format] = {
     ),
     "onnx": Format("ONNX, opset 17", ".onnx", _write_onnx, _onnx_usage),
     "stablehlo": Format(
-        "StableHLO, as jax.export serialises it", ".stablehlo", _write_stablehlo, _stablehlo_usage
+        "StableHLO, as jax.export serializes it", ".stablehlo", _write_stablehlo, _stablehlo_usage
     ),
     "orbax": Format("an Orbax checkpoint", "", _write_orbax, _orbax_usage),
 }

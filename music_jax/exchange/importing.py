@@ -11,23 +11,23 @@ import numpy as np
 from etils import epath
 from ml_collections import config_dict
 
-from music_jax import records
+from music_jax.checkpoint.manager import Checkpoints
 from music_jax.config import validate
 from music_jax.data.loader import TrainingOrder
+from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import UserError
 from music_jax.exchange import torch_names
 from music_jax.exchange.model_card import IMPORTED_FILE
 from music_jax.exchange.tensors import Tensors, read_safetensors
-from music_jax.mesh import make_data_mesh
 from music_jax.models import BACKBONES
 from music_jax.models.batch_norm import EPSILON as BATCH_NORM_EPSILON
 from music_jax.models.network import make_frozen_backbone
 from music_jax.models.resnet import STEMS
 from music_jax.models.vision_transformer import EPSILON as LAYER_NORM_EPSILON
-from music_jax.train.checkpoints import Checkpoints
 from music_jax.train.guards import init_guard_state
 from music_jax.train.state import TrainState, abstract_state, state_shardings
 from music_jax.train.step import make_recipe
+from music_jax.workdir import records
 
 # MoCo v3's vision transformers have 12 heads at any width, and its files these prefixes.
 _MOCO_V3 = re.compile(r"(.*\.)?(base|momentum)_encoder\.")

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 from etils import epath
 
-import music_jax
 from music_jax.config import view_augmentations
 from music_jax.data.augment import ViewAugmentation
 from music_jax.exchange.formats import FORMATS, preprocessing
 from music_jax.exchange.trained import TrainedBackbone
-from music_jax.json_files import read_json
+from music_jax.version import __version__
+from music_jax.workdir.json_files import read_json
 
 IMPORTED_FILE = "imported.json"  # in a workdir whose weights come from elsewhere
 
@@ -61,7 +61,7 @@ def model_card(
     sections += ["## Results", _results(workdir, trained.step)]
     sections += ["## Licence", _license(license_name)]
     sections += [
-        f"Written by music_jax {music_jax.__version__} with jax {jax.__version__}, from the "
+        f"Written by music_jax {__version__} with jax {jax.__version__}, from the "
         f"checkpoint of step {trained.step:,}."
     ]
     return "\n\n".join(sections) + "\n"
@@ -108,7 +108,7 @@ def _recipe(trained: TrainedBackbone) -> str:
         ("epochs", str(config.num_epochs)),
         ("batch", str(config.batch_size)),
         (
-            "optimiser",
+            "optimizer",
             f"{_code(optimizer.name)}, base learning rate {optimizer.base_learning_rate} (times "
             f"batch / 256), weight decay {optimizer.weight_decay}",
         ),
@@ -140,7 +140,7 @@ def _results(workdir: epath.Path | None, step: int) -> str:
         where.append(_tested_on(record))
     if not rows:
         return "This checkpoint has not been evaluated."
-    header = ("", "this backbone", "at random initialisation", "raw pixels")
+    header = ("", "this backbone", "at random initialization", "raw pixels")
     said = " and ".join(dict.fromkeys(where))
     return f"{_table(header, rows)}\n\nOn {said}; the backbone frozen."
 
@@ -172,7 +172,7 @@ def _license(license_name: str | None) -> str:
     named = (
         f"The weights: {license_name}."
         if license_name
-        else "No licence of the weights was named (`--license=`)."
+        else "No license of the weights was named (`--license=`)."
     )
     return f"{named} The images that they were trained on have terms of their own."
 

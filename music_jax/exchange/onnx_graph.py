@@ -1,6 +1,6 @@
 """The backbones as ONNX graphs, written node by node: operators of opset 17, none of them custom.
 
-The input `images` is [batch, channels, size, size], normalised, and the output `features` is
+The input `images` is [batch, channels, size, size], normalized, and the output `features` is
 [batch, features], both float32; the size of the batch is free.
 """
 

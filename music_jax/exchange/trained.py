@@ -13,8 +13,8 @@ from music_jax.config import from_json, validate
 from music_jax.errors import UserError
 from music_jax.exchange import torch_names
 from music_jax.exchange.tensors import Tensors, by_name, check_shapes, read_safetensors
-from music_jax.json_files import parse_json
 from music_jax.models.network import FrozenBackbone, Network, make_frozen_backbone
+from music_jax.workdir.json_files import parse_json
 
 METADATA_KEY = "music_jax"  # where a safetensors file's metadata says what it holds
 
@@ -96,9 +96,9 @@ def read_trained(path: str, *, checkpoint: str | None = None) -> TrainedBackbone
 
 
 def _read_run(path: str, checkpoint: str | None) -> TrainedBackbone:
-    from music_jax import records
-    from music_jax.mesh import make_data_mesh
-    from music_jax.train.restore import restore_run
+    from music_jax.checkpoint.restore import restore_run
+    from music_jax.distributed.mesh import make_data_mesh
+    from music_jax.workdir import records
 
     where = records.absolute(path)
     saved = records.read_config(where)

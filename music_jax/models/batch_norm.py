@@ -1,4 +1,4 @@
-"""Batch normalisation that normalises each view by its own statistics."""
+"""Batch normalization that normalizes each view by its own statistics."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ EPSILON = 1e-5
 
 
 class BatchNorm(nnx.Module):
-    """Batch normalisation over all but the channel axis, separately for each of several views.
+    """Batch normalization over all but the channel axis, separately for each of several views.
 
     The batch holds the views of one sample side by side: row `n * num_views + v` is view `v` of
     sample `n`, so that one pass of the network serves all views while a batch sharded over a mesh
@@ -56,7 +56,7 @@ class BatchNorm(nnx.Module):
         num_views: int,
         max_pool: Callable[[jax.Array], jax.Array] | None = None,
     ) -> jax.Array:
-        """Normalises, and then pools if asked to.
+        """Normalizes, and then pools if asked to.
 
         Args:
           x: [batch * num_views, ..., channels].

@@ -66,12 +66,12 @@ class Network:
     def embed(
         self, params: Tree, batch_stats: Tree, views: jax.Array
     ) -> tuple[jax.Array, jax.Array, Tree]:
-        """Embeds views in training mode: each view is normalised by its own batch statistics.
+        """Embeds views in training mode: each view is normalized by its own batch statistics.
 
         Args:
           params: the parameters.
-          batch_stats: the running statistics of the normalisation layers.
-          views: [batch, views, height, width, channels], normalised images.
+          batch_stats: the running statistics of the normalization layers.
+          views: [batch, views, height, width, channels], normalized images.
 
         Returns:
           The features [batch, views, features], the embeddings [batch, views, dim] and the new

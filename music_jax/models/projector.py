@@ -14,7 +14,7 @@ _KERNEL_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class Projector(nnx.Module):
-    """Hidden layers of Linear with bias, batch normalisation and ReLU; then Linear without bias."""
+    """Hidden layers of Linear with bias, batch normalization and ReLU; then Linear without bias."""
 
     def __init__(
         self,

@@ -155,7 +155,7 @@ class ResNet(nnx.Module):
           rngs: gives the initial weights.
           stem: `imagenet` (7 x 7 with stride 2, then 3 x 3 max-pooling with stride 2), `cifar`
             (3 x 3 with stride 1, no pooling) or `strided` (3 x 3 with stride 2, no pooling).
-          zero_init_residual: start the scale of each block's last normalisation at 0, so that the
+          zero_init_residual: start the scale of each block's last normalization at 0, so that the
             block starts as its shortcut.
           remat: compute each block's activations again for the gradient instead of keeping them.
           stem_width: channels after the stem; by default the first stage's width.

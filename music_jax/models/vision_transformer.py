@@ -1,9 +1,9 @@
 """Vision transformers (Dosovitskiy et al, arXiv 2010.11929) as self-supervised training uses them.
 
 Blocks and sizes are timm's `vit_*_patch16_224` (DeiT's), so that weights can be exchanged: layer
-normalisation before each part, a class token, and the exact GELU. As in MoCo v3 (Chen et al, arXiv
+normalization before each part, a class token, and the exact GELU. As in MoCo v3 (Chen et al, arXiv
 2104.02057) the position embedding is a fixed two-dimensional sine-cosine one, which needs no
-weights and fits any size of image, and features are the class token after the last normalisation.
+weights and fits any size of image, and features are the class token after the last normalization.
 """
 
 import jax
@@ -89,7 +89,7 @@ class VisionTransformer(nnx.Module):
           mlp_ratio: hidden units of a block's perceptron over the width.
           channels: channels of the images.
           dtype: what the network computes in; parameters, and the sums of softmax and
-            normalisation, are float32.
+            normalization, are float32.
           rngs: gives the initial weights.
           remat: compute each block's activations again for the gradient instead of keeping them.
         """
@@ -128,7 +128,7 @@ class VisionTransformer(nnx.Module):
 
 
 def _normalize(norm: nnx.LayerNorm, x: jax.Array) -> jax.Array:
-    """Normalises in float32, and gives the input's type."""
+    """Normalizes in float32, and gives the input's type."""
     return norm(x.astype(jnp.float32)).astype(x.dtype)
 
 

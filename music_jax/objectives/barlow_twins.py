@@ -16,7 +16,7 @@ from music_jax.objectives.global_batch import (
 )
 from music_jax.objectives.gram import squared_norm_of_product
 
-# BatchNorm's, which the authors use to standardise.
+# BatchNorm's, which the authors use to standardize.
 EPSILON = 1e-5
 
 
@@ -35,7 +35,7 @@ def barlow_twins_loss(
       \sum_i (1 - C_{ii})^2 + \lambda \sum_{i \ne j} C_{ij}^2, \quad
       C_{ij} = \frac{1}{N} \sum_n \hat z^a_{ni} \, \hat z^b_{nj}
 
-    where a hat standardises each unit over the global batch, as BatchNorm without affine does
+    where a hat standardizes each unit over the global batch, as BatchNorm without affine does
     (variance over N, plus 1e-5).
 
     Where the batch is smaller than the embedding, no D x D matrix is built: the sum of the squared
@@ -89,14 +89,14 @@ def _barlow_twins(
 ) -> jax.Array:
     batch = embeddings_a.shape[0] * axis_size(axis_name)
     check_batch(batch, "barlow_twins_loss")
-    za, zb = (_standardise(z, axis_name) for z in (embeddings_a, embeddings_b))
+    za, zb = (_standardize(z, axis_name) for z in (embeddings_a, embeddings_b))
     diagonal = global_mean(jnp.mean(za * zb, axis=0), axis_name)  # [D]
     squares = squared_norm_of_product(za, zb, axis_name=axis_name) / batch**2
     off_diagonal = squares - jnp.sum(diagonal**2)
     return jnp.sum((1 - diagonal) ** 2) + off_diagonal_weight * off_diagonal
 
 
-def _standardise(z: jax.Array, axis_name: AxisName | None) -> jax.Array:
+def _standardize(z: jax.Array, axis_name: AxisName | None) -> jax.Array:
     """Mean 0 and variance 1 of each unit over the global batch."""
     z = jnp.asarray(z, accumulation_dtype(z.dtype))
     z = z - global_mean(jnp.mean(z, axis=0, keepdims=True), axis_name)

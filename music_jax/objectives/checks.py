@@ -67,6 +67,6 @@ def check_batch(batch: int, method: str) -> None:
     """Raises ValueError for a global batch of one, over which there is no variance."""
     if batch < 2:
         raise ValueError(
-            f"{method}: expected a global batch of at least 2 samples, since it normalises or "
+            f"{method}: expected a global batch of at least 2 samples, since it normalizes or "
             f"measures over the batch, got {batch}"
         )

@@ -57,7 +57,7 @@ def cross_segment_entropy(
     rb: jax.Array,
     added_a: jax.Array,
     added_b: jax.Array,
-    centre: jax.Array,
+    center: jax.Array,
     *,
     axis_name: AxisName | None,
     product_dtype: Any,
@@ -71,7 +71,7 @@ def cross_segment_entropy(
       added_a: [local batch, num_segments], what the clamp has added to the sum of each segment's
         probabilities in the first view.
       added_b: [local batch, num_segments], likewise in the second.
-      centre: c.
+      center: c.
       axis_name: axis, or axes, over which the batch is split.
       product_dtype: dtype of the products' operands.
       precision: `precision` of the products.
@@ -83,7 +83,7 @@ def cross_segment_entropy(
     devices = axis_size(axis_name)
     tile = Tile(batch * devices, units, precision, whole=devices == 1)
     flat_a, flat_b = (r.reshape(batch, -1).astype(product_dtype) for r in (ra, rb))  # [n, D]
-    divergence = _sum_of_tiles(tile, flat_a, flat_b, centre, axis_name).astype(ra.dtype)
+    divergence = _sum_of_tiles(tile, flat_a, flat_b, center, axis_name).astype(ra.dtype)
     pairs = num_segments * (num_segments - 1)
     mass = 1 + global_mean(_mass_of_clamp(added_a, added_b), axis_name) / pairs
     return divergence / (pairs * units**2) + (1 - 2 * math.log(units)) * mass
@@ -102,24 +102,24 @@ def _mass_of_clamp(added_a: jax.Array, added_b: jax.Array) -> jax.Array:
 
 
 def _sum_of_tiles(
-    tile: Tile, ra: jax.Array, rb: jax.Array, centre: jax.Array, axis_name: AxisName | None
+    tile: Tile, ra: jax.Array, rb: jax.Array, center: jax.Array, axis_name: AxisName | None
 ) -> jax.Array:
     batch, devices = ra.shape[0], axis_size(axis_name)
     if axis_name is None or devices == 1:
         zero = jnp.zeros((), jnp.int32)
-        return global_sum(tile_divergence(tile, ra, rb, centre, zero, zero), axis_name)
+        return global_sum(tile_divergence(tile, ra, rb, center, zero, zero), axis_name)
     rows, columns = device_grid(devices)
     lines = np.arange(devices).reshape(rows, columns)
     index = jax.lax.axis_index(axis_name)
-    ra = _own_units(ra, centre, axis_name, exchange=lines.T, gather=lines)
-    rb = _own_units(rb, centre, axis_name, exchange=lines, gather=lines.T)
+    ra = _own_units(ra, center, axis_name, exchange=lines.T, gather=lines)
+    rb = _own_units(rb, center, axis_name, exchange=lines, gather=lines.T)
     # The samples of both views in one order: [columns, rows, local batch, units held]
     ra = ra.reshape(columns, rows, batch, -1)
     rb = rb.reshape(rows, columns, batch, -1).swapaxes(0, 1)
     ra, rb = (r.reshape(devices * batch, -1) for r in (ra, rb))  # [N, units held]
     row_start = index // columns * ra.shape[1]
     column_start = index % columns * rb.shape[1]
-    tiles = tile_divergence(tile, ra, rb, centre, row_start, column_start)
+    tiles = tile_divergence(tile, ra, rb, center, row_start, column_start)
     return global_sum(tiles, axis_name)
 
 
@@ -134,7 +134,7 @@ def device_grid(devices: int) -> tuple[int, int]:
 
 def _own_units(
     r: jax.Array,
-    centre: jax.Array,
+    center: jax.Array,
     axis_name: AxisName,
     *,
     exchange: np.ndarray,
@@ -144,7 +144,7 @@ def _own_units(
 
     Args:
       r: [local batch, dim] ratios.
-      centre: c.
+      center: c.
       axis_name: axis, or axes, over which the batch is split.
       exchange: groups of devices, in each of which the units are divided.
       gather: groups of devices that hold the same units.
@@ -154,7 +154,7 @@ def _own_units(
       are filled up with ratios of nothing to a multiple of the devices in an `exchange` group.
     """
     parts = exchange.shape[1]
-    r = _fill_up(r, -r.shape[1] % parts, centre)
+    r = _fill_up(r, -r.shape[1] % parts, center)
     if parts > 1:
         r = jax.lax.all_to_all(r, axis_name, 1, 0, axis_index_groups=_groups(exchange), tiled=True)
     if gather.shape[1] > 1:
@@ -162,9 +162,9 @@ def _own_units(
     return r
 
 
-def _fill_up(r: jax.Array, count: int, centre: jax.Array | int) -> jax.Array:
+def _fill_up(r: jax.Array, count: int, center: jax.Array | int) -> jax.Array:
     """Adds so many columns of units that no sample is in."""
-    nothing = -jnp.asarray(centre, r.dtype)
+    nothing = -jnp.asarray(center, r.dtype)
     return jnp.pad(r, ((0, 0), (0, count)), constant_values=nothing) if count else r
 
 
@@ -177,7 +177,7 @@ def tile_divergence(
     tile: Tile,
     ra: jax.Array,
     rb: jax.Array,
-    centre: jax.Array,
+    center: jax.Array,
     row_start: jax.Array,
     column_start: jax.Array,
 ) -> jax.Array:
@@ -191,26 +191,26 @@ def tile_divergence(
       tile: what is known at compile time.
       ra: [N, rows] ratios of the first view for the units of the tile's rows.
       rb: [N, columns] ratios of the second view for the units of the tile's columns.
-      centre: c.
+      center: c.
       row_start: the first row's unit.
       column_start: the first column's unit.
 
     Returns:
       A scalar.
     """
-    return _centred_or_not(functools.partial(_value, tile), centre, ra, rb, row_start, column_start)
+    return _centerd_or_not(functools.partial(_value, tile), center, ra, rb, row_start, column_start)
 
 
 def _tile_divergence_forward(
     tile: Tile,
     ra: jax.Array,
     rb: jax.Array,
-    centre: jax.Array,
+    center: jax.Array,
     row_start: jax.Array,
     column_start: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    value, gradients = _centred_or_not(
-        functools.partial(_value_and_gradients, tile), centre, ra, rb, row_start, column_start
+    value, gradients = _centerd_or_not(
+        functools.partial(_value_and_gradients, tile), center, ra, rb, row_start, column_start
     )
     return value, gradients
 
@@ -228,43 +228,43 @@ def _tile_divergence_backward(
 tile_divergence.defvjp(_tile_divergence_forward, _tile_divergence_backward)
 
 
-def _centred_or_not(function: Callable[..., Any], centre: jax.Array, *arguments: jax.Array) -> Any:
+def _centerd_or_not(function: Callable[..., Any], center: jax.Array, *arguments: jax.Array) -> Any:
     """`function(c, *arguments)`, c being known when it is compiled: 0 costs nothing."""
-    centred, plain = (functools.partial(function, c) for c in (1, 0))
-    return jax.lax.cond(centre > 0, centred, plain, *arguments)
+    centerd, plain = (functools.partial(function, c) for c in (1, 0))
+    return jax.lax.cond(center > 0, centerd, plain, *arguments)
 
 
 def _value(
     tile: Tile,
-    centre: int,
+    center: int,
     ra: jax.Array,
     rb: jax.Array,
     row_start: jax.Array,
     column_start: jax.Array,
 ) -> jax.Array:
-    joint_and_slope = _joint_and_slope(tile, centre, rb, row_start, column_start)
-    padded, starts = _blocks(ra, rb, centre)
+    joint_and_slope = _joint_and_slope(tile, center, rb, row_start, column_start)
+    padded, starts = _blocks(ra, rb, center)
 
     def step(total: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
         joint, slope = joint_and_slope(_block(padded, starts, start), start)
-        return total + jnp.sum((joint + centre) * slope), None
+        return total + jnp.sum((joint + center) * slope), None
 
     zero = jnp.zeros((), accumulation_dtype(rb.dtype))
     total = _loop(step, _varying_like(zero, rb), starts)
-    return total - _mass(tile, centre, ra, rb, row_start, column_start)
+    return total - _mass(tile, center, ra, rb, row_start, column_start)
 
 
 def _value_and_gradients(
     tile: Tile,
-    centre: int,
+    center: int,
     ra: jax.Array,
     rb: jax.Array,
     row_start: jax.Array,
     column_start: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    joint_and_slope = _joint_and_slope(tile, centre, rb, row_start, column_start)
-    padded, starts = _blocks(ra, rb, centre)
-    whole_b = rb + centre  # K p, by which and the slope the gradient is made
+    joint_and_slope = _joint_and_slope(tile, center, rb, row_start, column_start)
+    padded, starts = _blocks(ra, rb, center)
+    whole_b = rb + center  # K p, by which and the slope the gradient is made
 
     def step(
         gradients: tuple[jax.Array, jax.Array], start: jax.Array
@@ -275,7 +275,7 @@ def _value_and_gradients(
         # [N, columns] [r, columns] -> [N, r] and [N, r] [r, columns] -> [N, columns]
         block_gradient = _dot(tile, whole_b, slope, 1, 1) / tile.batch
         gradient_a = jax.lax.dynamic_update_slice_in_dim(gradient_a, block_gradient, start, axis=1)
-        gradient_b += _dot(tile, block + centre, slope, 1, 0) / tile.batch
+        gradient_b += _dot(tile, block + center, slope, 1, 0) / tile.batch
         return (gradient_a, gradient_b), None
 
     dtype = accumulation_dtype(rb.dtype)
@@ -284,13 +284,13 @@ def _value_and_gradients(
     gradient_a = gradient_a[:, : ra.shape[1]]
     # J is linear in K pa, so that the sum of J times its slope is that of K pa times the gradient:
     # the block's elements need not be gone through once more.
-    value = jnp.sum((ra + centre).astype(dtype) * gradient_a)
-    value -= _mass(tile, centre, ra, rb, row_start, column_start)
+    value = jnp.sum((ra + center).astype(dtype) * gradient_a)
+    value -= _mass(tile, center, ra, rb, row_start, column_start)
     return value, (gradient_a.astype(ra.dtype), gradient_b.astype(rb.dtype))
 
 
 def _joint_and_slope(
-    tile: Tile, centre: int, rb: jax.Array, row_start: jax.Array, column_start: jax.Array
+    tile: Tile, center: int, rb: jax.Array, row_start: jax.Array, column_start: jax.Array
 ) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """From a block of rows and its start to J - c, and log J between different segments, else 0."""
 
@@ -300,7 +300,7 @@ def _joint_and_slope(
     def joint_and_slope(block: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
         joint = _dot(tile, block, rb, 0, 0) / tile.batch  # [N, r] [N, columns] -> [r, columns]
         # Only the units that fill up a block have a J near to 0.
-        if centre:
+        if center:
             joint += mean(block)[:, None] + mean(rb)[None, :]
             slope = jnp.log1p(jnp.maximum(joint, -0.5))
         else:
@@ -315,7 +315,7 @@ def _joint_and_slope(
 
 def _mass(
     tile: Tile,
-    centre: int,
+    center: int,
     ra: jax.Array,
     rb: jax.Array,
     row_start: jax.Array,
@@ -323,7 +323,7 @@ def _mass(
 ) -> jax.Array:
     """Sum of J over the tile's elements between different segments, from the segments' sums."""
     dtype = accumulation_dtype(ra.dtype)
-    ra, rb = (r + centre for r in (ra, rb))
+    ra, rb = (r + center for r in (ra, rb))
     all_a, all_b = (jnp.sum(r, axis=1, dtype=dtype) for r in (ra, rb))  # [N]
     if tile.whole:
         sums = [
@@ -341,12 +341,12 @@ def _mass(
     return (jnp.vdot(all_a, all_b) - jnp.vdot(*segment_sums)) / tile.batch
 
 
-def _blocks(ra: jax.Array, rb: jax.Array, centre: int) -> tuple[jax.Array, np.ndarray]:
+def _blocks(ra: jax.Array, rb: jax.Array, center: int) -> tuple[jax.Array, np.ndarray]:
     """The tile's rows, filled up to blocks of equal size, and each block's first row."""
     rows = ra.shape[1]
     count = -(-rows * rb.shape[1] // _BLOCK_ELEMENTS)
     size = -(-rows // count)
-    padded = _fill_up(ra, count * size - rows, centre)
+    padded = _fill_up(ra, count * size - rows, center)
     return padded, np.arange(count, dtype=np.int32) * size
 
 

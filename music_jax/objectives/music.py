@@ -17,7 +17,7 @@ from music_jax.objectives.global_batch import (
     over_global_batch,
 )
 from music_jax.objectives.probabilities import unit_logits
-from music_jax.objectives.ratios import centre_of, divergence, log_ratio, unit_ratios
+from music_jax.objectives.ratios import center_of, divergence, log_ratio, unit_ratios
 
 
 class MusicTerms(NamedTuple):
@@ -257,14 +257,14 @@ def _terms(
         unit_logits(z, num_segments=num_segments, temperature=temperature)  # [n, S, K]
         for z in (embeddings_a, embeddings_b)
     )
-    centre = centre_of(logits_a, logits_b, axis_name)
-    (ra, added_a), (rb, added_b) = (unit_ratios(z, centre) for z in (logits_a, logits_b))
+    center = center_of(logits_a, logits_b, axis_name)
+    (ra, added_a), (rb, added_b) = (unit_ratios(z, center) for z in (logits_a, logits_b))
     cross_segment = cross_segment_entropy(
         ra,
         rb,
         added_a,
         added_b,
-        centre,
+        center,
         axis_name=axis_name,
         product_dtype=product_dtype,
         precision=precision,
@@ -272,13 +272,13 @@ def _terms(
     # The diagonal of P and the agreement of a sample's views need no matrix product.
     units = ra.shape[-1]
     products = ra * rb  # [n, S, K]
-    # K times the sum over k of p^a p^b, less c: a segment's ratios sum to 0 if they are centred.
+    # K times the sum over k of p^a p^b, less c: a segment's ratios sum to 0 if they are centerd.
     agreement = jnp.mean(products, axis=-1)  # [n, S]
-    log_agreement = log_ratio(agreement, centre)
-    mean_agreement = global_mean(jnp.mean(agreement), axis_name) + centre
+    log_agreement = log_ratio(agreement, center)
+    mean_agreement = global_mean(jnp.mean(agreement), axis_name) + center
     # J_ii = P_ii K², less c
-    diagonal = global_mean(jnp.mean(products + centre * (ra + rb), axis=0), axis_name)  # [S, K]
-    entropy = jnp.sum(divergence(diagonal, centre)) / (num_segments * units**2)
+    diagonal = global_mean(jnp.mean(products + center * (ra + rb), axis=0), axis_name)  # [S, K]
+    entropy = jnp.sum(divergence(diagonal, center)) / (num_segments * units**2)
     log_units = math.log(units)
     return MusicTerms(
         diagonal=entropy + (1 - 2 * log_units) / units * mean_agreement,

@@ -102,7 +102,7 @@ def segment_codes(embeddings: jax.Array, *, num_segments: int) -> jax.Array:
 
 
 def clamp(p: jax.Array) -> jax.Array:
-    """Raises probabilities to at least 1e-8; they are not renormalised."""
+    """Raises probabilities to at least 1e-8; they are not renormalized."""
     # Not jnp.maximum, which halves the gradient where both are equal.
     return jnp.where(p >= MIN_PROBABILITY, p, jnp.asarray(MIN_PROBABILITY, p.dtype))
 

@@ -2,8 +2,8 @@
 
 Near to a uniform segment, as at the start of training, what the objective and its gradient depend
 on is how far K p is from 1: a small difference, of which p itself, rounded, has kept few digits.
-There the objective works with K p - 1 ("centred"), and elsewhere with K p, since a small p has its
-digits only so. Which of the two is one choice for the global batch: a number, the centre c, which
+There the objective works with K p - 1 ("centerd"), and elsewhere with K p, since a small p has its
+digits only so. Which of the two is one choice for the global batch: a number, the center c, which
 is 1 or 0, has been taken off all ratios.
 """
 
@@ -17,7 +17,7 @@ from music_jax.objectives.probabilities import MIN_PROBABILITY
 _NEAR = 1 / 32
 
 
-def centre_of(logits_a: jax.Array, logits_b: jax.Array, axis_name: AxisName | None) -> jax.Array:
+def center_of(logits_a: jax.Array, logits_b: jax.Array, axis_name: AxisName | None) -> jax.Array:
     """1 if all segments of all samples of both views are near to uniform, else 0.
 
     Args:
@@ -32,20 +32,20 @@ def centre_of(logits_a: jax.Array, logits_b: jax.Array, axis_name: AxisName | No
     return (global_max(-least, axis_name) < _NEAR).astype(logits_a.dtype)
 
 
-def unit_ratios(logits: jax.Array, centre: jax.Array) -> tuple[jax.Array, jax.Array]:
+def unit_ratios(logits: jax.Array, center: jax.Array) -> tuple[jax.Array, jax.Array]:
     """K p - c, with p clamped below at 1e-8, and what the clamp has added to the sums of p.
 
     Args:
       logits: [batch, num_segments, units], the largest of each segment being 0.
-      centre: c, by `centre_of`.
+      center: c, by `center_of`.
 
     Returns:
       The ratios, [batch, num_segments, units], and what the clamp has added to the sum of each
       segment's p, [batch, num_segments].
     """
     units = logits.shape[-1]
-    ratios = _softmax_ratios(logits, centre)
-    least = units * MIN_PROBABILITY - centre
+    ratios = _softmax_ratios(logits, center)
+    least = units * MIN_PROBABILITY - center
     # Not jnp.maximum, which halves the gradient where both are equal.
     kept = ratios >= least
     added = jnp.sum(jnp.where(kept, 0, least - ratios), axis=-1) / units
@@ -53,11 +53,11 @@ def unit_ratios(logits: jax.Array, centre: jax.Array) -> tuple[jax.Array, jax.Ar
 
 
 @jax.custom_jvp
-def _softmax_ratios(logits: jax.Array, centre: jax.Array) -> jax.Array:
+def _softmax_ratios(logits: jax.Array, center: jax.Array) -> jax.Array:
     """K softmax(logits) - c."""
     units = logits.shape[-1]
 
-    def centred(logits: jax.Array) -> jax.Array:
+    def centerd(logits: jax.Array) -> jax.Array:
         less = jnp.expm1(logits)
         total = jnp.sum(less, axis=-1, keepdims=True)
         return (units * less - total) / (units + total)
@@ -65,7 +65,7 @@ def _softmax_ratios(logits: jax.Array, centre: jax.Array) -> jax.Array:
     def plain(logits: jax.Array) -> jax.Array:
         return units * jax.nn.softmax(logits, axis=-1)
 
-    return jax.lax.cond(centre > 0, centred, plain, logits)
+    return jax.lax.cond(center > 0, centerd, plain, logits)
 
 
 @_softmax_ratios.defjvp
@@ -78,10 +78,10 @@ def _softmax_ratios_jvp(
 
 
 @jax.custom_jvp
-def log_ratio(ratio: jax.Array, centre: jax.Array) -> jax.Array:
+def log_ratio(ratio: jax.Array, center: jax.Array) -> jax.Array:
     """log(ratio + c)."""
     near_one = jnp.log1p(jnp.maximum(ratio, -0.5))
-    return jnp.where(centre > 0, near_one, jnp.log(_whole(ratio, centre)))
+    return jnp.where(center > 0, near_one, jnp.log(_whole(ratio, center)))
 
 
 @log_ratio.defjvp
@@ -91,14 +91,14 @@ def _log_ratio_jvp(
     return log_ratio(*primals), tangents[0] / _whole(*primals)
 
 
-def _whole(ratio: jax.Array, centre: jax.Array) -> jax.Array:
-    return jnp.maximum(ratio + centre, 1e-30)
+def _whole(ratio: jax.Array, center: jax.Array) -> jax.Array:
+    return jnp.maximum(ratio + center, 1e-30)
 
 
 @jax.custom_jvp
-def divergence(ratio: jax.Array, centre: jax.Array) -> jax.Array:
+def divergence(ratio: jax.Array, center: jax.Array) -> jax.Array:
     """J log J - J, of J = ratio + c."""
-    return (ratio + centre) * (log_ratio(ratio, centre) - 1)
+    return (ratio + center) * (log_ratio(ratio, center) - 1)
 
 
 @divergence.defjvp

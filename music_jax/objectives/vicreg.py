@@ -43,7 +43,7 @@ def vicreg_loss(
     where C is a view's covariance over the global batch, over N - 1.
 
     Where the batch is smaller than the embedding, no D x D matrix is built: the sum of the squared
-    elements of C is that of the centred embeddings' [N, N] Gram matrix, over (N - 1)². The three
+    elements of C is that of the centerd embeddings' [N, N] Gram matrix, over (N - 1)². The three
     ways of calling on several devices are those of :func:`music_loss`.
 
     Args:

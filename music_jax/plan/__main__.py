@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from music_jax import cli
-from music_jax.cores import usable_cores
+from music_jax.distributed.cores import usable_cores
 from music_jax.errors import UserError
 from music_jax.plan.chips import ATTACHED, CHIPS, attached_topology, chip_of
 from music_jax.plan.gpus import check_plugin
@@ -63,7 +63,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     validate(config)
     num_images = flags.FLAGS["num-images"].value or _num_images(config)
-    from music_jax import progress
+    from music_jax.distributed import progress
     from music_jax.plan import report
 
     plans = _make_plans(config, topologies, num_images)
@@ -169,7 +169,7 @@ def _make_plans(
 def _compile(
     pool: concurrent.futures.Executor, tasks: list["worker.Task"], jobs: int
 ) -> list["Plan"]:
-    from music_jax import progress
+    from music_jax.distributed import progress
     from music_jax.plan import worker
 
     names = ", ".join(task.topology for task in tasks)

@@ -17,11 +17,11 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
+from music_jax.distributed.mesh import batch_sharding, check_divisible, make_data_mesh
 from music_jax.errors import UserError
-from music_jax.mesh import batch_sharding, check_divisible, make_data_mesh
 from music_jax.plan import counts, hlo
+from music_jax.plan.cache import remember
 from music_jax.plan.chips import chip_of
-from music_jax.plan.remembered import remember
 from music_jax.train.state import abstract_state
 from music_jax.train.step import Recipe, lower_step, make_recipe
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from music_jax import progress
+from music_jax.distributed import progress
 from music_jax.plan.chips import chip_of, network_peak
 from music_jax.plan.compiling import Figures
 

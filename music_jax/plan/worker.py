@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -10,12 +11,13 @@ import threading
 
 from ml_collections import config_dict
 
-from music_jax import progress
 from music_jax.config import from_json
-from music_jax.mesh import check_divisible
+from music_jax.distributed.mesh import check_divisible
 from music_jax.plan.compiling import Figures, measure, open_slice
 from music_jax.plan.report import Plan
 from music_jax.plan.search import largest_batch
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +87,7 @@ def run(task: Task) -> Plan:
         found = main if batch_size == wanted else figures(batch_size)
         share = (found.hbm_needed_bytes or 0.0) / found.hbm_available_bytes
         says = "fits" if found.fits else "does not fit"
-        progress.say(f"{task.topology}: a batch of {batch_size:,} needs {share:.0%} and {says}")
+        _logger.info(f"{task.topology}: a batch of {batch_size:,} needs {share:.0%} and {says}")
         return min(share, 1.0) if found.fits else max(share, 1.0 + 1e-9)
 
     largest = None

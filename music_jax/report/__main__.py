@@ -10,8 +10,8 @@ from music_jax.errors import UserError
 
 _USAGE = """
 Writes one HTML file that shows a run: what was run and on what, its curves with the bounds of the
-objective, its results beside raw pixels and random initialisation, the joint probability of its
-segments, what each unit stands for, nearest neighbours, a map of the embedding, augmented views,
+objective, its results beside raw pixels and random initialization, the joint probability of its
+segments, what each unit stands for, nearest neighbors, a map of the embedding, augmented views,
 the probe's confusions, and what was skipped, rewound or resumed. The file needs no network, and
 opens from disk on a computer or a phone. It may be written while the run goes on.
 
@@ -48,11 +48,11 @@ def main() -> None:
         import jinja2  # noqa: F401
     with needs("cv2", "data"):
         import cv2  # noqa: F401
-    from music_jax import progress
-    from music_jax.compilation_cache import use_compilation_cache
-    from music_jax.mesh import use_cores
+    from music_jax.distributed import progress
+    from music_jax.distributed.mesh import use_cores
     from music_jax.report.page import write_report
     from music_jax.report.reading import check_workdirs
+    from music_jax.workdir.compilation_cache import use_compilation_cache
 
     check_workdirs(workdirs)
     use_cores(batch_size=4)  # any batch is filled up

@@ -68,7 +68,7 @@ _KINDS = (
         "usage_entropy",
         "Usage entropy",
         "share of log K",
-        "1 where the units of every segment are used alike; towards 0 they collapse.",
+        "1 where the units of every segment are used alike; toward 0 they collapse.",
         "health",
     ),
     Kind("dead_units", "Dead units", "share", "Units that hardly any image uses.", "health"),
@@ -88,7 +88,7 @@ _KINDS = (
     ),
 )
 # What is shown in another way, or is no curve.
-_NOT_CURVES = {"step", "epoch", "above_bound"}
+_NOT_CURVES = {"step", "epoch", "gap_to_bound"}
 
 
 def bounds(run: Recorded) -> dict[str, float]:

@@ -1,17 +1,19 @@
 """From a workdir to all that the report shows of it."""
 
 import dataclasses
+import logging
 from typing import Any
 
 import numpy as np
 
-from music_jax import progress
 from music_jax.errors import MusicError
-from music_jax.evaluation.opening import open_run
+from music_jax.evaluation.load_run import open_run
 from music_jax.evaluation.run import Run
 from music_jax.report import measures
 from music_jax.report.images import Seen, look, packed, sprite
 from music_jax.report.reading import Recorded, said
+
+_logger = logging.getLogger(__name__)
 
 _NAME = 80  # characters of an image's name
 
@@ -26,7 +28,7 @@ class Shown:
       why_not: in that case, why.
       segments: what the segments do; None without images, or if there are none.
       maps: of the features and the embeddings, by name.
-      neighbours: rows and similarities.
+      neighbors: rows and similarities.
       confusion: of the linear probe, if it left its predictions.
       num_training_images: if they are known.
     """
@@ -36,7 +38,7 @@ class Shown:
     why_not: str = ""
     segments: measures.Segments | None = None
     maps: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    neighbours: tuple[np.ndarray, np.ndarray] | None = None
+    neighbors: tuple[np.ndarray, np.ndarray] | None = None
     confusion: measures.Confusion | None = None
     num_training_images: int | None = None
 
@@ -57,7 +59,7 @@ def gather(
         seen = look(run, num_images)
     except (MusicError, OSError) as error:
         why_not = " ".join(str(error).split())
-        progress.say(f"{recorded.name}: no images are shown: {why_not}")
+        _logger.info(f"{recorded.name}: no images are shown: {why_not}")
         return Shown(recorded, why_not=why_not, confusion=_confusion(recorded, classes))
     classes = [said(name, _NAME) for name in seen.class_names]
     segments = None
@@ -68,14 +70,14 @@ def gather(
             temperature=run.config.objective.temperature,
         )
     maps = {"embedding": seen.embeddings, "features": seen.features}
-    progress.say(f"{recorded.name}: map of {len(seen.indices):,} images")
+    _logger.info(f"{recorded.name}: map of {len(seen.indices):,} images")
     placed = {name: measures.flat_map(vectors) for name, vectors in maps.items()}
     return Shown(
         recorded,
         seen=seen,
         segments=segments,
         maps={name: place for name, place in placed.items() if place is not None},
-        neighbours=measures.neighbours(seen.features),
+        neighbors=measures.neighbors(seen.features),
         confusion=_confusion(recorded, classes),
         num_training_images=_num_training_images(run),
     )
@@ -132,9 +134,9 @@ def payload(shown: Shown, *, tile: int, matrix: int) -> tuple[dict[str, Any], di
         },
         "segments": None,
     }
-    if shown.neighbours is not None:
-        rows, similarities = shown.neighbours
-        data["neighbours"] = {
+    if shown.neighbors is not None:
+        rows, similarities = shown.neighbors
+        data["neighbors"] = {
             "rows": packed(rows.astype(np.uint16)),
             "similarity": packed(np.round(1000 * similarities).astype(np.int16)),
         }

@@ -114,7 +114,7 @@ def look(run: Run, num_images: int) -> Seen:
 
 
 def augmented(run: Run) -> np.ndarray:
-    """Training views of a few images, as the network sees them but not normalised.
+    """Training views of a few images, as the network sees them but not normalized.
 
     Returns:
       uint8 [shown, 1 + 2 pairs, height, width, channels]; the first is a crop before augmentation.
@@ -183,7 +183,7 @@ def sprite(images: np.ndarray, *, tile: int, columns: int | None = None) -> Spri
       columns: images a row; by default as many as rows.
     """
     count, side = len(images), min(tile, images.shape[1])
-    pitch = -(-side // 8) * 8  # whole blocks, so that lossy neighbours do not mix
+    pitch = -(-side // 8) * 8  # whole blocks, so that lossy neighbors do not mix
     columns = columns or math.ceil(math.sqrt(count))
     rows = -(-count // columns)
     sheet = np.zeros((rows * pitch, columns * pitch, 3), np.uint8)

@@ -1,4 +1,4 @@
-"""What a report shows of the images: segments, units, neighbours, maps and confusions."""
+"""What a report shows of the images: segments, units, neighbors, maps and confusions."""
 
 import dataclasses
 import math
@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from music_jax.evaluation.clustering import cluster_scores
-from music_jax.evaluation.knn import nearest_neighbours, unit_length
+from music_jax.evaluation.metrics.clustering import cluster_scores
+from music_jax.evaluation.metrics.knn import nearest_neighbors, unit_length
+from music_jax.evaluation.metrics.segments import SegmentMeasures, measure_segments
 from music_jax.evaluation.predictions import Predictions
-from music_jax.evaluation.segments import SegmentMeasures, measure_segments
 from music_jax.objectives import joint_probability, segment_probabilities
 from music_jax.report.images import Seen
 
-NEIGHBOURS = 8
+NEIGHBORS = 8
 TOP = 8  # images shown of each unit
 NOBODY = 65535  # where there is no image
 
@@ -34,7 +34,7 @@ class Segments(NamedTuple):
         there are fewer whose most probable unit it is.
       certainty: their probabilities, [segments, units, TOP].
       counts: images whose most probable unit it is, [segments, units].
-      label_nmi: normalised mutual information with the labels, [segments]; None without labels.
+      label_nmi: normalized mutual information with the labels, [segments]; None without labels.
       order: the segments, the one that says the most first.
     """
 
@@ -66,10 +66,10 @@ def segments(seen: Seen, *, num_segments: int, temperature: float) -> Segments:
             counts[s, k] = len(members)
             top[s, k, : len(best)] = best
             certainty[s, k, : len(best)] = p[best, s, k]
-    nmi, labelled = None, np.flatnonzero(seen.labels >= 0)
-    if len(np.unique(seen.labels[labelled])) > 1:
-        labels = seen.labels[labelled]
-        scores = [cluster_scores(codes[labelled, s], labels) for s in range(num_segments)]
+    nmi, labeled = None, np.flatnonzero(seen.labels >= 0)
+    if len(np.unique(seen.labels[labeled])) > 1:
+        labels = seen.labels[labeled]
+        scores = [cluster_scores(codes[labeled, s], labels) for s in range(num_segments)]
         nmi = np.asarray([score.nmi for score in scores])
     says = measures.information if nmi is None else nmi
     return Segments(measures, codes, top, certainty, counts, nmi, np.argsort(-says, kind="stable"))
@@ -122,12 +122,12 @@ def joint(
     return Joint(shown, levels.astype(np.uint8), low, high)
 
 
-def neighbours(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def neighbors(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The nearest other images of each, by cosine similarity: rows and similarities [images, k]."""
-    k = min(NEIGHBOURS, len(features) - 1)
+    k = min(NEIGHBORS, len(features) - 1)
     if k < 1:
         return np.zeros((len(features), 0), np.int32), np.zeros((len(features), 0), np.float32)
-    similarities, rows = nearest_neighbours(features, features, k=k + 1)
+    similarities, rows = nearest_neighbors(features, features, k=k + 1)
     others = rows != np.arange(len(rows))[:, None]
     others[others.all(axis=1), -1] = False  # one of its own doubles stands in its place
     shape = (len(rows), k)

@@ -77,7 +77,7 @@ def _facts(run: Recorded, num_images: int | None) -> dict[str, str]:
         "crops": f"scale {said(field('crop.scale', '?'))}",
         "batch": said(field("batch_size", "?")),
         "epochs": said(field("num_epochs", "?")) + steps,
-        "optimiser": said(field("optimizer.name", "?")),
+        "optimizer": said(field("optimizer.name", "?")),
         "learning rate": f"base {said(rate)}{peak}, warm-up "
         f"{said(field('optimizer.warmup_epochs', '?'))} epochs",
         "weight decay": said(field("optimizer.weight_decay", "?")),
@@ -135,7 +135,7 @@ def scores(runs: list[Recorded]) -> list[Score]:
         linear, knn = run.results.get("linear", {}), run.results.get("knn", {})
         for prefix, name in (
             ("", "trained backbone"),
-            ("random_init_", "random initialisation"),
+            ("random_init_", "random initialization"),
             ("raw_pixels_", "raw pixels"),
         ):
             score = Score(

@@ -15,13 +15,13 @@ import markupsafe
 import plotly.offline
 from etils import epath
 
-import music_jax
 from music_jax.errors import UserError
-from music_jax.new_file import check_writable, write_new
-from music_jax.paths import escape_surrogates
 from music_jax.report import curves, overview
 from music_jax.report.gathering import Shown, gather, payload
 from music_jax.report.reading import Recorded, read_workdirs
+from music_jax.version import __version__
+from music_jax.workdir.new_file import check_writable, write_new
+from music_jax.workdir.paths import escape_surrogates
 
 LARGEST = 9_500_000  # bytes of a report
 
@@ -153,7 +153,7 @@ def _page(shown: list[Shown], *, tile: int, matrix: int) -> bytes:
         charts=charts,
         thinned=any(map(curves.is_thinned, runs)),
         any_segments=any(run.segments for run in shown),
-        version=music_jax.__version__,
+        version=__version__,
         style=_raw(_read("report.css") + "\n" + "\n".join(sprites.rules.values())),
         script=_raw(script),
         hashes=" ".join(_hash(each) for each in (_plot_library(), script)),

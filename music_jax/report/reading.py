@@ -12,11 +12,11 @@ from typing import Any
 
 from etils import epath
 
-from music_jax import records
 from music_jax.errors import UserError
-from music_jax.evaluation.evaluate import read_all
 from music_jax.evaluation.predictions import Predictions, read_predictions
-from music_jax.json_files import parse_json, read_json, read_text
+from music_jax.evaluation.runner import read_all
+from music_jax.workdir import records
+from music_jax.workdir.json_files import parse_json, read_json, read_text
 
 Record = dict[str, Any]
 

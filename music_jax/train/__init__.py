@@ -1,5 +1,11 @@
-"""Pre-training."""
+"""Pre-training: the step, its guards, and the loop around it."""
 
-from music_jax.train.loop import train_and_evaluate
+from typing import Any
 
-__all__ = ["train_and_evaluate"]
+
+def __getattr__(name: str) -> Any:
+    if name == "train_and_evaluate":
+        from music_jax.train.loop import train_and_evaluate
+
+        return train_and_evaluate
+    raise AttributeError(name)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
-from music_jax.mesh import BATCH_AXES
+from music_jax.distributed.mesh import BATCH_AXES
 from music_jax.train.objective import Metrics
 from music_jax.train.state import TrainState, state_shardings
 from music_jax.train.step import StepFunction
@@ -165,6 +165,6 @@ def _checksum(x: jax.Array) -> jax.Array:
     """
     words = jax.lax.bitcast_convert_type(x, _WORDS[x.dtype.itemsize]).astype(jnp.uint32).reshape(-1)
     position = jax.lax.iota(jnp.uint32, words.size)
-    # Neighbours get numbers that are far apart, so that a shift or an exchange is seen as well.
+    # Neighbors get numbers that are far apart, so that a shift or an exchange is seen as well.
     factor = (position * np.uint32(0x9E3779B1)) | np.uint32(1)
     return jnp.sum(words * factor, dtype=jnp.uint32)

@@ -1,5 +1,6 @@
 """What a run says of itself before it trains."""
 
+import logging
 from typing import Any
 
 import jax
@@ -8,10 +9,12 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
-from music_jax import progress
 from music_jax.data.loader import TrainingOrder
 from music_jax.data.sources import Source
+from music_jax.distributed import progress
 from music_jax.train.state import TrainState
+
+_logger = logging.getLogger(__name__)
 
 _FEW_STEPS = 10  # of an epoch
 _UNUSED_SHARE = 0.01  # of the images, that every epoch may leave out
@@ -28,10 +31,11 @@ def describe(
     """Prints the parameters, the devices, the arithmetic of the batch and the objective."""
     device = mesh.devices.flat[0]
     objective = config.objective
-    progress.say_lines(
+    progress.log_lines(
+        _logger,
         parameter_overview.get_parameter_overview(
             _plain(state.params), include_stats=False, max_lines=80
-        )
+        ),
     )
     lines: list[tuple[str, Any]] = [
         ("devices", f"{mesh.size} x {device.device_kind} in {jax.process_count()} process(es)"),
@@ -57,9 +61,9 @@ def describe(
     if start_step:
         lines.append(("resuming", f"after step {start_step}"))
     for name, value in lines:
-        progress.say(f"{name:12s} {value}")
+        _logger.info(f"{name:12s} {value}")
     for hint in small_data_hints(config, order):
-        progress.say(f"warning: {hint}")
+        _logger.info(f"warning: {hint}")
 
 
 def small_data_hints(config: config_dict.ConfigDict, order: TrainingOrder) -> list[str]:

@@ -79,7 +79,7 @@ def accumulated_gradients(
     forward pass, and the memory of the activations of one microbatch. Views are augmented in both
     passes, which their key by sample makes the same, rather than kept.
 
-    What normalises over the batch normalises over a microbatch (on all devices), so that with
+    What normalizes over the batch normalizes over a microbatch (on all devices), so that with
     BatchNorm the gradient is that of another network than the whole batch in one pass. The running
     statistics move once a microbatch, in the first pass.
 

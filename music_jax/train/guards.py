@@ -132,7 +132,7 @@ def embedding_statistics(
 ) -> Metrics:
     r"""How far a batch of embeddings is from a collapsed one.
 
-    - `embedding_std`: mean over the units of the standard deviation of the L2-normalised
+    - `embedding_std`: mean over the units of the standard deviation of the L2-normalized
       embeddings, times sqrt(dim): 1 where they point everywhere, 0 where all are alike (Chen & He,
       arXiv 2011.10566).
     - `effective_rank`: the participation ratio tr(C)² / tr(C²) of their covariance C, from 1 to
@@ -178,15 +178,15 @@ def embedding_statistics(
     }
 
 
-def _effective_rank(centred: jax.Array) -> jax.Array:
-    """Participation ratio of the covariance of centred rows [batch, dim]; 0 if there is none."""
-    dim = centred.shape[1]
+def _effective_rank(centerd: jax.Array) -> jax.Array:
+    """Participation ratio of the covariance of centerd rows [batch, dim]; 0 if there is none."""
+    dim = centerd.shape[1]
     if dim <= _DIRECTIONS:
-        m = centred.T @ centred
+        m = centerd.T @ centerd
         pairs = np.ones((dim, dim), np.float32)
     else:
         signs = np.random.default_rng(0).integers(0, 2, (dim, _DIRECTIONS), np.int8) * 2 - 1
-        projected = centred @ jnp.asarray(signs, jnp.int8).astype(jnp.float32)
+        projected = centerd @ jnp.asarray(signs, jnp.int8).astype(jnp.float32)
         m = projected.T @ projected  # [64, 64]
         pairs = 1 - np.eye(_DIRECTIONS, dtype=np.float32)
     variances = jnp.diagonal(m)

@@ -7,10 +7,11 @@ import numpy as np
 from etils import epath
 from ml_collections import config_dict
 
-from music_jax import progress, records
+from music_jax.distributed import progress
 from music_jax.train import guards
 from music_jax.train.input import TrainingInput
 from music_jax.train.writers import Writers
+from music_jax.workdir import records
 
 
 class Log:

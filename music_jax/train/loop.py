@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 from typing import Any
 
 import jax
@@ -11,16 +12,13 @@ from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from music_jax import config as config_lib
-from music_jax import progress, records
+from music_jax.checkpoint.manager import Checkpoints
 from music_jax.data import datasets
 from music_jax.data.datasets import EvaluationSources
 from music_jax.data.loader import TrainingOrder
 from music_jax.data.sources import Source
-from music_jax.errors import NotMeasurableError, StoppedError, UserError
-from music_jax.evaluation.evaluate import evaluate, read_results, results_table
-from music_jax.evaluation.online_probe import OnlineProbe, make_online_probe
-from music_jax.evaluation.run import agreed_fingerprint
-from music_jax.mesh import (
+from music_jax.distributed import progress
+from music_jax.distributed.mesh import (
     check_divisible,
     from_main_process,
     is_main_process,
@@ -28,20 +26,26 @@ from music_jax.mesh import (
     shares_cores,
     use_repeatable_gpu_operations,
 )
-from music_jax.signals import Stop
+from music_jax.distributed.signals import Stop
+from music_jax.errors import NotMeasurableError, StoppedError, UserError
+from music_jax.evaluation.run import agreed_fingerprint
+from music_jax.evaluation.runner import evaluate, read_results, results_table
 from music_jax.train import guards
-from music_jax.train.checkpoints import Checkpoints
 from music_jax.train.corruption import CorruptionChecks
 from music_jax.train.describe import describe
 from music_jax.train.input import TrainingInput, check_same_images
-from music_jax.train.lock import WorkdirLock
 from music_jax.train.log import Log
+from music_jax.train.online_probe import OnlineProbe, make_online_probe
 from music_jax.train.pictures import Pictures
 from music_jax.train.profile import Profile
-from music_jax.train.recovery import Recovery, Trouble, WentWrongError
+from music_jax.train.recovery import Recovery, TrainingFailedError, TrainingFailure
 from music_jax.train.state import TrainState, abstract_state, init_state
 from music_jax.train.step import StepFunction, compile_skip, compile_step, make_recipe
 from music_jax.train.writers import Writers
+from music_jax.workdir import records
+from music_jax.workdir.lock import WorkdirLock
+
+_logger = logging.getLogger(__name__)
 
 
 def train_and_evaluate(
@@ -121,16 +125,16 @@ def _train_and_evaluate(
         events=events,
     )
     try:
-        start_step = checkpoints.latest_whole_step() or 0
+        start_step = checkpoints.latest_valid_step() or 0
         fingerprints = [agreed_fingerprint(source) for source in probed or ()]
         results = from_main_process(
             lambda: read_results(config, directory, num_steps, fingerprints)
         )
         if start_step == num_steps and (results is not None or probed is None):
             done = "trained and evaluated" if results else "trained"
-            progress.say(f"{directory} is done: {num_steps} steps {done}")
+            _logger.info(f"{directory} is done: {num_steps} steps {done}")
             if results:
-                progress.say_lines(results_table(results))
+                progress.log_lines(_logger, results_table(results))
             return checkpoints.restore(start_step, shapes, mesh)
         if is_main_process():
             check_same_images(directory, source, resuming=start_step > 0)
@@ -161,11 +165,11 @@ def _train_and_evaluate(
                 try:
                     state = _train(run, state, start_step, stop)
                     break
-                except WentWrongError as error:
-                    trouble = error.trouble
+                except TrainingFailedError as error:
+                    failure = error.failure
                 del state  # so that only one is held
-                recovery.recover(trouble, checkpoints)
-                start_step = checkpoints.latest_whole_step() or 0
+                recovery.recover(failure, checkpoints)
+                start_step = checkpoints.latest_valid_step() or 0
     finally:
         try:
             profile.close()
@@ -175,7 +179,7 @@ def _train_and_evaluate(
 
     records.join_skipped(skipped, source)
     if probed is None:
-        progress.say(f"not probed: {why_not}")
+        _logger.info(f"not probed: {why_not}")
         records.report_skipped(skipped)
         return state
     evaluate(
@@ -190,7 +194,7 @@ def _train_and_evaluate(
         mesh=mesh,
     )
     if is_main_process() and (results := read_results(config, directory, num_steps)):
-        progress.say_lines(results_table(results))
+        progress.log_lines(_logger, results_table(results))
         writers.scalars(num_steps, {f"{name}_top1": r["top1"] for name, r in results.items()})
     records.report_skipped(skipped)
     return state
@@ -203,7 +207,7 @@ def _probed(config: config_dict.ConfigDict, source: Source) -> tuple[EvaluationS
     except NotMeasurableError as error:
         if config.evaluation.train or config.evaluation.test:
             raise
-        progress.say(f"the backbone will not be probed: {error}")
+        _logger.info(f"the backbone will not be probed: {error}")
         return None, str(error)
 
 
@@ -231,7 +235,7 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: Stop) -> TrainSt
     """Trains from a state to the last step.
 
     Raises:
-      WentWrongError: a guard tripped, or a check for corruption failed.
+      TrainingFailedError: a guard tripped, or a check for corruption failed.
       StoppedError: a signal came, and all is saved.
     """
     config, num_steps = run.config, run.training.num_steps
@@ -260,11 +264,11 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: Stop) -> TrainSt
             saving = step % config.checkpoint.every_steps == 0 or last or stopping
             wrong = wrong or run.checks.replicas(step, state, saving=saving)
             if wrong:
-                raise WentWrongError(Trouble.of_corruption(step, wrong))
+                raise TrainingFailedError(TrainingFailure.of_corruption(step, wrong))
             if step % config.log_every_steps == 0 or step == start_step + 1 or saving:
                 # The guards' state holds all that happened since it was last looked at.
                 if (trip := guards.read_trip(state.guard)) is not None:
-                    raise WentWrongError(Trouble.of_trip(trip))
+                    raise TrainingFailedError(TrainingFailure.of_trip(trip))
                 if metrics is not None:
                     scalars = {name: float(value) for name, value in metrics.items()}
                     log.write(step, scalars | (run.probe.metrics() if run.probe else {}))

@@ -34,7 +34,7 @@ def _music(config: config_dict.ConfigDict) -> Objective:
         )
         metrics = dict(terms._asdict())
         if default_weights:
-            metrics["above_bound"] = loss - jnp.asarray(bound, loss.dtype)
+            metrics["gap_to_bound"] = loss - jnp.asarray(bound, loss.dtype)
         return loss, metrics
 
     return objective

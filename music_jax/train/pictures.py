@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
-from music_jax.mesh import batch_sharding
+from music_jax.distributed.mesh import batch_sharding
 from music_jax.objectives import joint_probability
 from music_jax.train import sharding
 from music_jax.train.state import TrainState, state_shardings
@@ -94,7 +94,7 @@ class Pictures:
 
 
 def view_sheet(views: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """Lays out normalised views, the two of a sample one above the other.
+    """Lays out normalized views, the two of a sample one above the other.
 
     Args:
       views: [samples, views, height, width, channels].
@@ -111,7 +111,7 @@ def view_sheet(views: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...
 
 
 def heat_map(joint: np.ndarray, units_per_segment: int) -> np.ndarray:
-    """Colours joint probabilities, from black to yellow.
+    """Colors joint probabilities, from black to yellow.
 
     The scale is that of the square root, and ends at 1/K, which a segment of K units has along the
     diagonal if it uses all alike and the views agree. Two independent segments are an even
@@ -127,8 +127,8 @@ def heat_map(joint: np.ndarray, units_per_segment: int) -> np.ndarray:
     from matplotlib import colormaps
 
     shares = np.sqrt(np.clip(joint * units_per_segment, 0, 1))
-    colours = np.round(255 * colormaps["inferno"](shares)[..., :3]).astype(np.uint8)
-    return _enlarged(colours, _UNITS_SHOWN, len(joint))
+    colors = np.round(255 * colormaps["inferno"](shares)[..., :3]).astype(np.uint8)
+    return _enlarged(colors, _UNITS_SHOWN, len(joint))
 
 
 def _enlarged(image: np.ndarray, wanted: int, side: int) -> np.ndarray:

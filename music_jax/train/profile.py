@@ -1,5 +1,6 @@
 """A JAX profile of some steps."""
 
+import logging
 import os
 import tempfile
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 import jax
 from etils import epath
 
-from music_jax import progress
+from music_jax.distributed.mesh import is_main_process
 from music_jax.errors import UserError
-from music_jax.mesh import is_main_process
+
+_logger = logging.getLogger(__name__)
 
 
 def parse_steps(text: str) -> tuple[int, int]:
@@ -55,7 +57,7 @@ class Profile:
     def start(self, step: int) -> None:
         """Says so if the training goes on after a step which is too late."""
         if self._steps and step >= self._steps[1]:
-            progress.say(
+            _logger.info(
                 f"not profiled: steps {self._steps[0]} to {self._steps[1]} were taken before, and "
                 f"the training goes on after step {step}"
             )
@@ -91,9 +93,9 @@ class Profile:
             jax.profiler.stop_trace()
             self._move()
         except Exception as error:  # a full disk: the training goes on
-            progress.say(f"the profile of {span} is not kept: {' '.join(str(error).split())[:300]}")
+            _logger.info(f"the profile of {span} is not kept: {' '.join(str(error).split())[:300]}")
             return
-        progress.say(
+        _logger.info(
             f"profile of {span}: {self._directory}; open its .trace.json.gz in "
             "https://ui.perfetto.dev, or the directory in TensorBoard with its profile plugin"
         )

@@ -1,14 +1,14 @@
-"""Which device holds which part of each parameter and of what the optimiser keeps of it.
+"""Which device holds which part of each parameter and of what the optimizer keeps of it.
 
 Every device needs every parameter to compute with, but only one needs to keep and to update it. So
-the optimiser's state, and the update itself, are split over all devices: gradients are reduced
+the optimizer's state, and the update itself, are split over all devices: gradients are reduced
 straight to the device that updates their part (weight-update sharding, Xu et al, arXiv 2004.13336;
 ZeRO, Rajbhandari et al, arXiv 1910.02054). So XLA does it on 32 chips of v5e; on 256 it sums the
 projector's gradients on every chip first, at twice the traffic. Along the mesh's axis `fsdp`
 parameters stay split between steps, and are gathered for a step, in what the network computes in;
 along `data` they are gathered as soon as they are updated.
 
-The rules depend on an array's shape alone: what the optimiser keeps has its parameter's shape, and
+The rules depend on an array's shape alone: what the optimizer keeps has its parameter's shape, and
 so its parameter's place.
 """
 
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Smaller arrays stay whole: biases and normalisation layers, which are many and weigh nothing.
+# Smaller arrays stay whole: biases and normalization layers, which are many and weigh nothing.
 MIN_ELEMENTS = 2**16
 
 # The parts along `fsdp` are those that `data` divides further.
@@ -55,7 +55,7 @@ def of_parameters(params: Any, mesh: Mesh) -> Any:
 
 
 def of_updates(tree: Any, mesh: Mesh) -> Any:
-    """The sharding of each gradient and of each array that the optimiser keeps."""
+    """The sharding of each gradient and of each array that the optimizer keeps."""
     return jax.tree.map(lambda x: NamedSharding(mesh, update_spec(x.shape, mesh)), tree)
 
 

@@ -23,8 +23,8 @@ class TrainState:
     Attributes:
       step: int32, steps taken.
       params: the network's parameters.
-      batch_stats: running statistics of its normalisation layers.
-      opt_state: the optimiser's state.
+      batch_stats: running statistics of its normalization layers.
+      opt_state: the optimizer's state.
       guard: what the guards remember. From the step on that tripped one nothing else changes.
     """
 

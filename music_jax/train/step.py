@@ -13,7 +13,7 @@ from ml_collections import config_dict
 
 from music_jax.config import view_augmentations
 from music_jax.data.augment import ViewAugmentation, augment_views
-from music_jax.mesh import batch_sharding
+from music_jax.distributed.mesh import batch_sharding
 from music_jax.models.network import Network, make_network
 from music_jax.train import guards, sharding
 from music_jax.train.gradients import accumulated_gradients, batch_gradients
@@ -131,7 +131,7 @@ def training_step(
 
 
 def augmented_views(recipe: Recipe, images: jax.Array, sample_index: jax.Array) -> jax.Array:
-    """The views that a step trains on, [batch, views, height, width, channels], normalised.
+    """The views that a step trains on, [batch, views, height, width, channels], normalized.
 
     Args:
       recipe: says how they are augmented.
@@ -174,7 +174,7 @@ def compile_step(recipe: Recipe, state: TrainState, mesh: Mesh) -> StepFunction:
     Args:
       recipe: what the step does.
       state: the state, or its shapes.
-      mesh: the devices; see `music_jax.mesh.make_data_mesh`.
+      mesh: the devices; see `music_jax.distributed.mesh.make_data_mesh`.
 
     Returns:
       A function as `training_step`, without the recipe and the mesh.

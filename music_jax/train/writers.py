@@ -1,6 +1,7 @@
 """Where a training can be watched besides metrics.jsonl: TensorBoard, and Weights & Biases."""
 
 import importlib.util
+import logging
 import os
 import re
 import uuid
@@ -13,12 +14,14 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import config_dict
 
-from music_jax import progress, records
+from music_jax.data.host_tensorflow import import_tensorflow
+from music_jax.distributed.mesh import is_main_process
 from music_jax.errors import UserError
-from music_jax.host_tensorflow import import_tensorflow
-from music_jax.json_files import read_json
-from music_jax.mesh import is_main_process
-from music_jax.new_file import new_path
+from music_jax.workdir import records
+from music_jax.workdir.json_files import read_json
+from music_jax.workdir.new_file import new_path
+
+_logger = logging.getLogger(__name__)
 
 _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -96,7 +99,7 @@ class Writers:
           UserError: Weights & Biases cannot be reached.
         """
         if self._missing:
-            progress.say(self._missing)
+            _logger.info(self._missing)
             self._missing = ""
         self._each(lambda writer: writer.start(step))
 
@@ -120,7 +123,7 @@ class Writers:
                 raise
             except Exception as error:  # whatever a writer raises, the training is worth more
                 del self._writers[name]
-                progress.say(f"{name} is left out from here on: {_one_line(error)}")
+                _logger.info(f"{name} is left out from here on: {_one_line(error)}")
 
 
 class TensorBoard:
@@ -174,7 +177,7 @@ def cut_back(path: epath.Path, step: int) -> None:
         all_events = list(RawEventFileLoader(os.fspath(path)).Load())
         parsed = [Event.FromString(event) for event in all_events]
     except Exception as error:  # whatever the reader and the parser raise on damage
-        progress.say(f"{path} is damaged: {_one_line(error)}")
+        _logger.info(f"{path} is damaged: {_one_line(error)}")
         return
     pairs = list(zip(all_events, parsed, strict=True))
     kept = [event for event, read in pairs if read.step <= step]
@@ -257,7 +260,7 @@ class WeightsAndBiases:
                     return found
                 raise ValueError(f"{found!r} is no id")
             except (OSError, ValueError, KeyError, TypeError) as error:
-                progress.say(f"a new run at Weights & Biases, as {path} is damaged: {error}")
+                _logger.info(f"a new run at Weights & Biases, as {path} is damaged: {error}")
         new = uuid.uuid4().hex[:8]
         records.write_json(path, {"id": new})
         return new

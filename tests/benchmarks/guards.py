@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from music_jax.mesh import batch_sharding, make_data_mesh
+from music_jax.distributed.mesh import batch_sharding, make_data_mesh
 from music_jax.train import guards
 from music_jax.train.state import init_state
 from music_jax.train.step import compile_step, make_recipe

@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from music_jax.mesh import batch_sharding
+from music_jax.distributed.mesh import batch_sharding
 from music_jax.objectives import music_loss
 from music_jax.plan import compiling, counts
 

@@ -29,12 +29,13 @@ from sklearn.metrics import (
 )
 from sklearn.neighbors import KNeighborsClassifier
 
-from music_jax.evaluation import feature_protocols, label_free
-from music_jax.evaluation.clustering import cluster_scores
-from music_jax.evaluation.feature_scaling import fit_scaling
-from music_jax.evaluation.opening import open_run
+from music_jax.evaluation import feature_protocols
+from music_jax.evaluation.load_run import open_run
+from music_jax.evaluation.metrics import label_free
+from music_jax.evaluation.metrics.clustering import cluster_scores
+from music_jax.evaluation.metrics.feature_scaling import fit_scaling
+from music_jax.evaluation.metrics.segments import mutual_information
 from music_jax.evaluation.run import Run
-from music_jax.evaluation.segments import mutual_information
 
 QUERIES = 200  # of the retrieval, which scikit-learn ranks one by one
 
@@ -142,7 +143,7 @@ def alignment(run: Run) -> tuple[float, float]:
 
 def clusters(run: Run, measure: str) -> tuple[float, float]:
     """Of the first segment against the labels."""
-    labels, code = run.unlabelled().labels, run.probabilities().argmax(axis=2)[:, 0]
+    labels, code = run.unlabeled().labels, run.probabilities().argmax(axis=2)[:, 0]
     ours = getattr(cluster_scores(code, labels), measure)
     if measure == "nmi":
         return ours, normalized_mutual_info_score(labels, code)
@@ -193,7 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", required=True, help="of a run on labelled images")
+    parser.add_argument("--workdir", required=True, help="of a run on labeled images")
     parser.add_argument("--json", help="where to write the figures too")
     options = parser.parse_args()
     overrides = {f"linear_eval.{name}": False for name in ("raw_pixels", "random_init")}

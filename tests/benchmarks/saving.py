@@ -19,9 +19,9 @@ import jax
 import numpy as np
 from etils import epath
 
+from music_jax.checkpoint.manager import Checkpoints
 from music_jax.data.loader import TrainingOrder
-from music_jax.mesh import make_data_mesh, to_devices
-from music_jax.train.checkpoints import Checkpoints
+from music_jax.distributed.mesh import make_data_mesh, to_devices
 from music_jax.train.state import init_state
 from music_jax.train.step import compile_step, make_recipe
 

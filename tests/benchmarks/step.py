@@ -23,7 +23,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 import jax
 import numpy as np
 
-from music_jax.mesh import batch_sharding, make_data_mesh
+from music_jax.distributed.mesh import batch_sharding, make_data_mesh
 from music_jax.plan import compiling, counts
 from music_jax.plan.chips import CHIPS
 from music_jax.train.state import abstract_state, init_state

@@ -9,7 +9,6 @@ import pytest
 import scipy.stats
 from etils import epath
 
-from music_jax import records
 from music_jax.claims import plots, report, results
 from music_jax.claims.cells import Cell, Sweep, base_config, chosen
 from music_jax.claims.grid import base, make_claims
@@ -17,6 +16,7 @@ from music_jax.claims.pool import choose
 from music_jax.claims.settings import SETTINGS, settings_of
 from music_jax.config import default_config
 from music_jax.errors import UserError
+from music_jax.workdir import records
 
 
 def load(name):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from music_jax.data import colour, geometry
+from music_jax.data import color, geometry
 
 
 def pictures(channels, count=6, height=28, width=24):
@@ -19,7 +19,7 @@ def pictures(channels, count=6, height=28, width=24):
 def warped(images, **draws):
     draws = {name: jnp.asarray(value, jnp.float32) for name, value in draws.items()}
     matrices = geometry.affine_matrices(**draws)
-    return colour.join_planes(geometry.warp_affine(colour.split_planes(images), matrices))
+    return color.join_planes(geometry.warp_affine(color.split_planes(images), matrices))
 
 
 def still(count, **draws):
@@ -42,14 +42,14 @@ def test_affine_matches_scipy(channels):
         shear=rng.uniform(-0.5, 0.5, 6),
     )
     got = warped(images, **draws)
-    centre = np.array([(28 - 1) / 2, (24 - 1) / 2])
+    center = np.array([(28 - 1) / 2, (24 - 1) / 2])
     for n, image in enumerate(images):
         angle, shear = draws["rotation"][n], draws["shear"][n]
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         forward = draws["scale"][n] * turn @ np.array([[1, -np.tan(shear)], [0, 1]])
         pull = np.linalg.inv(forward)[::-1, ::-1]  # from (x, y) to (row, column)
         shift = np.array([draws["translation_y"][n], draws["translation_x"][n]])
-        offset = centre - pull @ (centre + shift)
+        offset = center - pull @ (center + shift)
         expected = np.stack(
             [
                 scipy.ndimage.affine_transform(
@@ -63,7 +63,7 @@ def test_affine_matches_scipy(channels):
 
 
 def test_rotation_matches_opencv():
-    """Same sense of rotation (clockwise), same centre; OpenCV interpolates on a grid of 1/32 px."""
+    """Same sense of rotation (clockwise), same center; OpenCV interpolates on a grid of 1/32 px."""
     images = cv2.GaussianBlur(pictures(1, count=1)[0], (0, 0), 3)[None, ..., None]
     got = warped(images, **still(1, rotation=[np.radians(20)], scale=[1.2]))
     matrix = cv2.getRotationMatrix2D(((24 - 1) / 2, (28 - 1) / 2), -20, 1.2)
@@ -89,9 +89,9 @@ def test_far_out_of_the_image_is_black_and_the_identity_is_exact():
 def test_flip_mirrors_where_told():
     images = pictures(3)
     apply = np.arange(6) % 2 == 0
-    planes = geometry.flip_left_right(colour.split_planes(jnp.asarray(images)), jnp.asarray(apply))
+    planes = geometry.flip_left_right(color.split_planes(jnp.asarray(images)), jnp.asarray(apply))
     expected = np.where(apply[:, None, None, None], images[:, :, ::-1], images)
-    np.testing.assert_array_equal(colour.join_planes(planes), expected)
+    np.testing.assert_array_equal(color.join_planes(planes), expected)
 
 
 @pytest.mark.parametrize(("height", "width", "kernel"), [(224, 224, 23), (60, 90, 7), (32, 32, 3)])

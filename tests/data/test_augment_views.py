@@ -45,13 +45,13 @@ def images_of(count, channels=3, side=20, views=2):
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-# The same program, its machine code less optimised: these tests mostly wait for the compiler.
+# The same program, its machine code less optimized: these tests mostly wait for the compiler.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.partial(quick_jit, static_argnames=("views", "dtype"))
 def augmented(images, indices, key, *, views, dtype=jnp.float32):
-    """Normalised with MEAN and STD, or of one channel not at all."""
+    """Normalized with MEAN and STD, or of one channel not at all."""
     channels = images.shape[-1]
     mean, std = (MEAN, STD) if channels == 3 else ((0.0,), (1.0,))
     return augment(images, indices, key, views=views, mean=mean, std=std, dtype=dtype)
@@ -171,7 +171,7 @@ def assert_rate(happened, probability):
     assert abs(happened.mean() - probability) < 4 * spread
 
 
-COLOURED = np.full((2, 2, 3), [200, 120, 40])
+COLORED = np.full((2, 2, 3), [200, 120, 40])
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ COLOURED = np.full((2, 2, 3), [200, 120, 40])
         ({"flip_probability": 0.3}, [[[0], [255]]], lambda x: x[:, 0, 0, 0] > 0.5),
         (
             {"grayscale_probability": 0.3},
-            COLOURED,
+            COLORED,
             lambda x: np.ptp(x, axis=-1)[:, 0, 0] < 1e-3,
         ),
         ({"solarize_probability": 0.3}, [[[200]]], lambda x: x[:, 0, 0, 0] < 0.5),
@@ -256,7 +256,7 @@ def test_jitter_strengths_are_uniform(options, image, measure, low, high, key):
 
 
 def centroids(images):
-    """[count, 2] (x, y) of the mass of [count, side, side, 1], from the centre."""
+    """[count, 2] (x, y) of the mass of [count, side, side, 1], from the center."""
     side = images.shape[1]
     axis = np.arange(side) - (side - 1) / 2
     mass = images[..., 0]
@@ -273,7 +273,7 @@ def blob(row, column):
 
 
 def test_affine_strengths_are_uniform(key):
-    # Of 49 pixels the centre is number 24; a spot 8 beside it shows rotation, scale and shear.
+    # Of 49 pixels the center is number 24; a spot 8 beside it shows rotation, scale and shear.
     cases = (
         ({"translation": 0.2}, (24, 24), lambda c: c[:, 0] / 49, -0.2, 0.2),
         ({"translation": 0.2}, (24, 24), lambda c: c[:, 1] / 49, -0.2, 0.2),
@@ -285,7 +285,7 @@ def test_affine_strengths_are_uniform(key):
             1,
         ),
         ({"scale": (0.8, 1.2)}, (24, 32), lambda c: c[:, 0] / 8, 0.8, 1.2),
-        # Torchvision's shear moves what is below the centre to the left.
+        # Torchvision's shear moves what is below the center to the left.
         (
             {"shear_degrees": 20.0},
             (32, 24),
@@ -313,7 +313,7 @@ def test_blur_sigma_is_uniform_in_each_view_s_range(key):
     images[:, :, 30, 30] = 255
     got = np.asarray(augmented(images, np.arange(1000), key, views=views))[:, :, 30, :, 0]
     for v, sigma in enumerate(ranges):
-        # Of a Gaussian, the ratio of the centre to its neighbour is exp(1 / (2 sigma²)).
+        # Of a Gaussian, the ratio of the center to its neighbor is exp(1 / (2 sigma²)).
         assert_uniform(np.sqrt(0.5 / np.log(got[:, v, 30] / got[:, v, 31])), *sigma)
 
 
@@ -372,7 +372,7 @@ def test_nothing_to_do_is_the_identity_and_leaves_nothing_in_the_program(key):
     assert not [word for word in ("xor", "gather", " dot(", "reverse", "clamp") if word in text]
 
 
-def test_normalisation_matches_numpy():
+def test_normalization_matches_numpy():
     images = images_of(4)
     got = quick_jit(functools.partial(normalize, mean=MEAN, std=STD))(images)
     np.testing.assert_allclose(got, (images / 255 - MEAN) / STD, atol=1e-6)

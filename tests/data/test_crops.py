@@ -204,7 +204,7 @@ def test_a_box_of_an_image_that_was_decoded_smaller_is_the_same_part(reduction):
     assert np.abs(whole.astype(int) - smaller.astype(int)).max() <= reduction
 
 
-def test_center_crop_takes_the_centre():
+def test_center_crop_takes_the_center():
     image = np.zeros((40, 80, 1), np.uint8)
     image[:, 30:50] = 255  # the central quarter
     cut = center_crop(image, size=20, resize_shorter_side=20)

@@ -18,7 +18,7 @@ def data_dir(tmp_path_factory):
     train, test = LABELS[:20], LABELS[:6]
     both = {"train": train, "test": test}
     mixed = np.where(np.arange(20) % 3 == 1, -1, train)
-    write_set(directory, "partly", {"train": mixed, "test": test, "unlabelled": [-1] * 5})
+    write_set(directory, "partly", {"train": mixed, "test": test, "unlabeled": [-1] * 5})
     write_set(directory, "one_class", {"train": [-1, 4, 4, -1], "test": test})
     write_set(directory, "without", {"train": [None] * 20}, label=None)
     write_set(directory, "only_train", {"train": train})
@@ -50,7 +50,7 @@ def _config(data_dir, **fields):
         ("versioned:2.1.*:train[:50%]", 10),
         ("several/small-v2:train", 20),
         ("several/small-v2:1.2.0:train[5:]", 15),
-        ("partly:train+unlabelled", 25),
+        ("partly:train+unlabeled", 25),
     ],
 )
 def test_a_split_is_named_with_its_config_and_version(data_dir, name, images):
@@ -124,7 +124,7 @@ def test_a_set_without_classes_is_read_without_labels(data_dir, name):
             r"4 images that have a label are all of one class.*evaluation\.train=",
         ),
         (
-            {"dataset__name": "partly", "evaluation__test": "partly:unlabelled"},
+            {"dataset__name": "partly", "evaluation__test": "partly:unlabeled"},
             "none of its 5 images has a label.*evaluation.test",
         ),
         (
@@ -147,7 +147,7 @@ def test_only_the_default_test_split_need_not_be_there(data_dir, split):
 
 
 def test_all_labels_are_read_from_the_records(data_dir):
-    source = datasets.open_named(_config(data_dir), "partly:train+unlabelled")
+    source = datasets.open_named(_config(data_dir), "partly:train+unlabeled")
     images = [decode(source.example(i)[0], 1)[..., 0] for i in range(25)]
     digits = [int(np.flatnonzero([np.array_equal(x, y) for y in IMAGES])[0]) for x in images]
     expected = [

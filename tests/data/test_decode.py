@@ -69,7 +69,7 @@ _CASES = {
 
 
 @pytest.mark.parametrize("name", _CASES)
-def test_colours_are_those_that_pillow_reads(name):
+def test_colors_are_those_that_pillow_reads(name):
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(_CASES[name])))
     expected = np.asarray(image.convert("RGB")).astype(int)
     found = decode(_CASES[name], 3)
@@ -168,7 +168,7 @@ def test_jpegs_have_the_pixels_that_opencv_decodes(subsampling, reduction):
 
 @pytest.mark.parametrize("reduction", [1, 2, 4, 8])
 @pytest.mark.parametrize("quality", [75, 95, 100])
-def test_quick_decoding_differs_by_a_grey_level_or_so_on_average(quality, reduction):
+def test_quick_decoding_differs_by_a_gray_level_or_so_on_average(quality, reduction):
     photo = Image.fromarray(skimage.data.astronaut())
     jpeg = _save(photo, "JPEG", quality=quality)
     accurate, quick = (
@@ -176,7 +176,7 @@ def test_quick_decoding_differs_by_a_grey_level_or_so_on_average(quality, reduct
     )
     assert np.abs(quick - accurate).mean() < 2
     assert np.any(quick != accurate) == (reduction < 4)
-    assert np.abs((quick - accurate).mean(axis=(0, 1))).max() < 1.5  # of each colour
+    assert np.abs((quick - accurate).mean(axis=(0, 1))).max() < 1.5  # of each color
     for name in ("jpeg_gray", "jpeg_cmyk", "jpeg_orientation_6", "png"):
         np.testing.assert_array_equal(decode(_CASES[name], 3, quick=True), decode(_CASES[name], 3))
 

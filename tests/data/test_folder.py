@@ -18,7 +18,7 @@ from music_jax.errors import (
     UndecodableError,
     UserError,
 )
-from music_jax.records import as_json
+from music_jax.workdir.records import as_json
 
 
 def _write(path, value=7):
@@ -30,7 +30,7 @@ def _names(source):
     return [source.record_name(i) for i in range(len(source))]
 
 
-def _labelled(root, classes, count=2):
+def _labeled(root, classes, count=2):
     for number, name in enumerate(classes):
         for i in range(count):
             _write(root / name / f"{i}.png", 10 * number + i)
@@ -54,7 +54,7 @@ def test_images_come_in_the_order_of_their_paths_with_the_class_of_their_first_f
 
 
 def test_the_order_does_not_depend_on_the_file_system(tmp_path, monkeypatch):
-    _labelled(tmp_path, ["a", "b", "c"], count=5)
+    _labeled(tmp_path, ["a", "b", "c"], count=5)
     expected = _names(open_folder(str(tmp_path)))
     scandir = os.scandir
 
@@ -241,8 +241,8 @@ def test_a_folder_without_images_is_an_error(tmp_path, name, message):
 
 
 def test_evaluation_sets_are_folders_with_the_classes_of_the_training_set(tmp_path):
-    train, test = _labelled(tmp_path / "train", ["a", "b", "c"]), tmp_path / "test"
-    _labelled(test, ["c", "a"])
+    train, test = _labeled(tmp_path / "train", ["a", "b", "c"]), tmp_path / "test"
+    _labeled(test, ["c", "a"])
     config = _config(**{"dataset.path": str(train), "evaluation.test": str(test)})
     training = datasets.training_source(config)
     probed = datasets.evaluation_sources(config, training)
@@ -254,7 +254,7 @@ def test_evaluation_sets_are_folders_with_the_classes_of_the_training_set(tmp_pa
 @pytest.mark.parametrize("spelling", ["{}/", "{}/.", "{}//", "{}/a/..", "~/train"])
 def test_a_folder_is_the_same_in_any_spelling(tmp_path, monkeypatch, spelling):
     monkeypatch.setenv("HOME", str(tmp_path))
-    train = _labelled(tmp_path / "train", ["a", "b"])
+    train = _labeled(tmp_path / "train", ["a", "b"])
     fields = {"evaluation.train": spelling.format(train), "evaluation.test": str(train)}
     config = _config(**{"dataset.path": str(train)} | fields)
     training = datasets.training_source(config)
@@ -271,8 +271,8 @@ def test_class_folders_that_differ_in_unicode_normalization_alone_are_the_same(t
         shutil.rmtree(tmp_path / "sets", ignore_errors=True)
         config = _config(
             **{
-                "dataset.path": str(_labelled(tmp_path / "sets/train", train, count=1)),
-                "evaluation.test": str(_labelled(tmp_path / "sets/test", test, count=1)),
+                "dataset.path": str(_labeled(tmp_path / "sets/train", train, count=1)),
+                "evaluation.test": str(_labeled(tmp_path / "sets/test", test, count=1)),
             }
         )
         found = datasets.evaluation_sources(config, datasets.training_source(config)).test
@@ -303,7 +303,7 @@ def test_evaluation_sets_may_be_tfds_splits(tmp_path):
 
 
 def test_without_an_evaluation_set_a_folder_is_not_probed(tmp_path):
-    config = _config(**{"dataset.path": str(_labelled(tmp_path, ["a", "b"]))})
+    config = _config(**{"dataset.path": str(_labeled(tmp_path, ["a", "b"]))})
     with pytest.raises(NotMeasurableError, match=r"no images to test with.*evaluation\.test="):
         datasets.evaluation_sources(config, datasets.training_source(config))
 
@@ -311,20 +311,20 @@ def test_without_an_evaluation_set_a_folder_is_not_probed(tmp_path):
 @pytest.mark.parametrize(
     ("evaluation", "message"),
     [
-        ({"test": "labelled"}, r"photos cannot be evaluated with.*--config\.evaluation\.train="),
-        ({"train": "labelled", "test": "photos"}, r"--config\.evaluation\.test="),
+        ({"test": "labeled"}, r"photos cannot be evaluated with.*--config\.evaluation\.train="),
+        ({"train": "labeled", "test": "photos"}, r"--config\.evaluation\.test="),
         (
-            {"train": "labelled", "test": "other"},
-            "has classes that .*labelled has not: x, y, z$|; b",
+            {"train": "labeled", "test": "other"},
+            "has classes that .*labeled has not: x, y, z$|; b",
         ),
-        ({"train": "labelled"}, "name both"),
-        ({"train": "labelled", "test": "nowhere"}, "there is no folder"),
+        ({"train": "labeled"}, "name both"),
+        ({"train": "labeled", "test": "nowhere"}, "there is no folder"),
     ],
 )
 def test_evaluation_sets_that_cannot_be_used_are_named(tmp_path, evaluation, message):
     _write(tmp_path / "photos/1.png")
-    _labelled(tmp_path / "labelled", ["a", "b"])
-    _labelled(tmp_path / "other", ["a", "x", "y", "z"])
+    _labeled(tmp_path / "labeled", ["a", "b"])
+    _labeled(tmp_path / "other", ["a", "x", "y", "z"])
     fields = {f"evaluation.{key}": str(tmp_path / value) for key, value in evaluation.items()}
     config = _config(**{"dataset.path": str(tmp_path / "photos")} | fields)
     with pytest.raises(UserError, match=message):

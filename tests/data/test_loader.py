@@ -14,13 +14,13 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from music_jax.cores import usable_cores
 from music_jax.data import loader
 from music_jax.data.crops import NUMBERS_PER_BOX, Box, Crop, cut, draw_boxes
 from music_jax.data.decode import decode
 from music_jax.data.loader import TrainingOrder, evaluation_batches, training_batches
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
+from music_jax.distributed.cores import usable_cores
 from music_jax.errors import UnusableDataError
 
 _WHOLE = Crop(size=8, scale=(1.0, 1.0), aspect_ratio=(1.0, 1.0))

@@ -63,7 +63,7 @@ def test_factors_that_are_not_the_fills_leave_the_background():
 def test_edges_are_smooth_and_the_drawing_scales():
     small = draw_image(PLAIN, 24, variation=MIDDLE)
     large = draw_image(PLAIN, 96, variation=MIDDLE).astype(float)
-    assert len(np.unique(small.reshape(-1, 3), axis=0)) > 10  # not two colours alone
+    assert len(np.unique(small.reshape(-1, 3), axis=0)) > 10  # not two colors alone
     shrunk = large.reshape(24, 4, 24, 4, 3).mean(axis=(1, 3))
     assert np.abs(shrunk - small).max() < 32
     assert np.abs(shrunk - small).mean() < 1.5
@@ -84,7 +84,7 @@ def test_images_are_the_same_in_another_process():
     )
     assert first == second
     images = np.frombuffer(first, np.uint8).reshape(50, 32, 32, 3)
-    # The mean colours, to within what another machine's rounding could do.
+    # The mean colors, to within what another machine's rounding could do.
     np.testing.assert_allclose(images.mean(axis=(0, 1, 2)), MEAN_OF_50, atol=0.05)
     assert len({hashlib.sha256(image.tobytes()).digest() for image in images}) == 50
 

@@ -15,15 +15,15 @@ from music_jax.config import FREE_FIELDS
 from music_jax.data import datasets
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
+from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import UserError
 from music_jax.evaluation import feature_protocols
-from music_jax.evaluation.evaluate import PROTOCOLS, envelope, measure
 from music_jax.evaluation.features import SplitFeatures
-from music_jax.evaluation.opening import _apply
+from music_jax.evaluation.load_run import _apply
 from music_jax.evaluation.run import Run
+from music_jax.evaluation.runner import PROTOCOLS, envelope, measure
 from music_jax.evaluation.transfer import on_dataset
-from music_jax.mesh import make_data_mesh
-from music_jax.records import write_json
+from music_jax.workdir.records import write_json
 
 
 def _folder(path, *, classes=("a", "b"), images=2):
@@ -71,7 +71,7 @@ def test_labels_kept_on_disk_are_those_of_the_same_classes(tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["raw_pixels", "random_init"])
-def test_neighbours_depend_on_which_comparisons_are_asked_for(flag):
+def test_neighbors_depend_on_which_comparisons_are_asked_for(flag):
     config = small_config()
     before = envelope("knn", config, 3)
     assert set(before["hyper_parameters"]) > {"knn", "evaluation"}

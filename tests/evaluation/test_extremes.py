@@ -19,19 +19,24 @@ from sklearn.metrics import (
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from music_jax.evaluation import retrieval
-from music_jax.evaluation.clustering import (
+from music_jax.evaluation.metrics import retrieval
+from music_jax.evaluation.metrics.clustering import (
     agreement_between_segments,
     cluster_scores,
     joint_clusters,
 )
-from music_jax.evaluation.feature_scaling import fit_scaling
-from music_jax.evaluation.few_shot import draw_shots, few_shot
-from music_jax.evaluation.knn import knn_predict, nearest_neighbours, unit_length, weighted_vote
-from music_jax.evaluation.label_free import alignment, alpha_req, lidar, rankme, uniformity
-from music_jax.evaluation.linear_probe import ranks
-from music_jax.evaluation.segments import measure_segments, mutual_information
-from music_jax.evaluation.statistics import mean_interval
+from music_jax.evaluation.metrics.feature_scaling import fit_scaling
+from music_jax.evaluation.metrics.few_shot import draw_shots, few_shot
+from music_jax.evaluation.metrics.knn import (
+    knn_predict,
+    nearest_neighbors,
+    unit_length,
+    weighted_vote,
+)
+from music_jax.evaluation.metrics.label_free import alignment, alpha_req, lidar, rankme, uniformity
+from music_jax.evaluation.metrics.linear_probe import ranks
+from music_jax.evaluation.metrics.segments import measure_segments, mutual_information
+from music_jax.evaluation.metrics.statistics import mean_interval
 
 SCALES = (1e-30, 1e-8, 1.0, 1e8, 1e30)
 KINDS = ("distinct", "duplicates", "constant", "zeros", "some zeros")
@@ -81,11 +86,11 @@ def test_unit_length_does_not_depend_on_the_scale(scale):
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_neighbours_are_ranked_by_similarity_then_by_place(kind, scale):
+def test_neighbors_are_ranked_by_similarity_then_by_place(kind, scale):
     bank, queries, similarities = _similarities(kind, scale)
     order = np.argsort(-similarities, axis=1, kind="stable")[:, :50]
     for bank_block_size in (299, 65_536):  # 299: if the blocks were not even, the last had one row
-        found, rows = nearest_neighbours(bank, queries, k=50, bank_block_size=bank_block_size)
+        found, rows = nearest_neighbors(bank, queries, k=50, bank_block_size=bank_block_size)
         np.testing.assert_array_equal(rows, order)
         np.testing.assert_allclose(found, np.take_along_axis(similarities, order, 1), atol=5e-7)
 
@@ -106,7 +111,7 @@ def test_the_vote_is_the_formulas(kind, scale, temperature):
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 1e-6, 1e-12, 1e-310])
-def test_a_small_temperature_votes_as_the_nearest_neighbour(temperature):
+def test_a_small_temperature_votes_as_the_nearest_neighbor(temperature):
     bank, queries, _ = _similarities("distinct", 1.0)
     labels = np.random.default_rng(3).integers(1, 9, size=300)  # class 0 is nobody's
     nearest = KNeighborsClassifier(1, metric="cosine").fit(bank, labels).predict(queries)

@@ -15,9 +15,9 @@ from tfds_sets import IMAGES, LABELS
 
 from music_jax.config import set_views
 from music_jax.evaluation import feature_protocols
-from music_jax.evaluation.few_shot import few_shot
-from music_jax.evaluation.label_free import alignment, alpha_req, lidar, rankme, uniformity
-from music_jax.evaluation.segments import bound_distances, measure_segments
+from music_jax.evaluation.metrics.few_shot import few_shot
+from music_jax.evaluation.metrics.label_free import alignment, alpha_req, lidar, rankme, uniformity
+from music_jax.evaluation.metrics.segments import bound_distances, measure_segments
 
 _TRAIN, _TEST = np.arange(100), np.arange(650, 710)
 
@@ -185,4 +185,4 @@ def test_segment_figures_are_in_nats_and_as_shares(run):
     assert (found["num_images"], found["num_units"]) == (60, 30)
     views = run.views()["embeddings"]
     distances = bound_distances(views[:, 0], views[:, 1], num_segments=6, temperature=3.0)
-    assert found["above_bound"] == pytest.approx({**distances._asdict(), "num_images": 60})
+    assert found["gap_to_bound"] == pytest.approx({**distances._asdict(), "num_images": 60})

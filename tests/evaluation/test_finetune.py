@@ -7,9 +7,9 @@ import pytest
 from pixel_runs import LinearNetwork
 from small_runs import small_config
 
+from music_jax.distributed.mesh import make_data_mesh
 from music_jax.evaluation import finetune as module
 from music_jax.evaluation.finetune import Classifier, FinetuneRecipe, finetune, logit_extractor
-from music_jax.mesh import make_data_mesh
 from music_jax.models.network import init_network, make_network
 
 

@@ -8,10 +8,11 @@ from tfds_sets import IMAGES, LABELS, png
 
 from music_jax.config import set_views
 from music_jax.data.sources import Source
-from music_jax.evaluation import image_protocols, linear_probe
+from music_jax.evaluation import image_protocols
 from music_jax.evaluation.features import SplitFeatures, random_crop_batches
 from music_jax.evaluation.image_protocols import full_finetune, random_crop_probe, semi_supervised
-from music_jax.evaluation.linear_probe import Heads, ProbeRecipe, split_for_validation
+from music_jax.evaluation.metrics import linear_probe
+from music_jax.evaluation.metrics.linear_probe import Heads, ProbeRecipe, split_for_validation
 
 _ROWS = 40  # to learn from
 
@@ -117,7 +118,7 @@ def test_crops_are_flipped_where_the_training_flips(flips, tmp_path):
     assert flips == bool(np.any(first != second))  # drawn anew in each epoch
 
 
-def test_fine_tuning_counts_labels_among_the_best_and_learns_from_labelled_images(
+def test_fine_tuning_counts_labels_among_the_best_and_learns_from_labeled_images(
     tmp_path, monkeypatch
 ):
     ranks = np.asarray([0, 1, 4, 5, 9, 0, 3, 4], np.int32)  # of the labels: logits fall with them
@@ -128,7 +129,7 @@ def test_fine_tuning_counts_labels_among_the_best_and_learns_from_labelled_image
     monkeypatch.setattr(image_protocols, "rows_of_list", lambda *_: np.asarray([5, 3, 1]))
     config = pixel_config()
     config.semi_supervised.lists = ("list.txt",)
-    train = digits_source("train", range(40), unlabelled={3, 7})
+    train = digits_source("train", range(40), unlabeled={3, 7})
     run = pixel_run(tmp_path, train, digits_source("test", range(100, 108)), config)
     expected = {"top1": 2 / 8, "top5": 6 / 8, "num_test": 8}
     whole = full_finetune(run)

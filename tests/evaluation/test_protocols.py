@@ -6,9 +6,9 @@ import pytest
 from pixel_runs import digits_source, pixel_config, pixel_run
 
 from music_jax.errors import DivergedError, UserError
-from music_jax.evaluation.evaluate import measure
+from music_jax.evaluation.runner import measure
 
-_LABELLED = ("linear", "knn", "fewshot", "retrieval", "clustering", "semi", "finetune")
+_LABELED = ("linear", "knn", "fewshot", "retrieval", "clustering", "semi", "finetune")
 _TRAIN, _TEST = range(100), range(100, 150)
 _NO_LABEL = frozenset(range(0, 150, 3))  # 34 to learn from and 16 to test on
 
@@ -25,17 +25,17 @@ def partly(tmp_path_factory):
     """A run with images of which every third has no label, and one with the others alone."""
     directory = tmp_path_factory.mktemp("partly")
     found = []
-    for name, left in (("mixed", frozenset()), ("labelled", _NO_LABEL)):
+    for name, left in (("mixed", frozenset()), ("labeled", _NO_LABEL)):
         train, test = (
-            digits_source(split, [i for i in rows if i not in left], unlabelled=_NO_LABEL)
+            digits_source(split, [i for i in rows if i not in left], unlabeled=_NO_LABEL)
             for split, rows in (("train", _TRAIN), ("test", _TEST))
         )
         found.append(pixel_run(directory / name, train, test))
     return found
 
 
-@pytest.mark.parametrize("name", ["linear, fixed", *_LABELLED])
-def test_figures_are_those_of_the_labelled_images_alone(partly, name, capsys):
+@pytest.mark.parametrize("name", ["linear, fixed", *_LABELED])
+def test_figures_are_those_of_the_labeled_images_alone(partly, name, capsys):
     counts = {"test": 16} if name == "clustering" else {"train": 34, "test": 16}
     said = " and ".join(f"{count} {split} images" for split, count in counts.items())
     name, _, fixed = name.partition(", ")
@@ -45,23 +45,23 @@ def test_figures_are_those_of_the_labelled_images_alone(partly, name, capsys):
         found.append(measure(run, [name], again=True)[name])
         line = f"{name}: {said} without a label were left out"
         assert (line in capsys.readouterr().out) == (run is partly[0])
-    mixed, labelled = found
+    mixed, labeled = found
     assert mixed.pop("without_label") == counts
-    assert "without_label" not in labelled
-    assert mixed.pop("images_fingerprint") != labelled.pop("images_fingerprint")
-    assert mixed == labelled
+    assert "without_label" not in labeled
+    assert mixed.pop("images_fingerprint") != labeled.pop("images_fingerprint")
+    assert mixed == labeled
 
 
 def test_what_needs_no_labels_is_measured_on_all_images(partly):
-    mixed, labelled = (measure(run, ["label_free", "segments"], again=True) for run in partly)
+    mixed, labeled = (measure(run, ["label_free", "segments"], again=True) for run in partly)
     for name in ("label_free", "segments"):
-        assert (mixed[name]["num_images"], labelled[name]["num_images"]) == (50, 34)
+        assert (mixed[name]["num_images"], labeled[name]["num_images"]) == (50, 34)
         assert "without_label" not in mixed[name]
 
 
 def test_without_any_label_only_what_needs_none_is_measured(tmp_path, capsys):
     train = digits_source("train", _TRAIN)
-    run = pixel_run(tmp_path, train, digits_source("test", _TEST, unlabelled=_TEST))
+    run = pixel_run(tmp_path, train, digits_source("test", _TEST, unlabeled=_TEST))
     names = ["knn", "finetune", "linear", "segments"]
     assert list(measure(run, names)) == ["segments"]
     assert "not measured: knn, finetune, linear: the images of test" in capsys.readouterr().out
@@ -69,7 +69,7 @@ def test_without_any_label_only_what_needs_none_is_measured(tmp_path, capsys):
         measure(run, ["knn", "fewshot"])
 
 
-@pytest.mark.parametrize("name", _LABELLED)
+@pytest.mark.parametrize("name", _LABELED)
 def test_one_class_to_learn_from_is_an_error(tmp_path, name):
     zeros = np.flatnonzero(np.arange(30) % 10 == 0)  # the digits begin with 0 to 9, three times
     run = pixel_run(tmp_path, digits_source("train", zeros), digits_source("test", [30]))

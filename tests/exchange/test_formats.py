@@ -17,7 +17,7 @@ from small_runs import save_run, small_config
 
 import music_jax
 from music_jax.errors import UserError
-from music_jax.evaluation.evaluate import envelope
+from music_jax.evaluation.runner import envelope
 from music_jax.exchange.formats import FORMATS
 from music_jax.exchange.model_card import _results
 from music_jax.exchange.tensors import by_name

@@ -1,4 +1,4 @@
-"""Batch normalisation of several views in one pass."""
+"""Batch normalization of several views in one pass."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from music_jax.mesh import batch_sharding, make_data_mesh
+from music_jax.distributed.mesh import batch_sharding, make_data_mesh
 from music_jax.models.batch_norm import BatchNorm
 
 
@@ -15,7 +15,7 @@ def _input(shape=(6, 2, 5, 5, 3)):
     return scale * jax.random.normal(jax.random.key(0), shape) + scale
 
 
-def test_each_view_is_normalised_by_its_own_statistics_as_flax_does_in_two_passes():
+def test_each_view_is_normalized_by_its_own_statistics_as_flax_does_in_two_passes():
     x = _input()
     ours = BatchNorm(3)
     theirs = nnx.BatchNorm(3, momentum=0.9, epsilon=1e-5, rngs=nnx.Rngs(0))
@@ -83,7 +83,7 @@ def test_pooling_with_it_is_pooling_after_it(train):
             y = pool(norm(x, train=train, num_views=2))
         return jnp.sum(jnp.sin(y)), (y, norm.mean[...], norm.var[...])
 
-    scale = jnp.asarray([1.5, -0.7, 0.3, -2.0])  # normalising falls where it is negative
+    scale = jnp.asarray([1.5, -0.7, 0.3, -2.0])  # normalizing falls where it is negative
     x = _input((6, 2, 8, 8, 4)).reshape(12, 8, 8, 4)
     gradient = jax.value_and_grad(step, (0, 1), has_aux=True)
     expected, found = (gradient(scale, x, together) for together in (False, True))

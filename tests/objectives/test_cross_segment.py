@@ -58,13 +58,13 @@ def test_any_number_of_blocks_gives_the_dense_value_and_gradient(block_elements,
         assert relative_error(gradient, dense_gradient) < 1e-5
 
 
-@pytest.mark.parametrize("centre", [0, 1])
+@pytest.mark.parametrize("center", [0, 1])
 @pytest.mark.parametrize("rows", [(0, 7), (3, 9), (13, 7)])
 @pytest.mark.parametrize("columns", [(0, 20), (6, 5)])
-def test_tiles_at_any_place_sum_their_own_elements(rows, columns, centre):
+def test_tiles_at_any_place_sum_their_own_elements(rows, columns, center):
     batch, units = 4, 5
     rng = np.random.default_rng(0)
-    low, high = (0.9, 1.1) if centre else (0.1, 5)
+    low, high = (0.9, 1.1) if center else (0.1, 5)
     ra, rb = rng.uniform(low, high, size=(2, batch, 20)).astype(np.float32)
     joint = ra.T.astype(np.float64) @ rb / batch
     elements = joint * np.log(joint) - joint
@@ -73,9 +73,9 @@ def test_tiles_at_any_place_sum_their_own_elements(rows, columns, centre):
     window = [slice(start, start + count) for start, count in (rows, columns)]
     value = cross_segment.tile_divergence(
         cross_segment.Tile(batch, units, None, whole=False),
-        jnp.asarray(ra[:, window[0]] - centre),
-        jnp.asarray(rb[:, window[1]] - centre),
-        jnp.float32(centre),
+        jnp.asarray(ra[:, window[0]] - center),
+        jnp.asarray(rb[:, window[1]] - center),
+        jnp.float32(center),
         jnp.int32(rows[0]),
         jnp.int32(columns[0]),
     )

@@ -8,7 +8,7 @@ import processes
 import psutil
 import pytest
 
-from music_jax.mesh import check_divisible
+from music_jax.distributed.mesh import check_divisible
 from music_jax.plan import worker
 from music_jax.plan.compiling import Figures
 

@@ -8,11 +8,11 @@ import re
 import numpy as np
 
 from music_jax.config import default_config
-from music_jax.records import as_json
 from music_jax.report import measures
 from music_jax.report.gathering import Shown
 from music_jax.report.images import Seen
 from music_jax.report.reading import read_workdirs
+from music_jax.workdir.records import as_json
 
 HOSTILE = "</script><script>window.hacked=1;alert(1)</script>"
 # Names of metrics that mean something to the page's scripts, to Plotly or to JavaScript, and some
@@ -54,7 +54,7 @@ def write_workdir(path, *, objective="music", segments=6, units=5, steps=30, log
         } | dict.fromkeys(HOSTILE_NAMES, float(step))
         if objective == "music":
             terms = {"diagonal": -1.0, "cross_segment": -3.0, "invariance": 1 / step}
-            record |= terms | {"usage_entropy": 0.9, "dead_units": 0.0, "above_bound": 3 / step}
+            record |= terms | {"usage_entropy": 0.9, "dead_units": 0.0, "gap_to_bound": 3 / step}
         lines.append(json.dumps(record))
     (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     return path
@@ -84,14 +84,14 @@ def write_results(path, *, images=40, classes=3, step=30):
 
 
 def make_seen(
-    *, images=40, classes=3, segments=6, units=5, side=24, channels=3, labelled=True, seed=0
+    *, images=40, classes=3, segments=6, units=5, side=24, channels=3, labeled=True, seed=0
 ):
     """Images whose embedding and features follow their class, with noise."""
     rng = np.random.default_rng(seed)
     labels = np.random.default_rng(1).integers(classes, size=images)
     dim = segments * units
-    centres = rng.normal(size=(classes, dim))
-    embeddings = 3 * centres[labels] + rng.normal(size=(images, dim))
+    centers = rng.normal(size=(classes, dim))
+    embeddings = 3 * centers[labels] + rng.normal(size=(images, dim))
     pair = embeddings[:, None] + 0.3 * rng.normal(size=(images, 2, dim))
     names = [HOSTILE, HOSTILE_TAG] + [f"class {i}" for i in range(2, classes)]
     return Seen(
@@ -99,11 +99,11 @@ def make_seen(
         of=10 * images,
         indices=np.arange(images),
         names=[f"{i}{HOSTILE_TAG}.png" for i in range(images)],
-        labels=labels.astype(np.int32) if labelled else np.full(images, -1, np.int32),
-        class_names=tuple(names[:classes]) if labelled else (),
-        num_classes=classes if labelled else 0,
+        labels=labels.astype(np.int32) if labeled else np.full(images, -1, np.int32),
+        class_names=tuple(names[:classes]) if labeled else (),
+        num_classes=classes if labeled else 0,
         pixels=rng.integers(256, size=(images, side, side, channels), dtype=np.uint8),
-        features=(centres[labels] + 0.5 * rng.normal(size=(images, dim))).astype(np.float32),
+        features=(centers[labels] + 0.5 * rng.normal(size=(images, dim))).astype(np.float32),
         embeddings=embeddings.astype(np.float32),
         pair=pair.astype(np.float32),
         views=rng.integers(256, size=(4, 5, side, side, channels), dtype=np.uint8),
@@ -126,7 +126,7 @@ def make_shown(path, seen=None, *, maps=True):
         seen=seen,
         segments=found,
         maps={"embedding": place, "features": place[::-1]} if maps else {},
-        neighbours=measures.neighbours(seen.features),
+        neighbors=measures.neighbors(seen.features),
         confusion=confusion,
         num_training_images=1000,
     )

@@ -27,7 +27,7 @@ def reports(tmp_path_factory):
     music = make_shown(path, make_seen())
     vicreg = make_shown(
         write_workdir(root / "vicreg", objective="vicreg", logged=12),
-        make_seen(labelled=False, channels=1, side=96),
+        make_seen(labeled=False, channels=1, side=96),
     )
     bare = make_shown(write_workdir(root / "bare", logged=0))
     files = {"one": [music], "three": [music, vicreg, bare]}
@@ -125,23 +125,23 @@ def test_choosing_two_segments_or_clicking_the_matrix_shows_their_block(opened):
 def test_the_theme_can_be_changed(opened):
     page = opened.page
     opened.draw_all()
-    colours = (
+    colors = (
         "[getComputedStyle(document.body).backgroundColor,"
         " getComputedStyle(document.querySelector(\"[data-curve='0'] .ytitle\")).fill]"
     )
-    light = page.evaluate(colours)
+    light = page.evaluate(colors)
     button = page.locator("#theme")
     assert (button.inner_text(), button.get_attribute("aria-pressed")) == ("Dark", "false")
     button.click()
-    dark = page.evaluate(colours)
+    dark = page.evaluate(colors)
     assert (button.inner_text(), button.get_attribute("aria-pressed")) == ("Light", "true")
     assert light[0] == "rgb(255, 255, 255)"
     assert all(a != b for a, b in zip(light, dark, strict=True))
     button.click()
-    assert page.evaluate(colours) == light
+    assert page.evaluate(colors) == light
 
 
-def test_a_dot_of_the_map_shows_its_image_and_leads_to_its_neighbours(opened):
+def test_a_dot_of_the_map_shows_its_image_and_leads_to_its_neighbors(opened):
     page = opened.page
     page.locator("[data-map]").scroll_into_view_if_needed()
     dot = page.locator("[data-map] .points path").first

@@ -49,7 +49,7 @@ def test_a_run_and_others_without_images_or_segments(tmp_path):
     assert music["maps"]["features"].shape == (music["images"]["count"], 2)
     assert music["views"]["count"] == 6
     assert vicreg["segments"] is None
-    assert vicreg["neighbours"]["rows"].shape == (vicreg["images"]["count"], 8)
+    assert vicreg["neighbors"]["rows"].shape == (vicreg["images"]["count"], 8)
     assert "images" not in gone
     assert music["thumbsClass"] == vicreg["thumbsClass"]
 

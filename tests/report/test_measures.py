@@ -60,19 +60,19 @@ def test_of_many_segments_those_are_kept_that_say_the_most():
     assert found.levels.shape == (15, 15)
 
 
-def test_neighbours_are_the_nearest_others(drawn):
+def test_neighbors_are_the_nearest_others(drawn):
     seen, _, data = drawn
     similarity = cosine_similarity(seen.features.astype(np.float64))
     np.fill_diagonal(similarity, -2)
-    order = np.argsort(-similarity, axis=1)[:, : measures.NEIGHBOURS]
-    np.testing.assert_array_equal(data["neighbours"]["rows"], order)
+    order = np.argsort(-similarity, axis=1)[:, : measures.NEIGHBORS]
+    np.testing.assert_array_equal(data["neighbors"]["rows"], order)
     expected = np.take_along_axis(similarity, order, axis=1)
-    np.testing.assert_allclose(data["neighbours"]["similarity"] / 1000, expected, atol=1e-3)
+    np.testing.assert_allclose(data["neighbors"]["similarity"] / 1000, expected, atol=1e-3)
 
 
-def test_an_image_is_not_its_own_neighbour_though_it_has_doubles():
-    rows, _ = measures.neighbours(np.ones((20, 4), np.float32))
-    assert rows.shape == (20, measures.NEIGHBOURS)
+def test_an_image_is_not_its_own_neighbor_though_it_has_doubles():
+    rows, _ = measures.neighbors(np.ones((20, 4), np.float32))
+    assert rows.shape == (20, measures.NEIGHBORS)
     assert not np.any(rows == np.arange(20)[:, None])
 
 

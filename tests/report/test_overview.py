@@ -12,7 +12,7 @@ def test_each_row_of_the_scores_has_its_own_figures():
     runs = [types.SimpleNamespace(results=found) for found in results]
     assert overview.scores(runs) == [
         (0, "trained backbone", 0.91, 0.98, 0.84),
-        (0, "random initialisation", 0.32, None, 0.25),
+        (0, "random initialization", 0.32, None, 0.25),
         (0, "raw pixels", 0.53, None, 0.46),
         (1, "raw pixels", None, None, 0.17),
     ]

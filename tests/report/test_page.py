@@ -69,7 +69,7 @@ def test_everything_is_said(finished):
         "30 = 6 segments × 5 units",
         "1,000 images",
         "raw pixels 50.0 %",
-        "random initialisation",
+        "random initialization",
         "resumed: 1",
         "the loss leapt",
         "1 of digits:train",
@@ -123,7 +123,7 @@ def test_what_the_run_says_is_nowhere_taken_for_markup(finished):
         ),
         (
             lambda path: make_shown(
-                write_workdir(path / "run"), make_seen(labelled=False, images=4), maps=False
+                write_workdir(path / "run"), make_seen(labeled=False, images=4), maps=False
             ),
             ("there are too few images, or the network makes the same of all of them",),
         ),
@@ -180,8 +180,8 @@ def _variables(block):
     return dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", block))
 
 
-def _luminance(colour):
-    channels = np.asarray([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+def _luminance(color):
+    channels = np.asarray([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
     linear = np.where(channels <= 0.03928, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
     return float(linear @ (0.2126, 0.7152, 0.0722))
 
@@ -191,7 +191,7 @@ def _contrast(a, b):
     return (high + 0.05) / (low + 0.05)
 
 
-def test_colours_have_the_contrast_that_wcag_asks_for():
+def test_colors_have_the_contrast_that_wcag_asks_for():
     """4.5 for text, 3 for lines and dots, in both themes; and both themes are whole."""
     files = resources.files("music_jax.report") / "page"
     style = (files / "report.css").read_text()
@@ -207,5 +207,5 @@ def test_colours_have_the_contrast_that_wcag_asks_for():
         assert _contrast(values["text"], values["mark"]) >= 4.5
         palettes = re.findall(rf"{theme}: \[([^\]]*)\]", script)
         assert len(palettes) == 2
-        for colour in re.findall(r"#[0-9a-f]{6}", " ".join(palettes)):
-            assert _contrast(colour, values["back"]) >= 3, (theme, colour)
+        for color in re.findall(r"#[0-9a-f]{6}", " ".join(palettes)):
+            assert _contrast(color, values["back"]) >= 3, (theme, color)

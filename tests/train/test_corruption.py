@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from music_jax.config import default_config
-from music_jax.mesh import make_data_mesh
+from music_jax.distributed.mesh import make_data_mesh
 from music_jax.train.corruption import CorruptionChecks, differing
 from music_jax.train.guards import init_guard_state
 from music_jax.train.state import TrainState, state_shardings

@@ -18,23 +18,24 @@ from etils import epath
 from flax import nnx
 
 from music_jax.config import default_config, validate
-from music_jax.config_checks import get
+from music_jax.config.checks import get
 from music_jax.data import datasets, sources
 from music_jax.data.augment import ViewAugmentation, augment_views
 from music_jax.data.crops import Crop
 from music_jax.data.loader import TrainingOrder
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
-from music_jax.evaluation import feature_protocols, features, image_protocols, online_probe
-from music_jax.evaluation.few_shot import FewShotResult
+from music_jax.distributed.mesh import batch_sharding, make_data_mesh
+from music_jax.evaluation import feature_protocols, features, image_protocols
 from music_jax.evaluation.finetune import FinetuneRecipe
-from music_jax.evaluation.linear_probe import ProbeRecipe, ProbeResult
+from music_jax.evaluation.metrics.few_shot import FewShotResult
+from music_jax.evaluation.metrics.linear_probe import ProbeRecipe, ProbeResult
+from music_jax.evaluation.metrics.statistics import Interval
 from music_jax.evaluation.run import Run
-from music_jax.evaluation.statistics import Interval
-from music_jax.mesh import batch_sharding, make_data_mesh
 from music_jax.models.network import INIT_COMPILER_OPTIONS, init_network
 from music_jax.objectives import music_terms
 from music_jax.train import input as train_input
+from music_jax.train import online_probe
 from music_jax.train.guards import Guards
 from music_jax.train.input import TrainingInput
 from music_jax.train.state import init_state
@@ -496,18 +497,18 @@ def test_the_linear_probe_is_trained_as_described_on_the_features_that_it_is_sai
         assert (len(given[0]), len(given[2])) == (12, 8)
 
 
-def test_neighbours_and_few_shots_are_counted_as_described(run, calls):
+def test_neighbors_and_few_shots_are_counted_as_described(run, calls):
     def nearest(bank, queries, *, k):
         return np.zeros((len(queries), k)), np.tile(np.arange(k), (len(queries), 1))
 
     def vote(similarities, labels, **options):
         return np.full(len(labels), labels.shape[1] % 4)
 
-    calls.replace(feature_protocols, "nearest_neighbours", nearest)
+    calls.replace(feature_protocols, "nearest_neighbors", nearest)
     calls.replace(feature_protocols, "weighted_vote", vote)
     found = feature_protocols.knn(run)
     assert (found["k"], found["temperature"], list(found["top1_by_k"])) == (3, 0.5, ["1", "3", "5"])
-    assert {options["k"] for _, options in calls.of["nearest_neighbours"]} == {5}
+    assert {options["k"] for _, options in calls.of["nearest_neighbors"]} == {5}
     assert {options["temperature"] for _, options in calls.of["weighted_vote"]} == {0.5}
 
     def shots(*given, **options):

@@ -16,7 +16,7 @@ _BATCH, _STEPS = 12, 3
 
 
 def _problem(hidden_sizes):
-    """A network with batch normalisation in its hidden layers, its parameters and a batch."""
+    """A network with batch normalization in its hidden layers, its parameters and a batch."""
     head = Projector(5, hidden_sizes, 6, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
     graph, params, stats = nnx.split(head, nnx.Param, nnx.BatchStat)
 
@@ -46,14 +46,14 @@ def _accumulated(embed, *batch):
     return jax.jit(function)(*batch)
 
 
-def test_without_normalisation_it_is_the_gradient_of_the_whole_batch():
+def test_without_normalization_it_is_the_gradient_of_the_whole_batch():
     embed, *batch = _problem(hidden_sizes=())
     found = _accumulated(embed, *batch)
     _check(found, batch_gradients(embed, _objective, *batch))
 
 
 @pytest.mark.parametrize("hidden_sizes", [(), (8,)])
-def test_it_is_the_gradient_of_the_whole_loss_of_microbatches_normalised_each_by_its_own(
+def test_it_is_the_gradient_of_the_whole_loss_of_microbatches_normalized_each_by_its_own(
     hidden_sizes,
 ):
     embed, params, stats, images, index = _problem(hidden_sizes)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from music_jax.config import default_config
-from music_jax.mesh import batch_sharding, make_data_mesh
+from music_jax.distributed.mesh import batch_sharding, make_data_mesh
 from music_jax.train.guards import (
     STATISTICS,
     embedding_statistics,

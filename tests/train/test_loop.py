@@ -14,13 +14,13 @@ from etils import epath
 from jax.experimental import multihost_utils
 from tiny_training import tiny_config
 
-from music_jax import mesh
 from music_jax.config import default_config
 from music_jax.data import datasets
 from music_jax.data.crops import Crop
 from music_jax.data.loader import TrainingOrder, training_batches
+from music_jax.distributed import mesh
+from music_jax.distributed.signals import Stop
 from music_jax.errors import DivergedError, NotMeasurableError, StoppedError
-from music_jax.signals import Stop
 from music_jax.train import loop, recovery, train_and_evaluate
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -86,7 +86,7 @@ def test_a_training_off_the_main_thread_leaves_all_files(finished, config):
     for line in logged:
         total = line["diagonal"] + line["cross_segment"] + line["invariance"]
         np.testing.assert_allclose(line["loss"], total, rtol=1e-6)
-        np.testing.assert_allclose(line["above_bound"], total + 3 * np.log(4), rtol=1e-5)
+        np.testing.assert_allclose(line["gap_to_bound"], total + 3 * np.log(4), rtol=1e-5)
     for name in ("linear_eval", "knn"):
         found = _json(workdir / f"{name}.json")
         assert (found["num_train"], found["num_test"], found["step"]) == (100, 60, 6)
@@ -271,7 +271,7 @@ def test_a_set_without_labels_is_trained_on_and_not_probed_unless_it_is_named(tm
     source = datasets.training_source(config)
     probed, why_not = loop._probed(config, source)
     assert probed is None
-    assert "no images to test with; name labelled images" in why_not
+    assert "no images to test with; name labeled images" in why_not
     assert f"the backbone will not be probed: {why_not}" in capsys.readouterr().out
     config.evaluation.test = str(tmp_path)
     with pytest.raises(NotMeasurableError, match="every image must lie in one of two or more"):

@@ -14,19 +14,14 @@ from music_jax.config import default_config
 from music_jax.data.datasets import EvaluationSources
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
+from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import UserError
-from music_jax.evaluation.online_probe import (
-    OnlineProbe,
-    init_probe,
-    make_online_probe,
-    probe_step,
-)
-from music_jax.mesh import make_data_mesh
+from music_jax.train.online_probe import OnlineProbe, init_probe, make_online_probe, probe_step
 
 _PROBE = ("--config.online_probe.enabled=True", "--config.online_probe.batch_size=100")
 
 
-def test_a_step_is_sgd_of_optax_on_standardised_features():
+def test_a_step_is_sgd_of_optax_on_standardized_features():
     rng = np.random.default_rng(0)
     features = rng.normal(3, 2, size=(3, 50, 8)).astype(np.float32)
     labels = jnp.asarray(rng.integers(4, size=(3, 50)), jnp.int32)
@@ -117,7 +112,7 @@ def test_a_probe_that_diverged_is_no_longer_reported(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_backbone_is_the_same_bit_for_bit_with_the_probe_and_without(tmp_path):
-    """Also where other images are labelled, and in one run as in two, of which one goes on."""
+    """Also where other images are labeled, and in one run as in two, of which one goes on."""
     data = f"--config.dataset.data_dir={tmp_path / 'tfds'}"
     common = (DIGITS, *SMALL, data)
     runs = {

@@ -8,7 +8,7 @@ import pytest
 from small_runs import small_config
 
 from music_jax.data.augment import normalize_images
-from music_jax.mesh import batch_sharding, make_data_mesh
+from music_jax.distributed.mesh import batch_sharding, make_data_mesh
 from music_jax.objectives import joint_probability
 from music_jax.train.pictures import Pictures, heat_map, view_sheet
 from music_jax.train.state import abstract_state, init_state

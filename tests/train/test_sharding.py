@@ -9,8 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 from music_jax import models
 from music_jax.config import default_config, set_views
+from music_jax.distributed.mesh import batch_sharding, make_data_mesh
 from music_jax.errors import UserError
-from music_jax.mesh import batch_sharding, make_data_mesh
 from music_jax.models.vision_transformer import VisionTransformer
 from music_jax.train import sharding
 from music_jax.train.state import abstract_state, init_state

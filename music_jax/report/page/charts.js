@@ -1,12 +1,12 @@
-// Drawing with Plotly: colours by theme, and charts that are drawn once they come into view.
+// Drawing with Plotly: colors by theme, and charts that are drawn once they come into view.
 
-const RUN_COLOURS = {
+const RUN_COLORS = {
   light: ["#0b5cad", "#c2410c", "#00796b", "#8e24aa", "#8a6d00", "#455a64", "#ad1457", "#5d4037"],
   dark: ["#7db8f5", "#ff9e64", "#4fd1b5", "#d59bf6", "#f2cf63", "#b0bec5", "#ff8fb1", "#c8ab9b"],
 };
 const DASHES = ["solid", "dot", "dashdot", "longdash", "longdashdot"]; // a bound is dashed
-// Every group has a symbol of its own besides its colour.
-const GROUP_COLOURS = {
+// Every group has a symbol of its own besides its color.
+const GROUP_COLORS = {
   light: ["#1f5fa8", "#c2410c", "#117733", "#aa3377", "#8a6d00", "#4a35a8", "#00838f", "#7d1f4f", "#616161", "#b71c1c"],
   dark: ["#7db8f5", "#ff9e64", "#6fd08c", "#f49ac2", "#e6c84f", "#b3a5ff", "#5ed3dd", "#d98cb3", "#bdbdbd", "#ff7b72"],
 };
@@ -25,59 +25,59 @@ const watcher = new IntersectionObserver(
   { rootMargin: "300px" },
 );
 
-function runColour(index) {
-  const colours = RUN_COLOURS[isDark() ? "dark" : "light"];
-  return colours[index % colours.length];
+function runColor(index) {
+  const colors = RUN_COLORS[isDark() ? "dark" : "light"];
+  return colors[index % colors.length];
 }
 
 function runDash(index) {
   return DASHES[index % DASHES.length];
 }
 
-function groupColour(index) {
-  const colours = GROUP_COLOURS[isDark() ? "dark" : "light"];
-  return colours[index % colours.length];
+function groupColor(index) {
+  const colors = GROUP_COLORS[isDark() ? "dark" : "light"];
+  return colors[index % colors.length];
 }
 
-function colourRuns() {
-  for (const swatch of $$("[data-run-colour]")) swatch.style.background = runColour(Number(swatch.dataset.runColour));
+function colorRuns() {
+  for (const swatch of $$("[data-run-color]")) swatch.style.background = runColor(Number(swatch.dataset.runColor));
   for (const line of $$("[data-run-line]")) {
     const index = Number(line.dataset.runLine);
     const style = { solid: "solid", dot: "dotted" }[runDash(index)] ?? "dashed";
-    line.style.borderTop = `3px ${style} ${runColour(index)}`;
+    line.style.borderTop = `3px ${style} ${runColor(index)}`;
   }
 }
 
 function themed() {
   const styles = getComputedStyle(document.documentElement);
-  const colour = (name) => styles.getPropertyValue(`--${name}`).trim();
+  const color = (name) => styles.getPropertyValue(`--${name}`).trim();
   return {
-    text: colour("text"), muted: colour("muted"), border: colour("border"), back: colour("back"),
-    surface: colour("surface"), accent: colour("accent"), bad: colour("bad"), good: colour("good"),
+    text: color("text"), muted: color("muted"), border: color("border"), back: color("back"),
+    surface: color("surface"), accent: color("accent"), bad: color("bad"), good: color("good"),
   };
 }
 
-// A chart that `build(colours)` gives the traces and the layout of; `on` are Plotly's events.
+// A chart that `build(colors)` gives the traces and the layout of; `on` are Plotly's events.
 function chart(element, build, on = {}) {
   charts.set(element, { build, on, drawn: false });
   watcher.observe(element);
 }
 
 function draw(element, entry) {
-  const colours = themed();
+  const colors = themed();
   const touch = matchMedia("(pointer: coarse)").matches;
-  const { data, layout = {}, alt } = entry.build(colours);
+  const { data, layout = {}, alt } = entry.build(colors);
   const axis = {
-    gridcolor: colours.border, zerolinecolor: colours.border, linecolor: colours.muted,
-    tickcolor: colours.muted, ticks: "outside", ticklen: 4, automargin: true,
+    gridcolor: colors.border, zerolinecolor: colors.border, linecolor: colors.muted,
+    tickcolor: colors.muted, ticks: "outside", ticklen: 4, automargin: true,
   };
   const merged = {
     margin: { l: 50, r: 14, t: 14, b: 42 },
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
-    font: { family: "system-ui, -apple-system, Segoe UI, Roboto, sans-serif", size: 13, color: colours.text },
-    hoverlabel: { bgcolor: colours.surface, bordercolor: colours.muted, font: { color: colours.text } },
-    modebar: { bgcolor: "rgba(0,0,0,0)", color: colours.muted, activecolor: colours.accent },
+    font: { family: "system-ui, -apple-system, Segoe UI, Roboto, sans-serif", size: 13, color: colors.text },
+    hoverlabel: { bgcolor: colors.surface, bordercolor: colors.muted, font: { color: colors.text } },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: colors.muted, activecolor: colors.accent },
     showlegend: false,
     // On a touch screen a finger that is drawn over a chart moves the page.
     dragmode: touch ? false : "zoom",
@@ -107,17 +107,17 @@ function redrawAll() {
   for (const element of charts.keys()) redraw(element);
 }
 
-// Colour bars: under a chart, and beside it.
-function beneath(colours) {
+// Color bars: under a chart, and beside it.
+function beneath(colors) {
   return {
     orientation: "h", y: 0, yref: "container", yanchor: "bottom", x: 0.5, len: 0.9, thickness: 10, outlinewidth: 0,
-    tickfont: { color: colours.text, size: 11 },
+    tickfont: { color: colors.text, size: 11 },
   };
 }
 
-function beside(text, colours) {
+function beside(text, colors) {
   return {
-    title: { text, side: "right", font: { size: 12 } }, thickness: 12, outlinewidth: 0, tickfont: { color: colours.text },
+    title: { text, side: "right", font: { size: 12 } }, thickness: 12, outlinewidth: 0, tickfont: { color: colors.text },
   };
 }
 

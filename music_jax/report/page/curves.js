@@ -4,12 +4,12 @@ function drawCurves({ runs, units }) {
   const axis = $("#curves-axis");
   if (!axis) return;
   units.forEach((unit, curve) => {
-    chart($(`[data-curve="${curve}"]`), (colours) => curveFigure(runs, curve, unit, axis.value, colours));
+    chart($(`[data-curve="${curve}"]`), (colors) => curveFigure(runs, curve, unit, axis.value, colors));
   });
   axis.addEventListener("change", () => $$("[data-curve]").forEach(redraw));
 }
 
-function curveFigure(runs, curve, unit, axis, colours) {
+function curveFigure(runs, curve, unit, axis, colors) {
   const data = [];
   const levels = new Set();
   runs.forEach((run, index) => {
@@ -22,7 +22,7 @@ function curveFigure(runs, curve, unit, axis, colours) {
       name: plain(run.name),
       mode: few ? "lines+markers" : "lines",
       connectgaps: true,
-      line: { color: runColour(index), width: 2, dash: runDash(index) },
+      line: { color: runColor(index), width: 2, dash: runDash(index) },
       marker: { size: 5 },
       hovertemplate: `${axis} %{x:.4~g}: %{y:.4~g} ${plain(unit)}${runs.length > 1 ? ` (${plain(run.name)})` : ""}<extra></extra>`,
     });
@@ -30,11 +30,11 @@ function curveFigure(runs, curve, unit, axis, colours) {
   });
   const lines = [...levels].map((level) => ({
     type: "line", xref: "paper", x0: 0, x1: 1, y0: level, y1: level,
-    line: { color: colours.bad, width: 1.5, dash: "dash" },
+    line: { color: colors.bad, width: 1.5, dash: "dash" },
   }));
   const notes = [...levels].map((level) => ({
     xref: "paper", x: 1, y: level, xanchor: "right", yanchor: "bottom", showarrow: false,
-    text: `bound ${shown(level, 4)}`, font: { color: colours.bad, size: 12 },
+    text: `bound ${shown(level, 4)}`, font: { color: colors.bad, size: 12 },
   }));
   return {
     data,

@@ -1,4 +1,4 @@
-// Thumbnails, nearest neighbours, the map, the augmented views and the confusions.
+// Thumbnails, nearest neighbors, the map, the augmented views and the confusions.
 
 function className(run, label) {
   return run.classes[label] ?? String(label);
@@ -39,19 +39,19 @@ function thumb(run, image, side, { more = "", onClick } = {}) {
   return placeTile(element, run.thumbsClass, run.images, image, side);
 }
 
-const NEIGHBOUR_ROWS = 8;
+const NEIGHBOR_ROWS = 8;
 
-function drawNeighbours(run, panel) {
-  const list = $("[data-neighbours]", panel);
+function drawNeighbors(run, panel) {
+  const list = $("[data-neighbors]", panel);
   const state = { start: 0 };
-  run.neighbourList = list;
+  run.neighborList = list;
   const order = spread(run);
   function show() {
-    const some = Array.from({ length: Math.min(NEIGHBOUR_ROWS, order.length) }, (_, i) => order[(state.start + i) % order.length]);
-    list.replaceChildren(...some.map((image) => neighbourRow(run, image)));
+    const some = Array.from({ length: Math.min(NEIGHBOR_ROWS, order.length) }, (_, i) => order[(state.start + i) % order.length]);
+    list.replaceChildren(...some.map((image) => neighborRow(run, image)));
   }
-  $("[data-neighbours-more]", panel).addEventListener("click", () => {
-    state.start = (state.start + NEIGHBOUR_ROWS) % order.length;
+  $("[data-neighbors-more]", panel).addEventListener("click", () => {
+    state.start = (state.start + NEIGHBOR_ROWS) % order.length;
     show();
   });
   show();
@@ -73,8 +73,8 @@ function spread(run) {
   return order;
 }
 
-function neighbourRow(run, image, chosen = false) {
-  const { rows: near, similarity } = run.neighbours;
+function neighborRow(run, image, chosen = false) {
+  const { rows: near, similarity } = run.neighbors;
   const label = run.images.labels.at(image);
   const of = make("div", { className: "of" }, thumb(run, image, 72));
   of.append(make("div", { text: label >= 0 ? className(run, label) : run.images.names[image] }));
@@ -89,15 +89,15 @@ function neighbourRow(run, image, chosen = false) {
       if (!same) caption.append(className(run, its), make("br"));
     }
     caption.append((similarity.at(image, k) / 1000).toFixed(3));
-    list.append(make("figure", {}, thumb(run, other, 56, { onClick: () => showNeighbours(run, other) }), caption));
+    list.append(make("figure", {}, thumb(run, other, 56, { onClick: () => showNeighbors(run, other) }), caption));
   }
   return make("div", { className: chosen ? "row chosen" : "row" }, of, list);
 }
 
-function showNeighbours(run, image) {
-  $(".row.chosen", run.neighbourList)?.remove();
-  const row = neighbourRow(run, image, true);
-  run.neighbourList.prepend(row);
+function showNeighbors(run, image) {
+  $(".row.chosen", run.neighborList)?.remove();
+  const row = neighborRow(run, image, true);
+  run.neighborList.prepend(row);
   const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
   row.scrollIntoView({ block: "center", behavior: still ? "auto" : "smooth" });
 }
@@ -115,18 +115,18 @@ function drawMap(run, panel) {
   if (run.segments) ways.push(...run.segments.order.map((s) => [`segment ${s}`, `unit of segment ${s}`]));
   if (!ways.length) ways.push(["none", "nothing"]);
   fill(by, ways, ways[0][0]);
-  chart(element, (colours) => mapFigure(run, of.value, by.value, colours), {
+  chart(element, (colors) => mapFigure(run, of.value, by.value, colors), {
     plotly_hover: ({ points: [point], event }) => preview(run, point.customdata, event),
     plotly_unhover: hidePreview,
     plotly_click: ({ points: [point] }) => {
       hidePreview();
-      showNeighbours(run, point.customdata);
+      showNeighbors(run, point.customdata);
     },
   });
   for (const select of [of, by]) select.addEventListener("change", () => redraw(element));
 }
 
-// The groups that images are coloured by: name and images of each, the largest first.
+// The groups that images are colored by: name and images of each, the largest first.
 function groupsBy(run, by) {
   const { count, labels, predicted } = run.images;
   const groups = new Map();
@@ -145,7 +145,7 @@ function groupsBy(run, by) {
   return largest.sort((a, b) => (a[0] === "others") - (b[0] === "others") || a[0].localeCompare(b[0], "en", { numeric: true }));
 }
 
-function mapFigure(run, of, by, colours) {
+function mapFigure(run, of, by, colors) {
   const place = run.maps[of];
   const groups = groupsBy(run, by);
   const [x, y] = [0, 1].map((axis) => (i) => place.at(i, axis));
@@ -153,8 +153,8 @@ function mapFigure(run, of, by, colours) {
     type: "scatter", mode: "markers", name: plain(name), customdata: images, hoverinfo: "none",
     x: images.map(x), y: images.map(y),
     marker: {
-      color: name === "others" ? colours.muted : groupColour(g), symbol: SYMBOLS[g % SYMBOLS.length], size: 7, opacity: 0.85,
-      line: { width: 0.5, color: colours.back },
+      color: name === "others" ? colors.muted : groupColor(g), symbol: SYMBOLS[g % SYMBOLS.length], size: 7, opacity: 0.85,
+      line: { width: 0.5, color: colors.back },
     },
   }));
   const middle = (values) => values.slice().sort((a, b) => a - b)[values.length >> 1];
@@ -171,7 +171,7 @@ function mapFigure(run, of, by, colours) {
       yaxis: { ...bare, scaleanchor: "x", constrain: "domain" },
       annotations: named.map(([name, images]) => ({
         x: middle(images.map(x)), y: middle(images.map(y)), text: `<b>${plain(name)}</b>`, showarrow: false,
-        font: { size: 13, color: colours.text }, bgcolor: colours.back, opacity: 0.8, borderpad: 2,
+        font: { size: 13, color: colors.text }, bgcolor: colors.back, opacity: 0.8, borderpad: 2,
       })),
     },
     alt: `Scatter plot of ${run.images.count} images by their ${of}, in ${groups.length} groups by ${by}.`,
@@ -217,13 +217,13 @@ function drawConfusion(run, panel) {
   const axis = { tickvals: names.map((_, i) => i), ticktext: labels, showgrid: false, zeroline: false, constrain: "domain" };
   const step = Math.ceil(size / 25);
   if (step > 1) Object.assign(axis, { tickvals: axis.tickvals.filter((i) => i % step === 0), ticktext: labels.filter((_, i) => i % step === 0) });
-  chart($("[data-confusion]", panel), (colours) => ({
+  chart($("[data-confusion]", panel), (colors) => ({
     data: [{
       type: "heatmap", z, zmin: 0, zmax: 100, colorscale: "Cividis", text,
       texttemplate: size <= 20 ? "%{text}" : undefined, xgap: 1, ygap: 1,
       customdata: names.map((row) => names.map((column) => [plain(row), plain(column)])),
       hovertemplate: "%{customdata[0]} taken for %{customdata[1]}: %{text} images, %{z:.1f} %<extra></extra>",
-      colorbar: beside("% of the class", colours),
+      colorbar: beside("% of the class", colors),
     }],
     layout: {
       xaxis: { ...axis, title: { text: "the probe says" } },

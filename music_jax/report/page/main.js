@@ -15,7 +15,7 @@ async function main() {
       drawUnits(run, within("units", index));
     }
     if (run.images) {
-      drawNeighbours(run, within("neighbours", index));
+      drawNeighbors(run, within("neighbors", index));
       drawViews(run, within("views", index));
       if (Object.keys(run.maps).length) drawMap(run, within("map", index));
     }

@@ -49,20 +49,20 @@ function drawSegments(run, panel) {
         `segment ${s}, unit ${k} with segment ${t}, unit ${l}: ${least}${shown(times)} × independence, P = ${least}${shown(times / units ** 2)}`;
     };
   }
-  const bar = (colours) => ({
-    ...beneath(colours), ...scaleTicks(joint),
+  const bar = (colors) => ({
+    ...beneath(colors), ...scaleTicks(joint),
   });
   const scale = { colorscale: "Viridis", zmin: 0, zmax: 255, hoverinfo: "none", type: "heatmap" };
   const square = { scaleanchor: "x", autorange: "reversed", constrain: "domain", showgrid: false, zeroline: false };
   const inWhole = (i) => [joint.shown[Math.floor(i / units)], i % units];
 
-  chart(figures[0], (colours) => {
+  chart(figures[0], (colors) => {
     const [x, y] = [joint.shown.indexOf(state.b) * units - 0.5, joint.shown.indexOf(state.a) * units - 0.5];
     const every = Math.ceil(joint.shown.length / 8);
     const ticks = joint.shown.map((s, i) => [i * units + (units - 1) / 2, String(s)]).filter((_, i) => i % every === 0);
     const axis = { showgrid: false, zeroline: false, tickvals: ticks.map((t) => t[0]), ticktext: ticks.map((t) => t[1]), constrain: "domain" };
     return {
-      data: [{ ...scale, z: whole, colorbar: bar(colours) }],
+      data: [{ ...scale, z: whole, colorbar: bar(colors) }],
       layout: {
         margin: { l: 50, r: 8, t: 8, b: 86 },
         xaxis: { ...axis, title: { text: "segment of view 2" } },
@@ -75,12 +75,12 @@ function drawSegments(run, panel) {
     plotly_click: ({ points: [point] }) => choose(inWhole(Math.round(point.y))[0], inWhole(Math.round(point.x))[0]),
     plotly_hover: hovered(inWhole, inWhole),
   });
-  chart(figures[1], (colours) => {
+  chart(figures[1], (colors) => {
     const [i, j] = [joint.shown.indexOf(state.a) * units, joint.shown.indexOf(state.b) * units];
     const z = Array.from({ length: units }, (_, k) => whole[i + k].subarray(j, j + units));
     const axis = { showgrid: false, zeroline: false, constrain: "domain", dtick: Math.max(1, Math.ceil(units / 8)) };
     return {
-      data: [{ ...scale, z, colorbar: bar(colours), xgap: units <= 32 ? 1 : 0, ygap: units <= 32 ? 1 : 0 }],
+      data: [{ ...scale, z, colorbar: bar(colors), xgap: units <= 32 ? 1 : 0, ygap: units <= 32 ? 1 : 0 }],
       layout: {
         margin: { l: 50, r: 8, t: 8, b: 86 },
         xaxis: { ...axis, title: { text: `unit of segment ${state.b}, view 2` } },
@@ -89,13 +89,13 @@ function drawSegments(run, panel) {
       alt: `Heat map of the ${units} by ${units} units of segments ${state.a} and ${state.b}.`,
     };
   }, { plotly_hover: hovered((k) => [state.a, k], (l) => [state.b, l]) });
-  chart(figures[2], (colours) => {
+  chart(figures[2], (colors) => {
     const z = rows(found.information.values, count, count).map((row, s) => Array.from(row, (v, t) => (s === t ? null : v)));
     const axis = { showgrid: false, zeroline: false, constrain: "domain", dtick: Math.max(1, Math.ceil(count / 8)) };
     return {
       data: [{
         type: "heatmap", z, colorscale: "Cividis", hovertemplate: "segments %{y} and %{x}: %{z:.3f} nats<extra></extra>",
-        colorbar: beneath(colours),
+        colorbar: beneath(colors),
       }],
       layout: {
         margin: { l: 50, r: 8, t: 8, b: 86 },
@@ -135,18 +135,18 @@ function drawUnits(run, panel) {
   function show() {
     const s = state.segment;
     const dead = Array.from({ length: units }, (_, k) => found.counts.at(s, k)).filter((n) => n === 0).length;
-    const nmi = found.labelNmi ? `; normalised mutual information with the labels ${shown(found.labelNmi[s])}` : "";
+    const nmi = found.labelNmi ? `; normalized mutual information with the labels ${shown(found.labelNmi[s])}` : "";
     $("[data-segment-says]", panel).textContent =
       `Segment ${s}: usage entropy ${shown(found.entropy[s])} of ${shown(Math.log(units))} nats, ` +
       `mean certainty ${percent(found.confidence[s])}, ${dead} of ${units} units chosen for no image${nmi}.`;
     $("[data-usage-title]", panel).textContent = `Usage in segment ${s}`;
     $("[data-gallery]", panel).replaceChildren(...unitCards(run, s));
   }
-  chart(all, (colours) => ({
+  chart(all, (colors) => ({
     data: [{
       type: "heatmap", z: rows(found.usage.values, count, units).map((row) => Array.from(row, (v) => v * units)),
       colorscale: "Viridis", zmin: 0, hovertemplate: "segment %{y}, unit %{x}: %{z:.2f} × an even share<extra></extra>",
-      colorbar: beside("× even share", colours),
+      colorbar: beside("× even share", colors),
     }],
     layout: {
       xaxis: { title: { text: "unit" }, showgrid: false, zeroline: false, dtick: Math.max(1, Math.ceil(units / 8)) },
@@ -155,18 +155,18 @@ function drawUnits(run, panel) {
     },
     alt: `Heat map of how often each of ${count} segments uses each of its ${units} units; an even share is 1.`,
   }), { plotly_click: ({ points: [point] }) => choose(point.y) });
-  chart(one, (colours) => ({
+  chart(one, (colors) => ({
     data: [{
       type: "bar", x: Array.from({ length: units }, (_, k) => k),
       y: Array.from({ length: units }, (_, k) => 100 * found.usage.at(state.segment, k)),
-      marker: { color: colours.accent }, hovertemplate: "unit %{x}: %{y:.2f} %<extra></extra>",
+      marker: { color: colors.accent }, hovertemplate: "unit %{x}: %{y:.2f} %<extra></extra>",
     }],
     layout: {
       bargap: 0.25,
       xaxis: { title: { text: "unit" }, dtick: Math.max(1, Math.ceil(units / 16)), showgrid: false },
       yaxis: { title: { text: "%" }, rangemode: "tozero" },
-      shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: 100 / units, y1: 100 / units, line: { color: colours.bad, width: 1.5, dash: "dash" } }],
-      annotations: [{ xref: "paper", x: 1, y: 100 / units, xanchor: "right", yanchor: "bottom", showarrow: false, text: "even", bgcolor: colours.back, font: { color: colours.bad, size: 12 } }],
+      shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: 100 / units, y1: 100 / units, line: { color: colors.bad, width: 1.5, dash: "dash" } }],
+      annotations: [{ xref: "paper", x: 1, y: 100 / units, xanchor: "right", yanchor: "bottom", showarrow: false, text: "even", bgcolor: colors.back, font: { color: colors.bad, size: 12 } }],
     },
     alt: `Bar chart of the usage of the ${units} units of segment ${state.segment}, in percent; even use is ${shown(100 / units)} %.`,
   }));
@@ -205,7 +205,7 @@ function unitCards(run, segment) {
       const image = top.at(segment, k, rank);
       if (image === 65535) break;
       const sure = `, certainty ${percent(certainty.at(segment, k, rank) / 255)}`;
-      thumbs.append(thumb(run, image, 52, { more: sure, onClick: () => showNeighbours(run, image) }));
+      thumbs.append(thumb(run, image, 52, { more: sure, onClick: () => showNeighbors(run, image) }));
     }
     return make("div", { className: "unit" }, title, thumbs);
   });

@@ -69,7 +69,7 @@ function setTheme(dark) {
   button.textContent = dark ? "Light" : "Dark";
   button.setAttribute("aria-label", `Switch to the ${dark ? "light" : "dark"} theme`);
   button.setAttribute("aria-pressed", String(dark));
-  colourRuns();
+  colorRuns();
   redrawAll();
 }
 

@@ -1,0 +1,1 @@
+"""Saving, checking and restoring checkpoints."""

@@ -1,0 +1,103 @@
+"""Finding damage to a checkpoint: checksums over every file that Orbax wrote.
+
+Orbax checks the blocks of its key-value store as it reads them, but neither its JSON files nor what
+is missing altogether. The checksums are written into the checkpoint's directory before it gets its
+final name, so a checkpoint without them is not whole either.
+"""
+
+import hashlib
+import json
+import os
+import stat
+
+from etils import epath
+
+from music_jax.workdir.epath_corrections import BucketError, bucket_errors
+from music_jax.workdir.json_files import read_json
+
+CHECKSUMS = "CHECKSUMS.json"
+
+# Orbax stamps these two when it gives the directory its final name, after the checksums.
+_STEP_METADATA = "_CHECKPOINT_METADATA"
+_COMMIT_MARK = "commit_success.txt"
+_STAMPED_FIELD = "commit_timestamp_nsecs"
+
+_CHUNK = 1 << 22  # bytes
+
+
+def write_checksums(directory: epath.Path) -> None:
+    """Writes the checksums of all files below a checkpoint's directory into it."""
+    record = {
+        "files": {name: _fingerprint(path) for name, path in sorted(_files(directory).items())},
+        "step_metadata": _step_metadata(directory),
+    }
+    (directory / CHECKSUMS).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def find_damage(directory: epath.Path) -> str | None:
+    """What is wrong with a checkpoint, in words, or None if it is as it was written.
+
+    Raises:
+      BucketError: it is in a bucket that cannot be read now, which is no damage.
+    """
+    try:
+        record = read_json(directory / CHECKSUMS)
+        expected, step_metadata = dict(record["files"]), record["step_metadata"]
+    except FileNotFoundError:
+        return f"{CHECKSUMS} is missing"
+    except BucketError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{CHECKSUMS} cannot be read"
+    try:
+        if _step_metadata(directory) != step_metadata:
+            return f"{_STEP_METADATA} has changed"
+        present = _files(directory)
+        for name in sorted(expected.keys() | present.keys()):
+            if name not in present:
+                return f"{name} is missing"
+            if name not in expected:
+                return f"{name} was not there when it was saved"
+            size = present[name].stat().length  # a larger file, such as one of 1 TB, is not read
+            if size != expected[name][0] or _fingerprint(present[name]) != expected[name]:
+                return f"{name} has changed"
+    except BucketError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"cannot be read: {' '.join(str(error).split())}"
+    return None
+
+
+def _files(directory: epath.Path) -> dict[str, epath.Path]:
+    """Every file below a directory but those that are stamped later, by relative name."""
+    found: dict[str, epath.Path] = {}
+    folders = [("", directory)]
+    while folders:
+        prefix, folder = folders.pop()
+        for path in folder.iterdir():
+            name = prefix + path.name
+            if "://" not in str(path):
+                mode = os.lstat(path).st_mode
+                if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # it could lead anywhere
+                    raise OSError(f"{name} is neither a file nor a directory")
+            if path.is_dir():
+                folders.append((f"{name}/", path))
+            elif name not in (CHECKSUMS, _STEP_METADATA, _COMMIT_MARK):
+                found[name] = path
+    return found
+
+
+def _fingerprint(path: epath.Path) -> list[int | str]:
+    """Size in bytes and BLAKE2b of a file."""
+    digest, size = hashlib.blake2b(digest_size=16), 0
+    with bucket_errors(path), path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return [size, digest.hexdigest()]
+
+
+def _step_metadata(directory: epath.Path) -> dict:
+    """The step's metadata without the field that is stamped later."""
+    record = read_json(directory / _STEP_METADATA)
+    return {key: value for key, value in record.items() if key != _STAMPED_FIELD}

@@ -1,1 +1,0 @@
-"""Completion of the commands in bash, zsh and fish."""

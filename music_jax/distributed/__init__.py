@@ -1,0 +1,1 @@
+"""Devices and processes: the mesh, joining a cluster, propagation of failures."""

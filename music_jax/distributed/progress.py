@@ -1,0 +1,134 @@
+"""What a person sees: lines of text, tables, and a progress bar with the time left."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+import tqdm
+
+from music_jax.distributed.mesh import is_main_process
+from music_jax.distributed.terminal import printable
+
+# Of a bar in a log.
+_SECONDS_BETWEEN_LINES = 10.0
+_SHARE_BETWEEN_LINES = 0.05  # of the time that it has been there
+
+
+def say(text: str) -> None:
+    """Prints one line on the main process, above any progress bar."""
+    if is_main_process():
+        text = printable(text)
+        encoding = sys.stdout.encoding or "utf-8"  # a name may have characters that it has not
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+        tqdm.tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def say_lines(text: str) -> None:
+    """Prints a table or other text of several lines, as `say` does."""
+    for line in text.split("\n"):
+        say(line)
+
+
+def log_lines(logger: logging.Logger, text: str) -> None:
+    """Logs a table or other text of several lines, one record per line."""
+    for line in text.split("\n"):
+        logger.info("%s", line)
+
+
+class _Printer(logging.Handler):
+    """Prints messages on the main process, above any progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+def log_to_stdout() -> None:
+    """Prints the package's messages of level INFO and above on standard output.
+
+    Commands and notebooks call this; importing the package installs no handler.
+    """
+    logger = logging.getLogger("music_jax")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.handlers = [_Printer()]
+
+
+def bar(total: int, *, unit: str, description: str, done: int = 0) -> Any:
+    """A progress bar that shows rate and time left.
+
+    It is drawn over and over in a terminal and below a notebook's cell. In a log it is a line now
+    and then: every ten seconds at first, and ever more rarely in a long run.
+
+    Args:
+      total: how many there are to do.
+      unit: of what.
+      description: what is being done.
+      done: how many were done before.
+
+    Returns:
+      A `tqdm` bar.
+    """
+    terminal, notebook = sys.stderr.isatty(), _in_notebook()
+    # Some terminals, such as containers', say that they have no columns; tqdm then draws nothing.
+    unknown = terminal and not os.get_terminal_size(sys.stderr.fileno()).columns
+    file: Any = sys.stdout if notebook else sys.stderr if terminal else _Lines(sys.stderr)
+    return tqdm.tqdm(
+        total=total,
+        initial=done,
+        unit=unit,
+        unit_scale=total >= 10_000,
+        desc=printable(description),
+        file=file,
+        ncols=100 if unknown else None,
+        nrows=20 if unknown else None,
+        dynamic_ncols=terminal and not unknown,
+        bar_format="{l_bar}{bar:12}{r_bar}",
+        mininterval=0.2 if terminal else 1.0,
+        disable=not is_main_process(),
+    )
+
+
+class _Lines:
+    """A log that a bar is written to: whole lines, and not every one."""
+
+    def __init__(self, log: TextIO):
+        self._log = log
+        self._start = self._last = time.monotonic()
+        self._waiting = ""
+
+    def write(self, text: str) -> None:
+        """Takes what tqdm would draw, or the line's end, with which it ends the bar."""
+        self._waiting = text.strip() or self._waiting
+        now = time.monotonic()
+        due = self._last + max(_SECONDS_BETWEEN_LINES, _SHARE_BETWEEN_LINES * (now - self._start))
+        if self._waiting and (text == "\n" or now >= due):
+            self._log.write(self._waiting + "\n")
+            self._log.flush()
+            self._waiting, self._last = "", now
+
+    def flush(self) -> None:
+        """Does nothing: lines are flushed as they are written."""
+
+
+def _in_notebook() -> bool:
+    ipython = sys.modules.get("IPython")
+    shell = ipython and ipython.get_ipython()
+    return shell is not None and "IPKernelApp" in shell.config
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lays out a table, the first column to the left and the others to the right."""
+    header, *rows = [[printable(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        return "  ".join(cells).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([line(header), rule, *(line(row) for row in rows)])

@@ -1,0 +1,251 @@
+"""Runs of two processes over loopback: found, stopped, resumed and ended together."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from processes import DIGITS, ROOT, SMALL, free_port, metrics, run, start
+
+_MAIN = "music_jax.main"
+
+# AdamW divides by the root of tiny squares, which lets rounding grow faster than elsewhere; a low
+# learning rate keeps the comparison to the arithmetic of the step.
+_RUN = (DIGITS, *SMALL, "--config.optimizer.base_learning_rate=1e-5")
+
+
+def _flags(process, port):
+    address = f"--coordinator_address=127.0.0.1:{port}"
+    return (address, "--num_processes=2", f"--process_id={process}"), {}
+
+
+def _slurm(process, port):
+    return (), {
+        "SLURM_JOB_ID": "1234",
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(process),
+        "SLURM_LOCALID": str(process),
+        "JAX_COORDINATOR_PORT": str(port),
+    }
+
+
+def _open_mpi(process, port):
+    return (), {
+        "OMPI_MCA_orte_hnp_uri": "1314521088.0;tcp://127.0.0.1:34911",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": str(process),
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(process),
+        "JAX_COORDINATOR_PORT": str(port),
+    }
+
+
+def _saved(workdir):
+    """The steps whose checkpoints are whole."""
+    return {path.name for path in workdir.glob("checkpoints/*") if path.name.isdigit()}
+
+
+def start_two(told, *arguments):
+    """Starts two processes that are told of each other in one way."""
+    port = free_port()
+    processes = []
+    for i in range(2):
+        flags, environment = told(i, port)
+        processes.append(start(_MAIN, *arguments, *flags, env=environment))
+    return processes
+
+
+def end(processes, timeout):
+    """Their outputs and errors, once both have ended; kills them if they do not."""
+    try:
+        return [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return f"--config.dataset.data_dir={tmp_path_factory.mktemp('tfds')}"
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, data):
+    """The workdir of the same run by one process."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    code, _, err = run(_MAIN, *_RUN, data, f"--workdir={workdir}")
+    assert code == 0, err
+    return workdir
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(alone, data, tmp_path):
+    together = tmp_path / "together"
+    processes = start_two(_slurm, *_RUN, data, f"--workdir={together}")
+    results = end(processes, timeout=900)
+    assert [p.returncode for p in processes] == [0, 0], [err[-2000:] for _, err in results]
+    losses = [[line["loss"] for line in metrics(path)] for path in (alone, together)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    for file in ("linear_eval.json", "knn.json"):
+        a, b = (json.loads((path / file).read_text()) for path in (alone, together))
+        assert abs(a["top1"] - b["top1"]) <= 0.01
+    assert "in 2 process(es)" in results[0][0]
+    assert "trained backbone" in results[0][0]
+    assert "trained backbone" not in results[1][0]  # only the main process prints
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_or_to_both_stops_both_and_both_go_on(alone, data, tmp_path):
+    workdir = tmp_path / "run"
+    last = 0
+    for told, number, signaled in (
+        (_open_mpi, signal.SIGINT, [1]),
+        (_flags, signal.SIGTERM, [0, 1]),
+    ):
+        processes = start_two(told, *_RUN, data, f"--workdir={workdir}")
+        deadline = time.monotonic() + 600
+        while time.monotonic() < deadline and all(p.poll() is None for p in processes):
+            log = workdir / "metrics.jsonl"
+            # Of the second step: a process that has not ended its first would end all at once.
+            if log.exists() and log.read_text().count("\n") > last + 1:
+                break
+            time.sleep(0.01)
+        for i in signaled:
+            processes[i].send_signal(number)
+        results = end(processes, timeout=300)
+        assert [p.returncode for p in processes] == [75, 75], [err[-2000:] for _, err in results]
+        stopped = metrics(workdir)[-1]["step"]
+        assert last < stopped < 22
+        assert (workdir / "checkpoints" / str(stopped)).is_dir()
+        for _, err in results:
+            assert f"saved at step {stopped} of 22; run the same command" in err.splitlines()[-1]
+        last = stopped
+    assert [line["step"] for line in metrics(workdir)] == list(range(1, last + 1))
+    expected, found = ([line["loss"] for line in metrics(path)] for path in (alone, workdir))
+    np.testing.assert_allclose(found, expected[:last], rtol=1e-5)
+
+
+def test_wrong_input_seen_by_one_process_ends_both_with_its_code(data, tmp_path):
+    # Only the main process prepares the dataset; the other waits for it.
+    wrong = "--config.dataset.name=digitz"
+    processes = start_two(_flags, *_RUN, data, wrong, f"--workdir={tmp_path / 'run'}")
+    (_, first), (_, second) = end(processes, timeout=300)
+    assert [p.returncode for p in processes] == [2, 2], second[-2000:]
+    assert first.splitlines()[-1].startswith("error: TFDS knows no dataset 'digitz'")
+    assert "error: process 0 ended the run: TFDS knows no dataset 'digitz'" in second
+    assert "Traceback" not in first + second
+
+
+def test_several_processes_that_cannot_find_each_other_are_refused(tmp_path):
+    # Open MPI from 5 on does not say where its first process is.
+    environment = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
+    process = start(_MAIN, DIGITS, f"--workdir={tmp_path / 'run'}", env=environment)
+    ((_, err),) = end([process], timeout=300)
+    assert process.returncode == 2
+    assert "OMPI_COMM_WORLD_SIZE says that there are 2 processes" in err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_when_one_is_killed_the_other_says_so_and_ends(data, tmp_path):
+    workdir = tmp_path / "run"
+    first, second = processes = start_two(_flags, *_RUN, data, f"--workdir={workdir}")
+    deadline = time.monotonic() + 600
+    while not _saved(workdir) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    second.kill()
+    (_, err), _ = end(processes, timeout=120)
+    assert first.returncode == 1, err[-2000:]
+    assert "error: no answer from process 1 for " in err
+    assert _saved(workdir)
+
+
+_JOIN = """
+import sys, time
+from absl import app, logging
+from music_jax.distributed import mesh
+logging.set_verbosity(logging.FATAL)
+def main(argv):
+    mesh.join_cluster(argv[1], int(argv[2]), int(argv[3]))
+    print("joined", flush=True)
+    time.sleep(200)
+app.run(main)  # which has Python print the threads' tracebacks at an abort, as for all commands
+"""
+
+
+def _joined(count):
+    """Processes of a run that do nothing but to belong to it."""
+    address = f"127.0.0.1:{free_port()}"
+    command = [sys.executable, "-c", _JOIN, address, str(count)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(i)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for i in range(count)
+    ]
+    assert [process.stdout.readline() for process in processes] == ["joined\n"] * count
+    return processes
+
+
+def test_when_process_0_is_killed_the_others_say_so_at_once():
+    processes = _joined(3)
+    processes[0].kill()
+    results = end(processes, timeout=60)
+    for process, (_, err) in list(zip(processes, results, strict=True))[1:]:
+        assert process.returncode == 1, err
+        assert err.splitlines()[-1].startswith("error: no answer from process 0: killed or stopped")
+        assert "Fatal Python error" not in err
+
+
+def test_another_abort_still_prints_the_tracebacks():
+    processes = _joined(2)
+    processes[1].send_signal(signal.SIGABRT)
+    _, err = processes[1].communicate(timeout=60)
+    processes[0].kill()
+    processes[0].communicate()
+    assert processes[1].returncode == -signal.SIGABRT
+    assert "most recent call first" in err
+    assert "no answer" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_when_one_is_stopped_the_others_say_so_and_end(count, stopped):
+    processes = _joined(count)
+    processes[stopped].send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    others = processes[:stopped] + processes[stopped + 1 :]
+    try:
+        for process in others:
+            _, err = process.communicate(timeout=75 - (time.monotonic() - began))
+            assert process.returncode == 1, err
+            assert f"no answer from process {stopped} for 50 s" in err.splitlines()[-1]
+            assert "Fatal" not in err
+            assert "Traceback" not in err
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_a_process_that_waits_for_the_others_says_for_what():
+    port = free_port()
+    for index in (0, 1):
+        process = subprocess.Popen(
+            [sys.executable, "-c", _JOIN, f"127.0.0.1:{port}", "3", str(index)],
+            cwd=ROOT,
+            text=True,
+            stderr=subprocess.PIPE,
+        )
+        try:
+            assert process.stderr.readline() == (
+                f"process {index} of 3 waits for the others at 127.0.0.1:{port}, 0 s so far\n"
+            )
+        finally:
+            process.kill()
+            process.communicate()

@@ -1,0 +1,63 @@
+"""Few-shot classification against scikit-learn by hand, and what is drawn for it."""
+
+import numpy as np
+import pytest
+import scipy.stats
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+
+from music_jax.evaluation.metrics.few_shot import draw_shots, few_shot, stratified_subset
+from music_jax.evaluation.metrics.statistics import mean_interval
+
+
+def _digits():
+    images, labels = load_digits(return_X_y=True)
+    images = np.tile(images, 3).astype(np.float32)  # more features than are drawn
+    return images[:1200], labels[:1200], images[1200:], labels[1200:]
+
+
+def test_accuracies_are_logistic_regressions_on_the_drawn_samples():
+    train, train_labels, test, test_labels = _digits()
+    result = few_shot(train, train_labels, test, test_labels, shots=5, draws=4, seed=3)
+    unit, unit_test = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, test))
+    expected = []
+    for draw in range(4):
+        rows = draw_shots(train_labels, 5, seed=3, draw=draw)
+        theirs = LogisticRegression(C=50.0, max_iter=5000, tol=1e-6).fit(
+            unit[rows].astype(np.float64), train_labels[rows]
+        )
+        expected.append(theirs.score(unit_test.astype(np.float64), test_labels))
+    np.testing.assert_allclose(result.accuracies, expected, atol=0.005)
+    low, high = scipy.stats.t.interval(
+        0.95, 3, np.mean(result.accuracies), scipy.stats.sem(result.accuracies)
+    )
+    np.testing.assert_allclose(result.top1, (np.mean(expected), (high - low) / 2), atol=0.005)
+
+
+def test_a_draw_has_so_many_of_each_class_and_each_draw_its_own():
+    labels = np.random.default_rng(0).integers(7, size=300) * 2  # with gaps
+    labels[:3] = 99  # a class of three
+    draws = [draw_shots(labels, 5, seed=1, draw=draw) for draw in range(3)]
+    for rows in draws:
+        assert len(set(rows)) == len(rows) == 7 * 5 + 3
+        values, counts = np.unique(labels[rows], return_counts=True)
+        np.testing.assert_array_equal(values, np.unique(labels))
+        assert set(counts[:-1]) == {5}
+    assert not np.array_equal(draws[0], draws[1])
+    np.testing.assert_array_equal(draws[2], draw_shots(labels, 5, seed=1, draw=2))
+
+
+def test_a_stratified_share_has_the_same_share_of_each_class():
+    labels = np.repeat([0, 1, 2], [1000, 200, 10])
+    rows = stratified_subset(labels, 0.01, seed=0)
+    np.testing.assert_array_equal(np.bincount(labels[rows]), [10, 2, 1])
+    np.testing.assert_array_equal(stratified_subset(labels, 1.0, seed=0), np.arange(1210))
+    with pytest.raises(ValueError, match="a fraction in"):
+        stratified_subset(labels, 0.0, seed=0)
+
+
+def test_one_value_has_a_mean_but_no_interval():
+    assert mean_interval([0.5]).mean == 0.5
+    assert np.isnan(mean_interval([0.5]).half_width)
+    with pytest.raises(ValueError, match="at least one"):
+        mean_interval([])

@@ -1,0 +1,181 @@
+"""The linear probe against scikit-learn's logistic regression and torch's SGD by hand."""
+
+import itertools
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import top_k_accuracy_score
+
+from music_jax.errors import DivergedError
+from music_jax.evaluation.metrics.linear_probe import (
+    Heads,
+    ProbeRecipe,
+    accuracies,
+    best_rate,
+    fit,
+    linear_probe,
+    logits,
+    num_steps,
+    shuffled_batches,
+    split_for_validation,
+)
+
+
+def _digits():
+    images, labels = load_digits(return_X_y=True)
+    features = ((images - images.mean(0)) / (images.std(0) + 1e-6)).astype(np.float32)
+    labels = labels.astype(np.int32)
+    return features[:1200], labels[:1200], features[1200:], labels[1200:]
+
+
+def _fit(recipe, features, labels, seed=0):
+    return fit(
+        shuffled_batches(features, labels, recipe, seed),
+        recipe,
+        num_features=features.shape[1],
+        num_classes=10,
+        steps_per_epoch=len(labels) // recipe.batch_size,
+        seed=seed,
+    )
+
+
+def test_accuracy_is_that_of_logistic_regression():
+    train, train_labels, test, test_labels = _digits()
+    decay = 1e-2  # of half the squared kernel, added to the mean loss: C is 1 / (decay * samples)
+    recipe = ProbeRecipe(50, 200, (0.1, 0.3), weight_decay=decay)
+    found = linear_probe(train, train_labels, test, test_labels, recipe, num_classes=10)
+    theirs = LogisticRegression(C=1 / (decay * 1200), max_iter=5000).fit(train, train_labels)
+    assert abs(found.top1 - theirs.score(test, test_labels)) <= 0.005
+    assert np.mean(found.predictions == theirs.predict(test)) >= 0.99
+    assert found.top1 == np.mean(found.predictions == test_labels)
+
+
+def test_the_learning_rate_is_chosen_without_the_test_samples():
+    train, train_labels, test, test_labels = _digits()
+    recipe = ProbeRecipe(5, 100, (1e-6, 0.1))
+    for labels in (test_labels, 9 - test_labels):
+        steps = itertools.count()
+        found = linear_probe(
+            train,
+            train_labels,
+            test,
+            labels,
+            recipe,
+            num_classes=10,
+            feature_scaling="standardize",
+            after_step=steps.__next__,
+        )
+        assert found.base_learning_rate == 0.1
+        assert next(steps) == num_steps(recipe, len(train), 0.1)
+
+
+def test_features_are_scaled_by_the_training_samples():
+    train, train_labels, test, test_labels = _digits()
+    train, test = 3 * train + 1, 5 * test - 2
+    recipe = ProbeRecipe(2, 100, (0.03, 0.1))
+    mean, std = train.mean(0), train.std(0)
+    std[std == 0] = 1  # as StandardScaler does
+    raw, scaled = (
+        linear_probe(a, train_labels, b, test_labels, recipe, num_classes=10, feature_scaling=name)
+        for a, b, name in (
+            (train, test, "standardize"),
+            ((train - mean) / std, (test - mean) / std, "none"),
+        )
+    )
+    assert raw.top1 == pytest.approx(scaled.top1, abs=0.002)
+    assert np.mean(raw.predictions == scaled.predictions) > 0.995
+
+
+def test_each_learning_rate_is_trained_as_if_alone():
+    train, labels, _, _ = _digits()
+    rates = (0.01, 0.3)
+    both = _fit(ProbeRecipe(3, 100, rates, weight_decay=0.01), train, labels)
+    for i, rate in enumerate(rates):
+        alone = _fit(ProbeRecipe(3, 100, (rate,), weight_decay=0.01), train, labels)
+        np.testing.assert_allclose(both.kernel[i], alone.kernel[0], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(both.bias[i], alone.bias[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("drop_epochs", [(), (1, 2)])
+def test_the_steps_are_sgd_with_momentum_and_decay_in_plain_numpy(drop_epochs):
+    train, labels, _, _ = _digits()
+    recipe = ProbeRecipe(3, 400, (0.2,), 0.9, 0.05, drop_epochs)
+    batches = [
+        (np.asarray(x, np.float64), np.asarray(y))
+        for x, y in shuffled_batches(train, labels, recipe, seed=1)
+    ]
+    assert len(batches) == 9
+    start = fit(iter(()), recipe, num_features=64, num_classes=10, steps_per_epoch=3, seed=1)
+    w, b = np.asarray(start.kernel[0], np.float64), np.zeros(10)
+    assert abs(w.std() - 0.01) < 0.001
+    m_w, m_b = np.zeros_like(w), np.zeros_like(b)
+    for step, (x, y) in enumerate(batches):
+        if drop_epochs:
+            rate = 0.2 * 400 / 256 * 0.1 ** sum(step >= 3 * epoch for epoch in drop_epochs)
+        else:
+            rate = 0.2 * 400 / 256 * 0.5 * (1 + np.cos(np.pi * step / 9))
+        scores = np.exp(x @ w + b)
+        error = scores / scores.sum(1, keepdims=True) - np.eye(10)[y]
+        m_w = 0.9 * m_w + x.T @ error / 400 + 0.05 * w
+        m_b = 0.9 * m_b + error.mean(0) + 0.05 * b
+        w, b = w - rate * m_w, b - rate * m_b
+    found = _fit(recipe, train, labels, seed=1)
+    np.testing.assert_allclose(found.kernel[0], w, rtol=2e-3, atol=2e-5)
+    np.testing.assert_allclose(found.bias[0], b, rtol=2e-3, atol=2e-5)
+
+
+def test_top_k_accuracies_are_scikit_learns():
+    train, labels, test, test_labels = _digits()
+    heads = _fit(ProbeRecipe(1, 100, (0.001, 0.1)), train, labels)
+    found = accuracies(heads, test, test_labels)
+    scores = np.asarray(logits(heads, test))
+    for i in range(2):
+        for j, k in enumerate((1, 5)):
+            expected = top_k_accuracy_score(test_labels, scores[i], k=k)
+            np.testing.assert_allclose(found[i, j], expected)
+
+
+def test_a_classifier_whose_scores_are_not_finite_has_no_accuracy():
+    kernel = np.stack([np.eye(4, dtype=np.float32)] * 3)
+    kernel[0, 2, 1], kernel[1, 0, 0] = np.nan, np.inf
+    heads = Heads(kernel, np.zeros((3, 4), np.float32))
+    found = accuracies(heads, np.eye(4, dtype=np.float32)[:3], np.asarray([0, 1, 0]))
+    np.testing.assert_array_equal(found, [[np.nan] * 2, [np.nan] * 2, [2 / 3, 1.0]])
+
+
+def test_the_best_rate_is_one_that_did_not_diverge():
+    kernel = np.full((3, 2, 2), np.nan, np.float32)
+    features, labels = np.eye(2, dtype=np.float32), np.asarray([0, 1])
+    with pytest.raises(DivergedError, match="lower its learning rates"):
+        best_rate(Heads(kernel, np.zeros((3, 2), np.float32)), features, labels)
+    kernel[1] = -np.eye(2)  # never right
+    assert best_rate(Heads(kernel, np.zeros((3, 2), np.float32)), features, labels) == 1
+
+
+def test_scores_that_are_all_alike_are_never_right():
+    heads = Heads(np.zeros((1, 4, 10), np.float32), np.zeros((1, 10), np.float32))
+    features = np.ones((7, 4), np.float32)
+    np.testing.assert_array_equal(accuracies(heads, features, np.arange(7)), [[0.0, 0.0]])
+
+
+def test_an_epoch_takes_each_sample_once_in_an_order_of_its_own():
+    recipe = ProbeRecipe(2, 5, (0.1,))
+    features = np.arange(20, dtype=np.float32)[:, None]
+    labels = np.arange(20, dtype=np.int32)
+    epochs = np.asarray([y for _, y in shuffled_batches(features, labels, recipe, 0)])
+    first, second = epochs[:4].ravel(), epochs[4:].ravel()
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert np.any(first != second)
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "size"), [(40, 0.1, 4), (40, 0.3, 12), (5, 0.01, 1), (2, 1.0, 1)]
+)
+def test_each_sample_is_held_out_or_learned_from_and_some_are_either(count, fraction, size):
+    rest, held_out = split_for_validation(count, fraction, seed=3)
+    assert len(held_out) == size
+    assert sorted([*rest, *held_out]) == list(range(count))
+    assert np.all(np.diff(rest) > 0)
+    assert np.all(np.diff(held_out) > 0)

@@ -1,0 +1,95 @@
+"""Opening a saved run whose training images are gone: only what is needed has to be there."""
+
+import os
+
+import cv2
+import pytest
+from small_runs import save_run, small_config
+from tfds_sets import IMAGES, LABELS, write_set
+
+from music_jax.errors import UserError
+from music_jax.evaluate import evaluate
+from music_jax.evaluation.load_run import open_run
+
+
+def _folder(path, rows):
+    for i in rows:
+        (path / str(LABELS[i])).mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path / str(LABELS[i]) / f"{i}.png"), IMAGES[i])
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A run on a folder that is gone by now, and folders that are there."""
+    directory = tmp_path_factory.mktemp("opening")
+    config = small_config(name="tiny_resnet")
+    config.crop.size = config.crop.eval_resize = 8
+    config.dataset.update({"name": "", "path": str(directory / "gone")})
+    save_run(directory / "run", config)
+    config.dataset.update({"name": "digits", "path": "", "data_dir": str(directory / "nowhere")})
+    save_run(directory / "tfds_run", config)
+    _folder(directory / "train", range(30))
+    _folder(directory / "test", range(100, 112))
+    _folder(directory / "moved", range(200, 205))
+    write_set(directory / "tfds", "unlabeled", {"test": [-1] * 7})
+    return directory
+
+
+def _open(places, *, run="run", labels=True, images=True, **fields):
+    overrides = {k.replace("__", "."): str(places / v) for k, v in fields.items()}
+    return open_run(str(places / run), overrides=overrides, labels=labels, images=images)
+
+
+def test_images_of_the_training_are_not_opened_if_both_evaluation_sets_are_named(places):
+    for run in ("run", "tfds_run"):
+        found = _open(places, run=run, evaluation__train="train", evaluation__test="test")
+        assert (len(found.sources.train), len(found.sources.test)) == (30, 12)
+        assert found.images is found.sources.test
+    assert not os.path.exists(places / "nowhere")  # where the training set would be prepared
+
+
+def test_what_needs_no_labels_needs_the_test_images_alone(places):
+    found = _open(places, labels=False, evaluation__test="test")
+    assert (found.sources, len(found.images)) == (None, 12)
+    with pytest.raises(UserError, match="there is no folder"):
+        _open(places, evaluation__test="test")
+
+
+def test_the_images_of_the_training_may_be_in_another_place(places):
+    assert _open(places, labels=False, dataset__path="moved").images.name == str(places / "moved")
+    with pytest.raises(UserError, match=r"on a folder; this one was on digits"):
+        _open(places, run="tfds_run", dataset__path="moved")
+
+
+def test_a_transfer_needs_none_of_the_run_s_own_images(places):
+    assert len(_open(places, images=False).images) == 0
+    sets = f"{places / 'train'}:{places / 'test'}"
+    found = evaluate(
+        str(places / "run"),
+        protocols=(),
+        transfer_sets=(sets,),
+        overrides={"linear_eval.num_epochs": 1},
+    )
+    there = found["transfer"]["by_dataset"][sets]
+    assert (there["linear"]["num_train"], there["knn"]["num_test"]) == (30, 12)
+
+
+def test_a_test_set_without_labels_is_said_once_and_measured_without_them(places, capsys):
+    found = evaluate(
+        str(places / "run"),
+        protocols=("knn", "label_free", "fewshot"),
+        overrides={
+            "evaluation.train": str(places / "train"),
+            "evaluation.test": "unlabeled:1.0.0:test",
+            "dataset.data_dir": str(places / "tfds"),
+            "evaluation.num_views": 2,
+        },
+    )
+    assert list(found) == ["label_free"]
+    assert found["label_free"]["num_images"] == 7
+    assert found["label_free"]["data"] == {"images": "unlabeled:1.0.0:test"}
+    said = [line for line in capsys.readouterr().out.splitlines() if "not measured" in line]
+    assert len(said) == 1
+    assert said[0].startswith("not measured: knn, fewshot: unlabeled:1.0.0:test cannot be")
+    assert "none of its 7 images has a label" in said[0]

@@ -1,0 +1,101 @@
+"""What is compiled is found again by another process, and a damaged file harms nothing."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from music_jax.workdir.compilation_cache import use_compilation_cache
+from tests.processes import ROOT
+
+# Compiles one program, and says what it gave and how often the cache had it.
+_PROGRAM = """
+import collections
+import jax, numpy as np
+from music_jax.workdir import compilation_cache
+compilation_cache._MIN_COMPILE_SECONDS = 0.0
+compilation_cache.use_compilation_cache()
+events = collections.Counter()
+jax.monitoring.register_event_listener(lambda name, **_: events.update([name.split("/")[-1]]))
+
+@jax.jit
+def program(x):
+    return (x @ x.T).sum()
+
+print(float(program(np.arange(6, dtype=np.float32).reshape(2, 3))))
+print(events["cache_hits"], events["cache_misses"])
+"""
+
+
+def _run(**environment):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | environment
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=100,
+    )
+    assert done.stderr == ""
+    *said, value, counts = done.stdout.splitlines()
+    return said, value, tuple(map(int, counts.split()))
+
+
+@pytest.fixture
+def cached(own_compilation_cache):
+    assert _run() == ([], "83.0", (0, 1)), "the first process compiles"
+    (file,) = own_compilation_cache.glob("jit_program-*")
+    return file
+
+
+def test_the_second_process_compiles_nothing(cached):
+    assert _run() == ([], "83.0", (1, 0))
+
+
+def test_a_damaged_file_is_told_of_once_and_replaced(cached):
+    whole = cached.read_bytes()
+    for damage in (whole[:50], b"", whole[:200] + bytes(50) + whole[250:]):
+        cached.write_bytes(damage)
+        said, value, counts = _run()
+        assert (value, counts) == ("83.0", (0, 1))
+        assert len(said) == 1
+        assert "compiled failed: compiling anew" in said[0]
+        assert _run() == ([], "83.0", (1, 0))
+
+
+def test_a_directory_that_others_can_write_to_is_not_used(own_compilation_cache):
+    own_compilation_cache.mkdir(parents=True)
+    own_compilation_cache.chmod(0o777)
+    said, value, counts = _run()
+    assert (value, counts) == ("83.0", (0, 0))
+    assert said == [
+        f"not keeping what is compiled: others can write to {own_compilation_cache}; chmod go-w "
+        f"{own_compilation_cache}"
+    ]
+    assert not list(own_compilation_cache.iterdir())
+
+
+def test_a_cache_that_cannot_be_made_harms_nothing(own_compilation_cache):
+    own_compilation_cache.parents[1].write_text("a file where the directory would be")
+    said, value, counts = _run()
+    assert (value, counts) == ("83.0", (0, 0))
+    assert len(said) == 1
+    assert "not keeping what is compiled" in said[0]
+
+
+def test_processes_of_one_run_keep_nothing_of_their_own(own_compilation_cache, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == before
+    assert not own_compilation_cache.exists()
+
+
+def test_the_users_own_choice_stays(own_compilation_cache, tmp_path):
+    own = tmp_path / "own"
+    _run(JAX_COMPILATION_CACHE_DIR=str(own))
+    assert own.is_dir()
+    assert not own_compilation_cache.exists()

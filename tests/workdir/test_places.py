@@ -1,0 +1,346 @@
+"""A run directory of somebody else: data, of which no part says where to read, write or import."""
+
+import hashlib
+import hmac
+import json
+import os
+import shutil
+import stat
+import sys
+
+import cv2
+import numpy as np
+import pytest
+from etils import epath
+from small_runs import save_run, small_config
+
+from music_jax.config import default_config, from_json
+from music_jax.data import sources
+from music_jax.errors import UserError
+from music_jax.evaluate import evaluate
+from music_jax.evaluation.load_run import open_run
+from music_jax.linear_eval import linear_eval
+from music_jax.report.page import write_report
+from music_jax.workdir import places, records
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of twelve images of two classes: dark and bright."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.Generator(np.random.Philox(key=1))
+    for label, name in enumerate(("dark", "bright")):
+        (folder / name).mkdir()
+        for i in range(6):
+            image = rng.integers(0, 100, (28, 28), np.uint8) + np.uint8(150 * label)
+            cv2.imwrite(str(folder / name / f"{i}.png"), image)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved(photos, tmp_path_factory):
+    """A run on that folder, and its user's state directory."""
+    directory = tmp_path_factory.mktemp("user")
+    config = small_config()
+    config.dataset.update({"name": "", "path": str(photos)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(directory / "state"))
+        save_run(directory / "run", config)
+    return directory / "run", directory / "state"
+
+
+@pytest.fixture
+def own(saved, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(saved[1]))
+    return saved[0]
+
+
+@pytest.fixture
+def foreign(saved, monkeypatch, tmp_path):
+    """The same run for another user, who has trained something, too."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another"))
+    places.sign(default_config())
+    return saved[0]
+
+
+def _listing(directory):
+    """Everything below a directory, with what a write would change."""
+    return {path: (path.lstat().st_mtime_ns, path.lstat().st_size) for path in directory.rglob("*")}
+
+
+def _both(photos):
+    return {"evaluation.train": str(photos), "evaluation.test": str(photos)}
+
+
+def test_the_signature_is_an_hmac_of_the_places_that_differ_from_the_defaults(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    (tmp_path / "music_jax").mkdir(mode=0o700)
+    (tmp_path / "music_jax" / "key").write_bytes(bytes(range(32)))
+    (tmp_path / "music_jax" / "key").chmod(0o600)
+    config = default_config()
+    config.dataset.update({"name": "digits", "data_dir": "/d"})
+    text = b'music_jax places {"dataset.data_dir": "/d", "dataset.name": "digits"}'
+    assert places.sign(config) == hmac.new(bytes(range(32)), text, hashlib.sha256).hexdigest()
+
+
+def test_a_signature_holds_for_its_places_and_its_user_alone(own, monkeypatch, tmp_path):
+    record = json.loads((own / "config.json").read_text())
+    config, signature = from_json(record["config"]), record["signature"]
+    assert places.is_signed(config, signature)
+    config.knn.k = 7  # no place
+    assert places.is_signed(config, signature)
+    for wrong in (None, "", 5, "ä", signature[:-1], ["a"]):
+        assert not places.is_signed(config, wrong)
+    for field, value in (
+        ("dataset.path", "/elsewhere"),
+        ("dataset.data_dir", "/elsewhere"),
+        ("dataset.manual_dir", "/elsewhere"),
+        ("dataset.name", "cifar10"),
+        ("evaluation.train", "/elsewhere"),
+        ("evaluation.test", "cifar10:test"),
+        ("semi_supervised.lists", ("/elsewhere", "")),
+    ):
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict({field: value})
+        assert not places.is_signed(changed, signature), field
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another"))
+    assert not places.is_signed(config, signature), "no key"
+    assert not os.listdir(tmp_path), "it is only made to sign"
+    places.sign(config)
+    assert not places.is_signed(config, signature), "another key"
+
+
+def test_the_key_is_this_users_alone(saved):
+    key = saved[1] / "music_jax" / "key"
+    assert key.stat().st_mode & 0o777 == 0o600
+    assert key.stat().st_size == 32
+    assert os.listdir(key.parent) == ["key"]
+    assert stat.S_IMODE(key.parent.stat().st_mode) == 0o700
+
+
+def test_a_key_that_others_can_read_signs_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    config = default_config()
+    config.dataset.path = "/photos"
+    signature = places.sign(config)
+    assert places.is_signed(config, signature)
+    (tmp_path / "music_jax" / "key").chmod(0o644)
+    assert not places.is_signed(config, signature)
+    assert places.sign(config) is None
+    assert "others can read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("home", ["file", "relative"])
+def test_without_a_state_directory_a_run_is_saved_unsigned(home, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    where = str(tmp_path / "file") if home == "file" else "state"
+    monkeypatch.setenv("XDG_STATE_HOME", where)
+    monkeypatch.chdir(tmp_path)
+    config = default_config()
+    assert places.sign(config) is None
+    assert capsys.readouterr().out == "", "it names no place that would be asked for"
+    config.dataset.path = "/photos"
+    assert places.sign(config) is None
+    assert capsys.readouterr().out.count("the run is not signed: ") == 1
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_an_own_run_is_opened_with_the_places_that_it_names(own, photos, tmp_path):
+    run = open_run(str(own), output=str(tmp_path / "out"))
+    assert run.images.name == str(photos)
+    assert len(run.images) == 12
+
+
+def test_places_of_a_foreign_run_are_used_once_the_user_names_them(foreign, photos, tmp_path):
+    output = str(tmp_path / "out")
+    with pytest.raises(UserError, match=rf"name these.*: --config\.dataset\.path={photos}$"):
+        open_run(str(foreign), output=output)
+    assert not os.path.exists(output)
+    run = open_run(str(foreign), output=output, overrides={"dataset.path": str(photos)})
+    assert run.images.name == str(photos)
+    run = open_run(str(foreign), output=output, overrides=_both(photos))
+    assert run.config.dataset.path == "", "not needed, and not the user's choice"
+    assert (len(run.evaluation_sources().train), len(run.images)) == (12, 12)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dataset.data_dir", "/there"),
+        ("dataset.manual_dir", "/there"),
+        ("dataset.name", "huggingface:mnist"),
+        ("dataset.name", "mnist/data_dir=there"),
+        ("evaluation.train", "mnist:train"),
+        ("evaluation.test", "/there"),
+        ("semi_supervised.lists", ("/there", "")),
+    ],
+)
+def test_every_place_of_a_foreign_run_must_be_named(field, value):
+    config = default_config()
+    config.dataset.name = "mnist"
+    config.update_from_flattened_dict({field: value})
+    places.leave_out_foreign(
+        config.copy_and_resolve_references(), {field}, "runs/a", labels=True, images=True
+    )
+    with pytest.raises(UserError, match=rf"--config\.{field}=") as error:
+        places.leave_out_foreign(config, (), "runs/a", labels=True, images=True)
+    assert str(error.value).startswith("runs/a was not trained by this user on this machine")
+
+
+def test_a_name_of_tfds_is_no_place():
+    for name in ("mnist5k", "mnist", "glue/cola", "mnist:3.0.1", "glue/cola:1.0.*"):
+        config = default_config()
+        config.dataset.name = name
+        places.leave_out_foreign(config, (), "runs/a", labels=True, images=True)
+        assert config.dataset.name == name
+
+
+def test_a_place_with_control_characters_is_not_repeated():
+    config = default_config()
+    config.dataset.path = "\x1b]0;title\x07"
+    with pytest.raises(UserError, match=r"--config\.dataset\.path=PLACE$"):
+        places.leave_out_foreign(config, (), "runs/a", labels=True, images=True)
+
+
+def test_evaluation_writes_a_dataset_only_where_the_user_names_it(foreign, tmp_path):
+    given = {"dataset.path": "", "dataset.data_dir": str(tmp_path / "tfds")}
+    record = json.loads((foreign / "config.json").read_text())
+    record["config"]["dataset"]["name"] = "digits"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"not been prepared.*--config\.dataset\.name=digits"):
+        open_run(str(tmp_path / "run"), output=str(tmp_path / "out"), overrides=given)
+    assert not (tmp_path / "tfds").exists()
+    with pytest.raises(UserError, match="no checkpoint"):  # all images have been opened
+        open_run(
+            str(tmp_path / "run"),
+            output=str(tmp_path / "out"),
+            overrides=given | {"dataset.name": "digits"},
+        )
+    assert (tmp_path / "tfds" / "digits" / "1.0.0" / "dataset_info.json").exists()
+
+
+def test_results_go_to_the_output_and_the_run_stays_as_it_is(foreign, photos, tmp_path):
+    before = _listing(foreign)
+    found = evaluate(
+        str(foreign),
+        protocols=("knn",),
+        output=str(tmp_path / "new" / "out"),
+        overrides=_both(photos) | {"knn.k": 1, "knn.more_k": ()},
+    )
+    assert _listing(foreign) == before
+    assert sorted(os.listdir(tmp_path / "new" / "out")) == ["features", "knn.json"]
+    written = json.loads((tmp_path / "new" / "out" / "knn.json").read_text())
+    assert written == found["knn"]
+    assert written["top1"] == 1.0, "each image is its own nearest neighbor"
+    assert written["data"] == {"train": str(photos), "test": str(photos)}
+
+
+def test_linear_eval_takes_an_output_too(foreign, photos, tmp_path):
+    before = _listing(foreign)
+    settings = {"num_epochs": 1, "random_crops": False, "validation_fraction": 0.5}
+    linear_eval(
+        str(foreign),
+        output=str(tmp_path / "out"),
+        overrides=_both(photos) | {f"linear_eval.{name}": x for name, x in settings.items()},
+    )
+    assert _listing(foreign) == before
+    written = ["features", "knn.json", "linear_eval.json", "linear_eval.npz"]
+    assert sorted(os.listdir(tmp_path / "out")) == written
+
+
+def test_a_report_of_a_foreign_run_leaves_its_images_out(foreign, photos, tmp_path, capsys):
+    before = _listing(foreign)
+    path, _ = write_report([str(foreign)], output=str(tmp_path / "a.html"), num_images=16)
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "no images are shown" in x]
+    assert f"--config.dataset.path={photos}" in line
+    assert b"was not trained by this user" in path.read_bytes()
+    assert _listing(foreign) == before
+    assert sorted(os.listdir(tmp_path)) == ["a.html", "another"]
+
+
+@pytest.mark.slow
+def test_a_report_shows_the_images_that_the_user_names(foreign, photos, tmp_path, capsys):
+    before = _listing(foreign)
+    write_report(
+        [str(foreign)],
+        output=str(tmp_path / "a.html"),
+        num_images=16,
+        overrides={"dataset.path": str(photos)},
+    )
+    assert "no images are shown" not in capsys.readouterr().out
+    assert _listing(foreign) == before
+
+
+def _features(name, form):
+    feature = {"pythonClassName": f"{name}.Feature"}
+    if form == "nested":
+        feature = {
+            "pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
+            "featuresDict": {"features": {"image": feature}},
+        }
+    if form == "python_class_name":
+        feature = {"python_class_name": f"{name}.Feature"}
+    if form == "legacy":
+        feature = {"type": f"{name}.Feature", "content": {}}
+    if form == "legacy in legacy":
+        feature = {
+            "type": "tensorflow_datasets.core.features.sequence_feature.Sequence",
+            "content": {"feature": {"type": f"{name}.Feature", "content": {}}, "length": None},
+        }
+    return feature
+
+
+@pytest.mark.parametrize(
+    "form", ["plain", "nested", "python_class_name", "legacy", "legacy in legacy"]
+)
+def test_no_module_is_imported_because_features_json_names_a_class(form, tmp_path, monkeypatch):
+    module = "payload_of_" + form.replace(" ", "_")
+    (tmp_path / f"{module}.py").write_text("raise SystemExit('the payload ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    where = tmp_path / "tfds" / "evil" / "1.0.0"
+    where.mkdir(parents=True)
+    (where / "features.json").write_text(json.dumps(_features(module, form)))
+    info = {"name": "evil", "version": "1.0.0", "fileFormat": "array_record"}
+    info["splits"] = [{"name": "train", "shardLengths": ["1"], "numBytes": "1"}]
+    (where / "dataset_info.json").write_text(json.dumps(info))
+    dataset = default_config().dataset
+    for name in ("evil", "evil:1.0.0"):
+        dataset.update({"name": name, "data_dir": str(tmp_path / "tfds")})
+        with pytest.raises(UserError, match=f"class '{module}.Feature', which is not one of TFDS"):
+            sources.open_source(dataset, "train")
+    assert module not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["huggingface:mnist", "kaggle:cats", "a:b/c:1.0.0"])
+def test_community_datasets_are_refused(name, tmp_path):
+    dataset = default_config().dataset
+    dataset.update({"name": name, "data_dir": str(tmp_path)})
+    for action in (sources.prepare, lambda it: sources.open_source(it, "train")):
+        with pytest.raises(UserError, match="is a community dataset"):
+            action(dataset)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_run_of_before_signatures_is_opened_once_its_user_trains_it_again(own, photos, tmp_path):
+    record = json.loads((own / "config.json").read_text())
+    del record["signature"]
+    shutil.copytree(own, tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(record))
+    output = str(tmp_path / "out")
+    with pytest.raises(UserError, match=r"name these.*: --config\.dataset\.path="):
+        open_run(str(tmp_path / "run"), output=output)
+    run = open_run(str(tmp_path / "run"), output=output, overrides={"dataset.path": str(photos)})
+    assert run.step == 3
+    records.write_config(epath.Path(tmp_path / "run"), from_json(record["config"]))  # as main does
+    assert open_run(str(tmp_path / "run"), output=output).images.name == str(photos)
+
+
+def test_a_workdir_that_cannot_be_written_says_where_else_results_can_go(own, tmp_path):
+    shutil.copytree(own, tmp_path / "run")
+    (tmp_path / "run" / "features").symlink_to(tmp_path)
+    with pytest.raises(UserError, match=r"features in the workdir is a link.*--output=DIR$"):
+        open_run(str(tmp_path / "run"))
+    assert open_run(str(tmp_path / "run"), output=str(tmp_path / "out")).step == 3
