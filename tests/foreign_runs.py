@@ -217,7 +217,7 @@ class Cases:
                 told.append(f"{type(error).__name__}: {error}"[:300])
                 traceback.print_exc()
         if "Traceback" in text[0] and not told:
-            told.append(f"printed a traceback: {text[0][-300:]}")
+            told.append(f"printed a traceback: {text[0].partition('Traceback')[2][:1500]}")
         if any(not (c.isprintable() or c in "\n\r\t ") for c in text[0]):
             told.append(f"printed control characters: {text[0]!r:.300}")
         return outcome, told

@@ -29,7 +29,6 @@ from etils import epath
 from foreign_mutations import array_bomb
 from hostile_images import hostile_image, mutated, whole_images
 from hostile_json import hostile_json, hostile_value
-from hostile_runs import foreign_run
 from ml_collections import config_flags
 
 from music_jax import cli
@@ -472,7 +471,6 @@ TARGETS: dict[str, Callable[[random.Random, pathlib.Path], None]] = {
     "tfds": tfds_files,
     "checkpoint": checkpoints,
     "archives": archives,
-    "foreign run": foreign_run,
     "arrays": arrays,
     "weights": weights,
 }
@@ -490,8 +488,7 @@ SHARES = {
     "packed": 2,
     "tfds": 0.2,
     "checkpoint": 0.3,
-    "archives": 1.5,
-    "foreign run": 0.1,
+    "archives": 1.6,
     "arrays": 3,
     "weights": 0.5,
 }

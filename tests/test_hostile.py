@@ -35,7 +35,7 @@ from music_jax.workdir import records
 from music_jax.workdir.json_files import parse_json
 
 _PACKAGE = pathlib.Path(records.__file__).parent
-_QUICK = sorted(set(TARGETS) - {"tfds", "checkpoint", "archives", "foreign run", "weights"})
+_QUICK = sorted(set(TARGETS) - {"tfds", "checkpoint", "archives", "weights"})
 
 
 @pytest.mark.parametrize("target", _QUICK)
