@@ -6,7 +6,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from music_jax import cli
-from music_jax.errors import UserError
+from music_jax.errors import UserError, require_extra
 
 _USAGE = """
 Writes one HTML file that shows a run: what was run and on what, its curves with the bounds of the
@@ -40,14 +40,9 @@ def main() -> None:
         raise UserError("--workdir=DIR is missing: the run to show; several with commas between")
     if not _FEWEST <= num_images <= _MOST:
         raise UserError(f"--images must be from {_FEWEST} to {_MOST}; got {num_images}")
-    from music_jax.exchange.extras import needs
-
-    with needs("plotly", "report"):
-        import plotly  # noqa: F401
-    with needs("jinja2", "report"):
+    with require_extra("report"):
         import jinja2  # noqa: F401
-    with needs("cv2", "data"):
-        import cv2  # noqa: F401
+        import plotly  # noqa: F401
     from music_jax.distributed import progress
     from music_jax.distributed.mesh import use_cores
     from music_jax.report.page import write_report

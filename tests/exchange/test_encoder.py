@@ -19,9 +19,9 @@ from music_jax.data.augment import normalize_images
 from music_jax.data.folder import open_folder
 from music_jax.errors import UnusableDataError, UserError
 from music_jax.exchange import folder_encoding
+from music_jax.exchange.backbone import load_backbone
 from music_jax.exchange.encoder import Encoder
 from music_jax.exchange.folder_encoding import encode_folder
-from music_jax.exchange.trained import read_trained
 from music_jax.models.network import make_network
 from music_jax.objectives import segment_codes, segment_probabilities
 
@@ -40,7 +40,7 @@ def encoder(workdir):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Seven images below `photos`, and two files that are none."""
+    """Seven images below `photos`, and two files that are not images."""
     photos = tmp_path / "photos"
     (photos / "inner").mkdir(parents=True)
     images = philox_images(7, 28, 1)
@@ -52,7 +52,7 @@ def folder(tmp_path):
     return photos, names, images[[0, 2, 4, 6, 1, 3, 5]]
 
 
-def test_features_and_codes_are_the_networks(workdir, encoder):
+def test_features_and_codes_are_those_of_the_network(workdir, encoder):
     state = workdir[1]
     config = small_config()
     images = philox_images(9, 28, 1)
@@ -69,15 +69,15 @@ def test_features_and_codes_are_the_networks(workdir, encoder):
     assert encoder.probabilities([]).shape == (0, 6, 5)
 
 
-def test_batches_and_sequences_make_no_difference(workdir, encoder):
+def test_results_do_not_depend_on_the_batch_size(workdir, encoder):
     images = philox_images(11, 28, 1)
     expected = encoder(images)
-    small = Encoder(read_trained(str(workdir[0])), batch_size=4)
+    small = Encoder(load_backbone(str(workdir[0])), batch_size=4)
     np.testing.assert_allclose(small(list(images[..., 0])), expected, rtol=1e-5, atol=1e-5)
     assert encoder([]).shape == (0, encoder.num_features)
 
 
-def test_images_of_any_size_and_files_are_cut_alike(encoder, tmp_path):
+def test_arrays_and_files_of_any_size_are_cropped_alike(encoder, tmp_path):
     large = philox_images(1, 56, 1)[0][:, :50]
     cv2.imwrite(str(tmp_path / "large.png"), large)
     from_array, from_file = encoder([large, tmp_path / "large.png"])
@@ -91,12 +91,12 @@ def test_images_of_any_size_and_files_are_cut_alike(encoder, tmp_path):
         (np.zeros((28, 28, 1), np.uint8), ValueError, "got an array of shape"),
         ([np.zeros((28, 28, 3), np.uint8)], ValueError, r"\[height, width, 1\]"),
         ([np.zeros((0, 28), np.uint8)], ValueError, "got an array of shape"),
-        ("photo.jpg", ValueError, "images are a list"),
+        ("photo.jpg", ValueError, "images must be a list"),
         (["nowhere.jpg"], UserError, "nowhere.jpg.*No such file"),
         ([__file__], UserError, "it is no JPEG"),
     ],
 )
-def test_wrong_images_are_told(images, error, message, encoder):
+def test_wrong_images_are_rejected(images, error, message, encoder):
     with pytest.raises(error, match=message):
         encoder(images)
 
@@ -106,14 +106,14 @@ def _npy(output):
     return record, np.load(output), np.load(output.with_suffix(".codes.npy"))
 
 
-def test_a_folder_becomes_npy(encoder, folder, tmp_path):
+def test_a_folder_is_encoded_to_npy(encoder, folder, tmp_path):
     photos, names, images = folder
     output = tmp_path / "out" / "f.npy"
-    said = encode_folder(encoder, open_folder(str(photos)), str(output), codes=True)
+    message = encode_folder(encoder, open_folder(str(photos)), str(output), codes=True)
     record, features, codes = _npy(output)
     assert record["files"] == names
     assert {b["file"] for b in record["broken"]} == {"3-broken.jpg", "inner/empty.png"}
-    assert "2 cannot be read" in said
+    assert "2 cannot be read" in message
     np.testing.assert_allclose(features, encoder(images), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(codes, encoder.codes(images))
     assert sorted(p.name for p in output.parent.iterdir()) == [
@@ -123,11 +123,11 @@ def test_a_folder_becomes_npy(encoder, folder, tmp_path):
     ]
     again = encode_folder(encoder, open_folder(str(photos)), str(output), codes=True)
     assert again.endswith("is done")
-    with pytest.raises(UserError, match="from other images or weights"):
+    with pytest.raises(UserError, match="computed with different images, weights or options"):
         encode_folder(encoder, open_folder(str(photos)), str(output))
 
 
-def test_a_folder_becomes_parquet(encoder, folder, tmp_path, monkeypatch):
+def test_a_folder_is_encoded_to_parquet(encoder, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(folder_encoding, "PART_SIZE", 4)
     photos, names, images = folder
     output = tmp_path / "f.parquet"
@@ -139,22 +139,22 @@ def test_a_folder_becomes_parquet(encoder, folder, tmp_path, monkeypatch):
     np.testing.assert_array_equal(table["codes"].to_pylist(), encoder.codes(images))
 
 
-def test_it_goes_on_from_the_parts_that_are_whole(encoder, folder, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_from_its_valid_parts(encoder, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(folder_encoding, "PART_SIZE", 2)
     photos, names, images = folder
     source, output = open_folder(str(photos)), tmp_path / "f.npy"
     encoded = []
 
     def until(limit):
-        def view_of(content):
+        def crop_file(content):
             encoded.append(content)
             if len(encoded) > limit:
                 raise KeyboardInterrupt
-            return Encoder.view_of(encoder, content)
+            return Encoder.crop_file(encoder, content)
 
-        return view_of
+        return crop_file
 
-    monkeypatch.setattr(encoder, "view_of", until(5))
+    monkeypatch.setattr(encoder, "crop_file", until(5))
     with pytest.raises(KeyboardInterrupt):
         encode_folder(encoder, source, str(output), codes=True)
     parts = tmp_path / "f.npy.parts"
@@ -163,7 +163,7 @@ def test_it_goes_on_from_the_parts_that_are_whole(encoder, folder, tmp_path, mon
     (parts / "00000001.npz").write_bytes((parts / "00000001.npz").read_bytes()[:100])
 
     encoded.clear()
-    monkeypatch.setattr(encoder, "view_of", until(100))
+    monkeypatch.setattr(encoder, "crop_file", until(100))
     encode_folder(encoder, source, str(output), codes=True)
     assert len(encoded) == 7  # all but the first part's two
     record, features, _ = _npy(output)
@@ -172,21 +172,21 @@ def test_it_goes_on_from_the_parts_that_are_whole(encoder, folder, tmp_path, mon
     np.testing.assert_allclose(features, encoder(images), rtol=1e-5, atol=1e-5)
 
 
-def test_parts_of_other_images_are_not_gone_on_from(encoder, folder, tmp_path, capsys):
+def test_parts_of_other_images_are_recomputed(encoder, folder, tmp_path, capsys):
     photos, names, _ = folder
     output = tmp_path / "f.npy"
     parts = tmp_path / "f.npy.parts"
     parts.mkdir()
     (parts / "letter.txt").write_text("dear")
-    with pytest.raises(UserError, match="is in the way"):
+    with pytest.raises(UserError, match="is not a resumable `encode` directory"):
         encode_folder(encoder, open_folder(str(photos)), str(output), codes=True)
     (parts / "parts.json").write_text('{"fingerprint": "another"}')
     encode_folder(encoder, open_folder(str(photos)), str(output), codes=True)
-    assert "starting anew" in capsys.readouterr().out
+    assert "by an older version of music_jax: starting from" in capsys.readouterr().out
     assert _npy(output)[0]["files"] == names
 
 
-def test_what_was_encoded_of_other_pixels_is_not_done(encoder, folder, tmp_path):
+def test_changed_pixels_are_detected(encoder, folder, tmp_path):
     photos, _, images = folder
     output = tmp_path / "f.npy"
     encode_folder(encoder, open_folder(str(photos)), str(output))
@@ -194,11 +194,11 @@ def test_what_was_encoded_of_other_pixels_is_not_done(encoder, folder, tmp_path)
     before = os.stat(photos / "0.png")
     cv2.imwrite(str(photos / "0.png"), 255 - images[0])
     assert os.stat(photos / "0.png").st_mtime_ns != before.st_mtime_ns
-    with pytest.raises(UserError, match="from other images or weights"):
+    with pytest.raises(UserError, match="computed with different images, weights or options"):
         encode_folder(encoder, open_folder(str(photos)), str(output))
 
 
-def test_names_that_are_not_utf8_are_written_printable(encoder, folder, tmp_path):
+def test_names_that_are_not_utf8_are_escaped(encoder, folder, tmp_path):
     photos, names, _ = folder
     (photos / "6.png").rename(os.fsdecode(os.fsencode(photos) + b"/caf\xe9.png"))
     (photos / "3-broken.jpg").rename(os.fsdecode(os.fsencode(photos) + b"/br\xe9.jpg"))
@@ -211,7 +211,7 @@ def test_names_that_are_not_utf8_are_written_printable(encoder, folder, tmp_path
     assert pq.read_table(tmp_path / "f.parquet")["file"].to_pylist() == names
 
 
-def test_a_folder_without_a_whole_image_is_told(encoder, tmp_path):
+def test_a_folder_without_valid_images_is_an_error(encoder, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_bytes(b"no")
     source = open_folder(str(tmp_path / "photos"))
@@ -223,7 +223,9 @@ def test_a_folder_without_a_whole_image_is_told(encoder, tmp_path):
         encode_folder(encoder, source, str(tmp_path / "f.csv"))
 
 
-def test_the_package_that_parquet_needs_is_looked_for_first(encoder, folder, tmp_path, monkeypatch):
+def test_a_missing_parquet_package_is_an_error_before_anything_is_computed(
+    encoder, folder, tmp_path, monkeypatch
+):
     for name in [name for name in sys.modules if name.partition(".")[0] == "pyarrow"]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=r"this needs pyarrow.*music_jax\[export\]"):
@@ -236,7 +238,7 @@ def _command(*arguments):
 
 
 @pytest.mark.slow
-def test_the_command_is_stopped_and_goes_on(workdir, tmp_path):
+def test_a_stopped_command_resumes(workdir, tmp_path):
     (tmp_path / "photos").mkdir()
     content = cv2.imencode(".png", philox_images(1, 28, 1)[0])[1].tobytes()
     for i in range(30_000):
@@ -269,7 +271,7 @@ def test_the_command_is_stopped_and_goes_on(workdir, tmp_path):
         ("import_weights", ["--weights=x", "--workdir=y"], "cannot read"),
     ],
 )
-def test_commands_end_with_2_and_one_line(module, arguments, message, tmp_path):
+def test_wrong_input_gives_exit_code_2_and_one_line(module, arguments, message, tmp_path):
     command = [sys.executable, "-m", f"music_jax.{module}", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
