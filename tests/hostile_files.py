@@ -417,7 +417,7 @@ def arrays(rng: random.Random, directory: pathlib.Path) -> None:
                 archive.writestr(f"{name}.npy", array_bomb(rng))
     with contextlib.suppress(ValueError):
         found = read_predictions(epath.Path(directory))
-        measures.confusion(found, ["a"])
+        measures.count_confusions(found, ["a"])
     cache = ArrayCache(epath.Path(directory) / "features")
     expected = {"labels": Expected((9,), np.int64, range(9))}
 
