@@ -14,7 +14,7 @@ from music_jax.data.augment import augment_views
 from music_jax.data.crops import Crop
 from music_jax.data.loader import TrainingOrder, training_batches
 from music_jax.errors import UserError
-from music_jax.evaluation.features import extract_split, extract_views, normalize
+from music_jax.evaluation.features import extract_split, extract_views
 from music_jax.evaluation.metrics.clustering import cluster_scores
 from music_jax.evaluation.metrics.knn import nearest_neighbors, unit_length
 from music_jax.evaluation.metrics.segments import SegmentMeasures, measure_segments
@@ -135,10 +135,9 @@ def _augmented_views(run: Run) -> np.ndarray:
         )
     )
     views = augment(batch["images"], batch["sample_index"], jax.random.key(config.seed))
-    crops = normalize(jnp.asarray(batch["images"][:, :1]), config)
-    normalized = np.concatenate([np.asarray(x, np.float32) for x in (crops, views)], axis=1)
-    pixels = normalized * np.asarray(std, np.float32) + np.asarray(mean, np.float32)
-    return np.round(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
+    pixels = np.asarray(views, np.float32) * np.float32(std) + np.float32(mean)
+    pixels = np.round(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
+    return np.concatenate([batch["images"][:, :1], pixels], axis=1)
 
 
 class Segments(NamedTuple):

@@ -42,7 +42,7 @@ class Curve(NamedTuple):
     title: str
     unit: str
     note: str
-    group: str = "training"  # of charts on the page
+    group: str  # of charts on the page
 
     @property
     def scale(self) -> int:
@@ -50,64 +50,42 @@ class Curve(NamedTuple):
         return 100 if self.unit == "%" else 1
 
 
-_CURVES = (
-    Curve("loss", "Loss", "nats", "The objective; lower is better.", "loss"),
-    Curve(
-        "diagonal",
-        "Diagonal term",
-        "nats",
-        "Lowest if every segment uses all its units equally and both views agree.",
-        "terms",
-    ),
-    Curve(
-        "cross_segment",
-        "Cross-segment term",
-        "nats",
-        "Lowest if the segments are independent of each other.",
-        "terms",
-    ),
-    Curve(
-        "invariance",
-        "Invariance term",
-        "nats",
-        "0 if both views of every image select the same units with certainty.",
-        "terms",
-    ),
-    Curve("learning_rate", "Learning rate", "", "Warm-up, then cosine decay."),
-    Curve("images_per_second", "Throughput", "images / s", "Since the previous logged step."),
-    Curve(
-        "online_top1",
-        "Online probe, top-1",
-        "%",
-        "Accuracy of a linear classifier trained alongside the backbone, on images that it has "
-        "not yet learned from.",
-    ),
-    Curve("grad_norm", "Gradient norm", "", "Norm over all parameters.", "health"),
-    Curve(
-        "usage_entropy",
-        "Usage entropy",
-        "share of log K",
-        "1 if the units of every segment are used equally; near 0 if they collapse.",
-        "health",
-    ),
-    Curve(
-        "dead_units", "Dead units", "share", "Share of units that almost no image uses.", "health"
-    ),
-    Curve(
-        "embedding_std",
-        "Spread of the embeddings",
-        "share",
-        "Spread of the embeddings' directions: 1 if they are uniform, 0 if they collapse.",
-        "health",
-    ),
-    Curve(
-        "effective_rank",
-        "Effective rank",
-        "dimensions",
-        "Number of dimensions in which the embeddings vary, estimated from random projections.",
-        "health",
-    ),
-)
+_CURVES_BY_GROUP = {
+    "loss": [("loss", "Loss", "nats", "The objective; lower is better.")],
+    "terms": [
+        ("diagonal", "Diagonal term", "nats", "Low if units are used equally and views agree."),
+        ("cross_segment", "Cross-segment term", "nats", "Low if the segments are independent."),
+        (
+            "invariance",
+            "Invariance term",
+            "nats",
+            "0 if both views certainly select the same units.",
+        ),
+    ],
+    "training": [
+        ("learning_rate", "Learning rate", "", "Warm-up, then cosine decay."),
+        ("images_per_second", "Throughput", "images / s", "Since the previous logged step."),
+        (
+            "online_top1",
+            "Online probe, top-1",
+            "%",
+            "On images that it has not been trained on yet.",
+        ),
+    ],
+    "health": [
+        ("grad_norm", "Gradient norm", "", "Over all parameters."),
+        (
+            "usage_entropy",
+            "Usage entropy",
+            "share of log K",
+            "1 for equal use, 0 for collapsed units.",
+        ),
+        ("dead_units", "Dead units", "share", "Units that almost no image uses."),
+        ("embedding_std", "Spread of the embeddings", "share", "1 for all directions, 0 for one."),
+        ("effective_rank", "Effective rank", "dimensions", "Dimensions in which embeddings vary."),
+    ],
+}
+_CURVES = [Curve(*row, group) for group, rows in _CURVES_BY_GROUP.items() for row in rows]
 _NOT_CURVES = {"step", "epoch", "gap_to_bound"}
 
 
