@@ -46,7 +46,7 @@ def browser(reports):  # after the reports: no event loop may run while checkpoi
 def opened(browser, reports):
     found = Opened(browser, reports["one"])
     yield found
-    assert found.complaints == []
+    assert found.errors == []
     found.close()
 
 
@@ -55,7 +55,7 @@ def opened(browser, reports):
 def test_the_report_opens_from_disk_without_errors_or_requests(name, how, browser, reports):
     opened = Opened(browser, reports[name], **how)
     opened.draw_all()
-    assert opened.complaints == []
+    assert opened.errors == []
     others = [url for url in opened.requests if not url.startswith(("data:", "blob:"))]
     assert others == [reports[name].as_uri()]
     widths = "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
