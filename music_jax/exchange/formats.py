@@ -231,7 +231,7 @@ def model_card(
         "\n".join(front_matter),
         f"# {_code(config.backbone.name)}, "
         + ("imported" if imported else f"pre-trained with {_code(config.objective.name)}"),
-        f"A backbone with {size / 1e6:.2f} M parameters that maps an image to "
+        f"A backbone with {size / 1e6:.2f} M parameters and statistics that maps an image to "
         f"{trained.backbone.num_features:,} features, in float32. Format: {FORMATS[form]}, in "
         f"{_code(file_name)}.",
         "## Use",

@@ -92,12 +92,12 @@ def test_choosing_a_segment_changes_the_images(opened):
     def images():
         return thumbs.evaluate_all("all => all.map(each => each.style.backgroundPosition)")
 
-    before, text = images(), page.locator("[data-segment-says]").inner_text()
+    before, text = images(), page.locator("[data-segment-text]").inner_text()
     chosen = page.locator("[data-segment]").input_value()
     page.get_by_role("button", name="Next segment").click()
     after = page.locator("[data-segment]").input_value()
     assert after != chosen
-    assert f"Segment {after}:" in page.locator("[data-segment-says]").inner_text() != text
+    assert f"Segment {after}:" in page.locator("[data-segment-text]").inner_text() != text
     assert images() != before
     page.locator("[data-segment]").select_option(chosen)
     assert images() == before
@@ -111,7 +111,7 @@ def test_choosing_two_segments_or_clicking_the_matrix_shows_their_block(opened):
     whole.locator(".plot-container").wait_for()
     page.locator("[data-joint-a]").select_option("2")
     page.locator("[data-joint-b]").select_option("2")
-    assert "Segment 2 with itself" in page.locator("[data-joint-says]").inner_text()
+    assert "Segment 2 with itself" in page.locator("[data-joint-text]").inner_text()
     box = whole.locator(".plot .hm image, .heatmaplayer image").first.bounding_box()
     place = box["x"] + box["width"] * 4.5 / 6, box["y"] + box["height"] * 1.5 / 6
     page.mouse.move(*place)

@@ -18,13 +18,13 @@ function drawSegments(run, panel) {
     Object.assign(state, { a, b });
     selects[0].value = String(a);
     selects[1].value = String(b);
-    tell();
+    describe();
     figures.forEach(redraw);
   }
-  function tell() {
+  function describe() {
     const information = found.information.at(state.a, state.b);
     $("[data-joint-title]", panel).textContent = state.a === state.b ? `Segment ${state.a} with itself` : `Segments ${state.a} and ${state.b}`;
-    $("[data-joint-says]", panel).textContent =
+    $("[data-joint-text]", panel).textContent =
       state.a === state.b
         ? `Segment ${state.a} with itself: both views select the same unit for ${percent(agreement(state.a))} of the pairs.`
         : `Segments ${state.a} and ${state.b} share ${shown(information)} of at most ${shown(Math.min(found.entropy[state.a], found.entropy[state.b]))} nats.`;
@@ -106,7 +106,7 @@ function drawSegments(run, panel) {
     };
   }, { plotly_click: ({ points: [point] }) => choose(point.y, point.x) });
   selects.forEach((select) => select.addEventListener("change", () => choose(Number(selects[0].value), Number(selects[1].value))));
-  tell();
+  describe();
 }
 
 function scaleTicks({ low, high }) {
@@ -136,7 +136,7 @@ function drawUnits(run, panel) {
     const s = state.segment;
     const dead = Array.from({ length: units }, (_, k) => found.counts.at(s, k)).filter((n) => n === 0).length;
     const nmi = found.labelNmi ? `; normalized mutual information with the labels ${shown(found.labelNmi[s])}` : "";
-    $("[data-segment-says]", panel).textContent =
+    $("[data-segment-text]", panel).textContent =
       `Segment ${s}: usage entropy ${shown(found.entropy[s])} of ${shown(Math.log(units))} nats, ` +
       `mean certainty ${percent(found.confidence[s])}, ${dead} of ${units} units without images${nmi}.`;
     $("[data-usage-title]", panel).textContent = `Usage in segment ${s}`;
