@@ -30,19 +30,12 @@ _STALE = "different images, weights or options, or by an older version of music_
 
 
 class _Part(NamedTuple):
-    """Features of some images.
+    """Features of some images."""
 
-    Attributes:
-      files: Names of the images that could be read.
-      features: float32 [files, features].
-      codes: int32 [files, segments], or [files, 0].
-      broken: Name and reason for each of the other images.
-    """
-
-    files: list[str]
-    features: np.ndarray
-    codes: np.ndarray
-    broken: list[tuple[str, str]]
+    files: list[str]  # names of the images that could be read
+    features: np.ndarray  # float32 [files, features]
+    codes: np.ndarray  # int32 [files, segments], or [files, 0]
+    broken: list[tuple[str, str]]  # name and reason for each of the other images
 
 
 def encode_folder(encoder: Encoder, source: Source, output: str, *, codes: bool = False) -> str:

@@ -56,17 +56,11 @@ _LANDMARK_AXES = {"cls_token": 3, "patch_embed.proj.weight": 4, "conv1.weight": 
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """The result of an import.
+    """The result of an import."""
 
-    Attributes:
-      config: Config of the run.
-      assumed: Description of what the features depend on and the file does not say.
-      excluded: Number of tensors outside the backbone, by module.
-    """
-
-    config: config_dict.ConfigDict
-    assumed: str
-    excluded: dict[str, int]
+    config: config_dict.ConfigDict  # of the run
+    assumed: str  # what the features depend on and the file does not say
+    excluded: dict[str, int]  # number of tensors outside the backbone, by module
 
 
 def import_backbone(

@@ -135,13 +135,14 @@ def _augmented_views(run: Run) -> np.ndarray:
         )
     )
     views = augment(batch["images"], batch["sample_index"], jax.random.key(config.seed))
-    pixels = np.asarray(views, np.float32) * np.float32(std) + np.float32(mean)
-    pixels = np.round(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
+    pixels = np.asarray(views, np.float32) * np.asarray(std, np.float32)
+    pixels = np.clip(pixels + np.asarray(mean, np.float32), 0, 1)
+    pixels = np.round(255 * pixels).astype(np.uint8)
     return np.concatenate([batch["images"][:, :1], pixels], axis=1)
 
 
 class Segments(NamedTuple):
-    """What the segments do with the images."""
+    """Measures of the segments on the images."""
 
     measures: SegmentMeasures
     codes: np.ndarray  # int [images, segments], the most probable units
@@ -305,19 +306,10 @@ def predictions_of(sample: Sample, found: Predictions | None) -> np.ndarray:
 
     If a label differs, the probe was tested on other images, and there are no predictions.
     """
-    none = np.full(len(sample.indices), -1, np.int32)
-    if found is None:
-        return none
-    known = {
-        index: (label, prediction)
-        for index, label, prediction in zip(
-            found.indices.tolist(), found.labels.tolist(), found.predictions.tolist(), strict=True
-        )
-    }
-    pairs = [
-        known.get(index, (label, -1))
-        for index, label in zip(sample.indices.tolist(), sample.labels.tolist(), strict=True)
-    ]
-    if [label for label, _ in pairs] != sample.labels.tolist():
-        return none
-    return np.asarray([prediction for _, prediction in pairs], np.int32)
+    known: dict[int, tuple[int, int]] = {}
+    if found is not None:
+        outcomes = zip(found.labels.tolist(), found.predictions.tolist(), strict=True)
+        known = dict(zip(found.indices.tolist(), outcomes, strict=True))
+    own = zip(sample.indices.tolist(), sample.labels.tolist(), strict=True)
+    labels, predictions = np.asarray([known.get(i, (y, -1)) for i, y in own], np.int32).T
+    return predictions if np.array_equal(labels, sample.labels) else np.full_like(labels, -1)

@@ -89,6 +89,17 @@ def test_the_map_keeps_neighborhoods_and_is_none_for_a_collapse():
     assert np.all(np.isfinite(measures.tsne_map(np.eye(2, dtype=np.float32)[np.arange(9) % 2])))
 
 
+def test_predictions_are_matched_by_index_and_need_the_same_labels():
+    sample = make_sample(images=3)._replace(
+        indices=np.asarray([7, 1, 4]), labels=np.asarray([2, 0, 1])
+    )
+    found = Predictions(np.asarray([1, 7, 9]), np.asarray([0, 2, 1]), np.asarray([5, 6, 8]), 2)
+    np.testing.assert_array_equal(measures.predictions_of(sample, found), [6, 5, -1])
+    other = found._replace(labels=np.asarray([1, 2, 1]))
+    np.testing.assert_array_equal(measures.predictions_of(sample, other), [-1, -1, -1])
+    np.testing.assert_array_equal(measures.predictions_of(sample, None), [-1, -1, -1])
+
+
 def test_huge_labels_take_no_memory():
     labels = np.asarray([0, 0, 3, 2**31 - 1], np.int64)
     predictions = np.asarray([0, 3, 3, 0], np.int64)
