@@ -1,4 +1,4 @@
-"""Takes the pictures of a report that the documentation shows, in a headless Chromium.
+"""Takes the screenshots of a report for the documentation, in a headless Chromium.
 
 .venv/bin/python -m docs.report_pictures runs/mnist5k/report.html docs
 """
@@ -21,11 +21,11 @@ def show(page: Page, heading: str, chart: str) -> None:
 
 
 def main(report: str, output: str) -> None:
-    """Takes them."""
+    """Takes the pictures."""
     path, directory = pathlib.Path(report).resolve(), pathlib.Path(output)
     with chromium() as browser:
         page = Opened(browser, path, height=1000).page
-        show(page, "What the units stand for", ".chart")
+        show(page, "Images of each unit", ".chart")
         page.screenshot(path=directory / "report-light.png")
 
         page = Opened(browser, path, dark=True).page

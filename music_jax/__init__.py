@@ -27,18 +27,19 @@ def load(path: str | os.PathLike[str], *, checkpoint: str | None = None) -> "Enc
         features = encoder(images)  # uint8 [images, height, width, channels], or a list of paths
 
     Args:
-      path: a run's workdir, or a safetensors file that `music_jax.export` wrote.
-      checkpoint: of a workdir: its step, or its directory; by default the latest.
+      path: Workdir of a run, or safetensors file written by `music_jax.export`.
+      checkpoint: Step or directory of a checkpoint in the workdir; the latest by default.
 
     Returns:
-      The function; see `music_jax.exchange.encoder.Encoder`.
+      A `music_jax.exchange.encoder.Encoder`.
 
     Raises:
-      UserError: there is no such run, checkpoint or file, or it is damaged.
+      UserError: The run, checkpoint or file does not exist or is damaged.
     """
-    from music_jax.exchange.encoder import load
+    from music_jax.exchange.backbone import load_backbone
+    from music_jax.exchange.encoder import Encoder
 
-    return load(path, checkpoint=checkpoint)
+    return Encoder(load_backbone(os.fspath(path), checkpoint=checkpoint))
 
 
 def __getattr__(name: str) -> Any:

@@ -36,13 +36,13 @@ def main() -> None:
     from music_jax.data import datasets
     from music_jax.distributed import progress
     from music_jax.distributed.mesh import use_cores
+    from music_jax.exchange.backbone import load_backbone
     from music_jax.exchange.encoder import Encoder
     from music_jax.exchange.folder_encoding import encode_folder
-    from music_jax.exchange.trained import read_trained
 
     use_cores(batch_size=4)  # any batch is filled up
     source = datasets.open_path(given.images)
-    trained = read_trained(given.workdir, checkpoint=given.checkpoint)
+    trained = load_backbone(given.workdir, checkpoint=given.checkpoint)
     encoder = Encoder(trained, batch_size=given.batch_size)
     progress.say(encode_folder(encoder, source, given.output, codes=given.codes))
 

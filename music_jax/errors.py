@@ -1,5 +1,8 @@
 """What can end a command early, each with the exit code that a scheduler or a script can act on."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class MusicError(Exception):
     """Base of the errors that end a command with one clear line and no traceback."""
@@ -43,3 +46,21 @@ class StoppedError(MusicError):
     """A signal stopped the run and everything is saved: the same command goes on."""
 
     exit_code = 75
+
+
+@contextlib.contextmanager
+def require_extra(extra: str) -> Iterator[None]:
+    """Names, where an import in the block fails, the extra that installs the missing package.
+
+    Args:
+      extra: Extra of music_jax in setup.cfg, such as `export`.
+
+    Raises:
+      UserError: A package is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"this needs {error.name}, which is not installed: pip install 'music_jax[{extra}]'"
+        ) from error

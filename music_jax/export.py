@@ -72,9 +72,9 @@ def export(
       UserError: there is no such run or checkpoint, the form cannot hold this backbone, or the
         output cannot be written.
     """
-    from music_jax.exchange import formats, torch_names
-    from music_jax.exchange.model_card import model_card
-    from music_jax.exchange.trained import read_trained
+    from music_jax.exchange import formats
+    from music_jax.exchange.backbone import load_backbone
+    from music_jax.exchange.weights import check_exchangeable
     from music_jax.workdir.new_file import write_new
     from music_jax.workdir.paths import escape_surrogates
 
@@ -82,13 +82,13 @@ def export(
         raise UserError(f"--format must be one of {', '.join(formats.FORMATS)}; got {form!r}")
     if num_classes < 0:
         raise UserError(f"--num_classes must be 0 or more; got {num_classes}")
-    trained = read_trained(workdir, checkpoint=checkpoint)
+    trained = load_backbone(workdir, checkpoint=checkpoint)
     if form == "torchvision":
-        torch_names.check_exchangeable(trained.config)
+        check_exchangeable(trained.config)
     path = formats.write(trained, form, output, num_classes=num_classes)
     where = epath.Path(workdir).expanduser()
     card = path.with_name(path.name + ".md")
-    text = model_card(
+    text = formats.model_card(
         trained,
         form=form,
         file_name=path.name,

@@ -35,12 +35,12 @@ def main() -> None:
     if not given.workdir:
         raise UserError("--workdir=DIR is missing: a directory for the run")
     from music_jax.distributed import progress
-    from music_jax.exchange.importing import import_weights
+    from music_jax.exchange.importing import import_backbone
 
-    imported = import_weights(given.weights, given.workdir, given.config, prefix=given.prefix)
+    imported = import_backbone(given.weights, given.workdir, given.config, prefix=given.prefix)
     progress.say(f"assumed, since the file does not tell: {imported.assumed}")
-    if imported.left_out:
-        counts = ", ".join(f"{name} ({count})" for name, count in imported.left_out.items())
+    if imported.excluded:
+        counts = ", ".join(f"{name} ({count})" for name, count in imported.excluded.items())
         progress.say(f"left out, with the number of tensors: {counts}")
     progress.say(
         f"{given.workdir} holds the {imported.config.backbone.name} of {given.weights}; "
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def _usage() -> str:
-    from music_jax.exchange.tensors import CONVERT_COMMAND
+    from music_jax.exchange.weights import CONVERT_COMMAND
 
     return _USAGE.format(convert=CONVERT_COMMAND)
 

@@ -145,9 +145,9 @@ class Cases:
         import music_jax
         from music_jax.data.datasets import open_path
         from music_jax.evaluate import evaluate
+        from music_jax.exchange.backbone import load_backbone
         from music_jax.exchange.encoder import Encoder
         from music_jax.exchange.folder_encoding import encode_folder
-        from music_jax.exchange.trained import read_trained
         from music_jax.export import export
         from music_jax.report.page import write_report
 
@@ -157,7 +157,7 @@ class Cases:
         data = {"dataset.data_dir": str(base / "tfds")}
 
         def encode() -> None:
-            encoder = Encoder(read_trained(run))
+            encoder = Encoder(load_backbone(run))
             encode_folder(encoder, open_path(str(base / "images")), str(output / "features.npy"))
 
         # Half of the runs are given the place of the images, the others have to do without.

@@ -49,7 +49,7 @@ from music_jax.errors import UndecodableError, UserError
 from music_jax.evaluation import runner
 from music_jax.evaluation.cache import ArrayCache, Expected
 from music_jax.evaluation.predictions import read_predictions
-from music_jax.exchange.importing import import_weights
+from music_jax.exchange.importing import import_backbone
 from music_jax.report import measures
 from music_jax.train.guards import init_guard_state
 from music_jax.train.state import TrainState
@@ -416,7 +416,7 @@ def arrays(rng: random.Random, directory: pathlib.Path) -> None:
                 archive.writestr(f"{name}.npy", array_bomb(rng))
     with contextlib.suppress(ValueError):
         found = read_predictions(epath.Path(directory))
-        measures.confusion(found, ["a"])
+        measures.count_confusions(found, ["a"])
     cache = ArrayCache(epath.Path(directory) / "features")
     expected = {"labels": Expected((9,), np.int64, range(9))}
 
@@ -454,7 +454,7 @@ def weights(rng: random.Random, directory: pathlib.Path) -> None:
         file.write_bytes(mutated(rng, whole) if rng.random() < 0.3 else whole)
     config = default_config()
     config.dataset.name = "digits"
-    import_weights(str(file), str(directory / "run"), config)
+    import_backbone(str(file), str(directory / "run"), config)
 
 
 TARGETS: dict[str, Callable[[random.Random, pathlib.Path], None]] = {

@@ -1,1 +1,1 @@
-"""Backbones out of here, for use elsewhere, and in, for evaluation side by side."""
+"""Export and import of trained backbones, and features of images from them."""

@@ -1,85 +1,75 @@
-"""Features of all images of a folder, part by part, so that what was computed is kept."""
+"""Computes features of all images of a folder in parts, so that a stopped run can be resumed."""
 
-import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import pathlib
 import shutil
 from collections.abc import Iterable, Iterator
-from typing import IO, Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from music_jax.data.sources import Source
 from music_jax.distributed import progress
-from music_jax.errors import UndecodableError, UnusableDataError, UserError
-from music_jax.exchange.encoder import Encoder, ahead
-from music_jax.exchange.extras import needs
+from music_jax.distributed.cores import usable_cores
+from music_jax.errors import UndecodableError, UnusableDataError, UserError, require_extra
+from music_jax.exchange.encoder import Encoder
 from music_jax.workdir.json_files import parse_json, read_json
 from music_jax.workdir.new_file import new_file, write_new
 from music_jax.workdir.npz_files import read_npz
 
 _logger = logging.getLogger(__name__)
 
-ENDINGS = (".npy", ".parquet")
 PART_SIZE = 1024  # images
-
-# A view, or why there is none.
-_View = np.ndarray | str
-_MAX_LISTING_BYTES = 1 << 30  # of the names of all images
+_MAX_LISTING_BYTES = 1 << 30  # for the names of all images
+_STALE = "different images, weights or options, or by an older version of music_jax"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """What came out of some of the images.
+class _Part(NamedTuple):
+    """Features of some images."""
 
-    Attributes:
-      files: names of those that could be read.
-      features: float32 [files, features].
-      codes: int32 [files, segments], or [files, 0].
-      broken: name and reason of each of the others.
-    """
-
-    files: list[str]
-    features: np.ndarray
-    codes: np.ndarray
-    broken: list[tuple[str, str]]
+    files: list[str]  # names of the images that could be read
+    features: np.ndarray  # float32 [files, features]
+    codes: np.ndarray  # int32 [files, segments], or [files, 0]
+    broken: list[tuple[str, str]]  # name and reason for each of the other images
 
 
 def encode_folder(encoder: Encoder, source: Source, output: str, *, codes: bool = False) -> str:
-    """Writes the features of every image of a source, and what could not be read.
+    """Writes the features of every image of a source.
 
-    `FILE.npy` holds features, `FILE.codes.npy` codes; or `FILE.parquet` has the columns `file`,
-    `features` and `codes`. `OUTPUT.json` beside it lists the images that could not be read and, for
-    npy, the file of each row. The parts computed so far are in `OUTPUT.parts` until all are there;
-    the same call goes on from them.
+    `FILE.npy` holds the features and `FILE.codes.npy` the codes; `FILE.parquet` has the columns
+    `file`, `features` and `codes`. `OUTPUT.json` lists the images that could not be read and, for
+    npy, the file of each row. Finished parts are kept in `OUTPUT.parts` until all are done; a
+    repeated call resumes from them.
 
     Args:
-      encoder: computes them.
-      source: the images.
-      output: the file, `.npy` or `.parquet`.
-      codes: whether to write codes, too.
+      encoder: Encoder.
+      source: Images.
+      output: File to write, `.npy` or `.parquet`.
+      codes: Whether to write codes as well.
 
     Returns:
-      What to say at the end.
+      A message about the result.
 
     Raises:
-      UserError: the output is of another kind, is there from other weights or images, cannot be
-        written, there are no codes, or Parquet's package is not installed.
-      UnusableDataError: none of the images can be read.
+      UserError: The output has another ending, exists with different images or weights, or cannot
+        be written; there are no codes; or the package for Parquet is not installed.
+      UnusableDataError: None of the images can be read.
     """
     path = pathlib.Path(output).expanduser()
-    if path.suffix not in ENDINGS:
-        raise UserError(f"--output={output} must end with {' or '.join(ENDINGS)}")
+    if path.suffix not in (".npy", ".parquet"):
+        raise UserError(f"--output={output} must end with .npy or .parquet")
     if path.suffix == ".parquet":
-        with needs("pyarrow", "export"):
-            import pyarrow.parquet  # noqa: F401  (before hours of computing, not after)
+        with require_extra("export"):
+            import pyarrow.parquet  # noqa: F401  (fail now, not after hours)
     if codes and not encoder.has_codes:
         raise UserError(
-            "--codes needs the projection head of a run with the objective music; an exported "
-            "backbone and other objectives have none"
+            "--codes needs the projection head of a run with the objective music; exported "
+            "backbones and other objectives have none"
         )
     record: dict[str, Any] = {
         "backbone": encoder.trained.config.backbone.name,
@@ -90,73 +80,32 @@ def encode_folder(encoder: Encoder, source: Source, output: str, *, codes: bool 
     }
     listing = path.with_name(path.name + ".json")
     if path.exists():
-        if _read_json(listing).get("fingerprint") == record["fingerprint"]:
+        if _read_record(listing).get("fingerprint") == record["fingerprint"]:
             return f"{output} is done"
         raise UserError(
-            f"--output={output} is there already, from other images or weights; name another"
+            f"--output={output} exists and was computed with {_STALE}; choose another path or "
+            "remove it"
         )
     try:
         directory = _open_parts(path, record)
         parts = _compute_parts(encoder, source, directory, codes)
-        names = [(part.files, part.broken) for part in map(_read_whole, parts)]
-        record["broken"] = [
-            {"file": name, "reason": reason} for part in names for name, reason in part[1]
-        ]
-        files = [name for part in names for name in part[0]]
-        _check_any(files, record["broken"])
-        _write(path, listing, parts, files, record)
+        files: list[str] = []
+        broken: list[dict[str, str]] = []
+        for part in map(_read_part, parts):
+            files += part.files
+            broken += [{"file": name, "reason": reason} for name, reason in part.broken]
+        if not files:
+            raise UnusableDataError(
+                f"none of the {len(broken):,} images can be read, such as {broken[0]['file']}: "
+                f"{broken[0]['reason']}"
+            )
+        record["broken"] = broken
+        _write_output(path, listing, parts, files, record)
         shutil.rmtree(directory)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error}") from error
-    broken = len(record["broken"])
-    done = f"{output} holds {encoder.num_features} features of {len(files):,} images"
-    return done + (f"; {broken:,} cannot be read and are listed in {listing}" if broken else "")
-
-
-def _compute_parts(
-    encoder: Encoder, source: Source, directory: pathlib.Path, codes: bool
-) -> list[pathlib.Path]:
-    """Computes the parts that are not there yet; gives the files of all, in order."""
-    files = []
-    with progress.bar(len(source), unit="img", description="encoding") as bar:
-        for start in range(0, len(source), PART_SIZE):
-            indices = range(start, min(start + PART_SIZE, len(source)))
-            file = directory / f"{start // PART_SIZE:08d}.npz"
-            if _read_part(file) is None:
-                _write_part(file, _encode(encoder, source, indices, codes, bar))
-            else:
-                bar.initial += len(indices)  # they count in no rate
-                bar.update(len(indices))
-            files.append(file)
-    return files
-
-
-def _encode(encoder: Encoder, source: Source, indices: range, codes: bool, bar: Any) -> _Part:
-    def view(index: int) -> _View:
-        try:
-            return encoder.view_of(source.example(index)[0])
-        except UndecodableError as error:
-            return str(error)
-
-    files: list[str] = []
-    broken: list[tuple[str, str]] = []
-    outputs = []
-    views = zip(indices, ahead(view, indices), strict=True)
-    while batch := [pair for _, pair in zip(range(encoder.batch_size), views, strict=False)]:
-        whole = [(index, found) for index, found in batch if not isinstance(found, str)]
-        broken += [
-            (source.record_name(index), found) for index, found in batch if isinstance(found, str)
-        ]
-        if whole:
-            files += [source.record_name(index) for index, _ in whole]
-            outputs.append(
-                encoder.encode_views(np.stack([x for _, x in whole]), "codes" if codes else None)
-            )
-        bar.update(len(batch))
-    width = encoder.trained.config.objective.num_segments if codes else 0
-    features = [np.zeros((0, encoder.num_features), np.float32), *(x for x, _ in outputs)]
-    found_codes = [np.zeros((0, width), np.int32), *(x for _, x in outputs)]
-    return _Part(files, np.concatenate(features), np.concatenate(found_codes), broken)
+    message = f"{output} holds {encoder.num_features} features of {len(files):,} images"
+    return message + (f"; {len(broken):,} cannot be read, see {listing}" if broken else "")
 
 
 def _fingerprint(encoder: Encoder, source: Source, codes: bool) -> str:
@@ -169,22 +118,22 @@ def _fingerprint(encoder: Encoder, source: Source, codes: bool) -> str:
 
 
 def _open_parts(path: pathlib.Path, record: dict[str, Any]) -> pathlib.Path:
-    """The directory of the parts, without those of other images or weights."""
+    """Returns the directory of the parts, emptied if they do not match the record."""
     directory = path.with_name(path.name + ".parts")
-    known = directory / "parts.json"
+    record_file = directory / "parts.json"
     if directory.is_symlink():
         raise UserError(f"{directory} is a link; remove it")
-    if directory.exists() and _read_json(known) != record:
-        if not known.exists() and any(directory.iterdir()):
-            raise UserError(f"{directory} is in the way: it holds no parts of features")
-        _logger.info(f"{directory} is of other images or weights: starting anew")
+    if directory.exists() and _read_record(record_file) != record:
+        if not record_file.exists() and any(directory.iterdir()):
+            raise UserError(f"{directory} exists but is not a resumable `encode` directory")
+        _logger.warning(f"{directory} was computed with {_STALE}: starting from the first image")
         shutil.rmtree(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    write_new(known, json.dumps(record).encode())
+    write_new(record_file, json.dumps(record).encode())
     return directory
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def _read_record(path: pathlib.Path) -> dict[str, Any]:
     try:
         record = read_json(epath.Path(path), max_bytes=_MAX_LISTING_BYTES)
     except (OSError, ValueError):
@@ -192,28 +141,49 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _read_part(file: pathlib.Path) -> _Part | None:
-    """A part, or None if it is not there or damaged."""
-    try:
-        arrays = read_npz(file)
-        names = parse_json(arrays["names"].tobytes().decode())
-        part = _Part(names["files"], arrays["features"], arrays["codes"], names["broken"])
-        rows = [(name, "") for name in part.files] + [(name, why) for name, why in part.broken]
-        if not all(isinstance(text, str) for row in rows for text in row):
-            raise ValueError("its names are no texts")
-        for array, dtype in ((part.features, np.float32), (part.codes, np.int32)):
-            if array.dtype != dtype or array.ndim != 2 or len(array) != len(part.files):
-                raise ValueError("its arrays are of other shapes or types")
-        return part
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _compute_parts(
+    encoder: Encoder, source: Source, directory: pathlib.Path, codes: bool
+) -> list[pathlib.Path]:
+    """Computes the missing and damaged parts and returns the files of all, in order."""
+    files = []
+    with progress.bar(len(source), unit="img", description="encoding") as bar:
+        for start in range(0, len(source), PART_SIZE):
+            indices = range(start, min(start + PART_SIZE, len(source)))
+            file = directory / f"{start // PART_SIZE:08d}.npz"
+            try:
+                _read_part(file)
+                bar.initial += len(indices)  # excluded from the rate
+                bar.update(len(indices))
+            except (OSError, ValueError):
+                _write_part(file, _compute_part(encoder, source, indices, codes, bar))
+            files.append(file)
+    return files
 
 
-def _read_whole(file: pathlib.Path) -> _Part:
-    part = _read_part(file)
-    if part is None:
-        raise OSError(f"{file} is damaged")
-    return part
+def _compute_part(encoder: Encoder, source: Source, indices: range, codes: bool, bar: Any) -> _Part:
+    def crop(index: int) -> tuple[str, np.ndarray | str]:
+        try:
+            return source.record_name(index), encoder.crop_file(source.example(index)[0])
+        except UndecodableError as error:
+            return source.record_name(index), str(error)
+
+    width = encoder.trained.config.objective.num_segments if codes else 0
+    part = _Part(
+        [], np.zeros((0, encoder.num_features), np.float32), np.zeros((0, width), np.int32), []
+    )
+    features, all_codes = [part.features], [part.codes]
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        results = pool.map(crop, indices)
+        while batch := list(itertools.islice(results, encoder.batch_size)):
+            crops = [x for _, x in batch if not isinstance(x, str)]
+            part.files.extend(name for name, x in batch if not isinstance(x, str))
+            part.broken.extend((name, x) for name, x in batch if isinstance(x, str))
+            if crops:
+                outputs = encoder.encode_crops(np.stack(crops), "codes" if codes else None)
+                features.append(outputs[0])
+                all_codes.append(outputs[1])
+            bar.update(len(batch))
+    return part._replace(features=np.concatenate(features), codes=np.concatenate(all_codes))
 
 
 def _write_part(file: pathlib.Path, part: _Part) -> None:
@@ -227,32 +197,42 @@ def _write_part(file: pathlib.Path, part: _Part) -> None:
         )
 
 
-def _check_any(files: list[str], broken: list[dict[str, str]]) -> None:
-    if not files:
-        raise UnusableDataError(
-            f"none of the {len(broken):,} images can be read, such as {broken[0]['file']}: "
-            f"{broken[0]['reason']}"
-        )
+def _read_part(file: pathlib.Path) -> _Part:
+    """Reads a part.
+
+    Raises:
+      OSError: It is missing.
+      ValueError: It is damaged.
+    """
+    arrays = read_npz(file)
+    try:
+        names = parse_json(arrays["names"].tobytes().decode())
+        part = _Part(names["files"], arrays["features"], arrays["codes"], names["broken"])
+        if not len(part.files) == len(part.features) == len(part.codes):
+            raise ValueError("its arrays have different lengths")
+        return part
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"it lacks {error}") from error
 
 
-def _write(
+def _write_output(
     path: pathlib.Path,
     listing: pathlib.Path,
     parts: list[pathlib.Path],
     files: list[str],
     record: dict[str, Any],
 ) -> None:
-    """Writes the files, one part in memory at a time; the one that was asked for comes last."""
+    """Writes the output, with one part in memory at a time; the requested file appears last."""
     if path.suffix == ".npy":
         record = record | {"files": files}
         if record["codes"]:
             with new_file(path.with_suffix(".codes.npy")) as file:
-                _write_npy(file, len(files), (_read_whole(part).codes for part in parts))
+                _write_npy(file, len(files), (_read_part(part).codes for part in parts))
     with new_file(path) as file:
         if path.suffix == ".npy":
-            _write_npy(file, len(files), (_read_whole(part).features for part in parts))
+            _write_npy(file, len(files), (_read_part(part).features for part in parts))
         else:
-            _write_parquet(file, map(_read_whole, parts), bool(record["codes"]))
+            _write_parquet(file, map(_read_part, parts), bool(record["codes"]))
         write_new(listing, (json.dumps(record, indent=1) + "\n").encode())
 
 

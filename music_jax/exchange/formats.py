@@ -1,46 +1,152 @@
-"""The forms in which a backbone leaves: what is in each, and how it is loaded."""
+"""Writes a trained backbone in the formats of other programs, with a model card beside it."""
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.export
 import numpy as np
+import orbax.checkpoint as ocp
 from etils import epath
 
-from music_jax.errors import UserError
-from music_jax.exchange import torch_names
+from music_jax.config import view_augmentations
+from music_jax.data.augment import ViewAugmentation
+from music_jax.errors import UserError, require_extra
+from music_jax.exchange.backbone import METADATA_KEY, TrainedBackbone
 from music_jax.exchange.encoder import encode_crops
 from music_jax.exchange.onnx_graph import onnx_model
-from music_jax.exchange.tensors import Tensors, safetensors_bytes
-from music_jax.exchange.trained import METADATA_KEY, TrainedBackbone
+from music_jax.exchange.weights import TIMM_NAMES, TORCHVISION_NAMES, to_torch
+from music_jax.version import __version__
 from music_jax.workdir.epath_corrections import check_checkpoint_path
-from music_jax.workdir.new_file import new_path
+from music_jax.workdir.json_files import read_json
+from music_jax.workdir.new_file import write_new
 
+IMPORTED_FILE = "imported.json"  # in the workdir of imported weights
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
-@dataclasses.dataclass(frozen=True)
-class Format:
-    """One way of writing a backbone.
+# Titles of the formats in the model card.
+FORMATS = {
+    "safetensors": "safetensors with the names of music_jax",
+    "torchvision": "safetensors with the names of torchvision and timm",
+    "onnx": "ONNX, opset 17",
+    "stablehlo": "StableHLO, serialized by jax.export",
+    "orbax": "Orbax checkpoint",
+}
 
-    Attributes:
-      title: what the model card calls it.
-      ending: of the file's name; "" for a directory.
-      write: writes a backbone to a path that is not there yet; `num_classes` is for a classifier.
-      usage: the backbone and the file's name to the lines of Markdown that tell how to load it.
+# How the model card shows to load each format, but for torchvision.
+_USAGE = {
+    "safetensors": """\
+    import music_jax
+
+    encoder = music_jax.load("{name}")
+    features = encoder(["photo.jpg"])  # or uint8 [images, height, width, channels]""",
+    "onnx": """\
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession("{name}")
+    # float32 [batch, {channels}, {size}, {size}], normalized; the preprocessing is in
+    # session.get_modelmeta().custom_metadata_map
+    (features,) = session.run(["features"], {{"images": images}})""",
+    "stablehlo": """\
+    import jax.export
+
+    with open("{name}", "rb") as file:
+        program = jax.export.deserialize(bytearray(file.read()))
+    features = program.call(images)  # uint8 [batch, {size}, {size}, {channels}]; normalizes them
+
+The program needs only jax and runs on {platforms}.""",
+    "orbax": """\
+    import orbax.checkpoint
+
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore("/path/to/{name}")  # an absolute path
+
+The checkpoint holds `params` and `batch_stats` as nested dictionaries, named as in `music_jax`.""",
+}
+
+
+def write(
+    trained: TrainedBackbone, form: str, output: str, *, num_classes: int = 1000
+) -> epath.Path:
+    """Writes a backbone; a reader finds either the old file or the complete new one.
+
+    Args:
+      trained: Backbone.
+      form: Key of `FORMATS`.
+      output: File, or for `orbax` a directory that does not exist yet.
+      num_classes: Number of classes of the classifier, which is zero, with `torchvision`; 0 for
+        none.
+
+    Returns:
+      Path of the output.
+
+    Raises:
+      UserError: The format does not support the backbone, or the output cannot be written.
     """
+    path = epath.Path(output).expanduser()
+    if "://" not in output:
+        path = epath.Path(path.parent.resolve()) / path.name
+    if path.is_dir() or (form == "orbax" and path.exists()):
+        raise UserError(f"--output={output} already exists; choose another path")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if form == "orbax":
+            _write_orbax(trained, path)
+        else:
+            write_new(path, _file_content(trained, form, num_classes))
+    except OSError as error:
+        raise UserError(f"cannot write --output={output}: {error}") from error
+    return path
 
-    title: str
-    ending: str
-    write: Callable[[TrainedBackbone, epath.Path, int], None]
-    usage: Callable[[TrainedBackbone, str, int], str]
+
+def _write_orbax(trained: TrainedBackbone, path: epath.Path) -> None:
+    check_checkpoint_path(path)
+
+    def with_text_keys(tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        return {str(key): with_text_keys(value) for key, value in tree.items()}
+
+    params, batch_stats = map(with_text_keys, trained.backbone_arrays())
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, {"params": params, "batch_stats": batch_stats})
 
 
-def preprocessing(trained: TrainedBackbone) -> dict[str, Any]:
-    """How an image becomes the backbone's input, in JSON's types."""
+def _file_content(trained: TrainedBackbone, form: str, num_classes: int) -> bytes:
+    if form == "stablehlo":
+        return bytes(_exported_program(trained).serialize())
+    layout = "music_jax" if form == "safetensors" else form
+    metadata = {
+        METADATA_KEY: json.dumps({**trained.description(), "layout": layout}),
+        "preprocessing": json.dumps(_preprocessing(trained)),
+    }
+    if form == "onnx":
+        return onnx_model(trained, metadata).SerializeToString()
+    tensors = trained.tensors
+    if form == "torchvision":
+        tensors = to_torch(trained.config, tensors, num_classes=num_classes, step=trained.step)
+        metadata["format"] = "pt"
+    with require_extra("export"):
+        from safetensors.numpy import save
+    return save({name: np.ascontiguousarray(x) for name, x in tensors.items()}, metadata)
+
+
+def _exported_program(trained: TrainedBackbone) -> jax.export.Exported:
+    """Exports normalization and backbone, with its weights, for batches of any size."""
+    backbone = dataclasses.replace(trained, network=None)
+    arrays = backbone.backbone_arrays()
+    (batch,) = jax.export.symbolic_shape("batch")
+    size, channels = trained.config.crop.size, trained.config.dataset.num_channels
+    images = jax.ShapeDtypeStruct((batch, size, size, channels), np.uint8)
+    program = jax.jit(lambda images: encode_crops(backbone, arrays, images)[0])
+    return jax.export.export(program, platforms=_PLATFORMS)(images)
+
+
+def _preprocessing(trained: TrainedBackbone) -> dict[str, Any]:
+    """Returns how an image becomes the backbone's input, as JSON."""
     config = trained.config
     return {
         "resize_shorter_side": config.crop.eval_resize,
@@ -53,187 +159,190 @@ def preprocessing(trained: TrainedBackbone) -> dict[str, Any]:
     }
 
 
-def _metadata(trained: TrainedBackbone, layout: str) -> dict[str, str]:
-    """What goes into a file beside the weights: text by name."""
-    return {
-        METADATA_KEY: json.dumps({**trained.description(), "layout": layout}),
-        "preprocessing": json.dumps(preprocessing(trained)),
-    }
-
-
-def _write_safetensors(trained: TrainedBackbone, path: epath.Path, num_classes: int) -> None:
-    del num_classes
-    path.write_bytes(safetensors_bytes(trained.tensors, _metadata(trained, "music_jax")))
-
-
-def _write_torchvision(trained: TrainedBackbone, path: epath.Path, num_classes: int) -> None:
-    tensors: Tensors = torch_names.to_torch(
-        trained.config, trained.tensors, num_classes=num_classes, step=trained.step
+def usage(trained: TrainedBackbone, form: str, name: str, num_classes: int) -> str:
+    """Returns the lines of Markdown that show how to load an exported file."""
+    if form == "torchvision":
+        return _torchvision_usage(trained, name, num_classes)
+    return _USAGE[form].format(
+        name=name,
+        size=trained.config.crop.size,
+        channels=trained.config.dataset.num_channels,
+        platforms=", ".join(_PLATFORMS),
     )
-    metadata = {"format": "pt", **_metadata(trained, "torchvision")}
-    path.write_bytes(safetensors_bytes(tensors, metadata))
-
-
-def _write_onnx(trained: TrainedBackbone, path: epath.Path, num_classes: int) -> None:
-    del num_classes
-    model = onnx_model(trained, _metadata(trained, "onnx"))
-    path.write_bytes(model.SerializeToString())
-
-
-def _write_stablehlo(trained: TrainedBackbone, path: epath.Path, num_classes: int) -> None:
-    del num_classes
-    path.write_bytes(bytes(exported_program(trained).serialize()))
-
-
-def exported_program(trained: TrainedBackbone) -> jax.export.Exported:
-    """The backbone with its weights and the normalization, for a batch of any size.
-
-    From uint8 [batch, size, size, channels] to float32 [batch, features].
-    """
-    backbone = dataclasses.replace(trained, network=None)
-    arrays = jax.tree.map(np.asarray, backbone.backbone_arrays())
-    (batch,) = jax.export.symbolic_shape("batch")
-    size, channels = trained.config.crop.size, trained.config.dataset.num_channels
-    images = jax.ShapeDtypeStruct((batch, size, size, channels), np.uint8)
-    program = jax.jit(lambda images: encode_crops(backbone, arrays, images)[0])
-    return jax.export.export(program, platforms=_PLATFORMS)(images)
-
-
-def _write_orbax(trained: TrainedBackbone, path: epath.Path, num_classes: int) -> None:
-    import orbax.checkpoint as ocp
-
-    del num_classes
-    check_checkpoint_path(path)
-    params, batch_stats = trained.backbone_arrays()
-    tree = {"params": _text_keys(params), "batch_stats": _text_keys(batch_stats)}
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, tree)
-
-
-def _text_keys(tree: Any) -> Any:
-    if not isinstance(tree, dict):
-        return tree
-    return {str(key): _text_keys(value) for key, value in tree.items()}
-
-
-def _safetensors_usage(trained: TrainedBackbone, name: str, num_classes: int) -> str:
-    del trained, num_classes
-    return f"""\
-    import music_jax
-
-    encoder = music_jax.load("{name}")
-    features = encoder(["photo.jpg"])  # or uint8 [images, height, width, channels]"""
 
 
 def _torchvision_usage(trained: TrainedBackbone, name: str, num_classes: int) -> str:
-    backbone = trained.config.backbone.name
-    is_resnet = backbone in torch_names.TORCHVISION_NAMES
-    theirs = torch_names.TIMM_NAMES[backbone]
+    backbone = trained.config.backbone
+    is_resnet = backbone.name in TORCHVISION_NAMES
+    theirs = TIMM_NAMES[backbone.name]
     head = "fc" if is_resnet else "head"
-    size = "" if is_resnet else f", img_size={trained.config.crop.size}"
-    if trained.config.backbone.num_heads is not None:
-        size += f", num_heads={trained.config.backbone.num_heads}"
-    lines = ["    import safetensors.torch, timm, torch, torchvision", ""]
-    lines += [f'    tensors = safetensors.torch.load_file("{name}")']
+    options = f"num_classes={num_classes}"
+    lines = ["import safetensors.torch, timm, torch, torchvision", ""]
+    lines += [f'tensors = safetensors.torch.load_file("{name}")']
     if is_resnet:
-        made = f"torchvision.models.{theirs}(num_classes={num_classes})"
-        lines += [
-            f"    model = {made}" if num_classes else f"    model = torchvision.models.{theirs}()"
-        ]
-        lines += ["    model.fc = torch.nn.Identity()"] if not num_classes else []
-        lines += ["    # or, with the same tensors:"]
-    lines += [f'    model = timm.create_model("{theirs}", num_classes={num_classes}{size})']
-    lines += ["    model.load_state_dict(tensors, strict=True)"]
+        lines += [f"model = torchvision.models.{theirs}({options if num_classes else ''})"]
+        lines += ["model.fc = torch.nn.Identity()"] if not num_classes else []
+        lines += ["# or, with the same tensors:"]
+    else:
+        options += f", img_size={trained.config.crop.size}"
+    if backbone.num_heads is not None:
+        options += f", num_heads={backbone.num_heads}"
+    lines += [f'model = timm.create_model("{theirs}", {options})']
+    lines += ["model.load_state_dict(tensors, strict=True)"]
     if num_classes:
-        lines += [f"    model.{head} = torch.nn.Identity()  # the classifier is zero: untrained"]
-    lines += ["    features = model.eval()(images)  # float32 [batch, channels, height, width]"]
-    return "\n".join(lines)
+        lines += [f"model.{head} = torch.nn.Identity()  # the classifier is zero: untrained"]
+    lines += ["features = model.eval()(images)  # float32 [batch, channels, height, width]"]
+    return "\n".join(f"    {line}".rstrip() for line in lines)
 
 
-def _onnx_usage(trained: TrainedBackbone, name: str, num_classes: int) -> str:
-    del num_classes
-    size, channels = trained.config.crop.size, trained.config.dataset.num_channels
-    return f"""\
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession("{name}")
-    # float32 [batch, {channels}, {size}, {size}], normalized; the preprocessing is in
-    # session.get_modelmeta().custom_metadata_map
-    (features,) = session.run(["features"], {{"images": images}})"""
-
-
-def _stablehlo_usage(trained: TrainedBackbone, name: str, num_classes: int) -> str:
-    del num_classes
-    size, channels = trained.config.crop.size, trained.config.dataset.num_channels
-    return f"""\
-    import jax.export
-
-    with open("{name}", "rb") as file:
-        program = jax.export.deserialize(bytearray(file.read()))
-    features = program.call(images)  # uint8 [batch, {size}, {size}, {channels}]; normalizes them
-
-It needs jax alone, and runs on {", ".join(_PLATFORMS)}."""
-
-
-def _orbax_usage(trained: TrainedBackbone, name: str, num_classes: int) -> str:
-    del trained, num_classes
-    return f"""\
-    import orbax.checkpoint
-
-    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.restore("/path/to/{name}")  # an absolute path
-
-It holds `params` and `batch_stats` as nested dictionaries, named as in `music_jax`."""
-
-
-FORMATS: dict[str, Format] = {
-    "safetensors": Format(
-        "safetensors, by music_jax's names", ".safetensors", _write_safetensors, _safetensors_usage
-    ),
-    "torchvision": Format(
-        "safetensors, by the names of torchvision and timm",
-        ".safetensors",
-        _write_torchvision,
-        _torchvision_usage,
-    ),
-    "onnx": Format("ONNX, opset 17", ".onnx", _write_onnx, _onnx_usage),
-    "stablehlo": Format(
-        "StableHLO, as jax.export serializes it", ".stablehlo", _write_stablehlo, _stablehlo_usage
-    ),
-    "orbax": Format("an Orbax checkpoint", "", _write_orbax, _orbax_usage),
-}
-
-
-def write(
-    trained: TrainedBackbone, form: str, output: str, *, num_classes: int = 1000
-) -> epath.Path:
-    """Writes a backbone, so that a reader finds either the old file or the new one, whole.
+def model_card(
+    trained: TrainedBackbone,
+    *,
+    form: str,
+    file_name: str,
+    num_classes: int,
+    workdir: epath.Path | None,
+    license_name: str | None,
+) -> str:
+    """Returns the model card of an exported backbone, in Markdown.
 
     Args:
-      trained: the backbone.
-      form: one of `FORMATS`.
-      output: the file, or for `orbax` the directory, which may not be there yet.
-      num_classes: of the classifier, which is zero, in the form `torchvision`; 0 for none.
-
-    Returns:
-      Where it is.
-
-    Raises:
-      UserError: the form cannot hold this backbone, or the output cannot be written.
+      trained: Backbone.
+      form: Key of `FORMATS`.
+      file_name: Name of the exported file.
+      num_classes: Number of classes of the classifier in the file, if it has one.
+      workdir: Workdir of the run, for its results; None if the backbone comes from a file.
+      license_name: License of the weights, if the user named one.
     """
-    path = epath.Path(output).expanduser()
-    if "://" not in output:
-        path = epath.Path(path.parent.resolve()) / path.name
-    directory = not FORMATS[form].ending
-    if path.is_dir() or (directory and path.exists()):
-        raise UserError(f"--output={output} is there already; name one that is not")
+    config = trained.config
+    imported = _read_json(workdir, IMPORTED_FILE)
+    size = sum(x.size for x in trained.tensors.values())
+    steps, side = _preprocessing(trained), config.crop.size
+    license_line = [f"license: {json.dumps(license_name)}"] if license_name else []
+    front_matter = [
+        "---",
+        "library_name: music_jax",
+        "pipeline_tag: image-feature-extraction",
+        *license_line,
+        "tags: [self-supervised-learning, image-feature-extraction, jax]",
+        "---",
+    ]
+    sections = [
+        "\n".join(front_matter),
+        f"# {_code(config.backbone.name)}, "
+        + ("imported" if imported else f"pre-trained with {_code(config.objective.name)}"),
+        f"A backbone with {size / 1e6:.2f} M parameters and statistics that maps an image to "
+        f"{trained.backbone.num_features:,} features, in float32. Format: {FORMATS[form]}, in "
+        f"{_code(file_name)}.",
+        "## Use",
+        usage(trained, form, file_name, num_classes),
+        "## Preprocessing",
+        f"1. {'three channels, RGB' if steps['channels'] == 3 else 'one channel, gray'}, values "
+        "from 0 to 255\n"
+        f"2. shorter side resized to {steps['resize_shorter_side']} px (area averaging to shrink, "
+        f"bilinear to enlarge), central crop of {side} x {side} px\n"
+        f"3. divided by 255; minus {steps['mean']}, divided by {steps['std']}",
+    ]
+    if imported:
+        sections += [
+            "## Origin",
+            f"Weights from {_code(imported.get('file', '?'))} (SHA-256 "
+            f"{_code(imported.get('sha256', '?'))}), in the layout of torchvision and timm. They "
+            "were trained elsewhere; the recipe in config.json is not theirs. Assumptions that the "
+            f"file does not confirm: {_code(imported.get('assumed', '?'))}.",
+        ]
+    elif workdir is not None:
+        dataset = config.dataset
+        data = f"The split {_code(dataset.train_split)} of {_code(dataset.name)} (TFDS); no labels."
+        if dataset.path:
+            data = f"The images of the folder {_code(epath.Path(dataset.path).name)}."
+        sections += ["## Data", data, "## Recipe", _recipe(trained)]
+    else:
+        sections += ["## Data and recipe", "Not recorded in the file that was exported."]
+    named = f"Weights: {license_name}." if license_name else "No license was named (`--license=`)."
+    sections += [
+        "## Results",
+        _results(workdir, trained.step),
+        "## License",
+        f"{named} The training images have their own terms.",
+        f"Written by music_jax {__version__} with jax {jax.__version__}, from the checkpoint of "
+        f"step {trained.step:,}.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _recipe(trained: TrainedBackbone) -> str:
+    config = trained.config
+    objective, optimizer = config.objective, config.optimizer
+    rows = [("objective", _code(objective.name))]
+    if objective.name == "music":
+        sizes = f"{objective.num_segments} segments of {objective.units_per_segment} units"
+        rows += [("embedding", f"{sizes}, temperature {objective.temperature}")]
+    rows += [
+        ("projector, hidden", ", ".join(map(str, config.projector.hidden_sizes)) or "none"),
+        ("epochs", str(config.num_epochs)),
+        ("batch", str(config.batch_size)),
+        (
+            "optimizer",
+            f"{_code(optimizer.name)}, base learning rate {optimizer.base_learning_rate} (times "
+            f"batch / 256), weight decay {optimizer.weight_decay}",
+        ),
+        ("schedule", f"{optimizer.warmup_epochs} warm-up epochs, then cosine decay"),
+        ("crops", f"{config.crop.size} px, scale {list(config.crop.scale)}"),
+        ("seed", str(config.seed)),
+    ]
+    defaults = dataclasses.asdict(ViewAugmentation())
+    for i, view in enumerate(view_augmentations(config), start=1):
+        changed = [f"{k} {v}" for k, v in dataclasses.asdict(view).items() if v != defaults[k]]
+        rows += [(f"view {i}", ", ".join(changed).replace("_", " ") or "crop only")]
+    return _table(("", ""), rows)
+
+
+def _results(workdir: epath.Path | None, step: int) -> str:
+    rows, tested_on = [], []
+    for name, file in (("linear probe, top-1", "linear_eval.json"), ("kNN, top-1", "knn.json")):
+        record = _read_json(workdir, file)
+        if record.get("step") != step:
+            continue
+        values = [record.get(k) for k in ("top1", "random_init_top1", "raw_pixels_top1")]
+        rows.append((name, *map(_percent, values)))
+        tested_on.append(_tested_on(record))
+    if not rows:
+        return "This checkpoint has not been evaluated."
+    header = ("", "this backbone", "random initialization", "raw pixels")
+    return (
+        f"{_table(header, rows)}\n\nOn {' and '.join(dict.fromkeys(tested_on))}; backbone frozen."
+    )
+
+
+def _percent(value: Any) -> str:
+    return f"{100 * value:.1f} %" if isinstance(value, float) and 0 <= value <= 1 else "-"
+
+
+def _tested_on(record: dict[str, Any]) -> str:
+    data, count = record.get("data"), record.get("num_test")
+    test = data.get("test") if isinstance(data, dict) else None
+    if not isinstance(test, str) or not test:
+        test = "?"
+    elif ":" not in test:  # a folder, whose parent directories are private
+        test = test.rstrip("/").rpartition("/")[2]
+    return f"{_code(test)}, {count if isinstance(count, int) else '?'} test images"
+
+
+def _read_json(workdir: epath.Path | None, name: str) -> dict[str, Any]:
+    """Returns a JSON object from the workdir; {} if it is missing or invalid."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if directory:
-            FORMATS[form].write(trained, path, num_classes)
-        else:
-            with new_path(path) as temporary:
-                FORMATS[form].write(trained, temporary, num_classes)
-    except OSError as error:
-        raise UserError(f"cannot write --output={output}: {error}") from error
-    return path
+        record = read_json(workdir / name) if workdir is not None else {}
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in lines)
+
+
+def _code(text: object) -> str:
+    printable = str(text).encode(errors="replace").decode()  # a file's name may not be Unicode
+    return "`" + " ".join(printable.replace("`", "'").split()) + "`"

@@ -1,14 +1,14 @@
-"""Weights from elsewhere as a run, so that they are evaluated like one."""
+"""Imports weights from elsewhere as a run, so that they are evaluated like one."""
 
 import collections
 import dataclasses
 import hashlib
 import re
-from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import config_dict
 
 from music_jax.checkpoint.manager import Checkpoints
@@ -16,63 +16,75 @@ from music_jax.config import validate
 from music_jax.data.loader import TrainingOrder
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import UserError
-from music_jax.exchange import torch_names
-from music_jax.exchange.model_card import IMPORTED_FILE
-from music_jax.exchange.tensors import Tensors, read_safetensors
+from music_jax.exchange.formats import IMPORTED_FILE
+from music_jax.exchange.weights import (
+    TIMM_NAMES,
+    TORCHVISION_NAMES,
+    Tensors,
+    from_torch,
+    read_safetensors,
+    torch_names,
+    unused_names,
+)
 from music_jax.models import BACKBONES
 from music_jax.models.batch_norm import EPSILON as BATCH_NORM_EPSILON
 from music_jax.models.network import make_frozen_backbone
-from music_jax.models.resnet import STEMS
+from music_jax.models.resnet import STEMS, Bottleneck
 from music_jax.models.vision_transformer import EPSILON as LAYER_NORM_EPSILON
 from music_jax.train.guards import init_guard_state
 from music_jax.train.state import TrainState, abstract_state, state_shardings
 from music_jax.train.step import make_recipe
 from music_jax.workdir import records
 
-# MoCo v3's vision transformers have 12 heads at any width, and its files these prefixes.
+# MoCo v3's vision transformers have 12 heads at any width; its checkpoints have these prefixes.
 _MOCO_V3 = re.compile(r"(.*\.)?(base|momentum)_encoder\.")
 _MOCO_V3_HEADS = 12
-_OBJECTIVE = "vicreg"  # a run has one; of those without segments, it asks for nothing else
-_CHUNK = 1 << 22  # bytes
+_OBJECTIVE = "vicreg"  # the run needs an objective; this one has no segments
+
+# Tensors by which the prefix of a backbone is found: those of torchvision and timm, and those of
+# `nn.Sequential(*list(resnet.children())[:-1])`, as lightly wraps a ResNet.
+_LAYOUTS = (
+    ("conv1.weight", "bn1.weight", "layer1.0.conv1.weight"),
+    ("0.weight", "1.weight", "7.0.conv1.weight", "4.0.conv1.weight"),
+    ("patch_embed.proj.weight", "cls_token"),
+)
+_CHILDREN = {"0": "conv1", "1": "bn1"} | {f"{3 + i}": f"layer{i}" for i in (1, 2, 3, 4)}
+
+# Number of axes of the tensors by which the architecture is found.
+_LANDMARK_AXES = {"cls_token": 3, "patch_embed.proj.weight": 4, "conv1.weight": 4}
 
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """What became of a weights file.
+    """The result of an import."""
 
-    Attributes:
-      config: The run's config.
-      assumed: What the file does not tell and its features depend on, in words.
-      left_out: Names of the modules whose tensors are none of the backbone's, with their counts.
-    """
-
-    config: config_dict.ConfigDict
-    assumed: str
-    left_out: dict[str, int]
+    config: config_dict.ConfigDict  # of the run
+    assumed: str  # what the features depend on and the file does not say
+    excluded: dict[str, int]  # number of tensors outside the backbone, by module
 
 
-def import_weights(
+def import_backbone(
     weights: str, workdir: str, config: config_dict.ConfigDict, *, prefix: str | None = None
 ) -> Imported:
-    """Makes a run of a backbone in the layout of torchvision or timm, at step 0.
+    """Creates a run at step 0 from a backbone in the layout of torchvision or timm.
 
-    Which backbone it is follows from the tensors. The number of a vision transformer's heads does
-    not: it is `config.backbone.num_heads`, or 12 if the names are those of MoCo v3's checkpoints.
-    The run's projection head gives back the features as they are, and its objective is one without
-    segments, so that nothing is measured that was never trained.
+    The architecture follows from the tensors, except for the number of heads of a vision
+    transformer: it is `config.backbone.num_heads`, or 12 if the names are those of MoCo v3's
+    checkpoints. The run's projection head is the identity and its objective has no segments, so
+    that no untrained weights are evaluated.
 
     Args:
-      weights: a safetensors file, with a classifier or not.
-      workdir: for the run; it may not hold one yet.
-      config: what the backbone is to be evaluated on, and how.
-      prefix: what the backbone's tensors begin with, such as `module.backbone.`; None finds it.
+      weights: Safetensors file, with or without a classifier.
+      workdir: Workdir of the new run; it must not hold one.
+      config: Config that says with which data and how the backbone is evaluated.
+      prefix: Prefix of the backbone's tensors, such as `module.backbone.`; None to detect it.
 
     Returns:
-      The run's config, what was assumed and what was left out.
+      The run's config, the assumptions and the excluded tensors.
 
     Raises:
-      UserError: the file holds no backbone that there is here, does not tell the number of heads,
-        or the workdir holds a run.
+      UserError: The file holds no supported backbone or does not determine its number of heads, or
+        the workdir holds a run.
     """
     source = epath.Path(weights).expanduser()
     found, _ = read_safetensors(source)
@@ -80,70 +92,136 @@ def import_weights(
         prefix = _find_prefix(found, weights)
     elif prefix:
         prefix = prefix.removesuffix(".") + "."
-    tensors = _below(found, prefix, weights)
+    tensors = _select(found, prefix, weights)
     config = _config_for(tensors, config, weights)
-    ours = torch_names.from_torch(config, tensors, weights)
+    ours = from_torch(config, tensors, weights)
     config.backbone.num_heads = _num_heads(config, prefix, weights)
-    imported = Imported(config, _assumed(config), _left_out(config, found, tensors, prefix))
+    imported = Imported(config, _assumed(config), _excluded(config, found, tensors, prefix))
 
     directory = records.open_workdir(workdir)
     if records.read_config(directory) is not None or (directory / "checkpoints").exists():
-        raise UserError(f"{workdir} holds a run already; name another --workdir, or remove it")
-    state = _state(config, ours)
+        raise UserError(f"{workdir} already holds a run; choose another --workdir or remove it")
     order = TrainingOrder(config.batch_size, config.batch_size, config.seed)
     checkpoints = Checkpoints(directory)
     try:
-        checkpoints.save(0, state, order)
+        checkpoints.save(0, _initial_state(config, ours), order)
         checkpoints.wait()
     finally:
         checkpoints.close()
+    with source.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     records.write_json(
         directory / IMPORTED_FILE,
         {
             "file": source.name,
-            "sha256": _sha256(source),
+            "sha256": sha256,
             "prefix": prefix,
             "assumed": imported.assumed,
-            "left_out": imported.left_out,
+            "excluded": imported.excluded,
         },
     )
     records.write_config(directory, config)
     return imported
 
 
-def _find_prefix(tensors: Tensors, where: str) -> str:
-    """Returns what the names of the one backbone in a file begin with."""
-    prefixes = torch_names.backbone_prefixes(tensors)
+def backbone_prefixes(tensors: Tensors) -> list[str]:
+    """Returns the prefix of each backbone in a file."""
+    return sorted(
+        {
+            prefix
+            for layout in _LAYOUTS
+            for name in tensors
+            if f".{name}".endswith(f".{layout[-1]}")
+            for prefix in [name.removesuffix(layout[-1])]
+            if all(prefix + part in tensors for part in layout)
+        }
+    )
+
+
+def name_children(tensors: Tensors) -> Tensors:
+    """Names the tensors of a `Sequential` of a ResNet's children as in the ResNet itself."""
+    if not all(name in tensors for name in _LAYOUTS[1]):
+        return tensors
+    parts = {name: name.partition(".") for name in tensors}
+    return {
+        _CHILDREN.get(first, first) + dot + rest: tensors[name]
+        for name, (first, dot, rest) in parts.items()
+    }
+
+
+def detect_backbone(tensors: Tensors, source: str) -> dict[str, str]:
+    """Returns `name` and, for a ResNet, `stem` of the backbone that a state dict belongs to.
+
+    Raises:
+      UserError: It belongs to no supported backbone.
+    """
+    for name, axes in _LANDMARK_AXES.items():
+        if name in tensors and tensors[name].ndim != axes:
+            raise UserError(
+                f"{source} fits no backbone: {name} has shape {tensors[name].shape}, expected "
+                f"{axes} axes"
+            )
+    sizes: object = None
+    if "cls_token" in tensors and "patch_embed.proj.weight" in tensors:
+        sizes = (tensors["cls_token"].shape[-1], _count(tensors, r"blocks\.(\d+)\."))
+        for name, spec in BACKBONES.items():
+            if (spec.make.keywords.get("width"), spec.make.keywords.get("depth")) == sizes:
+                return {"name": name}
+    elif "conv1.weight" in tensors:
+        stages = tuple(_count(tensors, rf"layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
+        bottleneck = "layer1.0.conv3.weight" in tensors
+        sizes = (stages, "bottleneck" if bottleneck else "basic")
+        for name in TORCHVISION_NAMES:
+            keywords = BACKBONES[name].make.keywords
+            is_bottleneck = keywords["block"] is Bottleneck
+            if keywords["stage_sizes"] == stages and is_bottleneck == bottleneck:
+                stem = "imagenet" if tensors["conv1.weight"].shape[-1] == 7 else "cifar"
+                return {"name": name, "stem": stem}
+    raise UserError(
+        f"{source} holds none of the supported backbones ({', '.join(TIMM_NAMES)}); found "
+        + (f"{sizes}" if sizes else f"{len(tensors)} tensors such as {sorted(tensors)[:3]}")
+    )
+
+
+def _count(tensors: Tensors, pattern: str) -> int:
+    return len({match[1] for name in tensors if (match := re.match(pattern, name))})
+
+
+def _find_prefix(tensors: Tensors, source: str) -> str:
+    prefixes = backbone_prefixes(tensors)
     if len(prefixes) > 1:
         raise UserError(
-            f"{where} holds several backbones; name one with --prefix=, of "
+            f"{source} holds several backbones; choose one with --prefix=: "
             + ", ".join(repr(prefix) for prefix in prefixes[:8])
         )
     if not prefixes:
         raise UserError(
-            f"{where} holds no backbone in the layout of torchvision or timm; expected "
-            "layer1.0.conv1.weight (or 4.0.conv1.weight, of a Sequential) or cls_token, got "
+            f"{source} holds no backbone in the layout of torchvision or timm; expected "
+            "layer1.0.conv1.weight (or 4.0.conv1.weight, in a Sequential) or cls_token, got "
             f"{', '.join(sorted(tensors)[:3]) or 'no tensors'}"
         )
     return prefixes[0]
 
 
-def _below(tensors: Tensors, prefix: str, where: str) -> Tensors:
-    """Returns the tensors whose names begin with a prefix, by torchvision's or timm's names."""
-    chosen = {
+def _select(tensors: Tensors, prefix: str, source: str) -> Tensors:
+    """Returns the tensors with a prefix, by the names of torchvision and timm."""
+    selected = {
         name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)
     }
-    if not chosen:
-        named = ", ".join(repr(name) for name in sorted(tensors)[:3]) or "none"
-        raise UserError(f"no tensor of {where} begins with --prefix={prefix}; its tensors: {named}")
-    return torch_names.named_children(chosen)
+    if not selected:
+        examples = ", ".join(repr(name) for name in sorted(tensors)[:3]) or "none"
+        raise UserError(
+            f"no tensor of {source} begins with --prefix={prefix}; its tensors: {examples}"
+        )
+    return name_children(selected)
 
 
-def _left_out(
+def _excluded(
     config: config_dict.ConfigDict, found: Tensors, tensors: Tensors, prefix: str
 ) -> dict[str, int]:
-    """Counts the tensors of a file that are not used, by their modules."""
-    modules = [prefix + name.partition(".")[0] for name in torch_names.unused(config, tensors)]
+    """Counts the unused tensors of a file by module."""
+    used = set(torch_names(config).values())
+    modules = [prefix + name.partition(".")[0] for name in unused_names(tensors, used)]
     depth = max(prefix.count("."), 1)
     modules += [
         ".".join(name.split(".")[:depth]) for name in sorted(found) if not name.startswith(prefix)
@@ -152,89 +230,80 @@ def _left_out(
 
 
 def _assumed(config: config_dict.ConfigDict) -> str:
-    """Says what the features depend on and a file of weights does not tell."""
+    """Describes what the features depend on and a file of weights does not say."""
     backbone, dataset = config.backbone, config.dataset
     if backbone.num_heads is not None:
-        found = (
+        architecture = (
             f"{backbone.num_heads} heads, normalization before attention and perceptron with "
             f"epsilon {LAYER_NORM_EPSILON:g}, exact GELU, the class token as features"
         )
     else:
         size, stride, pools = STEMS[backbone.stem or "imagenet"]
-        found = (
+        architecture = (
             f"a {size} x {size} stem of stride {stride} {'with' if pools else 'without'} "
             "max-pooling, strides in the 3 x 3 convolutions, batch normalization with epsilon "
             f"{BATCH_NORM_EPSILON:g}"
         )
-    return f"{found}; pixels with mean {tuple(dataset.mean)} and deviation {tuple(dataset.std)}"
+    return (
+        f"{architecture}; pixels with mean {tuple(dataset.mean)} and standard deviation "
+        f"{tuple(dataset.std)}"
+    )
 
 
-def _num_heads(config: config_dict.ConfigDict, prefix: str, where: str) -> int | None:
-    """Returns the heads of the backbone's attention; None of a ResNet.
+def _num_heads(config: config_dict.ConfigDict, prefix: str, source: str) -> int | None:
+    """Returns the number of attention heads; None for a ResNet.
 
     Raises:
-      UserError: the file does not tell them.
+      UserError: Neither the config nor the file determines it.
     """
-    usual = BACKBONES[config.backbone.name].make.keywords.get("num_heads")
-    if usual is None or config.backbone.num_heads is not None:
+    default = BACKBONES[config.backbone.name].make.keywords.get("num_heads")
+    if default is None or config.backbone.num_heads is not None:
         return config.backbone.num_heads
-    if _MOCO_V3.fullmatch(prefix) or usual == _MOCO_V3_HEADS:
+    if _MOCO_V3.fullmatch(prefix) or default == _MOCO_V3_HEADS:
         return _MOCO_V3_HEADS
     raise UserError(
-        f"{where} does not tell how many heads its {config.backbone.name} has: with "
-        f"--config.backbone.num_heads={_MOCO_V3_HEADS} it is MoCo v3's, with "
-        f"--config.backbone.num_heads={usual} it is timm's"
+        f"{source} does not say how many heads its {config.backbone.name} has: set "
+        f"--config.backbone.num_heads={_MOCO_V3_HEADS} for a model of MoCo v3, "
+        f"--config.backbone.num_heads={default} for one of timm"
     )
 
 
 def _config_for(
-    tensors: Tensors, config: config_dict.ConfigDict, where: str
+    tensors: Tensors, config: config_dict.ConfigDict, source: str
 ) -> config_dict.ConfigDict:
-    """The config with the backbone that the tensors are of, and a head of the features' size."""
+    """Returns the config with the detected backbone and an identity as projection head."""
     config = config.copy_and_resolve_references()
-    found = torch_names.detect_backbone(tensors, where)
-    stem = config.backbone.stem if config.backbone.stem != "imagenet" else None
-    config.backbone.name = found["name"]
-    config.backbone.stem = found.get("stem")
-    if found.get("stem") == "cifar" and stem is not None:  # 3 x 3, as is that of `strided`
-        config.backbone.stem = stem
+    detected = detect_backbone(tensors, source)
+    # A 3 x 3 stem may be `cifar` or, if the config says so, `strided`.
+    if detected.get("stem") != "cifar" or config.backbone.stem in (None, "imagenet"):
+        config.backbone.stem = detected.get("stem")
+    config.backbone.name = detected["name"]
     config.backbone.zero_init_residual = None
     config.projector.hidden_sizes = ()
     config.projector.output_size = make_frozen_backbone(config).num_features
     config.objective.name = _OBJECTIVE
     validate(config)
-    channels = torch_names.input_channels(tensors)
+    first = "patch_embed.proj.weight" if "cls_token" in tensors else "conv1.weight"
+    channels = tensors[first].shape[1]
     if channels != config.dataset.num_channels:
         raise UserError(
-            f"{where} takes images of {channels} channels; config.dataset.num_channels is "
+            f"{source} takes images of {channels} channels; config.dataset.num_channels is "
             f"{config.dataset.num_channels}"
         )
     return config
 
 
-def _state(config: config_dict.ConfigDict, tensors: Tensors) -> TrainState:
-    """The state before any training: the identity on the backbone that the tensors are of."""
+def _initial_state(config: config_dict.ConfigDict, tensors: Tensors) -> TrainState:
+    """Returns a state at step 0 with the tensors as backbone and the identity as head."""
     shapes = abstract_state(config, make_recipe(config, steps_per_epoch=1).optimizer)
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    for tree in (state.params["backbone"], state.batch_stats.get("backbone", {})):
-        _fill(tree, tensors)
+    for tree in (state.params, state.batch_stats):
+        if "backbone" in tree:
+            paths = flatten_dict(tree["backbone"])
+            tree["backbone"] = unflatten_dict(
+                {path: tensors[".".join(map(str, path))] for path in paths}
+            )
     head = state.params["projector"]["output"]
     head["kernel"] = np.eye(*head["kernel"].shape, dtype=np.float32)
     state = dataclasses.replace(state, guard=init_guard_state())
     return jax.device_put(state, state_shardings(shapes, make_data_mesh()))
-
-
-def _fill(tree: Any, tensors: Tensors, prefix: str = "") -> None:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            _fill(value, tensors, f"{prefix}{key}.")
-        else:
-            tree[key] = tensors[f"{prefix}{key}"]
-
-
-def _sha256(path: epath.Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

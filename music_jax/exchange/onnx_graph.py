@@ -1,15 +1,16 @@
-"""The backbones as ONNX graphs, written node by node: operators of opset 17, none of them custom.
+"""Converts backbones to ONNX graphs with the standard operators of opset 17.
 
-The input `images` is [batch, channels, size, size], normalized, and the output `features` is
-[batch, features], both float32; the size of the batch is free.
+The input `images` is [batch, channels, size, size], normalized; the output `features` is [batch,
+features]. Both are float32, for batches of any size.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from music_jax.exchange.extras import needs
-from music_jax.exchange.trained import TrainedBackbone
+from music_jax.errors import require_extra
+from music_jax.exchange.backbone import TrainedBackbone
 from music_jax.models import BACKBONES
 from music_jax.models.batch_norm import EPSILON as BATCH_NORM_EPSILON
 from music_jax.models.resnet import STEMS, Bottleneck, pooling_cells
@@ -17,12 +18,17 @@ from music_jax.models.vision_transformer import EPSILON as LAYER_NORM_EPSILON
 from music_jax.models.vision_transformer import sincos_positions
 
 _OPSET = 17
-_IR_VERSION = 8  # of ONNX 1.12, the first with this opset
+_IR_VERSION = 8  # of ONNX 1.12, the first release with this opset
 
 
 def onnx_model(trained: TrainedBackbone, metadata: dict[str, str]) -> Any:
-    """The backbone in inference mode, with metadata, as a checked `onnx.ModelProto`."""
-    with needs("onnx", "export"):
+    """Converts a backbone in inference mode to a checked `onnx.ModelProto`.
+
+    Args:
+      trained: Backbone.
+      metadata: Texts by name to store in the model.
+    """
+    with require_extra("export"):
         import onnx
     from onnx import TensorProto, helper
 
@@ -32,22 +38,15 @@ def onnx_model(trained: TrainedBackbone, metadata: dict[str, str]) -> Any:
         graph.resnet(size)
     else:
         graph.vision_transformer(size)
+    images, features = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape])
+        for name, shape in (
+            ("images", (channels, size, size)),
+            ("features", (trained.backbone.num_features,)),
+        )
+    )
     model = helper.make_model(
-        helper.make_graph(
-            graph.nodes,
-            "backbone",
-            [
-                helper.make_tensor_value_info(
-                    "images", TensorProto.FLOAT, ["batch", channels, size, size]
-                )
-            ],
-            [
-                helper.make_tensor_value_info(
-                    "features", TensorProto.FLOAT, ["batch", trained.backbone.num_features]
-                )
-            ],
-            graph.initializers,
-        ),
+        helper.make_graph(graph.nodes, "backbone", [images], [features], graph.initializers),
         opset_imports=[helper.make_opsetid("", _OPSET)],
         ir_version=_IR_VERSION,
         producer_name="music_jax",
@@ -58,7 +57,7 @@ def onnx_model(trained: TrainedBackbone, metadata: dict[str, str]) -> Any:
 
 
 class _Graph:
-    """Nodes and constants; each method adds the nodes of a layer and gives its output's name."""
+    """Nodes and constants; the method of a layer adds its nodes and returns its output's name."""
 
     def __init__(self, trained: TrainedBackbone):
         self.nodes: list[Any] = []
@@ -67,7 +66,7 @@ class _Graph:
         self._num_heads: int = trained.config.backbone.num_heads or self.sizes.get("num_heads", 0)
         self._stem = trained.config.backbone.stem or "imagenet"
         self._tensors = trained.tensors
-        self._named: set[str] = set()
+        self._constants: set[str] = set()
 
     def resnet(self, size: int) -> None:
         kernel, stride, pools = STEMS[self._stem]
@@ -77,18 +76,17 @@ class _Graph:
         if pools:
             x = self._node("MaxPool", [x], kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
             size = _convolved(size, 3, 2)
-        number = 0
+        block = 0
         for stage, count in enumerate(self.sizes["stage_sizes"]):
-            for place in range(count):
-                first = self.sizes.get("first_stride", 1) if stage == 0 else 2
-                stride = 1 if place else first
-                x = self._block(x, f"blocks.{number}", stride)
+            first = self.sizes.get("first_stride", 1) if stage == 0 else 2
+            for stride in (first, *(1,) * (count - 1)):
+                x = self._block(x, f"blocks.{block}", stride)
                 size = _convolved(size, 3, stride)
-                number += 1
+                block += 1
         self._pool(x, size, self.sizes.get("pool_grid", 1))
 
     def _block(self, x: str, name: str, stride: int) -> str:
-        # The stride of a bottleneck is that of its 3 x 3 convolution.
+        # A bottleneck has its stride in the 3 x 3 convolution.
         strides = (1, stride, 1) if self.sizes["block"] is Bottleneck else (stride, 1)
         y = x
         for i, step in enumerate(strides, start=1):
@@ -113,13 +111,12 @@ class _Graph:
         self._node("Concat", means, axis=1, output="features")
 
     def vision_transformer(self, size: int) -> None:
-        width, heads = self.sizes["width"], self._num_heads
-        patch = self.sizes["patch_size"]
+        width, patch = self.sizes["width"], self.sizes["patch_size"]
         rows = size // patch
         kernel = self._tensors["patches.kernel"].reshape(patch, patch, -1, width)
         weights = [
             self._constant("patches.kernel", kernel.transpose(3, 2, 0, 1)),
-            self._own("patches.bias"),
+            self._weight("patches.bias"),
         ]
         x = self._node("Conv", ["images", *weights], strides=[patch, patch])
         x = self._node("Reshape", [x, self._integers((0, width, rows * rows))])
@@ -131,20 +128,21 @@ class _Graph:
         shape = self._node("Concat", [batch, self._integers((1, width))], axis=0)
         x = self._node("Concat", [self._node("Expand", [token, shape]), x], axis=1)
         for i in range(self.sizes["depth"]):
-            x = self._transformer_block(x, f"blocks.{i}", width, heads)
-        first = self._node("Gather", [x, self._constant("first", np.asarray(0, np.int64))], axis=1)
+            x = self._transformer_block(x, f"blocks.{i}", width)
+        first = self._node("Gather", [x, self._constant("index0", np.int64(0))], axis=1)
         self._layer_norm(first, "norm", output="features")
 
-    def _transformer_block(self, x: str, name: str, width: int, heads: int) -> str:
+    def _transformer_block(self, x: str, name: str, width: int) -> str:
+        heads = self._num_heads
         y = self._linear(self._layer_norm(x, f"{name}.norm1"), f"{name}.attention.qkv")
         y = self._node("Reshape", [y, self._integers((0, 0, 3, heads, width // heads))])
         y = self._node("Transpose", [y], perm=[2, 0, 3, 1, 4])  # [3, batch, heads, tokens, size]
         query, key, value = (
-            self._node("Gather", [y, self._constant(f"part{i}", np.asarray(i, np.int64))], axis=0)
+            self._node("Gather", [y, self._constant(f"index{i}", np.int64(i))], axis=0)
             for i in range(3)
         )
         key = self._node("Transpose", [key], perm=[0, 1, 3, 2])
-        scale = self._constant("scale", np.asarray((width // heads) ** -0.5, np.float32))
+        scale = self._constant("scale", np.float32((width // heads) ** -0.5))
         scores = self._node("Mul", [self._node("MatMul", [query, key]), scale])
         y = self._node("MatMul", [self._node("Softmax", [scores], axis=-1), value])
         y = self._node("Transpose", [y], perm=[0, 2, 1, 3])
@@ -155,9 +153,9 @@ class _Graph:
         return self._node("Add", [x, y])
 
     def _gelu(self, x: str) -> str:
-        """Exact: x / 2 * (1 + erf(x / sqrt 2)); opset 17 has no operator for it."""
+        # x / 2 * (1 + erf(x / sqrt 2)): opset 17 has no operator for it.
         root, one, half = (
-            self._constant(name, np.asarray(value, np.float32))
+            self._constant(name, np.float32(value))
             for name, value in (("root", 2**-0.5), ("one", 1), ("half", 0.5))
         )
         cdf = self._node("Add", [self._node("Erf", [self._node("Mul", [x, root])]), one])
@@ -174,34 +172,32 @@ class _Graph:
         )
 
     def _batch_norm(self, x: str, name: str) -> str:
-        weights = [self._own(f"{name}.{leaf}") for leaf in ("scale", "bias", "mean", "var")]
+        weights = [self._weight(f"{name}.{leaf}") for leaf in ("scale", "bias", "mean", "var")]
         return self._node("BatchNormalization", [x, *weights], epsilon=BATCH_NORM_EPSILON)
 
     def _layer_norm(self, x: str, name: str, **options: Any) -> str:
-        weights = [self._own(f"{name}.{leaf}") for leaf in ("scale", "bias")]
+        weights = [self._weight(f"{name}.{leaf}") for leaf in ("scale", "bias")]
         return self._node(
             "LayerNormalization", [x, *weights], axis=-1, epsilon=LAYER_NORM_EPSILON, **options
         )
 
     def _linear(self, x: str, name: str) -> str:
-        product = self._node("MatMul", [x, self._own(f"{name}.kernel")])
-        return self._node("Add", [product, self._own(f"{name}.bias")])
+        product = self._node("MatMul", [x, self._weight(f"{name}.kernel")])
+        return self._node("Add", [product, self._weight(f"{name}.bias")])
 
-    def _own(self, name: str) -> str:
-        """A tensor of the backbone as it is."""
+    def _weight(self, name: str) -> str:
         return self._constant(name, self._tensors[name])
 
-    def _integers(self, values: Any) -> str:
-        return self._constant("i" + "_".join(str(v) for v in values), np.asarray(values, np.int64))
+    def _integers(self, values: Sequence[int]) -> str:
+        return self._constant("i" + "_".join(map(str, values)), np.asarray(values, np.int64))
 
-    def _constant(self, name: str, value: np.ndarray) -> str:
-        """The value under a name, which stands for the same value wherever it is used."""
+    def _constant(self, name: str, value: np.ndarray | np.generic) -> str:
+        """Adds a constant, unless there is one of this name already."""
         from onnx import numpy_helper
 
-        if name not in self._named:
-            self._named.add(name)
-            contiguous = np.array(value, order="C")
-            self.initializers.append(numpy_helper.from_array(contiguous, name))
+        if name not in self._constants:
+            self._constants.add(name)
+            self.initializers.append(numpy_helper.from_array(np.array(value, order="C"), name))
         return name
 
     def _node(self, kind: str, inputs: list[str], *, output: str = "", **attributes: Any) -> str:
@@ -213,5 +209,5 @@ class _Graph:
 
 
 def _convolved(size: int, kernel: int, stride: int) -> int:
-    """Side of the output of a convolution padded by half its kernel."""
+    """Returns the side of the output of a convolution padded by half its kernel."""
     return (size + 2 * (kernel // 2) - kernel) // stride + 1

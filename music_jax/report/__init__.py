@@ -1,1 +1,1 @@
-"""One self-contained HTML file that shows a run: its curves, its figures, and what it learned."""
+"""A self-contained HTML report of a run: its setup, curves, results, and what it learned."""

@@ -1,62 +1,170 @@
-"""What a report shows of the images: segments, units, neighbors, maps and confusions."""
+"""Measures for the pictures of a report: images, segments, units, neighbors, maps, confusions."""
 
-import dataclasses
+import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import config_dict
 
+from music_jax.config import view_augmentations
+from music_jax.data.augment import augment_views
+from music_jax.data.crops import Crop
+from music_jax.data.loader import TrainingOrder, training_batches
+from music_jax.errors import UserError
+from music_jax.evaluation.features import extract_split, extract_views
 from music_jax.evaluation.metrics.clustering import cluster_scores
 from music_jax.evaluation.metrics.knn import nearest_neighbors, unit_length
 from music_jax.evaluation.metrics.segments import SegmentMeasures, measure_segments
 from music_jax.evaluation.predictions import Predictions
+from music_jax.evaluation.run import Run
 from music_jax.objectives import joint_probability, segment_probabilities
-from music_jax.report.images import Seen
 
 NEIGHBORS = 8
-TOP = 8  # images shown of each unit
-NOBODY = 65535  # where there is no image
+TOP = 8  # images shown per unit
+NO_IMAGE = 65535
 
-_LEAST_RATIO = 0.01  # of a joint probability to what independence gives, that is shown
-_MAX_CONFUSED = 40  # classes in the matrix; the others are put together
-_MAX_PAIRS = 12
+_SAMPLE_STREAM = 2**36  # separates the choice of the images from other random numbers
+_VIEWED = 6  # images whose augmented views are shown
+_PAIRS = 2  # pairs of views of each
+_MIN_RATIO = 0.01  # of a joint probability to independence; smaller ones are clipped
+_MAX_CLASSES = 40  # in the confusion matrix
+_MAX_ERRORS = 12  # in the table of errors
 _PERPLEXITY = 30
 
 
-class Segments(NamedTuple):
-    """What the segments do with the images.
+class Sample(NamedTuple):
+    """The images that a report shows, and what the network computes from them."""
 
-    Attributes:
-      measures: use of the units and information, over all images.
-      codes: the most probable unit, int [images, segments].
-      top: rows of the images most certain of each unit, [segments, units, TOP], `NOBODY` where
-        there are fewer whose most probable unit it is.
-      certainty: their probabilities, [segments, units, TOP].
-      counts: images whose most probable unit it is, [segments, units].
-      label_nmi: normalized mutual information with the labels, [segments]; None without labels.
-      order: the segments, the one that says the most first.
+    source: str
+    source_size: int
+    indices: np.ndarray  # int64 [images], in the source
+    names: list[str]
+    labels: np.ndarray  # int32 [images], -1 for none
+    class_names: tuple[str, ...]
+    num_classes: int  # 0 for no labels
+    pixels: np.ndarray  # uint8 [images, height, width, channels], the central squares
+    features: np.ndarray  # float32 [images, features]
+    embeddings: np.ndarray  # float32 [images, dim]
+    view_pairs: np.ndarray  # float32 [some images, 2, dim], embeddings of two training views
+    # uint8 [shown, 1 + 2 pairs, height, width, channels]: a crop, then pairs of augmented views.
+    views: np.ndarray
+
+
+def sample_images(run: Run, num_images: int) -> Sample:
+    """Chooses images of a run at random and runs the network on them.
+
+    Args:
+      run: Run with its images.
+      num_images: Number of images to choose; all, if there are fewer.
+
+    Raises:
+      UserError: No image can be decoded, or an output of the network is not finite.
     """
+    rng = np.random.Generator(np.random.Philox(key=[0, _SAMPLE_STREAM]))
+    chosen = np.sort(rng.permutation(len(run.images))[:num_images])
+    source = run.images.subset(chosen)
+    extractor = run.extractor("trained", embeddings=True)
+    split = extract_split(
+        lambda images: extractor(images) | {"pixels": images},
+        source,
+        run.config,
+        run.mesh,
+        skipped=run.skipped,
+        description=f"images of {source.name}",
+    )
+    if not len(split):
+        raise UserError(f"none of the images of {source.name} can be decoded")
+    config = config_dict.ConfigDict(run.config.to_dict())
+    config.evaluation.update({"view_images": len(split), "num_views": 2})
+    view_pairs = extract_views(
+        run.network,
+        run.params,
+        run.batch_stats,
+        source,
+        config,
+        run.mesh,
+        skipped=run.skipped,
+        description=f"two views of images of {source.name}",
+    )["embeddings"]
+    embeddings = split.arrays["embeddings"]
+    if not all(np.all(np.isfinite(x)) for x in (split.features, embeddings, view_pairs)):
+        raise UserError("the network's outputs for the images are not finite")
+    return Sample(
+        source=source.name,
+        source_size=len(run.images),
+        indices=chosen[split.indices],
+        names=[source.record_name(int(i)) for i in split.indices],
+        labels=split.labels,
+        class_names=source.class_names,
+        num_classes=source.num_classes,
+        pixels=split.arrays["pixels"],
+        features=split.features,
+        embeddings=embeddings,
+        view_pairs=view_pairs,
+        views=_augmented_views(run),
+    )
+
+
+def _augmented_views(run: Run) -> np.ndarray:
+    """Returns crops and training views of a few images as pictures; see `Sample.views`."""
+    config, source = run.config, run.images
+    count = min(_VIEWED, len(source))
+    batches = training_batches(
+        source,
+        TrainingOrder(len(source), count, config.seed),
+        crop=Crop(config.crop.size, tuple(config.crop.scale), tuple(config.crop.aspect_ratio)),
+        channels=config.dataset.num_channels,
+        positions=np.arange(count),
+        num_steps=1,
+        num_views=2 * _PAIRS,
+        skipped=run.skipped,
+        num_threads=config.num_decode_threads,
+    )
+    batch = next(batches)
+    mean, std = tuple(config.dataset.mean), tuple(config.dataset.std)
+    augment = jax.jit(
+        functools.partial(
+            augment_views,
+            views=view_augmentations(config) * _PAIRS,
+            mean=mean,
+            std=std,
+            dtype=jnp.dtype(config.compute_dtype),
+        )
+    )
+    views = augment(batch["images"], batch["sample_index"], jax.random.key(config.seed))
+    pixels = np.asarray(views, np.float32) * np.asarray(std, np.float32)
+    pixels = np.clip(pixels + np.asarray(mean, np.float32), 0, 1)
+    pixels = np.round(255 * pixels).astype(np.uint8)
+    return np.concatenate([batch["images"][:, :1], pixels], axis=1)
+
+
+class Segments(NamedTuple):
+    """Measures of the segments on the images."""
 
     measures: SegmentMeasures
-    codes: np.ndarray
+    codes: np.ndarray  # int [images, segments], the most probable units
+    # [segments, units, TOP]: images with the highest probability of a unit among those whose most
+    # probable unit it is, or `NO_IMAGE`, and their probabilities.
     top: np.ndarray
     certainty: np.ndarray
-    counts: np.ndarray
-    label_nmi: np.ndarray | None
-    order: np.ndarray
+    counts: np.ndarray  # [segments, units], images whose most probable unit it is
+    label_nmi: np.ndarray | None  # [segments], mutual information with the labels, normalized
+    order: np.ndarray  # segments, the most informative first
 
 
-def segments(seen: Seen, *, num_segments: int, temperature: float) -> Segments:
+def measure_sample_segments(sample: Sample, *, num_segments: int, temperature: float) -> Segments:
     """Measures the segments on the images."""
     p = np.asarray(
         segment_probabilities(
-            jnp.asarray(seen.embeddings), num_segments=num_segments, temperature=temperature
+            jnp.asarray(sample.embeddings), num_segments=num_segments, temperature=temperature
         )
     )
     measures, codes = measure_segments(p), p.argmax(axis=2)
     units = p.shape[2]
-    top = np.full((num_segments, units, TOP), NOBODY, np.uint16)
+    top = np.full((num_segments, units, TOP), NO_IMAGE, np.uint16)
     certainty = np.zeros((num_segments, units, TOP), np.float32)
     counts = np.zeros((num_segments, units), np.uint16)
     for s in range(num_segments):
@@ -66,78 +174,76 @@ def segments(seen: Seen, *, num_segments: int, temperature: float) -> Segments:
             counts[s, k] = len(members)
             top[s, k, : len(best)] = best
             certainty[s, k, : len(best)] = p[best, s, k]
-    nmi, labeled = None, np.flatnonzero(seen.labels >= 0)
-    if len(np.unique(seen.labels[labeled])) > 1:
-        labels = seen.labels[labeled]
+    nmi, labeled = None, sample.labels >= 0
+    labels = sample.labels[labeled]
+    if len(np.unique(labels)) > 1:
         scores = [cluster_scores(codes[labeled, s], labels) for s in range(num_segments)]
         nmi = np.asarray([score.nmi for score in scores])
-    says = measures.information if nmi is None else nmi
-    return Segments(measures, codes, top, certainty, counts, nmi, np.argsort(-says, kind="stable"))
+    order = np.argsort(-(measures.information if nmi is None else nmi), kind="stable")
+    return Segments(measures, codes, top, certainty, counts, nmi, order)
 
 
 class Joint(NamedTuple):
-    """The joint probability of units of two views, as ratio to what independence gives, on a scale.
+    """Ratio of the joint probability of the units of two views to independence.
 
-    Attributes:
-      shown: the segments in it, ascending.
-      levels: uint8 [shown * units, shown * units]; 0 is the ratio `10 ** low`, 255 `10 ** high`.
-      low: of the scale, or less.
-      high: of the scale, or more.
+    Level 0 is the ratio `10 ** low` or less, and level 255 is `10 ** high` or more.
     """
 
-    shown: np.ndarray
-    levels: np.ndarray
+    segments: np.ndarray  # included segments, ascending
+    levels: np.ndarray  # uint8 [segments * units, segments * units]
     low: float
     high: float
 
 
-def joint(
-    seen: Seen, order: np.ndarray, *, num_segments: int, temperature: float, largest: int
+def joint_ratios(
+    sample: Sample, order: np.ndarray, *, num_segments: int, temperature: float, max_side: int
 ) -> Joint:
-    """The matrix over pairs of views of the images.
+    """Returns the ratios for pairs of views of the images.
 
     Args:
-      seen: the images.
-      order: the segments, those to keep first.
-      num_segments: how many there are.
-      temperature: of the softmax.
-      largest: side of the matrix; if there are more units, some of the segments are left out.
+      sample: Images.
+      order: Segments, those to include first.
+      num_segments: Number of segments of the embedding.
+      temperature: Softmax temperature.
+      max_side: Largest side of the matrix; some segments are excluded if there are more units.
     """
-    units = seen.pair.shape[2] // num_segments
-    shown = np.sort(order[: max(largest // units, 2)])
-    pair = seen.pair.reshape(len(seen.pair), 2, num_segments, units)[:, :, shown]
-    pair = pair.reshape(len(pair), 2, -1)
-    p = np.asarray(
-        joint_probability(
-            jnp.asarray(pair[:, 0]),
-            jnp.asarray(pair[:, 1]),
-            num_segments=len(shown),
-            temperature=temperature,
-        ),
-        np.float64,
+    units = sample.view_pairs.shape[2] // num_segments
+    included = np.sort(order[: max(max_side // units, 2)])
+    pairs = sample.view_pairs.reshape(-1, 2, num_segments, units)[:, :, included]
+    pairs = pairs.reshape(len(pairs), 2, -1)
+    p = joint_probability(
+        jnp.asarray(pairs[:, 0]),
+        jnp.asarray(pairs[:, 1]),
+        num_segments=len(included),
+        temperature=temperature,
     )
-    low, high = math.log10(_LEAST_RATIO), math.log10(units)
-    ratio = np.log10(np.maximum(p * units**2, _LEAST_RATIO))
+    low, high = math.log10(_MIN_RATIO), math.log10(units)
+    ratio = np.log10(np.maximum(np.asarray(p, np.float64) * units**2, _MIN_RATIO))
     levels = np.round(255 * np.clip((ratio - low) / (high - low), 0, 1))
-    return Joint(shown, levels.astype(np.uint8), low, high)
+    return Joint(included, levels.astype(np.uint8), low, high)
 
 
 def neighbors(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest other images of each, by cosine similarity: rows and similarities [images, k]."""
+    """Finds each image's nearest other images by cosine similarity.
+
+    Returns:
+      Rows and similarities, each [images, neighbors].
+    """
     k = min(NEIGHBORS, len(features) - 1)
     if k < 1:
         return np.zeros((len(features), 0), np.int32), np.zeros((len(features), 0), np.float32)
     similarities, rows = nearest_neighbors(features, features, k=k + 1)
     others = rows != np.arange(len(rows))[:, None]
-    others[others.all(axis=1), -1] = False  # one of its own doubles stands in its place
+    others[others.all(axis=1), -1] = False  # duplicates of the image have displaced it
     shape = (len(rows), k)
     return rows[others].reshape(shape), similarities[others].reshape(shape)
 
 
-def flat_map(vectors: np.ndarray) -> np.ndarray | None:
-    """A t-SNE map, float64 [images, 2] in [0, 1]; None where there is nothing to spread out.
+def tsne_map(vectors: np.ndarray) -> np.ndarray | None:
+    """Places vectors in the plane by t-SNE of their cosine similarity.
 
-    Vectors of unit length, of which the 50 first principal components are taken.
+    Returns:
+      float64 [images, 2] in [0, 1]; None for too few vectors, or vectors that are all the same.
     """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
@@ -156,56 +262,54 @@ def flat_map(vectors: np.ndarray) -> np.ndarray | None:
     return placed / np.maximum(placed.max(), 1e-9)
 
 
-@dataclasses.dataclass(frozen=True)
-class Confusion:
-    """What the probe took for what.
+class Confusion(NamedTuple):
+    """Predictions of the probe by class."""
 
-    Attributes:
-      names: of the rows and columns; the last may put all other classes together.
-      counts: images of a row's class that were taken for a column's, int [rows, columns].
-      pairs: the most frequent errors: class, taken for, images, of so many.
-      left_out: how many classes are put together.
-    """
-
-    names: list[str]
-    counts: np.ndarray
-    pairs: list[tuple[str, str, int, int]]
-    left_out: int
+    names: list[str]  # of the rows and columns; the last may stand for all other classes
+    counts: np.ndarray  # int [classes, predicted classes]
+    errors: list[tuple[str, str, int, int]]  # class, prediction, images, images of the class
+    num_others: int  # classes in the last row and column
 
 
-def confusion(found: Predictions, class_names: list[str]) -> Confusion:
+def count_confusions(found: Predictions, class_names: list[str]) -> Confusion:
     """Counts the probe's predictions by class."""
-    size = int(max(found.labels.max(), found.predictions.max())) + 1
-    # Of many classes only those that occur: their number is that of the images at most.
     both = np.stack([found.labels, found.predictions])
-    classes = np.arange(size) if size <= _MAX_CONFUSED else np.unique(both)
+    size = int(both.max()) + 1
+    # Labels can be huge in a damaged file: of many classes, only those that occur.
+    classes = np.arange(size) if size <= _MAX_CLASSES else np.unique(both)
     labels, predictions = np.searchsorted(classes, both)
     names = [class_names[i] if i < len(class_names) else str(i) for i in classes.tolist()]
     totals = np.bincount(labels, minlength=len(classes))
     wrong = labels != predictions
     cells, times = np.unique(labels[wrong] * len(classes) + predictions[wrong], return_counts=True)
-    pairs = []
-    for cell in np.argsort(-times, kind="stable")[:_MAX_PAIRS]:
+    errors = []
+    for cell in np.argsort(-times, kind="stable")[:_MAX_ERRORS]:
         i, j = divmod(int(cells[cell]), len(classes))
-        pairs.append((names[i], names[j], int(times[cell]), int(totals[i])))
-    left_out = max(len(classes) - _MAX_CONFUSED, 0)
-    if left_out:
-        mistaken = np.concatenate([labels[wrong], predictions[wrong]])
-        errors = np.bincount(mistaken, minlength=len(classes))
-        kept = np.sort(np.argsort(-errors, kind="stable")[:_MAX_CONFUSED])
-        place = np.full(len(classes), _MAX_CONFUSED)
-        place[kept] = np.arange(_MAX_CONFUSED)
+        errors.append((names[i], names[j], int(times[cell]), int(totals[i])))
+    num_others = max(len(classes) - _MAX_CLASSES, 0)
+    if num_others:
+        mistaken = np.bincount(
+            np.stack([labels, predictions])[:, wrong].ravel(), minlength=len(classes)
+        )
+        kept = np.sort(np.argsort(-mistaken, kind="stable")[:_MAX_CLASSES])
+        place = np.full(len(classes), _MAX_CLASSES)
+        place[kept] = np.arange(_MAX_CLASSES)
         labels, predictions = place[labels], place[predictions]
-        names = [names[i] for i in kept] + [f"{left_out} others"]
+        names = [names[i] for i in kept] + [f"{num_others} others"]
     counts = np.zeros((len(names), len(names)), np.int64)
     np.add.at(counts, (labels, predictions), 1)
-    return Confusion(names, counts, pairs, left_out)
+    return Confusion(names, counts, errors, num_others)
 
 
-def predicted(found: Predictions | None, indices: np.ndarray) -> np.ndarray:
-    """The probe's prediction of each image by its index, int32; -1 where there is none."""
-    if found is None:
-        return np.full(len(indices), -1, np.int32)
-    pairs = zip(found.indices.tolist(), found.predictions.tolist(), strict=True)
-    known: dict[Any, Any] = dict(pairs)
-    return np.asarray([known.get(index, -1) for index in indices.tolist()], np.int32)
+def predictions_of(sample: Sample, found: Predictions | None) -> np.ndarray:
+    """Returns the probe's prediction for each image, int32; -1 for none.
+
+    If a label differs, the probe was tested on other images, and there are no predictions.
+    """
+    known: dict[int, tuple[int, int]] = {}
+    if found is not None:
+        outcomes = zip(found.labels.tolist(), found.predictions.tolist(), strict=True)
+        known = dict(zip(found.indices.tolist(), outcomes, strict=True))
+    own = zip(sample.indices.tolist(), sample.labels.tolist(), strict=True)
+    labels, predictions = np.asarray([known.get(i, (y, -1)) for i, y in own], np.int32).T
+    return predictions if np.array_equal(labels, sample.labels) else np.full_like(labels, -1)

@@ -1,9 +1,10 @@
-"""What a workdir says of its run, without opening its checkpoints or its images.
+"""Reads what the files of a workdir record about its run.
 
-Everything in it may be damaged, cut off or written by somebody else: what cannot be read is left
-out, and a note says so.
+The files may be damaged, incomplete or written by somebody else: unreadable parts are excluded, and
+a note says so.
 """
 
+import collections
 import dataclasses
 import math
 import os
@@ -22,99 +23,78 @@ Record = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Recorded:
-    """What a workdir's files say.
-
-    Attributes:
-      path: of the workdir.
-      name: what the report calls it.
-      config: the run's config, as JSON holds it.
-      versions: of packages, by name.
-      devices: what it ran on.
-      written: when config.json was written.
-      metrics: the lines of metrics.jsonl, ascending in `step`.
-      events: the lines of events.jsonl.
-      skipped: the lines of skipped.jsonl.
-      rewinds: those that rewinds.json lists.
-      results: figures by protocol.
-      predictions: the linear probe's, if they belong to its figures.
-      notes: what could not be read, for people.
-    """
+class RecordedRun:
+    """What the files of a workdir record."""
 
     path: epath.Path
-    name: str
+    name: str  # in the report
     config: Record
-    versions: Record
+    versions: Record  # of packages
     devices: Record
-    written: str
-    metrics: list[Record]
-    events: list[Record]
-    skipped: list[Record]
-    rewinds: list[Record]
-    results: dict[str, Record]
-    predictions: Predictions | None
-    notes: tuple[str, ...]
+    written: str  # time of config.json
+    metrics: list[Record]  # metrics.jsonl, with ascending `step`
+    events: list[Record]  # events.jsonl
+    skipped: list[Record]  # skipped.jsonl
+    rewinds: list[Record]  # rewinds.json
+    results: dict[str, Record]  # by protocol
+    predictions: Predictions | None  # of the linear probe, if they belong to its results
+    notes: tuple[str, ...]  # what could not be read
 
     def field(self, name: str, default: Any = None) -> Any:
-        """A field of the config by its dotted name, whatever somebody made of it."""
+        """Returns a config field by dotted name; its value may be anything."""
         value: Any = self.config
         for part in name.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         return default if value is None else value
 
     def size(self, name: str) -> int | None:
-        """A field that is a positive whole number; None if it is none."""
+        """Returns a config field that is a positive integer, or None."""
         value = self.field(name)
         return value if type(value) is int and value > 0 else None
 
     @property
     def segments(self) -> tuple[int, int] | None:
-        """Segments and units of the embedding; None where the objective knows none."""
-        found = self.size("objective.num_segments"), self.size("objective.units_per_segment")
-        if self.field("objective.name") != "music" or found[0] is None or found[1] is None:
+        """Number of segments and of units per segment; None if the objective has none."""
+        segments = self.size("objective.num_segments")
+        units = self.size("objective.units_per_segment")
+        if self.field("objective.name") != "music" or segments is None or units is None:
             return None
-        return found[0], found[1]
+        return segments, units
 
     @property
     def last_step(self) -> int:
-        """The last step that was logged."""
+        """Last logged step."""
         return self.metrics[-1]["step"] if self.metrics else 0
 
     @property
     def num_steps(self) -> int | None:
-        """Steps of the whole training, if what was logged tells."""
+        """Number of steps of the whole training, estimated from the log; None if unknown."""
         epochs = self.size("num_epochs")
         for record in reversed(self.metrics):
             epoch = record.get("epoch")
-            if epochs and isinstance(epoch, float) and epoch > 0 and record["step"]:
+            if epochs and isinstance(epoch, float) and epoch > 0:
                 return max(round(record["step"] / epoch * epochs), record["step"])
         return None
 
 
-def read_workdirs(paths: list[str]) -> list[Recorded]:
-    """Reads workdirs, and gives each a name that no other has.
+def read_workdirs(paths: list[str]) -> list[RecordedRun]:
+    """Reads workdirs and gives each run a unique name.
 
     Raises:
-      UserError: one is not there, holds no run, or is named twice.
+      UserError: A workdir does not exist, holds no run, or is given twice.
     """
-    where = check_workdirs(paths)
-    names = _short_names([os.fspath(directory) for directory in where])
-    return [_read(directory, name) for directory, name in zip(where, names, strict=True)]
-
-
-def check_workdirs(paths: list[str]) -> list[epath.Path]:
-    """Finds workdirs; errors as `read_workdirs`."""
-    where: list[epath.Path] = []
+    workdirs: list[epath.Path] = []
     for path in paths:
-        directory = records.find_workdir(path)
-        if directory in where:
+        workdir = records.find_workdir(path)
+        if workdir in workdirs:
             raise UserError(f"the workdir {path} is named twice in --workdir")
-        where.append(directory)
-    return where
+        workdirs.append(workdir)
+    names = _short_names([os.fspath(workdir) for workdir in workdirs])
+    return [_read(workdir, name) for workdir, name in zip(workdirs, names, strict=True)]
 
 
 def _short_names(paths: list[str]) -> list[str]:
-    """The last parts of paths, as many as make them differ."""
+    """Returns as many of the last parts of each path as make the names unique."""
     parts = [path.rstrip("/").split("/") for path in paths]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-count:]) for p in parts]
@@ -123,36 +103,45 @@ def _short_names(paths: list[str]) -> list[str]:
     return paths
 
 
-def _read(directory: epath.Path, name: str) -> Recorded:
-    config = records.read_config(directory)
-    if config is None:  # it was there a moment ago
-        raise UserError(f"{directory} holds no run: it has no config.json")
-    about = read_json(directory / "config.json")
+def _read(workdir: epath.Path, name: str) -> RecordedRun:
+    config = records.read_config(workdir)
+    if config is None:  # removed since it was found
+        raise UserError(f"{workdir} holds no run: it has no config.json")
+    about = read_json(workdir / "config.json")
+    versions, devices = about.get("versions"), about.get("devices")
     notes: list[str] = []
-    results = read_all(directory)
-    return Recorded(
-        path=directory,
+    metrics: list[Record] = []
+    for record in _read_lines(workdir / "metrics.jsonl", ("step",), notes):
+        step = record["step"]
+        if type(step) is int and step > (metrics[-1]["step"] if metrics else 0):
+            metrics.append(record)
+    rewinds: list[Record] = []
+    if (workdir / "rewinds.json").exists():
+        try:
+            entries = read_json(workdir / "rewinds.json")["rewinds"]
+            rewinds = [entry for entry in entries if isinstance(entry, dict)]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            notes.append(f"rewinds.json cannot be read: {error}")
+    results = read_all(workdir)
+    return RecordedRun(
+        path=workdir,
         name=name,
         config=config,
-        versions=_object(about.get("versions")),
-        devices=_object(about.get("devices")),
+        versions=versions if isinstance(versions, dict) else {},
+        devices=devices if isinstance(devices, dict) else {},
         written=str(about.get("written", "")),
-        metrics=_ascending(_lines(directory / "metrics.jsonl", ("step",), notes)),
-        events=_lines(directory / "events.jsonl", ("event",), notes),
-        skipped=_lines(directory / "skipped.jsonl", ("source", "image", "reason"), notes),
-        rewinds=_rewinds(directory / "rewinds.json", notes),
+        metrics=metrics,
+        events=_read_lines(workdir / "events.jsonl", ("event",), notes),
+        skipped=_read_lines(workdir / "skipped.jsonl", ("source", "image", "reason"), notes),
+        rewinds=rewinds,
         results=results,
-        predictions=_predictions(directory, results, notes),
+        predictions=_read_predictions(workdir, results.get("linear"), notes),
         notes=tuple(notes),
     )
 
 
-def _object(value: Any) -> Record:
-    return value if isinstance(value, dict) else {}
-
-
-def _lines(path: epath.Path, needed: tuple[str, ...], notes: list[str]) -> list[Record]:
-    """The whole lines of a file that have what is needed."""
+def _read_lines(path: epath.Path, required: tuple[str, ...], notes: list[str]) -> list[Record]:
+    """Returns the valid lines of a file that have the required keys."""
     if not path.exists():
         return []
     try:
@@ -160,78 +149,54 @@ def _lines(path: epath.Path, needed: tuple[str, ...], notes: list[str]) -> list[
     except OSError as error:
         notes.append(f"{path.name} cannot be read: {error}")
         return []
-    found, damaged = [], 0
+    valid, damaged = [], 0
     lines = text.splitlines()
     for i, line in enumerate(lines):
         try:
             record = parse_json(line)
-            if not isinstance(record, dict) or any(key not in record for key in needed):
-                raise ValueError("it lacks something")
-            found.append(record)
+            if not isinstance(record, dict) or any(key not in record for key in required):
+                raise ValueError("a key is missing")
+            valid.append(record)
         except (ValueError, RecursionError):
-            # The last line of a run that goes on, or was cut off, may be half a line.
+            # The last line may be incomplete: the run may be writing it, or was killed.
             damaged += i < len(lines) - 1 or text.endswith("\n")
     if damaged:
-        notes.append(f"{damaged} damaged lines of {path.name} are left out")
-    return found
+        notes.append(f"{damaged} damaged lines of {path.name} are excluded")
+    return valid
 
 
-def _ascending(metrics: list[Record]) -> list[Record]:
-    kept: list[Record] = []
-    for record in metrics:
-        step = record["step"]
-        if type(step) is int and step > (kept[-1]["step"] if kept else 0):
-            kept.append(record)
-    return kept
-
-
-def _rewinds(path: epath.Path, notes: list[str]) -> list[Record]:
-    if not path.exists():
-        return []
-    try:
-        return [r for r in read_json(path)["rewinds"] if isinstance(r, dict)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        notes.append(f"rewinds.json cannot be read: {error}")
-        return []
-
-
-def _predictions(
-    directory: epath.Path, results: dict[str, Record], notes: list[str]
+def _read_predictions(
+    workdir: epath.Path, linear: Record | None, notes: list[str]
 ) -> Predictions | None:
     try:
-        found = read_predictions(directory)
+        predictions = read_predictions(workdir)
     except ValueError as error:
         notes.append(f"linear_eval.npz cannot be read: {error}")
         return None
-    figures = results.get("linear")
-    if found is None or figures is None:
+    if predictions is None or linear is None:
         return None
-    same = figures.get("step") == found.step and math.isclose(
-        figures["top1"], found.top1, abs_tol=1e-6
-    )
-    if not same:
-        notes.append("linear_eval.npz belongs to another probe than linear_eval.json")
-    return found if same else None
+    same_step = linear.get("step") == predictions.step
+    if same_step and math.isclose(linear["top1"], predictions.top1, abs_tol=1e-6):
+        return predictions
+    notes.append("linear_eval.npz does not belong to the probe of linear_eval.json")
+    return None
 
 
-def number(value: Any) -> float | None:
-    """A value as a finite number; None if it is none."""
+def as_number(value: Any) -> float | None:
+    """Returns a value as a finite number, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
 
 
-def said(value: Any, limit: int = 200) -> str:
-    """A value of a file as text of bounded length."""
+def as_text(value: Any, max_length: int = 200) -> str:
+    """Returns a value from a file as one line of limited length."""
     if isinstance(value, list | tuple):
         value = ", ".join(map(str, value)) or "none"
     text = " ".join(str(value).split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    return text if len(text) <= max_length else text[: max_length - 1] + "…"
 
 
-def counted(values: Iterable[Any]) -> dict[str, int]:
-    """How often each value comes, as text, the most frequent first."""
-    counts: dict[str, int] = {}
-    for value in values:
-        counts[said(value, 80)] = counts.get(said(value, 80), 0) + 1
-    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+def count_texts(values: Iterable[Any]) -> dict[str, int]:
+    """Counts values by their text, the most frequent first."""
+    return dict(collections.Counter(as_text(value, 80) for value in values).most_common())

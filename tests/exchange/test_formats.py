@@ -1,4 +1,4 @@
-"""What is exported gives the same features where it is used: in other libraries and processes."""
+"""Exported backbones give the same features in other libraries and processes."""
 
 import json
 import subprocess
@@ -18,10 +18,9 @@ from small_runs import save_run, small_config
 import music_jax
 from music_jax.errors import UserError
 from music_jax.evaluation.runner import envelope
-from music_jax.exchange.formats import FORMATS
-from music_jax.exchange.model_card import _results
-from music_jax.exchange.tensors import by_name
-from music_jax.exchange.trained import TrainedBackbone
+from music_jax.exchange.backbone import TrainedBackbone
+from music_jax.exchange.formats import _results, usage
+from music_jax.exchange.weights import tensors_by_name
 from music_jax.export import export
 
 _CIFAR = {"num_channels": 3, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
@@ -60,14 +59,29 @@ def run(request, tmp_path_factory):
     return directory, images, encoder(images)
 
 
-def test_a_file_and_its_card_say_how_many_heads_there_are():
+def test_a_changed_number_of_heads_is_in_the_description_and_the_card():
     config = small_config(name="vit_s16", stem=None, num_heads=12)
     config.crop.size = 32
     trained = TrainedBackbone(config, 0, {})
     assert trained.description()["config"]["backbone"] == {"name": "vit_s16", "num_heads": 12}
-    usage = FORMATS["torchvision"].usage(trained, "a.safetensors", 0)
-    made = 'vit_small_patch16_224", num_classes=0, img_size=32, num_heads=12)'
-    assert made in usage
+    call = 'vit_small_patch16_224", num_classes=0, img_size=32, num_heads=12)'
+    assert call in usage(trained, "torchvision", "a.safetensors", 0)
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("small") / "run"
+    save_run(directory, small_config())
+    return directory
+
+
+@pytest.fixture(scope="module")
+def exported(small_run):
+    """The tensors of a safetensors file, and its description."""
+    path = small_run.parent / "b.safetensors"
+    export(str(small_run), form="safetensors", output=str(path))
+    with safe_open(path, "np") as file:
+        return load_file(path), json.loads(file.metadata()["music_jax"])
 
 
 def _agree(found, expected):
@@ -75,7 +89,7 @@ def _agree(found, expected):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * max(1, np.abs(expected).max()))
 
 
-def test_onnx_agrees_for_batches_of_any_size(run, tmp_path):
+def test_onnx_gives_the_same_features_for_any_batch_size(run, tmp_path):
     directory, images, expected = run
     export(str(directory), form="onnx", output=str(tmp_path / "b.onnx"))
     session = onnxruntime.InferenceSession(tmp_path / "b.onnx")
@@ -100,7 +114,7 @@ assert not [name for name in sys.modules if name.startswith(("music_jax", "flax"
 """
 
 
-def test_stablehlo_runs_in_another_process_for_another_batch(run, tmp_path):
+def test_stablehlo_gives_the_same_features_in_another_process(run, tmp_path):
     directory, images, expected = run
     export(str(directory), form="stablehlo", output=str(tmp_path / "b.stablehlo"))
     np.save(tmp_path / "images.npy", images[:3])
@@ -109,7 +123,7 @@ def test_stablehlo_runs_in_another_process_for_another_batch(run, tmp_path):
     _agree(np.load(tmp_path / "features.npy"), expected[:3])
 
 
-def test_a_safetensors_file_is_loaded_like_a_run(run, tmp_path):
+def test_safetensors_files_are_loaded_like_runs(run, tmp_path):
     directory, images, expected = run
     export(str(directory), form="safetensors", output=str(tmp_path / "b.safetensors"))
     encoder = music_jax.load(tmp_path / "b.safetensors")
@@ -119,23 +133,23 @@ def test_a_safetensors_file_is_loaded_like_a_run(run, tmp_path):
         encoder.codes(images)
 
 
-def test_orbax_holds_the_backbone_alone(run, tmp_path):
+def test_orbax_holds_only_the_backbone(run, tmp_path):
     directory, _, _ = run
     path, _ = export(str(directory), form="orbax", output=str(tmp_path / "b"))
     with ocp.StandardCheckpointer() as checkpointer:
         found = checkpointer.restore(path)
     assert found.keys() == {"params", "batch_stats"}
-    tensors = by_name(found["params"]) | by_name(found["batch_stats"])
+    tensors = tensors_by_name(found["params"], found["batch_stats"])
     expected = music_jax.load(directory).trained.tensors
     assert tensors.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_array_equal(tensors[name], value)
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         export(str(directory), form="orbax", output=str(tmp_path / "b"))
 
 
 @pytest.mark.slow
-def test_the_torchvision_form_is_loaded_back(tmp_path):
+def test_the_torchvision_format_can_be_loaded(tmp_path):
     config = small_config(name="resnet18", stem="imagenet")
     config.dataset.update(_CIFAR)
     save_run(tmp_path / "run", config)
@@ -155,12 +169,12 @@ def test_the_torchvision_form_is_loaded_back(tmp_path):
 @pytest.mark.parametrize(
     ("backbone", "channels", "reason"),
     [
-        ({}, 1, "neither has a small_resnet"),
-        ({"name": "resnet18", "stem": "cifar"}, 3, "the stem 'imagenet', and this one 'cifar'"),
-        ({"name": "resnet18", "stem": None}, 1, "takes 3 channels, and this one 1"),
+        ({}, 1, "they have no small_resnet"),
+        ({"name": "resnet18", "stem": "cifar"}, 3, "the stem 'imagenet', not 'cifar'"),
+        ({"name": "resnet18", "stem": None}, 1, "takes 3 channels, not 1"),
     ],
 )
-def test_what_torchvision_has_not_is_refused(backbone, channels, reason, tmp_path):
+def test_backbones_that_torchvision_lacks_are_rejected(backbone, channels, reason, tmp_path):
     config = small_config(**backbone)
     config.dataset.update(_CIFAR if channels == 3 else {})
     save_run(tmp_path / "run", config)
@@ -169,7 +183,7 @@ def test_what_torchvision_has_not_is_refused(backbone, channels, reason, tmp_pat
     assert not (tmp_path / "b").exists()
 
 
-def test_the_card_says_what_where_and_how_well(tmp_path):
+def test_the_card_has_license_preprocessing_data_recipe_and_results(tmp_path):
     directory = tmp_path / "run"
     save_run(directory, small_config())
     linear = {"step": 3, "top1": 0.983, "raw_pixels_top1": 0.901, "num_test": 1000}
@@ -186,16 +200,16 @@ def test_the_card_says_what_where_and_how_well(tmp_path):
         "`mnist` (TFDS)",
         "6 segments of 5 units",
         "| linear probe, top-1 | 98.3 % | - | 90.1 % |",
-        "On `mnist:test`, 1000 test images; the",
+        "On `mnist:test`, 1000 test images; backbone frozen",
         "from the checkpoint of step 3",
     ):
         assert part in text
-    assert "kNN" not in text  # of another checkpoint
+    assert "kNN" not in text  # evaluated at another checkpoint
     assert jax.__version__ in text
 
 
 @pytest.mark.parametrize(
-    ("record", "said"),
+    ("record", "expected"),
     [
         ({"top1": 0.5, "data": {"test": "/home/me/photos/"}, "num_test": 7}, "`photos`, 7 test"),
         ({"top1": 0.5, "data": "linear", "num_test": []}, "`?`, ? test"),
@@ -203,25 +217,24 @@ def test_the_card_says_what_where_and_how_well(tmp_path):
         ("[" * 100_000, "has not been evaluated"),
     ],
 )
-def test_the_card_makes_the_best_of_a_record_that_anyone_changed(record, said, tmp_path):
+def test_the_card_tolerates_damaged_results(record, expected, tmp_path):
     text = record if isinstance(record, str) else json.dumps({"step": 3} | record)
     (tmp_path / "linear_eval.json").write_text(text)
-    assert said in _results(epath.Path(tmp_path), 3)
+    assert expected in _results(epath.Path(tmp_path), 3)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"form": "pickle", "output": "b"}, "must be one of safetensors, torchvision, onnx"),
-        ({"form": "onnx", "output": "."}, "is there already"),
+        ({"form": "onnx", "output": "."}, "already exists"),
         ({"form": "onnx", "output": "run/config.json/b"}, "cannot write --output"),
         ({"form": "onnx", "output": "b", "checkpoint": "7"}, "the run has the steps 3"),
         ({"form": "onnx", "output": "b", "num_classes": -1}, "must be 0 or more"),
     ],
 )
-def test_wrong_arguments_are_told(arguments, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save_run(tmp_path / "run", small_config())
+def test_wrong_arguments_are_rejected(arguments, message, small_run, monkeypatch):
+    monkeypatch.chdir(small_run.parent)
     with pytest.raises(UserError, match=message):
         export("run", **arguments)
 
@@ -238,25 +251,17 @@ def test_wrong_arguments_are_told(arguments, message, tmp_path, monkeypatch):
         ("extra", 1, "does not fit this version"),
     ],
 )
-def test_a_file_with_another_description_is_refused(part, value, message, tmp_path):
-    save_run(tmp_path / "run", small_config())
-    form = {"form": "safetensors", "output": str(tmp_path / "b.safetensors")}
-    export(str(tmp_path / "run"), **form)
-    with safe_open(tmp_path / "b.safetensors", "np") as file:
-        metadata = file.metadata()
-    described = json.loads(metadata["music_jax"])
-    if isinstance(value, dict):
-        described["config"][part].update(value)
-    else:
-        described["config"][part] = value
-    tensors = load_file(tmp_path / "b.safetensors")
-    save_file(tensors, tmp_path / "c", {"music_jax": json.dumps(described)})
+def test_files_with_a_wrong_description_are_rejected(part, value, message, exported, tmp_path):
+    tensors, described = exported
+    config = described["config"]
+    config = config | {part: config[part] | value if isinstance(value, dict) else value}
+    save_file(tensors, tmp_path / "c", {"music_jax": json.dumps(described | {"config": config})})
     with pytest.raises(UserError, match=message):
         music_jax.load(tmp_path / "c")
 
 
 @pytest.mark.parametrize("where", ["nothing", "empty", "weights.safetensors"])
-def test_what_is_no_backbone_is_not_loaded(where, tmp_path):
+def test_paths_without_a_backbone_are_rejected(where, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "weights.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
     with pytest.raises(UserError, match=r"neither|holds no run|was not exported"):

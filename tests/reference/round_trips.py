@@ -49,16 +49,16 @@ def main():
 
     import music_jax
     from music_jax.errors import UserError
-    from music_jax.exchange import torch_names
+    from music_jax.exchange.backbone import TrainedBackbone
     from music_jax.exchange.encoder import Encoder
-    from music_jax.exchange.importing import import_weights
-    from music_jax.exchange.trained import TrainedBackbone
+    from music_jax.exchange.importing import import_backbone
+    from music_jax.exchange.weights import TIMM_NAMES, TORCHVISION_NAMES
     from music_jax.export import export
 
     torch = next((a[8:] for a in sys.argv[1:] if a.startswith("--torch=")), None)
     for name in (a for a in sys.argv[1:] if not a.startswith("--")):
         directory = pathlib.Path(tempfile.mkdtemp())
-        run = _imported(name, directory) if name in torch_names.TIMM_NAMES else name
+        run = _imported(name, directory) if name in TIMM_NAMES else name
         encoder = music_jax.load(run)
         config = encoder.trained.config
         images = philox_images(3, encoder.size, encoder.channels)
@@ -99,15 +99,15 @@ def main():
             print(f"{name}: torchvision: {error}")
             continue
         (directory / "back.safetensors").write_bytes(pathlib.Path(weights).read_bytes())
-        import_weights(str(directory / "back.safetensors"), str(directory / "back"), config)
+        import_backbone(str(directory / "back.safetensors"), str(directory / "back"), config)
         say(
             "torchvision's form, imported again",
             _features(music_jax.load(directory / "back"), images),
         )
         assert load_file(weights).keys() == _names(config.backbone.name)
         if torch:
-            theirs = {"timm": torch_names.TIMM_NAMES[config.backbone.name]}
-            if config.backbone.name in torch_names.TORCHVISION_NAMES:
+            theirs = {"timm": TIMM_NAMES[config.backbone.name]}
+            if config.backbone.name in TORCHVISION_NAMES:
                 theirs["torchvision"] = config.backbone.name
             program = [torch, "-c", _TORCH, weights, str(directory / "inputs.npy")]
             subprocess.run([*program, str(directory / "torch"), json.dumps(theirs)], check=True)
@@ -117,7 +117,7 @@ def main():
 
 def _features(encoder, images):
     """Of images that are cut already, as all other forms take them."""
-    return encoder.encode_views(images)[0]
+    return encoder.encode_crops(images)[0]
 
 
 def _names(backbone):
@@ -130,7 +130,7 @@ def _imported(name, directory):
     from safetensors.numpy import save_file
 
     from music_jax.config import default_config
-    from music_jax.exchange.importing import import_weights
+    from music_jax.exchange.importing import import_backbone
     from music_jax.models.vision_transformer import sincos_positions
 
     shapes = json.loads((_HERE / "torch_names.json").read_text())[name]
@@ -143,7 +143,7 @@ def _imported(name, directory):
     config = default_config()
     if name == "vit_s16":
         config.backbone.num_heads = 6  # timm's
-    import_weights(str(directory / "theirs.safetensors"), str(directory / "run"), config)
+    import_backbone(str(directory / "theirs.safetensors"), str(directory / "run"), config)
     return directory / "run"
 
 

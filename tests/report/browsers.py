@@ -1,4 +1,4 @@
-"""A headless Chromium that tells what it complained of and what it asked the network for."""
+"""Opens files in a headless Chromium and records its errors and requests."""
 
 import contextlib
 import os
@@ -16,18 +16,18 @@ _FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-_PATIENCE = 120_000  # milliseconds, on a machine that has other work
+_TIMEOUT = 120_000  # milliseconds; the machine may be busy
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 @contextlib.contextmanager
 def chromium():
-    """The system's Chromium, or the one that CHROMIUM names; a test fails where there is none."""
+    """Runs the system's Chromium, or that of the variable CHROMIUM; fails the test without one."""
     path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, _NAMES)), None)
     if path is None:
         pytest.fail("no Chromium: apt-get install chromium, or CHROMIUM=/path/to/it")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=_FLAGS, timeout=_PATIENCE)
+        browser = playwright.chromium.launch(executable_path=path, args=_FLAGS, timeout=_TIMEOUT)
         try:
             yield browser
         finally:
@@ -35,10 +35,10 @@ def chromium():
 
 
 class Opened:
-    """A file opened from disk, and what came of it."""
+    """A file opened from disk, with the errors and requests of its page."""
 
     def __init__(self, browser, path, *, dark=False, width=1280, height=900, touch=False):
-        self.complaints, self.requests = [], []
+        self.errors, self.requests = [], []
         self._context = browser.new_context(
             viewport={"width": width, "height": height},
             color_scheme="dark" if dark else "light",
@@ -46,16 +46,16 @@ class Opened:
             has_touch=touch,
         )
         self.page = self._context.new_page()
-        self.page.set_default_timeout(_PATIENCE)
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("dialog", lambda dialog: self.complaints.append(dialog.message))
+        self.page.set_default_timeout(_TIMEOUT)
+        self.page.on("console", lambda message: self.errors.append(message.text))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("dialog", lambda dialog: self.errors.append(dialog.message))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(path.as_uri())
         self.page.wait_for_selector("html[data-ready]")
 
     def draw_all(self):
-        """Scrolls through the page, so that every chart is drawn."""
+        """Scrolls through the page so that every chart is drawn."""
         for chart in self.page.locator(".chart").all():
             chart.scroll_into_view_if_needed()
             chart.locator(".plot-container").wait_for()

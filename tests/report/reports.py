@@ -1,4 +1,4 @@
-"""Hand-made runs for the report: workdirs without a training, and images without a network."""
+"""Synthetic runs for the report: workdirs without training and images without a network."""
 
 import base64
 import gzip
@@ -9,14 +9,13 @@ import numpy as np
 
 from music_jax.config import default_config
 from music_jax.report import measures
-from music_jax.report.gathering import Shown
-from music_jax.report.images import Seen
+from music_jax.report.page import ReportedRun
 from music_jax.report.reading import read_workdirs
 from music_jax.workdir.records import as_json
 
 HOSTILE = "</script><script>window.hacked=1;alert(1)</script>"
-# Names of metrics that mean something to the page's scripts, to Plotly or to JavaScript, and some
-# that HTML changes.
+# Names of metrics with a special meaning in the page's scripts, Plotly or JavaScript, and some that
+# HTML changes.
 HOSTILE_NAMES = (
     *("base64", "shape", "type", "dtype", "bdata", "values", "step ", "__proto__", "constructor"),
     *("toString", "hasOwnProperty", "", "\0", "a\r\nb", "\x1b[31m", "\udcff", '"]', "%{x}"),
@@ -25,7 +24,7 @@ HOSTILE_TAG = '<img src=x onerror="window.hacked=1"><b>bold</b>'
 
 
 def write_workdir(path, *, objective="music", segments=6, units=5, steps=30, logged=30, seed=0):
-    """config.json and metrics.jsonl as a run of 3 epochs leaves them."""
+    """Writes config.json and metrics.jsonl like a run of 3 epochs."""
     path.mkdir(parents=True)
     config = default_config()
     config.num_epochs, config.batch_size, config.seed = 3, 32, seed
@@ -61,7 +60,7 @@ def write_workdir(path, *, objective="music", segments=6, units=5, steps=30, log
 
 
 def write_results(path, *, images=40, classes=3, step=30):
-    """What the linear probe and kNN leave; returns labels and predictions."""
+    """Writes results of the linear probe and kNN; returns labels and predictions."""
     rng = np.random.default_rng(1)
     labels = rng.integers(classes, size=images)
     predictions = np.where(rng.random(images) < 0.2, (labels + 1) % classes, labels)
@@ -83,20 +82,20 @@ def write_results(path, *, images=40, classes=3, step=30):
     return labels, predictions
 
 
-def make_seen(
+def make_sample(
     *, images=40, classes=3, segments=6, units=5, side=24, channels=3, labeled=True, seed=0
 ):
-    """Images whose embedding and features follow their class, with noise."""
+    """Returns images whose embeddings and features depend on their class, with noise."""
     rng = np.random.default_rng(seed)
     labels = np.random.default_rng(1).integers(classes, size=images)
     dim = segments * units
     centers = rng.normal(size=(classes, dim))
     embeddings = 3 * centers[labels] + rng.normal(size=(images, dim))
-    pair = embeddings[:, None] + 0.3 * rng.normal(size=(images, 2, dim))
+    view_pairs = embeddings[:, None] + 0.3 * rng.normal(size=(images, 2, dim))
     names = [HOSTILE, HOSTILE_TAG] + [f"class {i}" for i in range(2, classes)]
-    return Seen(
+    return measures.Sample(
         source="digits:test",
-        of=10 * images,
+        source_size=10 * images,
         indices=np.arange(images),
         names=[f"{i}{HOSTILE_TAG}.png" for i in range(images)],
         labels=labels.astype(np.int32) if labeled else np.full(images, -1, np.int32),
@@ -105,35 +104,35 @@ def make_seen(
         pixels=rng.integers(256, size=(images, side, side, channels), dtype=np.uint8),
         features=(centers[labels] + 0.5 * rng.normal(size=(images, dim))).astype(np.float32),
         embeddings=embeddings.astype(np.float32),
-        pair=pair.astype(np.float32),
+        view_pairs=view_pairs.astype(np.float32),
         views=rng.integers(256, size=(4, 5, side, side, channels), dtype=np.uint8),
     )
 
 
-def make_shown(path, seen=None, *, maps=True):
-    """The run of a workdir with images, as `gathering.gather` gives it of a real one."""
+def make_reported(path, sample=None, *, maps=True):
+    """Returns the run of a workdir like `page.measure_run`, with synthetic images."""
     (recorded,) = read_workdirs([str(path)])
-    classes = list(seen.class_names) if seen else []
-    confusion = measures.confusion(recorded.predictions, classes) if recorded.predictions else None
-    if seen is None:
-        return Shown(recorded, why_not=f"no checkpoint {HOSTILE}", confusion=confusion)
-    found = None
-    if recorded.segments:
-        found = measures.segments(seen, num_segments=recorded.segments[0], temperature=1.0)
-    place = np.random.default_rng(0).random((len(seen.indices), 2))
-    return Shown(
+    names, predictions = list(sample.class_names) if sample else [], recorded.predictions
+    confusion = measures.count_confusions(predictions, names) if predictions else None
+    if sample is None:
+        return ReportedRun(recorded, missing=f"no checkpoint {HOSTILE}", confusion=confusion)
+    segments = recorded.segments and measures.measure_sample_segments(
+        sample, num_segments=recorded.segments[0], temperature=1.0
+    )
+    place = np.random.default_rng(0).random((len(sample.indices), 2))
+    return ReportedRun(
         recorded,
-        seen=seen,
-        segments=found,
+        sample=sample,
+        segments=segments,
         maps={"embedding": place, "features": place[::-1]} if maps else {},
-        neighbors=measures.neighbors(seen.features),
+        neighbors=measures.neighbors(sample.features),
         confusion=confusion,
         num_training_images=1000,
     )
 
 
 def data_of(html):
-    """What the page's scripts read, as Python has it, arrays unpacked."""
+    """Returns the data of the page's scripts, with arrays unpacked."""
     encoded = re.search(r'<script type="text/plain" id="data">([^<]*)</script>', html)[1]
     return _unpacked(json.loads(gzip.decompress(base64.b64decode(encoded))))
 

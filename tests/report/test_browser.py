@@ -1,4 +1,4 @@
-"""The report in a real browser: no complaint, no request, and controls that do what they say."""
+"""The report in a real browser: no errors, no requests, and working controls."""
 
 import pytest
 
@@ -7,8 +7,8 @@ from tests.report.browsers import Opened, chromium
 from tests.report.reports import (
     HOSTILE,
     HOSTILE_TAG,
-    make_seen,
-    make_shown,
+    make_reported,
+    make_sample,
     write_results,
     write_workdir,
 )
@@ -20,16 +20,16 @@ _PHONE = {"width": 360, "height": 740, "touch": True}
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """One of a single run with everything, one of three different ones side by side."""
+    """A report of one complete run, and a report of three different runs."""
     root = tmp_path_factory.mktemp("reports")
     path = write_workdir(root / "music")
     write_results(path)
-    music = make_shown(path, make_seen())
-    vicreg = make_shown(
+    music = make_reported(path, make_sample())
+    vicreg = make_reported(
         write_workdir(root / "vicreg", objective="vicreg", logged=12),
-        make_seen(labeled=False, channels=1, side=96),
+        make_sample(labeled=False, channels=1, side=96),
     )
-    bare = make_shown(write_workdir(root / "bare", logged=0))
+    bare = make_reported(write_workdir(root / "bare", logged=0))
     files = {"one": [music], "three": [music, vicreg, bare]}
     for name, shown in files.items():
         (root / f"{name}.html").write_bytes(page.render(shown))
@@ -37,7 +37,7 @@ def reports(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def browser(reports):  # the reports first: no event loop may run while checkpoints are read
+def browser(reports):  # after the reports: no event loop may run while checkpoints are read
     with chromium() as running:
         yield running
 
@@ -46,16 +46,16 @@ def browser(reports):  # the reports first: no event loop may run while checkpoi
 def opened(browser, reports):
     found = Opened(browser, reports["one"])
     yield found
-    assert found.complaints == []
+    assert found.errors == []
     found.close()
 
 
 @pytest.mark.parametrize("name", ["one", "three"])
 @pytest.mark.parametrize("how", [{"dark": True}, _PHONE])
-def test_it_opens_from_disk_without_a_complaint_or_a_request(name, how, browser, reports):
+def test_the_report_opens_from_disk_without_errors_or_requests(name, how, browser, reports):
     opened = Opened(browser, reports[name], **how)
     opened.draw_all()
-    assert opened.complaints == []
+    assert opened.errors == []
     others = [url for url in opened.requests if not url.startswith(("data:", "blob:"))]
     assert others == [reports[name].as_uri()]
     widths = "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
@@ -72,7 +72,7 @@ def test_it_opens_from_disk_without_a_complaint_or_a_request(name, how, browser,
     opened.close()
 
 
-def test_names_of_classes_are_text_wherever_they_stand(opened):
+def test_class_names_are_shown_as_text(opened):
     opened.draw_all()
     opened.page.locator("#map .legendtext").first.wait_for()
     legend = opened.page.locator("#map .legendtext").all_text_contents()
@@ -85,19 +85,19 @@ def test_names_of_classes_are_text_wherever_they_stand(opened):
     assert opened.page.locator("#map a").count() == 0
 
 
-def test_choosing_a_segment_changes_its_images(opened):
+def test_choosing_a_segment_changes_the_images(opened):
     page = opened.page
     thumbs = page.locator("[data-gallery] .thumb")
 
     def images():
         return thumbs.evaluate_all("all => all.map(each => each.style.backgroundPosition)")
 
-    before, said = images(), page.locator("[data-segment-says]").inner_text()
+    before, text = images(), page.locator("[data-segment-text]").inner_text()
     chosen = page.locator("[data-segment]").input_value()
     page.get_by_role("button", name="Next segment").click()
     after = page.locator("[data-segment]").input_value()
     assert after != chosen
-    assert f"Segment {after}:" in page.locator("[data-segment-says]").inner_text() != said
+    assert f"Segment {after}:" in page.locator("[data-segment-text]").inner_text() != text
     assert images() != before
     page.locator("[data-segment]").select_option(chosen)
     assert images() == before
@@ -111,7 +111,7 @@ def test_choosing_two_segments_or_clicking_the_matrix_shows_their_block(opened):
     whole.locator(".plot-container").wait_for()
     page.locator("[data-joint-a]").select_option("2")
     page.locator("[data-joint-b]").select_option("2")
-    assert "Segment 2 with itself" in page.locator("[data-joint-says]").inner_text()
+    assert "Segment 2 with itself" in page.locator("[data-joint-text]").inner_text()
     box = whole.locator(".plot .hm image, .heatmaplayer image").first.bounding_box()
     place = box["x"] + box["width"] * 4.5 / 6, box["y"] + box["height"] * 1.5 / 6
     page.mouse.move(*place)
@@ -141,20 +141,20 @@ def test_the_theme_can_be_changed(opened):
     assert page.evaluate(colors) == light
 
 
-def test_a_dot_of_the_map_shows_its_image_and_leads_to_its_neighbors(opened):
+def test_a_dot_of_the_map_shows_its_image_and_its_neighbors(opened):
     page = opened.page
     page.locator("[data-map]").scroll_into_view_if_needed()
     dot = page.locator("[data-map] .points path").first
     dot.wait_for()
     thumb = page.locator("#preview .thumb")
-    for _ in range(100):  # until the map has come to rest and listens
+    for _ in range(100):  # until the map is drawn and reacts
         box = dot.bounding_box()
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
         page.wait_for_timeout(200)
         if thumb.is_visible():
             break
     name = thumb.get_attribute("aria-label")
-    assert "probe says" in name
+    assert "probe predicts" in name
     page.mouse.down()
     page.mouse.up()
     row = page.locator(".row.chosen")
@@ -176,13 +176,13 @@ def test_curves_are_drawn_over_epochs_or_steps_with_the_bound(opened):
     page.locator("[data-curve='0'] .xtitle", has_text="step").wait_for()
 
 
-def test_an_old_browser_is_told_what_is_missing(browser, reports):
+def test_an_old_browser_shows_a_message(browser, reports):
     context = browser.new_context()
     page = context.new_page()
     page.add_init_script("delete window.DecompressionStream")
     page.goto(reports["one"].as_uri())
     failed = page.locator("#failed")
     failed.wait_for(state="visible")
-    assert "they need a browser of 2023 or later" in failed.inner_text()
+    assert "they need a browser from 2023 or later" in failed.inner_text()
     assert page.locator("table.scores").is_visible()
     context.close()

@@ -21,7 +21,7 @@ def _write_images(root, count=12):
 
 
 @pytest.mark.slow
-def test_a_run_and_others_without_images_or_segments(tmp_path):
+def test_runs_with_and_without_images_and_segments(tmp_path):
     images = tmp_path / "images"
     _write_images(images)
     (images / "b" / "broken.png").write_bytes(b"no image")
@@ -66,7 +66,7 @@ def test_a_run_and_others_without_images_or_segments(tmp_path):
         (("--workdir={tmp}/run", "--protocols=knn"), "protocols"),
     ],
 )
-def test_wrong_input_is_one_clear_line_and_exit_code_2(arguments, message, tmp_path):
+def test_wrong_input_gives_exit_code_2_and_one_line(arguments, message, tmp_path):
     write_workdir(tmp_path / "run")
     code, out, err = run(_REPORT, *(a.format(tmp=tmp_path) for a in arguments))
     assert code == 2, err

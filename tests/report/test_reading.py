@@ -1,4 +1,4 @@
-"""What a workdir's files say, whatever state they are in."""
+"""Reading the files of workdirs, also damaged ones."""
 
 import json
 
@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from music_jax.errors import UserError
-from music_jax.report import curves, overview
+from music_jax.report import tables
 from music_jax.report.reading import read_workdirs
 from tests.report.reports import write_results, write_workdir
 
 
-def test_damaged_lines_are_left_out_and_counted(tmp_path):
+def test_damaged_lines_are_excluded_and_counted(tmp_path):
     path = write_workdir(tmp_path / "run", logged=5)
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3}\n[1]\n{"step": 9, "loss": NaN, "epoch": "x"}\n{"st')
@@ -30,11 +30,11 @@ def test_damaged_lines_are_left_out_and_counted(tmp_path):
         "rewinds.json cannot be read",
     ):
         assert part in notes
-    assert curves.points(run)["loss"][-1] is None
-    json.dumps([curves.points(run), overview.history(run)], allow_nan=False)
+    assert tables.points(run)["loss"][-1] is None
+    json.dumps([tables.points(run), tables.history(run)], allow_nan=False)
 
 
-def test_predictions_of_another_probe_are_not_shown(tmp_path):
+def test_predictions_of_another_probe_are_ignored(tmp_path):
     path = write_workdir(tmp_path / "run")
     write_results(path)
     (run,) = read_workdirs([str(path)])
@@ -43,7 +43,7 @@ def test_predictions_of_another_probe_are_not_shown(tmp_path):
     (path / "linear_eval.json").write_text(json.dumps(figures | {"top1": 0.01}))
     (run,) = read_workdirs([str(path)])
     assert run.predictions is None
-    assert "another probe" in run.notes[0]
+    assert "does not belong to the probe" in run.notes[0]
     for label in (2**31, 10**12, -1):
         values = np.asarray([label])
         arrays = {"indices": np.arange(1), "labels": values, "predictions": values}
@@ -59,13 +59,13 @@ def test_predictions_of_another_probe_are_not_shown(tmp_path):
 def test_long_curves_are_thinned_and_keep_both_ends(tmp_path):
     path = write_workdir(tmp_path / "run", steps=5000, logged=5000)
     (run,) = read_workdirs([str(path)])
-    steps = curves.points(run)["step"]
+    steps = tables.points(run)["step"]
     assert len(steps) == 1000
     assert (steps[0], steps[-1]) == (1, 5000)
-    assert curves.is_thinned(run)
+    assert tables.is_thinned(run)
 
 
-def test_workdirs_of_one_name_are_told_apart(tmp_path):
+def test_workdirs_with_the_same_name_get_longer_names(tmp_path):
     paths = [write_workdir(tmp_path / parent / "run") for parent in ("a", "b")]
     assert [run.name for run in read_workdirs([str(p) for p in paths])] == ["a/run", "b/run"]
 
@@ -79,7 +79,7 @@ def test_workdirs_of_one_name_are_told_apart(tmp_path):
         (["broken"], "cannot read"),
     ],
 )
-def test_wrong_workdirs_are_refused(names, message, tmp_path):
+def test_wrong_workdirs_are_rejected(names, message, tmp_path):
     (tmp_path / "empty").mkdir()
     write_workdir(tmp_path / "run")
     (write_workdir(tmp_path / "broken") / "config.json").write_text("{")

@@ -110,7 +110,7 @@ _VALUES = {
         "remat": True,
         "stem": "strided",
         "zero_init_residual": False,
-        "num_heads": None,  # of vision transformers alone: tests/exchange/test_torch_names.py
+        "num_heads": None,  # of vision transformers alone: tests/exchange/test_importing.py
     },
     "projector": {"hidden_sizes": (10, 14), "output_size": 12},
     "optimizer": {

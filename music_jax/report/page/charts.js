@@ -1,11 +1,11 @@
-// Drawing with Plotly: colors by theme, and charts that are drawn once they come into view.
+// Draws charts with Plotly: colors by theme, each chart when it becomes visible.
 
 const RUN_COLORS = {
   light: ["#0b5cad", "#c2410c", "#00796b", "#8e24aa", "#8a6d00", "#455a64", "#ad1457", "#5d4037"],
   dark: ["#7db8f5", "#ff9e64", "#4fd1b5", "#d59bf6", "#f2cf63", "#b0bec5", "#ff8fb1", "#c8ab9b"],
 };
 const DASHES = ["solid", "dot", "dashdot", "longdash", "longdashdot"]; // a bound is dashed
-// Every group has a symbol of its own besides its color.
+// Groups differ in their symbols besides their colors.
 const GROUP_COLORS = {
   light: ["#1f5fa8", "#c2410c", "#117733", "#aa3377", "#8a6d00", "#4a35a8", "#00838f", "#7d1f4f", "#616161", "#b71c1c"],
   dark: ["#7db8f5", "#ff9e64", "#6fd08c", "#f49ac2", "#e6c84f", "#b3a5ff", "#5ed3dd", "#d98cb3", "#bdbdbd", "#ff7b72"],
@@ -57,7 +57,7 @@ function themed() {
   };
 }
 
-// A chart that `build(colors)` gives the traces and the layout of; `on` are Plotly's events.
+// Registers a chart: `build(colors)` returns traces and layout; `on` holds handlers of Plotly's events.
 function chart(element, build, on = {}) {
   charts.set(element, { build, on, drawn: false });
   watcher.observe(element);
@@ -79,7 +79,7 @@ function draw(element, entry) {
     hoverlabel: { bgcolor: colors.surface, bordercolor: colors.muted, font: { color: colors.text } },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: colors.muted, activecolor: colors.accent },
     showlegend: false,
-    // On a touch screen a finger that is drawn over a chart moves the page.
+    // On a touch screen, dragging over a chart scrolls the page.
     dragmode: touch ? false : "zoom",
     ...layout,
     xaxis: { ...axis, ...layout.xaxis },
@@ -89,7 +89,7 @@ function draw(element, entry) {
     displaylogo: false, responsive: true, plotlyServerURL: "",
     modeBarButtons: [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
   };
-  if (touch) merged.margin = { ...merged.margin, t: merged.margin.t + 26 }; // where the buttons always show
+  if (touch) merged.margin = { ...merged.margin, t: merged.margin.t + 26 }; // for the buttons, which are always visible there
   if (alt) element.setAttribute("aria-label", alt);
   Plotly.react(element, data, merged, options);
   if (!entry.drawn) {
@@ -107,7 +107,7 @@ function redrawAll() {
   for (const element of charts.keys()) redraw(element);
 }
 
-// Color bars: under a chart, and beside it.
+// Color bars below and beside a chart.
 function beneath(colors) {
   return {
     orientation: "h", y: 0, yref: "container", yanchor: "bottom", x: 0.5, len: 0.9, thickness: 10, outlinewidth: 0,
@@ -121,7 +121,7 @@ function beside(text, colors) {
   };
 }
 
-// Rows of a flat array, as Plotly takes them.
+// Splits a flat array into rows for Plotly.
 function rows(values, height, width) {
   return Array.from({ length: height }, (_, i) => values.subarray(i * width, (i + 1) * width));
 }

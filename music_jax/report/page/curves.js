@@ -1,4 +1,4 @@
-// The curves of a training: all runs in each chart, with the bound.
+// Draws the curves of the training: all runs in each chart, with the lower bound.
 
 function drawCurves({ runs, units }) {
   const axis = $("#curves-axis");
@@ -48,12 +48,12 @@ function curveFigure(runs, curve, unit, axis, colors) {
   };
 }
 
-// The bounds are in the picture, with room for what is written on them.
+// Includes the bounds in the axis, with space for their labels.
 function rangeWith(data, levels) {
   if (!levels.size) return undefined;
   const values = [...levels, ...data.flatMap((trace) => trace.y.filter((value) => value !== null))];
   const low = Math.min(...values);
   const high = Math.max(...values);
-  const room = 0.08 * (high - low || 1);
-  return [low - room, high + room];
+  const margin = 0.08 * (high - low || 1);
+  return [low - margin, high + margin];
 }

@@ -1,4 +1,4 @@
-// Thumbnails, nearest neighbors, the map, the augmented views and the confusions.
+// Draws thumbnails, nearest neighbors, the map, the augmented views and the confusions.
 
 function className(run, label) {
   return run.classes[label] ?? String(label);
@@ -8,7 +8,7 @@ function imageName(run, image) {
   const { labels, predicted, names } = run.images;
   const parts = [`image ${names[image]}`];
   if (labels.at(image) >= 0) parts.push(className(run, labels.at(image)));
-  if (predicted.at(image) >= 0) parts.push(`probe says ${className(run, predicted.at(image))}`);
+  if (predicted.at(image) >= 0) parts.push(`probe predicts ${className(run, predicted.at(image))}`);
   return parts.join(", ");
 }
 
@@ -25,7 +25,7 @@ function placeTile(element, spriteClass, sheet, index, side) {
   return element;
 }
 
-// An image as a button, or as a picture where nothing comes of a click.
+// Makes a thumbnail: a button if there is a click handler, else a picture.
 function thumb(run, image, side, { more = "", onClick } = {}) {
   const name = imageName(run, image) + more;
   const element = make(onClick ? "button" : "div", { className: "thumb", title: name });
@@ -57,7 +57,7 @@ function drawNeighbors(run, panel) {
   show();
 }
 
-// All images, such that those that follow each other are of different classes.
+// Orders the images so that consecutive ones have different classes.
 function spread(run) {
   const classes = new Map();
   for (let i = 0; i < run.images.count; i++) {
@@ -102,7 +102,7 @@ function showNeighbors(run, image) {
   row.scrollIntoView({ block: "center", behavior: still ? "auto" : "smooth" });
 }
 
-const MAP_NAMES = { embedding: "embedding (after the projection head)", features: "features (of the backbone)" };
+const MAP_NAMES = { embedding: "embedding (projection head)", features: "features (backbone)" };
 
 function drawMap(run, panel) {
   const element = $("[data-map]", panel);
@@ -111,9 +111,9 @@ function drawMap(run, panel) {
   fill(of, maps.map((name) => [name, MAP_NAMES[name]]), maps[0]);
   const ways = [];
   if (run.images.labels.values.some((label) => label >= 0)) ways.push(["class", "class"]);
-  if (run.images.predicted.values.some((label) => label >= 0)) ways.push(["probe", "probe right or wrong"]);
+  if (run.images.predicted.values.some((label) => label >= 0)) ways.push(["probe", "correct or incorrect prediction"]);
   if (run.segments) ways.push(...run.segments.order.map((s) => [`segment ${s}`, `unit of segment ${s}`]));
-  if (!ways.length) ways.push(["none", "nothing"]);
+  if (!ways.length) ways.push(["none", "none"]);
   fill(by, ways, ways[0][0]);
   chart(element, (colors) => mapFigure(run, of.value, by.value, colors), {
     plotly_hover: ({ points: [point], event }) => preview(run, point.customdata, event),
@@ -126,14 +126,14 @@ function drawMap(run, panel) {
   for (const select of [of, by]) select.addEventListener("change", () => redraw(element));
 }
 
-// The groups that images are colored by: name and images of each, the largest first.
+// Groups the images to color them: name and images of each group, the largest first.
 function groupsBy(run, by) {
   const { count, labels, predicted } = run.images;
   const groups = new Map();
   const add = (name, image) => (groups.has(name) ? groups.get(name).push(image) : groups.set(name, [image]));
   for (let i = 0; i < count; i++) {
     if (by === "class") add(labels.at(i) < 0 ? "no label" : className(run, labels.at(i)), i);
-    else if (by === "probe") add(predicted.at(i) < 0 ? "not probed" : predicted.at(i) === labels.at(i) ? "right" : "wrong", i);
+    else if (by === "probe") add(predicted.at(i) < 0 ? "no prediction" : predicted.at(i) === labels.at(i) ? "correct" : "incorrect", i);
     else if (by === "none") add("images", i);
     else add(`unit ${run.segments.codes.at(i, Number(by.split(" ")[1]))}`, i);
   }
@@ -174,7 +174,7 @@ function mapFigure(run, of, by, colors) {
         font: { size: 13, color: colors.text }, bgcolor: colors.back, opacity: 0.8, borderpad: 2,
       })),
     },
-    alt: `Scatter plot of ${run.images.count} images by their ${of}, in ${groups.length} groups by ${by}.`,
+    alt: `Scatter plot of ${run.images.count} images by ${of}, colored by ${by} in ${groups.length} groups.`,
   };
 }
 
@@ -222,11 +222,11 @@ function drawConfusion(run, panel) {
       type: "heatmap", z, zmin: 0, zmax: 100, colorscale: "Cividis", text,
       texttemplate: size <= 20 ? "%{text}" : undefined, xgap: 1, ygap: 1,
       customdata: names.map((row) => names.map((column) => [plain(row), plain(column)])),
-      hovertemplate: "%{customdata[0]} taken for %{customdata[1]}: %{text} images, %{z:.1f} %<extra></extra>",
+      hovertemplate: "%{customdata[0]} predicted as %{customdata[1]}: %{text} images, %{z:.1f} %<extra></extra>",
       colorbar: beside("% of the class", colors),
     }],
     layout: {
-      xaxis: { ...axis, title: { text: "the probe says" } },
+      xaxis: { ...axis, title: { text: "predicted class" } },
       yaxis: { ...axis, title: { text: "class" }, autorange: "reversed", scaleanchor: "x" },
     },
   }));

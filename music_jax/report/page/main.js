@@ -1,4 +1,4 @@
-// From the page's data to its charts.
+// Draws the charts from the page's data.
 
 async function main() {
   const [library, text] = await Promise.all([inflated("library"), inflated("data")]);
@@ -27,7 +27,7 @@ async function main() {
 
 main().catch((error) => {
   const place = $("#failed");
-  place.textContent = `The charts cannot be drawn (${error.message}); they need a browser of 2023 or later.`;
+  place.textContent = `The charts cannot be drawn (${error.message}); they need a browser from 2023 or later.`;
   place.hidden = false;
   console.error(error);
 });

@@ -1,4 +1,4 @@
-// The joint probability of the segments, the usage of their units, and their images.
+// Draws the joint probability of the segments, the usage of their units, and the units' images.
 
 function drawSegments(run, panel) {
   const found = run.segments;
@@ -8,7 +8,7 @@ function drawSegments(run, panel) {
   selects.forEach((select, i) => fill(select, joint.shown.map((s) => [String(s), String(s)]), String(i ? state.b : state.a)));
   const figures = ["whole", "block", "information"].map((name) => $(`[data-joint-${name}]`, panel));
   if (joint.shown.length < count) {
-    $("[data-joint-note]", panel).textContent = `(${joint.shown.length} of ${count}, those that say the most)`;
+    $("[data-joint-note]", panel).textContent = `(${joint.shown.length} of ${count}, the most informative)`;
   }
   const side = joint.shown.length * units;
   const whole = rows(joint.levels.values, side, side);
@@ -18,16 +18,16 @@ function drawSegments(run, panel) {
     Object.assign(state, { a, b });
     selects[0].value = String(a);
     selects[1].value = String(b);
-    tell();
+    describe();
     figures.forEach(redraw);
   }
-  function tell() {
+  function describe() {
     const information = found.information.at(state.a, state.b);
     $("[data-joint-title]", panel).textContent = state.a === state.b ? `Segment ${state.a} with itself` : `Segments ${state.a} and ${state.b}`;
-    $("[data-joint-says]", panel).textContent =
+    $("[data-joint-text]", panel).textContent =
       state.a === state.b
-        ? `Segment ${state.a} with itself: the share of pairs of views that take the same unit is ${percent(agreement(state.a))}.`
-        : `Segments ${state.a} and ${state.b} share ${shown(information)} nats of ${shown(Math.min(found.entropy[state.a], found.entropy[state.b]))}.`;
+        ? `Segment ${state.a} with itself: both views select the same unit for ${percent(agreement(state.a))} of the pairs.`
+        : `Segments ${state.a} and ${state.b} share ${shown(information)} of at most ${shown(Math.min(found.entropy[state.a], found.entropy[state.b]))} nats.`;
   }
   function ratio(level) {
     return 10 ** (joint.low + (level / 255) * (joint.high - joint.low));
@@ -69,7 +69,7 @@ function drawSegments(run, panel) {
         yaxis: { ...square, ...axis, title: { text: "segment of view 1" } },
         shapes: [{ type: "rect", x0: x, x1: x + units, y0: y, y1: y + units, line: { color: "#ff3b30", width: 2 } }],
       },
-      alt: `Heat map of the joint probability of ${side} units in ${joint.shown.length} segments, as a multiple of what independence gives, over ${joint.pairs} pairs of views.`,
+      alt: `Heat map of the joint probability of ${side} units in ${joint.shown.length} segments, relative to independence, over ${joint.pairs} pairs of views.`,
     };
   }, {
     plotly_click: ({ points: [point] }) => choose(inWhole(Math.round(point.y))[0], inWhole(Math.round(point.x))[0]),
@@ -102,11 +102,11 @@ function drawSegments(run, panel) {
         xaxis: { ...axis, title: { text: "segment" } },
         yaxis: { ...square, ...axis, title: { text: "segment" } },
       },
-      alt: `Heat map of the mutual information of each two of ${count} segments, in nats.`,
+      alt: `Heat map of the mutual information between ${count} segments, in nats.`,
     };
   }, { plotly_click: ({ points: [point] }) => choose(point.y, point.x) });
   selects.forEach((select) => select.addEventListener("change", () => choose(Number(selects[0].value), Number(selects[1].value))));
-  tell();
+  describe();
 }
 
 function scaleTicks({ low, high }) {
@@ -136,24 +136,24 @@ function drawUnits(run, panel) {
     const s = state.segment;
     const dead = Array.from({ length: units }, (_, k) => found.counts.at(s, k)).filter((n) => n === 0).length;
     const nmi = found.labelNmi ? `; normalized mutual information with the labels ${shown(found.labelNmi[s])}` : "";
-    $("[data-segment-says]", panel).textContent =
+    $("[data-segment-text]", panel).textContent =
       `Segment ${s}: usage entropy ${shown(found.entropy[s])} of ${shown(Math.log(units))} nats, ` +
-      `mean certainty ${percent(found.confidence[s])}, ${dead} of ${units} units chosen for no image${nmi}.`;
+      `mean certainty ${percent(found.confidence[s])}, ${dead} of ${units} units without images${nmi}.`;
     $("[data-usage-title]", panel).textContent = `Usage in segment ${s}`;
     $("[data-gallery]", panel).replaceChildren(...unitCards(run, s));
   }
   chart(all, (colors) => ({
     data: [{
       type: "heatmap", z: rows(found.usage.values, count, units).map((row) => Array.from(row, (v) => v * units)),
-      colorscale: "Viridis", zmin: 0, hovertemplate: "segment %{y}, unit %{x}: %{z:.2f} × an even share<extra></extra>",
-      colorbar: beside("× even share", colors),
+      colorscale: "Viridis", zmin: 0, hovertemplate: "segment %{y}, unit %{x}: %{z:.2f} × equal use<extra></extra>",
+      colorbar: beside("× equal use", colors),
     }],
     layout: {
       xaxis: { title: { text: "unit" }, showgrid: false, zeroline: false, dtick: Math.max(1, Math.ceil(units / 8)) },
       yaxis: { title: { text: "segment" }, autorange: "reversed", showgrid: false, zeroline: false, dtick: Math.max(1, Math.ceil(count / 8)) },
       shapes: [{ type: "rect", x0: -0.5, x1: units - 0.5, y0: state.segment - 0.5, y1: state.segment + 0.5, line: { color: "#ff3b30", width: 2 } }],
     },
-    alt: `Heat map of how often each of ${count} segments uses each of its ${units} units; an even share is 1.`,
+    alt: `Heat map of how often each of ${count} segments uses each of its ${units} units; 1 is equal use.`,
   }), { plotly_click: ({ points: [point] }) => choose(point.y) });
   chart(one, (colors) => ({
     data: [{
@@ -166,9 +166,9 @@ function drawUnits(run, panel) {
       xaxis: { title: { text: "unit" }, dtick: Math.max(1, Math.ceil(units / 16)), showgrid: false },
       yaxis: { title: { text: "%" }, rangemode: "tozero" },
       shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: 100 / units, y1: 100 / units, line: { color: colors.bad, width: 1.5, dash: "dash" } }],
-      annotations: [{ xref: "paper", x: 1, y: 100 / units, xanchor: "right", yanchor: "bottom", showarrow: false, text: "even", bgcolor: colors.back, font: { color: colors.bad, size: 12 } }],
+      annotations: [{ xref: "paper", x: 1, y: 100 / units, xanchor: "right", yanchor: "bottom", showarrow: false, text: "equal", bgcolor: colors.back, font: { color: colors.bad, size: 12 } }],
     },
-    alt: `Bar chart of the usage of the ${units} units of segment ${state.segment}, in percent; even use is ${shown(100 / units)} %.`,
+    alt: `Bar chart of the usage of the ${units} units of segment ${state.segment}, in percent; equal use is ${shown(100 / units)} %.`,
   }));
   select.addEventListener("change", () => choose(Number(select.value)));
   for (const button of $$("[data-segment-step]", panel)) {

@@ -1,10 +1,10 @@
 "use strict";
-// What all of the page's scripts use: its data, its theme, text, and making elements.
+// Shared by the scripts: the page's data and theme, text, and elements.
 
 const $ = (selector, within = document) => within.querySelector(selector);
 const $$ = (selector, within = document) => [...within.querySelectorAll(selector)];
 
-// The text that the file holds compressed.
+// Decompresses a text of the page.
 async function inflated(id) {
   const bytes = Uint8Array.from(atob($(`#${id}`).textContent.trim()), (c) => c.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
@@ -13,7 +13,7 @@ async function inflated(id) {
 
 const KINDS = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, i2: Int16Array, f4: Float32Array };
 
-// An array that Python has packed, with `at(i, j, ...)`.
+// Unpacks an array from Python; `at(i, j, ...)` reads an element.
 function unpacked({ type, shape, base64 }) {
   const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
   const values = new KINDS[type](bytes.buffer);
@@ -32,7 +32,7 @@ function unpackedAll(value) {
   return Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, unpackedAll(inner)]));
 }
 
-// Plotly takes some tags in texts for what they say; none of ours are meant so.
+// Escapes text for Plotly, which interprets some tags.
 function plain(text) {
   return String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 }
