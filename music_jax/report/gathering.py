@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from music_jax.errors import MusicError
-from music_jax.evaluation.load_run import open_run
+from music_jax.evaluation.load_run import load_run
 from music_jax.evaluation.run import Run
 from music_jax.report import measures
 from music_jax.report.images import Seen, look, packed, sprite
@@ -55,7 +55,7 @@ def gather(
     """
     classes: list[str] = []
     try:
-        run = open_run(str(recorded.path), read_only=True, overrides=overrides)
+        run = load_run(str(recorded.path), read_only=True, overrides=overrides)
         seen = look(run, num_images)
     except (MusicError, OSError) as error:
         why_not = " ".join(str(error).split())

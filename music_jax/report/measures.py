@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from music_jax.evaluation.metrics.clustering import cluster_scores
-from music_jax.evaluation.metrics.knn import nearest_neighbors, unit_length
-from music_jax.evaluation.metrics.segments import SegmentMeasures, measure_segments
-from music_jax.evaluation.predictions import Predictions
+from music_jax.evaluation.results import Predictions
+from music_jax.metrics.knn import nearest_neighbors, unit_length
+from music_jax.metrics.segments import SegmentMeasures, cluster_scores, measure_segments
 from music_jax.objectives import joint_probability, segment_probabilities
 from music_jax.report.images import Seen
 

@@ -4,7 +4,7 @@ import json
 from typing import Any, NamedTuple
 
 from music_jax.config import is_free
-from music_jax.evaluation.tables import summary_rows
+from music_jax.evaluation.results import summary_rows
 from music_jax.report.curves import bounds
 from music_jax.report.reading import Recorded, counted, number, said
 

@@ -13,8 +13,7 @@ from typing import Any
 from etils import epath
 
 from music_jax.errors import UserError
-from music_jax.evaluation.predictions import Predictions, read_predictions
-from music_jax.evaluation.runner import read_all
+from music_jax.evaluation.results import Predictions, read_all_results, read_predictions
 from music_jax.workdir import records
 from music_jax.workdir.json_files import parse_json, read_json, read_text
 
@@ -129,7 +128,7 @@ def _read(directory: epath.Path, name: str) -> Recorded:
         raise UserError(f"{directory} holds no run: it has no config.json")
     about = read_json(directory / "config.json")
     notes: list[str] = []
-    results = read_all(directory)
+    results = read_all_results(directory)
     return Recorded(
         path=directory,
         name=name,

@@ -28,8 +28,9 @@ from music_jax.distributed.mesh import (
 )
 from music_jax.distributed.signals import Stop
 from music_jax.errors import NotMeasurableError, StoppedError, UserError
+from music_jax.evaluation.protocols import read_final_results, run_final_protocols
+from music_jax.evaluation.results import results_table
 from music_jax.evaluation.run import agreed_fingerprint
-from music_jax.evaluation.runner import evaluate, read_results, results_table
 from music_jax.train import guards
 from music_jax.train.corruption import CorruptionChecks
 from music_jax.train.describe import describe
@@ -128,7 +129,7 @@ def _train_and_evaluate(
         start_step = checkpoints.latest_valid_step() or 0
         fingerprints = [agreed_fingerprint(source) for source in probed or ()]
         results = from_main_process(
-            lambda: read_results(config, directory, num_steps, fingerprints)
+            lambda: read_final_results(config, directory, num_steps, fingerprints)
         )
         if start_step == num_steps and (results is not None or probed is None):
             done = "trained and evaluated" if results else "trained"
@@ -182,7 +183,7 @@ def _train_and_evaluate(
         _logger.info(f"not probed: {why_not}")
         records.report_skipped(skipped)
         return state
-    evaluate(
+    run_final_protocols(
         config,
         directory,
         probed,
@@ -193,7 +194,7 @@ def _train_and_evaluate(
         step=num_steps,
         mesh=mesh,
     )
-    if is_main_process() and (results := read_results(config, directory, num_steps)):
+    if is_main_process() and (results := read_final_results(config, directory, num_steps)):
         progress.log_lines(_logger, results_table(results))
         writers.scalars(num_steps, {f"{name}_top1": r["top1"] for name, r in results.items()})
     records.report_skipped(skipped)

@@ -30,12 +30,11 @@ from sklearn.metrics import (
 from sklearn.neighbors import KNeighborsClassifier
 
 from music_jax.evaluation import feature_protocols
-from music_jax.evaluation.load_run import open_run
-from music_jax.evaluation.metrics import label_free
-from music_jax.evaluation.metrics.clustering import cluster_scores
-from music_jax.evaluation.metrics.feature_scaling import fit_scaling
-from music_jax.evaluation.metrics.segments import mutual_information
+from music_jax.evaluation.load_run import load_run
 from music_jax.evaluation.run import Run
+from music_jax.metrics import label_free
+from music_jax.metrics.linear_probe import fit_scaling
+from music_jax.metrics.segments import cluster_scores, mutual_information
 
 QUERIES = 200  # of the retrieval, which scikit-learn ranks one by one
 
@@ -198,7 +197,7 @@ def main() -> None:
     parser.add_argument("--json", help="where to write the figures too")
     options = parser.parse_args()
     overrides = {f"linear_eval.{name}": False for name in ("raw_pixels", "random_init")}
-    run = open_run(options.workdir, overrides=overrides)
+    run = load_run(options.workdir, overrides=overrides)
     with tempfile.TemporaryDirectory() as folder:
         run = dataclasses.replace(run, workdir=epath.Path(folder))
         found = {"cost": cost(run), "agreement": agreement(run)}

@@ -6,8 +6,7 @@ import scipy.stats
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from music_jax.evaluation.metrics.few_shot import draw_shots, few_shot, stratified_subset
-from music_jax.evaluation.metrics.statistics import mean_interval
+from music_jax.metrics.few_shot import draw_shots, few_shot, mean_interval, stratified_subset
 
 
 def _digits():

@@ -6,7 +6,7 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
-from music_jax.evaluation.metrics.knn import knn_predict, nearest_neighbors, unit_length
+from music_jax.metrics.knn import knn_predict, nearest_neighbors, unit_length
 
 
 def _digits():

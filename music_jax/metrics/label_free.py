@@ -1,4 +1,4 @@
-"""How good features are, told without any label."""
+"""Measures of the quality of features that need no labels."""
 
 import functools
 
@@ -7,41 +7,40 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from music_jax.evaluation.metrics.knn import unit_length
+from music_jax.metrics.knn import unit_length
 
-_EPSILON = 1e-7  # RankMe's and LiDAR's, which keeps the logarithm finite
+_EPSILON = 1e-7  # of RankMe and LiDAR; it keeps the logarithm finite
 
 
 def rankme(features: np.ndarray) -> float:
-    r"""RankMe: the effective rank, a smooth count of the directions that features use.
+    r"""Returns RankMe: the effective rank, a smooth count of the directions that features use.
 
     .. math::
 
       \exp(-\sum_k p_k \log p_k), \quad p_k = \frac{\sigma_k}{\sum_j \sigma_j} + 10^{-7}
 
-    with the singular values of the features as they are, not centerd.
+    with the singular values of the features, which are not centered.
 
     Args:
-      features: [samples, features]; the paper takes 25,600 samples.
+      features: Features, [samples, features]; the paper takes 25,600 samples.
 
     Returns:
       A number between 1 and min(samples, features); NaN if all features are zero.
 
     Raises:
-      ValueError: the features are not as described.
+      ValueError: The shape is another one.
 
     Reference:
-      Garrido et al, `RankMe <https://arxiv.org/abs/2210.02885>`_, 2023
+      Garrido et al., `RankMe <https://arxiv.org/abs/2210.02885>`_, 2023
     """
-    features = _checked(features, ndim=2)
-    return _exp_entropy(_singular_values(features))
+    return _exp_entropy(_singular_values(_checked(features, ndim=2)))
 
 
 def lidar(views: np.ndarray, *, delta: float = 1e-4) -> float:
-    r"""LiDAR: the effective rank of what tells images apart, against how their views vary.
+    r"""Returns LiDAR: the effective rank of the differences between images, relative to views.
 
-    With each image a class of its own, :math:`\Sigma_b` is the covariance of the classes' means and
-    :math:`\Sigma_w` that of the views about their own mean, plus :math:`\delta I`. Then
+    Each image is a class of its own. :math:`\Sigma_b` is the covariance of the classes' means and
+    :math:`\Sigma_w` that of the views about the mean of their class, plus :math:`\delta I`. Then
 
     .. math::
 
@@ -50,27 +49,27 @@ def lidar(views: np.ndarray, *, delta: float = 1e-4) -> float:
     over the eigenvalues of :math:`\Sigma_w^{-1/2} \Sigma_b \Sigma_w^{-1/2}`.
 
     Args:
-      views: features of several views of each image, [images, views, features]; the paper takes
-        1,000 images or more, and 10 to 50 views.
-      delta: what is added to the diagonal within classes.
+      views: Features of several views of each image, [images, views, features]; the paper takes at
+        least 1,000 images and 10 to 50 views.
+      delta: Number added to the diagonal of the covariance within classes.
 
     Returns:
       A number between 1 and min(images - 1, features); NaN if all images have the same mean.
 
     Raises:
-      ValueError: the features are not as described.
+      ValueError: The shape is another one.
 
     Reference:
-      Thilak et al, `LiDAR <https://arxiv.org/abs/2312.04000>`_, 2023
+      Thilak et al., `LiDAR <https://arxiv.org/abs/2312.04000>`_, 2023
     """
     views = _checked(views, ndim=3)
     images, num_views, size = views.shape
-    views = views - views[0, 0]  # so that features that are all alike are exactly zero
+    views = views - views[0, 0]  # so that constant features are exactly zero
     means = views.mean(axis=1)  # [images, features]
-    about = (views - means[:, None]).reshape(-1, size)
-    between = (means - means.mean(axis=0)) / np.sqrt(images)  # its Gram matrix is Sigma_b
+    within = (views - means[:, None]).reshape(-1, size)
+    between = (means - means.mean(axis=0)) / np.sqrt(images)  # its Gram matrix is Σ_b
     # Rᵀ R = Σ_w. Unlike a Cholesky decomposition of Σ_w, this keeps δ beside large features.
-    stacked = np.concatenate([about / np.sqrt(images * num_views), np.sqrt(delta) * np.eye(size)])
+    stacked = np.concatenate([within / np.sqrt(images * num_views), np.sqrt(delta) * np.eye(size)])
     factor = np.linalg.qr(stacked, mode="r")  # [features, features]
     # R⁻ᵀ Σ_b R⁻¹ has the same eigenvalues: the squares of R⁻ᵀ betweenᵀ's singular values.
     whitened = scipy.linalg.solve_triangular(factor, between.T, trans="T")
@@ -81,29 +80,29 @@ def lidar(views: np.ndarray, *, delta: float = 1e-4) -> float:
 
 
 def alpha_req(features: np.ndarray, *, first: int = 6, last: int = 50) -> float:
-    r"""α-ReQ: how fast the spectrum of the features' covariance decays, as a power law.
+    r"""Returns α-ReQ: the exponent of the power law by which the covariance's spectrum decays.
 
-    α is the slope of :math:`\log \lambda_i = c - \alpha \log i`, fitted by least squares with the
+    α is the slope in :math:`\log \lambda_i = c - \alpha \log i`, fitted by least squares with the
     weights 1/i. The paper finds the best representations near α = 1.
 
     Args:
-      features: [samples, features].
-      first: rank of the first eigenvalue fitted, from 1.
-      last: rank of the last one; all up to the numerical rank if there are fewer.
+      features: Features, [samples, features].
+      first: Rank of the first fitted eigenvalue, from 1.
+      last: Rank of the last one, at most the numerical rank.
 
     Returns:
-      α; NaN if fewer than two eigenvalues from `first` on are not zero.
+      α; NaN if fewer than two eigenvalues from `first` on are positive.
 
     Raises:
-      ValueError: the features are not as described.
+      ValueError: The shape is another one.
 
     Reference:
-      Agrawal et al, `α-ReQ <https://arxiv.org/abs/2202.05808>`_, 2022; the weights are those of
-      Stringer et al, `High-dimensional geometry of population responses in visual cortex
+      Agrawal et al., `α-ReQ <https://arxiv.org/abs/2202.05808>`_, 2022; the weights are those of
+      Stringer et al., `High-dimensional geometry of population responses in visual cortex
       <https://doi.org/10.1038/s41586-019-1346-5>`_, 2019
     """
     features = _checked(features, ndim=2)
-    features = features - features[0]  # so that features that are all alike are exactly zero
+    features = features - features[0]  # so that constant features are exactly zero
     singular = _singular_values(features - features.mean(axis=0))
     floor = singular[0] * max(features.shape) * np.finfo(np.float32).eps
     eigenvalues = singular[singular > floor] ** 2 / len(features)
@@ -116,17 +115,17 @@ def alpha_req(features: np.ndarray, *, first: int = 6, last: int = 50) -> float:
 
 
 def alignment(features_a: np.ndarray, features_b: np.ndarray) -> float:
-    """Mean squared distance of two views of the same images, features being of unit length.
+    """Returns the mean squared distance between two views, after scaling to unit length.
 
     Args:
-      features_a: [images, features].
-      features_b: [images, features], other views of the same images.
+      features_a: Features of one view of each image, [images, features].
+      features_b: Features of another view of each image, [images, features].
 
     Returns:
-      A number in [0, 4], smaller the better.
+      A number in [0, 4]; smaller is better.
 
     Raises:
-      ValueError: the features are not as described.
+      ValueError: The shapes are others.
 
     Reference:
       Wang & Isola, `Understanding Contrastive Representation Learning through Alignment and
@@ -139,21 +138,25 @@ def alignment(features_a: np.ndarray, features_b: np.ndarray) -> float:
 
 
 def uniformity(features: np.ndarray, *, t: float = 2.0, block_size: int = 1024) -> float:
-    """Logarithm of the mean Gaussian potential of all pairs, features being of unit length.
+    r"""Returns the log of the mean Gaussian potential of all pairs, after scaling to unit length.
+
+    .. math::
+
+      \log \frac{1}{N (N - 1)} \sum_{i \neq j} \exp(-t \lVert z_i - z_j \rVert^2)
 
     Args:
-      features: [samples, features], two samples or more.
-      t: of the potential, exp(-t distance²).
-      block_size: samples that are compared with all others at once.
+      features: Features of two or more samples, [samples, features].
+      t: Factor of the squared distance.
+      block_size: Number of samples compared with all others at once.
 
     Returns:
-      A number in [-4 t, 0], smaller (more uniform) the better.
+      A number in [-4 t, 0]; smaller (more uniform) is better.
 
     Raises:
-      ValueError: the features are not as described.
+      ValueError: The shape is another one.
 
     Reference:
-      As `alignment`.
+      As for `alignment`.
     """
     unit = unit_length(_checked(features, ndim=2), np.float64).astype(np.float32)
     count = len(unit)
@@ -169,29 +172,25 @@ def uniformity(features: np.ndarray, *, t: float = 2.0, block_size: int = 1024) 
 
 @functools.partial(jax.jit, static_argnames="t")
 def _potentials(blocks: jax.Array, rows: jax.Array, unit: jax.Array, t: float) -> jax.Array:
-    """Sum over all other samples of exp(-t distance²), [blocks, block].
+    """Returns each sample's sum of exp(-t distance²) over all others, [blocks, block].
 
-    Args:
-      blocks: Samples of length 1 or 0, [blocks, block, features].
-      rows: Row of each of them in `unit`, [blocks, block].
-      unit: All samples, [samples, features].
-      t: Factor of the squared distance.
+    `rows` [blocks, block] gives the row in `unit` of each sample in `blocks`.
     """
-    others = jnp.arange(unit.shape[0])
-    lengths = jnp.sum(unit**2, axis=1)  # 1, or 0 of a zero vector
+    lengths = jnp.sum(unit**2, axis=1)  # 1, or 0 for a zero vector
 
-    def of_block(block_and_rows: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def sums(block_and_rows: tuple[jax.Array, jax.Array]) -> jax.Array:
         block, own = block_and_rows
         products = jnp.matmul(block, unit.T, precision=jax.lax.Precision.HIGHEST)
         distances = jnp.sum(block**2, axis=1)[:, None] + lengths[None] - 2 * products
         potentials = jnp.exp(-t * jnp.maximum(distances, 0))
-        return jnp.sum(jnp.where(own[:, None] == others[None], 0, potentials), axis=1)
+        is_self = own[:, None] == jnp.arange(unit.shape[0])[None]
+        return jnp.sum(jnp.where(is_self, 0, potentials), axis=1)
 
-    return jax.lax.map(of_block, (blocks, rows))
+    return jax.lax.map(sums, (blocks, rows))
 
 
 def _singular_values(x: np.ndarray) -> np.ndarray:
-    """Returns the singular values, from the largest on, in float64.
+    """Returns the singular values in descending order, float64.
 
     They are the roots of the eigenvalues of the smaller Gram matrix, which is several times faster
     than a decomposition of the matrix itself. Rounding gives that matrix eigenvalues of about 20

@@ -5,7 +5,7 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.metrics import average_precision_score
 
-from music_jax.evaluation.metrics import retrieval
+from music_jax.metrics import retrieval
 
 
 @pytest.mark.parametrize("similarities", [10, 10_000, 2**24])  # 10: fewer than the gallery has

@@ -19,24 +19,23 @@ from sklearn.metrics import (
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from music_jax.evaluation.metrics import retrieval
-from music_jax.evaluation.metrics.clustering import (
-    agreement_between_segments,
-    cluster_scores,
-    joint_clusters,
-)
-from music_jax.evaluation.metrics.feature_scaling import fit_scaling
-from music_jax.evaluation.metrics.few_shot import draw_shots, few_shot
-from music_jax.evaluation.metrics.knn import (
+from music_jax.metrics import retrieval
+from music_jax.metrics.few_shot import draw_shots, few_shot, mean_interval
+from music_jax.metrics.knn import (
     knn_predict,
     nearest_neighbors,
     unit_length,
     weighted_vote,
 )
-from music_jax.evaluation.metrics.label_free import alignment, alpha_req, lidar, rankme, uniformity
-from music_jax.evaluation.metrics.linear_probe import ranks
-from music_jax.evaluation.metrics.segments import measure_segments, mutual_information
-from music_jax.evaluation.metrics.statistics import mean_interval
+from music_jax.metrics.label_free import alignment, alpha_req, lidar, rankme, uniformity
+from music_jax.metrics.linear_probe import fit_scaling, ranks
+from music_jax.metrics.segments import (
+    agreement_between_segments,
+    cluster_scores,
+    joint_clusters,
+    measure_segments,
+    mutual_information,
+)
 
 SCALES = (1e-30, 1e-8, 1.0, 1e8, 1e30)
 KINDS = ("distinct", "duplicates", "constant", "zeros", "some zeros")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import pdist
 
-from music_jax.evaluation.metrics.label_free import alignment, alpha_req, lidar, rankme, uniformity
+from music_jax.metrics.label_free import alignment, alpha_req, lidar, rankme, uniformity
 
 
 def _features(samples=300, size=40, seed=0):

@@ -1,8 +1,12 @@
-"""The table that a training ends with."""
+"""Tables of results."""
+
+import json
 
 import pytest
+from etils import epath
 
-from music_jax.evaluation.tables import results_table
+from music_jax.evaluation.results import results_table
+from music_jax.workdir.records import write_json
 
 
 @pytest.mark.parametrize(
@@ -23,3 +27,12 @@ def test_accuracies_stand_beside_chance_and_the_baselines(classes, chance):
 def test_results_of_an_earlier_version_or_a_damaged_file_have_no_chance(classes):
     linear = {"top1": 0.5, "top5": 0.9} | classes
     assert "chance" not in results_table({"linear": linear, "knn": {"top1": 0.4}})
+
+
+def test_numbers_that_json_lacks_are_not_written(tmp_path):
+    path = epath.Path(tmp_path / "a.json")
+    write_json(path, {"a": 1.5})
+    for number in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="JSON"):
+            write_json(path, {"a": number})
+    assert json.loads(path.read_text()) == {"a": 1.5}
