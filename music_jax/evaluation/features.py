@@ -37,13 +37,11 @@ class SplitFeatures:
       arrays: `features` [images, features] and any other output of the extractor.
       labels: Labels, int32 [images]; -1 for images without a label.
       indices: Indices of the images in the source, int64 [images].
-      without_label: Number of images that `labeled` excluded.
     """
 
     arrays: Arrays
     labels: np.ndarray
     indices: np.ndarray
-    without_label: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -56,14 +54,12 @@ class SplitFeatures:
     def select(self, rows: np.ndarray) -> "SplitFeatures":
         """Returns the output for some of the images."""
         arrays = {name: array[rows] for name, array in self.arrays.items()}
-        return SplitFeatures(arrays, self.labels[rows], self.indices[rows], self.without_label)
+        return SplitFeatures(arrays, self.labels[rows], self.indices[rows])
 
     def labeled(self) -> "SplitFeatures":
         """Returns the output for the images that have a label."""
         rows = np.flatnonzero(self.labels >= 0)
-        if len(rows) == len(self):
-            return self
-        return dataclasses.replace(self.select(rows), without_label=len(self) - len(rows))
+        return self if len(rows) == len(self) else self.select(rows)
 
 
 def backbone_extractor(

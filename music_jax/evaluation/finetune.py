@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from music_jax.data.sources import Source
@@ -28,7 +27,7 @@ from music_jax.evaluation.results import Result
 from music_jax.evaluation.run import Run
 from music_jax.metrics.few_shot import stratified_subset
 from music_jax.metrics.linear_probe import ranks
-from music_jax.models.network import Network, Tree
+from music_jax.models.network import Tree
 from music_jax.workdir.json_files import decode_text
 
 _logger = logging.getLogger(__name__)
@@ -68,10 +67,6 @@ class Classifier(NamedTuple):
     kernel: jax.Array
     bias: jax.Array
     batch_stats: Tree
-
-
-# From uint8 images to normalized ones.
-Normalize = Callable[[jax.Array], jax.Array]
 
 
 def full_finetune(run: Run) -> Result:
@@ -119,8 +114,6 @@ def _finetune_and_test(
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
     )
-    steps_per_epoch = len(rows) // recipe.batch_size
-    prepare = functools.partial(normalize, config=run.config)
     batches = random_crop_batches(
         train.subset(rows),
         run.config,
@@ -130,23 +123,11 @@ def _finetune_and_test(
         seed=run.config.seed,
         skipped=run.skipped,
     )
-    total = recipe.num_epochs * steps_per_epoch
-    with progress.bar(total, unit="step", description=description) as bar:
-        classifier = finetune(
-            run.network,
-            run.params,
-            run.batch_stats,
-            batches,
-            recipe,
-            num_classes=run.num_classes,
-            steps_per_epoch=steps_per_epoch,
-            normalize=prepare,
-            mesh=run.mesh,
-            seed=run.config.seed,
-            after_step=bar.update,
-        )
+    num_steps = recipe.num_epochs * (len(rows) // recipe.batch_size)
+    with progress.bar(num_steps, unit="step", description=description) as bar:
+        classifier = finetune(run, batches, recipe, num_steps=num_steps, after_step=bar.update)
     found = extract_split(
-        logit_extractor(run.network, classifier, prepare),
+        logit_extractor(run, classifier),
         test.subset(run.labeled_rows("test")),
         run.config,
         run.mesh,
@@ -169,38 +150,28 @@ def _finetune_and_test(
 
 
 def finetune(
-    network: Network,
-    params: Tree,
-    batch_stats: Tree,
+    run: Run,
     batches: Iterable[tuple[jax.Array, jax.Array]],
     recipe: FinetuneRecipe,
     *,
-    num_classes: int,
-    steps_per_epoch: int,
-    normalize: Normalize,
-    mesh: Mesh,
-    seed: int = 0,
+    num_steps: int,
     after_step: Callable[[], None] = lambda: None,
 ) -> Classifier:
-    """Trains a backbone together with a linear classifier; BatchNorm uses batch statistics.
+    """Trains the backbone of a run together with a linear classifier.
+
+    BatchNorm uses batch statistics. The kernel of the classifier is drawn from N(0, 0.01²).
 
     Args:
-      network: Network, whose projector is not used.
-      params: Initial parameters, which are not modified.
-      batch_stats: Initial running statistics.
+      run: Run, whose parameters are not modified.
       batches: Images [batch, height, width, channels] and integer labels [batch] of each step.
       recipe: Hyperparameters.
-      num_classes: Number of classes.
-      steps_per_epoch: Number of steps per epoch, for the schedule.
-      normalize: Function applied to each batch of images.
-      mesh: Devices.
-      seed: Seed of the classifier's kernel, drawn from N(0, 0.01²).
+      num_steps: Number of steps, for the schedule.
       after_step: Function called after each step, such as the update of a progress bar.
     """
 
     def sgd(base_learning_rate: float) -> optax.GradientTransformation:
         peak = base_learning_rate * recipe.batch_size / 256
-        schedule = optax.cosine_decay_schedule(peak, recipe.num_epochs * steps_per_epoch)
+        schedule = optax.cosine_decay_schedule(peak, num_steps)
         return optax.chain(
             optax.add_decayed_weights(recipe.weight_decay),
             optax.sgd(schedule, momentum=recipe.momentum),
@@ -210,14 +181,15 @@ def finetune(
         {"backbone": sgd(recipe.backbone_learning_rate), "head": sgd(recipe.head_learning_rate)},
         {"backbone": "backbone", "head": "head"},
     )
-    kernel = 0.01 * jax.random.normal(jax.random.key(seed), (network.num_features, num_classes))
-    initial = {"backbone": params, "head": (kernel, jnp.zeros(num_classes))}
-    trained, batch_stats = replicate((initial, batch_stats), mesh)
+    shape = run.network.num_features, run.num_classes
+    kernel = 0.01 * jax.random.normal(jax.random.key(run.config.seed), shape)
+    initial = {"backbone": run.params, "head": (kernel, jnp.zeros(run.num_classes))}
+    trained, batch_stats = replicate((initial, run.batch_stats), run.mesh)
     opt_state = jax.jit(optimizer.init)(trained)
-    step = jax.jit(functools.partial(_step, network, optimizer, normalize), donate_argnums=(2,))
+    step = jax.jit(functools.partial(_step, run, optimizer), donate_argnums=2)
     for images, labels in batches:
         trained, batch_stats, opt_state = step(trained, batch_stats, opt_state, images, labels)
-        if shares_cores(mesh):
+        if shares_cores(run.mesh):
             jax.block_until_ready(trained["head"])
         after_step()
     kernel, bias = trained["head"]
@@ -225,9 +197,8 @@ def finetune(
 
 
 def _step(
-    network: Network,
+    run: Run,
     optimizer: optax.GradientTransformation,
-    normalize: Normalize,
     trained: Tree,
     batch_stats: Tree,
     opt_state: optax.OptState,
@@ -235,8 +206,8 @@ def _step(
     labels: jax.Array,
 ) -> tuple[Tree, Tree, optax.OptState]:
     def loss(trained: Tree) -> tuple[jax.Array, Tree]:
-        features, new_stats = network.train_features(
-            trained["backbone"], batch_stats, normalize(images)
+        features, new_stats = run.network.train_features(
+            trained["backbone"], batch_stats, normalize(images, run.config)
         )
         kernel, bias = trained["head"]
         logits = features.astype(jnp.float32) @ kernel + bias[None]
@@ -248,12 +219,14 @@ def _step(
     return optax.apply_updates(trained, updates), new_stats, opt_state
 
 
-def logit_extractor(network: Network, classifier: Classifier, normalize: Normalize) -> Extractor:
+def logit_extractor(run: Run, classifier: Classifier) -> Extractor:
     """Returns an extractor of `logits` [batch, classes], which uses the running statistics."""
 
     @jax.jit
     def extract(classifier: Classifier, images: jax.Array) -> dict[str, jax.Array]:
-        features = network.features(classifier.params, classifier.batch_stats, normalize(images))
+        features = run.network.features(
+            classifier.params, classifier.batch_stats, normalize(images, run.config)
+        )
         logits = features.astype(jnp.float32) @ classifier.kernel + classifier.bias[None]
         return {"logits": logits}
 

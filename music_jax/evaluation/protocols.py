@@ -9,19 +9,15 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from etils import epath
-from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from music_jax.data import datasets
-from music_jax.data.datasets import EvaluationSources
-from music_jax.data.skipped import SkippedImages
 from music_jax.distributed.mesh import from_main_process, is_main_process
 from music_jax.errors import DivergedError, NotMeasurableError, UserError
 from music_jax.evaluation import feature_protocols, finetune
 from music_jax.evaluation.feature_protocols import knn, linear
 from music_jax.evaluation.results import Result, read_result, result_path
 from music_jax.evaluation.run import Run, agreed_fingerprint
-from music_jax.models.network import Network
 from music_jax.workdir.paths import normalized
 from music_jax.workdir.records import as_json, write_json
 
@@ -239,34 +235,6 @@ def provenance(name: str, config: config_dict.ConfigDict, step: int) -> Result:
 def final_protocols(config: config_dict.ConfigDict) -> list[str]:
     """Returns the protocols that are run at the end of training."""
     return ["linear", "knn"] if config.knn.enabled else ["linear"]
-
-
-def run_final_protocols(
-    config: config_dict.ConfigDict,
-    workdir: epath.Path,
-    sources: EvaluationSources,
-    *,
-    skipped: SkippedImages,
-    network: Network,
-    params: dict,
-    batch_stats: dict,
-    step: int,
-    mesh: Mesh,
-) -> None:
-    """Runs the linear probe and kNN at the end of training; for the arguments, see `Run`."""
-    run = Run(
-        config=config,
-        workdir=workdir,
-        sources=sources,
-        images=sources.test,
-        network=network,
-        params=params,
-        batch_stats=batch_stats,
-        step=step,
-        mesh=mesh,
-        skipped=skipped,
-    )
-    run_protocols(run, final_protocols(config), force=True)
 
 
 def read_final_results(

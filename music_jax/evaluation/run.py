@@ -113,10 +113,7 @@ class Run:
         return self._split(self.images, "trained")
 
     def views(self) -> Arrays:
-        """Returns `features` and `embeddings` of several views of some `images`.
-
-        Returns:
-          Arrays [images, views, ...].
+        """Returns `features` and `embeddings` of some `images`, [images, views, ...].
 
         Raises:
           UserError: A feature is not finite.
@@ -142,10 +139,12 @@ class Run:
                 description=f"views of {self.images.name}",
             )
 
-        expected = self._expected(len(self.images), evaluation.num_views)
-        views = self._remember(
-            ("views",), lambda: self._cached(f"step_{self.step}-views", key, compute, expected)
-        )
+        def read_or_compute() -> Arrays:
+            expected = self._expected(len(self.images), evaluation.num_views)
+            name = f"step_{self.step}-views"
+            return cached_arrays(self.workdir / "features", name, key, compute, expected=expected)
+
+        views = self._remember(("views",), read_or_compute)
         _check_finite(views, f"views of {self.images.name}")
         return views
 
@@ -161,22 +160,17 @@ class Run:
             )
         )
         starts = range(0, len(embeddings), _PROBABILITIES_AT_ONCE)
-        parts = [convert(embeddings[start : start + _PROBABILITIES_AT_ONCE]) for start in starts]
-        return np.concatenate([np.asarray(part) for part in parts])
+        blocks = (embeddings[start : start + _PROBABILITIES_AT_ONCE] for start in starts)
+        return np.concatenate([np.asarray(convert(block)) for block in blocks])
 
     def count_unlabeled(self, *splits: Split) -> dict[str, Any]:
-        """Returns `without_label`: the numbers of images that were excluded for lack of a label.
-
-        Returns:
-          An entry of a result, with a number for each split; empty if there are no such images.
-        """
+        """Returns the entry `without_label` of a result, which is missing if all have labels."""
         counts = {}
         for split in splits:
             source = getattr(self.evaluation_sources(), split)
-            if ("labels", id(source)) in self._memory:
-                counts[split] = len(source) - len(self.labeled_rows(split))
-            else:
-                counts[split] = self._split(source, "trained").labeled().without_label
+            labels = self._memory.get(("labels", id(source)))  # features need not exist
+            labels = self._split(source, "trained").labels if labels is None else labels
+            counts[split] = int(np.sum(labels < 0))
         return {"without_label": counts} if any(counts.values()) else {}
 
     @property
@@ -231,7 +225,7 @@ class Run:
             )
             return found.arrays | {"labels": found.labels, "indices": found.indices}
 
-        def compute_or_read() -> Arrays:
+        def read_or_compute() -> Arrays:
             if model == "raw_pixels":
                 return compute()
             expected = self._expected(len(source)) | {
@@ -241,9 +235,10 @@ class Run:
             if not embeddings:
                 del expected["embeddings"]
             key = self._key(source, model) | {"embeddings": embeddings}
-            return self._cached(f"step_{self.step}-{model}", key, compute, expected)
+            name = f"step_{self.step}-{model}"
+            return cached_arrays(self.workdir / "features", name, key, compute, expected=expected)
 
-        arrays = dict(self._remember(("features", id(source), model), compute_or_read))
+        arrays = dict(self._remember(("features", id(source), model), read_or_compute))
         labels, indices = arrays.pop("labels"), arrays.pop("indices")
         _check_finite(arrays, source.name)
         return SplitFeatures(arrays, labels, indices)
@@ -282,15 +277,6 @@ class Run:
             content = np.ascontiguousarray(leaf.addressable_data(0)).reshape(-1)
             checksum = zlib.crc32(content.view(np.uint8).data, checksum)
         return checksum
-
-    def _cached(
-        self,
-        name: str,
-        key: dict[str, Any],
-        compute: Callable[[], Arrays],
-        expected: dict[str, Expected],
-    ) -> Arrays:
-        return cached_arrays(self.workdir / "features", name, key, compute, expected=expected)
 
     def _remember(self, key: tuple, compute: Callable[[], Any]) -> Any:
         if key not in self._memory:

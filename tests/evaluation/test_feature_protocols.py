@@ -61,7 +61,7 @@ def _probabilities(run):
     return exponentials / exponentials.sum(axis=2, keepdims=True)
 
 
-def test_knn_figures_are_scikit_learns(run):
+def test_knn_matches_scikit_learn(run):
     found = feature_protocols.knn(run)
 
     def top1(train, test, k):
@@ -81,7 +81,7 @@ def test_knn_figures_are_scikit_learns(run):
     assert (found["num_train"], found["num_test"]) == (100, 60)
 
 
-def test_few_shot_figures_are_the_draws_and_their_student_interval(run):
+def test_few_shot_reports_the_draws_and_their_student_interval(run):
     found = feature_protocols.fewshot(run)["top1_by_shots"]
     assert list(found) == ["2", "3"]
     for shots, figures in found.items():
@@ -100,7 +100,7 @@ def test_few_shot_figures_are_the_draws_and_their_student_interval(run):
         assert figures["interval"] == pytest.approx((high - low) / 2)
 
 
-def test_retrieval_is_scikit_learns_mean_over_the_queries(run):
+def test_retrieval_matches_the_mean_of_scikit_learn_over_the_queries(run):
     found = feature_protocols.retrieval(run)
     unit = [
         x / np.linalg.norm(x, axis=1, keepdims=True)
@@ -118,7 +118,7 @@ def test_retrieval_is_scikit_learns_mean_over_the_queries(run):
     }
 
 
-def test_clustering_figures_are_scikit_learns(run):
+def test_clustering_matches_scikit_learn(run):
     found = feature_protocols.clustering(run)
     probabilities, labels = _probabilities(run), LABELS[_TEST]
     codes = probabilities.argmax(axis=2).T
@@ -147,7 +147,7 @@ def test_clustering_figures_are_scikit_learns(run):
     assert found["num_images"] == 60
 
 
-def test_label_free_figures_are_those_of_features_and_of_embeddings(run, monkeypatch):
+def test_label_free_measures_features_and_embeddings(run, monkeypatch):
     monkeypatch.setattr(feature_protocols, "_MAX_RANKED", 50)
     found = feature_protocols.label_free(run)
     features, views = _features(run, _TEST[:50]), run.views()
@@ -165,7 +165,7 @@ def test_label_free_figures_are_those_of_features_and_of_embeddings(run, monkeyp
     assert (found["num_images"], found["num_viewed_images"], found["num_views"]) == (50, 60, 2)
 
 
-def test_segment_figures_are_in_nats_and_as_shares(run):
+def test_segment_metrics_are_in_nats_and_as_shares(run):
     found = feature_protocols.segments(run)
     measured = measure_segments(_probabilities(run))
     for name in ("usage_entropy", "confidence", "assignment_entropy"):
@@ -213,7 +213,7 @@ def _recorded(monkeypatch, heads):
     return seen
 
 
-def test_features_are_scaled_by_the_training_images(tmp_path, monkeypatch):
+def test_random_crop_probe_scales_features_by_the_training_images(tmp_path, monkeypatch):
     config = pixel_config()
     config.linear_eval.feature_scaling = "standardize"
     train, test = digits_source("train", range(_ROWS)), digits_source("test", range(100, 160))
@@ -240,9 +240,7 @@ def _lookup(classes):
     return kernel
 
 
-def test_the_rate_is_chosen_on_images_that_are_neither_learned_from_nor_tested_on(
-    tmp_path, monkeypatch
-):
+def test_learning_rate_is_selected_on_held_out_training_images(tmp_path, monkeypatch):
     """One rate is right for the images held out alone, one for the rest, and one for the test.
 
     Each image is one bright pixel, so that a kernel can give each image any class.

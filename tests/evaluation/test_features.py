@@ -10,7 +10,7 @@ from music_jax.evaluation.features import random_crop_batches
 
 
 @pytest.mark.parametrize("flips", [True, False])
-def test_crops_are_flipped_where_the_training_flips(flips, tmp_path):
+def test_crops_are_flipped_if_the_training_flips_views(flips, tmp_path):
     config = pixel_config()
     set_views(config, flip_probability=0.5 if flips else 0.0)
     run = pixel_run(tmp_path, digits_source("train", range(64)), digits_source("test", range(3)))

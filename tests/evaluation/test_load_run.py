@@ -42,7 +42,7 @@ def _open(places, *, run="run", labels=True, images=True, **fields):
     return load_run(str(places / run), overrides=overrides, labels=labels, images=images)
 
 
-def test_images_of_the_training_are_not_opened_if_both_evaluation_sets_are_named(places):
+def test_training_images_are_not_opened_if_both_evaluation_sets_are_named(places):
     for run in ("run", "tfds_run"):
         found = _open(places, run=run, evaluation__train="train", evaluation__test="test")
         assert (len(found.sources.train), len(found.sources.test)) == (30, 12)
@@ -50,20 +50,20 @@ def test_images_of_the_training_are_not_opened_if_both_evaluation_sets_are_named
     assert not os.path.exists(places / "nowhere")  # where the training set would be prepared
 
 
-def test_what_needs_no_labels_needs_the_test_images_alone(places):
+def test_without_labels_only_test_images_are_opened(places):
     found = _open(places, labels=False, evaluation__test="test")
     assert (found.sources, len(found.images)) == (None, 12)
     with pytest.raises(UserError, match="there is no folder"):
         _open(places, evaluation__test="test")
 
 
-def test_the_images_of_the_training_may_be_in_another_place(places):
+def test_training_images_may_have_been_moved(places):
     assert _open(places, labels=False, dataset__path="moved").images.name == str(places / "moved")
     with pytest.raises(UserError, match=r"trained on a folder; this one was trained on digits"):
         _open(places, run="tfds_run", dataset__path="moved")
 
 
-def test_a_transfer_needs_none_of_the_run_s_own_images(places):
+def test_transfer_opens_none_of_the_images_of_the_run(places):
     assert len(_open(places, images=False).images) == 0
     sets = f"{places / 'train'}:{places / 'test'}"
     found = evaluate(
@@ -76,7 +76,7 @@ def test_a_transfer_needs_none_of_the_run_s_own_images(places):
     assert (there["linear"]["num_train"], there["knn"]["num_test"]) == (30, 12)
 
 
-def test_a_test_set_without_labels_is_said_once_and_measured_without_them(places, capsys):
+def test_protocols_without_labels_run_on_an_unlabeled_test_set(places, capsys):
     found = evaluate(
         str(places / "run"),
         protocols=("knn", "label_free", "fewshot"),
@@ -96,7 +96,7 @@ def test_a_test_set_without_labels_is_said_once_and_measured_without_them(places
     assert "none of its 7 images has a label" in said[0]
 
 
-def test_the_error_names_all_fields_that_can_be_overridden():
+def test_the_error_lists_all_fields_that_can_be_overridden():
     with pytest.raises(UserError, match=r"config\.seed cannot change after training") as told:
         _override(small_config(), {"seed": 3})
     for field in FREE_FIELDS:

@@ -46,7 +46,7 @@ def partly(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["linear, fixed", *_LABELED])
-def test_figures_are_those_of_the_labeled_images_alone(partly, name, capsys):
+def test_results_are_those_of_the_labeled_images_alone(partly, name, capsys):
     counts = {"test": 16} if name == "clustering" else {"train": 34, "test": 16}
     said = " and ".join(f"{count} {split} images" for split, count in counts.items())
     name, _, fixed = name.partition(", ")
@@ -63,14 +63,14 @@ def test_figures_are_those_of_the_labeled_images_alone(partly, name, capsys):
     assert mixed == labeled
 
 
-def test_what_needs_no_labels_is_measured_on_all_images(partly):
+def test_protocols_without_labels_use_all_images(partly):
     mixed, labeled = (run_protocols(run, ["label_free", "segments"], force=True) for run in partly)
     for name in ("label_free", "segments"):
         assert (mixed[name]["num_images"], labeled[name]["num_images"]) == (50, 34)
         assert "without_label" not in mixed[name]
 
 
-def test_without_any_label_only_what_needs_none_is_measured(tmp_path, capsys):
+def test_without_any_label_only_protocols_without_labels_run(tmp_path, capsys):
     train = digits_source("train", _TRAIN)
     run = pixel_run(tmp_path, train, digits_source("test", _TEST, unlabeled=_TEST))
     names = ["knn", "finetune", "linear", "segments"]
@@ -81,7 +81,7 @@ def test_without_any_label_only_what_needs_none_is_measured(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", _LABELED)
-def test_one_class_to_learn_from_is_an_error(tmp_path, name):
+def test_a_single_training_class_is_an_error(tmp_path, name):
     zeros = np.flatnonzero(np.arange(30) % 10 == 0)  # the digits begin with 0 to 9, three times
     run = pixel_run(tmp_path, digits_source("train", zeros), digits_source("test", [30]))
     with pytest.raises(UserError, match=r"nothing can be measured: .* classes"):
@@ -89,13 +89,13 @@ def test_one_class_to_learn_from_is_an_error(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["label_free", "segments"])
-def test_one_image_is_too_few_for_what_compares_images(tmp_path, name):
+def test_a_single_image_is_an_error_for_protocols_that_compare_images(tmp_path, name):
     run = pixel_run(tmp_path, digits_source("train", [0, 1]), digits_source("test", [30]))
     with pytest.raises(UserError, match="two images or more are needed; test has 1"):
         run_protocols(run, [name])
 
 
-def test_few_images_are_measured_with_all_of_them(tmp_path):
+def test_a_few_images_are_enough(tmp_path):
     """Fewer than k, than shots, than a batch, than devices; the right values by hand."""
     train, test = digits_source("train", [0, 1, 2]), digits_source("test", [10])  # a 0
     found = run_protocols(
@@ -112,9 +112,7 @@ def test_few_images_are_measured_with_all_of_them(tmp_path):
 
 @pytest.mark.parametrize("random_crops", [True, False])
 @pytest.mark.parametrize("rates", [(1e37,), (3e36, 1e37)])
-def test_a_linear_probe_that_diverged_is_an_error_and_the_others_are_measured(
-    tmp_path, rates, random_crops
-):
+def test_a_diverged_linear_probe_is_an_error_and_other_protocols_run(tmp_path, rates, random_crops):
     run = pixel_run(tmp_path, digits_source("train", _TRAIN), digits_source("test", _TEST))
     run.config.linear_eval.update({"base_learning_rates": rates, "random_crops": random_crops})
     with pytest.raises(
@@ -126,7 +124,7 @@ def test_a_linear_probe_that_diverged_is_an_error_and_the_others_are_measured(
 
 
 @pytest.mark.parametrize("random_crops", [True, False])
-def test_a_learning_rate_that_diverged_loses(tmp_path, random_crops):
+def test_a_diverged_learning_rate_is_not_selected(tmp_path, random_crops):
     run = pixel_run(tmp_path, digits_source("train", _TRAIN), digits_source("test", _TEST))
     run.config.linear_eval.update(
         {"base_learning_rates": (1e37, 0.1), "random_crops": random_crops}
@@ -200,7 +198,7 @@ def test_a_transfer_set_whose_probe_diverged_is_skipped(transfer, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["finetune", "semi"])
-def test_fine_tuning_that_diverged_is_an_error(tmp_path, name):
+def test_diverged_fine_tuning_is_an_error(tmp_path, name):
     config = pixel_config()
     config.finetune.head_learning_rate = 1e37
     config.semi_supervised.head_learning_rates = (1e37,)
@@ -210,7 +208,7 @@ def test_fine_tuning_that_diverged_is_an_error(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["linear", "knn", "fewshot", "retrieval", "clustering"])
-def test_features_that_are_not_finite_are_one_clear_error(tmp_path, name):
+def test_non_finite_features_are_an_error(tmp_path, name):
     run = pixel_run(tmp_path, digits_source("train", _TRAIN), digits_source("test", _TEST))
     run.params["scale"] *= np.inf
     with pytest.raises(UserError, match=r"some features of .* are not finite"):
@@ -240,7 +238,7 @@ def _run(tmp_path, config, sources, images):
     )
 
 
-def test_a_transfer_from_the_images_of_the_training_learns_from_these(tmp_path):
+def test_transfer_sets_may_include_the_training_images(tmp_path):
     config = small_config()
     config.dataset.path = _folder(tmp_path / "train", images=3)
     config.evaluation.train = config.dataset.path
@@ -255,7 +253,7 @@ def test_a_transfer_from_the_images_of_the_training_learns_from_these(tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["raw_pixels", "random_init"])
-def test_neighbors_depend_on_which_comparisons_are_asked_for(flag):
+def test_provenance_of_knn_includes_the_requested_baselines(flag):
     config = small_config()
     before = provenance("knn", config, 3)
     assert set(before["hyper_parameters"]) > {"knn", "evaluation"}
@@ -265,7 +263,7 @@ def test_neighbors_depend_on_which_comparisons_are_asked_for(flag):
     assert provenance("knn", config, 3) != before
 
 
-def test_figures_of_images_that_have_changed_are_measured_again(tmp_path, monkeypatch):
+def test_results_of_changed_images_are_recomputed(tmp_path, monkeypatch):
     config = small_config()
     config.dataset.path = _folder(tmp_path / "train")
     config.evaluation.test = _folder(tmp_path / "test")

@@ -19,7 +19,7 @@ from music_jax.metrics.segments import (
 from music_jax.objectives import segment_probabilities
 
 
-def test_mutual_information_of_hard_codes_is_scikit_learns():
+def test_mutual_information_of_hard_codes_matches_scikit_learn():
     rng = np.random.default_rng(0)
     codes = rng.integers(5, size=(400, 3))
     codes[:, 2] = np.where(rng.random(400) < 0.7, codes[:, 0], codes[:, 2])
@@ -28,7 +28,7 @@ def test_mutual_information_of_hard_codes_is_scikit_learns():
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_soft_assignments_share_what_their_joint_probability_says():
+def test_mutual_information_of_soft_assignments_matches_the_definition():
     rng = np.random.default_rng(1)
     p = rng.dirichlet(np.ones(4), size=(50, 2)).astype(np.float32)
     joint = np.mean(p[:, 0, :, None] * p[:, 1, None, :], axis=0)
@@ -37,7 +37,7 @@ def test_soft_assignments_share_what_their_joint_probability_says():
     np.testing.assert_allclose(mutual_information(p)[0, 1], expected, atol=1e-5)
 
 
-def test_measures_of_codes_that_use_all_units_and_of_those_that_use_one():
+def test_measures_of_uniform_collapsed_and_undecided_segments():
     codes = np.asarray(list(itertools.product(range(4), repeat=2)))
     codes = np.concatenate([codes, np.full((16, 1), 2)], axis=1)  # the third has collapsed
     found = measure_segments(np.eye(4, dtype=np.float32)[codes])
@@ -53,7 +53,7 @@ def test_measures_of_codes_that_use_all_units_and_of_those_that_use_one():
         measure_segments(np.ones((3, 4)))
 
 
-def test_the_bound_is_at_distance_zero_and_a_collapse_above_it():
+def test_gap_to_bound_is_zero_at_the_optimum_and_positive_after_collapse():
     codes = np.asarray(list(itertools.product(range(3), repeat=4)))  # independent, uniform
     best = 40 * np.eye(3, dtype=np.float32)[codes].reshape(81, 12)
     np.testing.assert_allclose(gap_to_bound(best, best, num_segments=4), 0, atol=2e-4)
@@ -76,7 +76,7 @@ def _planted(samples=400, classes=4, segments=6, units=5, noise=0.25, seed=0):
 
 
 @pytest.mark.parametrize("num_clusters", [3, 4, 6])
-def test_scores_are_scikit_learns_and_the_best_match(num_clusters):
+def test_cluster_scores_match_scikit_learn_and_the_best_matching(num_clusters):
     rng = np.random.default_rng(1)
     labels = rng.integers(4, size=200)
     clusters = np.where(rng.random(200) < 0.6, labels, rng.integers(9, size=200)) % num_clusters
@@ -92,7 +92,7 @@ def test_scores_are_scikit_learns_and_the_best_match(num_clusters):
     assert found.clusters == num_clusters
 
 
-def test_renamed_labels_are_perfect_and_one_cluster_is_worth_nothing():
+def test_cluster_scores_of_permuted_labels_and_of_one_cluster():
     labels = np.arange(60) % 3
     perfect = cluster_scores(2 - labels, labels)
     assert perfect[:4] == pytest.approx((1, 1, 1, 1))
@@ -101,20 +101,20 @@ def test_renamed_labels_are_perfect_and_one_cluster_is_worth_nothing():
         cluster_scores(labels[:-1], labels)
 
 
-def test_the_joint_code_finds_what_no_segment_tells_alone():
+def test_clusters_of_the_joint_code_beat_single_segments():
     labels, codes, probabilities = _planted()
     single = max(cluster_scores(codes[:, s], labels).accuracy for s in range(6))
     joint = cluster_scores(joint_clusters(probabilities, num_clusters=4), labels).accuracy
     assert joint > 0.97 > 0.9 > single
 
 
-def test_the_segment_most_agreed_upon_is_the_one_without_errors():
+def test_the_segment_without_errors_agrees_most_with_the_others():
     labels, codes, _ = _planted()
     codes[:, 3] = labels
     assert np.argmax(agreement_between_segments(codes)) == 3
 
 
-def test_agreement_is_the_mean_of_scikit_learns():
+def test_agreement_matches_the_mean_of_scikit_learn():
     _, codes, _ = _planted(units=7)
     codes[:, 1] = codes[:, 4] = 2  # neither of the two splits the samples
     expected = [

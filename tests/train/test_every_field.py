@@ -543,7 +543,7 @@ def test_fine_tuning_is_as_described(run, calls):
     found = finetune.full_finetune(run)
     assert (found["top1"], found["num_train"], found["batch_size"]) == (0.75, 60, 44)
     finetune.semi_supervised(run)
-    assert [given[4] for given, _ in calls.of["finetune"]] == [
+    assert [given[2] for given, _ in calls.of["finetune"]] == [
         FinetuneRecipe(43, 44, 0.41, 0.42, momentum=0.45, weight_decay=0.46),
         FinetuneRecipe(35, 10, 0.31, 0.33, momentum=0.37, weight_decay=0.38),
         FinetuneRecipe(35, 36, 0.32, 0.34, momentum=0.37, weight_decay=0.38),
