@@ -71,18 +71,15 @@ def backbone_extractor(
     *,
     embeddings: bool = False,
 ) -> Extractor:
-    """An extractor of `features`, the normalization layers being in inference mode.
+    """Returns an extractor of `features`, with the network in inference mode.
 
     Args:
-      network: the network.
-      params: its parameters.
-      batch_stats: its running statistics.
-      config: says how images are normalized.
-      mesh: the devices.
-      embeddings: give the projector's `embeddings` as well.
-
-    Returns:
-      The extractor.
+      network: Network.
+      params: Parameters.
+      batch_stats: Running statistics.
+      config: Config, which sets how images are normalized.
+      mesh: Devices.
+      embeddings: Whether `embeddings` of the projector are extracted as well.
     """
 
     @jax.jit
@@ -90,11 +87,9 @@ def backbone_extractor(
         images = normalize(images, config)
         if not embeddings:
             return {"features": network.features(params, batch_stats, images).astype(jnp.float32)}
-        features, embedded = network.infer(params, batch_stats, images)
-        return {
-            "features": features.astype(jnp.float32),
-            "embeddings": embedded.astype(jnp.float32),
-        }
+        features, projected = network.infer(params, batch_stats, images)
+        outputs = {"features": features, "embeddings": projected}
+        return {name: array.astype(jnp.float32) for name, array in outputs.items()}
 
     return functools.partial(extract, *replicate((params, batch_stats), mesh))
 
@@ -111,12 +106,12 @@ def pixel_extractor(config: config_dict.ConfigDict) -> Extractor:
 
 
 def replicate(tree: tuple[dict, dict], mesh: Mesh) -> tuple[dict, dict]:
-    """Parameters and statistics, whole on every device."""
+    """Copies parameters and statistics to every device."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def normalize(images: jax.Array, config: config_dict.ConfigDict) -> jax.Array:
-    """Images uint8 [batch, height, width, channels] as the backbone takes them."""
+    """Normalizes images, uint8 [batch, height, width, channels], for the backbone."""
     return normalize_images(
         images,
         mean=tuple(config.dataset.mean),
