@@ -123,9 +123,9 @@ def _finetune_and_test(
         seed=run.config.seed,
         skipped=run.skipped,
     )
-    num_steps = recipe.num_epochs * (len(rows) // recipe.batch_size)
-    with progress.bar(num_steps, unit="step", description=description) as bar:
-        classifier = finetune(run, batches, recipe, num_steps=num_steps, after_step=bar.update)
+    steps = recipe.num_epochs * (len(rows) // recipe.batch_size)
+    with progress.bar(steps, unit="step", description=description) as bar:
+        classifier = train_classifier(run, batches, recipe, num_steps=steps, after_step=bar.update)
     found = extract_split(
         logit_extractor(run, classifier),
         test.subset(run.labeled_rows("test")),
@@ -149,7 +149,7 @@ def _finetune_and_test(
     }
 
 
-def finetune(
+def train_classifier(
     run: Run,
     batches: Iterable[tuple[jax.Array, jax.Array]],
     recipe: FinetuneRecipe,

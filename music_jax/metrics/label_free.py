@@ -162,31 +162,22 @@ def uniformity(features: np.ndarray, *, t: float = 2.0, block_size: int = 1024) 
     count = len(unit)
     if count < 2:
         raise ValueError(f"expected two samples or more; got {count}")
-    padding = -count % block_size
-    blocks = np.pad(unit, ((0, padding), (0, 0))).reshape(-1, block_size, unit.shape[1])
-    rows = np.arange(count + padding).reshape(-1, block_size)
-    sums = np.asarray(_potentials(jnp.asarray(blocks), jnp.asarray(rows), jnp.asarray(unit), t))
-    total = np.sum(sums.reshape(-1)[:count], dtype=np.float64)
+    on_device = jnp.asarray(unit)
+    total = 0.0
+    for start in range(0, count, block_size):
+        block = jnp.asarray(unit[start : start + block_size])
+        total += np.sum(np.asarray(_potentials(block, start, on_device, t)), dtype=np.float64)
     return float(np.log(total / (count * (count - 1))))
 
 
 @functools.partial(jax.jit, static_argnames="t")
-def _potentials(blocks: jax.Array, rows: jax.Array, unit: jax.Array, t: float) -> jax.Array:
-    """Returns each sample's sum of exp(-t distance²) over all others, [blocks, block].
-
-    `rows` [blocks, block] gives the row in `unit` of each sample in `blocks`.
-    """
-    lengths = jnp.sum(unit**2, axis=1)  # 1, or 0 for a zero vector
-
-    def sums(block_and_rows: tuple[jax.Array, jax.Array]) -> jax.Array:
-        block, own = block_and_rows
-        products = jnp.matmul(block, unit.T, precision=jax.lax.Precision.HIGHEST)
-        distances = jnp.sum(block**2, axis=1)[:, None] + lengths[None] - 2 * products
-        potentials = jnp.exp(-t * jnp.maximum(distances, 0))
-        is_self = own[:, None] == jnp.arange(unit.shape[0])[None]
-        return jnp.sum(jnp.where(is_self, 0, potentials), axis=1)
-
-    return jax.lax.map(sums, (blocks, rows))
+def _potentials(block: jax.Array, start: int, unit: jax.Array, t: float) -> jax.Array:
+    """Returns the sum of exp(-t distance²) over all others for the rows of `unit` from `start`."""
+    products = jnp.matmul(block, unit.T, precision=jax.lax.Precision.HIGHEST)
+    lengths = jnp.sum(block**2, axis=1)[:, None] + jnp.sum(unit**2, axis=1)[None]  # 0 or 1 each
+    potentials = jnp.exp(-t * jnp.maximum(lengths - 2 * products, 0))
+    is_self = (start + jnp.arange(len(block)))[:, None] == jnp.arange(len(unit))[None]
+    return jnp.sum(jnp.where(is_self, 0, potentials), axis=1)
 
 
 def _singular_values(x: np.ndarray) -> np.ndarray:

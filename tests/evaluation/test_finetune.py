@@ -19,11 +19,11 @@ from music_jax.evaluation.features import SplitFeatures
 from music_jax.evaluation.finetune import (
     Classifier,
     FinetuneRecipe,
-    finetune,
     full_finetune,
     logit_extractor,
     rows_of_list,
     semi_supervised,
+    train_classifier,
 )
 from music_jax.models.network import init_network, make_network
 
@@ -68,7 +68,7 @@ def test_steps_match_sgd_with_momentum_and_decay_in_plain_numpy(tmp_path):
     run = _run(tmp_path, {"scale": jnp.asarray(scale, jnp.float32)}, num_classes=3, seed=4)
     batches = [(jnp.asarray(x), jnp.asarray(y)) for x, y in zip(images, labels, strict=True)]
     with jax.numpy_dtype_promotion("standard"):
-        found = finetune(run, batches, recipe, num_steps=6)
+        found = train_classifier(run, batches, recipe, num_steps=6)
     w = 0.01 * np.asarray(jax.random.normal(jax.random.key(4), (64, 3)), np.float64)
     b = np.zeros(3)
     m_scale, m_w, m_b = np.zeros(64), np.zeros((64, 3)), np.zeros(3)
@@ -96,7 +96,7 @@ def test_steps_are_blocked_on_only_if_devices_share_the_cores(
     run = _run(tmp_path, {"scale": jnp.ones(64)}, num_classes=2, devices=devices)
     recipe = FinetuneRecipe(1, 4, 0.1, 0.1)
     with jax.numpy_dtype_promotion("standard"):
-        finetune(run, [(images, labels)] * 3, recipe, num_steps=3)
+        train_classifier(run, [(images, labels)] * 3, recipe, num_steps=3)
     assert len(counted) == waits
 
 
@@ -104,7 +104,7 @@ def test_fine_tuning_uses_labeled_images_and_reports_top_1_and_top_5(tmp_path, m
     ranks = np.asarray([0, 1, 4, 5, 9, 0, 3, 4], np.int32)  # of the labels: logits fall with them
     logits = -np.tile(np.arange(10.0), (8, 1))
     tested = SplitFeatures({"logits": logits}, ranks, np.arange(8))
-    monkeypatch.setattr(module, "finetune", lambda *_, **__: None)
+    monkeypatch.setattr(module, "train_classifier", lambda *_, **__: None)
     monkeypatch.setattr(module, "extract_split", lambda *_, **__: tested)
     monkeypatch.setattr(module, "rows_of_list", lambda *_: np.asarray([5, 3, 1]))
     config = pixel_config()

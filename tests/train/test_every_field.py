@@ -535,7 +535,7 @@ def test_fine_tuning_is_as_described(run, calls):
     logits = features.SplitFeatures(
         {"logits": np.eye(4)[[0, 1, 2, 0]]}, np.arange(4, dtype=np.int32), np.arange(4)
     )
-    for name in ("random_crop_batches", "finetune", "logit_extractor"):
+    for name in ("random_crop_batches", "train_classifier", "logit_extractor"):
         calls.replace(finetune, name)
     calls.replace(finetune, "extract_split", lambda *given, **options: logits)
     calls.replace(finetune, "rows_of_list", lambda source, name: np.arange(10))
@@ -543,7 +543,7 @@ def test_fine_tuning_is_as_described(run, calls):
     found = finetune.full_finetune(run)
     assert (found["top1"], found["num_train"], found["batch_size"]) == (0.75, 60, 44)
     finetune.semi_supervised(run)
-    assert [given[2] for given, _ in calls.of["finetune"]] == [
+    assert [given[2] for given, _ in calls.of["train_classifier"]] == [
         FinetuneRecipe(43, 44, 0.41, 0.42, momentum=0.45, weight_decay=0.46),
         FinetuneRecipe(35, 10, 0.31, 0.33, momentum=0.37, weight_decay=0.38),
         FinetuneRecipe(35, 36, 0.32, 0.34, momentum=0.37, weight_decay=0.38),
