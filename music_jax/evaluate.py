@@ -68,7 +68,7 @@ def evaluate(
     overrides: dict[str, object] | None = None,
     force: bool = False,
 ) -> dict[str, dict]:
-    """Measures a checkpoint of a run, writes the figures and prints them.
+    """Evaluates a checkpoint of a run, writes the results and prints them.
 
     Args:
       workdir: of the run.

@@ -1,4 +1,4 @@
-"""Opening a saved run whose training images are gone: only what is needed has to be there."""
+"""Loading a run whose training images are gone: only images that are needed have to exist."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Every score at extreme features, against scikit-learn and the formulas in float64.
+"""Metrics of extreme features, against scikit-learn and the formulas in float64.
 
 The features are constant (a collapsed network), duplicates, zero vectors, and of scales from 1e-30
 to 1e30; the labels are of one class; there are two samples.

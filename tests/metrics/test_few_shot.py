@@ -1,4 +1,4 @@
-"""Few-shot classification against scikit-learn by hand, and what is drawn for it."""
+"""Few-shot classification against scikit-learn, and the draws of its samples."""
 
 import numpy as np
 import pytest
