@@ -34,7 +34,7 @@ The protocols:
   transfer    linear and knn on other datasets, named by --transfer
 
 Features are computed once and kept beside the results, in features/, which may be deleted at any
-time. What has been measured in the same way before is not measured again; see --again.
+time. Existing results of the same images and settings are reused; --force recomputes them.
 
 Images without a label take part only in what needs no labels; a line says how many there were.
 
@@ -54,7 +54,7 @@ def main() -> None:
         checkpoint=flags.FLAGS.checkpoint,
         transfer_sets=tuple(flags.FLAGS.transfer or ()),
         overrides=overrides,
-        again=flags.FLAGS.again,
+        force=flags.FLAGS.force,
     )
 
 
@@ -66,19 +66,19 @@ def evaluate(
     checkpoint: str | None = None,
     transfer_sets: tuple[str, ...] = (),
     overrides: dict[str, object] | None = None,
-    again: bool = False,
+    force: bool = False,
 ) -> dict[str, dict]:
-    """Measures a checkpoint of a run, writes the figures and prints them.
+    """Evaluates a checkpoint of a run, writes the results and prints them.
 
     Args:
       workdir: of the run.
-      protocols: names, as `music_jax.evaluation.runner.PROTOCOLS` has them.
+      protocols: names, as `music_jax.evaluation.protocols.PROTOCOLS` has them.
       output: Directory for the results; the workdir by default.
       checkpoint: its step, or its directory; None for the latest.
       transfer_sets: as `music_jax.data.datasets.parse_pair` reads them; adds the protocol
         `transfer`.
       overrides: config fields, by dotted name, to evaluate with in place of the run's own.
-      again: measure anew what was measured before in the same way.
+      force: Whether existing results are recomputed.
 
     Returns:
       What the JSON files hold, by protocol.
@@ -89,18 +89,15 @@ def evaluate(
       DivergedError: a probe diverged.
     """
     from music_jax.distributed import progress
-    from music_jax.evaluation.load_run import open_run
-    from music_jax.evaluation.runner import PROTOCOLS, check_names, measure
-    from music_jax.evaluation.tables import summary_table
-    from music_jax.evaluation.transfer import parse_set
+    from music_jax.evaluation.load_run import load_run
+    from music_jax.evaluation.protocols import PROTOCOLS, check_protocols, run_protocols
+    from music_jax.evaluation.results import summary_table
     from music_jax.workdir import records
 
     if transfer_sets and "transfer" not in protocols:
         protocols = (*protocols, "transfer")
-    check_names(protocols, transfer_sets)
-    for spec in transfer_sets:
-        parse_set(spec)
-    run = open_run(
+    check_protocols(protocols, transfer_sets)
+    run = load_run(
         workdir,
         output=output,
         checkpoint=checkpoint,
@@ -108,7 +105,7 @@ def evaluate(
         labels=any(PROTOCOLS[name].labels for name in protocols),
         images=any(name != "transfer" for name in protocols),
     )
-    results = measure(run, protocols, transfer_sets=transfer_sets, again=again)
+    results = run_protocols(run, protocols, transfer_sets=transfer_sets, force=force)
     progress.say_lines(summary_table(results))
     records.report_skipped(run.skipped)
     return results
@@ -130,5 +127,5 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "checkpoint", None, "Step of the checkpoint, or its directory; by default the latest."
     )
-    flags.DEFINE_bool("again", False, "Measure anew what was measured before in the same way.")
+    flags.DEFINE_bool("force", False, "Recompute existing results.")
     cli.run(main, _USAGE)

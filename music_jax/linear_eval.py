@@ -51,13 +51,14 @@ def linear_eval(
       UserError: there is no such run or checkpoint, or an override would change what was trained.
     """
     from music_jax.distributed import progress
-    from music_jax.evaluation.load_run import open_run
-    from music_jax.evaluation.runner import final_protocols, measure
-    from music_jax.evaluation.tables import results_table
+    from music_jax.evaluation.load_run import load_run
+    from music_jax.evaluation.protocols import final_protocols, run_protocols
+    from music_jax.evaluation.results import results_table
     from music_jax.workdir import records
 
-    run = open_run(workdir, output=output, checkpoint=checkpoint, overrides=overrides)
-    progress.say_lines(results_table(measure(run, final_protocols(run.config), again=True)))
+    run = load_run(workdir, output=output, checkpoint=checkpoint, overrides=overrides)
+    results = run_protocols(run, final_protocols(run.config), force=True)
+    progress.say_lines(results_table(results))
     records.report_skipped(run.skipped)
 
 

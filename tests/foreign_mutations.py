@@ -251,9 +251,11 @@ def bombs(rng: random.Random, place: Place) -> None:
                 archive.writestr(f"{name}.npy", array_bomb(rng))
         (place.run / "linear_eval.npz").write_bytes(file.getvalue())
     elif kind == 1:
-        arrays = sorted((place.run / "features").rglob("*.npy"))
+        arrays = sorted((place.run / "features").rglob("*.npz"))
         if arrays:
-            rng.choice(arrays).write_bytes(array_bomb(rng))
+            with zipfile.ZipFile(rng.choice(arrays), "w", rng.choice((0, 8))) as archive:
+                for name in ("features", "embeddings", "labels", "indices"):
+                    archive.writestr(f"{name}.npy", array_bomb(rng))
     elif kind == 2:
         # A sparse file: 64 GB of zeros.
         with open(rng.choice(_files(place)), "r+b") as file:

@@ -164,7 +164,7 @@ class Cases:
         self._commands: dict[str, Callable[[dict[str, object]], object]] = {
             "report": lambda given: write_report([run], num_images=16, overrides=given),
             "evaluate": lambda given: evaluate(
-                run, protocols=("knn",), overrides=given, again=True
+                run, protocols=("knn",), overrides=given, force=True
             ),
             "export": lambda _: export(run, form="safetensors", output=str(output / "x")),
             "load": lambda _: music_jax.load(run)(np.zeros((2, 8, 8, 1), np.uint8)),

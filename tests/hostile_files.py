@@ -46,9 +46,9 @@ from music_jax.data.packing import Packing, pack, shrink
 from music_jax.data.skipped import SkippedImages
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import UndecodableError, UserError
-from music_jax.evaluation import runner
-from music_jax.evaluation.cache import ArrayCache, Expected
-from music_jax.evaluation.predictions import read_predictions
+from music_jax.evaluation.cache import Expected, cached_arrays
+from music_jax.evaluation.protocols import provenance, read_final_results
+from music_jax.evaluation.results import read_predictions, results_table
 from music_jax.exchange.importing import import_backbone
 from music_jax.report import measures
 from music_jax.train.guards import init_guard_state
@@ -138,9 +138,9 @@ def metrics(rng: random.Random, directory: pathlib.Path) -> None:
 def results(rng: random.Random, directory: pathlib.Path) -> None:
     config = default_config()
     linear = {"top1": 0.5, "top5": 0.75, "raw_pixels_top1": None, "random_init_top1": 0.25}
-    linear |= runner.envelope("linear", config, 3)
+    linear |= provenance("linear", config, 3)
     knn = {"top1": 0.5, "top1_by_k": {"20": 0.5}, "raw_pixels_top1": 0.5}
-    knn |= runner.envelope("knn", config, 3)
+    knn |= provenance("knn", config, 3)
     damaged = rng.randrange(2)
     texts = [
         hostile_json(rng, r) if i == damaged else json.dumps(r).encode()
@@ -148,9 +148,9 @@ def results(rng: random.Random, directory: pathlib.Path) -> None:
     ]
     (directory / "linear_eval.json").write_bytes(texts[0])
     (directory / "knn.json").write_bytes(texts[1])
-    found = runner.read_results(config, epath.Path(directory), 3)
+    found = read_final_results(config, epath.Path(directory), 3)
     if found is not None:
-        runner.results_table(found)
+        results_table(found)
 
 
 def skipped(rng: random.Random, directory: pathlib.Path) -> None:
@@ -417,15 +417,20 @@ def arrays(rng: random.Random, directory: pathlib.Path) -> None:
     with contextlib.suppress(ValueError):
         found = read_predictions(epath.Path(directory))
         measures.count_confusions(found, ["a"])
-    cache = ArrayCache(epath.Path(directory) / "features")
+    features = epath.Path(directory) / "features"
     expected = {"labels": Expected((9,), np.int64, range(9))}
 
     def kept() -> np.ndarray:
-        return cache.get("a", {}, lambda: {"labels": np.arange(4)}, expected=expected)["labels"]
+        arrays = {"labels": np.arange(4)}
+        return cached_arrays(features, "a", {}, lambda: arrays, expected=expected)["labels"]
 
     kept()
-    (path,) = directory.glob("features/*/labels.npy")
-    path.write_bytes(rng.choice((array_bomb(rng), mutated(rng, path.read_bytes()))))
+    (path,) = directory.glob("features/*.npz")
+    if rng.random() < 0.5:
+        with zipfile.ZipFile(path, "w", rng.choice((0, 8))) as archive:
+            archive.writestr("labels.npy", array_bomb(rng))
+    else:
+        path.write_bytes(mutated(rng, path.read_bytes()))
     np.testing.assert_array_equal(kept(), np.arange(4))
 
 

@@ -46,12 +46,11 @@ def _figures(workdir, protocols=_FEATURES):
 def test_each_protocol_leaves_its_figures_alike_on_one_and_two_devices(finished):
     found = []
     for devices in (1, 2):
-        out = _evaluate(finished, _FEATURES, "--again", devices=devices)
+        out = _evaluate(finished, _FEATURES, "--force", devices=devices)
         assert ("features of" in out) is False  # which is the progress bar's, on standard error
         found.append(_figures(finished))
         for path in (finished / "features").iterdir():
-            for file in path.iterdir():
-                file.unlink()
+            path.unlink()
     one, two = found
     for name, figures in one.items():
         assert figures["protocol"] == name
@@ -94,10 +93,10 @@ def _close(a, b, path=""):
 def test_what_was_measured_is_not_measured_again_unless_the_protocol_differs(finished):
     _evaluate(finished, "knn")
     before = (finished / "knn.json").stat().st_mtime_ns
-    assert "measured before" in _evaluate(finished, "knn")
+    assert "using the existing result" in _evaluate(finished, "knn")
     assert (finished / "knn.json").stat().st_mtime_ns == before
     out = _evaluate(finished, "knn", "--config.knn.more_k=(3,)")
-    assert "measured before" not in out
+    assert "using the existing result" not in out
     assert "k = 3 " in out
 
 
@@ -130,8 +129,8 @@ def test_fine_tuning_and_transfer(finished, data, tmp_path):
     ("arguments", "message"),
     [
         ((), "--workdir=DIR is missing"),
-        (("--workdir={tmp}", "--protocols=knm"), "no protocol 'knm'; the nearest one is 'knn'"),
-        (("--workdir={tmp}", "--protocols="), "name some protocols: linear"),
+        (("--workdir={tmp}", "--protocols=knm"), "unknown protocol 'knm'; did you mean 'knn'?"),
+        (("--workdir={tmp}", "--protocols="), "name some of linear"),
         (("--workdir={tmp}", "--protocols=transfer"), "--transfer=NAME:TRAIN:TEST"),
         (("--workdir={tmp}", "--transfer=cifar10"), "expected NAME:TRAIN:TEST"),
         (("--workdir={tmp}/nowhere",), "does not exist"),

@@ -239,7 +239,7 @@ def test_a_workdir_of_another_run_is_refused_and_left_alone(finished, data):
     ("arguments", "message"),
     [
         (("--workdir={workdir}", "--checkpoint=7"), "there is no checkpoint '7'; the run has"),
-        (("--workdir={workdir}", "--config.batch_size=64"), "belongs to the training"),
+        (("--workdir={workdir}", "--config.batch_size=64"), "cannot change after training"),
         (("--workdir={workdir}/nowhere",), "does not exist"),
         (("--workdir={workdir}/checkpoints",), "holds no run"),
         ((), "--workdir=DIR is missing"),

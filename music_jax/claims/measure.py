@@ -7,16 +7,16 @@ import numpy as np
 from ml_collections import config_dict
 from sklearn.metrics import normalized_mutual_info_score
 
-from music_jax.evaluation.metrics.clustering import (
+from music_jax.metrics.few_shot import few_shot
+from music_jax.metrics.knn import knn_predict
+from music_jax.metrics.label_free import rankme
+from music_jax.metrics.linear_probe import ProbeRecipe, linear_probe
+from music_jax.metrics.segments import (
     agreement_between_segments,
     cluster_scores,
     joint_clusters,
+    measure_segments,
 )
-from music_jax.evaluation.metrics.few_shot import few_shot
-from music_jax.evaluation.metrics.knn import knn_predict
-from music_jax.evaluation.metrics.label_free import rankme
-from music_jax.evaluation.metrics.linear_probe import ProbeRecipe, linear_probe
-from music_jax.evaluation.metrics.segments import measure_segments
 from music_jax.objectives import segment_probabilities
 
 _SHOTS, _DRAWS = 10, 20

@@ -10,7 +10,7 @@ from etils import epath
 from music_jax.claims.cells import Cell, Sweep
 from music_jax.claims.grid import Point
 from music_jax.distributed import progress
-from music_jax.evaluation.metrics.statistics import mean_interval
+from music_jax.metrics.few_shot import mean_interval
 from music_jax.workdir.new_file import write_new
 from music_jax.workdir.records import write_json
 

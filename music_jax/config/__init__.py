@@ -179,7 +179,7 @@ def view_augmentations(config: config_dict.ConfigDict) -> tuple[ViewAugmentation
 
 def choices() -> dict[str, tuple[Any, ...]]:
     """The fields that take one of a few values, by dotted name, with these values."""
-    from music_jax.evaluation.metrics.feature_scaling import FEATURE_SCALINGS
+    from music_jax.metrics.linear_probe import FEATURE_SCALINGS
     from music_jax.models import BACKBONES
     from music_jax.models.resnet import STEMS
     from music_jax.train.objective import OBJECTIVES

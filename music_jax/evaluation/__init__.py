@@ -1,1 +1,1 @@
-"""What was learned, measured on a frozen backbone."""
+"""Evaluation of saved runs: protocols that turn a run into results."""

@@ -1,88 +1,95 @@
-"""The protocols that need nothing but features: from a run to figures, as JSON holds them."""
+"""Protocols with a frozen backbone: functions from a run to a result, as JSON values."""
 
+import dataclasses
+import logging
 import math
-from typing import Any
+from collections.abc import Callable
 
+import jax
 import numpy as np
 
 from music_jax.distributed import progress
 from music_jax.errors import DivergedError, NotMeasurableError
-from music_jax.evaluation.image_protocols import random_crop_probe
-from music_jax.evaluation.metrics import linear_probe
-from music_jax.evaluation.metrics.clustering import (
+from music_jax.evaluation.features import random_crop_batches
+from music_jax.evaluation.results import Predictions, Result, write_predictions
+from music_jax.evaluation.run import Model, Run
+from music_jax.metrics import linear_probe
+from music_jax.metrics.few_shot import few_shot
+from music_jax.metrics.knn import nearest_neighbors, weighted_vote
+from music_jax.metrics.label_free import alignment, alpha_req, lidar, rankme, uniformity
+from music_jax.metrics.linear_probe import Heads, ProbeRecipe, ProbeResult, fit_scaling
+from music_jax.metrics.retrieval import average_precisions
+from music_jax.metrics.segments import (
     agreement_between_segments,
     cluster_scores,
+    gap_to_bound,
     joint_clusters,
+    measure_segments,
 )
-from music_jax.evaluation.metrics.few_shot import few_shot
-from music_jax.evaluation.metrics.knn import nearest_neighbors, weighted_vote
-from music_jax.evaluation.metrics.label_free import alignment, alpha_req, lidar, rankme, uniformity
-from music_jax.evaluation.metrics.linear_probe import ProbeRecipe, ProbeResult
-from music_jax.evaluation.metrics.retrieval import average_precisions
-from music_jax.evaluation.metrics.segments import bound_distances, measure_segments
-from music_jax.evaluation.predictions import Predictions, write_predictions
-from music_jax.evaluation.run import Run
 
-Figures = dict[str, Any]
+_logger = logging.getLogger(__name__)
 
-_MAX_RANKED = 25_600  # samples whose singular values are taken, as in RankMe's paper
+_MAX_RANKED = 25_600  # samples whose singular values are taken, as in the paper of RankMe
 
 
-def linear_kept(run: Run) -> Figures:
-    """As `linear`; what the probe said of each test image is kept in the workdir."""
-    trained, test = _linear_probe(run, "trained"), run.test()
-    found = Predictions(test.indices, test.labels, trained.predictions, run.step)
-    write_predictions(run.workdir, found)
-    return _linear(run, trained)
+def linear(run: Run, *, save_predictions: bool = False) -> Result:
+    """Trains the linear probe, on the trained backbone and on the baselines.
 
+    Args:
+      run: Run.
+      save_predictions: Whether the predictions for the test images are written into the workdir.
 
-def linear(run: Run) -> Figures:
-    """The linear probe, beside those of raw pixels and of the backbone before the training."""
-    return _linear(run, _linear_probe(run, "trained"))
+    Raises:
+      DivergedError: The probe of the trained backbone diverged. A diverged baseline is missing.
+    """
+    settings, test = run.config.linear_eval, run.test()
+    trained = _linear_probe(run, "trained")
+    if save_predictions:
+        found = Predictions(test.indices, test.labels, trained.predictions, run.step)
+        write_predictions(run.workdir, found)
 
+    def baseline(model: Model) -> float | None:
+        try:
+            return _linear_probe(run, model).top1
+        except DivergedError as error:
+            _logger.warning(f"this baseline is missing: {error}")
+            return None
 
-def _linear(run: Run, trained: ProbeResult) -> Figures:
-    settings = run.config.linear_eval
-    others = {
-        f"{of}_top1": _linear_probe(run, of).top1 if settings[of] else None
-        for of in ("raw_pixels", "random_init")
-    }
     return {
         "top1": trained.top1,
         "top5": trained.top5,
         "num_train": trained.num_train,
-        "num_test": len(run.test()),
+        "num_test": len(test),
         "num_classes": run.num_classes,
         "learning_rate": trained.base_learning_rate * settings.batch_size / 256,
-        **others,
-        **run.without_label("train", "test"),
+        **_baselines(run, baseline),
+        **run.count_unlabeled("train", "test"),
     }
 
 
-def _linear_probe(run: Run, of: str) -> ProbeResult:
+def _baselines(run: Run, top1: Callable[[Model], float | None]) -> Result:
+    models: tuple[Model, ...] = ("raw_pixels", "random_init")
+    return {f"{m}_top1": top1(m) if run.config.linear_eval[m] else None for m in models}
+
+
+def _linear_probe(run: Run, model: Model) -> ProbeResult:
     settings = run.config.linear_eval
-    recipe = ProbeRecipe(
-        num_epochs=settings.num_epochs,
-        batch_size=settings.batch_size,
-        base_learning_rates=tuple(settings.base_learning_rates),
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        drop_epochs=tuple(settings.drop_epochs),
-    )
-    description = f"linear probe, {of.replace('_', ' ')}"
+    recipe = ProbeRecipe(**{f.name: settings[f.name] for f in dataclasses.fields(ProbeRecipe)})
+    probe = random_crop_probe if settings.random_crops else _fixed_feature_probe
+    description = f"linear probe, {model.replace('_', ' ')}"
     try:
-        if settings.random_crops:
-            return random_crop_probe(run, of, recipe, description)
-        return _fixed_feature_probe(run, of, recipe, description)
+        return probe(run, model, recipe, description)
     except DivergedError as error:
         raise DivergedError(
-            f"{description}: it diverged; lower config.linear_eval.base_learning_rates"
+            f"{description}: training diverged; lower config.linear_eval.base_learning_rates"
         ) from error
 
 
-def _fixed_feature_probe(run: Run, of: str, recipe: ProbeRecipe, description: str) -> ProbeResult:
+def _fixed_feature_probe(
+    run: Run, model: Model, recipe: ProbeRecipe, description: str
+) -> ProbeResult:
     settings = run.config.linear_eval
-    train, test = run.train(of), run.test(of)
+    train, test = run.train(model), run.test(model)
     total = linear_probe.num_steps(recipe, len(train), settings.validation_fraction)
     with progress.bar(total, unit="step", description=description) as bar:
         return linear_probe.linear_probe(
@@ -99,27 +106,86 @@ def _fixed_feature_probe(run: Run, of: str, recipe: ProbeRecipe, description: st
         )
 
 
-def knn(run: Run) -> Figures:
-    """The weighted vote of the nearest training samples, for several numbers of neighbors."""
+def random_crop_probe(run: Run, model: Model, recipe: ProbeRecipe, description: str) -> ProbeResult:
+    """Trains a linear probe on new crops and flips in each epoch.
+
+    It is tested on the central views of all labeled test images.
+
+    Args:
+      run: Run.
+      model: Model whose features are used; see `Run`.
+      recipe: Hyperparameters.
+      description: Text of the progress bar.
+
+    Raises:
+      DivergedError: The training diverged with every learning rate.
+    """
+    settings, source = run.config.linear_eval, run.evaluation_sources().train
+    labeled = run.labeled_rows("train")
+    extract, test = run.extractor(model), run.test(model)
+    scale = fit_scaling(settings.feature_scaling, lambda: run.train(model).features)
+    scale_on_device = jax.jit(scale)
+
+    def train(recipe: ProbeRecipe, rows: np.ndarray) -> Heads:
+        batches = random_crop_batches(
+            source.subset(labeled[rows]),
+            run.config,
+            run.mesh,
+            batch_size=recipe.batch_size,
+            num_epochs=recipe.num_epochs,
+            seed=run.config.seed,
+            skipped=run.skipped,
+        )
+        steps_per_epoch = len(rows) // recipe.batch_size
+        total = recipe.num_epochs * steps_per_epoch
+        with progress.bar(total, unit="step", description=description) as bar:
+            return linear_probe.fit(
+                ((scale_on_device(extract(x)["features"]), labels) for x, labels in batches),
+                recipe,
+                num_features=test.features.shape[1],
+                num_classes=run.num_classes,
+                steps_per_epoch=steps_per_epoch,
+                seed=run.config.seed,
+                after_step=bar.update,
+            )
+
+    def validation_samples(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        held_out = run.train(model)
+        held_out = held_out.select(np.flatnonzero(np.isin(held_out.indices, labeled[rows])))
+        return scale(held_out.features), held_out.labels
+
+    return linear_probe.train_and_test(
+        train,
+        validation_samples,
+        (scale(test.features), test.labels),
+        recipe,
+        num_train=len(labeled),
+        validation_fraction=settings.validation_fraction,
+        seed=run.config.seed,
+    )
+
+
+def knn(run: Run) -> Result:
+    """Classifies by the weighted vote of the nearest training samples, for several k."""
     settings = run.config.knn
     ks = sorted({settings.k, *settings.more_k})
 
-    def by_k(of: str) -> dict[int, float]:
-        train, test = run.train(of), run.test(of)
+    def top1_by_k(model: Model) -> dict[int, float]:
+        train, test = run.train(model), run.test(model)
         similarities, nearest = nearest_neighbors(train.features, test.features, k=max(ks))
-        accuracies = {}
-        for k in ks:
+
+        def top1(k: int) -> float:
             predicted = weighted_vote(
                 similarities[:, :k],
                 train.labels[nearest[:, :k]],
                 num_classes=run.num_classes,
                 temperature=settings.temperature,
             )
-            accuracies[k] = float(np.mean(predicted == test.labels))
-        return accuracies
+            return float(np.mean(predicted == test.labels))
 
-    trained = by_k("trained")
-    linear_eval = run.config.linear_eval
+        return {k: top1(k) for k in ks}
+
+    trained = top1_by_k("trained")
     return {
         "top1": trained[settings.k],
         "top1_by_k": {str(k): top1 for k, top1 in trained.items()},
@@ -127,18 +193,15 @@ def knn(run: Run) -> Figures:
         "temperature": settings.temperature,
         "num_train": len(run.train()),
         "num_test": len(run.test()),
-        **{
-            f"{of}_top1": by_k(of)[settings.k] if linear_eval[of] else None
-            for of in ("raw_pixels", "random_init")
-        },
-        **run.without_label("train", "test"),
+        **_baselines(run, lambda model: top1_by_k(model)[settings.k]),
+        **run.count_unlabeled("train", "test"),
     }
 
 
-def fewshot(run: Run) -> Figures:
-    """Logistic regression on a few samples a class: mean and 95 % interval over the draws."""
+def fewshot(run: Run) -> Result:
+    """Evaluates logistic regression on a few samples per class, over several draws."""
     settings, train, test = run.config.few_shot, run.train(), run.test()
-    found = {}
+    results = {}
     total = len(settings.shots) * settings.draws
     with progress.bar(total, unit="draw", description="few-shot") as bar:
         for shots in settings.shots:
@@ -153,37 +216,37 @@ def fewshot(run: Run) -> Figures:
                 seed=run.config.seed,
                 after_draw=bar.update,
             )
-            found[str(shots)] = {
+            results[str(shots)] = {
                 "top1": result.top1.mean,
                 "interval": _finite(result.top1.half_width),
                 "draws": result.accuracies.tolist(),
             }
     return {
-        "top1_by_shots": found,
+        "top1_by_shots": results,
         "num_test": len(test),
-        **run.without_label("train", "test"),
+        **run.count_unlabeled("train", "test"),
     }
 
 
-def retrieval(run: Run) -> Figures:
-    """Mean average precision of the test images' searches among the training images."""
+def retrieval(run: Run) -> Result:
+    """Computes the mean average precision of searches among the training images."""
     train, test = run.train(), run.test()
     limit = run.config.retrieval.max_gallery
     if len(train) > limit:
         rng = np.random.Generator(np.random.Philox(key=[run.config.seed, 2**34]))
-        train = train.rows(np.sort(rng.permutation(len(train))[:limit]))
+        train = train.select(np.sort(rng.permutation(len(train))[:limit]))
     precisions = average_precisions(train.features, train.labels, test.features, test.labels)
-    answered = precisions[np.isfinite(precisions)]  # those with anything to be found
+    precisions = precisions[np.isfinite(precisions)]  # queries with a relevant image
     return {
-        "map": float(np.mean(answered)) if len(answered) else None,
+        "map": float(np.mean(precisions)) if len(precisions) else None,
         "num_gallery": len(train),
-        "num_queries": len(answered),
-        **run.without_label("train", "test"),
+        "num_queries": len(precisions),
+        **run.count_unlabeled("train", "test"),
     }
 
 
-def clustering(run: Run) -> Figures:
-    """Each segment's units as clusters of the test images, and clusters of the joint code."""
+def clustering(run: Run) -> Result:
+    """Compares the units of each segment, and clusters of the joint code, with the labels."""
     labels = run.unlabeled().labels
     labeled = np.flatnonzero(labels >= 0)
     labels, probabilities = labels[labeled], run.probabilities()[labeled]
@@ -192,9 +255,9 @@ def clustering(run: Run) -> Figures:
         raise NotMeasurableError("clustering needs test images with labels of two classes or more")
     codes = probabilities.argmax(axis=2)  # [images, segments]
     agreement = agreement_between_segments(codes)
-    scores = [cluster_scores(codes[:, s], labels) for s in range(codes.shape[1])]
+    scores = [cluster_scores(code, labels)._asdict() for code in codes.T]
     chosen = int(np.argmax(agreement))
-    oracle = int(np.argmax([score.accuracy for score in scores]))
+    oracle = int(np.argmax([score["accuracy"] for score in scores]))
     joint = joint_clusters(
         probabilities,
         num_clusters=num_clusters,
@@ -202,94 +265,84 @@ def clustering(run: Run) -> Figures:
         seed=run.config.seed,
     )
     return {
-        "joint_code": {
-            **cluster_scores(joint, labels)._asdict(),
-            "num_clusters": num_clusters,
-        },
+        "joint_code": {**cluster_scores(joint, labels)._asdict(), "num_clusters": num_clusters},
         "chosen_segment": {
             "rule": "without labels: the segment whose mean NMI with the others is largest",
             "segment": chosen,
             "agreement": float(agreement[chosen]),
-            **scores[chosen]._asdict(),
+            **scores[chosen],
         },
         "oracle_segment": {
             "rule": "by the test labels: the segment of the highest accuracy",
             "segment": oracle,
-            **scores[oracle]._asdict(),
+            **scores[oracle],
         },
         "segments": [
-            {"agreement": float(a), **score._asdict()}
-            for a, score in zip(agreement, scores, strict=True)
+            {"agreement": float(a), **score} for a, score in zip(agreement, scores, strict=True)
         ],
         "num_images": len(labels),
-        **run.without_label("test"),
+        **run.count_unlabeled("test"),
     }
 
 
-def label_free(run: Run) -> Figures:
-    """RankMe, α-ReQ and uniformity of one view of each image; LiDAR and alignment of several."""
+def label_free(run: Run) -> Result:
+    """Computes metrics that need no labels, on one view of each image and on several."""
     _check_two_images(run)
     outputs, views = run.unlabeled().arrays, run.views()
-    figures: Figures = {}
+    result: Result = {}
     for name in ("features", "embeddings"):
-        rows = outputs[name][:_MAX_RANKED]
-        several = views[name]
-        figures[name] = {
-            "rankme": _finite(rankme(rows)),
+        one, several = outputs[name][:_MAX_RANKED], views[name]
+        result[name] = {
+            "rankme": _finite(rankme(one)),
             "lidar": _finite(lidar(several)),
-            "alpha_req": _finite(alpha_req(rows)),
-            "uniformity": _finite(uniformity(rows)),
+            "alpha_req": _finite(alpha_req(one)),
+            "uniformity": _finite(uniformity(one)),
             "alignment": alignment(several[:, 0], several[:, 1]),
-            "size": rows.shape[1],
+            "size": one.shape[1],
         }
-    some = views["features"].shape
+    num_viewed_images, num_views = views["features"].shape[:2]
     return {
-        **figures,
+        **result,
         "num_images": len(outputs["features"][:_MAX_RANKED]),
-        "num_viewed_images": some[0],
-        "num_views": some[1],
+        "num_viewed_images": num_viewed_images,
+        "num_views": num_views,
     }
 
 
-def segments(run: Run) -> Figures:
-    """How the segments use their units, what they share, and the objective's distance to bound."""
+def segments(run: Run) -> Result:
+    """Measures how the segments use their units, what they share, and the objective's gap."""
     _check_two_images(run)
     objective = run.config.objective
     probabilities = run.probabilities()
-    found = measure_segments(probabilities)
-    several = run.views()["embeddings"]
-    distances = bound_distances(
-        several[:, 0],
-        several[:, 1],
+    measures = measure_segments(probabilities)
+    views = run.views()["embeddings"]
+    gap = gap_to_bound(
+        views[:, 0],
+        views[:, 1],
         num_segments=objective.num_segments,
         temperature=objective.temperature,
     )
     samples, count, units = probabilities.shape
-    usage = float(np.mean(found.usage_entropy))
-    between = found.mutual_information[~np.eye(count, dtype=bool)]
+    usage = float(np.mean(measures.usage_entropy))
+    between = measures.mutual_information[~np.eye(count, dtype=bool)]
+    by_segment = ("usage_entropy", "dead_units", "confidence", "assignment_entropy", "information")
     return {
         "num_images": samples,
         "log_units": math.log(units),
-        "usage_entropy": _summary(found.usage_entropy),
+        "usage_entropy": _summary(measures.usage_entropy),
         "usage_entropy_share": usage / math.log(units),
-        "dead_units": int(np.sum(found.dead_units)),
+        "dead_units": int(np.sum(measures.dead_units)),
         "num_units": count * units,
-        "confidence": _summary(found.confidence),
-        "assignment_entropy": _summary(found.assignment_entropy),
+        "confidence": _summary(measures.confidence),
+        "assignment_entropy": _summary(measures.assignment_entropy),
         "mutual_information": {
             **_summary(between),
             "bias": (units - 1) ** 2 / (2 * samples),
             "share_of_usage_entropy": float(np.mean(between) / usage) if usage > 0 else None,
         },
-        "gap_to_bound": {**distances._asdict(), "num_images": len(several)},
-        "by_segment": {
-            "usage_entropy": found.usage_entropy.tolist(),
-            "dead_units": found.dead_units.tolist(),
-            "confidence": found.confidence.tolist(),
-            "assignment_entropy": found.assignment_entropy.tolist(),
-            "information": found.information.tolist(),
-        },
-        "mutual_information_matrix": found.mutual_information.tolist(),
+        "gap_to_bound": {**gap._asdict(), "num_images": len(views)},
+        "by_segment": {name: getattr(measures, name).tolist() for name in by_segment},
+        "mutual_information_matrix": measures.mutual_information.tolist(),
     }
 
 
@@ -308,5 +361,5 @@ def _summary(values: np.ndarray) -> dict[str, float]:
 
 
 def _finite(value: float) -> float | None:
-    """The value as JSON has it: NaN is null."""
+    """Returns the value, or None for NaN, which JSON lacks."""
     return value if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""Features of every image of a split, from a frozen backbone."""
+"""Extracts features of images with a frozen backbone."""
 
 import dataclasses
 import functools
@@ -22,52 +22,44 @@ from music_jax.distributed.mesh import batch_sharding, local_positions, to_devic
 from music_jax.models.network import Network
 
 Arrays = dict[str, np.ndarray]
-# uint8 [batch, height, width, channels], on the mesh, to float32 arrays [batch, ...] by name.
+# From uint8 [batch, height, width, channels], on the mesh, to float32 arrays [batch, ...] by name.
 Extractor = Callable[[jax.Array], dict[str, jax.Array]]
 
-_VIEWS_STREAM = 2  # separates these views' augmentations from those of the training
-_VIEWED_AT_ONCE = 64  # images, each in all its views
+_VIEWS_STREAM = 2  # separates the randomness of these views from that of the training
+_VIEWED_AT_ONCE = 64  # images, each with all its views
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitFeatures:
-    """What an extractor gave for the images of a split that could be decoded, in its order.
+    """Output of an extractor for the images of a split that could be decoded, in their order.
 
     Attributes:
-      arrays: `features` [images, features] and whatever else the extractor gives.
-      labels: int32 [images], -1 where an image has none.
-      indices: each image's index in the source, int64 [images].
-      without_label: how many images `labeled` left out.
+      arrays: `features` [images, features] and any other output of the extractor.
+      labels: Labels, int32 [images]; -1 for images without a label.
+      indices: Indices of the images in the source, int64 [images].
     """
 
     arrays: Arrays
     labels: np.ndarray
     indices: np.ndarray
-    without_label: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def features(self) -> np.ndarray:
-        """The backbone's, [images, features]."""
+        """Features of the backbone, [images, features]."""
         return self.arrays["features"]
 
-    def rows(self, rows: np.ndarray) -> "SplitFeatures":
-        """Those of some images."""
-        return SplitFeatures(
-            {name: array[rows] for name, array in self.arrays.items()},
-            self.labels[rows],
-            self.indices[rows],
-            self.without_label,
-        )
+    def select(self, rows: np.ndarray) -> "SplitFeatures":
+        """Returns the output for some of the images."""
+        arrays = {name: array[rows] for name, array in self.arrays.items()}
+        return SplitFeatures(arrays, self.labels[rows], self.indices[rows])
 
     def labeled(self) -> "SplitFeatures":
-        """Those of the images that have a label."""
+        """Returns the output for the images that have a label."""
         rows = np.flatnonzero(self.labels >= 0)
-        if len(rows) == len(self):
-            return self
-        return dataclasses.replace(self.rows(rows), without_label=len(self) - len(rows))
+        return self if len(rows) == len(self) else self.select(rows)
 
 
 def backbone_extractor(
@@ -79,18 +71,15 @@ def backbone_extractor(
     *,
     embeddings: bool = False,
 ) -> Extractor:
-    """An extractor of `features`, the normalization layers being in inference mode.
+    """Returns an extractor of `features`, with the network in inference mode.
 
     Args:
-      network: the network.
-      params: its parameters.
-      batch_stats: its running statistics.
-      config: says how images are normalized.
-      mesh: the devices.
-      embeddings: give the projector's `embeddings` as well.
-
-    Returns:
-      The extractor.
+      network: Network.
+      params: Parameters.
+      batch_stats: Running statistics.
+      config: Config, which sets how images are normalized.
+      mesh: Devices.
+      embeddings: Whether `embeddings` of the projector are extracted as well.
     """
 
     @jax.jit
@@ -98,17 +87,15 @@ def backbone_extractor(
         images = normalize(images, config)
         if not embeddings:
             return {"features": network.features(params, batch_stats, images).astype(jnp.float32)}
-        features, embedded = network.infer(params, batch_stats, images)
-        return {
-            "features": features.astype(jnp.float32),
-            "embeddings": embedded.astype(jnp.float32),
-        }
+        features, projected = network.infer(params, batch_stats, images)
+        outputs = {"features": features, "embeddings": projected}
+        return {name: array.astype(jnp.float32) for name, array in outputs.items()}
 
     return functools.partial(extract, *replicate((params, batch_stats), mesh))
 
 
 def pixel_extractor(config: config_dict.ConfigDict) -> Extractor:
-    """An extractor that gives the normalized pixels as `features`, for comparison."""
+    """Returns an extractor of the normalized pixels as `features`, for comparison."""
 
     @jax.jit
     def extract(images: jax.Array) -> dict[str, jax.Array]:
@@ -119,12 +106,12 @@ def pixel_extractor(config: config_dict.ConfigDict) -> Extractor:
 
 
 def replicate(tree: tuple[dict, dict], mesh: Mesh) -> tuple[dict, dict]:
-    """Parameters and statistics, whole on every device."""
+    """Copies parameters and statistics to every device."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def normalize(images: jax.Array, config: config_dict.ConfigDict) -> jax.Array:
-    """Images uint8 [batch, height, width, channels] as the backbone takes them."""
+    """Normalizes images, uint8 [batch, height, width, channels], for the backbone."""
     return normalize_images(
         images,
         mean=tuple(config.dataset.mean),
@@ -142,18 +129,18 @@ def extract_split(
     skipped: SkippedImages,
     description: str,
 ) -> SplitFeatures:
-    """What an extractor gives for the central view of every image of a split, none left out.
+    """Applies an extractor to the central view of every image of a split.
 
     Args:
-      extractor: what computes features.
-      source: the split.
-      config: gives the views' size and the channels.
-      mesh: the devices.
-      skipped: takes note of images that cannot be decoded.
-      description: what the progress bar says.
+      extractor: Function to apply.
+      source: Images of the split.
+      config: Config, which sets the size of the views and the number of channels.
+      mesh: Devices.
+      skipped: Record of images that cannot be decoded, which are excluded.
+      description: Text of the progress bar.
 
     Returns:
-      The whole split, on every process, but for the images that cannot be decoded.
+      The output for the whole split, on every process.
     """
     batch_size = -(-config.evaluation.batch_size // mesh.size) * mesh.size
     batches = evaluation_batches(
@@ -172,13 +159,13 @@ def extract_split(
             images, labels, decoded = (
                 to_devices(batch[name], batch_size, mesh) for name in ("images", "label", "decoded")
             )
-            found = extractor(images) | {"label": labels, "decoded": decoded}
-            parts.append({name: _gather(array) for name, array in found.items()})
+            outputs = extractor(images) | {"label": labels, "decoded": decoded}
+            parts.append({name: _gather(array) for name, array in outputs.items()})
             bar.update(min(batch_size, len(source) - bar.n))
-    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    indices = np.flatnonzero(whole.pop("decoded"))
-    whole = {name: array[indices] for name, array in whole.items()}
-    return SplitFeatures(labels=whole.pop("label"), arrays=whole, indices=indices)
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    indices = np.flatnonzero(arrays.pop("decoded"))
+    arrays = {name: array[indices] for name, array in arrays.items()}
+    return SplitFeatures(labels=arrays.pop("label"), arrays=arrays, indices=indices)
 
 
 def extract_views(
@@ -192,20 +179,21 @@ def extract_views(
     skipped: SkippedImages,
     description: str,
 ) -> Arrays:
-    """Features and embeddings of several training views of some images, in inference mode.
+    """Extracts features and embeddings of several training views of random images.
 
-    The images are drawn at random, `config.evaluation.view_images` of them, and cut and augmented
-    `config.evaluation.num_views` times as in the training, the two views' augmentations in turn.
+    `config.evaluation.view_images` images are drawn; each is cropped and augmented as in training,
+    `config.evaluation.num_views` times, with the augmentations of the two views in turn. The
+    network is in inference mode.
 
     Args:
-      network: the network.
-      params: its parameters.
-      batch_stats: its running statistics.
-      source: where the images are drawn from.
-      config: the run's.
-      mesh: the devices.
-      skipped: takes note of images that cannot be decoded; another takes the place of each.
-      description: what the progress bar says.
+      network: Network.
+      params: Parameters.
+      batch_stats: Running statistics.
+      source: Images to draw from.
+      config: Config of the run.
+      mesh: Devices.
+      skipped: Record of images that cannot be decoded; each is replaced by another one.
+      description: Text of the progress bar.
 
     Returns:
       `features` [images, views, features] and `embeddings` [images, views, dim], float32.
@@ -304,9 +292,9 @@ def random_crop_batches(
     seed: int,
     skipped: SkippedImages,
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Randomly cropped images, uint8 [batch, height, width, channels], and labels [batch].
+    """Yields randomly cropped images, uint8 [batch, height, width, channels], and labels [batch].
 
-    They are flipped at random where the training flips its views.
+    Images are randomly flipped if the training flips its views.
     """
     order = TrainingOrder(len(source), batch_size, seed)
     placing = Placing(batch_size, mesh)
@@ -331,7 +319,7 @@ def _crop(config: config_dict.ConfigDict) -> Crop:
 
 
 def _gather(x: jax.Array) -> np.ndarray:
-    """The whole of an array that is split over the mesh, on every process."""
+    """Returns a sharded array on every process."""
     if jax.process_count() == 1 or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))

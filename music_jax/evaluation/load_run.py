@@ -1,4 +1,4 @@
-"""Opening a run's workdir, to evaluate it."""
+"""Loads a run from its workdir, to evaluate it."""
 
 from etils import epath
 from ml_collections import config_dict
@@ -13,11 +13,10 @@ from music_jax.errors import NotMeasurableError, UserError
 from music_jax.evaluation.run import Run
 from music_jax.workdir import places, records
 
-# Images for a run none of whose own are read.
 _NO_IMAGES = Source("no images", (), "image", "label", 0)
 
 
-def open_run(
+def load_run(
     workdir: str,
     *,
     output: str | None = None,
@@ -27,35 +26,33 @@ def open_run(
     labels: bool = True,
     images: bool = True,
 ) -> Run:
-    """Opens a run with one of its checkpoints.
+    """Loads a checkpoint of a run, and opens the images that it is evaluated on.
 
-    Only images that are needed have to be there: those of the training are opened if
-    `evaluation.test` or, for labels, `evaluation.train` names no others.
+    Only images that are needed have to exist: the training images are opened if `evaluation.test`
+    or, for labels, `evaluation.train` names no others.
 
     Args:
-      workdir: The run's workdir. Nothing is written into it if `output` is given.
-      output: Directory that results go to; the workdir by default.
-      read_only: Whether nothing is written at all, not even which images cannot be decoded.
-      checkpoint: its step, or its directory; None for the latest.
-      overrides: config fields, by dotted name, to evaluate with in place of the run's own.
-      labels: whether images with labels are needed, if there are any.
-      images: whether any images of the run are needed.
-
-    Returns:
-      The run.
+      workdir: Workdir of the run. Nothing is written into it if `output` is given.
+      output: Directory for results; the workdir by default.
+      read_only: Whether nothing at all is written, not even the list of images that cannot be
+        decoded.
+      checkpoint: Step or directory of the checkpoint; the latest by default.
+      overrides: Config fields, by dotted name, that replace those of the run.
+      labels: Whether images with labels are needed, if there are any.
+      images: Whether any images of the run are needed.
 
     Raises:
-      UserError: there is no such run or checkpoint, an override would change what was trained, or
-        the images are in a place that only the run's files name; see `music_jax.workdir.places`.
+      UserError: There is no such run or checkpoint, an override would change the training, or the
+        images are in a place that only the run's files name; see `music_jax.workdir.places`.
     """
     given = overrides or {}
     directory = records.find_workdir(workdir)
     saved = records.read_config(directory)
-    if saved is None:  # it was there a moment ago
+    if saved is None:  # removed in the meantime
         raise UserError(f"{workdir} holds no run: it has no config.json")
     config = from_json(saved)
     own = places.is_signed(config, records.read_signature(directory))
-    _apply(config, given)
+    _override(config, given)
     validate(config)
     if not own:
         places.leave_out_foreign(config, given, workdir, labels=labels, images=images)
@@ -65,14 +62,14 @@ def open_run(
     else:
         results = _open_output(workdir, output)
         skipped = records.open_skipped(results, config)
-    sources, why_not, found = None, "", _NO_IMAGES
+    sources, why_no_sources, found = None, "", _NO_IMAGES
     if images:
         datasets.prepare(config, given)
         if labels:
             try:
                 sources = datasets.evaluation_sources(config)
             except NotMeasurableError as error:
-                why_not = str(error)
+                why_no_sources = str(error)
         found = sources.test if sources else datasets.evaluation_images(config)
 
     mesh = make_data_mesh()
@@ -88,7 +85,7 @@ def open_run(
         step=step,
         mesh=mesh,
         skipped=skipped,
-        why_not=why_not,
+        why_no_sources=why_no_sources,
     )
 
 
@@ -99,21 +96,21 @@ def _open_output(workdir: str, output: str | None) -> epath.Path:
         return records.open_workdir(workdir, create=False)
     except UserError as error:
         raise UserError(
-            f"{error}; or name another place for the results with --output=DIR"
+            f"{error}; or name another directory for the results with --output=DIR"
         ) from error
 
 
-def _apply(config: config_dict.ConfigDict, overrides: dict[str, object]) -> None:
+def _override(config: config_dict.ConfigDict, overrides: dict[str, object]) -> None:
     for field, value in overrides.items():
-        if field == "dataset.path":  # the images of the training may be elsewhere by now
+        if field == "dataset.path":  # the training images may have been moved
             if not config.dataset.path:
                 raise UserError(
-                    f"config.dataset.path belongs to a training on a folder; this one was on "
-                    f"{config.dataset.name}, whose place is config.dataset.data_dir"
+                    "config.dataset.path applies to runs trained on a folder; this one was trained "
+                    f"on {config.dataset.name}: use config.dataset.data_dir"
                 )
         elif not is_free(field) and field not in places.FIELDS:
             raise UserError(
-                f"config.{field} belongs to the training, which is over; what can change is "
+                f"config.{field} cannot change after training; use one of "
                 f"{', '.join((*places.FIELDS[:2], *FREE_FIELDS))}"
             )
         config.update_from_flattened_dict({field: value})

@@ -15,11 +15,10 @@ from music_jax.data.crops import Crop
 from music_jax.data.loader import TrainingOrder, training_batches
 from music_jax.errors import UserError
 from music_jax.evaluation.features import extract_split, extract_views
-from music_jax.evaluation.metrics.clustering import cluster_scores
-from music_jax.evaluation.metrics.knn import nearest_neighbors, unit_length
-from music_jax.evaluation.metrics.segments import SegmentMeasures, measure_segments
-from music_jax.evaluation.predictions import Predictions
+from music_jax.evaluation.results import Predictions
 from music_jax.evaluation.run import Run
+from music_jax.metrics.knn import nearest_neighbors, unit_length
+from music_jax.metrics.segments import SegmentMeasures, cluster_scores, measure_segments
 from music_jax.objectives import joint_probability, segment_probabilities
 
 NEIGHBORS = 8

@@ -21,7 +21,7 @@ import plotly.offline
 from etils import epath
 
 from music_jax.errors import MusicError, UserError
-from music_jax.evaluation.load_run import open_run
+from music_jax.evaluation.load_run import load_run
 from music_jax.report import measures, tables
 from music_jax.report.reading import RecordedRun, as_text, read_workdirs
 from music_jax.version import __version__
@@ -109,7 +109,7 @@ def measure_run(
       overrides: Config fields, by dotted name, that replace those of the run.
     """
     try:
-        run = open_run(str(recorded.path), read_only=True, overrides=overrides)
+        run = load_run(str(recorded.path), read_only=True, overrides=overrides)
         sample = measures.sample_images(run, num_images)
     except (MusicError, OSError) as error:
         missing = " ".join(str(error).split())

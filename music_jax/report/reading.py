@@ -14,8 +14,7 @@ from typing import Any
 from etils import epath
 
 from music_jax.errors import UserError
-from music_jax.evaluation.predictions import Predictions, read_predictions
-from music_jax.evaluation.runner import read_all
+from music_jax.evaluation.results import Predictions, read_all_results, read_predictions
 from music_jax.workdir import records
 from music_jax.workdir.json_files import parse_json, read_json, read_text
 
@@ -122,7 +121,7 @@ def _read(workdir: epath.Path, name: str) -> RecordedRun:
             rewinds = [entry for entry in entries if isinstance(entry, dict)]
         except (OSError, ValueError, KeyError, TypeError) as error:
             notes.append(f"rewinds.json cannot be read: {error}")
-    results = read_all(workdir)
+    results = read_all_results(workdir)
     return RecordedRun(
         path=workdir,
         name=name,

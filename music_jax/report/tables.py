@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from music_jax.config import is_free
-from music_jax.evaluation.tables import summary_rows
+from music_jax.evaluation.results import summary_rows
 from music_jax.report.reading import RecordedRun, as_number, as_text, count_texts
 
 _MAX_EVENTS = 100

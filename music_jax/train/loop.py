@@ -28,8 +28,9 @@ from music_jax.distributed.mesh import (
 )
 from music_jax.distributed.signals import Stop
 from music_jax.errors import NotMeasurableError, StoppedError, UserError
-from music_jax.evaluation.run import agreed_fingerprint
-from music_jax.evaluation.runner import evaluate, read_results, results_table
+from music_jax.evaluation.protocols import final_protocols, read_final_results, run_protocols
+from music_jax.evaluation.results import results_table
+from music_jax.evaluation.run import Run, agreed_fingerprint
 from music_jax.train import guards
 from music_jax.train.corruption import CorruptionChecks
 from music_jax.train.describe import describe
@@ -128,7 +129,7 @@ def _train_and_evaluate(
         start_step = checkpoints.latest_valid_step() or 0
         fingerprints = [agreed_fingerprint(source) for source in probed or ()]
         results = from_main_process(
-            lambda: read_results(config, directory, num_steps, fingerprints)
+            lambda: read_final_results(config, directory, num_steps, fingerprints)
         )
         if start_step == num_steps and (results is not None or probed is None):
             done = "trained and evaluated" if results else "trained"
@@ -182,18 +183,20 @@ def _train_and_evaluate(
         _logger.info(f"not probed: {why_not}")
         records.report_skipped(skipped)
         return state
-    evaluate(
-        config,
-        directory,
-        probed,
-        skipped=skipped,
+    finished = Run(
+        config=config,
+        workdir=directory,
+        sources=probed,
+        images=probed.test,
         network=recipe.network,
         params=state.params,
         batch_stats=state.batch_stats,
         step=num_steps,
         mesh=mesh,
+        skipped=skipped,
     )
-    if is_main_process() and (results := read_results(config, directory, num_steps)):
+    run_protocols(finished, final_protocols(config), force=True)
+    if is_main_process() and (results := read_final_results(config, directory, num_steps)):
         progress.log_lines(_logger, results_table(results))
         writers.scalars(num_steps, {f"{name}_top1": r["top1"] for name, r in results.items()})
     records.report_skipped(skipped)

@@ -1,10 +1,9 @@
-"""What evaluating a run costs, and how far figures of features are from outside implementations.
+"""Measures the time that an evaluation takes, and compares metrics with other implementations.
 
     python tests/benchmarks/protocols.py --workdir=runs/mnist5k --json=protocols.json
 
-Features are computed anew, into a temporary folder, and timed; so are the protocols that need
-nothing else. Then each figure stands beside that of scikit-learn, scipy or plain numpy from the
-same features, by formulas written here once more.
+Features are computed into a temporary folder and timed, as are the protocols that need nothing
+else. Then each metric is compared with scikit-learn, scipy or plain numpy on the same features.
 """
 
 import argparse
@@ -30,18 +29,17 @@ from sklearn.metrics import (
 from sklearn.neighbors import KNeighborsClassifier
 
 from music_jax.evaluation import feature_protocols
-from music_jax.evaluation.load_run import open_run
-from music_jax.evaluation.metrics import label_free
-from music_jax.evaluation.metrics.clustering import cluster_scores
-from music_jax.evaluation.metrics.feature_scaling import fit_scaling
-from music_jax.evaluation.metrics.segments import mutual_information
+from music_jax.evaluation.load_run import load_run
 from music_jax.evaluation.run import Run
+from music_jax.metrics import label_free
+from music_jax.metrics.linear_probe import fit_scaling
+from music_jax.metrics.segments import cluster_scores, mutual_information
 
-QUERIES = 200  # of the retrieval, which scikit-learn ranks one by one
+QUERIES = 200  # for retrieval, which scikit-learn ranks one by one
 
 
 def cost(run: Run) -> list[dict[str, Any]]:
-    """Seconds of each part, the first being the features of all images."""
+    """Returns the seconds that each part takes; the first extracts the features of all images."""
     parts: dict[str, Callable[[], Any]] = {
         "features, train and test": lambda: (run.train(), run.test()),
         "features, views for LiDAR and alignment": run.views,
@@ -76,7 +74,7 @@ def linear(run: Run) -> tuple[float, float]:
 
 
 def knn(run: Run, k: int) -> float:
-    """scikit-learn's accuracy."""
+    """Returns scikit-learn's accuracy."""
     train, test = run.train(), run.test()
     temperature = run.config.knn.temperature
     theirs = KNeighborsClassifier(
@@ -142,7 +140,7 @@ def alignment(run: Run) -> tuple[float, float]:
 
 
 def clusters(run: Run, measure: str) -> tuple[float, float]:
-    """Of the first segment against the labels."""
+    """Compares the first segment with the labels."""
     labels, code = run.unlabeled().labels, run.probabilities().argmax(axis=2)[:, 0]
     ours = getattr(cluster_scores(code, labels), measure)
     if measure == "nmi":
@@ -154,7 +152,7 @@ def clusters(run: Run, measure: str) -> tuple[float, float]:
 
 
 def information(run: Run) -> tuple[float, float]:
-    """Of the first two segments' codes, in nats."""
+    """Returns the mutual information of the codes of the first two segments, in nats."""
     units = run.config.objective.units_per_segment
     codes = run.probabilities().argmax(axis=2)[:, :2]
     ours = mutual_information(np.eye(units, dtype=np.float32)[codes])[0, 1]
@@ -162,7 +160,7 @@ def information(run: Run) -> tuple[float, float]:
 
 
 def agreement(run: Run) -> list[dict[str, Any]]:
-    """Each figure, ours and theirs."""
+    """Returns each metric, ours and theirs."""
     protocols: dict[str, Callable[[], tuple[float, float]]] = {
         "linear probe, top-1: scikit-learn, logistic regression": lambda: linear(run),
         **{
@@ -186,7 +184,9 @@ def agreement(run: Run) -> list[dict[str, Any]]:
     rows = []
     for name, protocol in protocols.items():
         ours, theirs = protocol()
-        rows.append({"figure": name, "ours": ours, "theirs": theirs, "apart": abs(ours - theirs)})
+        rows.append(
+            {"metric": name, "ours": ours, "theirs": theirs, "difference": abs(ours - theirs)}
+        )
     return rows
 
 
@@ -194,18 +194,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", required=True, help="of a run on labeled images")
-    parser.add_argument("--json", help="where to write the figures too")
+    parser.add_argument("--workdir", required=True, help="workdir of a run on labeled images")
+    parser.add_argument("--json", help="file to write the results to")
     options = parser.parse_args()
     overrides = {f"linear_eval.{name}": False for name in ("raw_pixels", "random_init")}
-    run = open_run(options.workdir, overrides=overrides)
+    run = load_run(options.workdir, overrides=overrides)
     with tempfile.TemporaryDirectory() as folder:
         run = dataclasses.replace(run, workdir=epath.Path(folder))
         found = {"cost": cost(run), "agreement": agreement(run)}
     for row in found["cost"]:
         print(f"{row['part']:45} {row['seconds']:8.2f} s")
     for row in found["agreement"]:
-        print(f"{row['figure']:58} {row['ours']:10.6f} {row['theirs']:10.6f} {row['apart']:9.1e}")
+        numbers = f"{row['ours']:10.6f} {row['theirs']:10.6f} {row['difference']:9.1e}"
+        print(f"{row['metric']:58} {numbers}")
     if options.json:
         with open(options.json, "w") as file:
             json.dump(found, file, indent=2)

@@ -12,7 +12,7 @@ from music_jax.claims.measure import (
     measure,
     measure_factors,
 )
-from music_jax.evaluation.metrics.clustering import cluster_scores
+from music_jax.metrics.segments import cluster_scores
 
 
 def problem(samples, seed):

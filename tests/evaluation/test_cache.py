@@ -1,12 +1,12 @@
-"""The features on disk: taken once, and never when they are damaged."""
+"""The cache of features: computed once, and never read when damaged."""
 
-import json
+import zipfile
 
 import numpy as np
 import pytest
 from etils import epath
 
-from music_jax.evaluation.cache import ArrayCache, Expected, _checksum
+from music_jax.evaluation.cache import Expected, cached_arrays
 
 
 class _Counting:
@@ -28,11 +28,11 @@ _EXPECTED = {
 
 
 def _get(directory, compute, key="a"):
-    cache = ArrayCache(epath.Path(directory))
-    return cache.get("test", {"step": key}, compute, expected=_EXPECTED)
+    directory = epath.Path(directory)
+    return cached_arrays(directory, "test", {"step": key}, compute, expected=_EXPECTED)
 
 
-def test_arrays_are_computed_once_a_key(tmp_path):
+def test_arrays_are_computed_once_per_key(tmp_path):
     compute = _Counting()
     for _ in range(2):
         found = _get(tmp_path, compute)
@@ -45,68 +45,80 @@ def test_arrays_are_computed_once_a_key(tmp_path):
 
 def _flip(path):
     content = bytearray(path.read_bytes())
-    content[-1] ^= 1
+    content[content.index(np.float32(11).tobytes())] ^= 1  # in the array "features"
     path.write_bytes(content)
 
 
-def _pickle(path):
-    np.save(path, np.asarray([{"a": 1}], object), allow_pickle=True)
-
-
 def _header(old, new):
-    return lambda path: path.write_bytes(path.read_bytes().replace(old, new, 1))
-
-
-def _sealed(change):
-    """Damages an array and writes the checksum that it then has."""
+    """Changes the header of "features" and writes the checksum that the file then has."""
 
     def damage(path):
-        array = change(np.load(path))
-        np.save(path, array)
-        index = path.with_name("index.json")
-        record = json.loads(index.read_text())
-        record["crc32"][path.stem] = _checksum(array)
-        index.write_text(json.dumps(record))
+        with zipfile.ZipFile(path) as archive:
+            contents = {name: archive.read(name) for name in archive.namelist()}
+        contents["features.npy"] = contents["features.npy"].replace(old, new, 1)
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in contents.items():
+                archive.writestr(name, content)
 
     return damage
 
 
+def _change(name, change):
+    def damage(path):
+        arrays = dict(np.load(path))
+        arrays[name] = change(arrays[name])
+        np.savez(path, **arrays)
+
+    return damage
+
+
+def _without_labels(path):
+    np.savez(path, features=np.load(path)["features"])
+
+
+def _padded(path):
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("more", bytes(1 << 17))
+
+
+def _pickle(path):
+    arrays = dict(np.load(path))
+    np.savez(path, **arrays | {"features": np.asarray([{"a": 1}], object)})
+
+
 @pytest.mark.parametrize(
-    ("file", "damage"),
+    "damage",
     [
-        ("features.npy", _flip),
-        ("features.npy", lambda path: path.write_bytes(path.read_bytes()[:-8])),
-        ("features.npy", lambda path: path.unlink()),
-        ("features.npy", _pickle),
-        ("labels.npy", lambda path: path.write_bytes(b"")),
-        ("features.npy", _header(b"(", b")")),  # SyntaxError in NumPy
-        ("features.npy", _header(b"(3, 4)", b"(3, 99999999999)")),
-        ("features.npy", _sealed(lambda array: array[:2])),
-        ("features.npy", _sealed(lambda array: array[:, :3])),
-        ("features.npy", _sealed(lambda array: array[0, 0])),
-        ("features.npy", _sealed(lambda array: array.astype(np.float16))),
-        ("features.npy", _sealed(lambda array: np.tile(array, (2, 1)))),
-        ("labels.npy", _sealed(lambda array: array + 1)),
-        ("labels.npy", _sealed(lambda array: array - 1)),
-        ("index.json", lambda path: path.write_text('{"crc32": {"features": 1}}')),
-        ("index.json", lambda path: path.write_text('{"crc32": 5}')),
-        ("index.json", lambda path: path.write_text("{")),
-        ("index.json", lambda path: path.write_text("[]")),
-        ("index.json", lambda path: path.write_text("[" * 100_000)),
-        ("index.json", lambda path: path.unlink()),
+        _flip,
+        lambda path: path.write_bytes(path.read_bytes()[:-8]),
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"[" * 100_000),
+        _pickle,
+        _padded,
+        _without_labels,
+        _header(b"(", b")"),  # SyntaxError in NumPy
+        _header(b"(3, 4)", b"(3, 99999999999)"),
+        _change("features", lambda array: array[:2]),
+        _change("features", lambda array: array[:, :3]),
+        _change("features", lambda array: array[0, 0]),
+        _change("features", lambda array: array.astype(np.float16)),
+        _change("features", lambda array: np.tile(array, (2, 1))),
+        _change("labels", lambda array: array + 1),
+        _change("labels", lambda array: array - 1),
     ],
 )
-def test_what_is_damaged_is_computed_again_and_mended(file, damage, tmp_path):
+def test_damaged_files_are_computed_again_and_replaced(damage, tmp_path):
     compute = _Counting()
     _get(tmp_path, compute)
-    damage(next(tmp_path.glob(f"*/{file}")))
+    damage(next(tmp_path.glob("*.npz")))
     for _ in range(2):
         np.testing.assert_array_equal(_get(tmp_path, compute)["features"].ravel(), np.arange(12.0))
     assert compute.calls == 2
 
 
-def test_where_nothing_can_be_kept_the_arrays_are_given_and_a_line_says_so(tmp_path, capsys):
+def test_arrays_that_cannot_be_cached_are_returned_with_a_warning(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     found = _get(tmp_path / "file", _Counting())
     assert found["features"].shape == (3, 4)
-    assert "not kept" in capsys.readouterr().out
+    assert "not cached" in capsys.readouterr().out

@@ -1,5 +1,8 @@
-"""Figures of a run, against numpy, scipy and scikit-learn on the features that it has."""
+"""Protocols with a frozen backbone, against numpy, scipy and scikit-learn on the same features."""
 
+import types
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
@@ -11,13 +14,19 @@ from sklearn.metrics import (
     normalized_mutual_info_score,
 )
 from sklearn.neighbors import KNeighborsClassifier
-from tfds_sets import IMAGES, LABELS
+from small_runs import small_config
+from tfds_sets import IMAGES, LABELS, png
 
 from music_jax.config import set_views
+from music_jax.data.sources import Source
 from music_jax.evaluation import feature_protocols
-from music_jax.evaluation.metrics.few_shot import few_shot
-from music_jax.evaluation.metrics.label_free import alignment, alpha_req, lidar, rankme, uniformity
-from music_jax.evaluation.metrics.segments import bound_distances, measure_segments
+from music_jax.evaluation.feature_protocols import random_crop_probe
+from music_jax.evaluation.features import SplitFeatures
+from music_jax.metrics import linear_probe
+from music_jax.metrics.few_shot import few_shot
+from music_jax.metrics.label_free import alignment, alpha_req, lidar, rankme, uniformity
+from music_jax.metrics.linear_probe import Heads, ProbeRecipe, split_for_validation
+from music_jax.metrics.segments import gap_to_bound, measure_segments
 
 _TRAIN, _TEST = np.arange(100), np.arange(650, 710)
 
@@ -52,7 +61,7 @@ def _probabilities(run):
     return exponentials / exponentials.sum(axis=2, keepdims=True)
 
 
-def test_knn_figures_are_scikit_learns(run):
+def test_knn_matches_scikit_learn(run):
     found = feature_protocols.knn(run)
 
     def top1(train, test, k):
@@ -72,7 +81,7 @@ def test_knn_figures_are_scikit_learns(run):
     assert (found["num_train"], found["num_test"]) == (100, 60)
 
 
-def test_few_shot_figures_are_the_draws_and_their_student_interval(run):
+def test_few_shot_reports_the_draws_and_their_student_interval(run):
     found = feature_protocols.fewshot(run)["top1_by_shots"]
     assert list(found) == ["2", "3"]
     for shots, figures in found.items():
@@ -91,7 +100,7 @@ def test_few_shot_figures_are_the_draws_and_their_student_interval(run):
         assert figures["interval"] == pytest.approx((high - low) / 2)
 
 
-def test_retrieval_is_scikit_learns_mean_over_the_queries(run):
+def test_retrieval_matches_the_mean_of_scikit_learn_over_the_queries(run):
     found = feature_protocols.retrieval(run)
     unit = [
         x / np.linalg.norm(x, axis=1, keepdims=True)
@@ -109,7 +118,7 @@ def test_retrieval_is_scikit_learns_mean_over_the_queries(run):
     }
 
 
-def test_clustering_figures_are_scikit_learns(run):
+def test_clustering_matches_scikit_learn(run):
     found = feature_protocols.clustering(run)
     probabilities, labels = _probabilities(run), LABELS[_TEST]
     codes = probabilities.argmax(axis=2).T
@@ -138,7 +147,7 @@ def test_clustering_figures_are_scikit_learns(run):
     assert found["num_images"] == 60
 
 
-def test_label_free_figures_are_those_of_features_and_of_embeddings(run, monkeypatch):
+def test_label_free_measures_features_and_embeddings(run, monkeypatch):
     monkeypatch.setattr(feature_protocols, "_MAX_RANKED", 50)
     found = feature_protocols.label_free(run)
     features, views = _features(run, _TEST[:50]), run.views()
@@ -156,7 +165,7 @@ def test_label_free_figures_are_those_of_features_and_of_embeddings(run, monkeyp
     assert (found["num_images"], found["num_viewed_images"], found["num_views"]) == (50, 60, 2)
 
 
-def test_segment_figures_are_in_nats_and_as_shares(run):
+def test_segment_metrics_are_in_nats_and_as_shares(run):
     found = feature_protocols.segments(run)
     measured = measure_segments(_probabilities(run))
     for name in ("usage_entropy", "confidence", "assignment_entropy"):
@@ -184,5 +193,95 @@ def test_segment_figures_are_in_nats_and_as_shares(run):
     assert found["dead_units"] == measured.dead_units.sum()
     assert (found["num_images"], found["num_units"]) == (60, 30)
     views = run.views()["embeddings"]
-    distances = bound_distances(views[:, 0], views[:, 1], num_segments=6, temperature=3.0)
+    distances = gap_to_bound(views[:, 0], views[:, 1], num_segments=6, temperature=3.0)
     assert found["gap_to_bound"] == pytest.approx({**distances._asdict(), "num_images": 60})
+
+
+_ROWS = 40  # to learn from
+
+
+def _recorded(monkeypatch, heads):
+    """Has the probe record what it trains on, and gives it classifiers in place of its own."""
+    seen = []
+
+    def fit(batches, recipe, **_):
+        seen.append([(np.asarray(x), np.asarray(y)) for x, y in batches])
+        rates = len(recipe.base_learning_rates)
+        return Heads(jnp.asarray(heads[-rates:]), jnp.zeros((rates, heads.shape[2])))
+
+    monkeypatch.setattr(linear_probe, "fit", fit)
+    return seen
+
+
+def test_random_crop_probe_scales_features_by_the_training_images(tmp_path, monkeypatch):
+    config = pixel_config()
+    config.linear_eval.feature_scaling = "standardize"
+    train, test = digits_source("train", range(_ROWS)), digits_source("test", range(100, 160))
+    run = pixel_run(tmp_path, train, test, config)
+    seen = _recorded(monkeypatch, np.eye(64, 10, dtype=np.float32)[None])
+    found = random_crop_probe(run, "trained", ProbeRecipe(1, _ROWS, (0.1,)), "probe")
+    ((features, labels),) = seen[0]
+    raw, tested = (
+        (IMAGES[i].reshape(len(i), -1) / 255 - 0.13) / 0.31
+        for i in (np.arange(_ROWS), np.arange(100, 160))
+    )
+    scale = lambda x: (x - raw.mean(0)) / (raw.std(0) + 1e-6)  # noqa: E731
+    order = np.lexsort(np.round(features, 2).T)
+    expected = np.lexsort(np.round(scale(raw), 2).T)
+    np.testing.assert_allclose(features[order], scale(raw)[expected], atol=1e-3)
+    np.testing.assert_array_equal(labels[order], LABELS[:_ROWS][expected])
+    np.testing.assert_array_equal(found.predictions, scale(tested)[:, :10].argmax(1))
+
+
+def _lookup(classes):
+    """Images with one bright pixel each, and a kernel that gives each image a class of its own."""
+    kernel = np.zeros((64, 2), np.float32)
+    kernel[np.arange(len(classes)), classes] = 1
+    return kernel
+
+
+def test_learning_rate_is_selected_on_held_out_training_images(tmp_path, monkeypatch):
+    """One rate is right for the images held out alone, one for the rest, and one for the test.
+
+    Each image is one bright pixel, so that a kernel can give each image any class.
+    """
+    count, tests = 30, 20
+    images = np.zeros((count + tests, 8, 8), np.uint8)
+    images.reshape(count + tests, -1)[np.arange(count + tests), np.arange(count + tests)] = 255
+    labels = np.arange(count + tests) % 2
+    records = [{"image": png(x), "label": int(y)} for x, y in zip(images, labels, strict=True)]
+    train = Source("train", records[:count], "image", "label", 2, ("a", "b"))
+    test = Source("test", records[count:], "image", "label", 2, ("a", "b"))
+    config = pixel_config()
+    config.dataset.update({"mean": (0.0,), "std": (1.0,)})
+    config.linear_eval.validation_fraction = 0.3
+    rest, held_out = split_for_validation(count, 0.3, config.seed)
+    heads = []
+    for right in (rest, held_out, np.arange(count, count + tests)):
+        classes = 1 - labels
+        classes[right] = labels[right]
+        heads.append(_lookup(classes))
+    seen = _recorded(monkeypatch, np.stack(heads))
+    run = pixel_run(tmp_path, train, test, config)
+    found = random_crop_probe(run, "trained", ProbeRecipe(1, 4, (0.1, 0.2, 0.3)), "probe")
+    assert found.base_learning_rate == 0.2
+    assert found.top1 == 1.0  # by the last kernel, that of the test
+    chosen, final = (np.concatenate([x for x, _ in part]).argmax(1) for part in seen)
+    assert set(chosen) <= set(rest)
+    assert len(final) == 28  # seven batches of four of all thirty
+
+
+def test_mean_average_precision_is_null_without_relevant_images():
+    def features(label):
+        rows = np.eye(4, dtype=np.float32)
+        return SplitFeatures({"features": rows}, np.full(4, label, np.int32), np.arange(4))
+
+    config = small_config()
+    run = types.SimpleNamespace(
+        config=config,
+        train=lambda: features(0),
+        test=lambda: features(1),
+        count_unlabeled=lambda *splits: {},
+    )
+    found = feature_protocols.retrieval(run)
+    assert found == {"map": None, "num_gallery": 4, "num_queries": 0}

@@ -1,4 +1,4 @@
-"""Opening a saved run whose training images are gone: only what is needed has to be there."""
+"""Loading a run whose training images are gone: only images that are needed have to exist."""
 
 import os
 
@@ -7,9 +7,10 @@ import pytest
 from small_runs import save_run, small_config
 from tfds_sets import IMAGES, LABELS, write_set
 
+from music_jax.config import FREE_FIELDS
 from music_jax.errors import UserError
 from music_jax.evaluate import evaluate
-from music_jax.evaluation.load_run import open_run
+from music_jax.evaluation.load_run import _override, load_run
 
 
 def _folder(path, rows):
@@ -38,10 +39,10 @@ def places(tmp_path_factory):
 
 def _open(places, *, run="run", labels=True, images=True, **fields):
     overrides = {k.replace("__", "."): str(places / v) for k, v in fields.items()}
-    return open_run(str(places / run), overrides=overrides, labels=labels, images=images)
+    return load_run(str(places / run), overrides=overrides, labels=labels, images=images)
 
 
-def test_images_of_the_training_are_not_opened_if_both_evaluation_sets_are_named(places):
+def test_training_images_are_not_opened_if_both_evaluation_sets_are_named(places):
     for run in ("run", "tfds_run"):
         found = _open(places, run=run, evaluation__train="train", evaluation__test="test")
         assert (len(found.sources.train), len(found.sources.test)) == (30, 12)
@@ -49,20 +50,20 @@ def test_images_of_the_training_are_not_opened_if_both_evaluation_sets_are_named
     assert not os.path.exists(places / "nowhere")  # where the training set would be prepared
 
 
-def test_what_needs_no_labels_needs_the_test_images_alone(places):
+def test_without_labels_only_test_images_are_opened(places):
     found = _open(places, labels=False, evaluation__test="test")
     assert (found.sources, len(found.images)) == (None, 12)
     with pytest.raises(UserError, match="there is no folder"):
         _open(places, evaluation__test="test")
 
 
-def test_the_images_of_the_training_may_be_in_another_place(places):
+def test_training_images_may_have_been_moved(places):
     assert _open(places, labels=False, dataset__path="moved").images.name == str(places / "moved")
-    with pytest.raises(UserError, match=r"on a folder; this one was on digits"):
+    with pytest.raises(UserError, match=r"trained on a folder; this one was trained on digits"):
         _open(places, run="tfds_run", dataset__path="moved")
 
 
-def test_a_transfer_needs_none_of_the_run_s_own_images(places):
+def test_transfer_opens_none_of_the_images_of_the_run(places):
     assert len(_open(places, images=False).images) == 0
     sets = f"{places / 'train'}:{places / 'test'}"
     found = evaluate(
@@ -75,7 +76,7 @@ def test_a_transfer_needs_none_of_the_run_s_own_images(places):
     assert (there["linear"]["num_train"], there["knn"]["num_test"]) == (30, 12)
 
 
-def test_a_test_set_without_labels_is_said_once_and_measured_without_them(places, capsys):
+def test_protocols_without_labels_run_on_an_unlabeled_test_set(places, capsys):
     found = evaluate(
         str(places / "run"),
         protocols=("knn", "label_free", "fewshot"),
@@ -93,3 +94,10 @@ def test_a_test_set_without_labels_is_said_once_and_measured_without_them(places
     assert len(said) == 1
     assert said[0].startswith("not measured: knn, fewshot: unlabeled:1.0.0:test cannot be")
     assert "none of its 7 images has a label" in said[0]
+
+
+def test_the_error_lists_all_fields_that_can_be_overridden():
+    with pytest.raises(UserError, match=r"config\.seed cannot change after training") as told:
+        _override(small_config(), {"seed": 3})
+    for field in FREE_FIELDS:
+        assert field in str(told.value)

@@ -1,12 +1,23 @@
-"""The protocols on images of which some, or all, have no label, or which are too few."""
+"""Protocols on few or partly labeled images, with diverged probes, and on changed images."""
 
+import json
+
+import cv2
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from pixel_runs import digits_source, pixel_config, pixel_run
+from small_runs import small_config
 
+from music_jax.data import datasets
+from music_jax.data.datasets import EvaluationSources
+from music_jax.data.skipped import SkippedImages
+from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import DivergedError, UserError
-from music_jax.evaluation.runner import measure
+from music_jax.evaluation import protocols
+from music_jax.evaluation.protocols import PROTOCOLS, _transfer_runs, provenance, run_protocols
+from music_jax.evaluation.run import Run
 
 _LABELED = ("linear", "knn", "fewshot", "retrieval", "clustering", "semi", "finetune")
 _TRAIN, _TEST = range(100), range(100, 150)
@@ -35,15 +46,15 @@ def partly(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["linear, fixed", *_LABELED])
-def test_figures_are_those_of_the_labeled_images_alone(partly, name, capsys):
+def test_results_are_those_of_the_labeled_images_alone(partly, name, capsys):
     counts = {"test": 16} if name == "clustering" else {"train": 34, "test": 16}
     said = " and ".join(f"{count} {split} images" for split, count in counts.items())
     name, _, fixed = name.partition(", ")
     found = []
     for run in partly:
         run.config.linear_eval.random_crops = not fixed
-        found.append(measure(run, [name], again=True)[name])
-        line = f"{name}: {said} without a label were left out"
+        found.append(run_protocols(run, [name], force=True)[name])
+        line = f"{name}: {said} without a label were excluded"
         assert (line in capsys.readouterr().out) == (run is partly[0])
     mixed, labeled = found
     assert mixed.pop("without_label") == counts
@@ -52,42 +63,42 @@ def test_figures_are_those_of_the_labeled_images_alone(partly, name, capsys):
     assert mixed == labeled
 
 
-def test_what_needs_no_labels_is_measured_on_all_images(partly):
-    mixed, labeled = (measure(run, ["label_free", "segments"], again=True) for run in partly)
+def test_protocols_without_labels_use_all_images(partly):
+    mixed, labeled = (run_protocols(run, ["label_free", "segments"], force=True) for run in partly)
     for name in ("label_free", "segments"):
         assert (mixed[name]["num_images"], labeled[name]["num_images"]) == (50, 34)
         assert "without_label" not in mixed[name]
 
 
-def test_without_any_label_only_what_needs_none_is_measured(tmp_path, capsys):
+def test_without_any_label_only_protocols_without_labels_run(tmp_path, capsys):
     train = digits_source("train", _TRAIN)
     run = pixel_run(tmp_path, train, digits_source("test", _TEST, unlabeled=_TEST))
     names = ["knn", "finetune", "linear", "segments"]
-    assert list(measure(run, names)) == ["segments"]
+    assert list(run_protocols(run, names)) == ["segments"]
     assert "not measured: knn, finetune, linear: the images of test" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"measured: knn, fewshot: .* have labels of 0 classes"):
-        measure(run, ["knn", "fewshot"])
+        run_protocols(run, ["knn", "fewshot"])
 
 
 @pytest.mark.parametrize("name", _LABELED)
-def test_one_class_to_learn_from_is_an_error(tmp_path, name):
+def test_a_single_training_class_is_an_error(tmp_path, name):
     zeros = np.flatnonzero(np.arange(30) % 10 == 0)  # the digits begin with 0 to 9, three times
     run = pixel_run(tmp_path, digits_source("train", zeros), digits_source("test", [30]))
     with pytest.raises(UserError, match=r"nothing can be measured: .* classes"):
-        measure(run, [name])
+        run_protocols(run, [name])
 
 
 @pytest.mark.parametrize("name", ["label_free", "segments"])
-def test_one_image_is_too_few_for_what_compares_images(tmp_path, name):
+def test_a_single_image_is_an_error_for_protocols_that_compare_images(tmp_path, name):
     run = pixel_run(tmp_path, digits_source("train", [0, 1]), digits_source("test", [30]))
     with pytest.raises(UserError, match="two images or more are needed; test has 1"):
-        measure(run, [name])
+        run_protocols(run, [name])
 
 
-def test_few_images_are_measured_with_all_of_them(tmp_path):
+def test_a_few_images_are_enough(tmp_path):
     """Fewer than k, than shots, than a batch, than devices; the right values by hand."""
     train, test = digits_source("train", [0, 1, 2]), digits_source("test", [10])  # a 0
-    found = measure(
+    found = run_protocols(
         pixel_run(tmp_path, train, test),
         ["linear", "knn", "fewshot", "retrieval", "finetune"],
     )
@@ -101,31 +112,29 @@ def test_few_images_are_measured_with_all_of_them(tmp_path):
 
 @pytest.mark.parametrize("random_crops", [True, False])
 @pytest.mark.parametrize("rates", [(1e37,), (3e36, 1e37)])
-def test_a_linear_probe_that_diverged_is_an_error_and_the_others_are_measured(
-    tmp_path, rates, random_crops
-):
+def test_a_diverged_linear_probe_is_an_error_and_other_protocols_run(tmp_path, rates, random_crops):
     run = pixel_run(tmp_path, digits_source("train", _TRAIN), digits_source("test", _TEST))
     run.config.linear_eval.update({"base_learning_rates": rates, "random_crops": random_crops})
     with pytest.raises(
         DivergedError, match=r"linear probe, trained: .*base_learning_rates"
     ) as told:
-        measure(run, ["linear", "retrieval"])
+        run_protocols(run, ["linear", "retrieval"])
     assert told.value.exit_code == 3
     assert sorted(path.name for path in tmp_path.glob("*.json")) == ["retrieval.json"]
 
 
 @pytest.mark.parametrize("random_crops", [True, False])
-def test_a_learning_rate_that_diverged_loses(tmp_path, random_crops):
+def test_a_diverged_learning_rate_is_not_selected(tmp_path, random_crops):
     run = pixel_run(tmp_path, digits_source("train", _TRAIN), digits_source("test", _TEST))
     run.config.linear_eval.update(
         {"base_learning_rates": (1e37, 0.1), "random_crops": random_crops}
     )
-    found = measure(run, ["linear"])["linear"]
+    found = run_protocols(run, ["linear"])["linear"]
     assert found["learning_rate"] == pytest.approx(0.1 * 16 / 256)
     assert found["top1"] > 0.5
 
 
-def test_a_baseline_whose_probe_diverged_is_named(tmp_path):
+def test_a_diverged_baseline_is_missing_with_a_warning(tmp_path, capsys):
     config = pixel_config()
     config.dataset.std = (1e-3,)
     train, test = digits_source("train", _TRAIN), digits_source("test", _TEST)
@@ -134,23 +143,150 @@ def test_a_baseline_whose_probe_diverged_is_named(tmp_path):
     run.config.linear_eval.update(
         {"base_learning_rates": (1e37,), "raw_pixels": True, "weight_decay": 0.0}
     )
-    with pytest.raises(DivergedError, match="linear probe, raw pixels: it diverged"):
-        measure(run, ["linear"])
+    found = run_protocols(run, ["linear"])["linear"]
+    assert found["raw_pixels_top1"] is None
+    assert 0 <= found["top1"] <= 1
+    warning = "this baseline is missing: linear probe, raw pixels: training diverged"
+    assert warning in capsys.readouterr().out
+
+
+@pytest.fixture
+def transfer(tmp_path, monkeypatch):
+    """A function that transfers a run to sets, of which "none" has no label."""
+    run = pixel_run(tmp_path, digits_source("train", _TRAIN), digits_source("test", _TEST))
+    monkeypatch.setattr(datasets, "prepare", lambda *_: None)
+
+    def evaluation_sources(config):
+        name = config.evaluation.test.partition(":")[0]
+        test = digits_source(name, _TEST)
+        if name == "none":
+            test = digits_source(name, _TEST[1:], unlabeled=_TEST)
+        return EvaluationSources(digits_source(name, _TRAIN), test)
+
+    monkeypatch.setattr(datasets, "evaluation_sources", evaluation_sources)
+    return lambda *names: run_protocols(
+        run, ["transfer"], transfer_sets=[f"{name}:train:test" for name in names]
+    )["transfer"]
+
+
+def test_a_transfer_set_that_cannot_be_measured_is_skipped_with_a_warning(transfer, capsys):
+    for _ in range(2):  # measured, then read
+        found = transfer("one", "none", "two")
+        assert list(found["by_dataset"]) == ["one:train:test", "two:train:test"]
+        assert found["by_dataset"]["one:train:test"]["linear"]["num_test"] == len(_TEST)
+        assert list(found["not_measured"]) == ["none:train:test"]
+        warning = "transfer to none:train:test was not measured: the images of none"
+        assert warning in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"nothing can be measured: transfer: .* of none"):
+        transfer("none")
+
+
+def test_a_transfer_set_whose_probe_diverged_is_skipped(transfer, monkeypatch):
+    linear = protocols.linear
+
+    def diverge_on_two(run):
+        if run.sources.test.name == "two":
+            raise DivergedError("training diverged")
+        return linear(run)
+
+    monkeypatch.setattr(protocols, "linear", diverge_on_two)
+    found = transfer("one", "two")
+    assert list(found["by_dataset"]) == ["one:train:test"]
+    assert found["not_measured"] == {"two:train:test": "training diverged"}
+    with pytest.raises(DivergedError, match="transfer to two:train:test: training diverged"):
+        transfer("two")
 
 
 @pytest.mark.parametrize("name", ["finetune", "semi"])
-def test_fine_tuning_that_diverged_is_an_error(tmp_path, name):
+def test_diverged_fine_tuning_is_an_error(tmp_path, name):
     config = pixel_config()
     config.finetune.head_learning_rate = 1e37
     config.semi_supervised.head_learning_rates = (1e37,)
     train, test = digits_source("train", _TRAIN), digits_source("test", _TEST)
     with pytest.raises(DivergedError, match=r"fine-tuning.* diverged; lower its learning rates"):
-        measure(pixel_run(tmp_path, train, test, config), [name])
+        run_protocols(pixel_run(tmp_path, train, test, config), [name])
 
 
 @pytest.mark.parametrize("name", ["linear", "knn", "fewshot", "retrieval", "clustering"])
-def test_features_that_are_not_finite_are_one_clear_error(tmp_path, name):
+def test_non_finite_features_are_an_error(tmp_path, name):
     run = pixel_run(tmp_path, digits_source("train", _TRAIN), digits_source("test", _TEST))
     run.params["scale"] *= np.inf
     with pytest.raises(UserError, match=r"some features of .* are not finite"):
-        measure(run, [name])
+        run_protocols(run, [name])
+
+
+def _folder(path, *, classes=("a", "b"), images=2):
+    for name in classes:
+        (path / name).mkdir(parents=True)
+        for i in range(images):
+            cv2.imwrite(str(path / name / f"{i}.png"), np.zeros((4, 4, 3), np.uint8))
+    return str(path)
+
+
+def _run(tmp_path, config, sources, images):
+    return Run(
+        config=config,
+        workdir=epath.Path(tmp_path),
+        sources=sources,
+        images=images,
+        network=None,
+        params={},
+        batch_stats={},
+        step=3,
+        mesh=make_data_mesh(),
+        skipped=SkippedImages(epath.Path(tmp_path), max_share=0.5),
+    )
+
+
+def test_transfer_sets_may_include_the_training_images(tmp_path):
+    config = small_config()
+    config.dataset.path = _folder(tmp_path / "train", images=3)
+    config.evaluation.train = config.dataset.path
+    config.evaluation.test = _folder(tmp_path / "test", images=1)
+    sources = datasets.evaluation_sources(config, datasets.training_source(config))
+    run = _run(tmp_path, config, sources, sources.test)
+    other = _folder(tmp_path / "other", images=2)
+    spec = f"{config.dataset.path}:{other}"
+    there = _transfer_runs(run, [spec])[0][spec]
+    assert (len(there.sources.train), len(there.sources.test)) == (6, 4)
+    assert there.images is there.sources.test
+
+
+@pytest.mark.parametrize("flag", ["raw_pixels", "random_init"])
+def test_provenance_of_knn_includes_the_requested_baselines(flag):
+    config = small_config()
+    before = provenance("knn", config, 3)
+    assert set(before["hyper_parameters"]) > {"knn", "evaluation"}
+    config.linear_eval.num_epochs = 7
+    assert provenance("knn", config, 3) == before
+    config.linear_eval[flag] = True
+    assert provenance("knn", config, 3) != before
+
+
+def test_results_of_changed_images_are_recomputed(tmp_path, monkeypatch):
+    config = small_config()
+    config.dataset.path = _folder(tmp_path / "train")
+    config.evaluation.test = _folder(tmp_path / "test")
+    measured = []
+
+    def retrieval(run):
+        measured.append(run)
+        return {"map": 0.5}
+
+    protocol = PROTOCOLS["retrieval"]._replace(measure=retrieval)
+    monkeypatch.setitem(PROTOCOLS, "retrieval", protocol)
+
+    def measure_and_count(**fields):
+        config.evaluation.update(fields)
+        sources = datasets.evaluation_sources(config, datasets.training_source(config))
+        run_protocols(_run(tmp_path, config, sources, sources.test), ["retrieval"])
+        return len(measured)
+
+    assert [measure_and_count(), measure_and_count()] == [1, 1]
+    assert measure_and_count(test=f"{tmp_path}/./test/") == 1
+    cv2.imwrite(str(tmp_path / "test" / "b" / "1.png"), np.ones((4, 4, 3), np.uint8))
+    assert [measure_and_count(), measure_and_count()] == [2, 2]
+    figures = json.loads((tmp_path / "retrieval.json").read_text())
+    del figures["images_fingerprint"]  # as of an older version
+    (tmp_path / "retrieval.json").write_text(json.dumps(figures))
+    assert measure_and_count() == 3

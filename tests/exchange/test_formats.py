@@ -17,7 +17,7 @@ from small_runs import save_run, small_config
 
 import music_jax
 from music_jax.errors import UserError
-from music_jax.evaluation.runner import envelope
+from music_jax.evaluation.protocols import provenance
 from music_jax.exchange.backbone import TrainedBackbone
 from music_jax.exchange.formats import _results, usage
 from music_jax.exchange.weights import tensors_by_name
@@ -187,7 +187,7 @@ def test_the_card_has_license_preprocessing_data_recipe_and_results(tmp_path):
     directory = tmp_path / "run"
     save_run(directory, small_config())
     linear = {"step": 3, "top1": 0.983, "raw_pixels_top1": 0.901, "num_test": 1000}
-    linear |= envelope("linear", small_config(), 3)
+    linear |= provenance("linear", small_config(), 3)
     (directory / "linear_eval.json").write_text(json.dumps(linear))
     (directory / "knn.json").write_text(json.dumps({"step": 2, "top1": 0.5}))
     output = str(tmp_path / "b.onnx")

@@ -6,7 +6,7 @@ import scipy.special
 from sklearn.metrics import confusion_matrix
 from sklearn.metrics.pairwise import cosine_similarity
 
-from music_jax.evaluation.predictions import Predictions
+from music_jax.evaluation.results import Predictions
 from music_jax.report import measures, page
 from tests.report.reports import data_of, make_reported, make_sample, write_results, write_workdir
 

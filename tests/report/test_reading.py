@@ -50,7 +50,7 @@ def test_predictions_of_another_probe_are_ignored(tmp_path):
         np.savez(path / "linear_eval.npz", **arrays, step=np.asarray(30))
         (run,) = read_workdirs([str(path)])
         assert run.predictions is None
-        assert "linear_eval.npz cannot be read: its predictions" in run.notes[0] or label < 0
+        assert "linear_eval.npz cannot be read: a prediction" in run.notes[0] or label < 0
     np.savez(path / "linear_eval.npz", step=np.asarray([object()]))
     (run,) = read_workdirs([str(path)])
     assert "linear_eval.npz cannot be read" in run.notes[0]

@@ -26,12 +26,11 @@ from music_jax.data.loader import TrainingOrder
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed.mesh import batch_sharding, make_data_mesh
-from music_jax.evaluation import feature_protocols, features, image_protocols
+from music_jax.evaluation import feature_protocols, features, finetune
 from music_jax.evaluation.finetune import FinetuneRecipe
-from music_jax.evaluation.metrics.few_shot import FewShotResult
-from music_jax.evaluation.metrics.linear_probe import ProbeRecipe, ProbeResult
-from music_jax.evaluation.metrics.statistics import Interval
 from music_jax.evaluation.run import Run
+from music_jax.metrics.few_shot import FewShotResult, Interval
+from music_jax.metrics.linear_probe import ProbeRecipe, ProbeResult
 from music_jax.models.network import INIT_COMPILER_OPTIONS, init_network
 from music_jax.objectives import music_terms
 from music_jax.train import input as train_input
@@ -436,8 +435,8 @@ def test_the_online_probe_learns_as_described(config, calls, tmp_path):
 class _FakeFeatures(Run):
     """A run whose features are all 1, those of a random backbone 2, and pixels 3."""
 
-    def _split(self, source, of):
-        value = {"trained": 1.0, "random_init": 2.0, "raw_pixels": 3.0}[of]
+    def _split(self, source, model):
+        value = {"trained": 1.0, "random_init": 2.0, "raw_pixels": 3.0}[model]
         labels = np.asarray([record["kind"] for record in source.records], np.int32)
         rows = np.full((len(source), 5), value, np.float32)
         return features.SplitFeatures({"features": rows}, labels, np.arange(len(source)))
@@ -536,15 +535,15 @@ def test_fine_tuning_is_as_described(run, calls):
     logits = features.SplitFeatures(
         {"logits": np.eye(4)[[0, 1, 2, 0]]}, np.arange(4, dtype=np.int32), np.arange(4)
     )
-    for name in ("random_crop_batches", "finetune", "logit_extractor"):
-        calls.replace(image_protocols, name)
-    calls.replace(image_protocols, "extract_split", lambda *given, **options: logits)
-    calls.replace(image_protocols, "rows_of_list", lambda source, name: np.arange(10))
+    for name in ("random_crop_batches", "train_classifier", "logit_extractor"):
+        calls.replace(finetune, name)
+    calls.replace(finetune, "extract_split", lambda *given, **options: logits)
+    calls.replace(finetune, "rows_of_list", lambda source, name: np.arange(10))
     run = dataclasses.replace(run, sources=datasets.EvaluationSources(_source(60), _source(4)))
-    found = image_protocols.full_finetune(run)
+    found = finetune.full_finetune(run)
     assert (found["top1"], found["num_train"], found["batch_size"]) == (0.75, 60, 44)
-    image_protocols.semi_supervised(run)
-    assert [given[4] for given, _ in calls.of["finetune"]] == [
+    finetune.semi_supervised(run)
+    assert [given[2] for given, _ in calls.of["train_classifier"]] == [
         FinetuneRecipe(43, 44, 0.41, 0.42, momentum=0.45, weight_decay=0.46),
         FinetuneRecipe(35, 10, 0.31, 0.33, momentum=0.37, weight_decay=0.38),
         FinetuneRecipe(35, 36, 0.32, 0.34, momentum=0.37, weight_decay=0.38),

@@ -18,7 +18,7 @@ from music_jax.config import default_config, from_json
 from music_jax.data import sources
 from music_jax.errors import UserError
 from music_jax.evaluate import evaluate
-from music_jax.evaluation.load_run import open_run
+from music_jax.evaluation.load_run import load_run
 from music_jax.linear_eval import linear_eval
 from music_jax.report.page import write_report
 from music_jax.workdir import places, records
@@ -148,7 +148,7 @@ def test_without_a_state_directory_a_run_is_saved_unsigned(home, tmp_path, monke
 
 
 def test_an_own_run_is_opened_with_the_places_that_it_names(own, photos, tmp_path):
-    run = open_run(str(own), output=str(tmp_path / "out"))
+    run = load_run(str(own), output=str(tmp_path / "out"))
     assert run.images.name == str(photos)
     assert len(run.images) == 12
 
@@ -156,11 +156,11 @@ def test_an_own_run_is_opened_with_the_places_that_it_names(own, photos, tmp_pat
 def test_places_of_a_foreign_run_are_used_once_the_user_names_them(foreign, photos, tmp_path):
     output = str(tmp_path / "out")
     with pytest.raises(UserError, match=rf"name these.*: --config\.dataset\.path={photos}$"):
-        open_run(str(foreign), output=output)
+        load_run(str(foreign), output=output)
     assert not os.path.exists(output)
-    run = open_run(str(foreign), output=output, overrides={"dataset.path": str(photos)})
+    run = load_run(str(foreign), output=output, overrides={"dataset.path": str(photos)})
     assert run.images.name == str(photos)
-    run = open_run(str(foreign), output=output, overrides=_both(photos))
+    run = load_run(str(foreign), output=output, overrides=_both(photos))
     assert run.config.dataset.path == "", "not needed, and not the user's choice"
     assert (len(run.evaluation_sources().train), len(run.images)) == (12, 12)
 
@@ -211,10 +211,10 @@ def test_evaluation_writes_a_dataset_only_where_the_user_names_it(foreign, tmp_p
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match=r"not been prepared.*--config\.dataset\.name=digits"):
-        open_run(str(tmp_path / "run"), output=str(tmp_path / "out"), overrides=given)
+        load_run(str(tmp_path / "run"), output=str(tmp_path / "out"), overrides=given)
     assert not (tmp_path / "tfds").exists()
     with pytest.raises(UserError, match="no checkpoint"):  # all images have been opened
-        open_run(
+        load_run(
             str(tmp_path / "run"),
             output=str(tmp_path / "out"),
             overrides=given | {"dataset.name": "digits"},
@@ -331,16 +331,16 @@ def test_a_run_of_before_signatures_is_opened_once_its_user_trains_it_again(own,
     (tmp_path / "run" / "config.json").write_text(json.dumps(record))
     output = str(tmp_path / "out")
     with pytest.raises(UserError, match=r"name these.*: --config\.dataset\.path="):
-        open_run(str(tmp_path / "run"), output=output)
-    run = open_run(str(tmp_path / "run"), output=output, overrides={"dataset.path": str(photos)})
+        load_run(str(tmp_path / "run"), output=output)
+    run = load_run(str(tmp_path / "run"), output=output, overrides={"dataset.path": str(photos)})
     assert run.step == 3
     records.write_config(epath.Path(tmp_path / "run"), from_json(record["config"]))  # as main does
-    assert open_run(str(tmp_path / "run"), output=output).images.name == str(photos)
+    assert load_run(str(tmp_path / "run"), output=output).images.name == str(photos)
 
 
 def test_a_workdir_that_cannot_be_written_says_where_else_results_can_go(own, tmp_path):
     shutil.copytree(own, tmp_path / "run")
     (tmp_path / "run" / "features").symlink_to(tmp_path)
     with pytest.raises(UserError, match=r"features in the workdir is a link.*--output=DIR$"):
-        open_run(str(tmp_path / "run"))
-    assert open_run(str(tmp_path / "run"), output=str(tmp_path / "out")).step == 3
+        load_run(str(tmp_path / "run"))
+    assert load_run(str(tmp_path / "run"), output=str(tmp_path / "out")).step == 3

@@ -1,4 +1,4 @@
-"""Few-shot classification against scikit-learn by hand, and what is drawn for it."""
+"""Few-shot classification against scikit-learn, and the draws of its samples."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,7 @@ import scipy.stats
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from music_jax.evaluation.metrics.few_shot import draw_shots, few_shot, stratified_subset
-from music_jax.evaluation.metrics.statistics import mean_interval
+from music_jax.metrics.few_shot import draw_shots, few_shot, mean_interval, stratified_subset
 
 
 def _digits():
@@ -16,7 +15,7 @@ def _digits():
     return images[:1200], labels[:1200], images[1200:], labels[1200:]
 
 
-def test_accuracies_are_logistic_regressions_on_the_drawn_samples():
+def test_accuracies_match_logistic_regression_on_the_drawn_samples():
     train, train_labels, test, test_labels = _digits()
     result = few_shot(train, train_labels, test, test_labels, shots=5, draws=4, seed=3)
     unit, unit_test = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, test))
@@ -34,7 +33,7 @@ def test_accuracies_are_logistic_regressions_on_the_drawn_samples():
     np.testing.assert_allclose(result.top1, (np.mean(expected), (high - low) / 2), atol=0.005)
 
 
-def test_a_draw_has_so_many_of_each_class_and_each_draw_its_own():
+def test_draws_differ_and_have_the_same_number_of_samples_per_class():
     labels = np.random.default_rng(0).integers(7, size=300) * 2  # with gaps
     labels[:3] = 99  # a class of three
     draws = [draw_shots(labels, 5, seed=1, draw=draw) for draw in range(3)]
@@ -47,7 +46,7 @@ def test_a_draw_has_so_many_of_each_class_and_each_draw_its_own():
     np.testing.assert_array_equal(draws[2], draw_shots(labels, 5, seed=1, draw=2))
 
 
-def test_a_stratified_share_has_the_same_share_of_each_class():
+def test_stratified_subset_has_the_same_fraction_of_each_class():
     labels = np.repeat([0, 1, 2], [1000, 200, 10])
     rows = stratified_subset(labels, 0.01, seed=0)
     np.testing.assert_array_equal(np.bincount(labels[rows]), [10, 2, 1])
@@ -56,7 +55,7 @@ def test_a_stratified_share_has_the_same_share_of_each_class():
         stratified_subset(labels, 0.0, seed=0)
 
 
-def test_one_value_has_a_mean_but_no_interval():
+def test_a_single_value_has_no_interval():
     assert mean_interval([0.5]).mean == 0.5
     assert np.isnan(mean_interval([0.5]).half_width)
     with pytest.raises(ValueError, match="at least one"):

@@ -1,4 +1,4 @@
-"""Every score at extreme features, against scikit-learn and the formulas in float64.
+"""Metrics of extreme features, against scikit-learn and the formulas in float64.
 
 The features are constant (a collapsed network), duplicates, zero vectors, and of scales from 1e-30
 to 1e30; the labels are of one class; there are two samples.
@@ -19,24 +19,23 @@ from sklearn.metrics import (
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from music_jax.evaluation.metrics import retrieval
-from music_jax.evaluation.metrics.clustering import (
-    agreement_between_segments,
-    cluster_scores,
-    joint_clusters,
-)
-from music_jax.evaluation.metrics.feature_scaling import fit_scaling
-from music_jax.evaluation.metrics.few_shot import draw_shots, few_shot
-from music_jax.evaluation.metrics.knn import (
+from music_jax.metrics import retrieval
+from music_jax.metrics.few_shot import draw_shots, few_shot, mean_interval
+from music_jax.metrics.knn import (
     knn_predict,
     nearest_neighbors,
     unit_length,
     weighted_vote,
 )
-from music_jax.evaluation.metrics.label_free import alignment, alpha_req, lidar, rankme, uniformity
-from music_jax.evaluation.metrics.linear_probe import ranks
-from music_jax.evaluation.metrics.segments import measure_segments, mutual_information
-from music_jax.evaluation.metrics.statistics import mean_interval
+from music_jax.metrics.label_free import alignment, alpha_req, lidar, rankme, uniformity
+from music_jax.metrics.linear_probe import fit_scaling, ranks
+from music_jax.metrics.segments import (
+    agreement_between_segments,
+    cluster_scores,
+    joint_clusters,
+    measure_segments,
+    mutual_information,
+)
 
 SCALES = (1e-30, 1e-8, 1.0, 1e8, 1e30)
 KINDS = ("distinct", "duplicates", "constant", "zeros", "some zeros")
@@ -86,7 +85,7 @@ def test_unit_length_does_not_depend_on_the_scale(scale):
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_neighbors_are_ranked_by_similarity_then_by_place(kind, scale):
+def test_neighbors_are_ranked_by_similarity_then_by_row(kind, scale):
     bank, queries, similarities = _similarities(kind, scale)
     order = np.argsort(-similarities, axis=1, kind="stable")[:, :50]
     for bank_block_size in (299, 65_536):  # 299: if the blocks were not even, the last had one row
@@ -98,7 +97,7 @@ def test_neighbors_are_ranked_by_similarity_then_by_place(kind, scale):
 @pytest.mark.parametrize("temperature", [1e-3, 0.07, 100.0])
 @pytest.mark.parametrize("scale", [1e-8, 1e8])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_vote_is_the_formulas(kind, scale, temperature):
+def test_weighted_vote_matches_the_formula(kind, scale, temperature):
     bank, queries, similarities = _similarities(kind, scale)
     labels = np.random.default_rng(3).integers(5, size=300)
     order = np.argsort(-similarities, axis=1, kind="stable")[:, :20]
@@ -111,7 +110,7 @@ def test_the_vote_is_the_formulas(kind, scale, temperature):
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 1e-6, 1e-12, 1e-310])
-def test_a_small_temperature_votes_as_the_nearest_neighbor(temperature):
+def test_with_a_small_temperature_the_nearest_neighbor_decides(temperature):
     bank, queries, _ = _similarities("distinct", 1.0)
     labels = np.random.default_rng(3).integers(1, 9, size=300)  # class 0 is nobody's
     nearest = KNeighborsClassifier(1, metric="cosine").fit(bank, labels).predict(queries)
@@ -124,7 +123,7 @@ def test_a_small_temperature_votes_as_the_nearest_neighbor(temperature):
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_average_precision_is_scikit_learns(kind, scale):
+def test_average_precision_matches_scikit_learn(kind, scale):
     bank, queries, similarities = _similarities(kind, scale)
     rng = np.random.default_rng(3)
     labels, wanted = rng.integers(4, size=300), rng.integers(4, size=40)
@@ -142,7 +141,7 @@ def test_average_precision_is_scikit_learns(kind, scale):
         np.testing.assert_allclose(found, np.mean(labels == 0), rtol=1e-6)
 
 
-def test_retrieval_of_one_class_of_two_samples_and_of_none():
+def test_average_precision_of_one_class_two_samples_and_none():
     eye = np.eye(2, dtype=np.float32)
     one = np.zeros(2, int)
     np.testing.assert_allclose(retrieval.average_precisions(eye, one, eye, one), 1)
@@ -172,7 +171,7 @@ def test_retrieval_of_one_class_of_two_samples_and_of_none():
         (np.asarray([0, 0, 0, 1, 1, 2]), np.asarray([0, 0, 1, 0, 0, 1])),
     ],
 )
-def test_cluster_scores_are_scikit_learns_and_by_counting(clusters, labels):
+def test_cluster_scores_match_scikit_learn_and_counting(clusters, labels):
     found = cluster_scores(clusters, labels)
     np.testing.assert_allclose(found.nmi, normalized_mutual_info_score(labels, clusters))
     np.testing.assert_allclose(found.adjusted_rand, adjusted_rand_score(labels, clusters))
@@ -181,7 +180,7 @@ def test_cluster_scores_are_scikit_learns_and_by_counting(clusters, labels):
     assert found.clusters == len(set(clusters))
 
 
-def test_codes_that_are_all_alike_make_one_cluster():
+def test_constant_codes_give_one_cluster():
     alike = np.full((9, 4, 3), 1 / 3, np.float32)
     clusters = joint_clusters(alike, num_clusters=3)
     assert len(set(clusters)) == 1
@@ -201,7 +200,7 @@ def _exp_entropy(values):
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "zeros"])
-def test_rankme_is_the_papers_formula(kind, scale):
+def test_rankme_matches_the_formula_of_the_paper(kind, scale):
     for size in (16, 256):
         rows, chosen = _prototypes(kind, scale, size=size)
         if kind == "some zeros" and size == 256:
@@ -215,7 +214,7 @@ def test_rankme_is_the_papers_formula(kind, scale):
 
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
 @pytest.mark.parametrize("shape", [(60, 5, 12), (9, 3, 40), (2, 2, 3)])
-def test_lidar_is_the_papers_formula(shape, scale):
+def test_lidar_matches_the_formula_of_the_paper(shape, scale):
     rng = np.random.default_rng(0)
     views = rng.normal(size=(shape[0], 1, shape[2])) + 0.2 * rng.normal(size=shape)
     views = (scale * views).astype(np.float32)
@@ -233,14 +232,14 @@ def test_lidar_is_the_papers_formula(shape, scale):
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e8])
-def test_lidar_and_alpha_of_features_that_are_all_alike_are_not_defined(value):
+def test_lidar_and_alpha_req_of_constant_features_are_nan(value):
     assert np.isnan(lidar(np.full((7, 3, 5), value, np.float32)))
     assert np.isnan(alpha_req(np.full((7, 5), value, np.float32), first=1))
     assert np.isnan(alpha_req(np.asarray([[0.1, 0.2], [0.3, 0.1]]), first=1))  # one eigenvalue
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
-def test_alpha_is_the_weighted_fit_of_a_spectrum_that_is_no_power_law(scale):
+def test_alpha_req_is_the_weighted_fit_of_an_arbitrary_spectrum(scale):
     rng = np.random.default_rng(4)
     x = rng.normal(size=(400, 60)) * np.exp(-0.05 * np.arange(60)) + 0.3
     eigenvalues = np.linalg.eigvalsh(np.cov(x.T, bias=True))[::-1][5:50]
@@ -255,7 +254,7 @@ def test_alpha_is_the_weighted_fit_of_a_spectrum_that_is_no_power_law(scale):
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_uniformity_and_alignment_are_the_papers_formulas(kind, scale):
+def test_uniformity_and_alignment_match_the_formulas_of_the_paper(kind, scale):
     rows, chosen = _prototypes(kind, scale)
     unit = _unit(rows)[chosen]
     expected = np.log(np.mean(np.exp(-2 * pdist(unit, "sqeuclidean"))))
@@ -275,7 +274,7 @@ def test_uniformity_of_two_opposite_samples():
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
-def test_standardized_features_are_scikit_learns(scale):
+def test_standardize_matches_scikit_learn_at_extreme_scales(scale):
     rng = np.random.default_rng(5)
     columns = scale * np.logspace(-8, 8, 9) if scale == 1 else scale
     train, test = ((rng.normal(size=(n, 9)) * columns).astype(np.float32) for n in (300, 40))
@@ -290,7 +289,7 @@ def test_standardized_features_are_scikit_learns(scale):
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
-def test_whitened_features_are_the_formulas_and_free_of_scale(scale):
+def test_whiten_matches_the_formula_at_any_scale(scale):
     rng = np.random.default_rng(6)
     # Of rank 5 in 8 dimensions, one direction a thousand times as large, and a constant feature.
     x = rng.normal(size=(300, 5)) * (1000, 1, 1, 1, 0.1) @ rng.normal(size=(5, 8))
@@ -322,7 +321,7 @@ def test_few_shot_does_not_depend_on_the_scale(scale):
     assert expected[0] == theirs.score(_unit(x)[200:], test[1])
 
 
-def test_few_shot_of_one_class_predicts_that_class():
+def test_few_shot_with_a_single_class_predicts_that_class():
     x, seen = np.random.default_rng(0).normal(size=(8, 3)), []
     found = few_shot(
         x,
@@ -344,7 +343,7 @@ def test_ranks_count_ties_and_nan_against_the_label():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_segments_of_a_collapsed_network_share_nothing(dtype):
+def test_segments_of_a_collapsed_network_share_no_information(dtype):
     alike = np.tile(np.asarray([0.5, 0.25, 0.25], dtype), (301, 4, 1))
     found = measure_segments(alike)
     np.testing.assert_allclose(found.mutual_information, 0, atol=1e-12)
@@ -355,7 +354,7 @@ def test_segments_of_a_collapsed_network_share_nothing(dtype):
     np.testing.assert_array_equal(found.dead_units, 2)
 
 
-def test_mutual_information_of_duplicates_and_of_two_samples():
+def test_mutual_information_of_duplicates_and_two_samples():
     rng = np.random.default_rng(9)
     codes = rng.integers(4, size=(12, 3))[rng.integers(12, size=5000)]
     for some in (codes, codes[:2], codes[:1]):
@@ -364,7 +363,7 @@ def test_mutual_information_of_duplicates_and_of_two_samples():
         np.testing.assert_allclose(found, expected, atol=1e-7)
 
 
-def test_an_interval_of_equal_values_has_no_width():
+def test_interval_of_equal_values_has_zero_width():
     assert mean_interval([0.1, 0.1, 0.1]) == pytest.approx((0.1, 0), abs=1e-15)
     # t of one degree of freedom is 12.706: 0.1 / sqrt(2) * 12.706 / sqrt(2).
     np.testing.assert_allclose(mean_interval([0.4, 0.5]), (0.45, 0.05 * 12.7062047), rtol=1e-8)

@@ -1,4 +1,4 @@
-"""Retrieval: how high the samples of a query's class stand among all, by similarity."""
+"""Retrieval: how highly a search ranks the samples of a query's class."""
 
 import functools
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from music_jax.evaluation.metrics.knn import unit_length
+from music_jax.metrics.knn import unit_length
 
 _SIMILARITIES = 2**24  # on the device at once
 
@@ -17,23 +17,27 @@ def average_precisions(
     query_features: np.ndarray,
     query_labels: np.ndarray,
 ) -> np.ndarray:
-    """Returns the average precision of each query: gallery samples of its label are relevant.
+    r"""Returns the average precision of each query; their mean is the mAP.
 
-    The whole gallery is ranked by cosine similarity. Samples of equal similarity share the rank of
-    the last of them, as in scikit-learn's `average_precision_score`, so that features that are all
-    alike give the share of relevant samples. The mean over the queries is the mAP.
+    .. math::
+
+      AP = \frac{1}{R} \sum_{i: \text{relevant}} \frac{\text{relevant up to rank}_i}{\text{rank}_i}
+
+    The gallery is ranked by cosine similarity; its samples of the query's label are relevant, R in
+    number. Samples of equal similarity share the rank of the last of them, as in scikit-learn's
+    `average_precision_score`, so that constant features give the share of relevant samples.
 
     Args:
-      gallery_features: [gallery, features].
-      gallery_labels: integers [gallery].
-      query_features: [queries, features].
-      query_labels: integers [queries].
+      gallery_features: Features to search, [gallery, features].
+      gallery_labels: Labels of the gallery, integers [gallery].
+      query_features: Features to search for, [queries, features].
+      query_labels: Labels of the queries, integers [queries].
 
     Returns:
-      float64 [queries], in [0, 1]; NaN where the gallery has no sample of the label.
+      float64 [queries], in [0, 1]; NaN if the gallery has no sample of the label.
 
     Raises:
-      ValueError: features and labels do not fit together.
+      ValueError: The shapes do not match.
     """
     for name, features, labels in (
         ("gallery", gallery_features, gallery_labels),
@@ -51,13 +55,11 @@ def average_precisions(
         return np.full(count, np.nan)
     block_size = min(count, max(1, _SIMILARITIES // len(gallery_labels)))
     padding = -count % block_size
-    queries = np.pad(unit_length(query_features), ((0, padding), (0, 0)))
-    labels = np.pad(np.asarray(query_labels, np.int32), (0, padding))
     precisions = _average_precisions(
         jnp.asarray(unit_length(gallery_features)),
         jnp.asarray(gallery_labels, jnp.int32),
-        jnp.asarray(queries),
-        jnp.asarray(labels),
+        jnp.asarray(np.pad(unit_length(query_features), ((0, padding), (0, 0)))),
+        jnp.asarray(np.pad(np.asarray(query_labels, np.int32), (0, padding))),
         block_size,
     )
     return np.asarray(precisions, np.float64)[:count]
@@ -71,22 +73,21 @@ def _average_precisions(
     labels: jax.Array,
     block_size: int,
 ) -> jax.Array:
-    def of_block(block: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def precisions(block: tuple[jax.Array, jax.Array]) -> jax.Array:
         features, wanted = block
         similarities = jnp.matmul(features, gallery.T, precision=jax.lax.Precision.HIGHEST)
         order = jnp.argsort(-similarities, axis=1)  # [block, gallery]
         relevant = (gallery_labels[order] == wanted[:, None]).astype(jnp.float32)
         ranked = jnp.take_along_axis(similarities, order, axis=1)
-        # The place of the last sample of the same similarity, [block, gallery].
-        places = jnp.broadcast_to(jnp.arange(ranked.shape[1])[None], ranked.shape)
+        # Position of the last sample of the same similarity, [block, gallery].
+        positions = jnp.broadcast_to(jnp.arange(ranked.shape[1])[None], ranked.shape)
         differs = ranked[:, :-1] != ranked[:, 1:]
-        ends = jnp.where(
-            jnp.pad(differs, ((0, 0), (0, 1)), constant_values=True), places, places.shape[1]
-        )
+        is_last = jnp.pad(differs, ((0, 0), (0, 1)), constant_values=True)
+        ends = jnp.where(is_last, positions, positions.shape[1])
         last = jax.lax.cummin(ends, axis=1, reverse=True)
         found = jnp.take_along_axis(jnp.cumsum(relevant, axis=1), last, axis=1)
         precision = found / (last + 1).astype(jnp.float32)
         return jnp.sum(precision * relevant, axis=1) / jnp.sum(relevant, axis=1)
 
     blocks = queries.reshape(-1, block_size, queries.shape[1]), labels.reshape(-1, block_size)
-    return jax.lax.map(of_block, blocks).reshape(-1)
+    return jax.lax.map(precisions, blocks).reshape(-1)

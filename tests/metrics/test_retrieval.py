@@ -5,11 +5,11 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.metrics import average_precision_score
 
-from music_jax.evaluation.metrics import retrieval
+from music_jax.metrics import retrieval
 
 
 @pytest.mark.parametrize("similarities", [10, 10_000, 2**24])  # 10: fewer than the gallery has
-def test_average_precisions_are_scikit_learns(similarities, monkeypatch):
+def test_average_precisions_match_scikit_learn(similarities, monkeypatch):
     monkeypatch.setattr(retrieval, "_SIMILARITIES", similarities)
     images, labels = load_digits(return_X_y=True)
     images = (images + np.random.default_rng(0).normal(size=images.shape)).astype(np.float32)
@@ -24,7 +24,7 @@ def test_average_precisions_are_scikit_learns(similarities, monkeypatch):
     np.testing.assert_allclose(found, expected, atol=2e-4)
 
 
-def test_a_label_that_the_gallery_lacks_has_no_precision():
+def test_average_precision_is_nan_for_labels_missing_in_the_gallery():
     eye = np.eye(3, dtype=np.float32)
     found = retrieval.average_precisions(eye, np.asarray([0, 1, 1]), eye, np.asarray([0, 1, 7]))
     np.testing.assert_allclose(found[0], 1)

@@ -1,4 +1,4 @@
-"""Nearest neighbors, and classification by their weighted vote (Wu et al, arXiv 1805.01978)."""
+"""Nearest neighbors, and classification by their weighted vote (Wu et al., arXiv 1805.01978)."""
 
 import functools
 import itertools
@@ -21,27 +21,27 @@ def knn_predict(
     temperature: float = 0.07,
     block_size: int = 256,
 ) -> np.ndarray:
-    """Predicts labels by a vote of the nearest training samples.
+    """Predicts labels by a weighted vote of the nearest training samples.
 
-    Features are normalized to unit length; each of the `k` neighbors with the largest cosine
+    Features are normalized to unit length. Each of the `k` neighbors with the largest cosine
     similarity `s` votes for its label with weight `exp(s / temperature)`. Of equal similarities the
-    earlier training sample is the nearer one, and of equal votes the lower label wins: neither
+    earlier training sample counts as nearer, and of equal votes the lower label wins: neither
     depends on the labels of the test samples.
 
     Args:
-      train_features: [train, features].
-      train_labels: integers [train].
-      test_features: [test, features].
-      num_classes: number of labels.
-      k: neighbors that vote; all training samples if there are fewer.
-      temperature: of the weights.
-      block_size: as in `nearest_neighbors`.
+      train_features: Training features, [train, features].
+      train_labels: Training labels, integers [train].
+      test_features: Test features, [test, features].
+      num_classes: Number of classes.
+      k: Number of neighbors that vote; all training samples if there are fewer.
+      temperature: Temperature of the weights.
+      block_size: As in `nearest_neighbors`.
 
     Returns:
-      int32 [test].
+      Predicted labels, int32 [test].
 
     Raises:
-      ValueError: features and labels do not fit together.
+      ValueError: The shapes do not match.
     """
     if train_features.shape[0] != train_labels.shape[0]:
         raise ValueError(
@@ -69,24 +69,23 @@ def nearest_neighbors(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Finds the samples of a bank with the largest cosine similarity to each query.
 
-    Only a block of the bank is on the device at a time, and of it no more than `block_size *
-    bank_block_size` similarities, so that the bank may be as large as the host's memory holds.
-    The blocks are of nearly equal size: a block of one row is multiplied in another order, and its
-    similarities would differ from those of equal rows in other blocks.
+    The bank is moved to the device one block at a time, so that it may be as large as the memory of
+    the host. The blocks have nearly equal sizes: the product with a block of a single row would be
+    computed in another order, and equal rows in different blocks would get different similarities.
 
     Args:
-      bank: [bank, features].
-      queries: [queries, features].
-      k: how many to find; the whole bank if it is smaller.
-      block_size: queries that are compared at once.
-      bank_block_size: samples of the bank that they are compared with at once.
+      bank: Features to search, [bank, features].
+      queries: Features to search for, [queries, features].
+      k: Number of neighbors; the size of the bank if that is smaller.
+      block_size: Number of queries compared at once.
+      bank_block_size: Number of samples of the bank compared at once.
 
     Returns:
-      Similarities, float32 [queries, k], from the largest on, and the neighbors' rows in the bank,
-      int32 [queries, k]; of equal similarities the earlier row comes first.
+      Similarities in descending order, float32 [queries, k], and the neighbors' rows in the bank,
+      int32 [queries, k]. Of equal similarities the earlier row comes first.
 
     Raises:
-      ValueError: the features differ in size, or the bank is empty.
+      ValueError: The sizes of the features differ, or the bank is empty.
     """
     if bank.shape[1] != queries.shape[1]:
         raise ValueError(
@@ -94,35 +93,28 @@ def nearest_neighbors(
             f"{bank.shape[1]} (training) and {queries.shape[1]} (test)"
         )
     if not bank.shape[0]:
-        raise ValueError("expected at least one sample to be near to; got none")
+        raise ValueError("expected at least one training sample; got none")
     num_queries = queries.shape[0]
-    padding = -num_queries % block_size
-    unit = np.pad(unit_length(queries), ((0, padding), (0, 0)))
+    unit = np.pad(unit_length(queries), ((0, -num_queries % block_size), (0, 0)))
     blocks = jnp.asarray(unit.reshape(-1, block_size, unit.shape[1]))
-    found: tuple[jax.Array, jax.Array] | None = None
     num_blocks = -(-bank.shape[0] // bank_block_size)
     bounds = [i * bank.shape[0] // num_blocks for i in range(num_blocks + 1)]
+    similarities = jnp.zeros((*blocks.shape[:2], 0))
+    rows = jnp.zeros((*blocks.shape[:2], 0), jnp.int32)
     for start, end in itertools.pairwise(bounds):
         part = jnp.asarray(unit_length(bank[start:end]))
-        similarities, rows = _nearest(blocks, part, min(k, part.shape[0]))
-        rows = rows + start
-        if found is not None:
-            similarities = jnp.concatenate([found[0], similarities], axis=-1)
-            rows = jnp.concatenate([found[1], rows], axis=-1)
-            similarities, order = jax.lax.top_k(similarities, min(k, similarities.shape[-1]))
-            rows = jnp.take_along_axis(rows, order, axis=-1)
-        found = similarities, rows
-    assert found is not None
-    size = found[0].shape[-1]
-    return (
-        np.asarray(found[0]).reshape(-1, size)[:num_queries],
-        np.asarray(found[1]).reshape(-1, size)[:num_queries],
-    )
+        found, found_rows = _nearest(blocks, part, min(k, part.shape[0]))
+        similarities = jnp.concatenate([similarities, found], axis=-1)
+        rows = jnp.concatenate([rows, found_rows + start], axis=-1)
+        similarities, order = jax.lax.top_k(similarities, min(k, similarities.shape[-1]))
+        rows = jnp.take_along_axis(rows, order, axis=-1)
+    similarities, rows = (x.reshape(-1, x.shape[-1])[:num_queries] for x in (similarities, rows))
+    return np.asarray(similarities), np.asarray(rows)
 
 
 @functools.partial(jax.jit, static_argnames="k")
 def _nearest(blocks: jax.Array, bank: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Similarities and rows [blocks, block, k] of the blocks [blocks, block, features]."""
+    """Returns similarities and rows, [blocks, block, k], for blocks [blocks, block, features]."""
     return jax.lax.map(
         lambda block: jax.lax.top_k(
             jnp.matmul(block, bank.T, precision=jax.lax.Precision.HIGHEST), k
@@ -139,11 +131,11 @@ def weighted_vote(
     Args:
       similarities: Cosine similarities of the neighbors, float [queries, k].
       labels: Labels of the neighbors, integers [queries, k].
-      num_classes: Number of labels.
+      num_classes: Number of classes.
       temperature: Temperature of the weights.
 
     Returns:
-      int32 [queries]; the lowest label of those with equal votes.
+      Predicted labels, int32 [queries]; the lowest label of those with equal votes.
     """
     exact = similarities.astype(np.float64)
     # Only ratios of weights matter. With the nearest neighbor's weight at 1, no temperature makes
@@ -156,7 +148,7 @@ def weighted_vote(
 
 
 def unit_length(features: np.ndarray | jax.Array, dtype: Any = np.float32) -> np.ndarray:
-    """Scales features [samples, features] to length 1, whatever their scale; zeros stay zeros.
+    """Scales each row to unit length, whatever its magnitude; rows of zeros stay zero.
 
     Args:
       features: Finite numbers, [samples, features].
@@ -165,7 +157,7 @@ def unit_length(features: np.ndarray | jax.Array, dtype: Any = np.float32) -> np
     x = np.asarray(features)
     if x.dtype != np.float64:
         x = x.astype(dtype, copy=False)
-    # By the power of two below its largest number first, so that no square overflows or vanishes.
+    # Divide by a power of two near the largest number first: no square overflows or vanishes.
     largest = np.maximum(x.max(axis=1, keepdims=True), -x.min(axis=1, keepdims=True))
     x = x / np.ldexp(np.ones_like(largest), np.frexp(largest)[1] - 1)
     norms = np.linalg.norm(x, axis=1, keepdims=True)

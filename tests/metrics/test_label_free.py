@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import pdist
 
-from music_jax.evaluation.metrics.label_free import alignment, alpha_req, lidar, rankme, uniformity
+from music_jax.metrics.label_free import alignment, alpha_req, lidar, rankme, uniformity
 
 
 def _features(samples=300, size=40, seed=0):
@@ -19,21 +19,21 @@ def _views(images, views, size, seed=0):
     return (of_image + 0.2 * rng.normal(size=(images, views, size))).astype(np.float32)
 
 
-def test_rankme_is_the_papers_formula():
+def test_rankme_matches_the_formula_of_the_paper():
     z = _features().astype(np.float64)
     sigma = np.sqrt(np.maximum(np.linalg.eigvalsh(z.T @ z), 0))
     p = sigma / sigma.sum() + 1e-7
     np.testing.assert_allclose(rankme(z), np.exp(-np.sum(p * np.log(p))), rtol=1e-9)
 
 
-def test_rankme_counts_directions_that_are_used_alike():
+def test_rankme_counts_equally_used_directions():
     basis = np.linalg.qr(np.random.default_rng(1).normal(size=(50, 50)))[0]
     np.testing.assert_allclose(rankme(basis[:, :7] @ basis[:7]), 7, rtol=1e-4)
     assert np.isnan(rankme(np.zeros((5, 3))))
 
 
 @pytest.mark.parametrize(("images", "views", "size"), [(60, 5, 12), (9, 3, 20)])
-def test_lidar_is_the_papers_formula(images, views, size):
+def test_lidar_matches_the_formula_of_the_paper(images, views, size):
     z = _views(images, views, size).astype(np.float64)
     between, within = np.zeros((size, size)), 1e-4 * np.eye(size)
     of_all = z.mean(axis=(0, 1))
@@ -49,7 +49,7 @@ def test_lidar_is_the_papers_formula(images, views, size):
     np.testing.assert_allclose(lidar(z), np.exp(-np.sum(p * np.log(p))), rtol=1e-6)
 
 
-def test_alpha_of_a_power_law_is_its_exponent():
+def test_alpha_req_of_a_power_law_is_its_exponent():
     rng = np.random.default_rng(2)
     size = 80
     left = rng.normal(size=(500, size))
@@ -60,7 +60,7 @@ def test_alpha_of_a_power_law_is_its_exponent():
     assert np.isnan(alpha_req(features[:, :1]))
 
 
-def test_uniformity_and_alignment_are_wang_and_isolas():
+def test_uniformity_and_alignment_match_wang_and_isola():
     z = _features()
     unit = z / np.linalg.norm(z, axis=1, keepdims=True)
     expected = np.log(np.mean(np.exp(-2 * pdist(unit.astype(np.float64), "sqeuclidean"))))
@@ -71,7 +71,7 @@ def test_uniformity_and_alignment_are_wang_and_isolas():
     np.testing.assert_allclose(alignment(2 * z, 5 * other), expected, rtol=1e-5)
 
 
-def test_features_of_another_shape_are_errors():
+def test_unexpected_shapes_are_errors():
     for measure in (rankme, alpha_req, uniformity):
         with pytest.raises(ValueError, match=r"expected features \[samples, features\]"):
             measure(np.ones((2, 3, 4)))

@@ -6,7 +6,7 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
-from music_jax.evaluation.metrics.knn import knn_predict, nearest_neighbors, unit_length
+from music_jax.metrics.knn import knn_predict, nearest_neighbors, unit_length
 
 
 def _digits():
@@ -19,7 +19,7 @@ def _digits():
 @pytest.mark.parametrize(
     ("k", "temperature"), [(1, 0.07), (10, 0.07), (20, 0.07), (200, 0.07), (200, 0.5)]
 )
-def test_predictions_are_scikit_learns(k, temperature):
+def test_predictions_match_scikit_learn(k, temperature):
     train, train_labels, test, _ = _digits()
     theirs = KNeighborsClassifier(
         k,
@@ -34,7 +34,7 @@ def test_predictions_are_scikit_learns(k, temperature):
     assert np.mean(np.asarray(found) == expected) >= 0.998
 
 
-def test_the_block_size_changes_nothing():
+def test_predictions_do_not_depend_on_the_block_size():
     train, train_labels, test, _ = _digits()
     found = [
         np.asarray(knn_predict(train, train_labels, test, num_classes=10, block_size=size))
@@ -44,7 +44,7 @@ def test_the_block_size_changes_nothing():
     np.testing.assert_array_equal(found[0], found[2])
 
 
-def test_a_bank_in_blocks_has_the_same_neighbors():
+def test_neighbors_do_not_depend_on_the_bank_block_size():
     train, _, test, _ = _digits()
     whole = nearest_neighbors(train, test, k=30)
     blocks = nearest_neighbors(train, test, k=30, bank_block_size=97)
@@ -57,7 +57,7 @@ def test_a_bank_in_blocks_has_the_same_neighbors():
 
 
 @pytest.mark.parametrize(("block_size", "bank_block_size"), [(5, 9), (64, 9), (64, 100)])
-def test_a_bank_that_is_smaller_than_k_is_ranked_whole(block_size, bank_block_size):
+def test_a_bank_smaller_than_k_is_ranked_completely(block_size, bank_block_size):
     train, _, test, _ = _digits()
     sizes = {"block_size": block_size, "bank_block_size": bank_block_size}
     similarities, rows = nearest_neighbors(train[:23], test[:7], k=40, **sizes)
@@ -67,7 +67,7 @@ def test_a_bank_that_is_smaller_than_k_is_ranked_whole(block_size, bank_block_si
     np.testing.assert_allclose(similarities, -np.sort(-expected, axis=1), atol=1e-6)
 
 
-def test_features_in_float64_are_scaled_before_they_are_rounded():
+def test_float64_features_are_scaled_before_rounding():
     found = unit_length(np.asarray([[3e200, -4e200], [5e-200, 12e-200]]))
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, [[3 / 5, -4 / 5], [5 / 13, 12 / 13]], rtol=1e-6)
@@ -87,7 +87,7 @@ def test_fewer_training_samples_than_k_all_vote():
     np.testing.assert_array_equal(knn_predict(train, labels, train, num_classes=3, k=20), labels)
 
 
-def test_shapes_that_do_not_fit_are_errors():
+def test_mismatched_shapes_are_errors():
     with pytest.raises(ValueError, match="one label for each of 3"):
         knn_predict(jnp.eye(3), jnp.asarray([0, 1]), jnp.eye(3), num_classes=2)
     with pytest.raises(ValueError, match="one size"):

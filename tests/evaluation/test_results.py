@@ -1,14 +1,18 @@
-"""The table that a training ends with."""
+"""Tables of results."""
+
+import json
 
 import pytest
+from etils import epath
 
-from music_jax.evaluation.tables import results_table
+from music_jax.evaluation.results import results_table
+from music_jax.workdir.records import write_json
 
 
 @pytest.mark.parametrize(
     ("classes", "chance"), [(10, ["10.0", "50.0", "10.0"]), (3, ["33.3", "100.0", "33.3"])]
 )
-def test_accuracies_stand_beside_chance_and_the_baselines(classes, chance):
+def test_results_table_shows_chance_level_and_baselines(classes, chance):
     linear = {"top1": 0.5, "top5": 0.9, "num_classes": classes}
     linear |= {"raw_pixels_top1": 0.25, "random_init_top1": None}
     rows = results_table({"linear": linear, "knn": {"top1": 0.4, "raw_pixels_top1": 0.2}})
@@ -20,6 +24,15 @@ def test_accuracies_stand_beside_chance_and_the_baselines(classes, chance):
 
 
 @pytest.mark.parametrize("classes", [{}, {"num_classes": 0}, {"num_classes": "many"}])
-def test_results_of_an_earlier_version_or_a_damaged_file_have_no_chance(classes):
+def test_results_table_has_no_chance_level_without_the_number_of_classes(classes):
     linear = {"top1": 0.5, "top5": 0.9} | classes
     assert "chance" not in results_table({"linear": linear, "knn": {"top1": 0.4}})
+
+
+def test_non_finite_numbers_are_not_written_as_json(tmp_path):
+    path = epath.Path(tmp_path / "a.json")
+    write_json(path, {"a": 1.5})
+    for number in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="JSON"):
+            write_json(path, {"a": number})
+    assert json.loads(path.read_text()) == {"a": 1.5}

@@ -1,20 +1,27 @@
-"""The linear probe against scikit-learn's logistic regression and torch's SGD by hand."""
+"""The linear probe against scikit-learn's logistic regression and SGD in plain numpy."""
 
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import top_k_accuracy_score
+from sklearn.preprocessing import StandardScaler
 
 from music_jax.errors import DivergedError
-from music_jax.evaluation.metrics.linear_probe import (
+from music_jax.metrics import linear_probe as module
+from music_jax.metrics.linear_probe import (
+    FEATURE_SCALINGS,
     Heads,
     ProbeRecipe,
     accuracies,
     best_rate,
     fit,
+    fit_scaling,
     linear_probe,
     logits,
     num_steps,
@@ -41,7 +48,7 @@ def _fit(recipe, features, labels, seed=0):
     )
 
 
-def test_accuracy_is_that_of_logistic_regression():
+def test_accuracy_matches_logistic_regression():
     train, train_labels, test, test_labels = _digits()
     decay = 1e-2  # of half the squared kernel, added to the mean loss: C is 1 / (decay * samples)
     recipe = ProbeRecipe(50, 200, (0.1, 0.3), weight_decay=decay)
@@ -52,7 +59,7 @@ def test_accuracy_is_that_of_logistic_regression():
     assert found.top1 == np.mean(found.predictions == test_labels)
 
 
-def test_the_learning_rate_is_chosen_without_the_test_samples():
+def test_the_learning_rate_is_selected_without_test_samples():
     train, train_labels, test, test_labels = _digits()
     recipe = ProbeRecipe(5, 100, (1e-6, 0.1))
     for labels in (test_labels, 9 - test_labels):
@@ -71,7 +78,7 @@ def test_the_learning_rate_is_chosen_without_the_test_samples():
         assert next(steps) == num_steps(recipe, len(train), 0.1)
 
 
-def test_features_are_scaled_by_the_training_samples():
+def test_features_are_scaled_by_the_statistics_of_the_training_samples():
     train, train_labels, test, test_labels = _digits()
     train, test = 3 * train + 1, 5 * test - 2
     recipe = ProbeRecipe(2, 100, (0.03, 0.1))
@@ -88,7 +95,7 @@ def test_features_are_scaled_by_the_training_samples():
     assert np.mean(raw.predictions == scaled.predictions) > 0.995
 
 
-def test_each_learning_rate_is_trained_as_if_alone():
+def test_learning_rates_do_not_influence_one_another():
     train, labels, _, _ = _digits()
     rates = (0.01, 0.3)
     both = _fit(ProbeRecipe(3, 100, rates, weight_decay=0.01), train, labels)
@@ -99,7 +106,7 @@ def test_each_learning_rate_is_trained_as_if_alone():
 
 
 @pytest.mark.parametrize("drop_epochs", [(), (1, 2)])
-def test_the_steps_are_sgd_with_momentum_and_decay_in_plain_numpy(drop_epochs):
+def test_steps_match_sgd_with_momentum_and_decay_in_plain_numpy(drop_epochs):
     train, labels, _, _ = _digits()
     recipe = ProbeRecipe(3, 400, (0.2,), 0.9, 0.05, drop_epochs)
     batches = [
@@ -126,7 +133,7 @@ def test_the_steps_are_sgd_with_momentum_and_decay_in_plain_numpy(drop_epochs):
     np.testing.assert_allclose(found.bias[0], b, rtol=2e-3, atol=2e-5)
 
 
-def test_top_k_accuracies_are_scikit_learns():
+def test_top_k_accuracies_match_scikit_learn():
     train, labels, test, test_labels = _digits()
     heads = _fit(ProbeRecipe(1, 100, (0.001, 0.1)), train, labels)
     found = accuracies(heads, test, test_labels)
@@ -137,7 +144,7 @@ def test_top_k_accuracies_are_scikit_learns():
             np.testing.assert_allclose(found[i, j], expected)
 
 
-def test_a_classifier_whose_scores_are_not_finite_has_no_accuracy():
+def test_the_accuracy_of_non_finite_scores_is_nan():
     kernel = np.stack([np.eye(4, dtype=np.float32)] * 3)
     kernel[0, 2, 1], kernel[1, 0, 0] = np.nan, np.inf
     heads = Heads(kernel, np.zeros((3, 4), np.float32))
@@ -145,7 +152,7 @@ def test_a_classifier_whose_scores_are_not_finite_has_no_accuracy():
     np.testing.assert_array_equal(found, [[np.nan] * 2, [np.nan] * 2, [2 / 3, 1.0]])
 
 
-def test_the_best_rate_is_one_that_did_not_diverge():
+def test_best_rate_excludes_diverged_classifiers():
     kernel = np.full((3, 2, 2), np.nan, np.float32)
     features, labels = np.eye(2, dtype=np.float32), np.asarray([0, 1])
     with pytest.raises(DivergedError, match="lower its learning rates"):
@@ -154,13 +161,13 @@ def test_the_best_rate_is_one_that_did_not_diverge():
     assert best_rate(Heads(kernel, np.zeros((3, 2), np.float32)), features, labels) == 1
 
 
-def test_scores_that_are_all_alike_are_never_right():
+def test_constant_scores_are_never_right():
     heads = Heads(np.zeros((1, 4, 10), np.float32), np.zeros((1, 10), np.float32))
     features = np.ones((7, 4), np.float32)
     np.testing.assert_array_equal(accuracies(heads, features, np.arange(7)), [[0.0, 0.0]])
 
 
-def test_an_epoch_takes_each_sample_once_in_an_order_of_its_own():
+def test_each_epoch_takes_each_sample_once_in_a_new_order():
     recipe = ProbeRecipe(2, 5, (0.1,))
     features = np.arange(20, dtype=np.float32)[:, None]
     labels = np.arange(20, dtype=np.int32)
@@ -173,9 +180,63 @@ def test_an_epoch_takes_each_sample_once_in_an_order_of_its_own():
 @pytest.mark.parametrize(
     ("count", "fraction", "size"), [(40, 0.1, 4), (40, 0.3, 12), (5, 0.01, 1), (2, 1.0, 1)]
 )
-def test_each_sample_is_held_out_or_learned_from_and_some_are_either(count, fraction, size):
+def test_split_for_validation_divides_the_samples(count, fraction, size):
     rest, held_out = split_for_validation(count, fraction, seed=3)
     assert len(held_out) == size
     assert sorted([*rest, *held_out]) == list(range(count))
     assert np.all(np.diff(rest) > 0)
     assert np.all(np.diff(held_out) > 0)
+
+
+def _correlated(count, seed=0):
+    draw = np.random.default_rng(seed)
+    mixed = draw.normal(size=(count, 12)) @ np.random.default_rng(9).normal(size=(12, 12))
+    return (mixed + 5).astype(np.float32)
+
+
+def test_standardize_matches_scikit_learn():
+    train, test = _correlated(300), _correlated(50, seed=1)
+    found = fit_scaling("standardize", lambda: train)(test)
+    np.testing.assert_allclose(found, StandardScaler().fit(train).transform(test), atol=1e-4)
+
+
+@pytest.mark.parametrize("block", [7, 1000])
+def test_whiten_applies_the_inverse_root_of_the_ridged_covariance(monkeypatch, block):
+    monkeypatch.setattr(module, "_BLOCK", block)
+    train, test = _correlated(300), _correlated(50, seed=1)
+    covariance = np.cov(train.astype(np.float64).T, bias=True)
+    ridged = covariance + 0.1 * np.trace(covariance) / 12 * np.eye(12)
+    expected = (test - train.mean(axis=0)) @ np.linalg.inv(scipy.linalg.sqrtm(ridged)).real
+    np.testing.assert_allclose(fit_scaling("whiten", lambda: train)(test), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FEATURE_SCALINGS)
+def test_jax_and_numpy_arrays_are_scaled_alike(name):
+    train, test = _correlated(300), _correlated(50, seed=1)
+    scale = fit_scaling(name, lambda: train)
+    np.testing.assert_allclose(scale(jnp.asarray(test)), scale(test), atol=1e-5)
+    np.testing.assert_allclose(jax.jit(scale)(test), scale(test), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FEATURE_SCALINGS)
+def test_scaling_stays_finite_for_constant_or_too_many_features(name):
+    train = np.concatenate([_correlated(8), np.full((8, 3), 7, np.float32)], axis=1)
+    assert np.all(np.isfinite(fit_scaling(name, lambda: train)(train)))
+    constant = np.ones((5, 4), np.float32)
+    assert np.all(np.isfinite(fit_scaling(name, lambda: constant)(constant)))
+
+
+def test_whitening_reveals_small_class_differences_in_few_epochs():
+    def split(seed):
+        draw = np.random.default_rng(seed)
+        labels = draw.integers(0, 2, 600)
+        nuisance = 6 * draw.normal(size=(600, 1))
+        signal = 2.0 * labels[:, None] - 1 + 0.2 * draw.normal(size=(600, 1))
+        both = np.concatenate([nuisance + signal, nuisance - signal], axis=1)
+        return both.astype(np.float32), labels
+
+    def top1(name):
+        recipe = ProbeRecipe(num_epochs=3, batch_size=100, base_learning_rates=(0.3,))
+        return linear_probe(*split(0), *split(1), recipe, num_classes=2, feature_scaling=name).top1
+
+    assert top1("whiten") >= 0.99 > 0.8 > top1("standardize")

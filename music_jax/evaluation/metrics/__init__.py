@@ -1,1 +1,0 @@
-"""Measures of frozen features, as pure functions of arrays."""

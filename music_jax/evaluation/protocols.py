@@ -1,0 +1,262 @@
+"""The evaluation protocols by name, and how they are run on a checkpoint."""
+
+import dataclasses
+import difflib
+import functools
+import logging
+import operator
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from etils import epath
+from ml_collections import config_dict
+
+from music_jax.data import datasets
+from music_jax.distributed.mesh import from_main_process, is_main_process
+from music_jax.errors import DivergedError, NotMeasurableError, UserError
+from music_jax.evaluation import feature_protocols, finetune
+from music_jax.evaluation.feature_protocols import knn, linear
+from music_jax.evaluation.results import Result, read_result, result_path
+from music_jax.evaluation.run import Run, agreed_fingerprint
+from music_jax.workdir.paths import normalized
+from music_jax.workdir.records import as_json, write_json
+
+_logger = logging.getLogger(__name__)
+
+
+class Protocol(NamedTuple):
+    """A way to evaluate a run.
+
+    Attributes:
+      measure: Function from the run to the result; None for `transfer`, which runs others.
+      settings: Parts of the config that it depends on, by dotted name.
+      labels: Whether it needs labeled images.
+      segments: Whether it needs the segments of the MUSIC objective.
+    """
+
+    measure: Callable[[Run], Result] | None
+    settings: tuple[str, ...] = ()
+    labels: bool = True
+    segments: bool = False
+
+
+PROTOCOLS = {
+    "linear": Protocol(functools.partial(linear, save_predictions=True), ("linear_eval",)),
+    "knn": Protocol(knn, ("knn", "linear_eval.raw_pixels", "linear_eval.random_init")),
+    "fewshot": Protocol(feature_protocols.fewshot, ("few_shot",)),
+    "retrieval": Protocol(feature_protocols.retrieval, ("retrieval",)),
+    "clustering": Protocol(feature_protocols.clustering, ("clustering",), segments=True),
+    "label_free": Protocol(feature_protocols.label_free, labels=False),
+    "segments": Protocol(feature_protocols.segments, labels=False, segments=True),
+    "semi": Protocol(finetune.semi_supervised, ("semi_supervised",)),
+    "finetune": Protocol(finetune.full_finetune, ("finetune",)),
+    "transfer": Protocol(None, ("linear_eval", "knn"), labels=False),
+}
+
+
+def run_protocols(
+    run: Run, names: Sequence[str], *, transfer_sets: Sequence[str] = (), force: bool = False
+) -> dict[str, Result]:
+    """Evaluates a run with some protocols, and writes the result of each into its workdir.
+
+    Protocols that cannot measure the run, which has no labels, no segments or too few images, are
+    skipped, and a warning names them.
+
+    Args:
+      run: Run.
+      names: Names of protocols.
+      transfer_sets: Datasets for `transfer`; see `music_jax.data.datasets.parse_pair`.
+      force: Whether results that exist, of the same images and settings, are recomputed.
+
+    Returns:
+      The results, by protocol.
+
+    Raises:
+      DivergedError: A probe diverged; the other protocols have been run.
+      UserError: A protocol is unknown, or none of those named can measure the run.
+    """
+    check_protocols(names, transfer_sets)
+    results: dict[str, Result] = {}
+    reasons: dict[str, list[str]] = {}  # protocols that cannot measure the run, by reason
+    diverged = None
+    for name in dict.fromkeys(names):
+        try:
+            results[name] = _run_protocol(run, name, transfer_sets, force)
+        except NotMeasurableError as error:
+            reasons.setdefault(str(error), []).append(name)
+        except DivergedError as error:
+            diverged = diverged or error
+    not_measured = "; ".join(f"{', '.join(those)}: {reason}" for reason, those in reasons.items())
+    if not (results or diverged):
+        raise UserError(f"nothing can be measured: {not_measured}")
+    if not_measured:
+        _logger.warning(f"not measured: {not_measured}")
+    if diverged:
+        raise diverged
+    return results
+
+
+def _run_protocol(run: Run, name: str, transfer_sets: Sequence[str], force: bool) -> Result:
+    protocol, objective = PROTOCOLS[name], run.config.objective.name
+    if protocol.segments and objective != "music":
+        raise NotMeasurableError(f"the objective {objective} has no segments")
+    about = provenance(name, run.config, run.step)
+    if protocol.measure is None:
+        runs, errors = _transfer_runs(run, transfer_sets)
+        sources = [source for there in runs.values() for source in there.evaluation_sources()]
+        measure = functools.partial(_transfer, runs, errors)
+        about["data"] = {"sets": list(transfer_sets)}
+    else:
+        sources = list(run.evaluation_sources()) if protocol.labels else [run.images]
+        measure = functools.partial(protocol.measure, run)
+        if not protocol.labels:
+            about["data"] = {"images": run.images.name}
+    about["images_fingerprint"] = [agreed_fingerprint(source) for source in sources]
+    path = result_path(run.workdir, name)
+    result = None if force else from_main_process(lambda: read_result(run.workdir, name))
+    if result is not None and about.items() <= result.items():
+        _logger.info(f"{name}: using the existing result in {path}")
+    else:
+        result = measure() | about
+        if is_main_process():
+            write_json(path, result)
+    _log_excluded(name, result)
+    return result
+
+
+def _log_excluded(name: str, result: Result) -> None:
+    if counts := result.get("without_label"):
+        images = " and ".join(f"{n:,} {split} images" for split, n in counts.items() if n)
+        _logger.info(f"{name}: {images} without a label were excluded")
+    for spec, reason in result.get("not_measured", {}).items():
+        _logger.warning(f"{name} to {spec} was not measured: {reason}")
+
+
+def _transfer_runs(
+    run: Run, transfer_sets: Sequence[str]
+) -> tuple[dict[str, Run], dict[str, NotMeasurableError | DivergedError]]:
+    """Returns the run with the images of each dataset, or why these cannot be used."""
+    runs: dict[str, Run] = {}
+    errors: dict[str, NotMeasurableError | DivergedError] = {}
+    for spec in transfer_sets:
+        config = config_dict.ConfigDict(run.config.to_dict())
+        config.evaluation.train, config.evaluation.test = _parse_transfer_set(spec)
+        datasets.prepare(config, ("evaluation.train", "evaluation.test"))
+        try:
+            sources = datasets.evaluation_sources(config)
+        except NotMeasurableError as error:
+            errors[spec] = error
+            continue
+        runs[spec] = dataclasses.replace(run, config=config, sources=sources, images=sources.test)
+    return runs, errors
+
+
+def _transfer(
+    runs: dict[str, Run], errors: dict[str, NotMeasurableError | DivergedError]
+) -> Result:
+    """Runs the linear probe and kNN on each dataset; those that cannot be measured are skipped."""
+    results = {}
+    for spec, run in runs.items():
+        _logger.info(f"transfer to {spec}")
+        there = dataclasses.replace(run)  # its features are freed when the next one takes its place
+        try:
+            results[spec] = {"linear": linear(there), "knn": knn(there)}
+        except (NotMeasurableError, DivergedError) as error:
+            errors[spec] = error
+            continue
+        _log_excluded(f"transfer to {spec}", results[spec]["linear"])
+    reasons = {spec: str(error) for spec, error in errors.items()}
+    if not results:
+        diverged = any(isinstance(error, DivergedError) for error in errors.values())
+        message = "; ".join(f"transfer to {spec}: {reason}" for spec, reason in reasons.items())
+        raise (DivergedError if diverged else NotMeasurableError)(message)
+    return {"by_dataset": results} | ({"not_measured": reasons} if reasons else {})
+
+
+def check_protocols(names: Sequence[str], transfer_sets: Sequence[str] = ()) -> None:
+    """Checks the names of protocols and of the datasets for `transfer`.
+
+    Raises:
+      UserError: There are none, a name is unknown, or `transfer` has no dataset.
+    """
+    for name in names:
+        if name not in PROTOCOLS:
+            nearest = difflib.get_close_matches(name, PROTOCOLS, n=1, cutoff=0.0)
+            raise UserError(
+                f"unknown protocol {name!r}; did you mean {nearest[0]!r}? The protocols are "
+                f"{', '.join(PROTOCOLS)}"
+            )
+    if not names:
+        raise UserError(f"no protocols are named; name some of {', '.join(PROTOCOLS)}")
+    if "transfer" in names and not transfer_sets:
+        raise UserError(
+            "the protocol transfer needs a dataset: --transfer=NAME:TRAIN:TEST, such as "
+            "cifar10:train:test, or --transfer=FOLDER:FOLDER"
+        )
+    for spec in transfer_sets:
+        _parse_transfer_set(spec)
+
+
+def _parse_transfer_set(spec: str) -> tuple[str, str]:
+    pair = datasets.parse_pair(spec)
+    if pair is None:
+        raise UserError(
+            f"--transfer={spec}: expected NAME:TRAIN:TEST with the splits of a TFDS dataset, such "
+            "as cifar10:train:test, or two sets with a colon between, each an existing folder or "
+            "NAME:SPLIT"
+        )
+    return pair
+
+
+def provenance(name: str, config: config_dict.ConfigDict, step: int) -> Result:
+    """Returns what a protocol's result depends on: data, hyperparameters, step and seed."""
+    everything = as_json(config)
+    dataset, evaluation = config.dataset, everything["evaluation"]
+    own = normalized(dataset.path) or f"{dataset.name}:{dataset.train_split}"
+    train = normalized(evaluation.pop("train")) or own
+    test = normalized(evaluation.pop("test")) or (
+        f"{dataset.name}:{dataset.test_split}" if dataset.test_split and not dataset.path else None
+    )
+    hyperparameters = {
+        part: functools.reduce(operator.getitem, part.split("."), everything)
+        for part in PROTOCOLS[name].settings
+    }
+    return {
+        "protocol": name,
+        "data": {"train": train, "test": test}
+        if PROTOCOLS[name].labels
+        else {"images": test or own},
+        "hyper_parameters": hyperparameters | {"evaluation": evaluation},
+        "step": step,
+        "seed": config.seed,
+    }
+
+
+def final_protocols(config: config_dict.ConfigDict) -> list[str]:
+    """Returns the protocols that are run at the end of training."""
+    return ["linear", "knn"] if config.knn.enabled else ["linear"]
+
+
+def read_final_results(
+    config: config_dict.ConfigDict,
+    workdir: epath.Path,
+    step: int,
+    fingerprints: Sequence[str] = (),
+) -> dict[str, Result] | None:
+    """Reads the results of the final protocols; None if one is missing or has other provenance.
+
+    Args:
+      config: Config of the run.
+      workdir: Workdir of the run.
+      step: Last step of the training.
+      fingerprints: Fingerprints of the images that the results must belong to; none for any. They
+        are not checked in results of older versions, which lack them.
+    """
+    images = {"images_fingerprint": list(fingerprints)} if fingerprints else {}
+    results = {}
+    for name in final_protocols(config):
+        result, expected = read_result(workdir, name), provenance(name, config, step) | images
+        if result is None or not expected.items() <= (images | result).items():
+            return None
+        results[name] = result
+    return results

@@ -1,0 +1,251 @@
+"""Results in a workdir: reading them, from files that anyone may have written, and tables."""
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from music_jax.distributed import progress
+from music_jax.distributed.mesh import is_main_process
+from music_jax.workdir.json_files import read_json
+from music_jax.workdir.new_file import new_file
+from music_jax.workdir.npz_files import read_npz
+
+_logger = logging.getLogger(__name__)
+
+Result = dict[str, Any]  # of a protocol, as JSON values
+Rows = list[tuple[str, str]]
+
+_ACCURACIES = ("top1", "top5", "random_init_top1", "raw_pixels_top1")
+_BASELINES = (("random_init", "random backbone"), ("raw_pixels", "raw pixels"))
+_PREDICTIONS = "linear_eval.npz"
+
+
+def result_path(workdir: epath.Path, protocol: str) -> epath.Path:
+    """Returns the path of a protocol's result."""
+    return workdir / ("linear_eval.json" if protocol == "linear" else f"{protocol}.json")
+
+
+def read_result(workdir: epath.Path, protocol: str) -> Result | None:
+    """Reads the result of a protocol; None if there is none, or it is damaged."""
+    try:
+        result = read_json(result_path(workdir, protocol))
+        _check_result(protocol, result)
+        return result
+    except (OSError, KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def read_all_results(workdir: epath.Path) -> dict[str, Result]:
+    """Reads the results of all protocols, whatever step they belong to."""
+    results = {protocol: read_result(workdir, protocol) for protocol in _SUMMARIES}
+    return {protocol: result for protocol, result in results.items() if result is not None}
+
+
+def _check_result(protocol: str, result: Any) -> None:
+    """Raises some error unless a file, which anyone may have written, holds a result."""
+    accuracies = [result[name] for name in _ACCURACIES if result.get(name) is not None]
+    if not all(isinstance(value, float) and 0 <= value <= 1 for value in accuracies):
+        raise ValueError("an accuracy is not in [0, 1]")
+    if not all(type(count) is int for count in result.get("without_label", {}).values()):
+        raise ValueError("a number of images is not an integer")
+    if not all(isinstance(reason, str) for reason in result.get("not_measured", {}).values()):
+        raise ValueError("a reason is not a text")
+    summary_rows({protocol: result})
+
+
+class Predictions(NamedTuple):
+    """Predictions of the linear probe, in linear_eval.npz beside linear_eval.json.
+
+    Attributes:
+      indices: Indices of the images in the test source, int64 [images].
+      labels: Labels, int32 [images].
+      predictions: Predicted labels, int32 [images].
+      step: Step of the checkpoint.
+    """
+
+    indices: np.ndarray
+    labels: np.ndarray
+    predictions: np.ndarray
+    step: int
+
+    @property
+    def top1(self) -> float:
+        """Top-1 accuracy."""
+        return float(np.mean(self.labels == self.predictions))
+
+
+def write_predictions(workdir: epath.Path, found: Predictions) -> None:
+    """Writes predictions; if they cannot be written, a warning is logged."""
+    if not is_main_process():
+        return
+    try:
+        with new_file(workdir / _PREDICTIONS) as file:
+            np.savez(
+                file,
+                indices=found.indices.astype(np.int64),
+                labels=found.labels.astype(np.int32),
+                predictions=found.predictions.astype(np.int32),
+                step=np.asarray(found.step, np.int64),
+            )
+    except OSError as error:
+        _logger.warning(f"the predictions of the linear probe are not saved: {error}")
+
+
+def read_predictions(workdir: epath.Path) -> Predictions | None:
+    """Reads predictions; None if there are none.
+
+    Raises:
+      ValueError: The file is damaged, or contains something else.
+    """
+    path = workdir / _PREDICTIONS
+    if not path.exists():
+        return None
+    try:
+        arrays = read_npz(path)
+        indices, labels, predictions, step = (arrays[name] for name in Predictions._fields)
+        images = indices.shape
+        shapes = (images, images, images, ())
+        for array, shape in zip((indices, labels, predictions, step), shapes, strict=True):
+            if array.shape != shape or not np.issubdtype(array.dtype, np.integer):
+                raise ValueError("an array has an unexpected shape or type")
+        if len(images) != 1 or not images[0] or min(labels.min(), indices.min()) < 0:
+            raise ValueError("there are no images, or images without a label")
+        if predictions.min() < 0 or max(labels.max(), predictions.max()) >= 2**31:
+            raise ValueError("a prediction is not a label")
+        return Predictions(indices, labels, predictions, int(step))
+    except (OSError, KeyError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def results_table(results: dict[str, Result]) -> str:
+    """Formats the results of the linear probe and kNN, with the baselines and chance level."""
+    linear, knn = results.get("linear", {}), results.get("knn", {})
+    trained = linear.get("top1"), linear.get("top5"), knn.get("top1")
+    rows = [("trained backbone", *map(_percent, trained))]
+    for key, label in _BASELINES:
+        values = [linear.get(f"{key}_top1"), knn.get(f"{key}_top1")]
+        if values != [None, None]:
+            rows.append((label, _percent(values[0]), "", _percent(values[1])))
+    classes = linear.get("num_classes")  # which earlier versions did not write
+    if isinstance(classes, int) and classes > 0:
+        chance = _percent(1 / classes)
+        rows.append(("chance", chance, _percent(min(1.0, 5 / classes)), chance))
+    return progress.table(("", "linear top-1", "linear top-5", "kNN top-1"), rows)
+
+
+def summary_table(results: dict[str, Result]) -> str:
+    """Formats the main metrics of some protocols, one per row."""
+    rows = summary_rows(results)
+    width = max(len(metric) for _, metric, _ in rows)
+    return progress.table(
+        ("protocol", "metric".ljust(width), "value"),
+        [(name, metric.ljust(width), value) for name, metric, value in rows],
+    )
+
+
+def summary_rows(results: dict[str, Result]) -> list[tuple[str, str, str]]:
+    """Returns the main metrics of some protocols: protocol, metric, and value with its unit."""
+    return [
+        (name, metric, value)
+        for name, result in results.items()
+        for metric, value in _SUMMARIES[name](result)
+    ]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _linear(result: Result) -> Rows:
+    return [
+        ("top-1", _percent(result["top1"])),
+        ("top-5", _percent(result["top5"])),
+        *(
+            (f"top-1, {label}", _percent(result[f"{key}_top1"]))
+            for key, label in _BASELINES
+            if result[f"{key}_top1"] is not None
+        ),
+    ]
+
+
+def _fewshot(result: Result) -> Rows:
+    def value(found: Result) -> str:
+        interval = found["interval"]
+        return f"{_percent(found['top1'])} ± {'-' if interval is None else f'{100 * interval:.1f}'}"
+
+    return [(f"top-1, {n} per class", value(r)) for n, r in result["top1_by_shots"].items()]
+
+
+def _clustering(result: Result) -> Rows:
+    clusterings = {
+        "joint_code": "joint code",
+        "chosen_segment": "segment chosen without labels",
+        "oracle_segment": "best segment by the labels (oracle)",
+    }
+    return [
+        row
+        for key, label in clusterings.items()
+        for row in (
+            (f"{label}: accuracy", _percent(result[key]["accuracy"])),
+            (f"{label}: NMI", _number(result[key]["nmi"])),
+            (f"{label}: adjusted Rand", _number(result[key]["adjusted_rand"])),
+        )
+    ]
+
+
+def _label_free(result: Result) -> Rows:
+    metrics = {"rankme": "RankMe", "lidar": "LiDAR", "alpha_req": "α-ReQ"}
+    metrics |= {"uniformity": "uniformity", "alignment": "alignment"}
+    return [
+        (f"{metric} of the {arrays} ({result[arrays]['size']})", _number(result[arrays][key]))
+        for arrays in ("features", "embeddings")
+        for key, metric in metrics.items()
+    ]
+
+
+def _segments(result: Result) -> Rows:
+    mean = {
+        name: _number(result[name]["mean"])
+        for name in ("usage_entropy", "confidence", "mutual_information")
+    }
+    return [
+        (f"usage entropy, at most log K = {result['log_units']:.3f}", mean["usage_entropy"]),
+        (f"dead units of {result['num_units']}", str(result["dead_units"])),
+        ("confidence", mean["confidence"]),
+        ("mutual information of two segments, in nats", mean["mutual_information"]),
+        *((f"gap to bound: {k}", _number(v)) for k, v in list(result["gap_to_bound"].items())[:4]),
+    ]
+
+
+def _transfer(result: Result) -> Rows:
+    return [
+        (f"{spec}: {label} top-1", _percent(found[protocol]["top1"]))
+        for spec, found in result["by_dataset"].items()
+        for protocol, label in (("linear", "linear"), ("knn", "kNN"))
+    ]
+
+
+_SUMMARIES: dict[str, Callable[[Result], Rows]] = {
+    "linear": _linear,
+    "knn": lambda result: [
+        (f"top-1, k = {k}", _percent(top1)) for k, top1 in result["top1_by_k"].items()
+    ],
+    "fewshot": _fewshot,
+    "retrieval": lambda result: [("mAP", _percent(result["map"]))],
+    "clustering": _clustering,
+    "label_free": _label_free,
+    "segments": _segments,
+    "semi": lambda result: [
+        (f"top-1, {share} of the labels", _percent(found["top1"]))
+        for share, found in result["by_share"].items()
+    ],
+    "finetune": lambda result: [("top-1", _percent(result["top1"]))],
+    "transfer": _transfer,
+}

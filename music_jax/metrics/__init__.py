@@ -1,0 +1,1 @@
+"""Metrics of frozen features, as pure functions of arrays."""

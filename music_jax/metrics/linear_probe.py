@@ -1,0 +1,405 @@
+"""Linear classifiers on frozen features, trained by SGD with several learning rates at once."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from music_jax.errors import DivergedError, NotMeasurableError
+
+FEATURE_SCALINGS = ("none", "standardize", "whiten")
+
+Features = Any  # an array of NumPy or of JAX
+
+_INIT_STD = 0.01
+_INIT_STREAM = 2**33  # separates the initial kernel's randomness from the batches'
+_WHITENING_FLOOR = 0.1  # of the mean variance, added to the variance of every direction
+_BLOCK = 4096  # samples processed at once
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeRecipe:
+    """Hyperparameters of the training of a linear classifier.
+
+    Attributes:
+      num_epochs: Number of passes over the training features.
+      batch_size: Number of samples per step.
+      base_learning_rates: Candidate learning rates, for a batch of 256.
+      momentum: Momentum of SGD.
+      weight_decay: Weight decay of the kernel and the bias.
+      drop_epochs: Epochs after which the rate is divided by 10; if empty, it decays to 0 by a
+        cosine.
+    """
+
+    num_epochs: int
+    batch_size: int
+    base_learning_rates: tuple[float, ...]
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    drop_epochs: tuple[int, ...] = ()
+
+    def for_samples(self, count: int) -> "ProbeRecipe":
+        """Returns the recipe with a batch no larger than the number of samples."""
+        return dataclasses.replace(self, batch_size=min(self.batch_size, count))
+
+
+class Heads(NamedTuple):
+    """One linear classifier per learning rate.
+
+    Attributes:
+      kernel: Weights, [rates, features, classes].
+      bias: Biases, [rates, classes].
+    """
+
+    kernel: jax.Array
+    bias: jax.Array
+
+
+class ProbeResult(NamedTuple):
+    """Result of a linear probe.
+
+    Attributes:
+      top1: Top-1 accuracy on all test samples, in [0, 1].
+      top5: Top-5 accuracy.
+      base_learning_rate: Selected learning rate, for a batch of 256.
+      num_train: Number of training samples.
+      predictions: Predicted labels of the test samples, int32 [test].
+    """
+
+    top1: float
+    top5: float
+    base_learning_rate: float
+    num_train: int
+    predictions: np.ndarray
+
+
+def linear_probe(
+    train_features: np.ndarray,
+    train_labels: np.ndarray,
+    test_features: np.ndarray,
+    test_labels: np.ndarray,
+    recipe: ProbeRecipe,
+    *,
+    num_classes: int,
+    feature_scaling: str = "none",
+    validation_fraction: float = 0.1,
+    seed: int = 0,
+    after_step: Callable[[], None] = lambda: None,
+) -> ProbeResult:
+    """Trains a linear classifier on features of one view of each image, and tests it.
+
+    Args:
+      train_features: Training features, [train, features].
+      train_labels: Training labels, integers [train].
+      test_features: Test features, [test, features].
+      test_labels: Test labels, integers [test].
+      recipe: Hyperparameters.
+      num_classes: Number of classes.
+      feature_scaling: Scaling of the features, one of `FEATURE_SCALINGS`.
+      validation_fraction: Fraction of the training samples that selects the learning rate.
+      seed: Seed of the initial kernel, the batches and the validation samples.
+      after_step: Function called after each step, such as the update of a progress bar.
+
+    Returns:
+      The accuracies on the whole test set, and the predictions.
+
+    Raises:
+      DivergedError: The training diverged with every learning rate.
+      ValueError: The shapes do not match.
+    """
+    if len(train_features) != len(train_labels) or len(test_features) != len(test_labels):
+        raise ValueError(
+            f"expected a label for each sample; got {len(train_features)} training features and "
+            f"{len(train_labels)} labels, {len(test_features)} test features and "
+            f"{len(test_labels)} labels"
+        )
+    scale = fit_scaling(feature_scaling, lambda: train_features)
+    train_features, test_features = scale(train_features), scale(test_features)
+
+    def train(recipe: ProbeRecipe, rows: np.ndarray) -> Heads:
+        return fit(
+            shuffled_batches(train_features[rows], train_labels[rows], recipe, seed),
+            recipe,
+            num_features=train_features.shape[1],
+            num_classes=num_classes,
+            steps_per_epoch=len(rows) // recipe.batch_size,
+            seed=seed,
+            after_step=after_step,
+        )
+
+    return train_and_test(
+        train,
+        lambda rows: (train_features[rows], train_labels[rows]),
+        (test_features, test_labels),
+        recipe,
+        num_train=len(train_labels),
+        validation_fraction=validation_fraction,
+        seed=seed,
+    )
+
+
+def num_steps(recipe: ProbeRecipe, num_train: int, validation_fraction: float) -> int:
+    """Returns the number of steps that `linear_probe` takes."""
+    counts = [num_train]
+    if len(recipe.base_learning_rates) > 1:
+        counts.append(len(split_for_validation(num_train, validation_fraction, 0)[0]))
+    return sum(recipe.num_epochs * (n // recipe.for_samples(n).batch_size) for n in counts)
+
+
+def train_and_test(
+    train: Callable[[ProbeRecipe, np.ndarray], Heads],
+    validation_samples: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    test_samples: tuple[np.ndarray, np.ndarray],
+    recipe: ProbeRecipe,
+    *,
+    num_train: int,
+    validation_fraction: float,
+    seed: int,
+) -> ProbeResult:
+    """Selects the learning rate on held-out training samples, then trains on all and tests.
+
+    With a single learning rate, nothing is held out. Test samples never influence the selection.
+
+    Args:
+      train: Function that trains on some rows, with a batch size of at most their number.
+      validation_samples: Function that returns scaled features and labels of some rows.
+      test_samples: Scaled features [test, features] and labels [test].
+      recipe: Hyperparameters.
+      num_train: Number of training samples.
+      validation_fraction: Fraction of the training samples that is held out.
+      seed: Seed of the held-out samples.
+
+    Raises:
+      DivergedError: The training diverged with every learning rate.
+      NotMeasurableError: There are no held-out samples.
+    """
+    rates = recipe.base_learning_rates
+    if len(rates) > 1:
+        rest, held_out = split_for_validation(num_train, validation_fraction, seed)
+        heads = train(recipe.for_samples(len(rest)), rest)
+        rates = (rates[best_rate(heads, *validation_samples(held_out))],)
+    recipe = dataclasses.replace(recipe, base_learning_rates=rates).for_samples(num_train)
+    heads = train(recipe, np.arange(num_train))
+    features, labels = test_samples
+    top1, top5 = accuracies(heads, features, labels)[0]
+    if np.isnan(top1):
+        raise DivergedError("the linear probe diverged; lower its learning rates")
+    predictions = np.concatenate([scores[0].argmax(axis=1) for scores in _scores(heads, features)])
+    return ProbeResult(float(top1), float(top5), rates[0], num_train, predictions.astype(np.int32))
+
+
+def split_for_validation(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Splits rows at random into those to train on and those held out, each ascending."""
+    order = np.random.Generator(np.random.Philox(key=[seed, 2**32])).permutation(count)
+    held_out = min(max(1, round(fraction * count)), count - 1)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def fit(
+    batches: Iterable[tuple[jax.Array, jax.Array]],
+    recipe: ProbeRecipe,
+    *,
+    num_features: int,
+    num_classes: int,
+    steps_per_epoch: int,
+    seed: int,
+    after_step: Callable[[], None] = lambda: None,
+) -> Heads:
+    """Trains one classifier per learning rate, all on the same batches.
+
+    Args:
+      batches: Features [batch, features] and integer labels [batch] of each step.
+      recipe: Hyperparameters.
+      num_features: Number of features.
+      num_classes: Number of classes.
+      steps_per_epoch: Number of steps per epoch, for the schedule.
+      seed: Seed of the initial kernel, drawn from N(0, 0.01²).
+      after_step: Function called after each step, such as the update of a progress bar.
+    """
+    num_rates = len(recipe.base_learning_rates)
+    # Initialized on the host: on a small dataset, compiling this would take longer than training.
+    draw = np.random.Generator(np.random.Philox(key=[seed, _INIT_STREAM]))
+    kernel = _INIT_STD * draw.standard_normal((num_features, num_classes), np.float32)
+    heads = Heads(
+        kernel=jnp.asarray(np.tile(kernel, (num_rates, 1, 1))),
+        bias=jnp.asarray(np.zeros((num_rates, num_classes), np.float32)),
+    )
+    velocity = jax.tree.map(lambda w: jnp.asarray(np.zeros(w.shape, np.float32)), heads)
+    rates = np.asarray(recipe.base_learning_rates, np.float32) * recipe.batch_size / 256
+    num_steps = recipe.num_epochs * steps_per_epoch
+    if recipe.drop_epochs:
+        drops = {epoch * steps_per_epoch: 0.1 for epoch in recipe.drop_epochs}
+        schedule = optax.piecewise_constant_schedule(1.0, drops)
+    else:
+        schedule = optax.cosine_decay_schedule(1.0, num_steps)
+    scales = np.asarray(jax.jit(jax.vmap(schedule))(np.arange(num_steps, dtype=np.float32)))
+    for (features, labels), scale in zip(batches, scales, strict=False):
+        heads, velocity = _sgd_step(
+            heads, velocity, features, labels, rates, scale, recipe.momentum, recipe.weight_decay
+        )
+        after_step()
+    return heads
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def _sgd_step(
+    heads: Heads,
+    velocity: Heads,
+    features: jax.Array,
+    labels: jax.Array,
+    rates: jax.Array,
+    scale: np.float32,
+    momentum: float,
+    weight_decay: float,
+) -> tuple[Heads, Heads]:
+    def total_loss(heads: Heads) -> jax.Array:
+        scores = logits(heads, features)  # [rates, batch, classes]
+        repeated = jnp.broadcast_to(labels[None], scores.shape[:2])
+        losses = optax.losses.softmax_cross_entropy_with_integer_labels(scores, repeated)
+        return jnp.sum(jnp.mean(losses, axis=1))  # the loss of each rate has its own parameters
+
+    grads = jax.grad(total_loss)(heads)
+    velocity = jax.tree.map(
+        lambda m, g, w: momentum * m + g + weight_decay * w, velocity, grads, heads
+    )
+
+    def move(w: jax.Array, m: jax.Array) -> jax.Array:
+        return w - scale * rates.reshape(-1, *(1,) * (w.ndim - 1)) * m
+
+    return jax.tree.map(move, heads, velocity), velocity
+
+
+def shuffled_batches(
+    features: np.ndarray, labels: np.ndarray, recipe: ProbeRecipe, seed: int
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """Yields batches, shuffled in each epoch; the incomplete batch of an epoch is dropped."""
+    on_device, on_device_labels = jnp.asarray(features), jnp.asarray(labels)
+    for epoch in range(recipe.num_epochs):
+        order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(labels))
+        for start in range(0, len(labels) - recipe.batch_size + 1, recipe.batch_size):
+            yield _take(on_device, on_device_labels, order[start : start + recipe.batch_size])
+
+
+@jax.jit
+def _take(features: jax.Array, labels: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return features[rows], labels[rows]
+
+
+def best_rate(heads: Heads, features: np.ndarray, labels: np.ndarray) -> int:
+    """Returns the index of the most accurate classifier; one that diverged is the worst.
+
+    Raises:
+      DivergedError: All of them diverged.
+      NotMeasurableError: There are no samples.
+    """
+    if not len(labels):
+        raise NotMeasurableError("no images are left to choose the learning rate by")
+    top1 = accuracies(heads, features, labels)[:, 0]
+    if np.all(np.isnan(top1)):
+        raise DivergedError("the linear probe diverged; lower its learning rates")
+    return int(np.nanargmax(top1))
+
+
+def accuracies(
+    heads: Heads, features: np.ndarray, labels: np.ndarray, *, top: tuple[int, ...] = (1, 5)
+) -> np.ndarray:
+    """Returns the top-k accuracies of each classifier on all samples, in [0, 1].
+
+    Returns:
+      float64 [rates, len(top)]; NaN for a classifier with a score that is not finite.
+    """
+    correct = np.zeros((heads.bias.shape[0], len(top)))
+    for i, scores in enumerate(_scores(heads, features)):
+        rank = ranks(scores, labels[i * _BLOCK : (i + 1) * _BLOCK])
+        correct += np.stack([np.sum(rank < k, axis=1) for k in top], axis=1)
+        correct[~np.all(np.isfinite(scores), axis=(1, 2))] = np.nan
+    return correct / len(labels)
+
+
+def ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Returns the number of other classes that score at least as high as the label.
+
+    Ties and NaN count against the label, so that constant scores are never right.
+
+    Args:
+      scores: Scores, [..., samples, classes].
+      labels: Labels, integers [samples].
+
+    Returns:
+      Integers [..., samples]; 0 if the label scores highest.
+    """
+    label_scores = np.take_along_axis(
+        scores, np.broadcast_to(labels[:, None], (*scores.shape[:-1], 1)), -1
+    )
+    return np.sum(~(scores < label_scores), axis=-1) - 1
+
+
+def logits(heads: Heads, features: jax.Array) -> jax.Array:
+    """Returns the scores [rates, batch, classes] of features [batch, features]."""
+    return jnp.einsum("bf,rfc->rbc", features, heads.kernel) + heads.bias[:, None, :]
+
+
+_jitted_logits = jax.jit(logits)
+
+
+def _scores(heads: Heads, features: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(features), _BLOCK):
+        yield np.asarray(_jitted_logits(heads, features[start : start + _BLOCK]))
+
+
+def fit_scaling(name: str, features: Callable[[], np.ndarray]) -> Callable[[Features], Features]:
+    """Fits an affine map of features, without labels.
+
+    `standardize` gives each feature mean 0 and standard deviation 1; like scikit-learn's
+    `StandardScaler`, it does not scale constant features. `whiten` multiplies by the inverse square
+    root of the covariance (ZCA: Kessy, Lewin & Strimmer, arXiv 1512.00809), after adding a tenth of
+    the mean variance to its diagonal (our addition), so that directions of almost no variance are
+    not amplified. The classifier's problem is then well conditioned, and SGD solves it in few
+    epochs. Neither depends on the scale of the features.
+
+    Args:
+      name: One of `FEATURE_SCALINGS`; `none` is the identity.
+      features: Function that returns training features, float32 [samples, features]. It is not
+        called for `none`.
+
+    Returns:
+      A function from features [samples, features], of NumPy or JAX, to scaled features.
+
+    Raises:
+      ValueError: The name is unknown.
+    """
+    if name not in FEATURE_SCALINGS:
+        raise ValueError(f"expected a scaling among {FEATURE_SCALINGS}; got {name!r}")
+    if name == "none":
+        return lambda unscaled: unscaled
+    train = features()
+    mean = train.mean(axis=0, dtype=np.float64)
+    centered = (train[i : i + 2 * _BLOCK] - mean for i in range(0, len(train), 2 * _BLOCK))
+    if name == "standardize":
+        variances = sum(np.sum(block**2, axis=0) for block in centered) / len(train)
+        # The variance that rounding leaves to a constant feature, as in scikit-learn.
+        eps = np.finfo(np.float64).eps
+        constant = variances <= (len(train) * eps * mean) ** 2
+        factor = 1 / np.where(constant, 1, np.sqrt(variances))
+    else:
+        covariance = sum(block.T @ block for block in centered) / len(train)
+        variances, directions = np.linalg.eigh(covariance)
+        floor = _WHITENING_FLOOR * np.trace(covariance) / len(mean)
+        roots = np.sqrt(np.maximum(variances, 0) + floor)
+        factor = (directions / np.where(roots > 0, roots, 1)) @ directions.T
+    mean, factor = mean.astype(np.float32), factor.astype(np.float32)
+
+    def scale(unscaled: Features) -> Features:
+        centered = unscaled - mean[None]
+        if factor.ndim == 1:
+            return centered * factor[None]
+        if isinstance(centered, np.ndarray):
+            return centered @ factor
+        return jnp.matmul(centered, factor, precision="highest")  # not in bfloat16, as on TPUs
+
+    return scale
