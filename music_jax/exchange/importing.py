@@ -20,7 +20,7 @@ from music_jax.exchange import torch_names
 from music_jax.exchange.model_card import IMPORTED_FILE
 from music_jax.exchange.tensors import Tensors, read_safetensors
 from music_jax.models import BACKBONES
-from music_jax.models.batch_norm import EPSILON as BATCH_NORM_EPSILON
+from music_jax.models.layers import BATCH_NORM_EPSILON
 from music_jax.models.network import make_frozen_backbone
 from music_jax.models.resnet import STEMS
 from music_jax.models.vision_transformer import EPSILON as LAYER_NORM_EPSILON
