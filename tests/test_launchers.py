@@ -149,7 +149,7 @@ def test_tpu_vm_hands_the_arguments_over_unchanged(tmp_path):
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("tpu_vm.sh", (), "say what to do"),
+        ("tpu_vm.sh", (), "expected a command"),
         ("tpu_vm.sh", ("trian",), "unknown command 'trian'"),
         ("tpu_vm.sh", ("status", "--name=a"), "--name=NAME and --zone=ZONE are needed"),
         ("tpu_vm.sh", ("create", *TPU_VM), "--type=TYPE is needed"),
