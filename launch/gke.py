@@ -102,7 +102,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
             f"without commas; got {options.images!r}"
         )
     if not any(a.startswith("--workdir=") and "://" in a for a in of_main):
-        parser.error("behind -- must come --workdir=gs://BUCKET/DIR, which all nodes can reach")
+        parser.error("pass --workdir=gs://BUCKET/DIR behind --, which all nodes can reach")
     return options
 
 

@@ -93,7 +93,7 @@ case $command in
       case $argument in --workdir=*) workdir=${argument#*=} ;; esac
     done
     [[ $workdir == gs://* ]] ||
-      die "behind -- must come --workdir=gs://BUCKET/DIR, which all workers and later slices can reach"
+      die "pass --workdir=gs://BUCKET/DIR behind --, which all workers and later slices can reach"
     ;;
 esac
 if [[ -z $runtime ]]; then

@@ -1,10 +1,9 @@
 """Probabilities of each segment's units, and their ratios to the uniform distribution.
 
-Near to the uniform distribution, as at the start of training, the MUSIC objective and its gradient
-depend on how far K p is from 1. A rounded p keeps few digits of this difference, and so the
-objective uses the centered ratio K p - 1 there. Elsewhere it uses K p, since a small p keeps its
-digits only so. One choice holds for the global batch: all ratios are K p - c, with the center c
-equal to 1 or 0.
+Near the uniform distribution, as at initialization, the MUSIC objective and its gradient depend on
+how far K p is from 1. Rounding p leaves few digits of this difference, so the objective uses the
+centered ratio K p - 1 there. Elsewhere it uses K p, which keeps the digits of a small p. The same
+choice is made for the whole global batch: all ratios are K p - c, where the center c is 1 or 0.
 """
 
 import jax
