@@ -1,7 +1,7 @@
-"""CIFAR-10 by the paper's recipe: ResNet-18 with a 3 x 3 stem, 800 epochs.
+"""CIFAR-10 with the recipe of the paper: ResNet-18 with a 3 x 3 stem, 800 epochs.
 
 Paper: MUSIC, Niu & Wang, arXiv 2206.06461.
-Expected: not yet measured. Beside it, linear top-1 at 1,000 epochs with ResNet-18 (solo-learn):
+Expected: not yet measured. For comparison, linear top-1 of ResNet-18 at 1,000 epochs (solo-learn):
   Barlow Twins 92.1, VICReg 92.1, BYOL 92.6.
 Hardware and time: not yet measured.
 Command: python -m music_jax.main --config=configs/cifar10.py --workdir=runs/cifar10
@@ -13,7 +13,7 @@ from music_jax.config import default_config, set_views
 
 
 def get_config() -> config_dict.ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = default_config()
     config.batch_size = 512
     config.num_epochs = 800

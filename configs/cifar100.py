@@ -1,4 +1,4 @@
-"""CIFAR-100 by the paper's CIFAR-10 recipe.
+"""CIFAR-100 with the recipe of the paper for CIFAR-10.
 
 Paper: MUSIC, Niu & Wang, arXiv 2206.06461.
 Expected: not yet measured.
@@ -13,7 +13,7 @@ from ml_collections import config_dict
 
 
 def get_config() -> config_dict.ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = runpy.run_path(str(pathlib.Path(__file__).with_name("cifar10.py")))["get_config"]()
     config.dataset.name = "cifar100"
     config.dataset.mean = (0.5071, 0.4865, 0.4409)

@@ -1,8 +1,8 @@
-"""A folder of images of your own, labeled by sub-folder or not: the ImageNet recipe, smaller.
+"""Your own folder of images, labeled by sub-folder or unlabeled: a smaller ImageNet recipe.
 
 Paper: MUSIC, Niu & Wang, arXiv 2206.06461 (which has no experiment on such images).
 Expected: not yet measured; it depends on the images.
-Hardware and time: not yet measured; meant for one accelerator.
+Hardware and time: not yet measured; intended for one accelerator.
 Command: python -m music_jax.main --config=configs/folder.py --config.dataset.path=DIR
   --workdir=runs/mine [--config.evaluation.train=DIR --config.evaluation.test=DIR]
 """
@@ -14,7 +14,7 @@ from ml_collections import config_dict
 
 
 def get_config() -> config_dict.ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = runpy.run_path(str(pathlib.Path(__file__).with_name("imagenet.py")))["get_config"]()
     config.batch_size = 256
 

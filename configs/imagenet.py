@@ -1,9 +1,9 @@
-"""ImageNet by the paper's full recipe: ResNet-50, 102 segments of 80 units, LARS, 100 epochs.
+"""ImageNet with the recipe of the paper: ResNet-50, 102 segments of 80 units, LARS, 100 epochs.
 
 Paper: MUSIC, Niu & Wang, arXiv 2206.06461.
-Expected: not yet measured. Beside it, at 100 epochs with ResNet-50: Barlow Twins 67.2 (solo-learn),
-  CorInfoMax 69.1, SimSiam 68.1 linear top-1; at 1,000 epochs Barlow Twins 73.5, VICReg 73.2.
-Hardware and time: not yet measured; meant for 32 TPU v5e chips or more.
+Expected: not yet measured. For comparison, linear top-1 of ResNet-50 at 100 epochs: Barlow Twins
+  67.2 (solo-learn), CorInfoMax 69.1, SimSiam 68.1; at 1,000 epochs Barlow Twins 73.5, VICReg 73.2.
+Hardware and time: not yet measured; intended for 32 TPU v5e chips or more.
 Command: python -m music_jax.main --config=configs/imagenet.py --workdir=gs://BUCKET/imagenet
 """
 
@@ -13,7 +13,7 @@ from music_jax.config import default_config, set_views
 
 
 def get_config() -> config_dict.ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = default_config()
     config.batch_size = 2048
     config.num_epochs = 100
@@ -53,5 +53,5 @@ def get_config() -> config_dict.ConfigDict:
 
     config.linear_eval.base_learning_rates = (0.02,)  # 0.3 for Barlow Twins
     config.linear_eval.weight_decay = 1e-6
-    config.knn.enabled = False  # the features of 1.28 million images are 10 GB
+    config.knn.enabled = False  # the features of 1.28 million images take 10 GB
     return config

@@ -1,4 +1,4 @@
-"""Imagenette, ten classes of ImageNet: the ImageNet recipe made small enough for one accelerator.
+"""Imagenette, ten classes of ImageNet: the ImageNet recipe reduced for one accelerator.
 
 Paper: MUSIC, Niu & Wang, arXiv 2206.06461 (which has no experiment on this dataset).
 Expected: not yet measured.
@@ -13,7 +13,7 @@ from ml_collections import config_dict
 
 
 def get_config() -> config_dict.ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = runpy.run_path(str(pathlib.Path(__file__).with_name("imagenet.py")))["get_config"]()
     config.batch_size = 256
     config.num_epochs = 400

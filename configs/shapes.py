@@ -1,13 +1,13 @@
-"""Drawings whose factors are known: what each segment is about can be measured.
+"""Drawings with known factors, with which the content of each segment can be measured.
 
 Paper: MUSIC, Niu & Wang, arXiv 2206.06461 (which has no experiment on this dataset).
-Expected: of the shape, linear top-1 0.790, 0.796, 0.800, kNN top-1 0.855, 0.855, 0.871 (seeds 0, 1,
-2); raw pixels 0.141 and 0.360, a random backbone 0.244 and 0.323.
-Hardware and time: one H100 and 2 CPU cores, 157 s with six other runs beside it on that GPU.
+Expected: for the shape, linear top-1 0.790, 0.796, 0.800, kNN top-1 0.855, 0.855, 0.871 (seeds 0,
+1, 2); raw pixels 0.141 and 0.360, a random backbone 0.244 and 0.323.
+Hardware and time: one H100 and 2 CPU cores, 157 s with six other runs on the same GPU.
 Command: python -m music_jax.main --config=configs/shapes.py --workdir=runs/shapes
 
-The label is the shape; --config.dataset.label_key=hue (or any other factor) takes another one.
-Larger ones: --config.dataset.name=shapes/64 --config.crop.size=64 --config.crop.eval_resize=64
+The label is the shape; --config.dataset.label_key=hue selects another factor. For larger images:
+--config.dataset.name=shapes/64 --config.crop.size=64 --config.crop.eval_resize=64
 """
 
 from ml_collections import config_dict
@@ -16,12 +16,12 @@ from music_jax.config import default_config, set_views
 
 
 def get_config() -> config_dict.ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = default_config()
     config.batch_size = 128
     config.num_epochs = 40
     config.log_every_steps = 31
-    config.tensorboard = False  # to load TensorFlow takes 9 s and half a GB
+    config.tensorboard = False  # metrics.jsonl suffices for a run of a few minutes
 
     config.objective.num_segments = 32
     config.objective.units_per_segment = 16
@@ -38,7 +38,7 @@ def get_config() -> config_dict.ConfigDict:
         brightness=0.6,
         contrast=0.6,
         saturation=0.4,
-        hue=0.5,  # all hues: with a weak jitter, of 0.1, the colors are learned, not the shape
+        hue=0.5,  # all hues: with a weak jitter of 0.1, colors are learned instead of shapes
         grayscale_probability=0.5,
     )
 

@@ -1,9 +1,9 @@
-# Makes the project's Python environment, .venv, from the pinned requirements.
+# Creates the Python environment of the project, .venv, from the pinned requirements.
 # Sourced by the launchers, tests/run.sh and .ci/run. Sets root and venv.
-# ACCELERATOR=tpu, cuda13 or cuda12 adds JAX's package for it, of the version that the pins give JAX.
+# ACCELERATOR=tpu, cuda13 or cuda12 installs the JAX package for it, at the pinned version of JAX.
 # shellcheck shell=bash
 
-# What the user's shell holds for other projects must not reach into this one.
+# Variables that the user's shell sets for other projects must not affect this one.
 unset CDPATH PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX PIP_ROOT PIP_CONSTRAINT
 export PIP_USER=0
 
@@ -11,7 +11,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv
 accelerator=${ACCELERATOR:-cpu}
 
-# Prints the first Python that really runs (a pyenv shim may not), is new enough and can make environments.
+# Prints the first Python that runs (a pyenv shim may not), is new enough and can create environments.
 find_python() {
   local candidate candidates=(python3.13 python3.12 python3.11 python3 python)
   if [[ -n ${PYTHON:-} ]]; then candidates=("$PYTHON"); fi
@@ -27,7 +27,7 @@ find_python() {
   return 2
 }
 
-# .venv keeps a copy of each requirements file that it was completely installed from.
+# .venv has a copy of each requirements file that was installed completely.
 stamp() { echo "$venv/installed-${1//\//-}"; }
 
 is_installed() {
@@ -38,7 +38,7 @@ is_installed() {
 
 has_accelerator() { [[ $accelerator == cpu || -e $venv/installed-jax-$accelerator ]]; }
 
-# install WHAT PIP_ARGUMENT...: shows what pip said only if it fails.
+# install WHAT PIP_ARGUMENT...: shows the output of pip only if it fails.
 install() {
   if ! "$venv/bin/python" -I -m pip install --quiet --no-input "${@:2}" >"$venv/pip.log" 2>&1; then
     cat "$venv/pip.log" >&2
@@ -47,8 +47,8 @@ install() {
   fi
 }
 
-# ensure_environment FILE...: brings .venv to what the requirements files pin.
-# The first is the base: when it has changed, or an installation was cut short, .venv is made anew.
+# ensure_environment FILE...: updates .venv to the requirements files.
+# If the first file has changed, or an installation was interrupted, .venv is created again.
 ensure_environment() {
   case $accelerator in
     cpu | tpu | cuda12 | cuda13) ;;
@@ -65,7 +65,7 @@ ensure_environment() {
       exit 2
     fi
     mkdir -p "$venv"
-    # One installation at a time. Python locks, as macOS has no flock command; closing 9 unlocks.
+    # One installation at a time. Uses Python, as macOS has no flock command; closing 9 unlocks.
     exec 9>"$venv/music_jax.lock"
     "$python" -I -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
     if is_installed "$@" && has_accelerator; then exit; fi
@@ -80,14 +80,14 @@ ensure_environment() {
       copy=$venv/installing.txt
       cp "$root/$file" "$copy"
       install "$file" --require-hashes -r "$copy"
-      # music_jax itself, by a relative path, so that the repository can be moved.
+      # music_jax itself, by a relative path so that the repository can be moved.
       for site_packages in "$venv"/lib/python3*/site-packages; do
         echo ../../../.. >"$site_packages/music_jax.pth"
       done
       mv "$copy" "$(stamp "$file")"
     done
     if ! has_accelerator; then
-      # pip keeps the JAX that is installed and adds what that version needs for the accelerator.
+      # pip keeps the installed JAX and adds the packages of that version for the accelerator.
       install "jax[$accelerator]" "jax[$accelerator]"
       touch "$venv/installed-jax-$accelerator"
     fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Trains on GKE, as a JobSet of TPU or GPU nodes; needs kubectl and Python's own library only.
+"""Trains on GKE, as a JobSet of TPU or GPU nodes; needs only kubectl and the standard library.
 
 launch/gke.py --name=NAME --image=IMAGE --accelerator=tpu-v5-lite-podslice --topology=4x8 \\
     --images=gs://BUCKET/datasets -- --config=configs/imagenet.py \\
@@ -7,12 +7,12 @@ launch/gke.py --name=NAME --image=IMAGE --accelerator=tpu-v5-lite-podslice --top
 launch/gke.py --name=NAME --image=IMAGE --accelerator=nvidia-h100-80gb --nodes=4 \\
     --images=gs://BUCKET/FOLDER -- ARGUMENTS
 
-Everything behind -- goes to music_jax.main. All nodes start again, from the last checkpoint, when
+Arguments behind -- are passed to music_jax.main. All nodes restart from the last checkpoint when
 one is lost or the run was stopped with everything saved; exit codes 2 and 3 end the JobSet.
 
-To stop: kubectl delete jobset NAME --cascade=foreground, which waits until the run has saved and
-ended. The same command goes on. A JobSet that has failed or is done stays in the cluster, and the
-command then starts nothing: delete it first.
+To stop a run: kubectl delete jobset NAME --cascade=foreground, which waits until the run has saved
+and ended. Rerun the command to resume it. While a failed or finished JobSet is in the cluster, the
+command starts nothing: delete it first.
 """
 
 import argparse
@@ -25,10 +25,10 @@ from typing import NamedTuple
 
 
 class Tpu(NamedTuple):
-    """What slices an accelerator comes in."""
+    """Slices of an accelerator."""
 
-    axes: int  # of a topology
-    has_single_chips: bool  # as nodes of one chip
+    axes: int  # axes of its topologies
+    has_single_chips: bool  # whether there are nodes of one chip
 
 
 TPUS = {
@@ -38,16 +38,16 @@ TPUS = {
     "tpu-v6e-slice": Tpu(2, True),
     "tpu7x": Tpu(3, True),
 }
-CHIPS_PER_NODE = 4  # but of a slice of a single chip
-IMAGES = "/images"  # where --images are mounted
-GRACE_SECONDS = 300  # for saving; a spot node gives less
+CHIPS_PER_NODE = 4  # except in a slice of a single chip
+IMAGES = "/images"  # mount point of --images
+GRACE_SECONDS = 300  # for saving; a spot node has less
 COORDINATOR_PORT = 8476
 EXCLUSIVE = "alpha.jobset.sigs.k8s.io/exclusive-topology"
 BUCKET = r"gs://[a-z0-9][a-z0-9._-]*[a-z0-9](/[^,\s]*)?"
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """Reads the command line; exits with 2 and says what is wrong with it, if anything is."""
+    """Parses the command line; exits with 2 and a message if it is wrong."""
     end = argv.index("--") if "--" in argv else len(argv)
     own, of_main = argv[:end], argv[end + 1 :]
     parser = argparse.ArgumentParser(
@@ -55,24 +55,30 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--name", required=True, help="of the JobSet")
-    parser.add_argument("--image", required=True, help="built from launch/Dockerfile")
+    parser.add_argument("--name", required=True, help="name of the JobSet")
+    parser.add_argument("--image", required=True, help="image built from launch/Dockerfile")
     parser.add_argument(
         "--accelerator",
         required=True,
-        help=f"{', '.join(TPUS)} or nvidia-..., GKE's names",
+        help=f"{', '.join(TPUS)} or nvidia-..., as GKE names it",
     )
-    parser.add_argument("--topology", help="of the TPU slice, such as 4x8")
-    parser.add_argument("--nodes", type=int, help="of GPUs [1]; of TPUs --topology tells")
-    parser.add_argument("--gpus-per-node", type=int, help="[8]")
+    parser.add_argument("--topology", help="topology of the TPU slice, such as 4x8")
     parser.add_argument(
-        "--images", help=f"gs://BUCKET or gs://BUCKET/FOLDER, to be read at {IMAGES} on all nodes"
+        "--nodes", type=int, help="number of GPU nodes [1]; for TPUs it follows from --topology"
     )
-    parser.add_argument("--service-account", help="Kubernetes' one, with access to the buckets")
-    parser.add_argument("--max-restarts", type=int, default=100, help="of all nodes together [100]")
-    parser.add_argument("--spot", action="store_true", help="cheap and preemptible nodes")
+    parser.add_argument("--gpus-per-node", type=int, help="number of GPUs per node [8]")
     parser.add_argument(
-        "--dry-run", action="store_true", help="prints the manifest, applies nothing"
+        "--images", help=f"gs://BUCKET or gs://BUCKET/FOLDER to mount read-only at {IMAGES}"
+    )
+    parser.add_argument(
+        "--service-account", help="Kubernetes service account with access to the buckets"
+    )
+    parser.add_argument(
+        "--max-restarts", type=int, default=100, help="number of restarts of all nodes [100]"
+    )
+    parser.add_argument("--spot", action="store_true", help="use cheaper, preemptible nodes")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the manifest without applying it"
     )
     options = parser.parse_args(own)
     options.main_arguments = of_main
@@ -96,12 +102,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
             f"without commas; got {options.images!r}"
         )
     if not any(a.startswith("--workdir=") and "://" in a for a in of_main):
-        parser.error("behind -- must come --workdir=gs://BUCKET/DIR, which all nodes can reach")
+        parser.error("pass --workdir=gs://BUCKET/DIR behind --, which all nodes can reach")
     return options
 
 
 def problem_of_slice(options: argparse.Namespace) -> str | None:
-    """Says what makes the TPU slice that was asked for impossible, if anything does."""
+    """Returns why the requested TPU slice is impossible, if it is."""
     tpu, topology = TPUS[options.accelerator], options.topology or ""
     if not re.fullmatch("x".join(tpu.axes * [r"[1-9]\d{0,3}"]), topology):
         got = f"; got {topology!r}" if topology else ""
@@ -127,14 +133,14 @@ def problem_of_slice(options: argparse.Namespace) -> str | None:
 
 
 def slice_of(topology: str) -> tuple[int, int, int]:
-    """The chips of a topology, those of each node, and its nodes."""
+    """Returns the number of chips of a topology, of chips per node, and of nodes."""
     chips = math.prod(map(int, topology.split("x")))
     per_node = min(chips, CHIPS_PER_NODE)
     return chips, per_node, chips // per_node
 
 
 def mount_images(where: str, template: dict, container: dict) -> None:
-    """Mounts a bucket or a folder of one, to be read, by GKE's driver of Cloud Storage FUSE."""
+    """Mounts a bucket or one of its folders read-only by GKE's Cloud Storage FUSE driver."""
     bucket, _, folder = where.removeprefix("gs://").partition("/")
     options = "implicit-dirs"
     if folder.strip("/"):
@@ -156,8 +162,8 @@ def mount_images(where: str, template: dict, container: dict) -> None:
 
 
 def manifest(options: argparse.Namespace) -> dict:
-    """The JobSet: one job, of one pod a node."""
-    # Kubernetes replaces $(NAME) by a variable's value, and $$ by $, wherever they stand.
+    """Returns the JobSet: one job with one pod per node."""
+    # Kubernetes replaces $(NAME) by the value of a variable, and $$ by $, anywhere.
     arguments = [argument.replace("$", "$$") for argument in options.main_arguments]
     annotations = {}
     container = {"name": "train", "image": options.image}
@@ -171,7 +177,7 @@ def manifest(options: argparse.Namespace) -> dict:
     if options.accelerator in TPUS:
         _, count, nodes = slice_of(options.topology)
         resource = "google.com/tpu"
-        if nodes > 1:  # A slice is a node pool; its pods must not be spread over two of them.
+        if nodes > 1:  # a slice is a node pool, over which its pods must not be spread
             annotations[EXCLUSIVE] = "cloud.google.com/gke-nodepool"
         pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] = options.accelerator
         pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] = options.topology
@@ -182,7 +188,7 @@ def manifest(options: argparse.Namespace) -> dict:
         pod["nodeSelector"]["cloud.google.com/gke-accelerator"] = options.accelerator
         pod["volumes"] = [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}]
         container["volumeMounts"] = [{"name": "shared-memory", "mountPath": "/dev/shm"}]
-        if nodes > 1:  # JAX could ask Kubernetes, but that takes rights that pods seldom have.
+        if nodes > 1:  # pods seldom have the permission by which JAX could ask Kubernetes
             arguments += [
                 f"--coordinator_address={options.name}-train-0-0.{options.name}:{COORDINATOR_PORT}",
                 f"--num_processes={nodes}",

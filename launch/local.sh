@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Pre-trains on this machine, making the environment first if there is none:
+# Pre-trains on this machine, after creating the environment if it does not exist:
 #
 #   launch/local.sh --config=configs/mnist5k.py --workdir=DIR
 #
-# All arguments go to music_jax.main. PYTHON=... chooses the interpreter of a new environment;
-# ACCELERATOR=tpu, cuda13 or cuda12 adds what JAX needs for it.
+# All arguments are passed to music_jax.main. PYTHON=... sets the interpreter of a new environment;
+# ACCELERATOR=tpu, cuda13 or cuda12 installs the JAX package for it.
 set -euo pipefail
 
 # shellcheck source=launch/environment.sh

@@ -1,37 +1,37 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU VMs, one or a whole slice, that come as a queued resource; see --help.
+# Trains on a Cloud TPU VM or slice, requested as a queued resource; see --help.
 set -euo pipefail
 
 usage() {
   cat <<'EOF'
-Trains on a Cloud TPU slice, spot or not, and again after each preemption until it is done.
+Trains on a Cloud TPU slice, and resumes after each preemption until the run is done.
 
   launch/tpu_vm.sh train  --name=NAME --zone=ZONE --type=TYPE [--spot] [--images=gs://...] \
                           -- ARGUMENTS OF music_jax.main
   launch/tpu_vm.sh create --name=NAME --zone=ZONE --type=TYPE [--spot]
   launch/tpu_vm.sh setup  --name=NAME --zone=ZONE [--images=gs://...]
-                          copies the repository, makes the environment, copies the images
-  launch/tpu_vm.sh run    --name=NAME --zone=ZONE -- ARGUMENTS    on all workers, once
-  launch/tpu_vm.sh stop   --name=NAME --zone=ZONE      the run saves and exits with 75
+                          copies the repository, creates the environment, copies the images
+  launch/tpu_vm.sh run    --name=NAME --zone=ZONE -- ARGUMENTS    runs once on all workers
+  launch/tpu_vm.sh stop   --name=NAME --zone=ZONE      saves and ends the run with exit code 75
   launch/tpu_vm.sh status --name=NAME --zone=ZONE
   launch/tpu_vm.sh delete --name=NAME --zone=ZONE
 
-`train` does it all: creates the slice if it is not there, waits for it, sets it up, runs, and when
-the slice is preempted deletes it, asks for another and goes on. The workdir must be a gs:// one.
-It leaves the slice in place at the end; `delete` it. Ctrl-C stops the run, saved. Three failures in
-a row on one slice that stays, each within ten minutes of its start, end it.
+`train` performs all steps: it creates the slice if it does not exist, waits for it, sets it up and
+runs. After a preemption it deletes the slice, requests another and resumes. The workdir must be in
+gs://. The slice remains at the end; `delete` it. Ctrl-C saves and stops the run. Three failures in a
+row on one slice, each within ten minutes of its start, end the command.
 
-  --name=NAME      of the queued resource and of its TPU
-  --zone=ZONE      such as us-central1-a
+  --name=NAME      name of the queued resource and its TPU
+  --zone=ZONE      zone, such as us-central1-a
   --type=TYPE      accelerator type, such as v5litepod-32 or v6e-16
-  --project=ID     if not gcloud's own
-  --runtime=IMAGE  TPU software version; by default the one for the type
-  --spot           cheap and preemptible
+  --project=ID     project, by default that of gcloud
+  --runtime=IMAGE  TPU software version, by default the one for the type
+  --spot           uses cheaper, preemptible machines
   --images=gs://BUCKET/FOLDER
-                   copied to /tmp/images on the disk of every worker of every new slice; to be named
-                   behind --, with --config.dataset.data_dir=/tmp/images if TFDS prepared them, else
-                   with --config.dataset.path=/tmp/images or a folder in it
-  --dry-run        prints the commands, and runs none
+                   folder to copy to /tmp/images on every worker of every new slice. Pass it behind
+                   -- as --config.dataset.data_dir=/tmp/images if TFDS prepared it, otherwise as
+                   --config.dataset.path=/tmp/images or a folder in it
+  --dry-run        prints the commands without running them
 
 Exit codes are those of music_jax.main; 2 and 3 end `train`, 75 does not.
 EOF
@@ -44,7 +44,7 @@ die() {
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 poll_seconds=${POLL_SECONDS:-60}
-long_seconds=${LONG_SECONDS:-600} # what has lasted so long was no failure at the start
+long_seconds=${LONG_SECONDS:-600} # a later failure is not one of the start
 name='' zone='' type='' project='' runtime='' images='' spot='' dry_run=''
 main_arguments=()
 
@@ -55,7 +55,7 @@ case $command in
     usage
     exit
     ;;
-  '') die "say what to do: train, create, setup, run, stop, status or delete; --help tells more" ;;
+  '') die "expected a command: train, create, setup, run, stop, status or delete; see --help" ;;
   *) die "unknown command '$command'; --help lists them" ;;
 esac
 while (($#)); do
@@ -93,7 +93,7 @@ case $command in
       case $argument in --workdir=*) workdir=${argument#*=} ;; esac
     done
     [[ $workdir == gs://* ]] ||
-      die "behind -- must come --workdir=gs://BUCKET/DIR, which all workers and later slices can reach"
+      die "pass --workdir=gs://BUCKET/DIR behind --, which all workers and later slices can reach"
     ;;
 esac
 if [[ -z $runtime ]]; then
@@ -107,7 +107,7 @@ fi
 where=(--zone="$zone")
 if [[ -n $project ]]; then where+=(--project="$project"); fi
 
-# Runs a command, or prints it as one could type it.
+# Runs a command, or prints it in a form that can be pasted into a shell.
 do_() {
   if [[ -n $dry_run ]]; then
     printf '%q ' "$@"
@@ -117,12 +117,12 @@ do_() {
   fi
 }
 
-# on_workers COMMAND: in a shell on all workers; gives the exit code of one that failed.
+# on_workers COMMAND: runs it in a shell on all workers; returns the exit code of one that failed.
 on_workers() {
   do_ gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all --command="$1"
 }
 
-# Empty if there is no such queued resource; anything else that goes wrong ends the script.
+# Prints nothing if the queued resource does not exist; any other error ends the script.
 state() {
   local errors result=0
   errors=$(mktemp)
@@ -143,7 +143,7 @@ delete() {
   do_ gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
 }
 
-# Packs the files under version control as they are now, changes included.
+# Packs the files under version control with their current changes.
 setup() {
   local archive commit
   archive=$(mktemp -d)/music_jax.tar.gz
@@ -173,7 +173,7 @@ EOF
   if [[ -n $images ]]; then copy_images; fi
 }
 
-# All images to every worker, as each reads any of them. What is there already is not copied again.
+# Copies all images to every worker, as each may read any of them. Existing files are skipped.
 copy_images() {
   local source
   printf -v source %q "$images"
@@ -186,11 +186,11 @@ run() {
   on_workers "cd music_jax && ACCELERATOR=tpu exec launch/local.sh$arguments"
 }
 
-# The brackets keep pkill from finding its own shell.
+# The brackets keep pkill from matching its own shell.
 stop() { on_workers "pkill -TERM -f '[m]usic_jax.main' || true"; }
 
-# Waits until the slice is there; asks for one where there is none, and again where it was lost.
-# A new slice is not set up, and what failed on the one before does not count against it.
+# Waits until the slice is active; requests one if there is none or the last one was lost.
+# A new slice is not set up, and failures on the previous one do not count.
 await_slice() {
   local now
   while :; do
@@ -202,7 +202,7 @@ await_slice() {
         is_set_up='' failures=0
         ;;
       FAILED | SUSPENDED)
-        echo "the slice is $now; asking for another" >&2
+        echo "the slice is $now; requesting another" >&2
         delete
         is_set_up=''
         continue
@@ -222,8 +222,8 @@ train() {
     run
     return
   fi
-  state >/dev/null # Not signed in, or no such project: ends here rather than in the loop.
-  trap 'echo "stopping the run; the same command goes on" >&2; stop; exit 75' INT TERM
+  state >/dev/null # ends here, before the loop, if not signed in or without such a project
+  trap 'echo "stopping the run; rerun the command to resume it" >&2; stop; exit 75' INT TERM
   while :; do
     await_slice
     code=0
@@ -243,11 +243,11 @@ train() {
     if ((code != 75)) && [[ $(state) == ACTIVE ]]; then
       failures=$((failures + 1))
       if ((failures == 3)); then
-        echo "error: failed $failures times on a slice that is there, last with exit code $code" >&2
+        echo "error: failed $failures times on an active slice, last with exit code $code" >&2
         return "$code"
       fi
     fi
-    echo "exit code $code; going on" >&2
+    echo "exit code $code; resuming" >&2
   done
 }
 

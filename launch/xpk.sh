@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Trains on a GKE cluster that xpk made, as an xpk workload; see --help.
+# Trains on a GKE cluster created by xpk, as an xpk workload; see --help.
 set -euo pipefail
 
 usage() {
   cat <<'EOF'
-Trains on a GKE cluster that xpk made, as an xpk workload that restarts after preemption.
+Trains on a GKE cluster created by xpk, as an xpk workload that restarts after preemption.
 
   launch/xpk.sh --cluster=CLUSTER --workload=NAME --tpu-type=v5litepod-32 --docker-image=IMAGE \
     [XPK OPTION ...] -- ARGUMENTS OF music_jax.main
 
-All before -- goes to `xpk workload create`, such as --zone, --project, --num-slices,
---device-type for GPUs, or --storage=NAME for images that `xpk storage attach` made known to the
-cluster; launch/README.md tells how. IMAGE is built from launch/Dockerfile. --dry-run prints the
-command.
-Exit codes 2 and 3 of music_jax.main end the workload; after all others, and after lost nodes, it
-starts again, up to 100 times. To stop it, or to start again what has ended, first
+Options before -- are passed to `xpk workload create`, such as --zone, --project, --num-slices,
+--device-type for GPUs, or --storage=NAME for images that `xpk storage attach` has registered (see
+launch/README.md). IMAGE is built from launch/Dockerfile. --dry-run prints the command.
+
+Exit codes 2 and 3 of music_jax.main end the workload; after any other, and after lost nodes, it
+restarts, up to 100 times. To stop it, or before starting it again after it has ended, run
 `xpk workload delete --workload=NAME --cluster=CLUSTER`.
 EOF
 }
@@ -39,13 +39,13 @@ for argument in "$@"; do
   esac
 done
 if [[ -z $workdir ]]; then
-  echo "error: behind -- must come --workdir=gs://BUCKET/DIR, which all workers can reach" >&2
+  echo "error: pass --workdir=gs://BUCKET/DIR behind --, which all workers can reach" >&2
   exit 2
 fi
 
-# xpk starts again after 42 and 127 to 255 by itself, and takes any other code that it is not given for
-# final. When a node is lost, the processes on the others end with 1, before Kubernetes has noticed.
-# exec, so that the SIGTERM which xpk passes on reaches Python and not a shell around it.
+# xpk restarts after 42 and 127 to 255 by default, and after no other code that is not given here. When a
+# node is lost, the processes on the others end with 1 before Kubernetes notices. exec, so that the
+# SIGTERM that xpk forwards reaches Python and not a shell.
 create=(xpk workload create ${options[@]+"${options[@]}"} --max-restarts=100
   "--restart-on-exit-codes=1,4-126" --termination-grace-period-seconds=300 --command="$command")
 if [[ -n $dry_run ]]; then

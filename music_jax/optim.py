@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules of the method's recipes, as optax transformations."""
+"""LARS and the learning-rate schedule of the method's recipes, as optax transformations."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,32 +11,17 @@ Mask = Any | Callable[[optax.Params], Any]
 
 
 def matrices_only(params: optax.Params) -> Any:
-    """A mask that is True for every parameter of two or more dimensions.
+    """Returns a mask that selects every parameter of two or more dimensions.
 
     Biases and the scales and offsets of normalization layers have one dimension.
+
+    Args:
+      params: Pytree of parameters.
+
+    Returns:
+      A pytree of booleans of the same structure.
     """
     return jax.tree.map(lambda p: jnp.ndim(p) >= 2, params)
-
-
-def scale_by_trust(trust_coefficient: float = 1e-3) -> optax.GradientTransformation:
-    """Multiplies each parameter's update by `trust_coefficient * |w| / |g|` (1 if either is 0)."""
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        if params is None:
-            raise ValueError(
-                "scale_by_trust needs the parameters: call update(grads, state, params)"
-            )
-
-        def scale(g: jax.Array, w: jax.Array) -> jax.Array:
-            g_norm = jnp.sqrt(jnp.sum(jnp.square(g)))
-            w_norm = jnp.sqrt(jnp.sum(jnp.square(w)))
-            usable = (g_norm > 0) & (w_norm > 0)
-            ratio = trust_coefficient * w_norm / jnp.where(usable, g_norm, jnp.ones_like(g_norm))
-            return g * jnp.where(usable, ratio, jnp.ones_like(ratio))
-
-        return jax.tree.map(scale, updates, params), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def lars(
@@ -47,30 +32,31 @@ def lars(
     trust_coefficient: float = 1e-3,
     mask: Mask | None = None,
 ) -> optax.GradientTransformation:
-    r"""LARS as Barlow Twins, VICReg and MUSIC train with it.
+    r"""Returns the LARS optimizer as Barlow Twins, VICReg and MUSIC use it.
 
     .. math::
         g &\leftarrow g + \lambda w \\
-        g &\leftarrow g \, \eta |w| / |g| \quad (1 \text{ where either norm is } 0) \\
+        g &\leftarrow g \, \eta |w| / |g| \quad (1 \text{ if either norm is } 0) \\
         m &\leftarrow \mu m + g \\
         w &\leftarrow w - \alpha_t m
 
-    The learning rate is applied *after* the momentum. `optax.lars` applies it before, which under
-    a schedule moves the parameters differently: with a warm-up of five steps by two thirds as much.
+    The learning rate is applied *after* the momentum. :func:`optax.lars` applies it before, which
+    moves the parameters differently under a schedule: by two thirds as much in a warm-up of five
+    steps.
 
     Args:
-      learning_rate: :math:`\alpha`, a number or a schedule of the step.
-      weight_decay: :math:`\lambda`.
-      momentum: :math:`\mu`.
-      trust_coefficient: :math:`\eta`.
-      mask: what is decayed and adapted, as a pytree of booleans or a function from parameters to
-        one. By default every parameter of two or more dimensions, so not biases nor the parameters
-        of normalization layers; those take plain SGD with momentum.
+      learning_rate: Learning rate :math:`\alpha`, a number or a schedule.
+      weight_decay: Weight decay :math:`\lambda`.
+      momentum: Momentum :math:`\mu`.
+      trust_coefficient: Trust coefficient :math:`\eta`.
+      mask: Pytree of booleans, or a function from parameters to one, that selects the parameters
+        to decay and adapt; the others are updated by SGD with momentum. By default
+        :func:`matrices_only`, which excludes biases and normalization layers.
 
     Returns:
-      An `optax.GradientTransformation`; its `update` needs the parameters.
+      An :class:`optax.GradientTransformation` whose `update` requires the parameters.
 
-    Examples:
+    Example:
       >>> import jax.numpy as jnp
       >>> import optax
       >>> from music_jax.optim import lars
@@ -82,14 +68,14 @@ def lars(
       >>> print(params["kernel"][0], params["bias"])
       [0.95 0.95] [0.5 0.5]
 
-    References:
+    Reference:
       You et al, `Large Batch Training of Convolutional Networks
       <https://arxiv.org/abs/1708.03888>`_, 2017
     """
     mask = matrices_only if mask is None else mask
     return optax.chain(
         optax.add_decayed_weights(weight_decay, mask=mask),
-        optax.masked(scale_by_trust(trust_coefficient), mask),
+        optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient), mask),
         optax.trace(decay=momentum),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -104,25 +90,26 @@ def warmup_cosine(
     warmup_epochs: int = 10,
     final_scale: float = 1e-3,
 ) -> optax.Schedule:
-    """Linear warm-up from zero, then a cosine down to `final_scale` of the peak.
+    """Returns a schedule with a linear warm-up from zero and a cosine decay.
 
-    The peak is `base_learning_rate * batch_size / 256`.
+    The peak is `base_learning_rate * batch_size / 256`, and the last value `final_scale` times the
+    peak.
 
     Args:
-      base_learning_rate: the learning rate at a batch of 256.
-      batch_size: the global batch.
-      steps_per_epoch: optimizer steps an epoch.
-      num_epochs: length of the whole schedule, warm-up included.
-      warmup_epochs: length of the warm-up; may be 0.
-      final_scale: the last learning rate as a fraction of the peak.
+      base_learning_rate: Peak learning rate for a batch of 256.
+      batch_size: Number of samples in the global batch.
+      steps_per_epoch: Number of optimizer steps per epoch.
+      num_epochs: Length of the schedule in epochs, including the warm-up.
+      warmup_epochs: Length of the warm-up in epochs; may be 0.
+      final_scale: Ratio of the last learning rate to the peak.
 
     Returns:
-      An optax schedule: a function from the step, counted from 0, to the learning rate.
+      A function that maps step counts to learning rates.
 
     Raises:
-      ValueError: if a count is not positive, or the warm-up is not shorter than the schedule.
+      ValueError: If a count is not positive, or the warm-up is not shorter than the schedule.
 
-    Examples:
+    Example:
       >>> from music_jax.optim import warmup_cosine
       >>> schedule = warmup_cosine(
       ...     0.6, batch_size=2048, steps_per_epoch=625, num_epochs=100, warmup_epochs=10)
@@ -139,13 +126,12 @@ def warmup_cosine(
             f"warmup_epochs must be in [0, num_epochs = {num_epochs}); got {warmup_epochs}"
         )
     peak = base_learning_rate * batch_size / 256
-    warmup_steps = warmup_epochs * steps_per_epoch
-    cosine = optax.cosine_decay_schedule(
-        peak, (num_epochs - warmup_epochs) * steps_per_epoch, alpha=final_scale
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0,
+        peak,
+        warmup_steps=warmup_epochs * steps_per_epoch,
+        decay_steps=num_epochs * steps_per_epoch,
+        end_value=final_scale * peak,
     )
-    schedule = cosine
-    if warmup_steps > 0:
-        warmup = optax.linear_schedule(0.0, peak, warmup_steps)
-        schedule = optax.join_schedules([warmup, cosine], [warmup_steps])
-    # As a float from the start: optax divides the step, which strict promotion forbids of integers.
+    # optax divides the step, which must be a float under strict promotion.
     return lambda step: schedule(jnp.asarray(step, jnp.float32))

@@ -60,9 +60,8 @@ NEAREST = {
     "metrics/retrieval": ("metrics/test_extremes.py",),
     "metrics/segments": ("metrics/test_extremes.py",),
     "objectives/cross_segment": ("objectives/test_global_batch.py",),
-    "objectives/gram": ("objectives/test_vicreg.py", "objectives/test_barlow_twins.py"),
-    "objectives/ratios": ("objectives/test_cross_segment.py", "objectives/test_probabilities.py"),
-    "objectives/simclr": ("objectives/test_global_batch.py",),
+    "objectives/baselines": ("objectives/test_global_batch.py",),
+    "objectives/probabilities": ("objectives/test_cross_segment.py",),
     "train/gradients": ("train/test_step.py",),
 }
 # Expressions and statements that hold messages alone.

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs the tests, making the environment first if there is none:
+# Runs the tests, after creating the environment if it does not exist:
 #
-#   tests/run.sh                                    # all but the slow ones and those in a browser
+#   tests/run.sh                                    # all but the slow tests and those in a browser
 #   tests/run.sh -m browser                         # the report in Chromium, which must be installed
 #   tests/run.sh -m ''                              # all
-#   tests/run.sh tests/objectives -k gradient       # pytest's arguments, paths from the root
-#   tests/run.sh -n 0 --pdb tests/test_config.py    # in one process; by default one per core
+#   tests/run.sh tests/objectives -k gradient       # arguments of pytest, with paths from the root
+#   tests/run.sh -n 0 --pdb tests/config/test_config.py  # in one process; by default one per core
 set -euo pipefail
 
 # shellcheck source=launch/environment.sh

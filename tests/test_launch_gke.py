@@ -15,7 +15,7 @@ GPU = (*GKE[:2], "--accelerator=nvidia-h100-80gb")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((*GKE, "--", "--workdir=runs/x"), "must come --workdir=gs://"),
+        ((*GKE, "--", "--workdir=runs/x"), "pass --workdir=gs://"),
         ((*GKE[:3], "--", AWKWARD), "needs --topology with 2 axes, such as 4x8"),
         ((*GKE, "--name=Run", "--", AWKWARD), "--name takes up to 32 small letters"),
         ((*GKE, "--accelerator=v5e", "--", AWKWARD), "--accelerator is one of"),

@@ -1,4 +1,4 @@
-"""The optimizer and the schedule against numbers computed elsewhere."""
+"""The optimizer and the schedule compared with reference values."""
 
 import pathlib
 
@@ -19,7 +19,7 @@ def _case(file, prefix):
 
 
 @pytest.mark.parametrize("jit", [False, True])
-def test_lars_moves_as_the_reference(jit):
+def test_lars_matches_the_reference(jit):
     case = _case("lars.npz", "00/")
     rates = jnp.asarray(case["lrs"], jnp.float32)
     optimizer = lars(
@@ -42,20 +42,20 @@ def test_lars_moves_as_the_reference(jit):
         np.testing.assert_allclose(params["b"], case["b"][step], rtol=2e-6, atol=1e-6)
 
 
-def test_lars_leaves_masked_parameters_to_plain_momentum():
+def test_lars_updates_masked_parameters_by_plain_momentum():
     params = {"adapted": jnp.full((2,), 3.0), "plain": jnp.full((2, 2), 3.0)}
     optimizer = lars(
         1.0, weight_decay=0.5, trust_coefficient=0.1, mask={"adapted": True, "plain": False}
     )
     grads = jax.tree.map(jnp.ones_like, params)
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
-    # g = 1 + 0.5 * 3 = 2.5, then scaled to 0.1 * |w| / |g| of itself: 0.1 * 3.
+    # g = 1 + 0.5 * 3 = 2.5, scaled by 0.1 * |w| / |g| to 0.1 * 3.
     np.testing.assert_allclose(updates["adapted"], -0.3, rtol=1e-6)
     np.testing.assert_allclose(updates["plain"], -1.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("zero", ["params", "grads"])
-def test_lars_takes_a_ratio_of_one_where_a_norm_is_zero(zero):
+def test_lars_uses_a_trust_ratio_of_one_if_a_norm_is_zero(zero):
     params = {"w": jnp.full((2, 2), 0.0 if zero == "params" else 1.0)}
     grads = {"w": jnp.full((2, 2), 0.0 if zero == "grads" else 1.0)}
     optimizer = lars(1.0)
@@ -63,7 +63,7 @@ def test_lars_takes_a_ratio_of_one_where_a_norm_is_zero(zero):
     np.testing.assert_allclose(updates["w"], -grads["w"])
 
 
-def test_lars_adapts_to_norms_far_below_one():
+def test_lars_supports_norms_far_below_one():
     w, g = np.asarray([[0.03, -0.01, 0.0]]), np.asarray([[0.002, 0.001, -0.005]])
     optimizer = lars(1.0, trust_coefficient=0.1)
     params = {"w": jnp.asarray(w, jnp.float32)}
@@ -90,7 +90,7 @@ def test_lars_differs_from_optax_lars_under_a_schedule():
 
 
 @pytest.mark.parametrize("prefix", ["00/", "01/"])
-def test_warmup_cosine_is_the_reference(prefix):
+def test_warmup_cosine_matches_the_reference(prefix):
     case = _case("learning_rate.npz", prefix)
     schedule = warmup_cosine(
         float(case["base_lr"]),
@@ -120,20 +120,20 @@ def test_warmup_cosine_without_warmup_starts_at_the_peak():
         {"warmup_epochs": -1},
     ],
 )
-def test_warmup_cosine_refuses_impossible_lengths(wrong):
+def test_warmup_cosine_rejects_invalid_lengths(wrong):
     arguments = {"batch_size": 256, "steps_per_epoch": 5, "num_epochs": 10, "warmup_epochs": 2}
     with pytest.raises(ValueError, match="must be"):
         warmup_cosine(0.1, **(arguments | wrong))
 
 
-def test_warmup_cosine_takes_the_least_of_everything():
+def test_warmup_cosine_supports_a_single_step():
     schedule = warmup_cosine(
         0.1, batch_size=1, steps_per_epoch=1, num_epochs=1, warmup_epochs=0, final_scale=0.5
     )
     np.testing.assert_allclose([schedule(0), schedule(1)], [0.1 / 256, 0.05 / 256], rtol=1e-6)
 
 
-def test_lars_by_default_trusts_a_thousandth_and_decays_nothing():
+def test_lars_has_a_default_trust_coefficient_of_a_thousandth_and_no_decay():
     params = {"w": jnp.full((2, 2), 3.0)}
     optimizer = lars(1.0)
     updates, _ = optimizer.update({"w": jnp.ones((2, 2))}, optimizer.init(params), params)

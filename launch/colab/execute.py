@@ -26,7 +26,7 @@ _LOGGED = (
 
 
 def _drop_logs(notebook: nbformat.NotebookNode) -> None:
-    """Takes out what libtpu, XLA and JAX log of the machine that the notebook ran on."""
+    """Removes what libtpu, XLA and JAX log about the machine."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [
@@ -37,10 +37,10 @@ def _drop_logs(notebook: nbformat.NotebookNode) -> None:
 
 
 def execute(path: pathlib.Path, *, timeout: float = 1800) -> nbformat.NotebookNode:
-    """Runs a notebook in an empty directory of runs; gives it with its outputs.
+    """Runs a notebook in an empty directory of runs and returns it with its outputs.
 
     Raises:
-      nbclient.exceptions.CellExecutionError: a cell raised an exception.
+      nbclient.exceptions.CellExecutionError: If a cell raises an exception.
     """
     notebook = nbformat.read(path, nbformat.NO_CONVERT)
     with tempfile.TemporaryDirectory() as runs:
@@ -49,7 +49,7 @@ def execute(path: pathlib.Path, *, timeout: float = 1800) -> nbformat.NotebookNo
             notebook,
             timeout=timeout,
             kernel_name="python3",
-            coalesce_streams=True,  # of a progress bar, what is seen at the end
+            coalesce_streams=True,  # keeps the last state of a progress bar
             record_timing=False,
             resources={"metadata": {"path": str(path.parent)}},
         ).execute()
@@ -61,7 +61,7 @@ def execute(path: pathlib.Path, *, timeout: float = 1800) -> nbformat.NotebookNo
 
 
 def main(names: list[str]) -> None:
-    """Runs those named, or all."""
+    """Runs the given notebooks, or all."""
     for path in sorted(COLAB.glob("*.ipynb")):
         if names and path.stem not in names:
             continue

@@ -27,7 +27,7 @@ from music_jax.exchange.weights import (
     unused_names,
 )
 from music_jax.models import BACKBONES
-from music_jax.models.batch_norm import EPSILON as BATCH_NORM_EPSILON
+from music_jax.models.layers import BATCH_NORM_EPSILON
 from music_jax.models.network import make_frozen_backbone
 from music_jax.models.resnet import STEMS, Bottleneck
 from music_jax.models.vision_transformer import EPSILON as LAYER_NORM_EPSILON

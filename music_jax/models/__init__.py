@@ -1,22 +1,45 @@
-"""Backbones, by name."""
+"""Backbones by name."""
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
+
+import jax
 
 from music_jax.models.resnet import BasicBlock, Bottleneck, ResNet
 from music_jax.models.vision_transformer import VisionTransformer
 
 
-@dataclasses.dataclass(frozen=True)
-class BackboneSpec:
-    """What a config can ask of a backbone.
+class Backbone(Protocol):
+    """A module that maps images to features.
 
     Attributes:
-      make: its class with its sizes; takes the keyword arguments channels, dtype, rngs, remat and
-        those of `fields`.
-      fields: the fields of `config.backbone` that are its own; for others it has no use.
-      image_multiple: the side of an image is a multiple of this.
+      num_features: Size of the features.
+    """
+
+    num_features: int
+
+    def __call__(self, images: jax.Array, *, train: bool, num_views: int) -> jax.Array:
+        """Maps images [batch * num_views, height, width, channels] to features.
+
+        Args:
+          images: Normalized images; the views of each sample are side by side.
+          train: Whether to normalize by the statistics of the batch, and update the running ones.
+          num_views: Number of views per sample, each normalized by its own statistics.
+
+        Returns:
+          Features [batch * num_views, num_features], float32.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneSpec:
+    """A backbone's constructor and what a config can set of it.
+
+    Attributes:
+      make: Constructor that takes the keyword arguments channels, dtype, rngs, remat and `fields`.
+      fields: Fields of `config.backbone` that are passed on; other fields are not supported.
+      image_multiple: Number that the side of an image must be a multiple of.
     """
 
     make: partial[Any]
@@ -29,34 +52,18 @@ def _resnet(**arguments: Any) -> BackboneSpec:
 
 
 def _vit(**arguments: Any) -> BackboneSpec:
-    return BackboneSpec(
-        partial(VisionTransformer, patch_size=16, **arguments),
-        fields=("num_heads",),
-        image_multiple=16,
-    )
+    make = partial(VisionTransformer, patch_size=16, **arguments)
+    return BackboneSpec(make, fields=("num_heads",), image_multiple=16)
 
 
+# For 8-32 px on a CPU. With the `strided` stem only the first convolution sees more than 16 px.
+_small_resnet = partial(_resnet, block=BasicBlock, stage_sizes=(1, 1), first_stride=2, pool_grid=4)
 _IMAGENET_WIDTHS = (64, 128, 256, 512)
 
 BACKBONES: dict[str, BackboneSpec] = {
-    # For 8-32 px on a CPU: with the `strided` stem only the first convolution sees over 16 px.
-    "small_resnet": _resnet(
-        block=BasicBlock,
-        stage_sizes=(1, 1),
-        widths=(32, 64),
-        stem_width=24,
-        first_stride=2,
-        pool_grid=4,
-    ),
-    # A quarter of it, for sweeps of many small runs.
-    "tiny_resnet": _resnet(
-        block=BasicBlock,
-        stage_sizes=(1, 1),
-        widths=(24, 48),
-        stem_width=16,
-        first_stride=2,
-        pool_grid=4,
-    ),
+    "small_resnet": _small_resnet(widths=(32, 64), stem_width=24),
+    # Narrower, for sweeps of many small runs.
+    "tiny_resnet": _small_resnet(widths=(24, 48), stem_width=16),
     "resnet18": _resnet(block=BasicBlock, stage_sizes=(2, 2, 2, 2), widths=_IMAGENET_WIDTHS),
     "resnet34": _resnet(block=BasicBlock, stage_sizes=(3, 4, 6, 3), widths=_IMAGENET_WIDTHS),
     "resnet50": _resnet(block=Bottleneck, stage_sizes=(3, 4, 6, 3), widths=_IMAGENET_WIDTHS),

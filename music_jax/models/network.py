@@ -1,7 +1,7 @@
 """The backbone and its projection head as pure functions of parameters.
 
-This is the one place that knows that the modules are Flax NNX: everywhere else parameters and
-batch statistics are nested dictionaries of arrays.
+This module alone knows that the modules are Flax NNX: elsewhere parameters and batch statistics are
+nested dictionaries of arrays.
 """
 
 import dataclasses
@@ -12,11 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import config_dict
 
-from music_jax.models import BACKBONES
-from music_jax.models.projector import Projector
-from music_jax.models.resnet import Backbone
+from music_jax.models import BACKBONES, Backbone
+from music_jax.models.layers import Projector
 
 Tree = Any  # a nested dictionary of arrays
+
+# Compiler options for `init_network`, which runs once: compilation takes longer than execution.
+INIT_COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 
 
 class _Modules(nnx.Module):
@@ -44,7 +46,7 @@ def _make_backbone(config: config_dict.ConfigDict, rngs: nnx.Rngs) -> Backbone:
 
 
 def embedding_size(config: config_dict.ConfigDict) -> int:
-    """Size of the embedding: the projector's own setting, or segments times units."""
+    """Returns the size of the embedding: the projector's output, or segments times units."""
     objective = config.objective
     return config.projector.output_size or objective.num_segments * objective.units_per_segment
 
@@ -54,9 +56,9 @@ class Network:
     """Pure functions of a backbone with its projection head.
 
     Attributes:
-      graph: the modules without their arrays.
-      num_features: size of the backbone's features.
-      num_embedding: size of the embedding.
+      graph: The modules without their arrays.
+      num_features: Size of the backbone's features.
+      num_embedding: Size of the embedding.
     """
 
     graph: Any
@@ -69,9 +71,9 @@ class Network:
         """Embeds views in training mode: each view is normalized by its own batch statistics.
 
         Args:
-          params: the parameters.
-          batch_stats: the running statistics of the normalization layers.
-          views: [batch, views, height, width, channels], normalized images.
+          params: Parameters.
+          batch_stats: Running statistics of the normalization layers.
+          views: Normalized images [batch, views, height, width, channels].
 
         Returns:
           The features [batch, views, features], the embeddings [batch, views, dim] and the new
@@ -91,51 +93,50 @@ class Network:
     def train_features(
         self, params: Tree, batch_stats: Tree, images: jax.Array
     ) -> tuple[jax.Array, Tree]:
-        """Features [batch, features] by the batch's statistics, and the new running ones."""
+        """Returns features in training mode, [batch, features], and the new running statistics."""
         modules = nnx.merge(self.graph, params, batch_stats, copy=True)
         features = modules.backbone(images, train=True, num_views=1)
         return features, nnx.to_pure_dict(nnx.state(modules, nnx.BatchStat))
 
     def features(self, params: Tree, batch_stats: Tree, images: jax.Array) -> jax.Array:
-        """Features [batch, features] of images [batch, ...], by the running statistics."""
+        """Returns features in inference mode, [batch, features]."""
         return self.infer(params, batch_stats, images)[0]
 
     def infer(
         self, params: Tree, batch_stats: Tree, images: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Features [batch, features] and embeddings [batch, dim], by the running statistics."""
+        """Returns features [batch, features] and embeddings [batch, dim] in inference mode."""
         modules = nnx.merge(self.graph, params, batch_stats, copy=True)
         features = modules.backbone(images, train=False, num_views=1)
         return features, modules.projector(features, train=False, num_views=1)
 
 
 def make_network(config: config_dict.ConfigDict) -> Network:
-    """The network that a config describes, without any array."""
+    """Returns the network of a config, without allocating its arrays."""
     modules = nnx.eval_shape(lambda: _Modules(config, nnx.Rngs(0)))
     graph = nnx.split(modules, nnx.Param, nnx.BatchStat)[0]
     return Network(graph, modules.backbone.num_features, embedding_size(config))
 
 
-# Options of `jax.jit` for `init_network`, which runs once: compiling it takes longer than running.
-INIT_COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
-
-
 def init_network(config: config_dict.ConfigDict, key: jax.Array) -> tuple[Tree, Tree]:
-    """Initial parameters and batch statistics; to be called under `jax.jit`."""
-    modules = _Modules(config, nnx.Rngs(key))
-    params, batch_stats = nnx.state(modules, nnx.Param), nnx.state(modules, nnx.BatchStat)
+    """Returns initial parameters and batch statistics; to be called under `jax.jit`."""
+    return _arrays(_Modules(config, nnx.Rngs(key)))
+
+
+def _arrays(module: Any) -> tuple[Tree, Tree]:
+    params, batch_stats = nnx.state(module, nnx.Param), nnx.state(module, nnx.BatchStat)
     return nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
 
 
 @dataclasses.dataclass(frozen=True)
 class FrozenBackbone:
-    """A backbone alone as a pure function, with the shapes of its arrays.
+    """A backbone as a pure function, with the shapes of its arrays.
 
     Attributes:
-      graph: the module without its arrays.
-      num_features: size of the features.
-      params: shapes of the parameters, which are a network's at `backbone`.
-      batch_stats: shapes of the running statistics, likewise.
+      graph: The module without its arrays.
+      num_features: Size of the features.
+      params: Shapes of the parameters, which a network holds under `backbone`.
+      batch_stats: Shapes of the running statistics, which a network holds under `backbone`.
     """
 
     graph: Any
@@ -144,16 +145,13 @@ class FrozenBackbone:
     batch_stats: Tree
 
     def features(self, params: Tree, batch_stats: Tree, images: jax.Array) -> jax.Array:
-        """Features [batch, features] of images [batch, ...], by the running statistics."""
+        """Returns features in inference mode, [batch, features]."""
         backbone = nnx.merge(self.graph, params, batch_stats, copy=True)
         return backbone(images, train=False, num_views=1)
 
 
 def make_frozen_backbone(config: config_dict.ConfigDict) -> FrozenBackbone:
-    """The backbone that a config describes, without its projection head and any array."""
+    """Returns the backbone of a config without projection head, and without allocating arrays."""
     module = nnx.eval_shape(lambda: _make_backbone(config, nnx.Rngs(0)))
     graph = nnx.split(module, nnx.Param, nnx.BatchStat)[0]
-    params, batch_stats = nnx.state(module, nnx.Param), nnx.state(module, nnx.BatchStat)
-    return FrozenBackbone(
-        graph, module.num_features, nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
-    )
+    return FrozenBackbone(graph, module.num_features, *_arrays(module))

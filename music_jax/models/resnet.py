@@ -1,33 +1,21 @@
-"""Residual networks: ResNet-18/34/50 (He et al, arXiv 1512.03385) and any other of their shape.
+"""Residual networks: ResNet-18/34/50 (He et al, arXiv 1512.03385) and others of their structure.
 
-Backbones map images [batch, height, width, channels] to features [batch, `num_features`], the
-average of the last feature map. Padding and strides are torchvision's (the stride of a bottleneck
-sits on its 3 x 3 convolution), so that weights can be exchanged.
+Padding and strides are torchvision's (the 3 x 3 convolution of a bottleneck has the stride), so
+that weights can be exchanged.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from music_jax.models.batch_norm import BatchNorm
-from music_jax.models.remat import apply_block
+from music_jax.models.layers import BatchNorm, apply_block
 
-# Of each stem: the convolution's size and stride, and whether a max-pooling follows.
+# Stems by name: size and stride of the convolution, and whether max-pooling follows.
 STEMS = {"imagenet": (7, 2, True), "cifar": (3, 1, False), "strided": (3, 2, False)}
 
 _KERNEL_INIT = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
-
-
-class Backbone(Protocol):
-    """Anything that maps images to features."""
-
-    num_features: int
-
-    def __call__(self, images: jax.Array, *, train: bool, num_views: int) -> jax.Array:
-        """Images [batch * num_views, height, width, channels] to [batch * num_views, features]."""
 
 
 def _conv(
@@ -47,7 +35,7 @@ def _conv(
 
 
 class _Shortcut(nnx.Module):
-    """The identity, or a projection where the shape changes."""
+    """The identity, or a projection if the shape changes."""
 
     def __init__(self, c_in: int, c_out: int, stride: int, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.changes = stride != 1 or c_in != c_out
@@ -62,20 +50,14 @@ class _Shortcut(nnx.Module):
 
 
 class BasicBlock(nnx.Module):
-    """Two 3 x 3 convolutions."""
+    """A residual block of two 3 x 3 convolutions."""
 
     expansion = 1
 
     def __init__(
-        self,
-        c_in: int,
-        width: int,
-        stride: int,
-        zero_init: bool,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
+        self, c_in: int, width: int, stride: int, zero_init: bool, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
-        """Sets up for `c_in` channels in and `width` channels out."""
+        """Builds a block from `c_in` to `width` channels."""
         self.conv1 = _conv(c_in, width, 3, stride, dtype, rngs)
         self.norm1 = BatchNorm(width)
         self.conv2 = _conv(width, width, 3, 1, dtype, rngs)
@@ -90,20 +72,14 @@ class BasicBlock(nnx.Module):
 
 
 class Bottleneck(nnx.Module):
-    """1 x 1, 3 x 3 and 1 x 1 convolutions."""
+    """A residual block of 1 x 1, 3 x 3 and 1 x 1 convolutions."""
 
     expansion = 4
 
     def __init__(
-        self,
-        c_in: int,
-        width: int,
-        stride: int,
-        zero_init: bool,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
+        self, c_in: int, width: int, stride: int, zero_init: bool, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
-        """Sets up for `c_in` channels in and `4 * width` channels out."""
+        """Builds a block from `c_in` to `4 * width` channels."""
         c_out = self.expansion * width
         self.conv1 = _conv(c_in, width, 1, 1, dtype, rngs)
         self.norm1 = BatchNorm(width)
@@ -122,10 +98,10 @@ class Bottleneck(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """A residual network with a choice of stem.
+    """A residual network, whose features are the average of the last feature map.
 
     Attributes:
-      num_features: size of the features that it returns.
+      num_features: Size of the features.
     """
 
     def __init__(
@@ -147,21 +123,23 @@ class ResNet(nnx.Module):
         """Builds the network.
 
         Args:
-          block: the residual block.
-          stage_sizes: blocks of each stage; each stage after the first halves the resolution.
-          widths: width of each stage.
-          channels: channels of the images.
-          dtype: what the convolutions compute in; parameters and statistics are float32.
-          rngs: gives the initial weights.
+          block: Class of the residual blocks.
+          stage_sizes: Number of blocks in each stage; every stage but the first halves the
+            resolution.
+          widths: Width of each stage.
+          channels: Number of image channels.
+          dtype: Dtype of the convolutions; parameters and statistics are float32.
+          rngs: Random number generator of the initial weights.
           stem: `imagenet` (7 x 7 with stride 2, then 3 x 3 max-pooling with stride 2), `cifar`
             (3 x 3 with stride 1, no pooling) or `strided` (3 x 3 with stride 2, no pooling).
-          zero_init_residual: start the scale of each block's last normalization at 0, so that the
-            block starts as its shortcut.
-          remat: compute each block's activations again for the gradient instead of keeping them.
-          stem_width: channels after the stem; by default the first stage's width.
-          first_stride: stride of the first stage.
-          pool_grid: the last feature map is averaged over each cell of a grid of this side. 1 is
-            the usual global average; more keeps where things are, at so many times the features.
+          zero_init_residual: Whether the last scale of each block starts at 0, so that the block
+            starts as its shortcut.
+          remat: Whether the gradient recomputes the activations of each block.
+          stem_width: Number of channels after the stem; by default the width of the first stage.
+          first_stride: Stride of the first stage.
+          pool_grid: Number of rows and columns of the grid over whose cells the last feature map
+            is averaged. 1 is the global average; a larger grid keeps spatial information, with
+            `pool_grid**2` times the features.
         """
         self.dtype = dtype
         self.remat = remat
@@ -190,12 +168,12 @@ class ResNet(nnx.Module):
 
 
 def _max_pool(x: jax.Array) -> jax.Array:
-    """3 x 3 with stride 2. Before or after a ReLU, which rises, is the same."""
+    """Max-pools 3 x 3 with stride 2; commutes with ReLU, which is increasing."""
     return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
 def _grid_mean(x: jax.Array, grid: int) -> jax.Array:
-    """Means of [batch, height, width, channels] over a grid's cells: [batch, grid² * channels]."""
+    """Averages [batch, height, width, channels] over grid cells: [batch, grid² * channels]."""
     batch, height, width, channels = x.shape
     if height % grid == 0 and width % grid == 0:
         cells = x.reshape(batch, grid, height // grid, grid, width // grid, channels)
@@ -209,5 +187,5 @@ def _grid_mean(x: jax.Array, grid: int) -> jax.Array:
 
 
 def pooling_cells(length: int, count: int) -> list[tuple[int, int]]:
-    """Start and end of `count` equal parts of a side; they overlap where it does not divide."""
+    """Returns start and end of `count` equal parts, which overlap if `count` does not divide."""
     return [(i * length // count, -(-(i + 1) * length // count)) for i in range(count)]

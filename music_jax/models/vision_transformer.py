@@ -1,9 +1,9 @@
-"""Vision transformers (Dosovitskiy et al, arXiv 2010.11929) as self-supervised training uses them.
+"""Vision transformers (Dosovitskiy et al, arXiv 2010.11929) for self-supervised training.
 
-Blocks and sizes are timm's `vit_*_patch16_224` (DeiT's), so that weights can be exchanged: layer
-normalization before each part, a class token, and the exact GELU. As in MoCo v3 (Chen et al, arXiv
-2104.02057) the position embedding is a fixed two-dimensional sine-cosine one, which needs no
-weights and fits any size of image, and features are the class token after the last normalization.
+Blocks and sizes are those of timm's `vit_*_patch16_224` (DeiT), so that weights can be exchanged:
+pre-normalization, a class token, and the exact GELU. As in MoCo v3 (Chen et al, arXiv 2104.02057)
+the position embedding is a fixed two-dimensional sine-cosine embedding, which has no weights and
+fits images of any size, and the features are the class token after the last normalization.
 """
 
 import jax
@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from music_jax.models.remat import apply_block
+from music_jax.models.layers import apply_block
 
 EPSILON = 1e-6
 
-# MoCo v3's: Xavier's uniform distribution, in which queries, keys and values each are a matrix of
-# their own (variance 1 / width).
+# As in MoCo v3: Xavier's uniform distribution, applied to queries, keys and values as separate
+# matrices (variance 1 / width).
 _KERNEL_INIT = nnx.initializers.xavier_uniform()
 _QKV_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")
 
@@ -30,19 +30,19 @@ class _Attention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, tokens, width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
-        # Its softmax is in float32, to which it promotes bfloat16 implicitly.
+        # The softmax is in float32, to which bfloat16 is promoted implicitly.
         with jax.numpy_dtype_promotion("standard"):
             y = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         return self.output(y.reshape(batch, tokens, width))
 
 
 class TransformerBlock(nnx.Module):
-    """Self-attention, then a perceptron of one hidden layer, each added to its input."""
+    """Self-attention and a perceptron with one hidden layer, each with a residual connection."""
 
     def __init__(
         self, width: int, num_heads: int, mlp_width: int, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
-        """Sets up for tokens of `width`."""
+        """Builds a block for tokens [batch, tokens, width]."""
         self.norm1 = nnx.LayerNorm(width, epsilon=EPSILON, rngs=rngs)
         self.attention = _Attention(width, num_heads, dtype, rngs)
         self.norm2 = nnx.LayerNorm(width, epsilon=EPSILON, rngs=rngs)
@@ -59,11 +59,11 @@ class TransformerBlock(nnx.Module):
 
 
 class VisionTransformer(nnx.Module):
-    """A vision transformer whose features are its class token.
+    """A vision transformer, whose features are the class token.
 
     Attributes:
-      num_features: size of the features that it returns, the width.
-      patch_size: side of the patches, in pixels; images are a multiple of it.
+      num_features: Size of the features, the width.
+      patch_size: Side of a patch in pixels; the sides of images must be multiples of it.
     """
 
     def __init__(
@@ -82,16 +82,15 @@ class VisionTransformer(nnx.Module):
         """Builds the network.
 
         Args:
-          width: size of a token, a multiple of 4 and of `num_heads`.
-          depth: number of blocks.
-          num_heads: heads of the attention.
-          patch_size: side of the patches, in pixels.
-          mlp_ratio: hidden units of a block's perceptron over the width.
-          channels: channels of the images.
-          dtype: what the network computes in; parameters, and the sums of softmax and
-            normalization, are float32.
-          rngs: gives the initial weights.
-          remat: compute each block's activations again for the gradient instead of keeping them.
+          width: Size of a token, a multiple of 4 and of `num_heads`.
+          depth: Number of blocks.
+          num_heads: Number of attention heads.
+          patch_size: Side of a patch in pixels.
+          mlp_ratio: Ratio of the perceptron's hidden units to the width.
+          channels: Number of image channels.
+          dtype: Dtype of the computation; parameters, softmax and normalization are float32.
+          rngs: Random number generator of the initial weights.
+          remat: Whether the gradient recomputes the activations of each block.
         """
         self.dtype = dtype
         self.remat = remat
@@ -110,11 +109,8 @@ class VisionTransformer(nnx.Module):
         self.norm = nnx.LayerNorm(width, epsilon=EPSILON, rngs=rngs)
 
     def __call__(self, images: jax.Array, *, train: bool, num_views: int = 1) -> jax.Array:
-        """Maps images [batch * num_views, height, width, channels] to float32 features.
-
-        Nothing depends on the rest of the batch, nor on `train`.
-        """
-        del train, num_views
+        """Maps images [batch * num_views, height, width, channels] to float32 features."""
+        del train, num_views  # samples are independent
         patches = _patches(images.astype(self.dtype), self.patch_size)
         batch, rows, columns, _ = patches.shape
         x = self.patches(patches.reshape(batch, rows * columns, -1))  # [batch, patches, width]
@@ -128,12 +124,12 @@ class VisionTransformer(nnx.Module):
 
 
 def _normalize(norm: nnx.LayerNorm, x: jax.Array) -> jax.Array:
-    """Normalizes in float32, and gives the input's type."""
+    """Normalizes in float32 and returns the dtype of the input."""
     return norm(x.astype(jnp.float32)).astype(x.dtype)
 
 
 def _patches(images: jax.Array, size: int) -> jax.Array:
-    """[batch, height, width, channels] to [batch, rows, columns, size * size * channels]."""
+    """Cuts images into patches [batch, rows, columns, size * size * channels]."""
     batch, height, width, channels = images.shape
     rows, columns = height // size, width // size
     cut = images.reshape(batch, rows, size, columns, size, channels)
@@ -141,20 +137,20 @@ def _patches(images: jax.Array, size: int) -> jax.Array:
 
 
 def sincos_positions(rows: int, columns: int, width: int) -> np.ndarray:
-    """A fixed embedding of each place of a grid, as in MoCo v3.
+    """Returns the fixed position embedding of MoCo v3.
 
     Args:
-      rows: of the grid.
-      columns: of the grid.
-      width: size of an embedding, a multiple of 4.
+      rows: Number of rows of the grid.
+      columns: Number of columns of the grid.
+      width: Size of the embedding, a multiple of 4.
 
     Returns:
-      [rows * columns, width], row by row: a quarter each of the sines and cosines of the row, then
-      of the column, at wavelengths from 2 pi to 10,000 times 2 pi.
+      An array [rows * columns, width] in row-major order. The quarters of an embedding are the
+      sines and cosines of the row, then of the column, at wavelengths from 2 pi to 10,000 * 2 pi.
     """
     frequencies = 10_000.0 ** -(np.arange(width // 4) / (width // 4))  # [width / 4]
     y, x = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
     # Each [rows * columns, width / 4]
-    angles = [np.outer(place, frequencies) for place in (y, x)]
+    angles = [np.outer(position, frequencies) for position in (y, x)]
     parts = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]
     return np.concatenate(parts, axis=1).astype(np.float32)

@@ -1,14 +1,12 @@
-"""Self-supervised objectives as pure functions of two views' embeddings, in the manner of optax."""
+"""Self-supervised objectives as pure functions of two views' embeddings, as optax's losses are."""
 
-from music_jax.objectives.barlow_twins import barlow_twins_loss
+from music_jax.objectives.baselines import barlow_twins_loss, simclr_loss, vicreg_loss
 from music_jax.objectives.music import MusicTerms, music_loss, music_lower_bound, music_terms
 from music_jax.objectives.probabilities import (
     joint_probability,
     segment_codes,
     segment_probabilities,
 )
-from music_jax.objectives.simclr import simclr_loss
-from music_jax.objectives.vicreg import vicreg_loss
 
 __all__ = [
     "MusicTerms",

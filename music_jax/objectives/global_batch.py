@@ -1,8 +1,11 @@
-"""One value for the global batch: under jit over a mesh, in shard_map and in pmap."""
+"""Checks of two views' embeddings, and computation over the global batch that they are part of.
+
+The batch may be split over devices under `jit` over a mesh, in `shard_map` or in `pmap`.
+"""
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -10,30 +13,76 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AxisName = str | tuple[str, ...]
+Pair = tuple[jax.Array, jax.Array]
+
+
+def check_embeddings(embeddings: jax.Array, name: str = "embeddings") -> None:
+    """Raises ValueError unless `embeddings` is a floating array of shape [batch, dim]."""
+    if not hasattr(embeddings, "shape") or not hasattr(embeddings, "dtype"):
+        raise ValueError(
+            f"{name}: expected an array of shape [batch, dim], got {type(embeddings).__name__}; "
+            "convert it with jnp.asarray"
+        )
+    if embeddings.ndim != 2:
+        raise ValueError(
+            f"{name}: expected shape [batch, dim], got {tuple(embeddings.shape)}; flatten all but "
+            "the batch axis"
+        )
+    if 0 in embeddings.shape:
+        raise ValueError(
+            f"{name}: expected at least one sample and one unit, got {tuple(embeddings.shape)}"
+        )
+    if not jnp.issubdtype(embeddings.dtype, jnp.floating):
+        raise ValueError(
+            f"{name}: expected a floating dtype, got {embeddings.dtype}; cast it first, with "
+            "embeddings.astype(jnp.float32)"
+        )
+
+
+def check_pair(embeddings_a: jax.Array, embeddings_b: jax.Array) -> None:
+    """Raises ValueError unless both views are [batch, dim], of one shape and one floating dtype."""
+    check_embeddings(embeddings_a, "embeddings_a")
+    check_embeddings(embeddings_b, "embeddings_b")
+    if embeddings_a.shape != embeddings_b.shape:
+        raise ValueError(
+            "expected two views of the same samples, of equal shapes, got "
+            f"{tuple(embeddings_a.shape)} and {tuple(embeddings_b.shape)}"
+        )
+    if embeddings_a.dtype != embeddings_b.dtype:
+        raise ValueError(
+            f"expected two views of equal dtypes, got {embeddings_a.dtype} and "
+            f"{embeddings_b.dtype}; cast one to the other"
+        )
 
 
 def axis_size(axis_name: AxisName | None) -> int:
-    """Number of devices along `axis_name`; 1 for None."""
+    """Returns the number of devices along `axis_name`; 1 for None."""
     return 1 if axis_name is None else jax.lax.axis_size(axis_name)
 
 
 def global_sum(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
-    """Sum over the devices along `axis_name`; `x` itself for None."""
+    """Sums over the devices along `axis_name`; returns `x` for None."""
     return x if axis_name is None else jax.lax.psum(x, axis_name)
 
 
 def global_mean(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
-    """Mean over the devices along `axis_name`; `x` itself for None."""
+    """Averages over the devices along `axis_name`; returns `x` for None."""
     return x if axis_name is None else jax.lax.pmean(x, axis_name)
 
 
-def global_max(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
-    """Maximum over the devices along `axis_name`; `x` itself for None."""
-    return x if axis_name is None else jax.lax.pmax(x, axis_name)
+def all_samples(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
+    """Gathers the rows of all devices along `axis_name`; returns `x` for None."""
+    return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
+
+
+def varying(x: jax.Array, axes: Iterable[str]) -> jax.Array:
+    """Marks `x` as varying over `axes`, as collectives and the carry of a scan require it."""
+    missing = tuple(axis for axis in axes if axis not in jax.typeof(x).mat.varying)
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def accumulation_dtype(dtype: Any) -> jnp.dtype:
-    """float64 for float64, and float32 for all that is narrower."""
+    """Returns float64 for float64, and float32 for any narrower type."""
     return jnp.dtype(jnp.float64) if dtype == jnp.float64 else jnp.dtype(jnp.float32)
 
 
@@ -43,30 +92,28 @@ def over_global_batch(
     embeddings_b: jax.Array,
     *replicated: jax.Array,
     axis_name: AxisName | None,
-    mesh: Mesh | AbstractMesh | None,
 ) -> Any:
     """Calls `function(a, b, *replicated, axis_name=...)` on the devices that hold the batch.
 
-    With an `axis_name` the caller is already inside `shard_map` or `pmap`. Without one, a mesh is
-    looked for: the argument, else the one in which the embeddings live, else the one of
-    `jax.set_mesh`. If there is one, `function` runs under `shard_map` over it and sees its device's
-    samples alone. If there is none, `function` sees the whole batch.
+    With an `axis_name` the caller is already inside `shard_map` or `pmap`. Without one, `function`
+    runs under `shard_map` over the mesh of the embeddings, or else over that of `jax.set_mesh`, and
+    is given each device's samples. If there is no mesh, it is given the whole batch.
 
     Args:
-      function: returns arrays that are equal on every device.
-      embeddings_a: [batch, dim].
-      embeddings_b: [batch, dim].
-      *replicated: further arrays, whole on every device.
-      axis_name: name of the axis, or axes, that the caller has mapped over the batch.
-      mesh: the mesh to use under `jit`.
+      function: Function that returns arrays that are equal on every device.
+      embeddings_a: First view, [batch, dim].
+      embeddings_b: Second view, [batch, dim].
+      *replicated: Further arrays, replicated on every device.
+      axis_name: Axis, or axes, that the caller has mapped over the batch.
 
     Returns:
-      What `function` returns.
+      The result of `function`.
     """
     if axis_name is not None:
-        varying = [_varying(x, axis_name) for x in (embeddings_a, embeddings_b)]
-        return function(*varying, *replicated, axis_name=axis_name)
-    mesh = _mesh_of(embeddings_a, embeddings_b, mesh)
+        names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+        embeddings_a, embeddings_b = (varying(x, names) for x in (embeddings_a, embeddings_b))
+        return function(embeddings_a, embeddings_b, *replicated, axis_name=axis_name)
+    mesh = _find_mesh(embeddings_a, embeddings_b)
     axes = _axes_that_divide(mesh, embeddings_a.shape[0])
     if not axes:
         return function(embeddings_a, embeddings_b, *replicated, axis_name=None)
@@ -85,14 +132,10 @@ def over_global_batch(
     return jax.jit(mapped)(embeddings_a, embeddings_b, *replicated)
 
 
-def _mesh_of(
-    embeddings_a: jax.Array, embeddings_b: jax.Array, mesh: Mesh | AbstractMesh | None
-) -> Mesh | AbstractMesh:
+def _find_mesh(embeddings_a: jax.Array, embeddings_b: jax.Array) -> Mesh | AbstractMesh:
     context = jax.sharding.get_abstract_mesh()
     if not context.empty and context.manual_axes:
-        return context  # inside a shard_map: only what it has left to the compiler is ours
-    if mesh is not None:
-        return mesh
+        return context  # inside a shard_map, which leaves only the other axes to choose from
     for x in (embeddings_a, embeddings_b):
         own = getattr(jax.typeof(x).sharding, "mesh", None)
         if own is not None and not own.empty:
@@ -101,10 +144,10 @@ def _mesh_of(
 
 
 def _axes_that_divide(mesh: Mesh | AbstractMesh, batch: int) -> tuple[str, ...]:
-    """The axes over which the batch can be split: those of one type, as far as they divide it.
+    """Returns the axes to split the batch over: those of one type, while they divide it.
 
-    Axes of a single device are among them, so that none is left to the compiler: XLA's compiler for
-    CPUs aborts at a sum in bfloat16 under a `shard_map` that leaves one.
+    Axes of a single device are included: XLA's CPU compiler aborts at a bfloat16 sum under a
+    `shard_map` that leaves an axis to the compiler.
     """
     if mesh.empty:
         return ()
@@ -117,10 +160,3 @@ def _axes_that_divide(mesh: Mesh | AbstractMesh, batch: int) -> tuple[str, ...]:
             axes.append(name)
     several = math.prod(mesh.shape[name] for name in axes) > 1
     return tuple(axes) if several else ()
-
-
-def _varying(x: jax.Array, axis_name: AxisName) -> jax.Array:
-    """Marks `x` as differing between the devices, which the collectives under `shard_map` ask."""
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    missing = tuple(name for name in names if name not in jax.typeof(x).mat.varying)
-    return jax.lax.pcast(x, missing, to="varying") if missing else x

@@ -1,38 +1,69 @@
-"""From embeddings to the probabilities of each segment's units."""
+"""Probabilities of each segment's units, and their ratios to the uniform distribution.
+
+Near the uniform distribution, as at initialization, the MUSIC objective and its gradient depend on
+how far K p is from 1. Rounding p leaves few digits of this difference, so the objective uses the
+centered ratio K p - 1 there. Elsewhere it uses K p, which keeps the digits of a small p. The same
+choice is made for the whole global batch: all ratios are K p - c, where the center c is 1 or 0.
+"""
 
 import jax
 import jax.numpy as jnp
 
-from music_jax.objectives.checks import (
+from music_jax.objectives.global_batch import (
+    AxisName,
+    Pair,
+    accumulation_dtype,
     check_embeddings,
     check_pair,
-    check_segments,
-    check_temperature,
 )
-from music_jax.objectives.global_batch import accumulation_dtype
 
 MIN_PROBABILITY = 1e-8
+
+# Largest difference between the logits of a segment that counts as nearly uniform.
+_NEARLY_UNIFORM = 1 / 32
+
+
+def check_segments(dim: int, num_segments: int, *, at_least: int = 1) -> None:
+    """Raises ValueError unless `dim` units form `num_segments` segments of equal size."""
+    if isinstance(num_segments, bool) or not hasattr(num_segments, "__index__"):
+        raise ValueError(f"num_segments: expected an int, got {num_segments!r}")
+    if num_segments < at_least:
+        why = "; the cross-segment term needs two different segments" if at_least > 1 else ""
+        raise ValueError(f"num_segments: expected at least {at_least}, got {num_segments}{why}")
+    if dim % num_segments:
+        raise ValueError(
+            f"expected dim to be a multiple of num_segments, got dim {dim} and num_segments "
+            f"{num_segments} (remainder {dim % num_segments}); choose dim = num_segments * units"
+        )
+
+
+def check_temperature(temperature: float | jax.Array) -> None:
+    """Raises ValueError for a Python number that is not positive and finite."""
+    if isinstance(temperature, (int, float)) and not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature: expected a positive finite number, got {temperature}")
 
 
 def segment_probabilities(
     embeddings: jax.Array, *, num_segments: int, temperature: float | jax.Array = 1.0
 ) -> jax.Array:
-    r"""Probability of each unit of each segment.
+    r"""Computes the probability of each unit of each segment.
 
     .. math::
 
       p_{nsk} = \frac{\exp(z_{nsk} / \tau)}{\sum_{k'} \exp(z_{nsk'} / \tau)}
 
     Args:
-      embeddings: [batch, dim] floating array, dim = num_segments * units.
-      num_segments: number of segments S into which the embedding is cut.
-      temperature: the softmax's temperature.
+      embeddings: Floating array [batch, dim], where dim = num_segments * units.
+      num_segments: Number of segments S.
+      temperature: Softmax temperature :math:`\tau`.
 
     Returns:
-      [batch, num_segments, units], where each unit axis sums to 1; float32, or float64 for float64.
+      Probabilities [batch, num_segments, units], float32, or float64 for float64 embeddings. Each
+      unit axis sums to 1.
 
     Raises:
-      ValueError: if an argument is not as described.
+      ValueError: If the embeddings are not a floating array [batch, dim], dim is not a multiple of
+        `num_segments`, or the temperature is not a positive finite number.
 
     Example:
       >>> import jax.numpy as jnp
@@ -51,42 +82,18 @@ def segment_probabilities(
     return jax.nn.softmax(logits, axis=-1)
 
 
-def unit_logits(
-    embeddings: jax.Array, *, num_segments: int, temperature: float | jax.Array
-) -> jax.Array:
-    """What the softmax is taken of, the largest of each segment being 0: [batch, segments, units].
-
-    Args:
-      embeddings: [batch, dim] floating array, dim = num_segments * units.
-      num_segments: number of segments.
-      temperature: the softmax's temperature.
-
-    Returns:
-      float32, or float64 for float64.
-    """
-    batch, dim = embeddings.shape
-    dtype = accumulation_dtype(embeddings.dtype)
-    z = jnp.asarray(embeddings, dtype).reshape(
-        batch, num_segments, dim // num_segments
-    )  # [N, S, K]
-    # The largest is taken off before the division, so that no finite input over a small temperature
-    # overflows.
-    z = z - jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
-    return z / jnp.asarray(temperature, dtype)
-
-
 def segment_codes(embeddings: jax.Array, *, num_segments: int) -> jax.Array:
-    """The most probable unit of each segment: a sample's code, one symbol a segment.
+    """Returns the most probable unit of each segment.
 
     Args:
-      embeddings: [batch, dim] floating array, dim = num_segments * units.
-      num_segments: number of segments S into which the embedding is cut.
+      embeddings: Floating array [batch, dim], where dim = num_segments * units.
+      num_segments: Number of segments S.
 
     Returns:
-      [batch, num_segments] int32 array of numbers in [0, units).
+      Indices [batch, num_segments] in [0, units), int32.
 
     Raises:
-      ValueError: if an argument is not as described.
+      ValueError: As :func:`segment_probabilities`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -96,15 +103,8 @@ def segment_codes(embeddings: jax.Array, *, num_segments: int) -> jax.Array:
     """
     check_embeddings(embeddings)
     check_segments(embeddings.shape[1], num_segments)
-    batch, dim = embeddings.shape
-    z = embeddings.reshape(batch, num_segments, dim // num_segments)  # [N, S, K]
+    z = embeddings.reshape(len(embeddings), num_segments, -1)  # [N, S, K]
     return jnp.argmax(z, axis=-1).astype(jnp.int32)
-
-
-def clamp(p: jax.Array) -> jax.Array:
-    """Raises probabilities to at least 1e-8; they are not renormalized."""
-    # Not jnp.maximum, which halves the gradient where both are equal.
-    return jnp.where(p >= MIN_PROBABILITY, p, jnp.asarray(MIN_PROBABILITY, p.dtype))
 
 
 def joint_probability(
@@ -114,26 +114,26 @@ def joint_probability(
     num_segments: int,
     temperature: float | jax.Array = 1.0,
 ) -> jax.Array:
-    r"""Joint probability of the units of the two views, for looking at and not for training.
+    r"""Computes the joint probability of the units of two views, for inspection.
 
     .. math::
 
       P_{ij} = \frac{1}{N} \sum_n p^a_{ni} \, p^b_{nj}
 
-    with the probabilities clamped below at 1e-8, as the objective sees them. :func:`music_loss`
-    computes the same without ever holding this matrix.
+    Probabilities are clamped below at 1e-8, as in the objective. For training,
+    :func:`music_loss` computes its terms without this matrix.
 
     Args:
-      embeddings_a: [batch, dim] floating array, the first view.
-      embeddings_b: [batch, dim] floating array, the second view.
-      num_segments: number of segments S into which the embedding is cut.
-      temperature: the softmax's temperature.
+      embeddings_a: First view, floating array [batch, dim], where dim = num_segments * units.
+      embeddings_b: Second view of the same samples, of the same shape and dtype.
+      num_segments: Number of segments S.
+      temperature: Softmax temperature.
 
     Returns:
-      [dim, dim]; rows are the units of the first view, columns those of the second.
+      Joint probabilities [dim, dim]; rows are units of the first view, columns of the second.
 
     Raises:
-      ValueError: if an argument is not as described.
+      ValueError: If the views differ in shape or dtype, or as :func:`segment_probabilities`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -148,3 +148,107 @@ def joint_probability(
         for z in (embeddings_a, embeddings_b)
     )
     return pa.reshape(batch, dim).T @ pb.reshape(batch, dim) / batch  # [D, D]
+
+
+def unit_logits(
+    embeddings: jax.Array, *, num_segments: int, temperature: float | jax.Array
+) -> jax.Array:
+    """Returns the logits, [batch, num_segments, units]; the largest of each segment is 0."""
+    dtype = accumulation_dtype(embeddings.dtype)
+    z = jnp.asarray(embeddings, dtype).reshape(len(embeddings), num_segments, -1)  # [N, S, K]
+    # The shift comes before the division, so that no finite input overflows at a low temperature.
+    z = z - jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
+    return z / jnp.asarray(temperature, dtype)
+
+
+def clamp(p: jax.Array) -> jax.Array:
+    """Raises probabilities to at least 1e-8, without renormalization."""
+    # Not jnp.maximum, which halves the gradient at equality.
+    return jnp.where(p >= MIN_PROBABILITY, p, jnp.asarray(MIN_PROBABILITY, p.dtype))
+
+
+def center_of(logits_a: jax.Array, logits_b: jax.Array, axis_name: AxisName | None) -> jax.Array:
+    """Returns c: 1 if all segments of the global batch are nearly uniform, else 0.
+
+    Args:
+      logits_a: Logits of the first view, [local batch, num_segments, units], by `unit_logits`.
+      logits_b: Logits of the second view.
+      axis_name: Axis, or axes, over which the batch is split.
+
+    Returns:
+      A scalar of the logits' dtype, the same on every device.
+    """
+    least = jax.lax.stop_gradient(jnp.minimum(jnp.min(logits_a), jnp.min(logits_b)))
+    spread = -least if axis_name is None else jax.lax.pmax(-least, axis_name)
+    return (spread < _NEARLY_UNIFORM).astype(logits_a.dtype)
+
+
+def unit_ratios(logits: jax.Array, center: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Computes K p - c, with p clamped below at 1e-8.
+
+    Args:
+      logits: Logits [batch, num_segments, units], by `unit_logits`.
+      center: Center c, by `center_of`.
+
+    Returns:
+      The ratios [batch, num_segments, units], and what the clamp adds to the sum of each segment's
+      probabilities, [batch, num_segments].
+    """
+    units = logits.shape[-1]
+    ratios = _softmax_ratios(logits, center)
+    least = units * MIN_PROBABILITY - center
+    # Not jnp.maximum, which halves the gradient at equality.
+    kept = ratios >= least
+    added = jnp.sum(jnp.where(kept, 0, least - ratios), axis=-1) / units
+    return jnp.where(kept, ratios, least), added
+
+
+@jax.custom_jvp
+def _softmax_ratios(logits: jax.Array, center: jax.Array) -> jax.Array:
+    """Computes K softmax(logits) - c."""
+    units = logits.shape[-1]
+
+    def centered(logits: jax.Array) -> jax.Array:
+        less = jnp.expm1(logits)
+        total = jnp.sum(less, axis=-1, keepdims=True)
+        return (units * less - total) / (units + total)
+
+    def plain(logits: jax.Array) -> jax.Array:
+        return units * jax.nn.softmax(logits, axis=-1)
+
+    return jax.lax.cond(center > 0, centered, plain, logits)
+
+
+@_softmax_ratios.defjvp
+def _softmax_ratios_jvp(primals: Pair, tangents: Pair) -> Pair:
+    ratios = _softmax_ratios(*primals)
+    whole, tangent = ratios + primals[1], tangents[0]  # K p
+    return ratios, whole * (tangent - jnp.mean(whole * tangent, axis=-1, keepdims=True))
+
+
+@jax.custom_jvp
+def log_ratio(ratio: jax.Array, center: jax.Array) -> jax.Array:
+    """Computes log(ratio + c)."""
+    near_one = jnp.log1p(jnp.maximum(ratio, -0.5))
+    return jnp.where(center > 0, near_one, jnp.log(_whole(ratio, center)))
+
+
+@log_ratio.defjvp
+def _log_ratio_jvp(primals: Pair, tangents: Pair) -> Pair:
+    return log_ratio(*primals), tangents[0] / _whole(*primals)
+
+
+def _whole(ratio: jax.Array, center: jax.Array) -> jax.Array:
+    return jnp.maximum(ratio + center, 1e-30)
+
+
+@jax.custom_jvp
+def divergence(ratio: jax.Array, center: jax.Array) -> jax.Array:
+    """Computes J log J - J for J = ratio + c."""
+    return (ratio + center) * (log_ratio(ratio, center) - 1)
+
+
+@divergence.defjvp
+def _divergence_jvp(primals: Pair, tangents: Pair) -> Pair:
+    # The chain rule would give log J - 1 + 1, which loses the digits of a small log J.
+    return divergence(*primals), log_ratio(*primals) * tangents[0]

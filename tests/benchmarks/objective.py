@@ -1,21 +1,21 @@
-"""What the MUSIC objective costs: timed on the devices at hand, and compiled for TPU slices.
+"""Measures the cost of the MUSIC objective: time on local devices, and programs for TPU slices.
 
     python tests/benchmarks/objective.py --part=time --json=time.json
     python tests/benchmarks/objective.py --part=tpu --json=tpu.json
 
-`time` compares, at four shapes, the value and both gradients of
+`time` compares the value and both gradients at four shapes, for
 
 - fused: `music_loss`;
-- dense: the same written plainly in JAX, with the joint matrix in memory;
-- products: the three bare matrix products, the floor (probabilities and slopes made before);
-- torch: the dense form in PyTorch, on CPU, where torch is installed.
+- dense: its definition in plain JAX, with the joint matrix in memory;
+- products: only the three matrix products, with probabilities and slopes given, as a lower bound;
+- torch: the dense form in PyTorch, on CPU, if torch is installed.
 
-The forms take turns, so that the load of the machine is the same for all; a time is the median of
-its turns, a ratio the median of the turns' ratios. Temporaries are XLA's own figure (for torch: by
-how much the call raises the peak resident memory of a fresh process).
+The forms alternate, so that the load of the machine affects all alike. A time is the median over
+the repeats, and a ratio the median of their ratios. Temporary memory is as reported by XLA; for
+torch it is the increase of the peak resident memory of a new process.
 
-`tpu` compiles the sharded and the dense form for slices that are not at hand, with the embeddings
-sharded along the batch, and reads the figures of one chip from the compiled program.
+`tpu` compiles the sharded and the dense form for TPU slices without the hardware, with embeddings
+sharded along the batch, and reads the cost per chip from the compiled program.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from music_jax.distributed.mesh import batch_sharding
 from music_jax.objectives import music_loss
 from music_jax.plan import compiling, counts
 
-# name: batch a device, segments, units
+# name: batch per device, segments, units
 SHAPES = {
     "imagenet": (256, 102, 80),
     "wide_batch": (1024, 64, 64),
@@ -51,7 +51,7 @@ TOPOLOGIES = {"v5e:4x8": 2048, "v5e:16x16": 4096, "v6e:4x4": 2048}
 
 
 def dense_loss(za: jax.Array, zb: jax.Array, *, num_segments: int) -> jax.Array:
-    """The objective as one writes it down, with P whole in memory."""
+    """Computes the objective by its definition, with the whole of P in memory."""
     batch, dim = za.shape
     units = dim // num_segments
     pa, pb = (_dense_probabilities(z, num_segments) for z in (za, zb))  # [N, S, K]
@@ -72,7 +72,7 @@ def _dense_probabilities(z: jax.Array, num_segments: int) -> jax.Array:
 
 
 def torch_dense_step(za: np.ndarray, zb: np.ndarray, num_segments: int) -> Callable[[], Any]:
-    """Value and both gradients of the dense form in PyTorch."""
+    """Returns a function for the value and gradients of the dense form in PyTorch."""
     import torch
 
     batch, dim = za.shape
@@ -94,7 +94,7 @@ def torch_dense_step(za: np.ndarray, zb: np.ndarray, num_segments: int) -> Calla
 
 
 def embeddings(batch: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two views that agree in part, as those of a network in training."""
+    """Returns two views that agree in part, as those of a network in training."""
     rng = np.random.default_rng(0)
     common = rng.normal(size=(batch, dim))
     za, zb = (2 * (common + 0.5 * rng.normal(size=(batch, dim))) for _ in "ab")
@@ -102,13 +102,13 @@ def embeddings(batch: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bare_products(pa: jax.Array, pb: jax.Array, slope: jax.Array) -> tuple[jax.Array, ...]:
-    """The three products that the value and both gradients cannot do without."""
+    """Computes the three products that the value and both gradients require."""
     dot = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
     return dot(pa.T, pb), dot(pb, slope.T), dot(pa, slope)
 
 
 def time_shape(name: str, dtype: str, repeats: int, with_torch: bool) -> dict[str, Any]:
-    """One row of the table."""
+    """Returns the row of a shape."""
     batch, segments, units = SHAPES[name]
     arrays = embeddings(batch, segments * units)
     za, zb = (jnp.asarray(z, dtype) for z in arrays)
@@ -135,10 +135,10 @@ def time_shape(name: str, dtype: str, repeats: int, with_torch: bool) -> dict[st
     seconds: dict[str, list[float]] = {form: [] for form in steps}
     for turn in range(repeats + 1):
         order = list(steps)
-        first = turn % len(order)  # each comes after each other one in its turn
+        first = turn % len(order)  # every form follows every other one in turn
         for form in order[first:] + order[:first]:
             step = steps[form]
-            time.sleep(0.05)  # for the threads of the form before to come to rest
+            time.sleep(0.05)  # until the threads of the previous form are idle
             start = time.perf_counter()
             jax.block_until_ready(step())
             if turn:  # the first warms up
@@ -152,7 +152,7 @@ def time_shape(name: str, dtype: str, repeats: int, with_torch: bool) -> dict[st
 
 
 def torch_temporaries(name: str) -> float:
-    """Peak resident memory that the torch form adds, in MB, seen in a process of its own."""
+    """Returns the peak resident memory of the torch form in MB, measured in a new process."""
     out = subprocess.run(
         [sys.executable, __file__, f"--torch_memory={name}"],
         check=True,
@@ -163,9 +163,9 @@ def torch_temporaries(name: str) -> float:
 
 
 def print_torch_memory(name: str) -> None:
-    """What `torch_temporaries` runs."""
+    """Runs in the process that `torch_temporaries` starts."""
     batch, segments, units = SHAPES[name]
-    torch_dense_step(*embeddings(2, segments * 2), segments)()  # loads what is loaded lazily
+    torch_dense_step(*embeddings(2, segments * 2), segments)()  # completes lazy imports
     step = torch_dense_step(*embeddings(batch, segments * units), segments)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step()
@@ -173,7 +173,7 @@ def print_torch_memory(name: str) -> None:
 
 
 def compile_for(topology: str, form: str, dtype: str) -> dict[str, Any]:
-    """Figures of one chip of a TPU slice that need not be at hand."""
+    """Returns the cost per chip of a TPU slice, without the hardware."""
     batch, (_, segments, units) = TOPOLOGIES[topology], SHAPES["imagenet"]
     mesh = compiling.open_slice(topology).mesh
     sharding = batch_sharding(mesh)
@@ -205,7 +205,7 @@ def compile_for(topology: str, form: str, dtype: str) -> dict[str, Any]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """One line a figure, one column a row of `rows`."""
+    """Prints one line per measure, with one column per row of `rows`."""
     for key in dict.fromkeys(key for row in rows for key in row):
         cells = (row.get(key, "") for row in rows)
         texts = (f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells)
@@ -214,16 +214,18 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Runs the parts asked for, prints their tables and writes JSON."""
+    """Runs a part, prints its table and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--part", choices=("time", "tpu"), default="time")
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="of the part `time`")
-    parser.add_argument("--topologies", default=",".join(TOPOLOGIES), help="of the part `tpu`")
-    parser.add_argument("--forms", default="sharded,dense", help="of the part `tpu`")
-    parser.add_argument("--dtype", help="float32 for `time`, bfloat16 for `tpu`, if not given")
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="shapes of the part `time`")
+    parser.add_argument(
+        "--topologies", default=",".join(TOPOLOGIES), help="topologies of the part `tpu`"
+    )
+    parser.add_argument("--forms", default="sharded,dense", help="forms of the part `tpu`")
+    parser.add_argument("--dtype", help="default: float32 for `time`, bfloat16 for `tpu`")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no_torch", action="store_true")
-    parser.add_argument("--json", help="file for the rows")
+    parser.add_argument("--json", help="file to write the rows to")
     parser.add_argument("--torch_memory", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.torch_memory:

@@ -1,4 +1,4 @@
-"""Backbones and projection head: shapes, sizes against torchvision's, and their initial state."""
+"""Networks: shapes, sizes compared with torchvision, and the initial state."""
 
 import functools
 
@@ -34,7 +34,7 @@ def _count(tree):
 
 
 @pytest.mark.parametrize("name", sorted(_TORCHVISION_SIZES))
-def test_resnets_have_torchvisions_number_of_parameters(name):
+def test_resnets_have_as_many_parameters_as_torchvisions(name):
     config = _config(name=name, stem="imagenet")
     params, _ = jax.eval_shape(lambda: init_network(config, jax.random.key(0)))
     assert _count(params["backbone"]) == _TORCHVISION_SIZES[name]
@@ -61,7 +61,7 @@ def test_shapes_of_features_and_embeddings(name, stem, side, features):
     assert jax.tree.structure(new_stats) == jax.tree.structure(stats)
 
 
-def test_residual_blocks_start_as_the_identity_but_for_the_shortcut():
+def test_zero_init_residual_sets_the_last_scale_of_each_block():
     for zero in (True, False):
         config = _config(name="resnet18", stem="cifar", zero_init_residual=zero)
         params, _ = init_network(config, jax.random.key(0))
@@ -70,7 +70,7 @@ def test_residual_blocks_start_as_the_identity_but_for_the_shortcut():
             assert np.all(block["norm1"]["scale"] == 1)
 
 
-def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
+def test_bfloat16_networks_keep_float32_parameters_and_features():
     config = _config(name="small_resnet", stem="strided")
     config.compute_dtype = "bfloat16"
     network = make_network(config)
@@ -82,7 +82,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
     assert {x.dtype for x in jax.tree.leaves(stats)} == {np.dtype("float32")}
 
 
-def test_views_are_embedded_as_if_each_had_its_own_pass():
+def test_embedding_two_views_matches_one_pass_per_view():
     config = _config(name="small_resnet", stem="strided")
     network = make_network(config)
     params, stats = init_network(config, jax.random.key(0))
@@ -93,7 +93,7 @@ def test_views_are_embedded_as_if_each_had_its_own_pass():
         np.testing.assert_allclose(together[:, v], alone[:, 0], rtol=1e-3, atol=1e-4)
 
 
-def test_the_head_is_trained_by_each_views_statistics_and_a_backbone_alone_has_the_same_features():
+def test_the_projector_uses_each_views_statistics_and_a_frozen_backbone_has_the_same_features():
     config = _config(name="tiny_resnet", stem="strided")
     network, frozen = make_network(config), make_frozen_backbone(config)
     init, embed, alone, whole = (
@@ -125,7 +125,7 @@ def test_the_head_is_trained_by_each_views_statistics_and_a_backbone_alone_has_t
     )
 
 
-def test_features_in_inference_do_not_depend_on_the_rest_of_the_batch():
+def test_inference_features_do_not_depend_on_the_rest_of_the_batch():
     config = _config(name="small_resnet", stem="strided")
     network = make_network(config)
     params, stats = init_network(config, jax.random.key(0))
@@ -138,7 +138,7 @@ def test_features_in_inference_do_not_depend_on_the_rest_of_the_batch():
 
 @pytest.mark.parametrize(
     ("length", "count", "expected"),
-    # What torch.nn.AdaptiveAvgPool2d averages over.
+    # The cells of torch.nn.AdaptiveAvgPool2d.
     [
         (7, 1, [(0, 7)]),
         (4, 2, [(0, 2), (2, 4)]),
@@ -147,12 +147,12 @@ def test_features_in_inference_do_not_depend_on_the_rest_of_the_batch():
         (1, 2, [(0, 1), (0, 1)]),
     ],
 )
-def test_pooling_cells_are_pytorchs(length, count, expected):
+def test_pooling_cells_match_pytorch(length, count, expected):
     assert pooling_cells(length, count) == expected
 
 
 @pytest.mark.parametrize(("block", "last"), [(BasicBlock, "norm2"), (Bottleneck, "norm3")])
-def test_kernels_are_drawn_by_fan_out_and_the_last_scale_alone_starts_at_zero(block, last):
+def test_kernels_are_initialized_by_fan_out_and_only_the_last_scale_is_zero(block, last):
     made = block(48, 32, 2, True, jnp.dtype("float32"), nnx.Rngs(0))
     params = nnx.to_pure_dict(nnx.state(made, nnx.Param))
     for name in [name for name in params if name.startswith("norm")]:
@@ -160,7 +160,7 @@ def test_kernels_are_drawn_by_fan_out_and_the_last_scale_alone_starts_at_zero(bl
     np.testing.assert_array_equal(params["shortcut"]["norm"]["scale"], 1)
     convolutions = [params[name] for name in params if name.startswith("conv")]
     for kernel in (conv["kernel"] for conv in (*convolutions, params["shortcut"]["conv"])):
-        # He et al (arXiv 1502.01852), by the outputs; 4 deviations of what is drawn.
+        # He et al (arXiv 1502.01852) with fan_out, within 4 standard errors.
         size, _, _, c_out = kernel.shape
         deviation = np.sqrt(2 / (size**2 * c_out))
         np.testing.assert_allclose(np.std(kernel), deviation, rtol=4 / np.sqrt(2 * kernel.size))

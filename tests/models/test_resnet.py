@@ -1,4 +1,4 @@
-"""ResNets against plain numpy in float64, on images that are not square."""
+"""ResNets compared with numpy in float64, on images that are not square."""
 
 import functools
 import math
@@ -35,7 +35,7 @@ def _relu(x):
 
 
 def _block(block, x, stride):
-    """A basic block, or a bottleneck, whose stride is that of the 3 x 3 convolution."""
+    """Applies a basic block, or a bottleneck whose 3 x 3 convolution has the stride."""
     strides = (stride, 1) if "conv3" not in block else (1, stride, 1)
     y = x
     for i, s in enumerate(strides, 1):
@@ -76,7 +76,7 @@ def _merged(a, b):
         (Bottleneck, {"stem": "imagenet", "stem_width": 5}, (2, True), (1, 1, 2), 2, (3, 4)),
     ],
 )
-def test_features_are_those_of_plain_numpy(block, options, stem, strides, grid, last_map):
+def test_features_match_numpy(block, options, stem, strides, grid, last_map):
     model = ResNet(
         block=block,
         stage_sizes=(2, 1),
@@ -137,7 +137,7 @@ def test_features_are_those_of_plain_numpy(block, options, stem, strides, grid, 
         ),
     ],
 )
-def test_the_small_ones_keep_a_grid_of_4_at_a_quarter_of_the_stems_resolution(
+def test_the_small_resnets_pool_a_grid_of_4_at_a_quarter_of_the_stems_resolution(
     name, parameters, width
 ):
     model = nnx.eval_shape(

@@ -1,4 +1,4 @@
-"""Vision transformers against timm's.
+"""Vision transformers compared with timm.
 
 `reference/vision_transformer.npz` is timm 1.0.31's `VisionTransformer(img_size=32, patch_size=8,
 embed_dim=24, depth=2, num_heads=3, num_classes=0, global_pool="token")` in float64 (PyTorch 2.13),
@@ -47,7 +47,7 @@ def _tiny(dtype=jnp.float32, remat=False):
 
 
 def _from_timm(tensors, prefix):
-    """Arrays with timm's names and axes as ours."""
+    """Converts arrays from the names and axes of timm to those of this package."""
     ours = {}
     for name, array in tensors.items():
         if not name.startswith(prefix):
@@ -98,7 +98,7 @@ def _images(reference):
     return reference["images"].transpose(0, 2, 3, 1)  # [batch, height, width, channels]
 
 
-def test_positions_are_moco_v3s(reference):
+def test_positions_match_moco_v3(reference):
     np.testing.assert_allclose(sincos_positions(4, 4, 24), reference["positions"], atol=1e-6)
 
 
@@ -113,8 +113,8 @@ def test_positions_of_a_grid_that_is_not_square():
     np.testing.assert_allclose(sincos_positions(2, 3, 8), np.transpose(expected), atol=1e-7)
 
 
-def test_weights_start_as_moco_v3s():
-    """Xavier's uniform distribution, for queries, keys and values one by one; a token of 1e-6."""
+def test_weights_are_initialized_as_in_moco_v3():
+    """Xavier's uniform distribution for separate queries, keys and values; a token of 1e-6."""
     model = VisionTransformer(
         width=160, depth=1, num_heads=4, channels=3, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)
     )
@@ -130,13 +130,13 @@ def test_weights_start_as_moco_v3s():
         assert 0.999 * bound < np.abs(kernel).max() <= bound
         np.testing.assert_allclose(np.std(kernel), bound / np.sqrt(3), rtol=0.015)
         np.testing.assert_array_equal(linear.bias[...], 0)
-    # 4 deviations of what is drawn.
+    # Within 4 standard errors.
     np.testing.assert_allclose(np.std(model.class_token[...]), 1e-6, rtol=4 / np.sqrt(2 * 160))
     np.testing.assert_allclose(np.mean(model.class_token[...]), 0, atol=4e-6 / np.sqrt(160))
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_features_and_gradients_are_timms(reference, remat):
+def test_features_and_gradients_match_timm(reference, remat):
     features, params = _with_weights(_tiny(remat=remat), reference)
     images = _images(reference)
     np.testing.assert_allclose(features(params, images), reference["features"], atol=1e-5)
@@ -150,7 +150,7 @@ def test_features_and_gradients_are_timms(reference, remat):
         np.testing.assert_allclose(found[path] / scale, gradient / scale, atol=1e-5)
 
 
-def test_bfloat16_is_near_and_gives_float32_features(reference):
+def test_bfloat16_is_accurate_and_gives_float32_features(reference):
     features, params = _with_weights(_tiny(jnp.bfloat16), reference)
     found = features(params, _images(reference))
     assert found.dtype == jnp.float32
@@ -159,7 +159,7 @@ def test_bfloat16_is_near_and_gives_float32_features(reference):
 
 
 @pytest.mark.parametrize("name", sorted(_TIMM_SIZES))
-def test_sizes_have_timms_number_of_parameters(name):
+def test_models_have_as_many_parameters_as_timms(name):
     config = default_config()
     config.backbone.name = name
     params, _ = jax.eval_shape(lambda: init_network(config, jax.random.key(0)))
@@ -169,7 +169,7 @@ def test_sizes_have_timms_number_of_parameters(name):
 
 
 @pytest.mark.parametrize(("name", "heads"), [("vit_s16", 6), ("vit_b16", 12)])
-def test_sizes_have_timms_heads_and_patches_of_16(name, heads):
+def test_models_have_the_heads_of_timm_and_patches_of_16(name, heads):
     spec = BACKBONES[name]
     model = nnx.eval_shape(
         lambda: spec.make(channels=3, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
@@ -178,7 +178,7 @@ def test_sizes_have_timms_heads_and_patches_of_16(name, heads):
     assert spec.image_multiple == model.patch_size == 16
 
 
-def test_other_sizes_of_images_need_no_other_weights():
+def test_images_of_other_sizes_use_the_same_weights():
     model = _tiny()
     found = jax.eval_shape(
         lambda images: model(images, train=False), jax.ShapeDtypeStruct((2, 48, 16, 3), jnp.float32)

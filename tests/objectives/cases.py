@@ -1,4 +1,4 @@
-"""The reference cases, and the measure of nearness to them."""
+"""Reference cases, and the relative error with which tests compare."""
 
 import pathlib
 from typing import Any
@@ -9,7 +9,7 @@ REFERENCE = pathlib.Path(__file__).parents[1] / "reference"
 
 
 def cases(name: str) -> dict[str, dict[str, np.ndarray]]:
-    """The cases of `reference/NAME.npz` by number."""
+    """Returns the cases of `reference/NAME.npz` by number."""
     found: dict[str, dict[str, np.ndarray]] = {}
     with np.load(REFERENCE / f"{name}.npz") as file:
         for key in file.files:
@@ -19,9 +19,9 @@ def cases(name: str) -> dict[str, dict[str, np.ndarray]]:
 
 
 def relative_error(actual: Any, expected: Any) -> float:
-    """Largest deviation over the largest element expected.
+    """Returns the largest deviation relative to the largest expected element.
 
-    Elementwise ratios say nothing of a gradient, many of whose elements are next to nothing.
+    Elementwise ratios are not meaningful for gradients, many of whose elements are near zero.
     """
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape

@@ -1,4 +1,4 @@
-"""Blocks, tiles, and what is never in memory."""
+"""Blocks and tiles of the joint probability, which is never held in memory."""
 
 import functools
 import re
@@ -20,14 +20,14 @@ def two_views(batch, dim, dtype=jnp.float32):
 def block_elements(monkeypatch):
     def set_it(elements):
         monkeypatch.setattr(cross_segment, "_BLOCK_ELEMENTS", elements)
-        jax.clear_caches()  # it is no argument, so that what is compiled does not know
+        jax.clear_caches()  # compiled programs do not depend on the patched constant
 
     yield set_it
     jax.clear_caches()
 
 
 def dense_terms(za, zb, num_segments):
-    """The terms written down as they are defined, with the joint matrix whole."""
+    """Computes the terms by their definition, with the whole joint matrix."""
     batch, dim = za.shape
     joint = joint_probability(za, zb, num_segments=num_segments)
     entropies = joint * jnp.log(joint)
@@ -44,7 +44,9 @@ def dense_terms(za, zb, num_segments):
 @pytest.mark.parametrize("elements", [1, 400])
 # The last has probabilities below the clamp, the first is near to uniform.
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 10.0])
-def test_any_number_of_blocks_gives_the_dense_value_and_gradient(block_elements, elements, scale):
+def test_value_and_gradient_match_the_dense_form_for_any_number_of_blocks(
+    block_elements, elements, scale
+):
     block_elements(elements)
     za, zb = (scale * z for z in two_views(10, 35))
     step = jax.value_and_grad(lambda a, b: music_terms(a, b, num_segments=5)[1], (0, 1))
@@ -61,7 +63,7 @@ def test_any_number_of_blocks_gives_the_dense_value_and_gradient(block_elements,
 @pytest.mark.parametrize("center", [0, 1])
 @pytest.mark.parametrize("rows", [(0, 7), (3, 9), (13, 7)])
 @pytest.mark.parametrize("columns", [(0, 20), (6, 5)])
-def test_tiles_at_any_place_sum_their_own_elements(rows, columns, center):
+def test_a_tile_at_any_position_sums_its_own_elements(rows, columns, center):
     batch, units = 4, 5
     rng = np.random.default_rng(0)
     low, high = (0.9, 1.1) if center else (0.1, 5)
@@ -72,17 +74,15 @@ def test_tiles_at_any_place_sum_their_own_elements(rows, columns, center):
     elements *= segments[:, None] != segments[None, :]
     window = [slice(start, start + count) for start, count in (rows, columns)]
     value = cross_segment.tile_divergence(
-        cross_segment.Tile(batch, units, None, whole=False),
-        jnp.asarray(ra[:, window[0]] - center),
-        jnp.asarray(rb[:, window[1]] - center),
+        cross_segment.Tile(batch, units, whole=False),
+        (jnp.asarray(ra[:, window[0]] - center), jnp.asarray(rb[:, window[1]] - center)),
         jnp.float32(center),
-        jnp.int32(rows[0]),
-        jnp.int32(columns[0]),
+        (jnp.int32(rows[0]), jnp.int32(columns[0])),
     )
     np.testing.assert_allclose(value, elements[window[0], window[1]].sum(), rtol=1e-5, atol=1e-6)
 
 
-def test_the_value_alone_takes_one_product_and_the_gradient_three():
+def test_the_value_takes_one_product_and_the_gradient_three():
     za, zb = two_views(8, 12)
     function = functools.partial(music_loss, num_segments=3)
     big = re.compile(r"dot_general.*tensor<(12x12xf32|8x12xf32)>$", re.MULTILINE)
@@ -93,11 +93,11 @@ def test_the_value_alone_takes_one_product_and_the_gradient_three():
             jax.jit(jax.grad(function, (0, 1))).lower(za, zb).as_text(),
         )
     )
-    # The program holds them twice, near to uniform and elsewhere, and runs either.
+    # The program contains them twice, for centered and plain ratios, and runs one of the two.
     assert (value, gradient) == (2 * 1, 2 * 3)
 
 
-def test_no_matrix_of_dim_by_dim_is_in_memory():
+def test_no_matrix_of_dim_by_dim_is_held():
     dim = 4096
     za, zb = (jax.ShapeDtypeStruct((16, dim), jnp.float32) for _ in "ab")
     function = functools.partial(music_loss, num_segments=64)
@@ -108,7 +108,7 @@ def test_no_matrix_of_dim_by_dim_is_in_memory():
 
 @pytest.mark.parametrize("elements", [60, 10**6])
 @pytest.mark.parametrize("mode", ["forward over reverse", "reverse over reverse"])
-def test_second_derivatives_are_the_dense_forms(block_elements, elements, mode):
+def test_second_derivatives_match_the_dense_form(block_elements, elements, mode):
     block_elements(elements)
     with jax.enable_x64(True):
         za, zb = two_views(5, 12, jnp.float64)
@@ -126,13 +126,13 @@ def test_second_derivatives_are_the_dense_forms(block_elements, elements, mode):
         assert relative_error(fused, dense) < 1e-9
 
 
-def test_forward_mode_of_the_loss_says_that_it_cannot_be():
+def test_forward_mode_of_the_loss_raises():
     za, zb = two_views(4, 6)
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(lambda z: music_loss(z, zb, num_segments=2), (za,), (za,))
 
 
-def test_the_devices_stand_in_a_grid():
+def test_the_device_grid_is_nearly_square():
     grids = {n: cross_segment.device_grid(n) for n in (1, 2, 3, 4, 6, 8, 32, 256)}
     assert grids == {
         1: (1, 1),
@@ -146,10 +146,10 @@ def test_the_devices_stand_in_a_grid():
     }
 
 
-def test_the_mass_of_probabilities_that_do_not_sum_to_one():
-    """Clamped probabilities of a few segments sum to 1 + added; here by a lot, to see each term."""
+def test_the_excess_mass_of_clamped_probabilities():
+    """Each segment sums to 1 + added, which is large here so that every term counts."""
     added_a, added_b = np.random.default_rng(0).uniform(0, 1, size=(2, 6, 4)).astype(np.float32)
     pairs = np.einsum("ns,nt->nst", 1 + added_a, 1 + added_b)
     pairs *= 1 - np.eye(4)  # different segments
-    mass = cross_segment._mass_of_clamp(jnp.asarray(added_a), jnp.asarray(added_b))
+    mass = cross_segment._clamped_mass(jnp.asarray(added_a), jnp.asarray(added_b))
     np.testing.assert_allclose(4 * 3 + mass, pairs.sum((1, 2)).mean(), rtol=1e-6)

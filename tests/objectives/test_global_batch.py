@@ -1,4 +1,4 @@
-"""One value and one gradient, on any number of devices, in each of the ways of calling."""
+"""Each objective has one value and gradient on any number of devices, however it is called."""
 
 import functools
 
@@ -105,7 +105,7 @@ def check(found, expected):
         for rest in ((0, 2), (0, 4), (1, 4))
     ],
 )
-def test_value_and_gradient_are_those_of_one_device(name, dim_index, devices, way):
+def test_value_and_gradient_match_one_device(name, dim_index, devices, way):
     model, weights, images, expected = problem(name, dim_index)
     check(WAYS[way](model, weights, images, devices), expected)
 
@@ -119,29 +119,27 @@ def test_three_devices_and_blocks_within_a_tile(monkeypatch):
     jax.clear_caches()
 
 
-def reaches_the_sharded_form(step, *arguments):
+def uses_the_sharded_form(step, *arguments):
     return "all-to-all" in step.lower(*arguments).compile().as_text()
 
 
-@pytest.mark.parametrize("asked_by", ["arrays", "set_mesh", "argument"])
-def test_jit_reaches_the_sharded_form(asked_by):
+@pytest.mark.parametrize("mesh_from", ["arrays", "set_mesh"])
+def test_jit_uses_the_sharded_form(mesh_from):
     model, weights, images, expected = problem("music")
     mesh = make_mesh((4,))
-    if asked_by == "arrays":
+    if mesh_from == "arrays":
         weights, images = place(mesh, weights, images)
-    if asked_by == "argument":
-        model = functools.partial(model, mesh=mesh)
     step = jax.jit(jax.value_and_grad(model))
-    if asked_by == "set_mesh":
+    if mesh_from == "set_mesh":
         with jax.set_mesh(mesh):
-            assert reaches_the_sharded_form(step, weights, images)
+            assert uses_the_sharded_form(step, weights, images)
             check(step(weights, images), expected)
     else:
-        assert reaches_the_sharded_form(step, weights, images)
+        assert uses_the_sharded_form(step, weights, images)
         check(step(weights, images), expected)
 
 
-def test_no_device_holds_more_than_its_tile():
+def test_each_device_holds_only_its_tile():
     dim, mesh = 1024, make_mesh((4,))
     z = jax.ShapeDtypeStruct((8, dim), jnp.float32, sharding=NamedSharding(mesh, P("data")))
     step = jax.jit(jax.grad(functools.partial(music_loss, num_segments=4), (0, 1)))
@@ -191,15 +189,15 @@ def test_explicit_axes(types):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_batch_that_the_devices_do_not_divide(name):
+def test_a_batch_that_is_no_multiple_of_the_devices(name):
     model, weights, images, expected = problem(name, batch=6)
     mesh = make_mesh((4,))
     whole = [jax.device_put(x, NamedSharding(mesh, P())) for x in (weights, images)]
     check(jax.jit(jax.value_and_grad(model))(*whole), expected)
 
 
-def test_shards_known_to_the_compiler_alone():
-    """Neither the arrays' types nor the context tell the mesh: the compiler shards the products."""
+def test_shardings_known_only_to_the_compiler():
+    """Neither the arrays nor the context have a mesh, so that the compiler shards the products."""
     model, weights, images, expected = problem("music")
     mesh = make_mesh((4,))
     shardings = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
@@ -230,6 +228,6 @@ def test_bfloat16_products_on_four_devices():
 
 
 @pytest.mark.parametrize("name", ["barlow_twins", "vicreg", "simclr"])
-def test_one_sample_a_device_is_a_batch_of_several(name):
+def test_one_sample_per_device_is_a_valid_batch(name):
     model, weights, images, expected = problem(name, batch=4)
     check(in_shard_map(model, weights, images, 4), expected)

@@ -1,4 +1,4 @@
-"""The objective against the reference, and what the theory says of it."""
+"""The MUSIC objective against the reference, its lower bound and its symmetries."""
 
 import functools
 
@@ -30,7 +30,7 @@ def case_arguments(number, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("number", CASES)
-def test_value_terms_and_gradients_are_the_references(number, dtype):
+def test_value_terms_and_gradients_match_the_reference(number, dtype):
     case = CASES[number]
     with jax.enable_x64(dtype == "float64"):
         za, zb, options = case_arguments(number, dtype)
@@ -48,8 +48,8 @@ def test_value_terms_and_gradients_are_the_references(number, dtype):
 
 
 @pytest.mark.parametrize("spread", [1e-6, 1e-4, 0.01, 0.03, 0.033, 0.5])
-def test_near_to_uniform_the_float32_gradient_keeps_its_digits(spread):
-    """Of differences in the logits that probabilities in float32 hardly hold, and past them."""
+def test_the_float32_gradient_is_accurate_near_the_uniform_distribution(spread):
+    """Covers differences of the logits that are lost in float32 probabilities."""
     rng = np.random.default_rng(0)
     za, zb = spread * rng.uniform(size=(2, 24, 30))
 
@@ -58,12 +58,12 @@ def test_near_to_uniform_the_float32_gradient_keeps_its_digits(spread):
             step = jax.grad(functools.partial(music_loss, num_segments=5), (0, 1))
             return jax.jit(step)(jnp.asarray(za, dtype), jnp.asarray(zb, dtype))
 
-    # Either way of computing it is as exact where the one goes over into the other, at 1/32.
+    # Centered and plain ratios are equally accurate where they take over from each other, at 1/32.
     for found, expected in zip(gradients("float32"), gradients("float64"), strict=True):
         assert relative_error(found, expected) < (3e-6 if spread < 1 / 32 else 2e-5)
 
 
-def test_the_three_weights_weight_the_three_terms():
+def test_each_weight_multiplies_its_term():
     za, zb, options = case_arguments("02", "float32")
     terms = music_terms(za, zb, **options)
     loss = functools.partial(music_loss, za, zb, **options)
@@ -75,7 +75,7 @@ def test_the_three_weights_weight_the_three_terms():
         np.testing.assert_allclose(alone, term, rtol=1e-6)
 
 
-def test_bfloat16_embeddings_give_a_float32_loss_and_a_near_gradient():
+def test_bfloat16_embeddings_give_a_float32_loss_and_an_accurate_gradient():
     za, zb, options = case_arguments("02", "bfloat16")
     step = jax.jit(jax.value_and_grad(functools.partial(music_loss, **options)))
     loss, gradient = step(za, zb)
@@ -85,7 +85,7 @@ def test_bfloat16_embeddings_give_a_float32_loss_and_a_near_gradient():
     assert relative_error(gradient, exact_gradient) < 1e-2
 
 
-def test_products_of_float32_embeddings_can_be_bfloat16():
+def test_float32_embeddings_with_bfloat16_products():
     za, zb, options = case_arguments("02", "float32")
     exact = music_loss(za, zb, **options)
     rounded = music_loss(za, zb, product_dtype=jnp.bfloat16, **options)
@@ -97,7 +97,7 @@ def test_products_of_float32_embeddings_can_be_bfloat16():
     assert "(tensor<32x40xbf16>, tensor<32x40xbf16>) -> tensor<40x40xf32>" in program.as_text()
 
 
-def test_float16_embeddings_keep_the_least_probability():
+def test_float16_embeddings_keep_the_smallest_probability():
     za = jnp.asarray([[60.0, -60, 60, -60], [-60, 60, -60, 60]], jnp.float16)
     loss, gradient = jax.value_and_grad(music_loss)(za, -za, num_segments=2)
     expected = music_loss(za.astype(jnp.float32), -za.astype(jnp.float32), num_segments=2)
@@ -105,10 +105,11 @@ def test_float16_embeddings_keep_the_least_probability():
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
-def test_precision_reaches_the_products():
+def test_the_products_follow_the_default_matmul_precision():
     za, zb, options = case_arguments("02", "float32")
-    function = functools.partial(music_loss, precision=jax.lax.Precision.HIGHEST, **options)
-    program = jax.jit(jax.grad(function, (0, 1))).lower(za, zb).as_text()
+    function = functools.partial(music_loss, **options)
+    with jax.default_matmul_precision("highest"):
+        program = jax.jit(jax.grad(function, (0, 1))).lower(za, zb).as_text()
     assert program.count("precision = [HIGHEST, HIGHEST]") >= 3
 
 
@@ -175,7 +176,7 @@ def test_no_value_is_below_the_lower_bound(scale):
             assert value >= music_lower_bound(units) - 1e-5
 
 
-def test_descent_goes_to_the_lower_bound_and_no_further():
+def test_gradient_descent_approaches_the_lower_bound():
     za = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8)), jnp.float32)
     step = jax.jit(jax.value_and_grad(lambda z: music_loss(z, z, num_segments=2)))
     for _ in range(300):
@@ -185,7 +186,7 @@ def test_descent_goes_to_the_lower_bound_and_no_further():
     assert loss < music_lower_bound(4) + 0.1
 
 
-def test_the_samples_segments_and_units_have_no_order():
+def test_the_loss_is_invariant_to_permutations_of_samples_segments_and_units():
     case = CASES["02"]
     options = {"num_segments": 8}
     loss = music_loss(case["za"], case["zb"], **options)
@@ -219,7 +220,7 @@ def test_swapping_the_views_keeps_the_value_and_swaps_the_gradients():
     np.testing.assert_allclose(joint_probability(zb, za, **options), joint.T, rtol=1e-5)
 
 
-def test_descent_leaves_a_collapsed_embedding():
+def test_gradient_descent_leaves_a_collapsed_embedding():
     rng = np.random.default_rng(0)
     collapsed = np.broadcast_to(rng.normal(size=(1, 12)), (32, 12))
     z = jnp.asarray(collapsed + 1e-2 * rng.normal(size=(32, 12)), jnp.float32)

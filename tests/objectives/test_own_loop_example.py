@@ -1,4 +1,4 @@
-"""The README's example runs as it stands, and learns; sharding its arrays shards the objective."""
+"""The README's example runs unchanged and learns; sharding its arrays shards the objective."""
 
 import pathlib
 import re

@@ -1,4 +1,4 @@
-"""Each error says what was expected, what came and what to do."""
+"""Errors of all objectives: each says what was expected, what it got, and what to do."""
 
 import functools
 
@@ -14,6 +14,7 @@ from music_jax.objectives import (
     music_terms,
     segment_codes,
     segment_probabilities,
+    simclr_loss,
     vicreg_loss,
 )
 
@@ -23,6 +24,7 @@ PAIRED = {
     "joint_probability": functools.partial(joint_probability, num_segments=2),
     "barlow_twins_loss": barlow_twins_loss,
     "vicreg_loss": vicreg_loss,
+    "simclr_loss": simclr_loss,
 }
 SINGLE = {
     "segment_probabilities": functools.partial(segment_probabilities, num_segments=2),
@@ -40,7 +42,7 @@ BAD_EMBEDDINGS = {
 
 @pytest.mark.parametrize("name", PAIRED)
 @pytest.mark.parametrize("kind", BAD_EMBEDDINGS)
-def test_each_view_is_checked(name, kind):
+def test_each_view_must_be_a_floating_array_of_batch_by_dim(name, kind):
     bad, message = BAD_EMBEDDINGS[kind]
     good = jnp.ones((2, 4))
     with pytest.raises(ValueError, match=f"embeddings_a: expected .*{message}"):
@@ -51,14 +53,14 @@ def test_each_view_is_checked(name, kind):
 
 @pytest.mark.parametrize("name", SINGLE)
 @pytest.mark.parametrize("kind", BAD_EMBEDDINGS)
-def test_embeddings_are_checked(name, kind):
+def test_embeddings_must_be_a_floating_array_of_batch_by_dim(name, kind):
     bad, message = BAD_EMBEDDINGS[kind]
     with pytest.raises(ValueError, match=f"embeddings: expected .*{message}"):
         SINGLE[name](bad)
 
 
 @pytest.mark.parametrize("name", PAIRED)
-def test_the_views_are_alike(name):
+def test_the_views_must_have_equal_shapes_and_dtypes(name):
     z = jnp.ones((2, 4))
     with pytest.raises(ValueError, match=r"equal shapes, got \(2, 4\) and \(3, 4\)"):
         PAIRED[name](z, jnp.ones((3, 4)))
@@ -77,7 +79,7 @@ SEGMENTED = [
 
 
 @pytest.mark.parametrize("function", SEGMENTED)
-def test_segments_divide_the_embedding(function):
+def test_the_segments_must_divide_the_embedding(function):
     with pytest.raises(ValueError, match=r"dim 10 and num_segments 4 \(remainder 2\); choose"):
         function(jnp.ones((2, 10)), num_segments=4)
     with pytest.raises(ValueError, match=r"num_segments: expected at least [12], got 0"):
@@ -87,36 +89,36 @@ def test_segments_divide_the_embedding(function):
 
 
 @pytest.mark.parametrize("function", [music_loss, music_terms])
-def test_the_objective_needs_two_segments(function):
+def test_the_objective_requires_two_segments(function):
     with pytest.raises(ValueError, match="at least 2, got 1; the cross-segment term needs two"):
         function(jnp.ones((2, 4)), jnp.ones((2, 4)), num_segments=1)
 
 
 @pytest.mark.parametrize("temperature", [0, 0.0, -1.0, float("inf"), float("nan")])
 @pytest.mark.parametrize("function", SEGMENTED[1:])
-def test_the_temperature_is_positive(function, temperature):
+def test_the_temperature_must_be_positive(function, temperature):
     with pytest.raises(ValueError, match=f"temperature: expected .*, got {temperature}"):
         function(jnp.ones((2, 4)), num_segments=2, temperature=temperature)
 
 
-@pytest.mark.parametrize("loss", [barlow_twins_loss, vicreg_loss])
-def test_the_baselines_need_a_batch(loss):
+@pytest.mark.parametrize("loss", [barlow_twins_loss, vicreg_loss, simclr_loss])
+def test_the_baselines_require_two_samples(loss):
     with pytest.raises(ValueError, match=f"{loss.__name__}: .* at least 2 samples.* got 1"):
         loss(jnp.ones((1, 4)), jnp.ones((1, 4)))
 
 
-def test_products_hold_the_least_probability():
+def test_the_product_dtype_must_represent_the_smallest_probability():
     z = jnp.ones((2, 4))
     with pytest.raises(ValueError, match=r"product_dtype: expected bfloat16.* got float16"):
         music_loss(z, z, num_segments=2, product_dtype=jnp.float16)
 
 
-def test_the_bound_needs_a_unit():
+def test_the_lower_bound_requires_a_unit():
     with pytest.raises(ValueError, match="units_per_segment: expected at least 1, got 0"):
         music_lower_bound(0)
 
 
-def test_errors_come_under_jit_too():
+def test_errors_are_raised_under_jit():
     step = jax.jit(functools.partial(music_loss, num_segments=3))
     with pytest.raises(ValueError, match="dim 4 and num_segments 3"):
         step(jnp.ones((2, 4)), jnp.ones((2, 4)))
