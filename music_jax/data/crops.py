@@ -41,7 +41,7 @@ def draw_boxes(
 ) -> np.ndarray:
     """Draws a random part of each of many images, as torchvision's `RandomResizedCrop` does.
 
-    Area and aspect ratio are drawn at most ten times; if none fits, the largest centerd part
+    Area and aspect ratio are drawn at most ten times; if none fits, the largest centered part
     within the range of aspect ratios is taken.
 
     Args:

@@ -178,15 +178,15 @@ def embedding_statistics(
     }
 
 
-def _effective_rank(centerd: jax.Array) -> jax.Array:
-    """Participation ratio of the covariance of centerd rows [batch, dim]; 0 if there is none."""
-    dim = centerd.shape[1]
+def _effective_rank(centered: jax.Array) -> jax.Array:
+    """Participation ratio of the covariance of centered rows [batch, dim]; 0 if there is none."""
+    dim = centered.shape[1]
     if dim <= _DIRECTIONS:
-        m = centerd.T @ centerd
+        m = centered.T @ centered
         pairs = np.ones((dim, dim), np.float32)
     else:
         signs = np.random.default_rng(0).integers(0, 2, (dim, _DIRECTIONS), np.int8) * 2 - 1
-        projected = centerd @ jnp.asarray(signs, jnp.int8).astype(jnp.float32)
+        projected = centered @ jnp.asarray(signs, jnp.int8).astype(jnp.float32)
         m = projected.T @ projected  # [64, 64]
         pairs = 1 - np.eye(_DIRECTIONS, dtype=np.float32)
     variances = jnp.diagonal(m)
