@@ -46,7 +46,7 @@ def _figures(workdir, protocols=_FEATURES):
 def test_each_protocol_leaves_its_figures_alike_on_one_and_two_devices(finished):
     found = []
     for devices in (1, 2):
-        out = _evaluate(finished, _FEATURES, "--again", devices=devices)
+        out = _evaluate(finished, _FEATURES, "--force", devices=devices)
         assert ("features of" in out) is False  # which is the progress bar's, on standard error
         found.append(_figures(finished))
         for path in (finished / "features").iterdir():

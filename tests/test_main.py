@@ -174,7 +174,7 @@ def test_one_and_two_devices_train_alike(data, tmp_path):
     [
         ((), 1, "--config=FILE is missing"),
         ((DIGITS,), 1, "--workdir=DIR is missing"),
-        (("--config=nowhere.py", "--workdir=x"), 1, "cannot read the config file 'nowhere.py'"),
+        (("--config=nowhere.py", "--workdir=x"), 1, "there is no config file 'nowhere.py'"),
         (
             (DIGITS, "--config.optimizer.learning_rat=1"),
             1,

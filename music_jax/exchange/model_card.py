@@ -8,8 +8,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from music_jax.config import view_augmentations
-from music_jax.data.augment import ViewAugmentation
+from music_jax.data.augment import ViewAugmentation, view_augmentations
 from music_jax.exchange.formats import FORMATS, preprocessing
 from music_jax.exchange.trained import TrainedBackbone
 from music_jax.version import __version__

@@ -1,27 +1,11 @@
 """Backbones, by name."""
 
-import dataclasses
 from functools import partial
 from typing import Any
 
 from music_jax.models.resnet import BasicBlock, Bottleneck, ResNet
 from music_jax.models.vision_transformer import VisionTransformer
-
-
-@dataclasses.dataclass(frozen=True)
-class BackboneSpec:
-    """What a config can ask of a backbone.
-
-    Attributes:
-      make: its class with its sizes; takes the keyword arguments channels, dtype, rngs, remat and
-        those of `fields`.
-      fields: the fields of `config.backbone` that are its own; for others it has no use.
-      image_multiple: the side of an image is a multiple of this.
-    """
-
-    make: partial[Any]
-    fields: tuple[str, ...] = ()
-    image_multiple: int = 1
+from music_jax.registry import BACKBONES, BackboneSpec
 
 
 def _resnet(**arguments: Any) -> BackboneSpec:
@@ -38,7 +22,7 @@ def _vit(**arguments: Any) -> BackboneSpec:
 
 _IMAGENET_WIDTHS = (64, 128, 256, 512)
 
-BACKBONES: dict[str, BackboneSpec] = {
+BACKBONES |= {
     # For 8-32 px on a CPU: with the `strided` stem only the first convolution sees over 16 px.
     "small_resnet": _resnet(
         block=BasicBlock,

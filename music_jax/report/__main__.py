@@ -3,7 +3,6 @@
 import os
 
 from absl import flags
-from ml_collections import config_flags
 
 from music_jax import cli
 from music_jax.errors import UserError
@@ -61,7 +60,7 @@ def main() -> None:
         workdirs,
         output=flags.FLAGS.output,
         num_images=num_images,
-        overrides=dict(config_flags.get_override_values(flags.FLAGS["config"])),
+        overrides=cli.config_overrides(),
     )
     progress.say(f"wrote {path} ({size / 1e6:.1f} MB); open it in a browser")
 
@@ -74,13 +73,10 @@ def _workdirs(given: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.define_config_fields(
-        "--config.dataset.data_dir=DIR and the like say where the images of the runs are.",
-    )
     flags.DEFINE_string(
         "output", None, "The file to write; by default report.html in the (first) workdir."
     )
     flags.DEFINE_integer(
         "images", 1000, f"How many images to show and measure, {_FEWEST} to {_MOST}."
     )
-    cli.run(main, _USAGE, in_processes=False)
+    cli.run(main, _USAGE, workdir=True, config="fields")

@@ -17,8 +17,7 @@ import pytest
 from etils import epath
 from flax import nnx
 
-from music_jax.config import default_config, validate
-from music_jax.config.checks import get
+from music_jax.config import default_config, get_field, validate
 from music_jax.data import datasets, sources
 from music_jax.data.augment import ViewAugmentation, augment_views
 from music_jax.data.crops import Crop
@@ -217,7 +216,9 @@ def _leaves(part, prefix=""):
 
 def test_no_field_has_its_default_and_the_views_share_none(config):
     default = default_config()
-    same = {field for field in _leaves(default) if get(default, field) == get(config, field)}
+    same = {
+        field for field in _leaves(default) if get_field(default, field) == get_field(config, field)
+    }
     assert same == _AS_BY_DEFAULT
     one, two = config.augmentation.view_1, config.augmentation.view_2
     assert {name for name in one if one[name] == two[name]} == {"blur_sigma", "scale"}
