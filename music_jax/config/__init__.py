@@ -8,6 +8,7 @@ from music_jax.config.files import differences as differences
 from music_jax.config.files import from_file as from_file
 from music_jax.config.files import from_json as from_json
 from music_jax.config.files import is_free as is_free
+from music_jax.config.files import normalize_path as normalize_path
 from music_jax.config.files import shipped_configs as shipped_configs
 from music_jax.config.validation import check_values as check_values
 from music_jax.config.validation import embedding_size as embedding_size

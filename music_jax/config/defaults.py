@@ -189,8 +189,6 @@ def default_config() -> config_dict.ConfigDict:
     config.few_shot = config_dict.ConfigDict()
     config.few_shot.shots = (1, 5, 10)  # Labeled samples per class.
     config.few_shot.draws = 20
-    # C of scikit-learn, times the number of labeled samples.
-    config.few_shot.inverse_regularization = 1.0
 
     # Fine-tuning on a fraction of the labels.
     config.semi_supervised = config_dict.ConfigDict()
@@ -215,9 +213,6 @@ def default_config() -> config_dict.ConfigDict:
     config.finetune.momentum = 0.9
     config.finetune.weight_decay = 0.0
 
-    config.retrieval = config_dict.ConfigDict()
-    config.retrieval.max_gallery = 200_000  # Largest number of training images to rank.
-
     # A linear classifier that is trained during the pre-training.
     config.online_probe = config_dict.ConfigDict()
     # Logs online_top1; costs a forward pass of its batch.
@@ -229,9 +224,6 @@ def default_config() -> config_dict.ConfigDict:
     config.online_probe.learning_rate = 0.03
     config.online_probe.momentum = 0.9
     config.online_probe.weight_decay = 1e-3
-
-    config.clustering = config_dict.ConfigDict()
-    config.clustering.num_starts = 10  # Initializations of k-means on the joint code.
     return config.lock()
 
 

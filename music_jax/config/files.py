@@ -17,7 +17,6 @@ from music_jax.errors import UserError
 FREE_FIELDS = (
     "backbone.remat",
     "checkpoint",
-    "clustering",
     "compute_dtype",  # Parameters stay float32, and the run logs from which step it differs.
     "dataset.data_dir",
     "dataset.manual_dir",
@@ -34,12 +33,13 @@ FREE_FIELDS = (
     "log_every_steps",
     "num_decode_threads",
     "online_probe",
-    "retrieval",
     "semi_supervised",
     "sharding",
     "tensorboard",
     "wandb_project",
 )
+# Groups of earlier versions that did not change what was trained either.
+_REMOVED_GROUPS = ("clustering", "retrieval")
 
 
 def shipped_configs() -> dict[str, pathlib.Path]:
@@ -142,7 +142,8 @@ def _known_fields(record: dict[str, Any], known: dict[str, Any], prefix: str = "
 
 def is_free(field: str) -> bool:
     """Returns whether a field may change between two runs in one workdir, by its dotted name."""
-    return any(field == free or field.startswith(free + ".") for free in FREE_FIELDS)
+    free = (*FREE_FIELDS, *_REMOVED_GROUPS)
+    return any(field == name or field.startswith(name + ".") for name in free)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -153,8 +154,8 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         if is_free(name):
             continue
         a, b = old.get(key), new.get(key)
-        if name == "dataset.path":
-            a, b = (_normalized(path) for path in (a, b))
+        if name == "dataset.path" and isinstance(a, str) and isinstance(b, str):
+            a, b = normalize_path(a), normalize_path(b)
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, name + ".")
         elif a != b:
@@ -162,8 +163,12 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return found
 
 
-def _normalized(path: Any) -> Any:
-    """Returns one spelling of a folder's path: no `~`, `./`, `//` or final `/`."""
-    if not path or not isinstance(path, str):
+def normalize_path(path: str) -> str:
+    """Returns one name for all spellings of a folder: `~` expanded, no `./`, `//` or final `/`.
+
+    Links are not resolved, a relative path stays relative, and the name of a TFDS split or the
+    address of a bucket stays as it is.
+    """
+    if not path or "://" in path:
         return path
     return os.path.normpath(os.path.expanduser(path))

@@ -35,11 +35,11 @@ _INTERVALS = {
     " *.saturation *.noise_std",
     "[1, inf)": "*num_epochs *every_steps *.batch_size accumulation_steps *.max_to_keep crop.size"
     " evaluation.view_images few_shot.draws few_shot.shots knn.k knn.more_k projector.*"
-    " guards.loss_spike_window guards.collapse_steps retrieval.* clustering.* sharding.fsdp",
+    " guards.loss_spike_window guards.collapse_steps sharding.fsdp",
     "[1, 1024]": "num_decode_threads",
     "[0, 4294967295]": "seed",
     "(0, inf)": "*temperature *learning_rate *learning_rates *.grace_seconds dataset.std"
-    " *.inverse_regularization crop.aspect_ratio augmentation.*.scale *.blur_sigma",
+    " crop.aspect_ratio augmentation.*.scale *.blur_sigma",
     "(0, 1]": "crop.scale semi_supervised.fractions",
     "(0, 1)": "linear_eval.validation_fraction",
     "[0, 1)": "*.momentum",

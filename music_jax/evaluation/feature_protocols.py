@@ -25,6 +25,7 @@ from music_jax.evaluation.run import Run
 
 Figures = dict[str, Any]
 
+_MAX_GALLERY = 200_000  # training images, drawn at random, that are ranked
 _MAX_RANKED = 25_600  # samples whose singular values are taken, as in RankMe's paper
 
 
@@ -149,7 +150,6 @@ def fewshot(run: Run) -> Figures:
                 test.labels,
                 shots=shots,
                 draws=settings.draws,
-                inverse_regularization=settings.inverse_regularization,
                 seed=run.config.seed,
                 after_draw=bar.update,
             )
@@ -168,10 +168,9 @@ def fewshot(run: Run) -> Figures:
 def retrieval(run: Run) -> Figures:
     """Mean average precision of the test images' searches among the training images."""
     train, test = run.train(), run.test()
-    limit = run.config.retrieval.max_gallery
-    if len(train) > limit:
+    if len(train) > _MAX_GALLERY:
         rng = np.random.Generator(np.random.Philox(key=[run.config.seed, 2**34]))
-        train = train.rows(np.sort(rng.permutation(len(train))[:limit]))
+        train = train.rows(np.sort(rng.permutation(len(train))[:_MAX_GALLERY]))
     precisions = average_precisions(train.features, train.labels, test.features, test.labels)
     answered = precisions[np.isfinite(precisions)]  # those with anything to be found
     return {
@@ -195,12 +194,7 @@ def clustering(run: Run) -> Figures:
     scores = [cluster_scores(codes[:, s], labels) for s in range(codes.shape[1])]
     chosen = int(np.argmax(agreement))
     oracle = int(np.argmax([score.accuracy for score in scores]))
-    joint = joint_clusters(
-        probabilities,
-        num_clusters=num_clusters,
-        num_starts=run.config.clustering.num_starts,
-        seed=run.config.seed,
-    )
+    joint = joint_clusters(probabilities, num_clusters=num_clusters, seed=run.config.seed)
     return {
         "joint_code": {
             **cluster_scores(joint, labels)._asdict(),

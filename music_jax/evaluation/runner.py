@@ -57,8 +57,8 @@ PROTOCOLS = {
         feature_protocols.knn, ("knn", "linear_eval.raw_pixels", "linear_eval.random_init")
     ),
     "fewshot": Protocol(feature_protocols.fewshot, ("few_shot",)),
-    "retrieval": Protocol(feature_protocols.retrieval, ("retrieval",)),
-    "clustering": Protocol(feature_protocols.clustering, ("clustering",), segments=True),
+    "retrieval": Protocol(feature_protocols.retrieval),
+    "clustering": Protocol(feature_protocols.clustering, segments=True),
     "label_free": Protocol(feature_protocols.label_free, labels=False),
     "segments": Protocol(feature_protocols.segments, labels=False, segments=True),
     "semi": Protocol(image_protocols.semi_supervised, ("semi_supervised",)),

@@ -148,3 +148,9 @@ def test_spellings_of_one_folder_do_not_differ():
     assert not differences(old, new)
     assert differences(old, {"dataset": {"path": "photos"}})
     assert differences({"dataset": {"path": ""}}, {"dataset": {"path": "."}})
+
+
+def test_fields_of_earlier_versions_that_did_not_change_the_training_are_dropped():
+    record = as_json(from_file("digits"))
+    assert from_json(record | {"retrieval": {"max_gallery": 9}}) == from_file("digits")
+    assert not differences(record | {"clustering": {"num_starts": 3}}, record)

@@ -163,7 +163,7 @@ _VALUES = {
         "random_init": True,
     },
     "knn": {"enabled": False, "k": 3, "more_k": (1, 5), "temperature": 0.5},
-    "few_shot": {"shots": (2, 4), "draws": 6, "inverse_regularization": 0.3},
+    "few_shot": {"shots": (2, 4), "draws": 6},
     "semi_supervised": {
         "fractions": (0.5, 1.0),
         "lists": ("first.txt", ""),
@@ -182,7 +182,6 @@ _VALUES = {
         "momentum": 0.45,
         "weight_decay": 0.46,
     },
-    "retrieval": {"max_gallery": 9},
     "online_probe": {
         "enabled": True,
         "train": "three:third",
@@ -192,7 +191,6 @@ _VALUES = {
         "momentum": 0.52,
         "weight_decay": 0.53,
     },
-    "clustering": {"num_starts": 3},
 }
 # The one field that stays: the objectives are compared by name in test_objective.py.
 _AS_BY_DEFAULT = {"objective.name", "backbone.num_heads"}
@@ -517,20 +515,20 @@ def test_neighbors_and_few_shots_are_counted_as_described(run, calls):
 
     calls.replace(feature_protocols, "few_shot", shots)
     feature_protocols.fewshot(run)
-    names = ("shots", "draws", "inverse_regularization", "seed")
+    names = ("shots", "draws", "seed")
     found = [_some(options, *names) for _, options in calls.of["few_shot"]]
-    assert found == [(2, 6, 0.3, 5), (4, 6, 0.3, 5)]
+    assert found == [(2, 6, 5), (4, 6, 5)]
 
 
-def test_galleries_and_clusters_are_as_described(run, calls):
+def test_galleries_and_clusters_are_as_described(run, calls, monkeypatch):
+    monkeypatch.setattr(feature_protocols, "_MAX_GALLERY", 9)
     calls.replace(feature_protocols, "average_precisions", lambda *given: np.ones(8))
     assert feature_protocols.retrieval(run)["num_gallery"] == 9
     ((gallery, *_), _), *_ = calls.of["average_precisions"]
     assert len(gallery) == 9
     calls.replace(feature_protocols, "joint_clusters", lambda p, **options: np.zeros(len(p), int))
     feature_protocols.clustering(run)
-    names = ("num_clusters", "num_starts", "seed")
-    assert _some(calls.options("joint_clusters"), *names) == (4, 3, 5)
+    assert _some(calls.options("joint_clusters"), "num_clusters", "seed") == (4, 5)
 
 
 def test_fine_tuning_is_as_described(run, calls):
