@@ -2,7 +2,7 @@
 
 MUlti-Segmental Informational Coding, Niu & Wang, arXiv 2206.06461 (2022).
 
-`music_jax.load`, `music_jax.objectives` and `music_jax.optim` are imported once they are used.
+The package loads `music_jax.objectives`, `music_jax.optim` and what `load` needs on first use.
 """
 
 import importlib
@@ -20,21 +20,21 @@ from music_jax.version import __version__ as __version__
 def load(path: str | os.PathLike[str], *, checkpoint: str | None = None) -> "Encoder":
     """Loads a trained backbone as a function from images to features.
 
-    In three lines::
+    Example::
 
         import music_jax
         encoder = music_jax.load("runs/mnist5k")
         features = encoder(images)  # uint8 [images, height, width, channels], or a list of paths
 
     Args:
-      path: a run's workdir, or a safetensors file that `music_jax.export` wrote.
-      checkpoint: of a workdir: its step, or its directory; by default the latest.
+      path: Workdir of a run, or safetensors file written by `music_jax.export`.
+      checkpoint: Step or directory of a checkpoint in the workdir; the latest by default.
 
     Returns:
-      The function; see `music_jax.exchange.encoder.Encoder`.
+      A `music_jax.exchange.encoder.Encoder`.
 
     Raises:
-      UserError: there is no such run, checkpoint or file, or it is damaged.
+      UserError: The run, checkpoint or file does not exist or is damaged.
     """
     from music_jax.exchange.encoder import load
 
