@@ -17,21 +17,11 @@ Exit codes: 0 done; 2 wrong input; 3 no image can be read; 75 stopped by a signa
 from absl import flags
 
 from music_jax import cli
-from music_jax.errors import UserError
 
 
 def main() -> None:
     """Reads the flags and encodes."""
     given = flags.FLAGS
-    for flag, value, meaning in (
-        ("workdir=DIR", given.workdir, "the run whose backbone computes the features"),
-        ("images=FOLDER", given.images, "the images"),
-        ("output=FILE", given.output, "a .npy or .parquet file for the features"),
-    ):
-        if not value:
-            raise UserError(f"--{flag} is missing: {meaning}")
-    if given.batch_size < 1:
-        raise UserError(f"--batch_size must be 1 or more; got {given.batch_size}")
     from music_jax.data import datasets
     from music_jax.distributed import progress
     from music_jax.distributed.mesh import use_cores
@@ -53,5 +43,5 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "checkpoint", None, "Step of the checkpoint, or its directory; the latest by default."
     )
-    flags.DEFINE_integer("batch_size", 128, "Images per forward pass.")
-    cli.run(main, __doc__, workdir=True)
+    flags.DEFINE_integer("batch_size", 128, "Images per forward pass.", lower_bound=1)
+    cli.run(main, __doc__, workdir=True, required=["workdir", "images", "output"])

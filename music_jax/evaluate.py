@@ -124,4 +124,4 @@ if __name__ == "__main__":
         "checkpoint", None, "Step of the checkpoint, or its directory; the latest by default."
     )
     flags.DEFINE_bool("force", False, "Recompute existing results.")
-    cli.run(main, __doc__, workdir=True, processes=True, config="fields")
+    cli.run(main, __doc__, workdir=True, processes=True, config="fields", required=["workdir"])

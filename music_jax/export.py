@@ -25,12 +25,6 @@ from music_jax.errors import UserError
 def main() -> None:
     """Reads the flags and exports."""
     given = flags.FLAGS
-    if not given.workdir:
-        raise UserError("--workdir=DIR is missing: the run whose backbone to export")
-    if not given.format:
-        raise UserError("--format is missing: safetensors, torchvision, onnx, stablehlo or orbax")
-    if not given.output:
-        raise UserError("--output=FILE is missing: the file to write")
     from music_jax.distributed import progress
 
     path, card = export(
@@ -118,4 +112,4 @@ if __name__ == "__main__":
         "For torchvision: size of the all-zero classifier that its networks have; 0 for none.",
     )
     flags.DEFINE_string("license", None, "License of the weights, for the model card.")
-    cli.run(main, __doc__, workdir=True)
+    cli.run(main, __doc__, workdir=True, required=["workdir", "format", "output"])

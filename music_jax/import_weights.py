@@ -22,16 +22,11 @@ Exit codes: 0 done; 2 wrong input; 75 stopped by a signal.
 from absl import flags
 
 from music_jax import cli
-from music_jax.errors import UserError
 
 
 def main() -> None:
     """Reads the flags and imports."""
     given = flags.FLAGS
-    if not given.weights:
-        raise UserError("--weights=FILE is missing: a safetensors file")
-    if not given.workdir:
-        raise UserError("--workdir=DIR is missing: a directory for the run")
     from music_jax.distributed import progress
     from music_jax.exchange.importing import import_weights
 
@@ -54,4 +49,4 @@ if __name__ == "__main__":
     from music_jax.exchange.tensors import CONVERT_COMMAND
 
     usage = (__doc__ or "").format(convert=CONVERT_COMMAND)
-    cli.run(main, usage, workdir=True, config="fields")
+    cli.run(main, usage, workdir=True, config="fields", required=["weights", "workdir"])

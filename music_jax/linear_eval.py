@@ -64,4 +64,4 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "checkpoint", None, "Step of the checkpoint, or its directory; the latest by default."
     )
-    cli.run(main, __doc__, workdir=True, processes=True, config="fields")
+    cli.run(main, __doc__, workdir=True, processes=True, config="fields", required=["workdir"])

@@ -19,14 +19,11 @@ Exit codes: 0 done; 2 wrong input; 3 diverged or unusable data; 75 stopped by a 
 from absl import flags
 
 from music_jax import cli
-from music_jax.errors import UserError
 
 
 def main() -> None:
     """Reads the flags and trains."""
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
-    if not workdir:
-        raise UserError("--workdir=DIR is missing: the directory for checkpoints and results")
     from music_jax.checkpoint.host_memory import use_few_arenas
 
     use_few_arenas()
@@ -59,4 +56,4 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "profile", None, "START:STOP, the steps to profile with JAX, into WORKDIR/profile."
     )
-    cli.run(main, __doc__, workdir=True, processes=True, config="file")
+    cli.run(main, __doc__, workdir=True, processes=True, config="file", required=["workdir"])

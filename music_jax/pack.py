@@ -22,9 +22,6 @@ from music_jax.errors import MusicError, UserError
 def main() -> None:
     """Reads the flags and packs."""
     given = flags.FLAGS
-    for name, meaning in (("source", "a folder, or NAME:SPLIT of TFDS"), ("output", "a directory")):
-        if not given[name].value:
-            raise UserError(f"--{name} is missing: {meaning}")
     from music_jax.config import default_config
     from music_jax.data import datasets
     from music_jax.data.packing import Packing, pack
@@ -82,4 +79,4 @@ if __name__ == "__main__":
     flags.DEFINE_float("max_skipped_share", 0.01, "Share of the images that may be unreadable.")
     flags.DEFINE_string("data_dir", None, "Directory of TFDS, if not the default one.")
     flags.DEFINE_string("manual_dir", None, "Directory of files that TFDS cannot download itself.")
-    cli.run(main, __doc__)
+    cli.run(main, __doc__, required=["source", "output"])

@@ -129,7 +129,7 @@ def test_fine_tuning_and_transfer(finished, data, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "--workdir=DIR is missing"),
+        ((), "--workdir is missing"),
         (("--workdir={tmp}", "--protocols=knm"), "no protocol 'knm'; the nearest one is 'knn'"),
         (("--workdir={tmp}", "--protocols="), "name some protocols: linear"),
         (("--workdir={tmp}", "--protocols=transfer"), "--transfer=NAME:TRAIN:TEST"),

@@ -42,6 +42,7 @@ def run(
     workdir: bool = False,
     processes: bool = False,
     config: command_line.ConfigUse | None = None,
+    required: Sequence[str] = (),
 ) -> None:
     """Parses the command line, runs a command and exits with the code for its outcome.
 
@@ -55,6 +56,7 @@ def run(
       processes: Whether to define the flags by which the processes of a run find each other.
       config: `file` to define `--config=FILE` and `--config.FIELD=VALUE`, `fields` for only the
         latter. `FLAGS.config` is then a config.
+      required: Names of the flags that have to be given.
     """
     end_on_signal(_stop_at_once)
     command_line.define_shared(workdir=workdir, processes=processes, config=config)
@@ -62,7 +64,7 @@ def run(
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:
-            return command_line.parse(argv, usage or "", config)
+            return command_line.parse(argv, usage or "", config, required)
         except UserError as error:
             fail(error)
 
@@ -148,11 +150,9 @@ def begin_evaluation() -> tuple[str, dict[str, object]]:
       The workdir, and the config fields given on the command line by dotted name.
 
     Raises:
-      UserError: The workdir is missing or cannot be reached.
+      UserError: The workdir cannot be reached.
     """
     workdir = flags.FLAGS.workdir
-    if not workdir:
-        raise UserError("--workdir=DIR is missing: the directory of the run to evaluate")
     from music_jax.distributed.mesh import use_cores
     from music_jax.workdir import records
     from music_jax.workdir.compilation_cache import use_compilation_cache

@@ -48,13 +48,16 @@ def process_flags() -> list[Any]:
     return [flags.FLAGS[name].value for name in _PROCESSES]
 
 
-def parse(argv: Sequence[str], usage: str, config: ConfigUse | None) -> list[str]:
+def parse(
+    argv: Sequence[str], usage: str, config: ConfigUse | None, required: Sequence[str] = ()
+) -> list[str]:
     """Parses the command line into `flags.FLAGS`; `--help` and `--helpfields` print and exit.
 
     Args:
       argv: The command line.
       usage: Text that `--help` prints above the flags.
       config: As `music_jax.cli.run` takes it.
+      required: Names of the flags that have to be given.
 
     Returns:
       The arguments that are not flags, the program's name first.
@@ -92,6 +95,9 @@ def parse(argv: Sequence[str], usage: str, config: ConfigUse | None) -> list[str
             sys.exit(0)
         if config == "file" and path is None:
             raise UserError("--config=FILE is missing, such as --config=configs/mnist5k.py")
+    for name in required:
+        if not flags.FLAGS[name].value:
+            raise UserError(f"--{name} is missing: {(flags.FLAGS[name].help or '').rstrip('.')}")
     return positional
 
 

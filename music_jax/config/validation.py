@@ -12,8 +12,14 @@ from music_jax.config.defaults import default_config
 from music_jax.errors import UserError
 
 _MAX_NUMBER = 2**32  # Larger numbers overflow in some field and are never intended.
+_KINDS = {
+    str: "a text without a zero byte",
+    bool: "True or False",
+    int: f"an integer of at most {_MAX_NUMBER}",
+    float: f"a finite number of at most {_MAX_NUMBER}",
+}
 
-_CHOICES = {
+_CHOICES: dict[str, tuple[Any, ...]] = {
     "backbone.stem": ("imagenet", "cifar", "strided"),
     "compute_dtype": ("float32", "bfloat16"),
     "dataset.num_channels": (1, 3),
@@ -118,30 +124,20 @@ def _expected_type(
 ) -> str | None:
     """Returns what a value must be, or None if it is that."""
     kind = default_group.get_type(name)
-    if isinstance(default, config_dict.ConfigDict):
-        return None if isinstance(value, config_dict.ConfigDict) else "be a group of fields"
-    if value is None:
-        return None if default is None else f"be of type {kind.__name__}"
-    if kind in (str, bool):
-        if not isinstance(value, kind):
-            return f"be of type {kind.__name__}"
-        return "hold no zero byte" if kind is str and "\0" in value else None
-    if kind is tuple:
-        if not isinstance(value, tuple):
-            return "be a tuple"
-        if default and isinstance(default[0], str):
-            valid = all(isinstance(text, str) and "\0" not in text for text in value)
-            return None if valid else "be a tuple of texts without a zero byte"
-        number = int if default and isinstance(default[0], int) else int | float
-        valid = all(isinstance(entry, number) and _is_sane(entry) for entry in value)
-        return None if valid else "be a tuple of numbers"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "be a number"
-    return None if _is_sane(value) else f"be a finite number up to {_MAX_NUMBER}"
+    if value is None and default is None:
+        return None
+    if kind is not tuple:
+        return None if _has_kind(value, kind) else f"be {_KINDS.get(kind, 'a group of fields')}"
+    entry = type(default[0]) if default else float
+    valid = isinstance(value, tuple) and all(_has_kind(v, entry) for v in value)
+    return None if valid else f"be a tuple, each entry {_KINDS[entry]}"
 
 
-def _is_sane(number: Any) -> bool:
-    return not isinstance(number, bool) and abs(number) <= _MAX_NUMBER  # False for NaN
+def _has_kind(value: Any, kind: type) -> bool:
+    if kind in (int, float):
+        number = isinstance(value, int | kind) and not isinstance(value, bool)
+        return number and abs(value) <= _MAX_NUMBER  # False for NaN
+    return isinstance(value, kind) and not (isinstance(value, str) and "\0" in value)
 
 
 def _check_value(config: config_dict.ConfigDict, field: str, value: Any) -> None:
@@ -235,38 +231,34 @@ def get_field(config: config_dict.ConfigDict, field: str) -> Any:
     return value
 
 
-def set_fields(
-    config: config_dict.ConfigDict, fields: Mapping[str, Any], *, prefix: str = ""
-) -> None:
-    """Sets fields of a config, those of a group as a mapping.
+def set_fields(config: config_dict.ConfigDict, fields: Mapping[str, Any]) -> None:
+    """Sets fields of a config.
 
     Args:
-      config: The config, or a group of it.
-      fields: Values by name or dotted name.
-      prefix: Dotted name of the group, with a dot behind.
+      config: The config.
+      fields: Values by name or dotted name; those of a group as a mapping.
 
     Raises:
       UserError: There is no such field, or it does not take such a value.
     """
-    known = config.to_dict()
-    for name, value in fields.items():
-        field = f"{prefix}{name}"
-        name, _, inner = name.partition(".")
-        value = {inner: value} if inner else value
-        if name not in known:
-            raise UserError(unknown_field_message(field, field_names(config, prefix)))
-        if isinstance(known[name], dict):
+    known = field_names(config)
+    for field, value in fields.items():
+        if field not in known:
+            raise UserError(unknown_field_message(field, known))
+        group, _, name = field.rpartition(".")
+        if isinstance(get_field(config, field), config_dict.ConfigDict):
             if not isinstance(value, Mapping | config_dict.ConfigDict):
+                inner = next(iter(get_field(config, field)))
                 raise UserError(
                     f"config.{field} is a group of fields and takes a dictionary such as "
-                    f"{{{next(iter(known[name]))!r}: VALUE}}; got {value!r}"
+                    f"{{{inner!r}: VALUE}}; got {value!r}"
                 )
-            set_fields(config[name], value, prefix=f"{prefix}{name}.")
+            set_fields(config, {f"{field}.{key}": inner for key, inner in value.items()})
             continue
         try:
-            config[name] = value
+            get_field(config, group)[name] = value
         except TypeError as error:
-            kind = config.get_type(name).__name__
+            kind = get_field(config, group).get_type(name).__name__
             raise UserError(f"config.{field} must be of type {kind}; got {value!r}") from error
 
 

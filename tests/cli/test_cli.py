@@ -132,7 +132,9 @@ def test_a_platform_that_is_not_installed_is_one_clear_line(command, platforms, 
     arguments = {
         "main": (DIGITS, f"--workdir={tmp_path}/run"),
         "claims": (DIGITS, f"--output={tmp_path}/claims"),
-    }.get(command, ())
+        "export": (f"--workdir={tmp_path}", "--format=onnx", f"--output={tmp_path}/x.onnx"),
+        "pack": (f"--source={tmp_path}", f"--output={tmp_path}/packed"),
+    }[command]
     process = start(f"music_jax.{command}", *arguments, env={"JAX_PLATFORMS": platforms})
     out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (2, "")

@@ -263,7 +263,7 @@ def test_the_command_is_stopped_and_goes_on(workdir, tmp_path):
 @pytest.mark.parametrize(
     ("module", "arguments", "message"),
     [
-        ("encode", [], "--workdir=DIR is missing"),
+        ("encode", [], "--workdir is missing"),
         ("encode", ["--workdir=x", "--images=y", "--output=z.npy"], "there is no folder 'y'"),
         ("export", ["--workdir=x", "--format=onnx", "--output=z"], "neither a workdir nor a file"),
         ("import_weights", ["--weights=x", "--workdir=y"], "cannot read"),
