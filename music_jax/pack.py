@@ -16,7 +16,7 @@ from absl import flags
 from etils import epath
 
 from music_jax import cli
-from music_jax.errors import MusicError, UserError
+from music_jax.errors import MusicError
 
 
 def main() -> None:
@@ -27,8 +27,6 @@ def main() -> None:
     from music_jax.data.packing import Packing, pack
     from music_jax.distributed import progress
 
-    if not 0 <= given.max_skipped_share <= 1:
-        raise UserError(f"--max_skipped_share must be in [0, 1]; got {given.max_skipped_share}")
     packing = Packing(
         shorter_side=given.shorter_side,
         encoding=given.encoding,
@@ -76,7 +74,9 @@ if __name__ == "__main__":
     flags.DEFINE_integer("channels", 3, "1 for grayscale, 3 for color.")
     flags.DEFINE_integer("shard_size", 4096, "Number of images per shard.")
     flags.DEFINE_integer("num_threads", None, "Threads; one per core by default.", lower_bound=1)
-    flags.DEFINE_float("max_skipped_share", 0.01, "Share of the images that may be unreadable.")
+    flags.DEFINE_float(
+        "max_skipped_share", 0.01, "Share of the images that may be unreadable.", 0.0, 1.0
+    )
     flags.DEFINE_string("data_dir", None, "Directory of TFDS, if not the default one.")
     flags.DEFINE_string("manual_dir", None, "Directory of files that TFDS cannot download itself.")
     cli.run(main, __doc__, required=["source", "output"])

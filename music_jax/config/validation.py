@@ -152,17 +152,14 @@ def _check_value(config: config_dict.ConfigDict, field: str, value: Any) -> None
     interval = next((i for i, names in _INTERVALS.items() if _matches(field, names)), None)
     if interval is None or isinstance(value, str):
         return
-    if not all(
-        _is_in(interval, entry) for entry in (value if isinstance(value, tuple) else (value,))
-    ):
-        low = interval[1:].partition(",")[0]
+    entries = value if isinstance(value, tuple) else (value,)
+    if not all(_is_in(interval, entry) for entry in entries):
+        expected = f"be in {interval}"
         if interval.endswith(" inf)"):
+            low = interval[1:].partition(",")[0]
             expected = f"be at least {low}" if interval[0] == "[" else "be positive"
-        else:
-            expected = f"be in {interval}"
-        raise _wrong(
-            config, field, expected + (" in each entry" if isinstance(value, tuple) else "")
-        )
+        where = " in each entry" if isinstance(value, tuple) else ""
+        raise _wrong(config, field, expected + where)
 
 
 def _matches(field: str, patterns: str) -> bool:
