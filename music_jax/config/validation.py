@@ -130,7 +130,8 @@ def _expected_type(
         return None if _has_kind(value, kind) else f"be {_KINDS.get(kind, 'a group of fields')}"
     entry = type(default[0]) if default else float
     valid = isinstance(value, tuple) and all(_has_kind(v, entry) for v in value)
-    return None if valid else f"be a tuple, each entry {_KINDS[entry]}"
+    entries = "texts without a zero byte" if entry is str else "numbers"
+    return None if valid else f"be a tuple of {entries}"
 
 
 def _has_kind(value: Any, kind: type) -> bool:

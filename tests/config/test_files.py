@@ -94,7 +94,7 @@ def test_fields_that_are_not_given_keep_the_values_of_the_file():
         (
             "configs/digits.py",
             {"crop": {"scale": ("a", 1)}},
-            "config.crop.scale must be a tuple, each entry a finite number",
+            "config.crop.scale must be a tuple of numbers",
         ),
         ("configs/digits.py", {"objective.nam": "x"}, "the nearest known one is 'objective.name'"),
     ],
