@@ -14,6 +14,5 @@ from music_jax.config.validation import check_values as check_values
 from music_jax.config.validation import embedding_size as embedding_size
 from music_jax.config.validation import field_names as field_names
 from music_jax.config.validation import get_field as get_field
-from music_jax.config.validation import set_fields as set_fields
 from music_jax.config.validation import unknown_field_message as unknown_field_message
 from music_jax.config.validation import validate as validate
