@@ -7,15 +7,14 @@ Command: python -m music_jax.main --config=configs/folder.py --config.dataset.pa
   --workdir=runs/mine [--config.evaluation.train=DIR --config.evaluation.test=DIR]
 """
 
-import pathlib
-import runpy
-
 from ml_collections import config_dict
+
+from music_jax.config import from_file
 
 
 def get_config() -> config_dict.ConfigDict:
     """Returns the config."""
-    config = runpy.run_path(str(pathlib.Path(__file__).with_name("imagenet.py")))["get_config"]()
+    config = from_file("imagenet")
     config.batch_size = 256
 
     config.objective.num_segments = 32

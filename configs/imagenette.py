@@ -6,15 +6,14 @@ Hardware and time: not yet measured.
 Command: python -m music_jax.main --config=configs/imagenette.py --workdir=runs/imagenette
 """
 
-import pathlib
-import runpy
-
 from ml_collections import config_dict
+
+from music_jax.config import from_file
 
 
 def get_config() -> config_dict.ConfigDict:
     """Returns the config."""
-    config = runpy.run_path(str(pathlib.Path(__file__).with_name("imagenet.py")))["get_config"]()
+    config = from_file("imagenet")
     config.batch_size = 256
     config.num_epochs = 400
 

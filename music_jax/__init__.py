@@ -2,7 +2,7 @@
 
 MUlti-Segmental Informational Coding, Niu & Wang, arXiv 2206.06461 (2022).
 
-`music_jax.load`, `music_jax.objectives` and `music_jax.optim` are imported once they are used.
+The package loads `music_jax.objectives`, `music_jax.optim` and what `load` needs on first use.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from music_jax.version import __version__ as __version__
 def load(path: str | os.PathLike[str], *, checkpoint: str | None = None) -> "Encoder":
     """Loads a trained backbone as a function from images to features.
 
-    In three lines::
+    Example::
 
         import music_jax
         encoder = music_jax.load("runs/mnist5k")

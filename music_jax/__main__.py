@@ -1,5 +1,7 @@
-"""`python -m music_jax`: lists the commands, and with --version says which version this is."""
+"""Lists the commands, or runs one: `music-jax COMMAND` is `python -m music_jax.COMMAND`."""
 
+import difflib
+import runpy
 import sys
 
 from music_jax import cli
@@ -7,24 +9,25 @@ from music_jax.errors import UserError
 from music_jax.version import __version__
 
 
-def main(arguments: list[str]) -> None:
-    """Prints the commands, or the version."""
-    if arguments == ["--version"]:
-        print(f"music_jax {__version__}")
-    elif not arguments or arguments in (["--help"], ["-h"]):
-        print("Usage: python -m music_jax.COMMAND [OPTIONS]\n")
-        for name, summary in cli.commands().items():
-            print(f"  {name:16s}{summary}")
-        print("\npython -m music_jax.COMMAND --help tells more; python -m music_jax --version")
-    else:
-        cli.fail(
-            UserError(
-                f"unexpected argument {arguments[0]!r}; a command is started like python -m "
-                f"music_jax.main, and all are {', '.join(cli.commands())}"
-            )
-        )
+def main() -> None:
+    """Runs the command that the command line names; without one, lists the commands."""
+    arguments, commands = sys.argv[1:], cli.commands()
+    with cli.exit_on_closed_pipe():
+        if arguments == ["--version"]:
+            print(f"music_jax {__version__}")
+        elif not arguments or arguments in (["--help"], ["-h"]):
+            print("Usage: music-jax COMMAND [FLAGS], or python -m music_jax.COMMAND [FLAGS]\n")
+            for name, summary in commands.items():
+                print(f"  {name:16s}{summary}")
+            print("\nmusic-jax COMMAND --help describes a command; music-jax --version")
+        elif arguments[0] in commands:
+            sys.argv = arguments
+            runpy.run_module(f"music_jax.{arguments[0]}", run_name="__main__", alter_sys=True)
+        else:
+            near = difflib.get_close_matches(arguments[0], commands, n=1)
+            advice = f"did you mean {near[0]}?" if near else f"expected {', '.join(commands)}"
+            cli.fail(UserError(f"unknown command {arguments[0]!r}; {advice}"))
 
 
 if __name__ == "__main__":
-    with cli.closed_pipe_ends():
-        main(sys.argv[1:])
+    main()

@@ -1,23 +1,23 @@
-"""What can end a command early, each with the exit code that a scheduler or a script can act on."""
+"""Errors that end a command with one line, each with the exit code for scripts and schedulers."""
 
 import contextlib
 from collections.abc import Iterator
 
 
 class MusicError(Exception):
-    """Base of the errors that end a command with one clear line and no traceback."""
+    """Base class of the errors that end a command with one clear line and no traceback."""
 
     exit_code = 1
 
 
 class UserError(MusicError):
-    """The user's input is wrong; the message says what was expected, what came and what to do."""
+    """Wrong input; the message says what is wrong, what was expected and what to do."""
 
     exit_code = 2
 
 
 class NotMeasurableError(UserError):
-    """The images do not allow a measure: they have no labels, or are too few; others may be."""
+    """Images that do not allow one measure, such as those without labels, but may allow others."""
 
 
 class DivergedError(MusicError):
@@ -39,11 +39,11 @@ class UnusableDataError(MusicError):
 
 
 class UndecodableError(UnusableDataError):
-    """One image cannot be read; the message begins with "it" or "its"."""
+    """An image that cannot be read; the message begins with "it" or "its"."""
 
 
 class StoppedError(MusicError):
-    """A signal stopped the run and everything is saved: the same command goes on."""
+    """A signal stopped the run after everything was saved; the same command resumes it."""
 
     exit_code = 75
 

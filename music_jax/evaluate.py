@@ -1,52 +1,50 @@
-"""`python -m music_jax.evaluate`: a checkpoint measured by any of the protocols."""
+r"""Evaluates a run's checkpoint with any of the protocols.
 
-from absl import flags
-
-from music_jax import cli
-from music_jax.cli import evaluation_command
-
-_USAGE = """
-Measures a run's latest checkpoint by the protocols named, and writes NAME.json of each (for the
-linear probe linear_eval.json) into the workdir, or into --output=DIR.
+Writes NAME.json for each protocol (linear_eval.json for the linear probe) into the workdir, or into
+--output=DIR.
 
   python -m music_jax.evaluate --workdir=runs/mnist5k
   python -m music_jax.evaluate --workdir=runs/mnist5k --protocols=knn,segments --checkpoint=1550
-  python -m music_jax.evaluate --workdir=runs/cifar10 --protocols=transfer \\
+  python -m music_jax.evaluate --workdir=runs/cifar10 --protocols=transfer \
       --transfer=cifar100:train:test
-  python -m music_jax.evaluate --workdir=runs/folder --protocols=linear \\
+  python -m music_jax.evaluate --workdir=runs/folder --protocols=linear \
       --config.evaluation.train=photos/train --config.evaluation.test=photos/test
   python -m music_jax.evaluate --workdir=/shared/runs/mnist5k --output=results/mnist5k
 
-Of a run that somebody else trained, or trained elsewhere, name the places of the images again, such
-as --config.dataset.path=DIR: places that only its config.json names are not read.
+For a run that somebody else trained, or that was trained elsewhere, give the location of the images
+again, such as --config.dataset.path=DIR: locations that only its config.json names are not read.
 
 The protocols:
 
   linear      linear classifier on frozen features, learning rates swept
   knn         weighted vote of the 10, 20 and 200 nearest training images
-  fewshot     1, 5 and 10 labels a class, over 20 draws
+  fewshot     1, 5 and 10 labels per class, over 20 draws
   retrieval   mean average precision of searches among the training images
-  clustering  the segments' units as clusters, with nothing trained; for the objective MUSIC
+  clustering  the segments' units as clusters, without training; for the objective MUSIC
   label_free  RankMe, LiDAR, alpha-ReQ, uniformity, alignment; needs no labels
-  segments    use of the units, information between segments, distance to the bound; no labels
+  segments    use of the units, information between segments, gap to the bound; needs no labels
   semi        fine-tuning on 1 % and 10 % of the labels
   finetune    fine-tuning on all labels
   transfer    linear and knn on other datasets, named by --transfer
 
-Features are computed once and kept beside the results, in features/, which may be deleted at any
-time. Existing results of the same images and settings are reused; --force recomputes them.
+Features are computed once and cached in features/ beside the results, which may be deleted at any
+time. Existing results that were computed with the same settings are kept; see --force.
 
-Images without a label take part only in what needs no labels; a line says how many there were.
+Images without a label take part only in what needs no labels; a line says how many there are.
 
 Exit codes: 0 done; 2 wrong input; 3 unusable data, or a probe diverged; 75 stopped by a signal.
 """
+
+from absl import flags
+
+from music_jax import cli
 
 _DEFAULT = ("linear", "knn", "fewshot", "retrieval", "clustering", "label_free", "segments")
 
 
 def main() -> None:
     """Reads the flags and evaluates."""
-    workdir, overrides = evaluation_command.begin()
+    workdir, overrides = cli.begin_evaluation()
     evaluate(
         workdir,
         protocols=tuple(name.strip() for name in flags.FLAGS.protocols if name.strip()),
@@ -71,22 +69,21 @@ def evaluate(
     """Evaluates a checkpoint of a run, writes the results and prints them.
 
     Args:
-      workdir: of the run.
-      protocols: names, as `music_jax.evaluation.protocols.PROTOCOLS` has them.
+      workdir: Directory of the run.
+      protocols: Names of protocols, as in `music_jax.evaluation.protocols.PROTOCOLS`.
       output: Directory for the results; the workdir by default.
-      checkpoint: its step, or its directory; None for the latest.
-      transfer_sets: as `music_jax.data.datasets.parse_pair` reads them; adds the protocol
-        `transfer`.
-      overrides: config fields, by dotted name, to evaluate with in place of the run's own.
-      force: Whether existing results are recomputed.
+      checkpoint: Step of the checkpoint, or its directory; the latest by default.
+      transfer_sets: Datasets as `--transfer` names them; they add the protocol `transfer`.
+      overrides: Config fields by dotted name that replace the run's own in the evaluation.
+      force: Whether to recompute existing results.
 
     Returns:
-      What the JSON files hold, by protocol.
+      The contents of the JSON files by protocol.
 
     Raises:
-      UserError: there is no such run, checkpoint, protocol or dataset, or an override would change
+      UserError: There is no such run, checkpoint, protocol or dataset, or an override would change
         what was trained.
-      DivergedError: a probe diverged.
+      DivergedError: A probe diverged.
     """
     from music_jax.distributed import progress
     from music_jax.evaluation.load_run import load_run
@@ -112,20 +109,16 @@ def evaluate(
 
 
 if __name__ == "__main__":
-    cli.define_config_fields(
-        "--config.few_shot.draws=VALUE, --config.knn.FIELD=VALUE and the like change how the run "
-        "is evaluated.",
-    )
-    flags.DEFINE_list("protocols", list(_DEFAULT), "Names of protocols, with commas between.")
+    flags.DEFINE_list("protocols", list(_DEFAULT), "Names of protocols.")
     flags.DEFINE_multi_string(
         "transfer",
         None,
         "A dataset to transfer to: NAME:TRAIN:TEST with the splits of TFDS, or SET:SET, each a "
-        "folder or NAME:SPLIT. May be given more than once.",
+        "folder or NAME:SPLIT.",
     )
-    flags.DEFINE_string("output", None, "Directory for the results; by default the workdir.")
+    flags.DEFINE_string("output", None, "Directory for the results; the workdir by default.")
     flags.DEFINE_string(
-        "checkpoint", None, "Step of the checkpoint, or its directory; by default the latest."
+        "checkpoint", None, "Step of the checkpoint, or its directory; the latest by default."
     )
     flags.DEFINE_bool("force", False, "Recompute existing results.")
-    cli.run(main, _USAGE)
+    cli.run(main, __doc__, workdir=True, processes=True, config="fields", required=["workdir"])

@@ -1,4 +1,19 @@
-"""`python -m music_jax.export`: a trained backbone for use elsewhere."""
+r"""Exports the backbone of a run for use elsewhere.
+
+Writes the backbone with the constants of its preprocessing, and beside it a model card, FILE.md.
+
+  python -m music_jax.export --workdir=runs/mnist5k --format=onnx --output=backbone.onnx
+  python -m music_jax.export --workdir=runs/imagenet --format=torchvision \
+      --output=backbone.safetensors --license=apache-2.0
+
+  safetensors  by this package's names; music_jax.load reads it
+  torchvision  safetensors by torchvision's and timm's names; load_state_dict(strict=True) takes it
+  onnx         normalized images in, features out; any batch size
+  stablehlo    uint8 images in, features out; any batch size; jax alone runs it
+  orbax        a directory with the parameters as nested dictionaries
+
+Exit codes: 0 done; 2 wrong input; 75 stopped by a signal.
+"""
 
 from absl import flags
 from etils import epath
@@ -6,33 +21,10 @@ from etils import epath
 from music_jax import cli
 from music_jax.errors import UserError
 
-_USAGE = """
-Writes the backbone of a run for use elsewhere, with the constants of its preprocessing, and beside
-it a model card, FILE.md.
-
-  python -m music_jax.export --workdir=runs/mnist5k --format=onnx --output=backbone.onnx
-  python -m music_jax.export --workdir=runs/imagenet --format=torchvision \\
-      --output=backbone.safetensors --license=apache-2.0
-
-  safetensors  by our names; music_jax.load reads it
-  torchvision  safetensors by torchvision's and timm's names; load_state_dict(strict=True) takes it
-  onnx         normalized images in, features out; any batch
-  stablehlo    uint8 images in, features out; any batch; jax alone runs it
-  orbax        a directory, the parameters as nested dictionaries
-
-Exit codes: 0 done; 2 wrong input; 75 stopped by a signal.
-"""
-
 
 def main() -> None:
     """Reads the flags and exports."""
     given = flags.FLAGS
-    if not given.workdir:
-        raise UserError("--workdir=DIR is missing: the run whose backbone is exported")
-    if not given.format:
-        raise UserError("--format is missing: safetensors, torchvision, onnx, stablehlo or orbax")
-    if not given.output:
-        raise UserError("--output=FILE is missing: where the backbone goes")
     from music_jax.distributed import progress
 
     path, card = export(
@@ -58,18 +50,18 @@ def export(
     """Writes a backbone, and its model card beside it.
 
     Args:
-      workdir: of the run; or a safetensors file that was exported from one.
-      form: `safetensors`, `torchvision`, `onnx`, `stablehlo` or `orbax`.
-      output: the file; for `orbax` a directory that is not there yet.
-      checkpoint: its step, or its directory; None for the latest.
-      num_classes: of the classifier, which is zero, in the form `torchvision`; 0 for none.
-      license_name: of the weights, for the card.
+      workdir: Directory of a run, or a safetensors file that was exported from one.
+      form: Format: `safetensors`, `torchvision`, `onnx`, `stablehlo` or `orbax`.
+      output: Path of the file, or for `orbax` of a directory that does not exist yet.
+      checkpoint: Step of the checkpoint, or its directory; the latest by default.
+      num_classes: Size of the all-zero classifier in the format `torchvision`; 0 for none.
+      license_name: License of the weights, for the model card.
 
     Returns:
-      Where the backbone is, and where the card.
+      The paths of the backbone and of the model card.
 
     Raises:
-      UserError: there is no such run or checkpoint, the form cannot hold this backbone, or the
+      UserError: There is no such run or checkpoint, the format cannot hold this backbone, or the
         output cannot be written.
     """
     from music_jax.exchange import formats
@@ -108,16 +100,16 @@ if __name__ == "__main__":
         "format",
         None,
         ["safetensors", "torchvision", "onnx", "stablehlo", "orbax"],
-        "What to write; see above.",
+        "Format; see above.",
     )
-    flags.DEFINE_string("output", None, "The file to write; with orbax, a directory.")
+    flags.DEFINE_string("output", None, "File to write; for orbax, a directory.")
     flags.DEFINE_string(
-        "checkpoint", None, "Step of the checkpoint, or its directory; by default the latest."
+        "checkpoint", None, "Step of the checkpoint, or its directory; the latest by default."
     )
     flags.DEFINE_integer(
         "num_classes",
         1000,
-        "With torchvision: size of the classifier, all zero, that its networks have; 0 for none.",
+        "For torchvision: size of the all-zero classifier that its networks have; 0 for none.",
     )
-    flags.DEFINE_string("license", None, "Of the weights, for the model card.")
-    cli.run(main, _USAGE, in_processes=False)
+    flags.DEFINE_string("license", None, "License of the weights, for the model card.")
+    cli.run(main, __doc__, workdir=True, required=["workdir", "format", "output"])

@@ -1,39 +1,32 @@
-"""`python -m music_jax.import_weights`: weights from elsewhere as a run, to be evaluated."""
+r"""Imports backbone weights from elsewhere as a run to evaluate.
 
-from absl import flags
+Makes a workdir from a ResNet-18/34/50 in the layout of torchvision and timm, which the checkpoints
+of Barlow Twins and VICReg also have, from a ResNet that lightly wrapped (backbone.0.weight), or
+from a vision transformer of timm with MoCo v3's position embedding. linear_eval, evaluate, export
+and encode then take it like any run.
 
-from music_jax import cli
-from music_jax.errors import UserError
-
-_USAGE = """
-Makes a workdir of a ResNet-18/34/50 in the layout of torchvision and timm, which the checkpoints of
-Barlow Twins and VICReg have, too, or of a ResNet that lightly wrapped (backbone.0.weight), or of a
-vision transformer of timm's with MoCo v3's position embedding. linear_eval, evaluate, export and
-encode then take it like any run.
-
-  python -m music_jax.import_weights --weights=resnet50.safetensors --workdir=runs/barlow \\
+  python -m music_jax.import_weights --weights=resnet50.safetensors --workdir=runs/barlow \
       --config.dataset.name=imagenet2012 --config.dataset.test_split=validation
   python -m music_jax.linear_eval --workdir=runs/barlow --config.dataset.name=imagenet2012
 
-Which backbone it is follows from the file, and so does a prefix such as module.backbone.; heads are
-left out. The number of a transformer's attention heads does not follow: MoCo v3's checkpoints are
-recognized by their names, for others --config.backbone.num_heads= says it. What else the file does
-not tell, and was assumed, is printed. A .pth file is a pickle, which is not opened here; where
-torch is, convert it:
+The backbone is recognized by the names and shapes in the file, with any prefix such as
+module.backbone.; heads are ignored. A transformer's number of attention heads is known for MoCo v3
+only; give others with --config.backbone.num_heads=N. What else the file does not contain is assumed
+and printed. A .pth file is a pickle, which is not opened here; with torch, convert it:
 
   {convert}
 
 Exit codes: 0 done; 2 wrong input; 75 stopped by a signal.
 """
 
+from absl import flags
+
+from music_jax import cli
+
 
 def main() -> None:
     """Reads the flags and imports."""
     given = flags.FLAGS
-    if not given.weights:
-        raise UserError("--weights=FILE is missing: a safetensors file")
-    if not given.workdir:
-        raise UserError("--workdir=DIR is missing: a directory for the run")
     from music_jax.distributed import progress
     from music_jax.exchange.importing import import_backbone
 
@@ -48,18 +41,12 @@ def main() -> None:
     )
 
 
-def _usage() -> str:
+if __name__ == "__main__":
+    flags.DEFINE_string("weights", None, "Safetensors file.")
+    flags.DEFINE_string(
+        "prefix", None, "Prefix of the backbone's tensors, if the file has several backbones."
+    )
     from music_jax.exchange.weights import CONVERT_COMMAND
 
-    return _USAGE.format(convert=CONVERT_COMMAND)
-
-
-if __name__ == "__main__":
-    flags.DEFINE_string("weights", None, "The safetensors file.")
-    flags.DEFINE_string(
-        "prefix", None, "What the backbone's tensors begin with, if the file has several backbones."
-    )
-    cli.define_config_fields(
-        "--config.FIELD=VALUE says on what and how it is to be evaluated.",
-    )
-    cli.run(main, _usage(), in_processes=False)
+    usage = (__doc__ or "").format(convert=CONVERT_COMMAND)
+    cli.run(main, usage, workdir=True, config="fields", required=["weights", "workdir"])

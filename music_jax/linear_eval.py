@@ -1,29 +1,27 @@
-"""`python -m music_jax.linear_eval`: linear probe and kNN of a checkpoint."""
+"""Trains a linear probe on a run's checkpoint and classifies by nearest neighbors.
 
-from absl import flags
-
-from music_jax import cli
-from music_jax.cli import evaluation_command
-
-_USAGE = """
-Trains a linear classifier on the frozen backbone of a run's latest checkpoint, and classifies by
-nearest neighbors; writes linear_eval.json and knn.json into the workdir.
+Both use the features of the frozen backbone. The results are in linear_eval.json and knn.json in
+the workdir, or in --output=DIR.
 
   python -m music_jax.linear_eval --workdir=runs/mnist5k
   python -m music_jax.linear_eval --workdir=runs/mnist5k --checkpoint=1550
   python -m music_jax.linear_eval --workdir=runs/mnist5k --config.linear_eval.num_epochs=200
   python -m music_jax.linear_eval --workdir=/shared/runs/mnist5k --output=results/mnist5k
 
-Of a run that somebody else trained, or trained elsewhere, name the places of the images again, such
-as --config.dataset.path=DIR: places that only its config.json names are not read.
+For a run that somebody else trained, or that was trained elsewhere, give the location of the images
+again, such as --config.dataset.path=DIR: locations that only its config.json names are not read.
 
 Exit codes: 0 done; 2 wrong input; 3 unusable data, or a probe diverged; 75 stopped by a signal.
 """
 
+from absl import flags
+
+from music_jax import cli
+
 
 def main() -> None:
     """Reads the flags and evaluates."""
-    workdir, overrides = evaluation_command.begin()
+    workdir, overrides = cli.begin_evaluation()
     linear_eval(
         workdir,
         output=flags.FLAGS.output,
@@ -39,16 +37,16 @@ def linear_eval(
     checkpoint: str | None = None,
     overrides: dict[str, object] | None = None,
 ) -> None:
-    """Evaluates a checkpoint of a run, writes linear_eval.json and knn.json and prints the table.
+    """Evaluates a checkpoint of a run, writes linear_eval.json and knn.json and prints a table.
 
     Args:
-      workdir: of the run.
+      workdir: Directory of the run.
       output: Directory for the results; the workdir by default.
-      checkpoint: its step, or its directory; None for the latest.
-      overrides: config fields, by dotted name, to evaluate with in place of the run's own.
+      checkpoint: Step of the checkpoint, or its directory; the latest by default.
+      overrides: Config fields by dotted name that replace the run's own in the evaluation.
 
     Raises:
-      UserError: there is no such run or checkpoint, or an override would change what was trained.
+      UserError: There is no such run or checkpoint, or an override would change what was trained.
     """
     from music_jax.distributed import progress
     from music_jax.evaluation.load_run import load_run
@@ -63,12 +61,8 @@ def linear_eval(
 
 
 if __name__ == "__main__":
-    cli.define_config_fields(
-        "--config.linear_eval.FIELD=VALUE, --config.knn.FIELD=VALUE and the like change how the "
-        "run is evaluated.",
-    )
-    flags.DEFINE_string("output", None, "Directory for the results; by default the workdir.")
+    flags.DEFINE_string("output", None, "Directory for the results; the workdir by default.")
     flags.DEFINE_string(
-        "checkpoint", None, "Step of the checkpoint, or its directory; by default the latest."
+        "checkpoint", None, "Step of the checkpoint, or its directory; the latest by default."
     )
-    cli.run(main, _USAGE)
+    cli.run(main, __doc__, workdir=True, processes=True, config="fields", required=["workdir"])

@@ -1,35 +1,29 @@
-"""`python -m music_jax.main`: pre-trains a backbone and probes it."""
+r"""Pre-trains a backbone, then evaluates it.
 
-from absl import flags
-from ml_collections import config_flags
+Rerun with the same arguments, the command resumes where it was stopped; if the run is finished, it
+trains nothing and says so.
 
-from music_jax import cli
-from music_jax.errors import UserError
-
-_USAGE = """
-Pre-trains a vision backbone, then probes it. Run again with the same arguments, it goes on where it
-was stopped; once finished, it says so.
-
-  python -m music_jax.main --config=configs/mnist5k.py --workdir=runs/mnist5k
-  python -m music_jax.main --config=configs/mnist5k.py --config.seed=1 --workdir=runs/mnist5k-1
-  python -m music_jax.main --config=configs/cifar10.py --workdir=runs/cifar10 --profile=200:209
-  python -m music_jax.main --config=configs/folder.py --config.dataset.path=photos \\
+  python -m music_jax.main --config=mnist5k --workdir=runs/mnist5k
+  python -m music_jax.main --config=mnist5k --config.seed=1 --workdir=runs/mnist5k-1
+  python -m music_jax.main --config=cifar10 --workdir=runs/cifar10 --profile=200:209
+  python -m music_jax.main --config=folder --config.dataset.path=photos \
       --workdir=gs://BUCKET/photos
 
-Config files are Python and come with a clone, in configs/, not with the package. Training needs the
-extra `data`: pip install 'music_jax[data]', and for gs:// `gcs`; for a GPU or TPU, `gpu` or `tpu`.
+A config file is Python code; --config=mnist5k is short for configs/mnist5k.py of this package.
+Training needs the extra `data`: pip install 'music_jax[data]'; a workdir in gs:// also needs `gcs`,
+a GPU `gpu`, a TPU `tpu`.
 
 Exit codes: 0 done; 2 wrong input; 3 diverged or unusable data; 75 stopped by a signal, all saved.
 """
 
+from absl import flags
+
+from music_jax import cli
+
 
 def main() -> None:
     """Reads the flags and trains."""
-    config = flags.FLAGS.config
-    if config is None:
-        raise UserError("--config=FILE is missing, such as --config=configs/mnist5k.py")
-    if not flags.FLAGS.workdir:
-        raise UserError("--workdir=DIR is missing: the directory for checkpoints and results")
+    config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     from music_jax.checkpoint.host_memory import use_few_arenas
 
     use_few_arenas()
@@ -48,9 +42,8 @@ def main() -> None:
 
     validate(config)
     use_cores(config.batch_size // config.accumulation_steps)
-    workdir = flags.FLAGS.workdir
     records.check_reachable(workdir)
-    if config.deterministic:  # before a line that is printed may start the devices
+    if config.deterministic:  # Before a line that is printed may initialize the devices.
         use_repeatable_gpu_operations()
     use_compilation_cache()
     stop = StopSignal(
@@ -60,10 +53,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config", None, "The config file; --config.FIELD=VALUE overrides any of its fields."
-    )
     flags.DEFINE_string(
-        "profile", None, "START:STOP, steps that a JAX profile is recorded of, in WORKDIR/profile."
+        "profile", None, "START:STOP, the steps to profile with JAX, into WORKDIR/profile."
     )
-    cli.run(main, _USAGE)
+    cli.run(main, __doc__, workdir=True, processes=True, config="file", required=["workdir"])

@@ -1,3 +1,3 @@
-"""The version of the package, which runs and exports record."""
+"""Version of the package, which runs and exports record."""
 
 __version__ = "0.1.0"

@@ -49,7 +49,6 @@ def pixel_config():
     )
     config.finetune.update({"num_epochs": 2, "batch_size": 16})
     config.semi_supervised.update({"num_epochs": 2, "batch_size": 16, "fractions": (0.2,)})
-    config.clustering.num_starts = 2
     return config
 
 

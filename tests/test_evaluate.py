@@ -128,7 +128,7 @@ def test_fine_tuning_and_transfer(finished, data, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "--workdir=DIR is missing"),
+        ((), "--workdir is missing"),
         (("--workdir={tmp}", "--protocols=knm"), "unknown protocol 'knm'; did you mean 'knn'?"),
         (("--workdir={tmp}", "--protocols="), "name some of linear"),
         (("--workdir={tmp}", "--protocols=transfer"), "--transfer=NAME:TRAIN:TEST"),

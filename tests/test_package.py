@@ -1,5 +1,6 @@
-"""What a user gets from `pip install`: a light import, a typed wheel that works on its own."""
+"""The installed package: light imports, a typed wheel with the configs, and layers of packages."""
 
+import configparser
 import pathlib
 import re
 import shutil
@@ -20,7 +21,7 @@ _HEAVY = (
     "orbax",
     "safetensors",
 )
-# What pip says of a network that is not there, or that does not answer.
+# Errors of pip without a network, or with one that does not answer.
 _UNREACHABLE = ("NewConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ProxyError")
 
 _USE = f"""
@@ -55,6 +56,7 @@ def test_the_wheel_installs_alone_and_is_typed(tmp_path):
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(_ROOT / "music_jax", source / "music_jax", ignore=ignored)
+    shutil.copytree(_ROOT / "configs", source / "configs", ignore=ignored)
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(_ROOT / name, source)
     # The wheel is built from the source distribution.
@@ -66,6 +68,7 @@ def test_the_wheel_installs_alone_and_is_typed(tmp_path):
     for module in (_ROOT / "music_jax").rglob("*.py"):
         assert str(module.relative_to(_ROOT)) in packed
     assert "music_jax/py.typed" in packed
+    assert {"music_jax/configs/mnist5k.py", "music_jax/configs/folder.py"} <= packed
     assert not [name for name in packed if name.startswith(("tests", "configs"))]
 
     environment = tmp_path / "environment"
@@ -87,6 +90,15 @@ def test_the_wheel_installs_alone_and_is_typed(tmp_path):
         command = [python, "-m", "music_jax.main", *arguments]
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
 
+    script = environment / "bin" / "music-jax"
+    listed = subprocess.run(
+        [script, "main", "--config=folder", "--helpfields"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=True,
+    )
+    assert "--config.backbone.name=resnet18" in listed.stdout
     told = run("--help")
     assert told.returncode == 0
     assert "pip install 'music_jax[data]'" in told.stdout
@@ -102,3 +114,46 @@ def test_the_wheel_installs_alone_and_is_typed(tmp_path):
     assert without_data.returncode == 2, without_data.stderr
     assert without_data.stderr.count("\n") == 1
     assert "which is not installed: pip install 'music_jax[data]'" in without_data.stderr
+
+
+def test_every_package_is_in_the_wheel():
+    setup = configparser.ConfigParser()
+    setup.read(_ROOT / "setup.cfg")
+    folders = [file.parent for file in (_ROOT / "music_jax").rglob("__init__.py")]
+    found = {".".join(folder.relative_to(_ROOT).parts) for folder in folders}
+    assert set(setup["options"]["packages"].split()) == found | {"music_jax.configs"}
+
+
+def _lint_imports(directory):
+    lint = [pathlib.Path(sys.executable).with_name("lint-imports"), "--no-cache", "--no-logo"]
+    done = subprocess.run(lint, cwd=directory, capture_output=True, text=True)
+    return done.returncode, " ".join(done.stdout.split())
+
+
+def test_imports_point_to_lower_layers():
+    code, out = _lint_imports(_ROOT)
+    assert code == 0, out
+
+
+@pytest.mark.parametrize(
+    ("module", "statement", "message"),
+    [
+        ("config/files.py", "from music_jax import train", "music_jax.config is not allowed to"),
+        (
+            "workdir/lock.py",
+            "import music_jax",
+            "No module imports the root package, which .*BROKEN",
+        ),
+        ("optim.py", "from music_jax import main", "music_jax.optim is not allowed to import"),
+        ("newcomer.py", "", "not listed as layers"),
+    ],
+)
+def test_an_import_that_points_upward_breaks_the_contract(module, statement, message, tmp_path):
+    shutil.copy(_ROOT / "pyproject.toml", tmp_path)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(_ROOT / "music_jax", tmp_path / "music_jax", ignore=ignored)
+    with (tmp_path / "music_jax" / module).open("a") as file:
+        file.write(f"\ndef _late():\n    {statement or 'pass'}\n")
+    code, out = _lint_imports(tmp_path)
+    assert code != 0
+    assert re.search(message, out), out

@@ -7,10 +7,11 @@ import sys
 
 from docutils import nodes
 from docutils.statemachine import StringList
+from ml_collections import config_dict
 from sphinx.util.docutils import SphinxDirective
 
 from music_jax import cli
-from music_jax.config import fields as config_fields
+from music_jax.config import default_config, descriptions, get_field
 
 
 class CommandsDirective(SphinxDirective):
@@ -42,41 +43,33 @@ class FieldsDirective(SphinxDirective):
     """A section for each group of fields, with a table of them."""
 
     def run(self) -> list[nodes.Node]:
-        groups: dict[str, list[config_fields.Field]] = {"": []}
-        meanings = {"": "Fields that are in no group."}
-        for field in config_fields.fields():
-            if field.is_group:
-                groups[field.name], meanings[field.name] = [], field.meaning
-            elif not field.name.startswith("augmentation.view_2."):
-                groups[field.name.rpartition(".")[0]].append(field)
-        sections = []
-        for name, fields in groups.items():
-            if fields:
-                title = f"config.{name}" if name else "config"
-                if name == "augmentation.view_1":
-                    title += " and view_2"
-                sections.append(self._section(title, meanings[name], fields))
-        return sections
+        config, described = default_config(), descriptions()
+        groups: dict[str, list[str]] = {"": []}
+        for name, text in described.items():
+            value = get_field(config, name)
+            if isinstance(value, config_dict.ConfigDict):
+                groups[name] = []
+            elif not name.startswith("augmentation.view_2."):
+                default = f"`{value!r}`" if value is not None else ""
+                text = text.replace("|", "\\|").replace("<", "\\<").replace("*", "\\*")
+                group, _, field = name.rpartition(".")
+                groups[group].append(f"| `{field}` | {default} | {text} |")
+        described[""] = "Fields that are in no group."
+        return [self._section(n, described[n], rows) for n, rows in groups.items() if rows]
 
-    def _section(self, title: str, meaning: str, fields: list) -> nodes.section:
+    def _section(self, group: str, description: str, rows: list[str]) -> nodes.section:
+        title = f"config.{group}".rstrip(".")
+        if group == "augmentation.view_1":
+            title += " and view_2"
         section = nodes.section(ids=[title.replace(".", "-").replace(" ", "-")], names=[title])
         section += nodes.title(text=title)
-        if meaning:
-            section += nodes.paragraph(text=f"{meaning[0].upper()}{meaning[1:].rstrip('.')}.")
-        rows = [_row(field) for field in fields]
+        if description:
+            section += nodes.paragraph(text=description)
         lines = ["| field | default | |", "|---|---|---|", *rows]
         holder = nodes.container()
         self.state.nested_parse(StringList(lines, source="config"), 0, holder)
         section += holder.children
         return section
-
-
-def _row(field: config_fields.Field) -> str:
-    default = f"`{field.default!r}`" if field.default is not None else ""
-    known = ", ".join(f"`{choice}`" for choice in field.choices)
-    meaning = field.meaning.replace("|", "\\|").replace("<", "\\<").replace("*", "\\*")
-    said = "; ".join(part for part in (meaning, known and f"one of {known}") if part)
-    return f"| `{field.name.rpartition('.')[2]}` | {default} | {said} |"
 
 
 def setup(app):

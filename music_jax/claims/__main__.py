@@ -6,7 +6,6 @@ import sys
 
 from absl import flags
 from etils import epath
-from ml_collections import config_flags
 
 from music_jax import cli
 from music_jax.distributed.cores import usable_cores
@@ -37,8 +36,6 @@ Exit codes: 0 done; 2 wrong input; 3 some cells failed; 75 stopped by a signal.
 def main() -> None:
     """Reads the flags, runs what is missing and writes the tables."""
     config = flags.FLAGS.config
-    if config is None:
-        raise UserError("--config=FILE is missing, such as --config=configs/mnist5k.py")
     if flags.FLAGS.seeds < 1:
         raise UserError(f"--seeds must be at least 1; got {flags.FLAGS.seeds}")
 
@@ -132,13 +129,10 @@ def _overridden_fields() -> list[str]:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config", None, "The config file; --config.FIELD=VALUE overrides any of its fields."
-    )
     flags.DEFINE_integer("seeds", 5, "Seeds of each setting.")
     flags.DEFINE_list("only", [], "Numbers of the claims to test; all by default.")
     flags.DEFINE_string("output", None, "Directory of the sweep. [claims/DATASET]")
     flags.DEFINE_string("results", None, "Markdown file in which to put the dataset's section.")
     flags.DEFINE_integer("workers", None, "Processes on CPU. [one a core]", lower_bound=1)
     flags.DEFINE_boolean("tables_only", False, "Train nothing: tables from what there is.")
-    cli.run(main, _USAGE, on_a_run=False)
+    cli.run(main, _USAGE, config="file")

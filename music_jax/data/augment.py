@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from ml_collections import config_dict
 
 from music_jax.data import color, geometry
 
@@ -85,6 +86,13 @@ class ViewAugmentation:
         """Whether the affine warp can change anything."""
         strengths = (self.rotation_degrees, self.translation, self.shear_degrees)
         return self.affine_probability > 0 and (any(strengths) or self.scale != (1.0, 1.0))
+
+
+def view_augmentations(config: config_dict.ConfigDict) -> tuple[ViewAugmentation, ...]:
+    """Returns the augmentation of each view of a config."""
+    return tuple(
+        ViewAugmentation(**config.augmentation[view].to_dict()) for view in ("view_1", "view_2")
+    )
 
 
 # Upper limits of the fields, 1 for all others.

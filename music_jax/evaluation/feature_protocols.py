@@ -29,7 +29,8 @@ from music_jax.metrics.segments import (
 
 _logger = logging.getLogger(__name__)
 
-_MAX_RANKED = 25_600  # samples whose singular values are taken, as in the paper of RankMe
+_MAX_GALLERY = 200_000  # training images, drawn at random, that are ranked
+_MAX_RANKED = 25_600  # samples whose singular values are taken, as in RankMe's paper
 
 
 def linear(run: Run, *, save_predictions: bool = False) -> Result:
@@ -212,7 +213,6 @@ def fewshot(run: Run) -> Result:
                 test.labels,
                 shots=shots,
                 draws=settings.draws,
-                inverse_regularization=settings.inverse_regularization,
                 seed=run.config.seed,
                 after_draw=bar.update,
             )
@@ -231,10 +231,9 @@ def fewshot(run: Run) -> Result:
 def retrieval(run: Run) -> Result:
     """Computes the mean average precision of searches among the training images."""
     train, test = run.train(), run.test()
-    limit = run.config.retrieval.max_gallery
-    if len(train) > limit:
+    if len(train) > _MAX_GALLERY:
         rng = np.random.Generator(np.random.Philox(key=[run.config.seed, 2**34]))
-        train = train.select(np.sort(rng.permutation(len(train))[:limit]))
+        train = train.select(np.sort(rng.permutation(len(train))[:_MAX_GALLERY]))
     precisions = average_precisions(train.features, train.labels, test.features, test.labels)
     precisions = precisions[np.isfinite(precisions)]  # queries with a relevant image
     return {
@@ -258,12 +257,7 @@ def clustering(run: Run) -> Result:
     scores = [cluster_scores(code, labels)._asdict() for code in codes.T]
     chosen = int(np.argmax(agreement))
     oracle = int(np.argmax([score["accuracy"] for score in scores]))
-    joint = joint_clusters(
-        probabilities,
-        num_clusters=num_clusters,
-        num_starts=run.config.clustering.num_starts,
-        seed=run.config.seed,
-    )
+    joint = joint_clusters(probabilities, num_clusters=num_clusters, seed=run.config.seed)
     return {
         "joint_code": {**cluster_scores(joint, labels)._asdict(), "num_clusters": num_clusters},
         "chosen_segment": {

@@ -11,8 +11,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
-from music_jax.config import view_augmentations
-from music_jax.data.augment import augment_views, normalize_images
+from music_jax.data.augment import augment_views, normalize_images, view_augmentations
 from music_jax.data.crops import Crop
 from music_jax.data.loader import TrainingOrder, evaluation_batches, training_batches
 from music_jax.data.skipped import SkippedImages

@@ -11,8 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from music_jax.config import view_augmentations
-from music_jax.data.augment import ViewAugmentation
+from music_jax.data.augment import ViewAugmentation, view_augmentations
 from music_jax.errors import UserError, require_extra
 from music_jax.exchange.backbone import METADATA_KEY, TrainedBackbone
 from music_jax.exchange.encoder import encode_crops
@@ -255,7 +254,7 @@ def model_card(
         dataset = config.dataset
         data = f"The split {_code(dataset.train_split)} of {_code(dataset.name)} (TFDS); no labels."
         if dataset.path:
-            data = f"The images of the folder {_code(epath.Path(dataset.path).name)}."
+            data = f"The images of the folder {_code(dataset.path.rstrip("/").rpartition("/")[2])}."
         sections += ["## Data", data, "## Recipe", _recipe(trained)]
     else:
         sections += ["## Data and recipe", "Not recorded in the file that was exported."]

@@ -1,6 +1,5 @@
 """Backbones by name."""
 
-import dataclasses
 from functools import partial
 from typing import Any, Protocol
 
@@ -8,6 +7,7 @@ import jax
 
 from music_jax.models.resnet import BasicBlock, Bottleneck, ResNet
 from music_jax.models.vision_transformer import VisionTransformer
+from music_jax.registry import BACKBONES, BackboneSpec
 
 
 class Backbone(Protocol):
@@ -32,21 +32,6 @@ class Backbone(Protocol):
         """
 
 
-@dataclasses.dataclass(frozen=True)
-class BackboneSpec:
-    """A backbone's constructor and what a config can set of it.
-
-    Attributes:
-      make: Constructor that takes the keyword arguments channels, dtype, rngs, remat and `fields`.
-      fields: Fields of `config.backbone` that are passed on; other fields are not supported.
-      image_multiple: Number that the side of an image must be a multiple of.
-    """
-
-    make: partial[Any]
-    fields: tuple[str, ...] = ()
-    image_multiple: int = 1
-
-
 def _resnet(**arguments: Any) -> BackboneSpec:
     return BackboneSpec(partial(ResNet, **arguments), fields=("stem", "zero_init_residual"))
 
@@ -60,7 +45,7 @@ def _vit(**arguments: Any) -> BackboneSpec:
 _small_resnet = partial(_resnet, block=BasicBlock, stage_sizes=(1, 1), first_stride=2, pool_grid=4)
 _IMAGENET_WIDTHS = (64, 128, 256, 512)
 
-BACKBONES: dict[str, BackboneSpec] = {
+BACKBONES |= {
     "small_resnet": _small_resnet(widths=(32, 64), stem_width=24),
     # Narrower, for sweeps of many small runs.
     "tiny_resnet": _small_resnet(widths=(24, 48), stem_width=16),

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import config_dict
 
+from music_jax.config import embedding_size
 from music_jax.models import BACKBONES, Backbone
 from music_jax.models.layers import Projector
 
@@ -43,12 +44,6 @@ def _make_backbone(config: config_dict.ConfigDict, rngs: nnx.Rngs) -> Backbone:
         remat=config.backbone.remat,
         **{field: value for field, value in chosen.items() if value is not None},
     )
-
-
-def embedding_size(config: config_dict.ConfigDict) -> int:
-    """Returns the size of the embedding: the projector's output, or segments times units."""
-    objective = config.objective
-    return config.projector.output_size or objective.num_segments * objective.units_per_segment
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
-from ml_collections import config_dict, config_flags
+from ml_collections import config_dict
 
 from music_jax import cli
 from music_jax.distributed.cores import usable_cores
@@ -46,7 +46,7 @@ _NUM_IMAGES = {("imagenet2012", "train"): 1_281_167}
 
 def main() -> None:
     """Reads the flags, compiles and reports."""
-    config, topologies = _config(), _topologies()
+    config, topologies = flags.FLAGS.config, _topologies()
     _check_compilers(topologies)
     for name in ("num-images", "decode-rate", "jobs"):
         value = flags.FLAGS[name].value
@@ -73,13 +73,6 @@ def main() -> None:
     progress.say_lines(report.notes(plans))
     if output is not None:
         output.write_text(json.dumps([plan.as_json() for plan in plans], indent=2) + "\n")
-
-
-def _config() -> config_dict.ConfigDict:
-    config = flags.FLAGS.config
-    if config is None:
-        raise UserError("--config=FILE is missing, such as --config=configs/imagenet.py")
-    return config
 
 
 def _topologies() -> list[str]:
@@ -186,9 +179,6 @@ def _compile(
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config", None, "The config file; --config.FIELD=VALUE overrides any of its fields."
-    )
     flags.DEFINE_list(
         "topology",
         None,
@@ -212,4 +202,4 @@ if __name__ == "__main__":
         "tests/benchmarks/input.py measures yours.",
     )
     flags.DEFINE_integer("jobs", None, "Topologies at a time; by default one a core.")
-    cli.run(main, _USAGE, on_a_run=False)
+    cli.run(main, _USAGE, config="file")

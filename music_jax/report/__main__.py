@@ -3,7 +3,6 @@
 import os
 
 from absl import flags
-from ml_collections import config_flags
 
 from music_jax import cli
 from music_jax.errors import UserError, require_extra
@@ -54,7 +53,7 @@ def main() -> None:
         workdirs,
         output=flags.FLAGS.output,
         num_images=num_images,
-        overrides=dict(config_flags.get_override_values(flags.FLAGS["config"])),
+        overrides=cli.config_overrides(),
     )
     progress.say(f"wrote {path} ({size / 1e6:.1f} MB); open it in a browser")
 
@@ -67,13 +66,10 @@ def _split(value: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.define_config_fields(
-        "--config.FIELD=VALUE, such as --config.dataset.data_dir=DIR, locates the runs' images.",
-    )
     flags.DEFINE_string(
         "output", None, "File to write; report.html in the (first) workdir by default."
     )
     flags.DEFINE_integer(
         "images", 1000, f"Number of images to show and measure, {_MIN_IMAGES} to {_MAX_IMAGES}."
     )
-    cli.run(main, _USAGE, in_processes=False)
+    cli.run(main, _USAGE, workdir=True, config="fields")

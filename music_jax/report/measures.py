@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import config_dict
 
-from music_jax.config import view_augmentations
-from music_jax.data.augment import augment_views
+from music_jax.data.augment import augment_views, view_augmentations
 from music_jax.data.crops import Crop
 from music_jax.data.loader import TrainingOrder, training_batches
 from music_jax.errors import UserError

@@ -13,6 +13,7 @@ from music_jax.objectives import (
     simclr_loss,
     vicreg_loss,
 )
+from music_jax.registry import OBJECTIVES
 
 Metrics = dict[str, jax.Array]
 # Embeddings of the two views, [batch, dim] each, to the loss and what else to log.
@@ -64,9 +65,4 @@ def _simclr(config: config_dict.ConfigDict) -> Objective:
     return lambda a, b: (simclr_loss(a, b, temperature=config.contrast_temperature), {})
 
 
-OBJECTIVES: dict[str, Callable[[config_dict.ConfigDict], Objective]] = {
-    "music": _music,
-    "barlow_twins": _barlow_twins,
-    "vicreg": _vicreg,
-    "simclr": _simclr,
-}
+OBJECTIVES.update(music=_music, barlow_twins=_barlow_twins, vicreg=_vicreg, simclr=_simclr)

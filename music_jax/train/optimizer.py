@@ -4,13 +4,12 @@ All of them decay the parameters of two or more dimensions alone: no biases and 
 normalization layers.
 """
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 import optax
 from ml_collections import config_dict
 
 from music_jax.optim import lars, matrices_only, warmup_cosine
+from music_jax.registry import OPTIMIZERS
 
 
 def _lars(
@@ -35,9 +34,7 @@ def _adamw(
     return optax.adamw(learning_rate, weight_decay=config.weight_decay, mask=matrices_only)
 
 
-OPTIMIZERS: dict[
-    str, Callable[[optax.Schedule, config_dict.ConfigDict], optax.GradientTransformation]
-] = {"lars": _lars, "sgd": _sgd, "adamw": _adamw}
+OPTIMIZERS.update(lars=_lars, sgd=_sgd, adamw=_adamw)
 
 
 def make_schedule(config: config_dict.ConfigDict, steps_per_epoch: int) -> optax.Schedule:

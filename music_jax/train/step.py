@@ -11,8 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
-from music_jax.config import view_augmentations
-from music_jax.data.augment import ViewAugmentation, augment_views
+from music_jax.data.augment import ViewAugmentation, augment_views, view_augmentations
 from music_jax.distributed.mesh import batch_sharding
 from music_jax.models.network import Network, make_network
 from music_jax.train import guards, sharding

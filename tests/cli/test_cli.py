@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -17,8 +18,9 @@ _EMPTY = "from ml_collections.config_dict import ConfigDict as get_config"
 @pytest.mark.parametrize(
     ("command", "arguments", "message"),
     [
-        ("main", ("--config={file}",), "{file}' is no config file, such as configs/digits.py"),
-        ("main", ("--config", "nowhere.py"), "cannot read the config file 'nowhere.py'"),
+        ("main", ("--config={file}",), "{file}' is not a config file, such as configs/digits.py"),
+        ("main", ("--config", "nowhere.py"), "there is no config file 'nowhere.py'"),
+        ("main", ("--config=mnist",), "one of the names cifar10, cifar100, digits, folder, "),
         ("main", ("--config={nothing}",), "must return a config"),
         ("main", ("--config={empty}",), "the config lacks the field 'accumulation_steps'"),
         ("main", ("--config={typo}",), 'Did you mean "batch_size" instead of "batchsize"?'),
@@ -40,7 +42,7 @@ _EMPTY = "from ml_collections.config_dict import ConfigDict as get_config"
         ("evaluate", ("--config=configs/digits.py", "--config.knn.k=3"), _FIELDS),
     ],
 )
-def test_a_config_or_field_that_is_none(command, arguments, message, tmp_path):
+def test_a_wrong_config_or_field_is_one_clear_line(command, arguments, message, tmp_path):
     files = {
         "file": "",
         "nothing": "def get_config(): pass",
@@ -69,7 +71,7 @@ def test_a_config_or_field_that_is_none(command, arguments, message, tmp_path):
         ("export", "--batch_size=12", "Unknown command line flag 'batch_size'"),
     ],
 )
-def test_a_field_given_as_a_flag_is_told_how_to_give_it(command, flag, message):
+def test_a_field_without_its_prefix_is_suggested(command, flag, message):
     code, out, err = run(f"music_jax.{command}", flag)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
@@ -77,7 +79,7 @@ def test_a_field_given_as_a_flag_is_told_how_to_give_it(command, flag, message):
     assert err.count("\n") == 1
 
 
-def test_a_fields_name_alone_may_be_that_of_several():
+def test_all_fields_of_a_name_are_suggested():
     code, _, err = run("music_jax.main", "--momentum=0")
     assert code == 2
     fields = ("finetune", "linear_eval", "online_probe", "optimizer", "semi_supervised")
@@ -92,7 +94,7 @@ def _listed(*arguments):
     return dict(line.split()[0].split("=") for line in lines if line.startswith("--config."))
 
 
-def test_the_list_of_fields_has_the_values_of_the_config_file_and_the_command_line():
+def test_the_listed_fields_have_the_values_of_the_config_file_and_the_command_line():
     default, digits = _listed(), _listed(DIGITS, "--config.objective.num_segments=9")
     assert default["--config.batch_size"] == "256"
     assert digits["--config.batch_size"] == "128"
@@ -100,6 +102,7 @@ def test_the_list_of_fields_has_the_values_of_the_config_file_and_the_command_li
     assert digits["--config.objective.num_segments"] == "9"
     # Views that are the same are listed once.
     assert not any(name.startswith("--config.augmentation.view_2.") for name in default)
+    assert _listed("--config=digits") == _listed(DIGITS)
 
 
 def test_views_that_differ_are_both_listed(tmp_path):
@@ -115,21 +118,23 @@ def test_views_that_differ_are_both_listed(tmp_path):
     assert fields["--config.augmentation.view_2.blur_probability"] == "0.125"
 
 
-def test_a_config_file_that_is_not_there_is_told_before_its_fields_are_listed():
+def test_a_missing_config_file_has_no_fields_to_list():
     code, out, err = run("music_jax.main", "--config=nowhere.py", "--helpfields")
     assert (code, out) == (2, "")
-    assert "cannot read the config file 'nowhere.py'" in err
+    assert "there is no config file 'nowhere.py'" in err
 
 
 @pytest.mark.parametrize(
     ("command", "platforms"),
     [("main", "nosuch"), ("claims", "cpu,nosuch"), ("export", "cuda"), ("pack", "cuda,cpu")],
 )
-def test_a_platform_that_is_not_installed_is_told_in_one_line(command, platforms, tmp_path):
+def test_a_platform_that_is_not_installed_is_one_clear_line(command, platforms, tmp_path):
     arguments = {
         "main": (DIGITS, f"--workdir={tmp_path}/run"),
         "claims": (DIGITS, f"--output={tmp_path}/claims"),
-    }.get(command, ())
+        "export": (f"--workdir={tmp_path}", "--format=onnx", f"--output={tmp_path}/x.onnx"),
+        "pack": (f"--source={tmp_path}", f"--output={tmp_path}/packed"),
+    }[command]
     process = start(f"music_jax.{command}", *arguments, env={"JAX_PLATFORMS": platforms})
     out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (2, "")
@@ -146,7 +151,7 @@ def test_a_platform_that_is_not_installed_is_told_in_one_line(command, platforms
         ("music_jax.export", (), "stderr"),  # the error that an option is missing
     ],
 )
-def test_a_pipe_that_nobody_reads_ends_a_command_in_silence(module, arguments, prints_to):
+def test_a_closed_pipe_ends_a_command_without_a_message(module, arguments, prints_to):
     reader, writer = os.pipe()
     os.close(reader)
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {prints_to: writer}
@@ -184,11 +189,11 @@ def test_importing_the_library_defines_no_flag_and_installs_no_handler():
     assert done.stdout == "set() True -1\ntheirs\n", done.stderr
 
 
-def test_the_commands_are_listed_with_a_line_each():
+def test_each_command_is_listed_in_one_line():
     code, out, err = run("music_jax")
     assert (code, err) == (0, "")
     listed = dict(line.split(maxsplit=1) for line in out.splitlines() if line.startswith("  "))
-    assert listed["main"] == "pre-trains a backbone and probes it"
+    assert listed["main"] == "Pre-trains a backbone, then evaluates it"
     package = pathlib.Path(music_jax.__file__).parent
     for name in listed:
         assert (package / f"{name}.py").exists() or (package / name / "__main__.py").exists()
@@ -196,12 +201,43 @@ def test_the_commands_are_listed_with_a_line_each():
     assert "cli" not in listed
 
 
-def test_the_version_is_told():
+def test_version():
     assert run("music_jax", "--version") == (0, f"music_jax {music_jax.__version__}\n", "")
 
 
-def test_an_argument_that_is_no_option_is_told_the_commands():
-    code, out, err = run("music_jax", "evaluate", "--workdir=x")
+def test_the_console_script_runs_a_command():
+    expected = run("music_jax.export", "--help")
+    assert run("music_jax", "export", "--help") == expected
+    code, out, err = run("music_jax", "evaluate", "--config.knn.kk=3")
     assert (code, out) == (2, "")
-    assert "error: unexpected argument 'evaluate'" in err
-    assert "music_jax.main" in err
+    assert err.startswith("error: the config has no field 'knn.kk'")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("evalute", "did you mean evaluate?"), ("--x", "expected claims, encode, evaluate, ")],
+)
+def test_an_unknown_command_is_one_clear_line(argument, message):
+    code, out, err = run("music_jax", argument)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: unknown command {argument!r}; {message}")
+    assert err.count("\n") == 1
+
+
+_HELP = """
+import runpy, sys
+sys.argv = ["main", "--help"]
+try:
+    runpy.run_module("music_jax.main", run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    assert end.code == 0, end.code
+assert "jax" not in sys.modules
+"""
+
+
+def test_help_lists_the_commands_own_flags_without_importing_jax():
+    done = subprocess.run([sys.executable, "-c", _HELP], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    listed = re.findall(r"^  --(?:\[no\])?(\w+):", done.stdout, re.MULTILINE)
+    processes = ["coordinator_address", "num_processes", "process_id"]
+    assert listed == sorted(["config", "helpfields", "profile", "workdir", *processes])

@@ -83,7 +83,7 @@ def test_wrong_images_are_rejected(images, error, message, encoder):
 @pytest.mark.parametrize(
     ("module", "arguments", "message"),
     [
-        ("encode", [], "--workdir=DIR is missing"),
+        ("encode", [], "--workdir is missing"),
         ("encode", ["--workdir=x", "--images=y", "--output=z.npy"], "there is no folder 'y'"),
         ("export", ["--workdir=x", "--format=onnx", "--output=z"], "neither a workdir nor a file"),
         ("import_weights", ["--weights=x", "--workdir=y"], "cannot read"),

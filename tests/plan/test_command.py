@@ -70,7 +70,7 @@ def test_an_interrupted_plan_ends_at_once_with_all_its_processes():
     try:
         _, err = plan.communicate(timeout=60)
         assert plan.returncode == 75
-        assert "run the same command" in err
+        assert "rerun the command" in err
         assert not psutil.wait_procs(children, timeout=30)[1]
     finally:
         for process in (plan, *children):

@@ -17,8 +17,7 @@ import pytest
 from etils import epath
 from flax import nnx
 
-from music_jax.config import default_config, validate
-from music_jax.config.checks import get
+from music_jax.config import default_config, get_field, validate
 from music_jax.data import datasets, sources
 from music_jax.data.augment import ViewAugmentation, augment_views
 from music_jax.data.crops import Crop
@@ -163,7 +162,7 @@ _VALUES = {
         "random_init": True,
     },
     "knn": {"enabled": False, "k": 3, "more_k": (1, 5), "temperature": 0.5},
-    "few_shot": {"shots": (2, 4), "draws": 6, "inverse_regularization": 0.3},
+    "few_shot": {"shots": (2, 4), "draws": 6},
     "semi_supervised": {
         "fractions": (0.5, 1.0),
         "lists": ("first.txt", ""),
@@ -182,7 +181,6 @@ _VALUES = {
         "momentum": 0.45,
         "weight_decay": 0.46,
     },
-    "retrieval": {"max_gallery": 9},
     "online_probe": {
         "enabled": True,
         "train": "three:third",
@@ -192,7 +190,6 @@ _VALUES = {
         "momentum": 0.52,
         "weight_decay": 0.53,
     },
-    "clustering": {"num_starts": 3},
 }
 # The one field that stays: the objectives are compared by name in test_objective.py.
 _AS_BY_DEFAULT = {"objective.name", "backbone.num_heads"}
@@ -216,7 +213,9 @@ def _leaves(part, prefix=""):
 
 def test_no_field_has_its_default_and_the_views_share_none(config):
     default = default_config()
-    same = {field for field in _leaves(default) if get(default, field) == get(config, field)}
+    same = {
+        field for field in _leaves(default) if get_field(default, field) == get_field(config, field)
+    }
     assert same == _AS_BY_DEFAULT
     one, two = config.augmentation.view_1, config.augmentation.view_2
     assert {name for name in one if one[name] == two[name]} == {"blur_sigma", "scale"}
@@ -515,20 +514,20 @@ def test_neighbors_and_few_shots_are_counted_as_described(run, calls):
 
     calls.replace(feature_protocols, "few_shot", shots)
     feature_protocols.fewshot(run)
-    names = ("shots", "draws", "inverse_regularization", "seed")
+    names = ("shots", "draws", "seed")
     found = [_some(options, *names) for _, options in calls.of["few_shot"]]
-    assert found == [(2, 6, 0.3, 5), (4, 6, 0.3, 5)]
+    assert found == [(2, 6, 5), (4, 6, 5)]
 
 
-def test_galleries_and_clusters_are_as_described(run, calls):
+def test_galleries_and_clusters_are_as_described(run, calls, monkeypatch):
+    monkeypatch.setattr(feature_protocols, "_MAX_GALLERY", 9)
     calls.replace(feature_protocols, "average_precisions", lambda *given: np.ones(8))
     assert feature_protocols.retrieval(run)["num_gallery"] == 9
     ((gallery, *_), _), *_ = calls.of["average_precisions"]
     assert len(gallery) == 9
     calls.replace(feature_protocols, "joint_clusters", lambda p, **options: np.zeros(len(p), int))
     feature_protocols.clustering(run)
-    names = ("num_clusters", "num_starts", "seed")
-    assert _some(calls.options("joint_clusters"), *names) == (4, 3, 5)
+    assert _some(calls.options("joint_clusters"), "num_clusters", "seed") == (4, 5)
 
 
 def test_fine_tuning_is_as_described(run, calls):

@@ -1,0 +1,260 @@
+"""Every field of a config with its default and its description."""
+
+import inspect
+import re
+from typing import Any
+
+from ml_collections import config_dict
+
+
+def default_config() -> config_dict.ConfigDict:
+    """Returns a locked config with the default of every field.
+
+    The defaults are the method's ImageNet recipe, except for the dataset, which has to be set.
+    """
+    # The comments below are what `--helpfields` and the documentation print.
+    config = config_dict.ConfigDict()
+    config.seed = 0
+    config.batch_size = 256  # Global batch size, over all devices and processes.
+    config.accumulation_steps = 1  # Number of microbatches per batch; more of them save memory.
+    config.num_epochs = 100
+    # float32 or bfloat16; parameters and statistics stay float32.
+    config.compute_dtype = "float32"
+    # Disables nondeterministic GPU operations; ResNet-50 takes 1.5 times as long on an H200.
+    config.deterministic = True
+    config.log_every_steps = 50
+    config.num_decode_threads = config_dict.placeholder(int)  # None: one per usable core.
+    # Writes TensorBoard event files beside metrics.jsonl, if the extra `tensorboard` is installed.
+    config.tensorboard = True
+    # Also logs to this project of Weights & Biases; its WANDB_ variables set everything else.
+    config.wandb_project = ""
+
+    config.objective = config_dict.ConfigDict()
+    config.objective.name = "music"  # music, barlow_twins, vicreg or simclr.
+    config.objective.num_segments = 102  # Segments of the embedding.
+    config.objective.units_per_segment = 80  # Units of each segment.
+    config.objective.temperature = 1.0  # Temperature of the softmax over a segment's units.
+    config.objective.diagonal_weight = 1.0
+    config.objective.cross_segment_weight = 1.0
+    config.objective.invariance_weight = 1.0
+    config.objective.off_diagonal_weight = 0.0051  # Barlow Twins.
+    config.objective.similarity_weight = 25.0  # VICReg.
+    config.objective.variance_weight = 25.0  # VICReg.
+    config.objective.covariance_weight = 1.0  # VICReg.
+    config.objective.contrast_temperature = 0.1  # SimCLR.
+
+    config.dataset = config_dict.ConfigDict()
+    config.dataset.name = ""  # Name of a TFDS dataset.
+    # Folder of images, or output of music_jax.pack, to use instead of a TFDS dataset.
+    config.dataset.path = ""
+    config.dataset.train_split = "train"
+    config.dataset.test_split = "test"
+    config.dataset.data_dir = config_dict.placeholder(str)  # None: the default of TFDS.
+    # Files that TFDS cannot download itself. None: downloads/manual in data_dir.
+    config.dataset.manual_dir = config_dict.placeholder(str)
+    config.dataset.try_gcs = False  # Look in the public bucket of TFDS first; needs gcsfs.
+    config.dataset.max_skipped_share = 0.01  # Share of the images that may be unreadable.
+    config.dataset.image_key = "image"
+    config.dataset.label_key = "label"
+    config.dataset.num_channels = 3  # 1 or 3.
+    config.dataset.mean = (0.485, 0.456, 0.406)  # Mean of each channel, for values in [0, 1].
+    config.dataset.std = (0.229, 0.224, 0.225)
+
+    config.crop = config_dict.ConfigDict()
+    config.crop.size = 224  # Side in pixels of the square that the network gets.
+    config.crop.scale = (0.08, 1.0)  # Range of the crop's share of the image's area.
+    config.crop.aspect_ratio = (3 / 4, 4 / 3)  # Range of width over height.
+    config.crop.eval_resize = 256  # Length of the shorter side before a center crop.
+
+    # The augmentation of each view, in the order in which it is applied after the crop.
+    config.augmentation = config_dict.ConfigDict()
+    config.augmentation.view_1 = view = config_dict.ConfigDict()
+    # Probability of an affine warp (bilinear, black outside the image).
+    view.affine_probability = 0.0
+    view.rotation_degrees = 0.0  # Rotation is drawn in [-rotation_degrees, rotation_degrees].
+    # Shift along each side is drawn in [-translation, translation], as a fraction of that side.
+    view.translation = 0.0
+    view.scale = (1.0, 1.0)  # Range of the scale factor.
+    view.shear_degrees = 0.0  # Shear along x is drawn in [-shear_degrees, shear_degrees].
+    view.flip_probability = 0.0  # Probability of a left-right flip.
+    # Probability of a color jitter: brightness, contrast, saturation, hue, in this order.
+    view.jitter_probability = 0.0
+    view.brightness = 0.0  # Factor is drawn in [max(0, 1 - brightness), 1 + brightness].
+    view.contrast = 0.0  # Factor is drawn in [max(0, 1 - contrast), 1 + contrast].
+    view.saturation = 0.0  # Factor is drawn likewise; no effect on one channel.
+    # Shift is drawn in [-hue, hue], in turns of the color circle; no effect on one channel.
+    view.hue = 0.0
+    view.grayscale_probability = 0.0  # Probability of a grayscale view.
+    # Probability of a Gaussian blur with a kernel of about a tenth of the side.
+    view.blur_probability = 0.0
+    view.blur_sigma = (0.1, 2.0)  # Range of the blur's standard deviation, in pixels.
+    view.solarize_probability = 0.0  # Probability of inverting all values of 0.5 and above.
+    view.noise_probability = 0.0  # Probability of Gaussian noise, independent for each value.
+    view.noise_std = 0.0  # Standard deviation of the noise, for values in [0, 1].
+    config.augmentation.view_2 = config_dict.ConfigDict(view.to_dict())
+
+    config.backbone = config_dict.ConfigDict()
+    # small_resnet, tiny_resnet, resnet18, resnet34, resnet50, vit_s16 or vit_b16.
+    config.backbone.name = "resnet50"
+    config.backbone.remat = False  # Computes each block's activations twice to save memory.
+    config.backbone.stem = config_dict.placeholder(str)  # ResNets: imagenet, cifar or strided.
+    # ResNets: whether each block starts as its shortcut. None: True.
+    config.backbone.zero_init_residual = config_dict.placeholder(bool)
+    # Vision transformers: attention heads. None: 6 for vit_s16, 12 for vit_b16. MoCo v3: 12.
+    config.backbone.num_heads = config_dict.placeholder(int)
+
+    config.projector = config_dict.ConfigDict()
+    config.projector.hidden_sizes = (8192,)  # (): a linear projector.
+    # Size of the embedding. None: segments times units.
+    config.projector.output_size = config_dict.placeholder(int)
+
+    config.optimizer = config_dict.ConfigDict()
+    config.optimizer.name = "lars"  # lars, sgd or adamw.
+    config.optimizer.base_learning_rate = 0.6  # Peak for a batch of 256; scales with batch_size.
+    config.optimizer.weight_decay = 1e-6
+    config.optimizer.momentum = 0.9  # lars and sgd.
+    config.optimizer.warmup_epochs = 10
+    config.optimizer.final_scale = 1e-3  # Last learning rate as a fraction of the peak.
+
+    config.sharding = config_dict.ConfigDict()
+    # Number of devices over which parameters are sharded. None: all. With several TPU slices, the
+    # number of devices of one slice is fastest.
+    config.sharding.fsdp = config_dict.placeholder(int)
+
+    # Checks that end a failing training early.
+    config.guards = config_dict.ConfigDict()
+    config.guards.enabled = True  # False: only the loss and the gradient must be finite.
+    # stop, or rewind: resume from before the bad steps and skip them.
+    config.guards.policy = "stop"
+    config.guards.max_rewinds = 3  # Rewinds in a whole training, after which it stops.
+    config.guards.warmup_steps = 100  # First steps, in which only non-finite values count.
+    # Deviation from the running mean of the loss that counts as a spike; 0 disables the check.
+    config.guards.loss_spike_deviations = 10.0
+    config.guards.loss_spike_window = 25  # Steps over which the mean of the loss is taken.
+    # Consecutive steps after which one of the four limits below ends the training.
+    config.guards.collapse_steps = 50
+    # Usage entropy of the segments, 1 for uniform usage; 0 disables the check.
+    config.guards.min_usage_entropy = 0.1
+    config.guards.max_dead_units = 0.95  # Share of dead units; 1 disables the check.
+    # Standard deviation of normalized embeddings, 1 for isotropic ones; 0 disables the check.
+    config.guards.min_embedding_std = 0.01
+    # Effective rank of the embeddings; 0 disables the check.
+    config.guards.min_effective_rank = 1.1
+    # Interval of the check that all devices hold the same bits; 0 disables it.
+    config.guards.check_replicas_every_steps = 0
+    # Interval of the check that a repeated step gives the same bits; 0 disables it.
+    config.guards.check_determinism_every_steps = 0
+
+    config.checkpoint = config_dict.ConfigDict()
+    config.checkpoint.every_steps = 1000
+    config.checkpoint.max_to_keep = 2  # Number of newest checkpoints to keep.
+    # Continues after a failed save with a warning, in runs of one process.
+    config.checkpoint.ignore_failed_saves = False
+    config.checkpoint.grace_seconds = 240.0  # Time that a stopped run has to save and exit.
+
+    # Images to evaluate on, if not those of the dataset: a labeled folder, or NAME:SPLIT of TFDS.
+    config.evaluation = config_dict.ConfigDict()
+    config.evaluation.train = ""  # "": the images of the pre-training.
+    # "": dataset.test_split; with dataset.path, no probe is trained.
+    config.evaluation.test = ""
+    config.evaluation.batch_size = 256  # Images per forward pass.
+    # Images of which training views are compared, for LiDAR and alignment.
+    config.evaluation.view_images = 1024
+    config.evaluation.num_views = 10  # Views of each of these images.
+
+    config.linear_eval = config_dict.ConfigDict()
+    config.linear_eval.num_epochs = 100
+    config.linear_eval.batch_size = 256
+    # Candidates, of which the best is used; they scale with batch_size / 256.
+    config.linear_eval.base_learning_rates = (0.02,)
+    config.linear_eval.momentum = 0.9
+    config.linear_eval.weight_decay = 1e-6
+    # Epochs after which the learning rate is divided by 10. (): a cosine schedule.
+    config.linear_eval.drop_epochs = ()
+    # New crops and flips in each epoch; False: one center crop per image.
+    config.linear_eval.random_crops = True
+    # none, standardize or whiten, fitted on the training split.
+    config.linear_eval.feature_scaling = "none"
+    # Share of the training split on which the learning rate is chosen.
+    config.linear_eval.validation_fraction = 0.1
+    config.linear_eval.raw_pixels = False  # Also probes raw pixels, for comparison.
+    config.linear_eval.random_init = False  # Also probes the untrained backbone.
+
+    config.knn = config_dict.ConfigDict()
+    config.knn.enabled = True  # Holds the features of the training split in memory.
+    config.knn.k = 20
+    config.knn.more_k = (10, 200)  # Further numbers of neighbors to report.
+    config.knn.temperature = 0.07
+
+    config.few_shot = config_dict.ConfigDict()
+    config.few_shot.shots = (1, 5, 10)  # Labeled samples per class.
+    config.few_shot.draws = 20
+
+    # Fine-tuning on a fraction of the labels.
+    config.semi_supervised = config_dict.ConfigDict()
+    config.semi_supervised.fractions = (0.01, 0.1)
+    # Files that list the images of each fraction, one per line, such as those that SimCLR gives
+    # for ImageNet. "": a stratified draw.
+    config.semi_supervised.lists = ("", "")
+    # Scale with batch_size / 256.
+    config.semi_supervised.backbone_learning_rates = (0.03, 0.01)
+    config.semi_supervised.head_learning_rates = (0.08, 0.1)
+    config.semi_supervised.num_epochs = 20
+    config.semi_supervised.batch_size = 256
+    config.semi_supervised.momentum = 0.9
+    config.semi_supervised.weight_decay = 0.0
+
+    # Fine-tuning on all labels.
+    config.finetune = config_dict.ConfigDict()
+    config.finetune.backbone_learning_rate = 0.01  # Scales with batch_size / 256.
+    config.finetune.head_learning_rate = 0.1
+    config.finetune.num_epochs = 20
+    config.finetune.batch_size = 256
+    config.finetune.momentum = 0.9
+    config.finetune.weight_decay = 0.0
+
+    # A linear classifier that is trained during the pre-training.
+    config.online_probe = config_dict.ConfigDict()
+    # Logs online_top1; costs a forward pass of its batch.
+    config.online_probe.enabled = False
+    # Labeled images, named like evaluation.train. "": those of evaluation.train.
+    config.online_probe.train = ""
+    config.online_probe.every_steps = 1
+    config.online_probe.batch_size = 256
+    config.online_probe.learning_rate = 0.03
+    config.online_probe.momentum = 0.9
+    config.online_probe.weight_decay = 1e-3
+    return config.lock()
+
+
+def set_views(config: config_dict.ConfigDict, **augmentation: Any) -> None:
+    """Sets fields of the augmentation of both views.
+
+    Args:
+      config: The config to change.
+      **augmentation: Fields of `config.augmentation.view_1` by name.
+    """
+    for view in ("view_1", "view_2"):
+        config.augmentation[view].update(augmentation)
+
+
+def descriptions() -> dict[str, str]:
+    """Returns the description of each field and group by dotted name, in the order of definition.
+
+    It is the comment before or behind the line that sets the field; "" if there is none.
+    """
+    found: dict[str, str] = {}
+    comment = ""
+    for line in inspect.getsource(default_config).splitlines():
+        if line.startswith("    # "):
+            comment += " " + line[6:]
+            continue
+        if setting := re.match(r"    (config|view)\.([\w.]+) = .*?(?:  # (.*))?$", line):
+            of, name, behind = setting.groups()
+            name = name if of == "config" else f"augmentation.view_1.{name}"
+            found[name] = (behind or comment).strip()
+            if name == "augmentation.view_2":
+                view = {key: found[key] for key in found if key.startswith("augmentation.view_1.")}
+                found |= {key.replace("view_1", "view_2"): text for key, text in view.items()}
+        comment = ""
+    return found

@@ -1,0 +1,282 @@
+"""Checks of a config's fields: names, types, ranges, and what has to fit together."""
+
+import difflib
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import config_dict
+
+from music_jax import registry
+from music_jax.config.defaults import default_config
+from music_jax.errors import UserError
+
+_MAX_NUMBER = 2**32  # Larger numbers overflow in some field and are never intended.
+_KINDS = {
+    str: "a text without a zero byte",
+    bool: "True or False",
+    int: f"an integer of at most {_MAX_NUMBER}",
+    float: f"a finite number of at most {_MAX_NUMBER}",
+}
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "backbone.stem": ("imagenet", "cifar", "strided"),
+    "compute_dtype": ("float32", "bfloat16"),
+    "dataset.num_channels": (1, 3),
+    "guards.policy": ("stop", "rewind"),
+    "linear_eval.feature_scaling": ("none", "standardize", "whiten"),
+}
+_REGISTERED: dict[str, Mapping[str, Any]] = {
+    "backbone.name": registry.BACKBONES,
+    "objective.name": registry.OBJECTIVES,
+    "optimizer.name": registry.OPTIMIZERS,
+}
+# Interval of each number, or of each entry of a tuple, by patterns of names; the first one counts.
+_INTERVALS = {
+    # Two samples or more, since batch normalization needs them.
+    "[2, inf)": "batch_size semi_supervised.batch_size finetune.batch_size online_probe.batch_size"
+    " evaluation.num_views objective.num_segments objective.units_per_segment",
+    "[0, inf)": "guards.check_*_every_steps guards.loss_spike_deviations guards.max_rewinds"
+    " guards.min_effective_rank guards.warmup_steps *.weight_decay *.brightness *.contrast"
+    " *.saturation *.noise_std",
+    "[1, inf)": "*num_epochs *every_steps *.batch_size accumulation_steps *.max_to_keep crop.size"
+    " evaluation.view_images few_shot.draws few_shot.shots knn.k knn.more_k projector.*"
+    " guards.loss_spike_window guards.collapse_steps sharding.fsdp",
+    "[1, 1024]": "num_decode_threads",
+    "[0, 4294967295]": "seed",
+    "(0, inf)": "*temperature *learning_rate *learning_rates *.grace_seconds dataset.std"
+    " crop.aspect_ratio augmentation.*.scale *.blur_sigma",
+    "(0, 1]": "crop.scale semi_supervised.fractions",
+    "(0, 1)": "linear_eval.validation_fraction",
+    "[0, 1)": "*.momentum",
+    "[0, 1]": "*_probability *.translation *.max_skipped_share guards.min_usage_entropy"
+    " guards.max_dead_units guards.min_embedding_std",
+    "[0, 0.5]": "*.hue",
+    "[0, 89]": "*.shear_degrees",
+    "[0, 180]": "*.rotation_degrees",
+}
+_PAIRS = "crop.scale crop.aspect_ratio augmentation.*.scale *.blur_sigma"
+_NOT_EMPTY = "linear_eval.base_learning_rates few_shot.shots semi_supervised.fractions"
+
+
+def validate(config: config_dict.ConfigDict) -> None:
+    """Checks everything that can be checked without devices and data.
+
+    The names of backbones, objectives and optimizers are checked once the packages that register
+    them are imported, which is so before anything is built or trained.
+
+    Args:
+      config: The config.
+
+    Raises:
+      UserError: A field has a value that cannot be used; the message names the field.
+    """
+    check_values(config)
+    for field in field_names(config):
+        value = get_field(config, field)
+        if value is not None and not isinstance(value, config_dict.ConfigDict):
+            _check_value(config, field, value)
+    _check_backbone(config)
+    _check_batch(config)
+    _check_embedding(config)
+    if config.crop.eval_resize < config.crop.size:
+        raise _wrong(config, "crop.eval_resize", f"be at least crop.size = {config.crop.size}")
+    for field in ("dataset.mean", "dataset.std"):
+        channels = config.dataset.num_channels
+        if len(get_field(config, field)) != channels:
+            raise _wrong(config, field, f"have dataset.num_channels = {channels} numbers")
+    if not 0 <= config.optimizer.warmup_epochs < config.num_epochs:
+        expected = f"be in [0, num_epochs = {config.num_epochs})"
+        raise _wrong(config, "optimizer.warmup_epochs", expected)
+    fractions = config.semi_supervised.fractions
+    for name in ("lists", "backbone_learning_rates", "head_learning_rates"):
+        if len(config.semi_supervised[name]) != len(fractions):
+            expected = f"have one entry for each of semi_supervised.fractions = {fractions}"
+            raise _wrong(config, f"semi_supervised.{name}", expected)
+
+
+def check_values(config: config_dict.ConfigDict) -> None:
+    """Checks that every field is there and has the type of its default, and that numbers are sane.
+
+    Args:
+      config: The config.
+
+    Raises:
+      UserError: A field is missing or has a value of another type; the message names the field.
+    """
+    default = default_config()
+    for field in field_names(default):
+        group, _, name = field.rpartition(".")
+        if name not in get_field(config, group):
+            raise UserError(
+                f"the config lacks the field {field!r}; a config file starts from "
+                "music_jax.config.default_config(), which has them all"
+            )
+        expected = _expected_type(
+            get_field(config, field), get_field(default, field), get_field(default, group), name
+        )
+        if expected:
+            raise _wrong(config, field, expected)
+
+
+def _expected_type(
+    value: Any, default: Any, default_group: config_dict.ConfigDict, name: str
+) -> str | None:
+    """Returns what a value must be, or None if it is that."""
+    kind = default_group.get_type(name)
+    if value is None and default is None:
+        return None
+    if kind is not tuple:
+        return None if _has_kind(value, kind) else f"be {_KINDS.get(kind, 'a group of fields')}"
+    entry = type(default[0]) if default else float
+    valid = isinstance(value, tuple) and all(_has_kind(v, entry) for v in value)
+    entries = "texts without a zero byte" if entry is str else "numbers"
+    return None if valid else f"be a tuple of {entries}"
+
+
+def _has_kind(value: Any, kind: type) -> bool:
+    if kind in (int, float):
+        number = isinstance(value, int | kind) and not isinstance(value, bool)
+        return number and abs(value) <= _MAX_NUMBER  # False for NaN
+    return isinstance(value, kind) and not (isinstance(value, str) and "\0" in value)
+
+
+def _check_value(config: config_dict.ConfigDict, field: str, value: Any) -> None:
+    """Checks one field against the tables above."""
+    known = _CHOICES.get(field) or tuple(_REGISTERED.get(field, ()))
+    if known and value not in known:
+        raise _wrong(config, field, f"be one of {', '.join(str(choice) for choice in known)}")
+    if _matches(field, _NOT_EMPTY) and not value:
+        raise _wrong(config, field, "have at least one entry")
+    if _matches(field, _PAIRS) and (len(value) != 2 or value[0] > value[1]):
+        raise _wrong(config, field, "be a pair (low, high) with low <= high")
+    interval = next((i for i, names in _INTERVALS.items() if _matches(field, names)), None)
+    if interval is None or isinstance(value, str):
+        return
+    entries = value if isinstance(value, tuple) else (value,)
+    if not all(_is_in(interval, entry) for entry in entries):
+        expected = f"be in {interval}"
+        if interval.endswith(" inf)"):
+            low = interval[1:].partition(",")[0]
+            expected = f"be at least {low}" if interval[0] == "[" else "be positive"
+        where = " in each entry" if isinstance(value, tuple) else ""
+        raise _wrong(config, field, expected + where)
+
+
+def _matches(field: str, patterns: str) -> bool:
+    return any(fnmatch.fnmatchcase(field, pattern) for pattern in patterns.split())
+
+
+def _is_in(interval: str, number: float) -> bool:
+    low, high = (float(limit) for limit in interval[1:-1].split(","))
+    above = number >= low if interval[0] == "[" else number > low
+    return above and (number <= high if interval[-1] == "]" else number < high)
+
+
+def _check_backbone(config: config_dict.ConfigDict) -> None:
+    """Checks that the backbone takes the options that are set, and crops of their size."""
+    backbone = config.backbone
+    spec = registry.BACKBONES.get(backbone.name)
+    if spec is None:
+        return
+    for field in ("stem", "zero_init_residual", "num_heads"):
+        if field not in spec.fields and backbone[field] is not None:
+            raise UserError(
+                f"config.backbone.{field} = {backbone[field]!r} is not supported by "
+                f"{backbone.name}; leave it unset"
+            )
+    width, heads = spec.make.keywords.get("width"), backbone.num_heads
+    if heads is not None and (heads < 1 or width % heads):
+        raise _wrong(config, "backbone.num_heads", f"divide {backbone.name}'s width, {width}")
+    multiple = spec.image_multiple
+    if config.crop.size % multiple:
+        raise _wrong(config, "crop.size", f"be a multiple of {multiple} for {backbone.name}")
+
+
+def _check_batch(config: config_dict.ConfigDict) -> None:
+    """Checks that the microbatches are of one size that can be normalized."""
+    size, count = config.batch_size, config.accumulation_steps
+    if size % count:
+        raise _wrong(config, "accumulation_steps", f"divide batch_size = {size}")
+    if size // count < 2:
+        expected = f"leave at least two samples of batch_size = {size} to each microbatch"
+        raise _wrong(config, "accumulation_steps", expected)
+
+
+def _check_embedding(config: config_dict.ConfigDict) -> None:
+    """Checks that the embedding has the objective's segments."""
+    segments, units = config.objective.num_segments, config.objective.units_per_segment
+    size = embedding_size(config)
+    if config.objective.name == "music" and segments * units != size:
+        raise UserError(
+            f"the objective's {segments} segments of {units} units need an embedding of "
+            f"{segments * units}, but config.projector.output_size is {size}; leave it unset, or "
+            "change objective.num_segments or objective.units_per_segment"
+        )
+
+
+def embedding_size(config: config_dict.ConfigDict) -> int:
+    """Returns the size of the embedding: `projector.output_size`, or segments times units."""
+    objective = config.objective
+    return config.projector.output_size or objective.num_segments * objective.units_per_segment
+
+
+def get_field(config: config_dict.ConfigDict, field: str) -> Any:
+    """Returns the value of a field by its dotted name; the config itself for an empty name."""
+    value = config
+    for part in field.split(".") if field else ():
+        value = value[part]
+    return value
+
+
+def set_fields(config: config_dict.ConfigDict, fields: Mapping[str, Any]) -> None:
+    """Sets fields of a config.
+
+    Args:
+      config: The config.
+      fields: Values by name or dotted name; those of a group as a mapping.
+
+    Raises:
+      UserError: There is no such field, or it does not take such a value.
+    """
+    known = field_names(config)
+    for field, value in fields.items():
+        if field not in known:
+            raise UserError(unknown_field_message(field, known))
+        group, _, name = field.rpartition(".")
+        if isinstance(get_field(config, field), config_dict.ConfigDict):
+            if not isinstance(value, Mapping | config_dict.ConfigDict):
+                inner = next(iter(get_field(config, field)))
+                raise UserError(
+                    f"config.{field} is a group of fields and takes a dictionary such as "
+                    f"{{{inner!r}: VALUE}}; got {value!r}"
+                )
+            set_fields(config, {f"{field}.{key}": inner for key, inner in value.items()})
+            continue
+        try:
+            get_field(config, group)[name] = value
+        except TypeError as error:
+            kind = get_field(config, group).get_type(name).__name__
+            raise UserError(f"config.{field} must be of type {kind}; got {value!r}") from error
+
+
+def field_names(config: config_dict.ConfigDict, prefix: str = "") -> list[str]:
+    """Returns the dotted names of all groups and fields, each group before its fields."""
+    names = []
+    for key, value in config.to_dict().items():
+        names.append(prefix + key)
+        if isinstance(value, dict):
+            names += field_names(config[key], f"{prefix}{key}.")
+    return names
+
+
+def unknown_field_message(field: str, known: Sequence[str]) -> str:
+    """Returns the message for a field that does not exist, with the nearest known one."""
+    last = field.rpartition(".")[2]
+    same_ending = [name for name in known if name.rpartition(".")[2] == last]
+    nearest = difflib.get_close_matches(field, same_ending or known, n=1, cutoff=0.0)
+    return f"the config has no field {field!r}; the nearest known one is {nearest[0]!r}"
+
+
+def _wrong(config: config_dict.ConfigDict, field: str, expected: str) -> UserError:
+    return UserError(f"config.{field} must {expected}; got {get_field(config, field)!r}")

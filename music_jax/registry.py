@@ -1,0 +1,30 @@
+"""Tables of what a config chooses by name; the packages with the choices fill them on import."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneSpec:
+    """How to make a backbone, and what a config may ask of it.
+
+    Attributes:
+      make: The class with its sizes; takes the keyword arguments `channels`, `dtype`, `rngs`,
+        `remat` and those of `fields`.
+      fields: Fields of `config.backbone` that the class takes; others have to be unset.
+      image_multiple: Number of which the side of an image has to be a multiple.
+    """
+
+    make: partial[Any]
+    fields: tuple[str, ...] = ()
+    image_multiple: int = 1
+
+
+# Filled by music_jax.models.
+BACKBONES: dict[str, BackboneSpec] = {}
+# Filled by music_jax.train: from `config.objective` to a function of the embeddings of two views.
+OBJECTIVES: dict[str, Callable[[Any], Callable[..., Any]]] = {}
+# Filled by music_jax.train: from a schedule and `config.optimizer` to an optax transformation.
+OPTIMIZERS: dict[str, Callable[[Any, Any], Any]] = {}
