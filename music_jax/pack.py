@@ -28,7 +28,7 @@ def main() -> None:
             raise UserError(f"--{name} is missing: {meaning}")
     from music_jax.config import default_config
     from music_jax.data import datasets
-    from music_jax.data.packing import Packing, pack
+    from music_jax.data.packed import Packing, pack
     from music_jax.distributed import progress
 
     if not 0 <= given.max_skipped_share <= 1:

@@ -218,7 +218,7 @@ class Encoder:
           UndecodableError: they are no whole image of a known format.
         """
         with _images_of_opencv():
-            from music_jax.data.central import central_view
+            from music_jax.data.crops import central_view
         return central_view(
             encoded,
             size=self.size,

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from music_jax.data import crops
 from music_jax.data.crops import (
     NUMBERS_PER_BOX,
     Box,
     Crop,
-    _without_far_ends,
     center_crop,
     cut,
     draw_boxes,
@@ -214,13 +214,17 @@ def test_center_crop_takes_the_center():
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_of_a_long_strip_the_middle_alone_is_enlarged(axis):
+def test_only_the_middle_of_a_long_strip_is_enlarged(axis, monkeypatch):
     strip = np.random.default_rng(0).integers(0, 256, (161, 10, 3), np.uint8)
     middle, shorter = strip[60:101], strip[:160]  # 40 rows, and one to keep the center
     if axis == 1:
         strip, middle, shorter = (x.swapaxes(0, 1) for x in (strip, middle, shorter))
-    np.testing.assert_array_equal(_without_far_ends(strip), middle)
-    np.testing.assert_array_equal(_without_far_ends(shorter), shorter)
+    enlarged = []
+    monkeypatch.setattr(crops, "resize", lambda image, h, w: enlarged.append(image) or image)
+    for image in (strip, shorter):
+        center_crop(image, 20, 20)
+    np.testing.assert_array_equal(enlarged[0], middle)
+    np.testing.assert_array_equal(enlarged[1], shorter)
 
 
 def test_center_crop_of_an_image_of_that_size_is_the_image():

@@ -11,8 +11,7 @@ import pytest
 import skimage
 from PIL import Image, ImageOps
 
-from music_jax.data.decode import decode, largest_reduction
-from music_jax.data.headers import MAX_PIXELS, Header, read_header
+from music_jax.data.decode import MAX_PIXELS, Header, decode, largest_reduction, read_header
 from music_jax.errors import UndecodableError
 
 _ORIENTATION = 0x0112

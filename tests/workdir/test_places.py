@@ -15,7 +15,7 @@ from etils import epath
 from small_runs import save_run, small_config
 
 from music_jax.config import default_config, from_json
-from music_jax.data import sources
+from music_jax.data import tfds_source
 from music_jax.errors import UserError
 from music_jax.evaluate import evaluate
 from music_jax.evaluation.load_run import open_run
@@ -310,7 +310,7 @@ def test_no_module_is_imported_because_features_json_names_a_class(form, tmp_pat
     for name in ("evil", "evil:1.0.0"):
         dataset.update({"name": name, "data_dir": str(tmp_path / "tfds")})
         with pytest.raises(UserError, match=f"class '{module}.Feature', which is not one of TFDS"):
-            sources.open_source(dataset, "train")
+            tfds_source.open_split(dataset, "train")
     assert module not in sys.modules
 
 
@@ -318,7 +318,7 @@ def test_no_module_is_imported_because_features_json_names_a_class(form, tmp_pat
 def test_community_datasets_are_refused(name, tmp_path):
     dataset = default_config().dataset
     dataset.update({"name": name, "data_dir": str(tmp_path)})
-    for action in (sources.prepare, lambda it: sources.open_source(it, "train")):
+    for action in (tfds_source.prepare, lambda it: tfds_source.open_split(it, "train")):
         with pytest.raises(UserError, match="is a community dataset"):
             action(dataset)
     assert not os.listdir(tmp_path)

@@ -14,8 +14,7 @@ from processes import run, start
 from music_jax.data.datasets import open_path
 from music_jax.data.decode import decode
 from music_jax.data.folder import open_folder
-from music_jax.data.packing import Packing, pack
-from music_jax.data.shards import largest_chunk
+from music_jax.data.packed import Packing, largest_chunk, pack
 from music_jax.errors import UndecodableError, UnusableDataError, UserError
 
 
@@ -82,7 +81,7 @@ def test_packing_again_does_nothing_and_in_another_way_is_an_error(photos, tmp_p
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert _pack(photos[0], tmp_path) == 36
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
-    with pytest.raises(UserError, match=r"another way.*quality: 90"):
+    with pytest.raises(UserError, match=r"different settings.*quality: 90"):
         _pack(photos[0], tmp_path, quality=80)
 
 
@@ -102,10 +101,10 @@ def test_a_folder_that_is_written_in_another_way_is_the_same_and_another_is_not(
     lines = list(map(json.loads, (tmp_path / "skipped.jsonl").read_text().splitlines()))
     assert len(lines) == len(broken)
     assert {line["source"] for line in lines} == {first}
-    with pytest.raises(UserError, match=r"another way.*source: "):
+    with pytest.raises(UserError, match=r"different settings.*source: "):
         _pack(f"{name}/bright", tmp_path)
     (tmp_path / "index.json").write_text(json.dumps(index | {"source": 3}))
-    with pytest.raises(UserError, match=r"another way.*source: 3"):
+    with pytest.raises(UserError, match=r"different settings.*source: 3"):
         _pack(name, tmp_path)
 
 
@@ -121,7 +120,7 @@ def test_what_was_not_packed_to_the_end_is_not_read_and_is_finished_by_packing_a
     (tmp_path / "part" / "index.json").write_text(json.dumps(index))
     half = (tmp_path / "part" / "images-00000-of-00003.array_record").read_bytes()[:500]
     (tmp_path / "part" / "images-00000-of-00003.array_record").write_bytes(half)
-    with pytest.raises(UserError, match="not packed to the end"):
+    with pytest.raises(UserError, match="not fully packed"):
         open_path(str(tmp_path / "part"))
     _pack(photos[0], tmp_path / "part")
     whole, part = open_path(str(tmp_path / "whole")), open_path(str(tmp_path / "part"))

