@@ -210,10 +210,9 @@ class _TrainingBatches:
         keys = [self.order.record_key(index) for index in indices]
         samples = [self._read(key) for key in keys]
         cuts = self._draw(indices, samples)
-        for row, index, key, sample, cuts_of_one in zip(
-            rows, indices, keys, samples, cuts, strict=True
-        ):
-            batch["label"][row] = self._fill(index, key, sample, cuts_of_one, batch["images"][row])
+        for i, row in enumerate(rows):
+            views = batch["images"][row]
+            batch["label"][row] = self._fill(indices[i], keys[i], samples[i], cuts[i], views)
 
     def _indices(self, step: int, rows: range) -> list[int]:
         first = self.order.sample_index(step, 0)

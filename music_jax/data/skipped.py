@@ -6,7 +6,7 @@ import json
 import os
 import threading
 import time
-from typing import NamedTuple
+from typing import Any
 
 from etils import epath
 
@@ -20,15 +20,9 @@ _FILE = "skipped.jsonl"
 _SECONDS_BETWEEN_LOOKS = 5.0  # at the lists of the other processes
 _LARGEST_SHARE = 0.05  # of the time, that may be spent on looking
 
-
-class _Image(NamedTuple):
-    source: str
-    name: str
-
-
-class _Note(NamedTuple):
-    reason: str
-    source_images: int | None  # in the whole split; None if a list does not say
+# Older versions did not write `source_images`, the number of images in the whole split.
+_KEYS = ("source", "image", "reason", "source_images")
+_Lines = dict[tuple[str, str], dict[str, Any]]  # by source and image
 
 
 class SkippedImages:
@@ -65,7 +59,7 @@ class SkippedImages:
         self._lock = threading.Lock()
         self._file: Appended | None = None  # opened for the first image
         self._next_look = 0.0
-        self._listed: set[_Image] = set()
+        self._listed: set[tuple[str, str]] = set()
         self._counts: collections.Counter[str] = collections.Counter()
         self._sizes: dict[str, int] = {}  # of the sources that are checked
         for path in (self._own, *self._others()):
@@ -81,13 +75,13 @@ class SkippedImages:
         Raises:
           UnusableDataError: More than the largest share of the source's images are skipped.
         """
-        image, size = _Image(source.name, source.record_name(index)), source.split_size
+        image, size = (source.name, source.record_name(index)), source.split_size
         with self._lock:
             self._sizes[source.name] = size
             if image not in self._listed:
-                note = _Note(reason, size)
-                self._write(image, note)
-                self._count({image: note})
+                line = dict(zip(_KEYS, (*image, reason, size), strict=True))
+                self._write(line)
+                self._count({image: line})
             if self._file is not None:
                 with contextlib.suppress(OSError):  # a full disk; the next image tries again
                     self._file.flush()
@@ -114,14 +108,14 @@ class SkippedImages:
         with self._lock:
             joined = set(_read(self.path))
             for part in self._parts():
-                notes = _read(part)
-                for image, note in notes.items():
+                lines = _read(part)
+                for image, line in lines.items():
                     if image not in joined:
-                        joined.add(image)
-                        self._write(image, note)
+                        self._write(line)
+                joined |= lines.keys()
                 if self._file is not None:
                     self._file.flush(now=True)
-                self._count(notes)
+                self._count(lines)
                 part.unlink()
             self._check()
 
@@ -163,24 +157,20 @@ class SkippedImages:
                     "images.json) there."
                 )
 
-    def _count(self, notes: dict[_Image, _Note]) -> None:
+    def _count(self, lines: _Lines) -> None:
         """Counts the images that were not known."""
-        for image, note in notes.items():
-            if image not in self._listed:
-                self._listed.add(image)
-                self._counts[image.source] += 1
-                if note.source_images is not None:
-                    self._sizes.setdefault(image.source, note.source_images)
+        for (source, name), line in lines.items():
+            if (source, name) not in self._listed:
+                self._listed.add((source, name))
+                self._counts[source] += 1
+                if "source_images" in line:
+                    self._sizes.setdefault(source, line["source_images"])
 
-    def _write(self, image: _Image, note: _Note) -> None:
+    def _write(self, line: dict[str, Any]) -> None:
         if self._file is None:
             if not os.path.islink(self._own):  # `open_to_append` refuses a link
                 _drop_cut_off_line(self._own)
             self._file = open_to_append(self._own)
-        line: dict[str, str | int]
-        line = {"source": image.source, "image": image.name, "reason": note.reason}
-        if note.source_images is not None:
-            line["source_images"] = note.source_images
         self._file.write(json.dumps(line) + "\n")
 
     def _others(self) -> list[epath.Path]:
@@ -194,7 +184,7 @@ class SkippedImages:
 class UnlistedImages(SkippedImages):
     """Counts skipped images without writing a list."""
 
-    def _write(self, image: _Image, note: _Note) -> None:
+    def _write(self, line: dict[str, Any]) -> None:
         pass
 
 
@@ -202,19 +192,20 @@ def _part(directory: epath.Path, process: int | str) -> epath.Path:
     return directory / f"skipped.process_{process}.jsonl"
 
 
-def _read(path: epath.Path) -> dict[_Image, _Note]:
+def _read(path: epath.Path) -> _Lines:
     """Reads a list without damaged lines: their images are listed again when they are met."""
     found = {}
-    for line in _text(path).splitlines():
+    for text in _text(path).splitlines():
         try:
-            record = parse_json(line)
-            source, name, reason = record["source"], record["image"], record["reason"]
+            record = parse_json(text)
+            line = {key: record[key] for key in _KEYS[:3]}
             size = record.get("source_images")
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
-        if all(isinstance(text, str) for text in (source, name, reason)):
-            is_size = type(size) is int and size > 0
-            found[_Image(source, name)] = _Note(reason, size if is_size else None)
+        if all(isinstance(value, str) for value in line.values()):
+            if type(size) is int and size > 0:
+                line["source_images"] = size
+            found[line["source"], line["image"]] = line
     return found
 
 

@@ -107,15 +107,15 @@ def test_what_is_left_out_is_counted_and_named_once(tmp_path, capsys):
     (tmp_path / "a/loop.jpg").symlink_to("loop.jpg")
     source = open_folder(str(tmp_path))
     assert (_names(source), source.class_names) == (["a/1.png"], ("a",))
-    lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "excluded" in line]
     assert lines == [
-        f"{tmp_path}: left out: 3 .tif, 2 @eaDir/, 2 links that cannot be followed, "
+        f"{tmp_path}: excluded: 3 .tif, 2 @eaDir/, 2 links that cannot be followed, "
         "1 $RECYCLE.BIN/, 1 .DS_Store, 1 .db, 1 .git/, 1 .heic, 1 System Volume Information/, "
         "1 __MACOSX/, 5 others"
     ]
     open_folder(str(tmp_path / "a"))
     (tmp_path / "a/1.png").unlink()
-    with pytest.raises(UserError, match=r"holds no image .*; left out: 2 \.tif"):
+    with pytest.raises(UserError, match=r"holds no image .*; excluded: 2 \.tif"):
         open_folder(str(tmp_path / "a"))
 
 
