@@ -64,7 +64,7 @@ def test_a_split_is_named_with_its_config_and_version(data_dir, name, images):
     assert len(tfds_source.open_split(config.dataset, split)) == images
 
 
-def test_a_version_that_is_not_there_is_an_error(data_dir):
+def test_a_missing_version_is_an_error(data_dir):
     with pytest.raises(UserError, match=r"versioned:3\.0\.0"):
         datasets.open_named(_config(data_dir), "versioned:3.0.0:train")
 
@@ -95,7 +95,7 @@ def test_a_version_that_is_not_there_is_an_error(data_dir):
         ("photos:nowhere", None),
     ],
 )
-def test_a_pair_of_sets_is_divided_where_both_sides_are_sets(text, pair, tmp_path, monkeypatch):
+def test_a_pair_of_sets_is_split_where_both_sides_are_sets(text, pair, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("photos", "x/y", "a:b", "c:d"):
         (tmp_path / name).mkdir(parents=True)
@@ -135,13 +135,13 @@ def test_a_set_without_classes_is_read_without_labels(data_dir, name):
         ),
     ],
 )
-def test_what_lacks_for_a_probe_is_said(data_dir, fields, message):
+def test_the_error_says_why_a_source_cannot_be_used_for_evaluation(data_dir, fields, message):
     with pytest.raises(NotMeasurableError, match=message):
         datasets.evaluation_sources(_config(data_dir, **fields))
 
 
 @pytest.mark.parametrize("split", ["tset", "test[:50%]", "validation"])
-def test_only_the_default_test_split_need_not_be_there(data_dir, split):
+def test_only_the_default_test_split_may_be_missing(data_dir, split):
     config = _config(data_dir, dataset__name="only_train", dataset__test_split=split)
     with pytest.raises(UserError, match="cannot read split") as told:
         datasets.evaluation_sources(config)
@@ -163,7 +163,7 @@ def test_all_labels_are_read_from_the_records(data_dir):
     assert [source.count_classes(n) for n in (1, 2, 99)] == [1, 2, len({*expected} - {-1})]
 
 
-def test_images_that_nothing_needs_are_not_opened(tmp_path, data_dir):
+def test_sources_that_are_not_needed_are_not_opened(tmp_path, data_dir):
     config = _config(data_dir, dataset__path=str(tmp_path / "gone"))
     config.evaluation.update({"train": "partly:train", "test": "versioned:2.1.0:test"})
     datasets.prepare(config)

@@ -86,7 +86,7 @@ def test_far_out_of_the_image_is_black_and_the_identity_is_exact():
     assert not got[2:].any()
 
 
-def test_flip_mirrors_where_told():
+def test_flip_mirrors_the_selected_images():
     images = pictures(3)
     apply = np.arange(6) % 2 == 0
     planes = geometry.flip_left_right(color.split_planes(jnp.asarray(images)), jnp.asarray(apply))
