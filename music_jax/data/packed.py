@@ -82,11 +82,7 @@ def open_packed(path: str) -> Source:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"cannot read the shards of {path!r}: {reason}") from error
     names = tuple(index["class_names"])
-
-    def identity(times: bool) -> bytes:
-        content = [index["shards"], index["class_names"], [size for size, _ in stamps]]
-        return json.dumps([*content, stamps] if times else content).encode()
-
+    content = [index["shards"], index["class_names"], [size for size, _ in stamps]]
     return Source(
         name=escape_surrogates(normalized(path)),
         records=records,
@@ -94,7 +90,7 @@ def open_packed(path: str) -> Source:
         label_key="label",
         num_classes=len(names),
         class_names=names,
-        identity=identity,
+        identity=lambda times: json.dumps([*content, stamps] if times else content).encode(),
     )
 
 
@@ -131,7 +127,7 @@ def _write_index(directory: epath.Path, index: dict[str, Any]) -> None:
 
 
 class _Records:
-    """The records of all shards. A shard is read only if all its records are small enough."""
+    """Records of all shards; a shard with a record that is larger than any image is not read."""
 
     def __init__(self, files: list[str], shards: list[Any]):
         self._files, self._shards = files, shards
@@ -143,24 +139,21 @@ class _Records:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         shard = bisect.bisect_right(self._ends, index)
-        problem = self._problems[shard]
-        if problem is None:
-            problem = self._problems[shard] = _problem_of(self._files[shard])
-        if problem:
-            raise UndecodableError(f"its shard {problem}")
+        if self._problems[shard] is None:
+            self._problems[shard] = self._find_problem(self._files[shard])
+        if self._problems[shard]:
+            raise UndecodableError(f"its shard {self._problems[shard]}")
         record = self._shards[shard][index - self._ends[shard] + len(self._shards[shard])]
         return {"image": record[_LABEL.size :], "label": _LABEL.unpack_from(record)[0]}
 
-
-def _problem_of(shard: str) -> str:
-    """Returns why a shard cannot be read, or ""; a record may be too large for any image."""
-    try:
-        size = largest_chunk(shard)
-    except (OSError, ValueError) as error:
-        return f"cannot be read: {error}"
-    if size > MAX_FILE_BYTES + _LABEL.size:
-        return f"has a record of {size:,} bytes, and images have {MAX_FILE_BYTES:,} at most"
-    return ""
+    def _find_problem(self, file: str) -> str:
+        try:
+            size = largest_chunk(file)
+        except (OSError, ValueError) as error:
+            return f"cannot be read: {error}"
+        if size > MAX_FILE_BYTES + _LABEL.size:
+            return f"has a record of {size:,} bytes, and images have {MAX_FILE_BYTES:,} at most"
+        return ""
 
 
 def largest_chunk(path: str) -> int:
@@ -221,16 +214,15 @@ class Packing:
     shard_size: int = 4096
 
     def __post_init__(self) -> None:
-        limits = {"shorter_side": (1, 2**14), "quality": (1, 100), "shard_size": (1, 2**24)}
-        for name, (low, high) in limits.items():
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"--{name} must be from {low} to {high}; got {getattr(self, name)}")
-        for name, known in (("encoding", ("jpeg", "raw")), ("channels", (1, 3))):
-            if getattr(self, name) not in known:
-                raise UserError(
-                    f"--{name} must be one of {', '.join(map(str, known))}; "
-                    f"got {getattr(self, name)!r}"
-                )
+        for name, allowed, expected in (
+            ("shorter_side", range(1, 2**14 + 1), "from 1 to 16384"),
+            ("encoding", ("jpeg", "raw"), "one of jpeg, raw"),
+            ("quality", range(1, 101), "from 1 to 100"),
+            ("channels", (1, 3), "one of 1, 3"),
+            ("shard_size", range(1, 2**24 + 1), "from 1 to 16777216"),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"--{name} must be {expected}; got {getattr(self, name)!r}")
 
 
 def pack(
