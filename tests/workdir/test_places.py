@@ -210,7 +210,7 @@ def test_evaluation_writes_a_dataset_only_where_the_user_names_it(foreign, tmp_p
     record["config"]["dataset"]["name"] = "digits"
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match=r"not been prepared.*--config\.dataset\.name=digits"):
+    with pytest.raises(UserError, match=r"not prepared.*--config\.dataset\.name=digits"):
         open_run(str(tmp_path / "run"), output=str(tmp_path / "out"), overrides=given)
     assert not (tmp_path / "tfds").exists()
     with pytest.raises(UserError, match="no checkpoint"):  # all images have been opened
