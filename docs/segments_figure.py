@@ -19,7 +19,7 @@ from music_jax.checkpoint.manager import Checkpoints
 from music_jax.config import from_json
 from music_jax.data.augment import normalize_images
 from music_jax.data.loader import evaluation_batches
-from music_jax.data.sources import open_source
+from music_jax.data.tfds_source import open_split
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.objectives import segment_probabilities
 from music_jax.train.state import abstract_state
@@ -42,7 +42,7 @@ def main(workdir: str, output: str) -> None:
     checkpoints = Checkpoints(directory, read_only=True)
     step = checkpoints.latest_step()
     state = checkpoints.restore(step, abstract_state(config, recipe.optimizer), make_data_mesh(1))
-    source = open_source(config.dataset, config.dataset.test_split)
+    source = open_split(config.dataset, config.dataset.test_split)
     batch = next(
         evaluation_batches(
             source,

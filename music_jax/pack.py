@@ -24,7 +24,7 @@ def main() -> None:
     given = flags.FLAGS
     from music_jax.config import default_config
     from music_jax.data import datasets
-    from music_jax.data.packing import Packing, pack
+    from music_jax.data.packed import Packing, pack
     from music_jax.distributed import progress
 
     packing = Packing(

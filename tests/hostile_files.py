@@ -34,14 +34,12 @@ from music_jax.checkpoint.integrity import CHECKSUMS, write_checksums
 from music_jax.checkpoint.manager import Checkpoints
 from music_jax.cli import command_line
 from music_jax.config import default_config, differences, field_names, from_json, validate
-from music_jax.data import loader, sources
+from music_jax.data import loader, sources, tfds_source
 from music_jax.data.crops import Crop, center_crop
 from music_jax.data.datasets import open_path
-from music_jax.data.decode import decode, largest_reduction
+from music_jax.data.decode import decode, largest_reduction, read_header
 from music_jax.data.folder import open_folder
-from music_jax.data.headers import read_header
-from music_jax.data.memory import BatchMemory
-from music_jax.data.packing import Packing, pack, shrink
+from music_jax.data.packed import Packing, pack, shrink
 from music_jax.data.skipped import SkippedImages
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import UndecodableError, UserError
@@ -73,7 +71,7 @@ def images(rng: random.Random, directory: pathlib.Path) -> None:
         order = loader.TrainingOrder(1, 1, rng.randrange(100))
         crop = rng.choice((Crop(16), Crop(16, (1.0, 1.0), (1.0, 1.0))))
         batches = loader._TrainingBatches(
-            source, order, crop, 2, channels, np.arange(1), 1, True, None, BatchMemory()
+            source, order, crop, channels, np.arange(1), 1, 2, True, None
         )
         batch = batches.new(0)
         batches.fill(0, batch, range(1))
@@ -291,7 +289,7 @@ def _read_all(source: sources.Source, most: int) -> None:
 def _prepared() -> pathlib.Path:
     dataset = default_config().dataset
     dataset.name, dataset.data_dir = "digits", str(_kept("tfds"))
-    sources.prepare(dataset)
+    tfds_source.prepare(dataset)
     return _kept("tfds")
 
 
@@ -306,7 +304,7 @@ def tfds_files(rng: random.Random, directory: pathlib.Path) -> None:
         file.write_bytes(mutated(rng, content))
     dataset = default_config().dataset
     dataset.name, dataset.data_dir = "digits", str(directory)
-    _read_all(sources.open_source(dataset, "test"), 3)
+    _read_all(tfds_source.open_split(dataset, "test"), 3)
 
 
 def _state() -> TrainState:
@@ -390,7 +388,7 @@ def archives(rng: random.Random, directory: pathlib.Path) -> None:
                 assert image.read() != SECRET
     except AssertionError:
         raise
-    except Exception as error:  # as `sources.prepare` does
+    except Exception as error:  # as `tfds_source.prepare` does
         raise UserError(str(error)) from error
     finally:
         left = {path.name for path in directory.iterdir()}

@@ -24,11 +24,9 @@ from PIL import Image
 
 from music_jax.checkpoint.integrity import find_damage, write_checksums
 from music_jax.data.crops import Crop, center_crop
-from music_jax.data.decode import decode
+from music_jax.data.decode import decode, read_header, without_texts
 from music_jax.data.folder import open_folder
-from music_jax.data.headers import read_header
 from music_jax.data.loader import TrainingOrder, training_batches
-from music_jax.data.png import without_texts
 from music_jax.data.sources import Source
 from music_jax.errors import MusicError, UndecodableError, UserError
 from music_jax.workdir import records

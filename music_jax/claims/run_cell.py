@@ -24,7 +24,8 @@ from music_jax.data.augment import normalize_images
 from music_jax.data.crops import Crop
 from music_jax.data.decode import decode
 from music_jax.data.loader import TrainingOrder, training_batches
-from music_jax.data.sources import Source, open_source
+from music_jax.data.sources import Source
+from music_jax.data.tfds_source import open_split
 from music_jax.distributed.mesh import batch_sharding, local_positions, make_data_mesh, to_devices
 from music_jax.errors import DivergedError, UndecodableError, UnusableDataError
 from music_jax.evaluation.features import extract_split
@@ -98,7 +99,7 @@ def _in_memory(dataset_json: str, split: str) -> tuple[Source, dict[str, np.ndar
       UnusableDataError: an image is damaged; a cell trains on all of them or not at all.
     """
     dataset = config_dict.ConfigDict(json.loads(dataset_json))
-    source = open_source(dataset, split)
+    source = open_split(dataset, split)
     found, labels = [], []
     for index in range(len(source)):
         try:

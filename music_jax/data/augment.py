@@ -1,12 +1,13 @@
-"""Augmentations of batches of views, run on the device inside the jitted training step.
+"""Augments batches of views on the device, inside the jitted training step.
 
-Crops are made on the host, where the images are decoded; what follows is here. A sample's
-augmentation depends on the key, its global index and the view's number alone, so that it is the
-same in any batch, on any number of devices and after a resume.
+Crops are made on the host, where the images are decoded. The augmentation of a sample depends only
+on the key, the sample's global index and the number of the view, so that it is the same in any
+batch, on any number of devices, and after a resume.
 """
 
 import dataclasses
 import enum
+import functools
 import math
 from collections.abc import Sequence
 
@@ -20,32 +21,33 @@ from music_jax.data import color, geometry
 
 @dataclasses.dataclass(frozen=True)
 class ViewAugmentation:
-    """What is done to one of the views, in this order; by default nothing.
+    """Augmentation of one view; by default none.
 
-    Strengths mean what they mean in torchvision's `RandomAffine`, `ColorJitter`, `GaussianBlur` and
-    `GaussianNoise`. Values are in [0, 1] and are clipped to it after each operation.
+    Strengths are those of torchvision's `RandomAffine`, `ColorJitter`, `GaussianBlur` and
+    `GaussianNoise`. Values are in [0, 1], and are clipped to it after each operation. The
+    operations are applied in the order of the attributes here.
 
     Attributes:
-        affine_probability: probability of an affine warp (bilinear, black outside the image).
-        rotation_degrees: rotation drawn in [-rotation_degrees, rotation_degrees].
-        translation: shift along each side drawn in [-translation, translation], as a fraction of
-            that side; not rounded to whole pixels.
-        scale: range of the scale factor.
-        shear_degrees: shear along x drawn in [-shear_degrees, shear_degrees].
-        flip_probability: probability of a left-right flip.
-        jitter_probability: probability of a color jitter: brightness, contrast, saturation, hue,
+        affine_probability: Probability of an affine warp (bilinear, black outside the image).
+        rotation_degrees: Largest rotation in either direction.
+        translation: Largest shift along each side in either direction, as a fraction of the side;
+            not rounded to whole pixels.
+        scale: Range of the scale factor.
+        shear_degrees: Largest shear along x in either direction.
+        flip_probability: Probability of a left-right flip.
+        jitter_probability: Probability of a color jitter: brightness, contrast, saturation, hue,
             in this order (torchvision's is random; see `color.color_jitter`).
-        brightness: factor drawn in [max(0, 1 - brightness), 1 + brightness].
-        contrast: factor drawn likewise.
-        saturation: factor drawn likewise; no effect on one channel.
-        hue: shift drawn in [-hue, hue], in turns of the color circle, at most 0.5; no effect on
-            one channel.
-        grayscale_probability: probability of the gray version; no effect on one channel.
-        blur_probability: probability of a Gaussian blur with a kernel about a tenth of the side.
-        blur_sigma: range of its standard deviation, in pixels.
-        solarize_probability: probability of inverting the values of 0.5 and more.
-        noise_probability: probability of Gaussian noise, independent for each value.
-        noise_std: its standard deviation, the same for every image.
+        brightness: Strength s of a factor drawn in [max(0, 1 - s), 1 + s].
+        contrast: Strength of a factor, likewise.
+        saturation: Strength of a factor, likewise; no effect on one channel.
+        hue: Largest shift in either direction, in turns of the color circle, at most 0.5; no effect
+            on one channel.
+        grayscale_probability: Probability of the gray version; no effect on one channel.
+        blur_probability: Probability of a Gaussian blur with a kernel of about a tenth of the side.
+        blur_sigma: Range of the blur's standard deviation, in pixels.
+        solarize_probability: Probability of inverting all values of at least 0.5.
+        noise_probability: Probability of Gaussian noise, independent for each value.
+        noise_std: Standard deviation of the noise.
     """
 
     flip_probability: float = 0.0
@@ -70,10 +72,16 @@ class ViewAugmentation:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in ("blur_sigma", "scale"):
-                _check_positive_range(field.name, value)
+                if len(value) != 2 or not 0 < value[0] <= value[1] < math.inf:
+                    raise ValueError(
+                        f"expected {field.name} as (low, high) with 0 < low <= high, got {value}"
+                    )
                 object.__setattr__(self, field.name, tuple(value))  # a list cannot be hashed
             else:
-                _check_between(field.name, value, 0.0, _LARGEST.get(field.name, 1.0))
+                high = _LARGEST.get(field.name, 1.0)
+                if not 0 <= value <= high or math.isinf(value):
+                    closing = ")" if math.isinf(high) else "]"
+                    raise ValueError(f"expected {field.name} in [0, {high:g}{closing}, got {value}")
 
     @property
     def jitters(self) -> bool:
@@ -96,41 +104,22 @@ def view_augmentations(config: config_dict.ConfigDict) -> tuple[ViewAugmentation
 
 
 # Upper limits of the fields, 1 for all others.
-_LARGEST = {
-    "brightness": math.inf,
-    "contrast": math.inf,
-    "saturation": math.inf,
-    "hue": 0.5,
-    "rotation_degrees": 180.0,
-    "shear_degrees": 89.0,
-    "noise_std": math.inf,
-}
+_LARGEST = {"hue": 0.5, "rotation_degrees": 180.0, "shear_degrees": 89.0} | dict.fromkeys(
+    ("brightness", "contrast", "saturation", "noise_std"), math.inf
+)
 
 
-class _Draw(enum.IntEnum):
-    """The uniform numbers drawn for each sample and view. New ones go last: the others stay."""
-
-    AFFINE = 0
-    ROTATION = 1
-    TRANSLATION_X = 2
-    TRANSLATION_Y = 3
-    SCALE = 4
-    SHEAR = 5
-    FLIP = 6
-    JITTER = 7
-    BRIGHTNESS = 8
-    CONTRAST = 9
-    SATURATION = 10
-    HUE = 11
-    GRAYSCALE = 12
-    BLUR = 13
-    BLUR_SIGMA = 14
-    SOLARIZE = 15
-    NOISE = 16
+# The uniform numbers drawn for each sample and view. New ones go last, so that the others stay.
+_Draw = enum.IntEnum(
+    "_Draw",
+    "AFFINE ROTATION TRANSLATION_X TRANSLATION_Y SCALE SHEAR FLIP JITTER BRIGHTNESS CONTRAST "
+    "SATURATION HUE GRAYSCALE BLUR BLUR_SIGMA SOLARIZE NOISE",
+    start=0,
+)
 
 
 class _Randomness:
-    """Every random number of a batch of views, each a function of (key, index, view)."""
+    """Random numbers of a batch of views, each a function of (key, index, view)."""
 
     def __init__(self, key: jax.Array, indices: jax.Array, views: tuple[ViewAugmentation, ...]):
         self.views = views
@@ -144,23 +133,23 @@ class _Randomness:
         self._noise_keys = split[..., 1]
 
     def option(self, name: str) -> jax.Array:
-        """[1, views] float32: a field of every view."""
+        """Returns a field of every view, float32 [1, views]."""
         return jnp.asarray([[getattr(view, name) for view in self.views]], jnp.float32)
 
     def flag(self, draw: _Draw) -> jax.Array:
-        """[batch, views] bool: True with the probability that each view gives it."""
+        """Returns bool [batch, views], True with the probability that each view gives it."""
         return self._uniform[..., draw] < self.option(f"{draw.name.lower()}_probability")
 
     def symmetric(self, draw: _Draw, largest: jax.Array) -> jax.Array:
-        """[batch, views] in [-largest, largest)."""
+        """Returns [batch, views] in [-largest, largest)."""
         return (2.0 * self._uniform[..., draw] - 1.0) * largest
 
     def between(self, draw: _Draw, low: jax.Array, high: jax.Array) -> jax.Array:
-        """[batch, views] in [low, high)."""
+        """Returns [batch, views] in [low, high)."""
         return low + (high - low) * self._uniform[..., draw]
 
     def normal(self, shape: tuple[int, ...]) -> jax.Array:
-        """[batch, views, *shape] standard normal numbers."""
+        """Returns standard normal numbers [batch, views, *shape]."""
         draw = jax.vmap(jax.vmap(lambda k: jax.random.normal(k, (math.prod(shape),))))
         numbers = draw(self._noise_keys)  # [batch, views, size]; flat counters are cheaper to make
         return numbers.reshape(*numbers.shape[:2], *shape)  # [batch, views, *shape]
@@ -178,26 +167,26 @@ def augment_views(
 ) -> jax.Array:
     """Augments and normalizes a batch of views.
 
-    The order is affine, flip, jitter, grayscale, blur, solarise, noise. An operation that no view
-    has is not in the compiled program; one that a view does not have, or that is not drawn for it,
-    leaves that view exactly as it was, in every dtype. Everything is per sample, so a batch sharded
-    along its first axis stays so, without communication.
+    The order is affine, flip, jitter, grayscale, blur, solarize, noise. An operation that no view
+    has is not compiled. An operation that a view does not have, or that is not drawn for it, leaves
+    that view exactly as it was, in every dtype. Everything is per sample, so a batch that is
+    sharded along its first axis needs no communication.
 
     Args:
         images: uint8 [batch, views, height, width, channels], 1 or 3 channels.
-        sample_indices: integers [batch], the global index of each sample (counting on from epoch to
-            epoch). Indices are taken modulo 2**32: 3,300 epochs of ImageNet.
-        key: a typed key (`jax.random.key(seed)`), the same for the whole run.
-        views: what is done to each view.
-        mean: per-channel mean of the values in [0, 1].
-        std: per-channel standard deviation likewise.
-        dtype: of the result, and of the blur's products.
+        sample_indices: Integers [batch], the global index of each sample, which counts on from
+            epoch to epoch. Indices are taken modulo 2**32: 3,300 epochs of ImageNet.
+        key: Typed key (`jax.random.key(seed)`), the same for the whole run.
+        views: Augmentation of each view.
+        mean: Mean of each channel, of values in [0, 1].
+        std: Standard deviation of each channel.
+        dtype: Type of the result, and of the blur's products.
 
     Returns:
         [batch, views, height, width, channels], `(x - mean) / std`.
 
     Raises:
-        ValueError: if shapes, dtypes or lengths do not fit together.
+        ValueError: Shapes, dtypes or lengths do not match.
     """
     _check_arguments(images, sample_indices, key, views)
     random = _Randomness(key, sample_indices, views)
@@ -244,22 +233,22 @@ def normalize_images(
 
     Args:
         images: uint8 [..., height, width, channels].
-        mean: per-channel mean of the values in [0, 1].
-        std: per-channel standard deviation likewise.
-        dtype: of the result.
+        mean: Mean of each channel, of values in [0, 1].
+        std: Standard deviation of each channel.
+        dtype: Type of the result.
 
     Returns:
         [..., height, width, channels], `(x / 255 - mean) / std`.
 
     Raises:
-        ValueError: if the images are not uint8, or mean or std do not fit the channels.
+        ValueError: The images are not uint8, or mean or std do not match the channels.
     """
     _check_uint8(images)
     return _standardize(_to_unit(color.split_planes(images)), mean, std, dtype)
 
 
 def _draw_affine(random: _Randomness, height: int, width: int) -> jax.Array:
-    """[batch, views, 2, 3], the identity where no warp is drawn."""
+    """Draws matrices [batch, views, 2, 3], the identity where no warp is drawn."""
     apply = random.flag(_Draw.AFFINE)
     translation = random.option("translation")
     degree = math.pi / 180
@@ -278,22 +267,19 @@ def _draw_affine(random: _Randomness, height: int, width: int) -> jax.Array:
 
 
 def _warp_views(planes: color.Planes, matrices: jax.Array) -> color.Planes:
-    """`geometry.warp_affine` of one view after the other.
+    """Warps one view after the other.
 
-    In a loop, whose result is written to memory: XLA on CPU would otherwise fuse the sampling into
-    the color jitter and repeat it for every use of a pixel (seen: 41 ms instead of 2.6 ms).
+    The loop writes its result to memory. Otherwise XLA on CPU fuses the sampling into the color
+    jitter and repeats it for every use of a pixel (41 ms instead of 2.6 ms).
     """
-
-    def swap(array: jax.Array) -> jax.Array:
-        return jnp.moveaxis(array, 1, 0)  # [batch, views, ...] <-> [views, batch, ...]
-
+    swap = functools.partial(jnp.swapaxes, axis1=0, axis2=1)  # [batch, views] <-> [views, batch]
     views_first = jax.tree.map(swap, (planes, matrices))
     warped = jax.lax.map(lambda view: geometry.warp_affine(*view), views_first)
     return jax.tree.map(swap, warped)
 
 
 def _draw_jitter(random: _Randomness) -> color.ColorJitter:
-    """The draws, factors 1 and shift 0 where no jitter is drawn."""
+    """Draws factors and shifts, 1 and 0 where no jitter is drawn."""
     apply = random.flag(_Draw.JITTER)
 
     def factor(draw: _Draw) -> jax.Array:
@@ -314,20 +300,20 @@ def _draw_jitter(random: _Randomness) -> color.ColorJitter:
 
 
 def _option_range(views: tuple[ViewAugmentation, ...], name: str) -> tuple[jax.Array, jax.Array]:
-    """Low and high of a range field of every view, each [1, views]."""
+    """Returns the ends of a range field of every view, each [1, views]."""
     low, high = zip(*(getattr(view, name) for view in views), strict=True)
     return jnp.asarray([low], jnp.float32), jnp.asarray([high], jnp.float32)
 
 
 def _to_unit(planes: color.Planes) -> color.Planes:
-    """Values of 0 to 255, uint8 or float32, to float32 in [0, 1]."""
+    """Converts values of 0 to 255, uint8 or float32, to float32 in [0, 1]."""
     return tuple(plane.astype(jnp.float32) / 255.0 for plane in planes)
 
 
 def _standardize(
     planes: color.Planes, mean: Sequence[float], std: Sequence[float], dtype: DTypeLike
 ) -> jax.Array:
-    """`(planes - mean) / std` in float32, rounded to dtype once and joined."""
+    """Returns `(planes - mean) / std`, computed in float32, rounded to dtype once, and joined."""
     for name, numbers in (("mean", mean), ("std", std)):
         if len(numbers) != len(planes):
             raise ValueError(
@@ -336,17 +322,6 @@ def _standardize(
             )
     triples = zip(planes, mean, std, strict=True)
     return color.join_planes(tuple(((p - m) / s).astype(dtype) for p, m, s in triples))
-
-
-def _check_between(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high or math.isinf(value):
-        closing = ")" if math.isinf(high) else "]"
-        raise ValueError(f"expected {name} in [{low:g}, {high:g}{closing}, got {value}")
-
-
-def _check_positive_range(name: str, value: tuple[float, float]) -> None:
-    if len(value) != 2 or not 0 < value[0] <= value[1] < math.inf:
-        raise ValueError(f"expected {name} as (low, high) with 0 < low <= high, got {value}")
 
 
 def _check_uint8(images: jax.Array) -> None:

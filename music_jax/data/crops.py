@@ -1,4 +1,4 @@
-"""Cutting views out of images, on the host."""
+"""Cuts views out of images, on the host."""
 
 import dataclasses
 import math
@@ -7,15 +7,17 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from music_jax.data.decode import decode, largest_reduction, read_header
+
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
     """How training views are cut.
 
     Attributes:
-      size: side of the square view, in pixels.
-      scale: range of the crop's share of the image's area; (1, 1) takes the whole image.
-      aspect_ratio: range of the crop's width over its height.
+      size: Side of the square view, in pixels.
+      scale: Range of the crop's share of the image's area; (1, 1) takes the whole image.
+      aspect_ratio: Range of the crop's width divided by its height.
     """
 
     size: int
@@ -39,16 +41,16 @@ NUMBERS_PER_BOX = 2 * _TRIES + 2  # area and aspect ratio of each try, then top 
 def draw_boxes(
     heights: np.ndarray, widths: np.ndarray, crop: Crop, numbers: np.ndarray
 ) -> np.ndarray:
-    """Draws a random part of each of many images, as torchvision's `RandomResizedCrop` does.
+    """Draws a random box in each of many images, as torchvision's `RandomResizedCrop` does.
 
-    Area and aspect ratio are drawn at most ten times; if none fits, the largest centered part
-    within the range of aspect ratios is taken.
+    Area and aspect ratio are drawn up to ten times. If no box fits, the largest centered box within
+    the range of aspect ratios is taken.
 
     Args:
-      heights: of the images, [n].
-      widths: of the images, [n].
-      crop: the ranges to draw from.
-      numbers: uniform in [0, 1), [n, NUMBERS_PER_BOX]; each row gives one part.
+      heights: Heights of the images, [n].
+      widths: Widths of the images, [n].
+      crop: Ranges to draw from.
+      numbers: Uniform numbers in [0, 1), [n, NUMBERS_PER_BOX]; each row gives one box.
 
     Returns:
       int64 [n, 4], the fields of `Box`.
@@ -73,17 +75,17 @@ def draw_boxes(
 
 
 def cut(image: np.ndarray, box: Box, out: np.ndarray, *, reduction: int = 1) -> None:
-    """Cuts a part out of an image and resizes it to a square: quickly, for training.
+    """Cuts a box out of an image and resizes it to a square, fast enough for training.
 
-    Halves the part, each pixel the mean of four, while it is twice as large as the square or more,
-    then interpolates bilinearly. Averaging over every pixel at once, as `resize` does, takes five
+    Halves the box, each pixel the mean of four, while it is at least twice as large as the square,
+    then interpolates bilinearly. Averaging over all pixels at once, as `resize` does, takes five
     to ten times as long; the mean difference is one gray level.
 
     Args:
       image: uint8 [height, width, channels].
-      box: the part, in pixels of the image before it was reduced.
-      out: uint8 [size, size, channels], contiguous; the square is written there.
-      reduction: by how much smaller than that the image is.
+      box: Box in pixels of the image at its full size.
+      out: uint8 [size, size, channels], contiguous; receives the square.
+      reduction: Factor by which the image was decoded smaller.
     """
     top, left, height, width = box
     if reduction > 1:
@@ -101,39 +103,46 @@ def cut(image: np.ndarray, box: Box, out: np.ndarray, *, reduction: int = 1) -> 
         cv2.resize(part, (size, size), dst=out, interpolation=cv2.INTER_LINEAR)
 
 
-def center_crop(image: np.ndarray, size: int, resize_shorter_side: int) -> np.ndarray:
-    """Resizes the shorter side, then cuts the central square: the usual view for evaluation.
+def central_view(
+    encoded: bytes, *, size: int, resize_shorter_side: int, channels: int
+) -> np.ndarray:
+    """Decodes an image file and cuts the view that is used for evaluation.
 
     Args:
-      image: uint8 [height, width, channels].
-      size: side of the square to cut.
-      resize_shorter_side: what the shorter side becomes first, at least `size`.
+      encoded: Content of the file.
+      size: Side of the view, in pixels.
+      resize_shorter_side: Length to which the shorter side is resized first, at least `size`.
+      channels: 1 (gray) or 3 (RGB).
 
     Returns:
       uint8 [size, size, channels].
+
+    Raises:
+      UndecodableError: The file is damaged, too large, or of an unknown format.
     """
-    image = _without_far_ends(image)
+    header = read_header(encoded)
+    reduction = largest_reduction(header, min(header[:2]) / resize_shorter_side)
+    image = decode(encoded, channels, header=header, reduction=reduction)
+    return center_crop(image, size, resize_shorter_side)
+
+
+def center_crop(image: np.ndarray, size: int, resize_shorter_side: int) -> np.ndarray:
+    """Resizes the shorter side of uint8 [height, width, channels], then cuts the central square."""
+    for axis in (0, 1):  # a long strip, enlarged as a whole, might fill the memory
+        longer, shorter = image.shape[axis], image.shape[1 - axis]
+        if longer > 16 * shorter:
+            cut_off = (longer - 4 * shorter) // 2
+            image = image.take(range(cut_off, longer - cut_off), axis)
     height, width = image.shape[:2]
     ratio = resize_shorter_side / min(height, width)
-    new_height = max(round(height * ratio), size)
-    new_width = max(round(width * ratio), size)
+    new_height, new_width = max(round(height * ratio), size), max(round(width * ratio), size)
     image = resize(image, new_height, new_width)
     top, left = (new_height - size) // 2, (new_width - size) // 2
     return image[top : top + size, left : left + size]
 
 
-def _without_far_ends(image: np.ndarray) -> np.ndarray:
-    """The middle of a long strip of an image, which enlarged as a whole might fill the memory."""
-    for axis in (0, 1):
-        longer, shorter = image.shape[axis], image.shape[1 - axis]
-        cut_off = (longer - 4 * shorter) // 2
-        if longer > 16 * shorter:
-            image = image.take(range(cut_off, longer - cut_off), axis)
-    return image
-
-
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resizes uint8 [h, w, channels]: by area where it shrinks (no aliasing), else bilinear."""
+    """Resizes uint8 [h, w, channels], by area where it shrinks (no aliasing), else bilinearly."""
     if image.shape[:2] == (height, width):
         return image
     shrinks = image.shape[0] * image.shape[1] > height * width

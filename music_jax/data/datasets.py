@@ -1,22 +1,26 @@
-"""Which sources a config names: what is trained on, and what the backbone is probed with."""
+"""Sources that a config names: the images to train on, and those to evaluate with."""
 
 import dataclasses
 import os
 import re
 import unicodedata
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from ml_collections import config_dict
 
-from music_jax.data import folder, packed, sources
+from music_jax.data import tfds_source
+from music_jax.data.folder import open_folder
+from music_jax.data.loader import evaluation_batches
+from music_jax.data.packed import is_packed, open_packed
 from music_jax.data.sources import Source
 from music_jax.errors import NotMeasurableError, UserError
 from music_jax.workdir.paths import normalized
 
-_TEST_SPLIT = "test"  # the config's default: a dataset need not have it
+_TEST_SPLIT = "test"  # the config's default, which a dataset need not have
 _VERSION = re.compile(r"\d+\.(\d+|\*)\.(\d+|\*)")
+_FIELDS = ("dataset.name", "evaluation.train", "evaluation.test")
 
 
 class EvaluationSources(NamedTuple):
@@ -26,56 +30,94 @@ class EvaluationSources(NamedTuple):
     test: Source
 
 
-_FIELDS = ("dataset.name", "evaluation.train", "evaluation.test")
+def load_images(
+    config: config_dict.ConfigDict,
+    split: Literal["train", "test"] = "test",
+    *,
+    at_most: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Loads the images that a config names as arrays, cut as for evaluation.
+
+        images, labels = load_images(music_jax.config.from_file("configs/digits.py"))
+
+    Args:
+      config: Config that names the dataset and the size of the images.
+      split: `train` for the images to train on, `test` for those to test with.
+      at_most: Number of images, from the first; by default all.
+
+    Returns:
+      uint8 [images, size, size, channels], and int32 labels [images], -1 for images without one.
+
+    Raises:
+      UserError: The dataset does not exist or cannot be prepared, or has no images to test with.
+      UnusableDataError: An image cannot be decoded.
+    """
+    prepare(config)
+    source = evaluation_sources(config).test if split == "test" else training_source(config)
+    wanted = np.arange(min(len(source), at_most or len(source)))
+    (batch,) = evaluation_batches(
+        source.subset(wanted),
+        size=config.crop.size,
+        resize_shorter_side=config.crop.eval_resize,
+        channels=config.dataset.num_channels,
+        batch_size=len(wanted),
+        positions=wanted,
+    )
+    return batch["images"], batch["label"]
 
 
 def prepare(config: config_dict.ConfigDict, fields: Collection[str] = _FIELDS) -> None:
     """Prepares the TFDS datasets that a config names.
 
     Args:
-      config: The config.
-      fields: Fields whose datasets are prepared; others are left as they are.
+      config: Config.
+      fields: Fields whose datasets are prepared.
 
     Raises:
-      UserError: as `sources.prepare`.
+      UserError: A dataset is unknown or cannot be prepared.
     """
     parts = [part for part in ("train", "test") if f"evaluation.{part}" in fields]
-    named = [_tfds_set(config, config.evaluation[part]) for part in parts]
+    named = [_tfds_split(config, config.evaluation[part]) for part in parts]
     if "dataset.name" in fields and not config.dataset.path:
         named.append((config.dataset, ""))
     for dataset in {found[0].name: found[0] for found in named if found}.values():
-        sources.prepare(dataset)
+        tfds_source.prepare(dataset)
 
 
 def training_source(config: config_dict.ConfigDict) -> Source:
-    """What is trained on: the images below `dataset.path`, or a split of a TFDS dataset.
+    """Opens the images to train on: those in `dataset.path`, or a split of a TFDS dataset.
 
     Raises:
-      UserError: it is not there or cannot be used.
+      UserError: They do not exist or cannot be used.
     """
     if config.dataset.path:
         return open_path(config.dataset.path)
-    return sources.open_source(config.dataset, config.dataset.train_split)
+    return tfds_source.open_split(config.dataset, config.dataset.train_split)
 
 
 def evaluation_sources(
     config: config_dict.ConfigDict, training: Source | None = None
 ) -> EvaluationSources:
-    """Opens what the backbone is probed with.
+    """Opens the images to evaluate the backbone with.
 
     Args:
-      config: its part `evaluation` names the sources.
-      training: what `training_source` gave, if it was opened before; else it is opened only if
-        `evaluation.train` does not name other images.
+      config: Config, whose part `evaluation` names the sources.
+      training: Result of `training_source`, if it was called before. Otherwise the images to train
+        on are opened only if `evaluation.train` does not name others.
 
     Raises:
-      NotMeasurableError: there are no images to test with, or too few labels.
-      UserError: a source is not there, or the two have different classes.
+      NotMeasurableError: There are no images to test with, or too few labels.
+      UserError: A source does not exist, or the two have different classes.
     """
     test = _test_source(config)
     if test is None:
+        dataset = config.dataset
+        if dataset.path or not dataset.test_split:
+            problem = "there are no images to test with"
+        else:
+            problem = f"{dataset.name} has no split {dataset.test_split!r} to test with"
         raise NotMeasurableError(
-            _no_test_images(config) + "; name labeled images with --config.evaluation.test=, and "
+            f"{problem}; name labeled images with --config.evaluation.test=, and "
             "--config.evaluation.train= to learn from"
         )
     if normalized(config.evaluation.train) not in ("", normalized(config.dataset.path)):
@@ -85,26 +127,26 @@ def evaluation_sources(
     for source, field, classes in ((train, "evaluation.train", 2), (test, "evaluation.test", 1)):
         if missing := _missing_labels(source, classes):
             raise NotMeasurableError(
-                f"{source.name} cannot be evaluated with: {missing}; name a labeled set with "
+                f"{source.name} cannot be used for evaluation: {missing}; name a labeled set with "
                 f"--config.{field}=, a folder or NAME:SPLIT of TFDS"
             )
     return EvaluationSources(train, _with_classes(test, train))
 
 
 def evaluation_images(config: config_dict.ConfigDict) -> Source:
-    """Opens what is measured without labels: the images to test with, or else of the training.
+    """Opens the images for measures without labels: those to test with, or else to train on.
 
     Raises:
-      UserError: they are not there.
+      UserError: They do not exist or cannot be used.
     """
     test = _test_source(config)
     return training_source(config) if test is None else test
 
 
 def _test_source(config: config_dict.ConfigDict) -> Source | None:
-    """The images to test with; None if there are none.
+    """Opens the images to test with; returns None if there are none.
 
-    The default of `dataset.test_split` need not be there; any other split that is named must.
+    The default of `dataset.test_split` need not exist; any other split that is named must.
     """
     if config.evaluation.test:
         return open_named(config, config.evaluation.test)
@@ -112,28 +154,22 @@ def _test_source(config: config_dict.ConfigDict) -> Source | None:
     if config.evaluation.train and dataset.path:
         raise UserError(
             "config.evaluation.train is given but not config.evaluation.test; name both, or "
-            "none for no probe"
+            "neither for no probe"
         )
     if dataset.path or not dataset.test_split:
         return None
-    if dataset.test_split == _TEST_SPLIT and not sources.has_split(dataset, _TEST_SPLIT):
+    if dataset.test_split == _TEST_SPLIT and not tfds_source.has_split(dataset, _TEST_SPLIT):
         return None
-    return sources.open_source(dataset, dataset.test_split)
-
-
-def _no_test_images(config: config_dict.ConfigDict) -> str:
-    if config.dataset.path or not config.dataset.test_split:
-        return "there are no images to test with"
-    return f"{config.dataset.name} has no split {config.dataset.test_split!r} to test with"
+    return tfds_source.open_split(dataset, dataset.test_split)
 
 
 def _missing_labels(source: Source, classes: int) -> str:
-    """What a source lacks to be evaluated with; nothing if it has images of so many classes."""
+    """Returns why a source does not have images of `classes` classes, or "" if it has."""
     if source.no_classes:
         return source.no_classes
     if source.num_classes < classes:
-        few = "one of two or more class folders" if classes > 1 else "a class folder"
-        return f"every image must lie in {few}"
+        folder = "one of two or more class folders" if classes > 1 else "a class folder"
+        return f"every image must be in {folder}"
     found = source.count_classes(classes)
     if found >= classes:
         return ""
@@ -143,35 +179,35 @@ def _missing_labels(source: Source, classes: int) -> str:
 
 
 def open_path(path: str) -> Source:
-    """Opens a folder of images, or what `music_jax.pack` made of one.
+    """Opens a folder of images, or the result of `music_jax.pack`.
 
     Raises:
-      UserError: there is no such folder, or nothing in it that can be used.
+      UserError: There is no such folder, or it holds nothing that can be used.
     """
-    return packed.open_packed(path) if packed.is_packed(path) else folder.open_folder(path)
+    return open_packed(path) if is_packed(path) else open_folder(path)
 
 
 def open_named(config: config_dict.ConfigDict, name: str, *, prepare: bool = False) -> Source:
     """Opens a folder, or a split of a TFDS dataset: `NAME:SPLIT`, or with a config and a version.
 
     Args:
-      config: its part `dataset` says where TFDS's files are and how their features are called.
-      name: the folder, or dataset and split.
-      prepare: prepares a TFDS dataset first, if it is not yet.
+      config: Config, whose part `dataset` has the directory of TFDS's files and the feature names.
+      name: Folder, or dataset and split.
+      prepare: Whether to prepare a TFDS dataset first.
 
     Raises:
-      UserError: it is neither.
+      UserError: The name is neither.
     """
-    found = _tfds_set(config, name)
+    found = _tfds_split(config, name)
     if found and prepare:
-        sources.prepare(found[0])
-    return sources.open_source(*found) if found else open_path(name)
+        tfds_source.prepare(found[0])
+    return tfds_source.open_split(*found) if found else open_path(name)
 
 
-def _tfds_set(
+def _tfds_split(
     config: config_dict.ConfigDict, name: str
 ) -> tuple[config_dict.ConfigDict, str] | None:
-    """The `dataset` part and the split that a name stands for; None if it is a folder."""
+    """Returns the part `dataset` and the split that a name stands for; None for a folder."""
     *first, split = _parts(name)
     if not first or os.path.isdir(os.path.expanduser(name)):
         return None
@@ -181,15 +217,15 @@ def _tfds_set(
 
 
 def parse_pair(spec: str) -> tuple[str, str] | None:
-    """Divides the names of two sets, to learn from and to test on, that a colon joins.
+    """Splits the names of two sets, to learn from and to test on, that a colon joins.
 
-    Each is a folder that is there, or a split of TFDS as `open_named` takes it. Of two splits of
-    one dataset its name is given once: `NAME:TRAIN:TEST`, or `NAME:VERSION:TRAIN:TEST`. Where a
-    text can be read in several ways, it is two folders, or else one dataset, or else any two sets;
-    `./FOLDER` is always a folder.
+    Each is an existing folder, or a split of TFDS as `open_named` takes it. The name of a dataset
+    is given once for two splits of it: `NAME:TRAIN:TEST`, or `NAME:VERSION:TRAIN:TEST`. Ambiguous
+    text is read as two folders, or else one dataset, or else any two sets; `./FOLDER` is always a
+    folder.
 
     Returns:
-      The two names, each as `open_named` takes it; None if there is no way to read the text.
+      The two names, each as `open_named` takes it; None if the text cannot be read.
 
     Example:
       >>> from music_jax.data.datasets import parse_pair
@@ -203,23 +239,23 @@ def parse_pair(spec: str) -> tuple[str, str] | None:
         return None
     pairs = [(":".join(parts[:i]), ":".join(parts[i:])) for i in range(1, len(parts))]
     for pair in pairs:
-        if all(map(_is_there, pair)):
+        if all(map(_exists, pair)):
             return pair
     *first, train, test = parts if len(parts) > 2 else ["", ""]
     if _is_split([*first, train]) and _is_split([*first, test]):
         return ":".join([*first, train]), ":".join([*first, test])
     for pair in pairs:
-        if all(_is_there(name) or _is_split(_parts(name)) for name in pair):
+        if all(_exists(name) or _is_split(_parts(name)) for name in pair):
             return pair
     return None
 
 
-def _is_there(path: str) -> bool:
+def _exists(path: str) -> bool:
     return os.path.exists(os.path.expanduser(path))
 
 
 def _is_split(parts: list[str]) -> bool:
-    """Whether these may be the parts of a split of TFDS: `NAME:SPLIT` or `NAME:VERSION:SPLIT`."""
+    """Returns whether these can be the parts of `NAME:SPLIT` or `NAME:VERSION:SPLIT`."""
     if not 2 <= len(parts) <= 3 or parts[0][:1] in ("", ".", "/", "~"):
         return False
     *version, split = parts[1:]
@@ -229,22 +265,18 @@ def _is_split(parts: list[str]) -> bool:
 
 
 def _parts(spec: str) -> list[str]:
-    """The parts between colons that are not in brackets, as in `train[:90%]`."""
-    parts, depth = [""], 0
-    for character in spec:
-        depth += (character == "[") - (character == "]")
-        if character == ":" and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
+    """Splits a text at colons outside brackets such as `train[:90%]`."""
+    return re.split(r":(?![^\[]*\])", spec)
 
 
 class _Relabeled:
-    """Records whose labels are replaced by a table."""
+    """Records whose labels are mapped by a table."""
 
     def __init__(self, source: Source, table: np.ndarray):
         self._source, self._table = source, table
+        self.record_name = source.record_name
+        known = source.known_labels
+        self.labels = None if known is None else np.where(known >= 0, table[known], -1)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -253,32 +285,24 @@ class _Relabeled:
         encoded, label = self._source.example(index)
         return {"image": encoded, "label": self._table[label] if label >= 0 else -1}
 
-    def record_name(self, index: int) -> str:
-        return self._source.record_name(index)
-
-    @property
-    def labels(self) -> np.ndarray | None:
-        known = getattr(self._source.records, "labels", None)
-        return None if known is None else np.where(known >= 0, self._table[known], -1)
-
 
 def _with_classes(test: Source, train: Source) -> Source:
-    """The test source with the training source's numbers for the classes of the same names.
+    """Returns the test source with the training source's numbers for classes of the same names.
 
-    Names that differ in Unicode normalization alone are the same, unless one source has both forms.
+    Names that differ only in Unicode normalization are the same, unless one source has both forms.
     """
     if test.class_names == train.class_names:
         return test
-    test_names, train_names = (_alike(source.class_names) for source in (test, train))
+    test_names, train_names = (_nfc(source.class_names) for source in (test, train))
     if test_names is None or train_names is None:
         test_names, train_names = test.class_names, train.class_names
     numbers = {name: number for number, name in enumerate(train_names)}
     unknown = [name for name in test_names if name not in numbers]
     if unknown:
         raise UserError(
-            f"{test.name} has classes that {train.name} has not: {', '.join(unknown[:3])}"
+            f"{test.name} has classes that {train.name} does not have: {', '.join(unknown[:3])}"
             + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-            + "; both must name their classes alike"
+            + "; give the classes of both the same names"
         )
     table = np.asarray([numbers[name] for name in test_names], np.int32)
     return dataclasses.replace(
@@ -291,7 +315,7 @@ def _with_classes(test: Source, train: Source) -> Source:
     )
 
 
-def _alike(names: tuple[str, ...]) -> tuple[str, ...] | None:
-    """The names in Unicode's form NFC; None if two of them are the same then."""
+def _nfc(names: tuple[str, ...]) -> tuple[str, ...] | None:
+    """Returns the names in Unicode's form NFC, None if two of them are the same then."""
     found = tuple(unicodedata.normalize("NFC", name) for name in names)
     return found if len(set(found)) == len(found) else None

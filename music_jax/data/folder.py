@@ -1,4 +1,4 @@
-"""A folder of image files as a source, in an order that does not depend on the file system."""
+"""Folders of image files as sources, in an order that does not depend on the file system."""
 
 import array
 import collections
@@ -18,44 +18,42 @@ from music_jax.workdir.paths import escape_surrogates, normalized
 
 _logger = logging.getLogger(__name__)
 
-# All names by which Pillow, OpenCV and browsers know the formats that are decoded.
+# All extensions of the supported formats in Pillow, OpenCV and browsers.
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jfi", ".pjpeg", ".pjp"),
     *(".png", ".apng", ".webp", ".bmp", ".dib", ".gif"),
 )
 
-# Folders that operating systems and storage devices make, besides hidden ones; in lower case.
-_SYSTEM_FOLDERS = frozenset(
-    (
-        *("@eadir", "@recycle", "@recently-snapshot", "@sharesnap", "@__thumb"),
-        *("#recycle", "#snapshot", "$recycle.bin", "system volume information"),
-        *("__macosx", "network trash folder", "temporary items", "lost+found"),
-    )
+# Folders that operating systems and storage devices create, besides hidden ones; in lower case.
+_SYSTEM_FOLDERS = (
+    *("@eadir", "@recycle", "@recently-snapshot", "@sharesnap", "@__thumb"),
+    *("#recycle", "#snapshot", "$recycle.bin", "system volume information"),
+    *("__macosx", "network trash folder", "temporary items", "lost+found"),
 )
 
-MAX_FILE_BYTES = 2**29  # a larger file is not read: headers.MAX_PIXELS decoded are 2**28.6 bytes
+MAX_FILE_BYTES = 2**29  # a larger file is not read: decode.MAX_PIXELS decoded are 2**28.6 bytes
 _SECONDS_BETWEEN_LINES = 5.0
 _KINDS_IN_MESSAGE = 10
 _LONGEST_EXTENSION = 16
 
 
 def open_folder(path: str) -> Source:
-    """Lists the images of a folder and of all folders below it; reads none of them.
+    """Lists the images of a folder and of all folders in it, without reading them.
 
-    A file is an image by its name (`EXTENSIONS`, in upper or lower case). Hidden files and folders
-    and those of the operating system are excluded; one line counts what is excluded. Links are
+    A file is an image by its extension (`EXTENSIONS`, in upper or lower case). Hidden files and
+    folders and those of the operating system are excluded, and their number is logged. Links are
     followed, but each folder is listed once: by its own path, or else by the first link to it. The
-    class of an image is the first sub-folder on its path; the source has labels if every image has
-    a class.
+    class of an image is the first subfolder on its path; the source has labels if every image has a
+    class.
 
     Args:
-      path: The folder.
+      path: Folder.
 
     Returns:
-      The images in the order of their relative paths, of which one is `record_name(index)`.
+      The images in the order of their relative paths, which are their names.
 
     Raises:
-      UserError: there is no such folder, it cannot be listed, or it holds no image.
+      UserError: The folder does not exist, cannot be listed, or holds no image.
     """
     root = os.path.abspath(os.path.expanduser(path))
     name = escape_surrogates(normalized(path))
@@ -74,7 +72,7 @@ def open_folder(path: str) -> Source:
     if not listing.names:
         raise UserError(
             f"the folder {name!r} holds no image ({', '.join(EXTENSIONS)})"
-            + (f"; left out: {excluded}" if excluded else "")
+            + (f"; excluded: {excluded}" if excluded else "")
         )
     files = _Files(root, listing)
     class_names = tuple(map(escape_surrogates, files.class_names))
@@ -84,7 +82,7 @@ def open_folder(path: str) -> Source:
         + f", listed in {time.monotonic() - started:.1f} s"
     )
     if excluded:
-        _logger.info(f"{name}: left out: {excluded}")
+        _logger.info(f"{name}: excluded: {excluded}")
     return Source(
         name=name,
         records=files,
@@ -97,31 +95,20 @@ def open_folder(path: str) -> Source:
 
 
 class _Listing:
-    """The image files below a folder.
-
-    Attributes:
-      names: Their relative paths, with `/`, in no particular order.
-      sizes: The size of each, in bytes.
-      times: When each was modified, in nanoseconds.
-      is_link: Whether each is a link to a file.
-    """
+    """The image files in a folder, in no particular order."""
 
     def __init__(self, root: str):
-        self.names: list[str] = []
-        self.sizes, self.times = array.array("q"), array.array("q")
-        self.is_link = bytearray()
+        self.names: list[str] = []  # relative paths, with `/`
+        self.sizes, self.times = array.array("q"), array.array("q")  # bytes; nanoseconds
+        self.is_link = bytearray()  # whether each file is a link
         self._excluded: collections.Counter[str] = collections.Counter()
         self._root = root
         self._real_root = os.path.realpath(root)
         self._listed: set[str] = set()  # real paths of folders
-        self._said = time.monotonic()
+        self._last_line = time.monotonic()
 
     def walk(self) -> None:
-        """Lists all images.
-
-        Raises:
-          OSError: a folder cannot be listed.
-        """
+        """Lists all images; raises OSError if a folder cannot be listed."""
         links = [("", self._real_root)]
         while links:
             found = []
@@ -132,15 +119,16 @@ class _Listing:
             links = sorted(found)
 
     def excluded(self) -> str:
-        """Counts what is not listed, by extension, folder or reason; empty if there is nothing."""
+        """Returns the numbers of excluded files by extension, folder or reason, or ""."""
         kinds = sorted(self._excluded.items(), key=lambda item: (-item[1], item[0]))
-        said = [f"{count:,} {escape_surrogates(kind)}" for kind, count in kinds[:_KINDS_IN_MESSAGE]]
+        parts = [f"{count:,} {escape_surrogates(kind)}" for kind, count in kinds]
         if len(kinds) > _KINDS_IN_MESSAGE:
-            said.append(f"{sum(count for _, count in kinds[_KINDS_IN_MESSAGE:]):,} others")
-        return ", ".join(said)
+            others = sum(count for _, count in kinds[_KINDS_IN_MESSAGE:])
+            parts[_KINDS_IN_MESSAGE:] = [f"{others:,} others"]
+        return ", ".join(parts)
 
     def _walk_below(self, prefix: str, real: str) -> list[tuple[str, str]]:
-        """Lists a folder and those below it; returns the links to folders, with their targets."""
+        """Lists a folder and those in it; returns the links to folders, with their targets."""
         links: list[tuple[str, str]] = []
         waiting = [(prefix, real)]
         while waiting:
@@ -150,11 +138,14 @@ class _Listing:
             self._listed.add(real)
             with os.scandir(real) as entries:
                 for entry in entries:
-                    self._take(entry, prefix, real, waiting, links)
-            self._say_now_and_then()
+                    self._add(entry, prefix, real, waiting, links)
+            if time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+                self._last_line = time.monotonic()
+                root = escape_surrogates(self._root)
+                _logger.info(f"listing {root}: {len(self.names):,} images so far")
         return links
 
-    def _take(
+    def _add(
         self,
         entry: os.DirEntry,
         prefix: str,
@@ -198,17 +189,9 @@ class _Listing:
             self.times.append(status.st_mtime_ns)
             self.is_link.append(is_link)
 
-    def _say_now_and_then(self) -> None:
-        now = time.monotonic()
-        if now - self._said > _SECONDS_BETWEEN_LINES:
-            self._said = now
-            _logger.info(
-                f"listing {escape_surrogates(self._root)}: {len(self.names):,} images so far"
-            )
-
 
 def _kind(name: str) -> str:
-    """What a file that is not listed is counted as."""
+    """Returns the kind as which an excluded file is counted."""
     extension = os.path.splitext(name)[1].lower()
     if len(extension) > _LONGEST_EXTENSION:
         return "other files"
@@ -224,12 +207,7 @@ def _holds(folder: str, path: str) -> bool:
 
 
 class _Files:
-    """Reads one file at a time, when it is asked for.
-
-    Attributes:
-      class_names: The first folder of each path, sorted; empty if an image lies in no folder.
-      labels: Index of each image's class, -1 if it lies in no folder, int32 [images].
-    """
+    """Records of a folder, which are read when they are asked for."""
 
     def __init__(self, root: str, listing: _Listing):
         order = sorted(range(len(listing.names)), key=listing.names.__getitem__)
@@ -253,10 +231,7 @@ class _Files:
         return escape_surrogates(self._names[index])
 
     def identity(self, times: bool) -> bytes:
-        """Hashes the names and sizes of all files in order, and if asked when they were modified.
-
-        A copy of the folder keeps names and sizes, but not always the times.
-        """
+        """Hashes the names and sizes of all files in order, and on request modification times."""
         digest = hashlib.sha256("\0".join(self._names).encode(errors="surrogateescape"))
         digest.update(self._sizes.tobytes())
         if times:
@@ -264,27 +239,20 @@ class _Files:
         return digest.digest()
 
     def _read(self, index: int) -> bytes:
-        # Without waiting: the file could have become a pipe since it was listed. A link is followed
-        # only if it was one then.
+        # The file may have become a pipe, which must not block, or a link, which is not followed.
         flags = os.O_RDONLY | os.O_NONBLOCK | (0 if self._is_link[index] else os.O_NOFOLLOW)
         try:
-            descriptor = os.open(f"{self._root}/{self._names[index]}", flags)
-            try:
-                status = os.fstat(descriptor)
+            with open(os.open(f"{self._root}/{self._names[index]}", flags), "rb") as file:
+                status = os.fstat(file.fileno())
                 if not stat.S_ISREG(status.st_mode):
                     raise UndecodableError("it is no longer a file, but a pipe, device or folder")
-                size = status.st_size
-                if size > MAX_FILE_BYTES:
-                    raise UndecodableError(f"its {size:,} bytes are more than {MAX_FILE_BYTES:,}")
-                content = os.read(descriptor, size)
-                while len(content) < size and (more := os.read(descriptor, size - len(content))):
-                    content += more
-                return content
-            finally:
-                os.close(descriptor)
+                if status.st_size > MAX_FILE_BYTES:
+                    raise UndecodableError(
+                        f"its {status.st_size:,} bytes are more than {MAX_FILE_BYTES:,}"
+                    )
+                return file.read(status.st_size)
         except OSError as error:
             if error.errno == errno.ELOOP and not self._is_link[index]:
-                raise UndecodableError(
-                    "it has become a link since the folder was listed"
-                ) from error
+                reason = "it has become a link since the folder was listed"
+                raise UndecodableError(reason) from error
             raise UndecodableError(f"it cannot be read: {error.strerror}") from error

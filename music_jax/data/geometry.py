@@ -1,4 +1,6 @@
-"""Flip, affine warp and Gaussian blur on batches of images, each with its own parameters."""
+"""Flips, warps and blurs batches of images, with parameters for each image."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,15 +9,7 @@ from music_jax.data.color import Planes, per_pixel
 
 
 def flip_left_right(planes: Planes, apply: jax.Array) -> Planes:
-    """Mirrors the images where `apply`.
-
-    Args:
-        planes: each [..., height, width], any dtype.
-        apply: [...] bool.
-
-    Returns:
-        Planes like the input's.
-    """
+    """Mirrors images of any dtype where `apply`, bool [...], is true."""
     return tuple(jnp.where(per_pixel(apply), jnp.flip(plane, -1), plane) for plane in planes)
 
 
@@ -27,20 +21,20 @@ def affine_matrices(
     scale: jax.Array,
     shear: jax.Array,
 ) -> jax.Array:
-    """The maps from an output pixel to the input position it shows.
+    """Returns the matrices that map an output pixel to its position in the input.
 
     The forward map is torchvision's `RandomAffine`: about the image's center, with x to the right
     and y down, `out = scale * R(rotation) @ [[1, -tan(shear)], [0, 1]] @ in + translation`.
 
     Args:
-        rotation: [...] radians, clockwise as seen on a screen.
-        translation_x: [...] pixels.
-        translation_y: [...] pixels.
-        scale: [...] factor > 0.
-        shear: [...] radians.
+        rotation: Angle [...] in radians, clockwise on a screen.
+        translation_x: Shift [...] in pixels.
+        translation_y: Shift [...] in pixels.
+        scale: Factor [...], positive.
+        shear: Angle [...] in radians.
 
     Returns:
-        [..., 2, 3], float32: `in = m[:, :2] @ out + m[:, 2]`, both as (x, y) from the center.
+        float32 [..., 2, 3]: `in = m[:, :2] @ out + m[:, 2]`, both as (x, y) from the center.
     """
     cos, sin, tan = jnp.cos(rotation), jnp.sin(rotation), jnp.tan(shear)
     # The inverse of scale * [[cos, -cos tan - sin], [sin, -sin tan + cos]], of determinant scale².
@@ -53,18 +47,17 @@ def affine_matrices(
 
 
 def warp_affine(planes: Planes, matrices: jax.Array) -> Planes:
-    """Bilinear affine warp of uint8 images, with black around them.
+    """Warps uint8 images bilinearly, with black around them.
 
-    `dm_pix.affine_transform` treats the channels as a third dimension and gathers eight neighbors
-    a value. Here the four neighbors of a pixel are four bytes of one 32-bit word, so that one
-    gather fetches them all.
+    The four neighbors of a pixel are four bytes of one 32-bit word, so that one gather fetches them
+    all. `dm_pix.affine_transform` treats the channels as a third dimension and gathers eight.
 
     Args:
-        planes: each uint8 [..., height, width].
+        planes: Planes, each uint8 [..., height, width].
         matrices: float32 [..., 2, 3] from `affine_matrices`; the identity gives the input exactly.
 
     Returns:
-        As many float32 [..., height, width] in [0, 255].
+        Planes, each float32 [..., height, width] in [0, 255].
     """
     *lead, height, width = planes[0].shape
     ones = (1,) * len(lead)
@@ -96,7 +89,7 @@ def warp_affine(planes: Planes, matrices: jax.Array) -> Planes:
 
 
 def _neighbor_words(plane: jax.Array) -> jax.Array:
-    """Each 2 x 2 square of [..., height, width] uint8 with a black border, as one uint32."""
+    """Packs each 2 x 2 square of uint8 [..., height, width], with a black border, in a uint32."""
     padded = jnp.pad(plane, [(0, 0)] * (plane.ndim - 2) + [(1, 1), (1, 1)]).astype(jnp.uint32)
     top, bottom = padded[..., :-1, :], padded[..., 1:, :]
     upper = top[..., :-1] | (top[..., 1:] << jnp.uint32(8))
@@ -104,49 +97,36 @@ def _neighbor_words(plane: jax.Array) -> jax.Array:
     return upper | lower  # [..., height + 1, width + 1]
 
 
-def blur_radius(side: int) -> int:
-    """Pixels on each side of the kernel's center, so that its size is about side / 10 (SimCLR)."""
-    return max(1, side // 20)
-
-
 def gaussian_blur(images: jax.Array, sigma: jax.Array) -> jax.Array:
-    """Gaussian blur with reflected borders.
+    """Blurs images as torchvision's `GaussianBlur` does, with reflected borders.
 
-    As torchvision's `GaussianBlur`, with SimCLR's kernel size of about a tenth of the side
-    (23 at 224 px). `dm_pix.gaussian_blur` pads with zeros, which darkens the borders, and under
-    `vmap` becomes a convolution with a kernel per image and channel. Each side's blur is a product
-    with a banded matrix here, reflection included: batched matrix products are what a TPU does
-    best.
+    The blur along each side is a product with a banded matrix, reflection included, since batched
+    matrix products are fast on a TPU. `dm_pix.gaussian_blur` pads with zeros, which darkens the
+    borders, and under `vmap` becomes a convolution with a kernel per image and channel.
 
     Args:
-        images: [..., height, width, channels], floating; products are taken in this dtype and
+        images: Floating [..., height, width, channels]; products are computed in this dtype and
             summed in float32.
-        sigma: [...] float32 standard deviations, in pixels, > 0.
-
-    Returns:
-        Images like the input's.
+        sigma: Standard deviations in pixels, float32 [...], positive.
 
     Raises:
-        ValueError: if a side has a single pixel, which cannot be reflected.
+        ValueError: A side has a single pixel, which cannot be reflected.
     """
     height, width, _ = images.shape[-3:]
     if min(height, width) < 2:
         raise ValueError(f"expected images of 2 x 2 pixels or more to blur, got {height} x {width}")
-    radius = blur_radius(min(height, width))
+    radius = max(1, min(height, width) // 20)  # a kernel of about a tenth of the side, as SimCLR
     rows = _blur_matrix(height, radius, sigma)
     columns = rows if width == height else _blur_matrix(width, radius, sigma)
-    # float32 images are multiplied as float32 also where the default is bfloat16 passes.
+    # Keeps the product of float32 images in float32 where the default is bfloat16.
     precision = jax.lax.Precision.HIGHEST if images.dtype == jnp.float32 else None
-    images = jnp.einsum(
-        "...ij,...jwc->...iwc", rows.astype(images.dtype), images, precision=precision
-    )
-    return jnp.einsum(
-        "...ij,...hjc->...hic", columns.astype(images.dtype), images, precision=precision
-    )
+    einsum = functools.partial(jnp.einsum, precision=precision)
+    images = einsum("...ij,...jwc->...iwc", rows.astype(images.dtype), images)
+    return einsum("...ij,...hjc->...hic", columns.astype(images.dtype), images)
 
 
 def _blur_matrix(side: int, radius: int, sigma: jax.Array) -> jax.Array:
-    """[..., side, side]: row i holds the weights of the pixels that make pixel i."""
+    """Returns [..., side, side]; row i holds the weights of the pixels that make pixel i."""
     precision = (0.5 / sigma**2)[..., None]  # [..., 1]
     taps = jnp.arange(-radius, radius + 1, dtype=jnp.float32).reshape((1,) * sigma.ndim + (-1,))
     total = jnp.sum(jnp.exp(-(taps**2) * precision), axis=-1)[..., None, None]
@@ -159,7 +139,7 @@ def _blur_matrix(side: int, radius: int, sigma: jax.Array) -> jax.Array:
     row = jax.lax.broadcasted_iota(jnp.int32, (side, side), 0)
     column = jax.lax.broadcasted_iota(jnp.int32, (side, side), 1)
     far = 10 * side  # no weight: a border pixel is not reflected onto itself
-    # Pixel -k shows pixel k, and pixel side - 1 + k shows pixel side - 1 - k.
+    # Pixel -k is pixel k, and pixel side - 1 + k is pixel side - 1 - k.
     before = jnp.where(column > 0, row + column, far)
     after = jnp.where(column < side - 1, 2 * (side - 1) - row - column, far)
     return (weight(row - column) + weight(before) + weight(after)) / total

@@ -1,10 +1,10 @@
-"""Batches of host-cut views, in an order that depends on the seed alone.
+"""Batches of views that are cut on the host, in an order that depends on the seed alone.
 
-Global sample index `i` runs over the whole training: epoch `e` of a dataset of `n` images takes the
-indices `e * n ... e * n + n - 1`, shuffled by Grain with a key that is mixed from the seed and the
-epoch, and leaves out the remainder that fills no batch. The order, the crops, the replacement for
-an image that cannot be decoded and (on the device) the augmentations depend on the seed and this
-index, never on a worker, a process or where a run was resumed.
+The global sample index counts the images of a whole training: epoch `e` of a dataset of `n` images
+has the indices `e * n` to `e * n + n - 1`. Grain's shuffle maps them to images, with a key made
+from the seed and the epoch; the remainder that does not fill a batch is dropped. The order, the
+crops, the replacement of an image that cannot be decoded, and (on the device) the augmentations
+depend on the seed and this index, never on a worker, a process, or where a run was resumed.
 """
 
 import dataclasses
@@ -12,31 +12,42 @@ import functools
 import itertools
 import threading
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
-from music_jax.data.central import central_view
-from music_jax.data.crops import NUMBERS_PER_BOX, Box, Crop, cut, draw_boxes
-from music_jax.data.decode import decode, largest_reduction, use_one_thread
-from music_jax.data.headers import Header, read_header
-from music_jax.data.memory import BatchMemory
+from music_jax.data.crops import NUMBERS_PER_BOX, Box, Crop, central_view, cut, draw_boxes
+from music_jax.data.decode import Header, decode, largest_reduction, read_header, use_one_thread
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed.cores import usable_cores
 from music_jax.errors import UndecodableError, UnusableDataError
 
+# Saved with each checkpoint, so that a run that is resumed in another order can say so. Version 1
+# used `seed + epoch` as the key: a seed had the orders of the next seed, one epoch later.
+ORDER_VERSION = 2
+
+# Samples that one thread reads, then decodes in a row. Decoding takes three times as long where
+# Python code, which evicts the decoder from the caches, runs between two images.
+_PART_SIZE = 32
+
+# Batches that are decoded ahead of their use, for any number of threads.
+_BATCHES_AHEAD = 3
+
+# Broken images in a row, each drawn at random from the dataset, after which training stops.
+_MAX_TRIES = 100
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingOrder:
-    """Which image a position of a batch holds, at any step.
+    """Assigns an image to each position of the batch of each step.
 
     Attributes:
-      num_records: images in the dataset.
-      batch_size: the global batch, at most `num_records`.
-      seed: of the shuffle.
+      num_records: Number of images in the dataset.
+      batch_size: Global batch size, at most `num_records`.
+      seed: Seed of the shuffle.
     """
 
     num_records: int
@@ -45,185 +56,34 @@ class TrainingOrder:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in an epoch."""
+        """Number of full batches in an epoch."""
         return self.num_records // self.batch_size
 
     def sample_index(self, step: int, position: int) -> int:
-        """Global index of the sample at a position of the global batch of a step."""
+        """Returns the global index of the sample at a position of the global batch of a step."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         return epoch * self.num_records + step_in_epoch * self.batch_size + position
 
     def substitute(self, sample_index: int, attempt: int) -> int:
-        """The image that a sample takes where its own, and `attempt` others, are broken."""
+        """Returns the image to use where a sample's own and `attempt` others are broken."""
         bits = np.random.Philox(key=[self.seed, sample_index], counter=[0, 0, 0, 1 + attempt])
         return int(np.random.Generator(bits).integers(self.num_records))
 
     def record_key(self, sample_index: int) -> int:
-        """Which of the dataset's images a global sample index stands for."""
+        """Returns the position in the dataset of the image with a global sample index."""
         epoch, index = divmod(sample_index, self.num_records)
         seed = _shuffle_key(self.seed, epoch)
         return index_shuffle(index, max_index=self.num_records - 1, seed=seed, rounds=4)
 
 
-# Saved with each checkpoint, to say when a run is resumed in another order. 1 was `seed + epoch`,
-# which gave a seed the orders of the next seed, one epoch later.
-ORDER_VERSION = 2
-
-
 @functools.lru_cache
 def _shuffle_key(seed: int, epoch: int) -> int:
-    """32 bits for Grain's shuffle, unrelated for any two pairs of seed and epoch.
+    """Returns 32 bits for Grain's shuffle, unrelated for any two pairs of seed and epoch.
 
-    Two of `k` pairs have the same key with a probability of `k**2 / 2**33`: 0.01 % for 10 seeds of
-    100 epochs each. Then a single epoch of one run has the order of one epoch of another.
+    Two of `k` pairs share a key with a probability of `k**2 / 2**33`: 0.01 % for 10 seeds of 100
+    epochs each. Then one epoch of a run has the order of one epoch of another.
     """
     return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-
-
-# Samples that are read and planned before they are decoded, and that a thread decodes in a row:
-# between two images that are decoded, the caches hold nothing of Python's, and the same work takes
-# three times as long.
-_PART_SIZE = 32
-
-# Batches that are decoded ahead of their use, however many threads there are.
-_BATCHES_AHEAD = 3
-
-# So many images in a row, each drawn at random from the dataset, are not all broken by chance.
-_MAX_TRIES = 100
-
-
-@dataclasses.dataclass(frozen=True)
-class _TrainingBatches:
-    """This process's share of each step's batch."""
-
-    source: Source
-    order: TrainingOrder
-    crop: Crop
-    num_views: int
-    channels: int
-    positions: np.ndarray  # positions in the global batch that this process fills
-    num_steps: int
-    flip: bool
-    skipped: SkippedImages | None
-    memory: BatchMemory
-
-    def __len__(self) -> int:
-        return self.num_steps
-
-    def new(self, step: int) -> dict[str, np.ndarray]:
-        """A batch whose images and labels are still to be filled in."""
-        count, size = len(self.positions), self.crop.size
-        return {
-            "images": self.memory.take((count, self.num_views, size, size, self.channels)),
-            "sample_index": np.asarray(
-                [i % 2**32 for i in self._indices(step, range(count))], np.uint32
-            ),
-            "label": np.empty(count, np.int32),
-        }
-
-    def fill(self, step: int, batch: dict[str, np.ndarray], rows: range) -> None:
-        """Fills in some rows of a batch."""
-        indices = self._indices(step, rows)
-        keys = [self.order.record_key(index) for index in indices]
-        plans = self._plan(indices, keys)
-        for row, index, key, plan in zip(rows, indices, keys, plans, strict=True):
-            batch["label"][row] = self._fill(index, key, plan, batch["images"][row])
-
-    def _indices(self, step: int, rows: range) -> list[int]:
-        first = self.order.sample_index(step, 0)
-        return [first + position for position in self.positions[rows.start : rows.stop].tolist()]
-
-    def _plan(self, sample_indices: list[int], keys: list[int]) -> "list[_Plan | UndecodableError]":
-        """Reads images and draws what is to be cut out of them."""
-        read = [self._read(key) for key in keys]
-        sizes = [(1, 1) if isinstance(r, UndecodableError) else r[2][:2] for r in read]
-        return [
-            r if isinstance(r, UndecodableError) else _Plan(*r, *drawn)
-            for r, drawn in zip(read, self._draw(sample_indices, sizes), strict=True)
-        ]
-
-    def _draw(
-        self, sample_indices: list[int], sizes: list[tuple[int, int]]
-    ) -> list[tuple[list[Box], list[bool]]]:
-        """What is cut out of images of these heights and widths for each view, and mirrored."""
-        heights, widths = np.repeat(np.asarray(sizes), self.num_views, axis=0).T
-        count = NUMBERS_PER_BOX + 1
-        numbers = _uniform(self.order.seed, sample_indices, self.num_views * count)
-        numbers = numbers.reshape(-1, count)
-        boxes = draw_boxes(heights, widths, self.crop, numbers[:, :-1])
-        flips = self.flip & (numbers[:, -1] < 0.5)
-        shape = (len(sizes), self.num_views)
-        each = zip(boxes.reshape(*shape, -1).tolist(), flips.reshape(shape).tolist(), strict=True)
-        return [([Box(*box) for box in some], flip) for some, flip in each]
-
-    def _read(self, key: int) -> tuple[bytes, int, Header] | UndecodableError:
-        try:
-            encoded, label = self.source.example(key)
-            return encoded, label, read_header(encoded)
-        except UndecodableError as error:
-            return error
-
-    def _fill(
-        self, sample_index: int, key: int, plan: "_Plan | UndecodableError", views: np.ndarray
-    ) -> int:
-        """Fills in the views [views, size, size, channels] of a sample; gives its label."""
-        for attempt in range(_MAX_TRIES):
-            try:
-                if isinstance(plan, UndecodableError):
-                    raise plan
-                self._cut_views(sample_index, plan, views)
-                return plan.label
-            except UndecodableError as error:
-                _skip(self.skipped, self.source, key, error)
-                key = self.order.substitute(sample_index, attempt)
-                (plan,) = self._plan([sample_index], [key])
-        raise UnusableDataError(
-            f"{_MAX_TRIES} images of {self.source.name}, drawn at random, cannot be decoded"
-        )
-
-    def _cut_views(self, sample_index: int, plan: "_Plan", views: np.ndarray) -> None:
-        smallest = min(min(box.height, box.width) for box in plan.boxes)
-        reduction = largest_reduction(plan.header, smallest / self.crop.size)
-        image = decode(
-            plan.encoded,
-            self.channels,
-            header=plan.header,
-            reduction=reduction,
-            quick=True,
-            rows=max(box.top + box.height for box in plan.boxes),
-        )
-        boxes, flips = plan.boxes, plan.flips
-        if not plan.header.is_jpeg and image.shape[:2] != plan.header[:2]:
-            ((boxes, flips),) = self._draw([sample_index], [image.shape[:2]])  # a turned PNG, say
-        for box, flip, view in zip(boxes, flips, views, strict=True):
-            cut(image, box, view, reduction=reduction)
-            if flip:
-                view[:] = view[:, ::-1].copy()
-
-
-def _uniform(seed: int, sample_indices: list[int], count: int) -> np.ndarray:
-    """[samples, count] numbers in [0, 1), a function of the seed and each sample's index alone.
-
-    A sample's numbers are at its own place in one stream; neighbors are drawn together.
-    """
-    blocks = -(-count // 4)  # Philox gives four numbers for each value of its counter
-    numbers = np.empty((len(sample_indices), 4 * blocks))
-    indices = np.asarray(sample_indices)
-    starts = [0, *(np.flatnonzero(np.diff(indices) != 1) + 1).tolist(), len(indices)]
-    for start, end in itertools.pairwise(starts):
-        bits = np.random.Philox(key=[seed, 0], counter=[sample_indices[start] * blocks, 0, 0, 0])
-        np.random.Generator(bits).random(out=numbers[start:end])
-    return numbers[:, :count]
-
-
-class _Plan(NamedTuple):
-    """A sample that has been read, and what is to be cut out of it."""
-
-    encoded: bytes
-    label: int
-    header: Header
-    boxes: list[Box]
-    flips: list[bool]
 
 
 def training_batches(
@@ -240,93 +100,34 @@ def training_batches(
     skipped: SkippedImages | None = None,
     num_threads: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This process's share of the batches of the steps `start_step ... num_steps - 1`.
+    """Returns this process's share of the batches of steps `start_step` to `num_steps - 1`.
 
     Args:
-      source: the images.
-      order: which of them each step takes.
-      crop: how each view is cut.
-      channels: 1 or 3.
-      positions: the positions of the global batch that this process fills, ascending.
-      num_steps: steps of the whole training.
-      start_step: the step to begin with, as if the ones before it had been read.
-      num_views: crops of each image.
-      flip: mirror half of the views; for where no device augmentation follows.
-      skipped: takes note of each image that cannot be decoded, whose place another image takes,
-        chosen by the seed and the sample's index alone; without it such an image is an error.
-      num_threads: Decoding threads; by default one a core that the process may use.
+      source: Images.
+      order: Order in which the steps take them.
+      crop: How each view is cut.
+      channels: 1 (gray) or 3 (RGB).
+      positions: Positions of the global batch that this process fills, ascending.
+      num_steps: Number of steps of the whole training.
+      start_step: First step; its batches are the same as if all steps before had been read.
+      num_views: Number of crops of each image.
+      flip: Whether to mirror half of the views, if no augmentation on the device follows.
+      skipped: List to which images that cannot be decoded are added. Other images take their place,
+        chosen by the seed and the sample's index. By default such an image is an error.
+      num_threads: Number of decoding threads; by default one per core that the process may use.
 
     Yields:
       Dictionaries of `images`, uint8 [positions, views, size, size, channels]; `sample_index`,
       uint32 [positions]; `label`, int32 [positions].
 
     Raises:
-      UnusableDataError: while iterating, if images cannot be decoded and it may not be overlooked.
+      UnusableDataError: While iterating, if images cannot be decoded and must not be skipped.
     """
     use_one_thread()
     batches = _TrainingBatches(
-        source,
-        order,
-        crop,
-        num_views,
-        channels,
-        positions,
-        num_steps,
-        flip,
-        skipped,
-        BatchMemory(),
+        source, order, crop, channels, positions, num_steps, num_views, flip, skipped
     )
     return _read(batches, start_step, num_threads)
-
-
-@dataclasses.dataclass(frozen=True)
-class _EvaluationBatches:
-    """This process's share of each batch of the split."""
-
-    source: Source
-    positions: np.ndarray
-    batch_size: int
-    size: int
-    resize_shorter_side: int
-    channels: int
-    skipped: SkippedImages | None
-
-    def __len__(self) -> int:
-        return -(-len(self.source) // self.batch_size)
-
-    def new(self, k: int) -> dict[str, np.ndarray]:
-        """A batch of blanks."""
-        del k
-        count = len(self.positions)
-        return {
-            "images": np.zeros((count, self.size, self.size, self.channels), np.uint8),
-            "label": np.full(count, -1, np.int32),
-            "decoded": np.zeros(count, bool),
-        }
-
-    def fill(self, k: int, batch: dict[str, np.ndarray], rows: range) -> None:
-        """Fills in some rows of a batch, up to the end of the split."""
-        for row in rows:
-            key = k * self.batch_size + int(self.positions[row])
-            if key < len(self.source):
-                label = self._cut_center(key, batch["images"][row])
-                if label is not None:
-                    batch["label"][row], batch["decoded"][row] = label, True
-
-    def _cut_center(self, key: int, view: np.ndarray) -> int | None:
-        """Fills in the central view and gives the label; None if the image cannot be decoded."""
-        try:
-            encoded, label = self.source.example(key)
-            view[:] = central_view(
-                encoded,
-                size=self.size,
-                resize_shorter_side=self.resize_shorter_side,
-                channels=self.channels,
-            )
-        except UndecodableError as error:
-            _skip(self.skipped, self.source, key, error)
-            return None
-        return label
 
 
 def evaluation_batches(
@@ -340,54 +141,223 @@ def evaluation_batches(
     skipped: SkippedImages | None = None,
     num_threads: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This process's share of every image of a split, in order, center-cropped, once.
+    """Returns this process's share of all images of a split, in order, each center-cropped once.
 
     Args:
-      source: the images.
-      size: side of the views in pixels.
-      resize_shorter_side: what the image's shorter side becomes before the crop.
-      channels: 1 or 3.
-      batch_size: the global batch; the last one is filled up with blanks whose label is -1.
-      positions: the positions of the global batch that this process fills, ascending.
-      skipped: takes note of each image that cannot be decoded, which is a blank whose label is -1;
-        without it such an image is an error.
-      num_threads: Decoding threads; by default one a core that the process may use.
+      source: Images.
+      size: Side of the views, in pixels.
+      resize_shorter_side: Length to which the shorter side is resized before the crop.
+      channels: 1 (gray) or 3 (RGB).
+      batch_size: Global batch size; the last batch is padded with black images without a label.
+      positions: Positions of the global batch that this process fills, ascending.
+      skipped: List to which images that cannot be decoded are added. A black image without a label
+        takes their place. By default such an image is an error.
+      num_threads: Number of decoding threads; by default one per core that the process may use.
 
     Yields:
       Dictionaries of `images`, uint8 [positions, size, size, channels]; `label`, int32 [positions],
-      -1 where there is none; `decoded`, bool [positions], False for a blank.
+      -1 for images without a label; `decoded`, bool [positions], False for black images.
     """
     use_one_thread()
     batches = _EvaluationBatches(
-        source, positions, batch_size, size, resize_shorter_side, channels, skipped
+        source, size, resize_shorter_side, channels, batch_size, positions, skipped
     )
     return _read(batches, 0, num_threads)
 
 
-class _Batches(Protocol):
-    """Batches that are made row by row."""
+class _Sample(NamedTuple):
+    """A sample that was read but not decoded; with an error, the rest has no meaning."""
 
-    @property
-    def positions(self) -> np.ndarray: ...
+    encoded: bytes
+    label: int
+    header: Header
+    error: UndecodableError | None = None
 
-    def __len__(self) -> int: ...
 
-    def new(self, k: int, /) -> dict[str, np.ndarray]: ...
+_Cut = tuple[Box, bool]  # the box of a view, and whether it is mirrored
 
-    def fill(self, k: int, batch: dict[str, np.ndarray], rows: range, /) -> None: ...
+
+@dataclasses.dataclass(frozen=True)
+class _TrainingBatches:
+    """This process's share of the batch of each step; see `training_batches`."""
+
+    source: Source
+    order: TrainingOrder
+    crop: Crop
+    channels: int
+    positions: np.ndarray
+    num_steps: int
+    num_views: int
+    flip: bool
+    skipped: SkippedImages | None
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def new(self, step: int) -> dict[str, np.ndarray]:
+        """Returns a batch whose images and labels are not filled in yet."""
+        count, size = len(self.positions), self.crop.size
+        indices = self._indices(step, range(count))
+        return {
+            "images": np.empty((count, self.num_views, size, size, self.channels), np.uint8),
+            "sample_index": np.asarray([i % 2**32 for i in indices], np.uint32),
+            "label": np.empty(count, np.int32),
+        }
+
+    def fill(self, step: int, batch: dict[str, np.ndarray], rows: range) -> None:
+        """Fills in some rows of a batch."""
+        indices = self._indices(step, rows)
+        keys = [self.order.record_key(index) for index in indices]
+        samples = [self._read(key) for key in keys]
+        cuts = self._draw(indices, samples)
+        for i, row in enumerate(rows):
+            views = batch["images"][row]
+            batch["label"][row] = self._fill(indices[i], keys[i], samples[i], cuts[i], views)
+
+    def _indices(self, step: int, rows: range) -> list[int]:
+        first = self.order.sample_index(step, 0)
+        return [first + position for position in self.positions[rows.start : rows.stop].tolist()]
+
+    def _read(self, key: int) -> _Sample:
+        try:
+            encoded, label = self.source.example(key)
+            return _Sample(encoded, label, read_header(encoded))
+        except UndecodableError as error:
+            return _Sample(b"", -1, Header(1, 1), error)
+
+    def _draw(self, sample_indices: list[int], samples: list[_Sample]) -> list[list[_Cut]]:
+        """Draws what is cut out of each sample, one element per view."""
+        sizes = np.asarray([sample.header[:2] for sample in samples])
+        heights, widths = np.repeat(sizes, self.num_views, axis=0).T
+        count = NUMBERS_PER_BOX + 1
+        numbers = _uniform(self.order.seed, sample_indices, self.num_views * count)
+        numbers = numbers.reshape(-1, count)
+        boxes = draw_boxes(heights, widths, self.crop, numbers[:, :-1]).tolist()
+        flips = (self.flip & (numbers[:, -1] < 0.5)).tolist()
+        cuts = [(Box(*box), flip) for box, flip in zip(boxes, flips, strict=True)]
+        return [cuts[i : i + self.num_views] for i in range(0, len(cuts), self.num_views)]
+
+    def _fill(
+        self, index: int, key: int, sample: _Sample, cuts: list[_Cut], views: np.ndarray
+    ) -> int:
+        """Fills in the views [views, size, size, channels] of a sample; returns its label."""
+        for attempt in range(_MAX_TRIES):
+            try:
+                if sample.error is not None:
+                    raise sample.error
+                self._cut_views(index, sample, cuts, views)
+                return sample.label
+            except UndecodableError as error:
+                _skip(self.skipped, self.source, key, error)
+                key = self.order.substitute(index, attempt)
+                sample = self._read(key)
+                (cuts,) = self._draw([index], [sample])
+        raise UnusableDataError(
+            f"{_MAX_TRIES} images of {self.source.name}, drawn at random, cannot be decoded"
+        )
+
+    def _cut_views(self, index: int, sample: _Sample, cuts: list[_Cut], views: np.ndarray) -> None:
+        header = sample.header
+        smallest = min(min(box.height, box.width) for box, _ in cuts)
+        reduction = largest_reduction(header, smallest / self.crop.size)
+        image = decode(
+            sample.encoded,
+            self.channels,
+            header=header,
+            reduction=reduction,
+            quick=True,
+            rows=max(box.top + box.height for box, _ in cuts),
+        )
+        if not header.is_jpeg and image.shape[:2] != header[:2]:  # a rotated PNG, for example
+            actual = sample._replace(header=Header(*image.shape[:2]))
+            (cuts,) = self._draw([index], [actual])
+        for (box, flip), view in zip(cuts, views, strict=True):
+            cut(image, box, view, reduction=reduction)
+            if flip:
+                view[:] = view[:, ::-1].copy()
+
+
+def _uniform(seed: int, sample_indices: list[int], count: int) -> np.ndarray:
+    """Returns [samples, count] numbers in [0, 1), a function of the seed and each sample's index.
+
+    The numbers of a sample have a fixed place in one stream, so that runs of consecutive indices
+    are drawn together.
+    """
+    blocks = -(-count // 4)  # Philox gives four numbers for each value of its counter
+    numbers = np.empty((len(sample_indices), 4 * blocks))
+    indices = np.asarray(sample_indices)
+    starts = [0, *(np.flatnonzero(np.diff(indices) != 1) + 1).tolist(), len(indices)]
+    for start, end in itertools.pairwise(starts):
+        bits = np.random.Philox(key=[seed, 0], counter=[sample_indices[start] * blocks, 0, 0, 0])
+        np.random.Generator(bits).random(out=numbers[start:end])
+    return numbers[:, :count]
+
+
+@dataclasses.dataclass(frozen=True)
+class _EvaluationBatches:
+    """This process's share of each batch of a split; see `evaluation_batches`."""
+
+    source: Source
+    size: int
+    resize_shorter_side: int
+    channels: int
+    batch_size: int
+    positions: np.ndarray
+    skipped: SkippedImages | None
+
+    def __len__(self) -> int:
+        return -(-len(self.source) // self.batch_size)
+
+    def new(self, k: int) -> dict[str, np.ndarray]:
+        """Returns a batch of black images."""
+        del k
+        count = len(self.positions)
+        return {
+            "images": np.zeros((count, self.size, self.size, self.channels), np.uint8),
+            "label": np.full(count, -1, np.int32),
+            "decoded": np.zeros(count, bool),
+        }
+
+    def fill(self, k: int, batch: dict[str, np.ndarray], rows: range) -> None:
+        """Fills in some rows of a batch, up to the end of the split."""
+        for row in rows:
+            key = k * self.batch_size + int(self.positions[row])
+            if key >= len(self.source):
+                return
+            try:
+                encoded, label = self.source.example(key)
+                batch["images"][row] = central_view(
+                    encoded,
+                    size=self.size,
+                    resize_shorter_side=self.resize_shorter_side,
+                    channels=self.channels,
+                )
+            except UndecodableError as error:
+                _skip(self.skipped, self.source, key, error)
+            else:
+                batch["label"][row], batch["decoded"][row] = label, True
+
+
+def _skip(skipped: SkippedImages | None, source: Source, key: int, error: UndecodableError) -> None:
+    if skipped is None:
+        name = source.record_name(key)
+        raise UnusableDataError(f"image {name} of {source.name}: {error}") from error
+    skipped.add(source, key, str(error))
+
+
+_Batches = _TrainingBatches | _EvaluationBatches
 
 
 class _Parts:
-    """What Grain reads: an item is some rows of a batch, which are filled in where they belong.
+    """Gives Grain's threads a few rows of a batch per item, which are filled in where they belong.
 
-    So all threads work on a few batches at a time. Single samples that are handed over and stacked
-    would cost more.
+    So all threads work on a few batches at a time, and no samples are handed over and stacked.
     """
 
     def __init__(self, batches: _Batches, size: int):
         self._batches, self._size = batches, size
         self.per_batch = -(-len(batches.positions) // size)
-        self._begun: dict[int, dict[str, np.ndarray]] = {}
+        self._started: dict[int, dict[str, np.ndarray]] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -396,25 +366,25 @@ class _Parts:
     def __getitem__(self, item: int) -> int:
         k, part = divmod(int(item), self.per_batch)
         with self._lock:
-            if k not in self._begun:
-                self._begun[k] = self._batches.new(k)
-            batch = self._begun[k]
+            if k not in self._started:
+                self._started[k] = self._batches.new(k)
+            batch = self._started[k]
         stop = min((part + 1) * self._size, len(self._batches.positions))
         self._batches.fill(k, batch, range(part * self._size, stop))
         return k
 
     def take(self, k: int) -> dict[str, np.ndarray]:
-        """The batch, whose parts have all been read."""
+        """Returns a batch of which all parts were read, and forgets it."""
         with self._lock:
-            return self._begun.pop(k)
+            return self._started.pop(k)
 
 
 def _read(
     batches: _Batches, start: int, num_threads: int | None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Reads batches from `start` on, decoded by several threads ahead of their use."""
+    """Yields batches from `start` on, decoded by several threads ahead of their use."""
     threads = num_threads or usable_cores()
-    # With few samples in a batch the parts are smaller, so that all threads have one.
+    # Small batches are divided into smaller parts, so that all threads have one.
     share = -(-_BATCHES_AHEAD * len(batches.positions) // threads)
     parts = _Parts(batches, min(_PART_SIZE, share))
     options = grain.ReadOptions(
@@ -427,10 +397,3 @@ def _read(
         for _ in range(parts.per_batch):
             next(read)
         yield parts.take(k)
-
-
-def _skip(skipped: SkippedImages | None, source: Source, key: int, error: UndecodableError) -> None:
-    if skipped is None:
-        name = source.record_name(key)
-        raise UnusableDataError(f"image {name} of {source.name}: {error}") from error
-    skipped.add(source, key, str(error))

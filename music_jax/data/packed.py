@@ -1,80 +1,73 @@
-"""Packed images: array_record shards beside an index, made by `music_jax.pack`.
+"""Packed images: array_record shards and an index, which `pack` writes and `open_packed` reads.
 
 A record is the label, a little-endian int32, followed by an image file. `index.json` names the
-shards, in order, and the classes; a directory that has one is a packed dataset. Until it is whole
-its index says so, and beside each shard that is finished lies a JSON file with what it holds.
+shards, in order, and the classes; a directory that holds one is a packed dataset. While packing is
+in progress the index says so.
 """
 
 import bisect
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
 import itertools
 import json
+import logging
 import os
 import stat
 import struct
+from collections.abc import Iterator
 from typing import Any
 
+import cv2
+import numpy as np
 from etils import epath
 
+from music_jax.data.crops import resize
+from music_jax.data.decode import decode, largest_reduction, read_header, use_one_thread
 from music_jax.data.folder import MAX_FILE_BYTES
-from music_jax.data.shards import largest_chunk
+from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
+from music_jax.distributed import progress
+from music_jax.distributed.cores import usable_cores
 from music_jax.errors import UndecodableError, UserError
 from music_jax.workdir.json_files import read_json
+from music_jax.workdir.new_file import PREFIX, new_path, write_new
 from music_jax.workdir.paths import check_utf8, escape_surrogates, normalized
 
-INDEX_FILE = "index.json"
-FORMAT = "music_jax packed images, version 1"
+_logger = logging.getLogger(__name__)
+
+_INDEX_FILE = "index.json"
+_FORMAT = "music_jax packed images, version 1"
 _SUFFIX = ".array_record"
-_LABEL_BYTES = 4
+_LABEL = struct.Struct("<i")
+_IMAGES_PER_THREAD = 64  # that are packed ahead of the writer
+
+# An array_record file is one of Riegeli's: chunks of records, each behind a header that says how
+# large the chunk is, with a shorter header at every 64 KiB, anywhere in a chunk.
+_BLOCK, _BLOCK_HEADER = 1 << 16, 24
+_CHUNK_HEADER = struct.Struct("<5Q")  # hash, size, hash, type and number of records, decoded size
 
 
 def is_packed(path: str) -> bool:
-    """Whether a directory has the index of a packed dataset."""
-    return os.path.isfile(os.path.join(os.path.expanduser(path), INDEX_FILE))
-
-
-def read_index(path: str) -> dict[str, Any]:
-    """Reads and checks the index of a packed dataset.
-
-    Raises:
-      UserError: it is no index, or one that does not name shards in the same directory.
-    """
-    file = epath.Path(path).expanduser() / INDEX_FILE
-    try:
-        index = read_json(file)
-        if index["format"] != FORMAT:
-            raise ValueError(f"its format is {index['format']!r}, not {FORMAT!r}")
-        shards = [str(shard["file"]) for shard in index["shards"]]
-        for name in shards:
-            if "/" in name or name.startswith(".") or not name.isprintable():
-                raise ValueError("a shard lies in another directory")
-            if not name.endswith(_SUFFIX):
-                raise ValueError(f"a shard's name does not end with {_SUFFIX}")
-        if len(set(shards)) < len(shards):
-            raise ValueError("a shard is named twice")
-        if not all(isinstance(name, str) for name in index["class_names"]):
-            raise ValueError("a class has no name")
-        if not isinstance(index["complete"], bool):
-            raise ValueError("'complete' is neither true nor false")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is no index of packed images: {error!r}") from error
-    return index
+    """Returns whether a directory has the index of a packed dataset."""
+    return os.path.isfile(os.path.join(os.path.expanduser(path), _INDEX_FILE))
 
 
 def open_packed(path: str) -> Source:
     """Opens a packed dataset.
 
     Raises:
-      UserError: it was not packed to the end, or its files are damaged.
+      UserError: Packing was not finished, or the files are damaged.
     """
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-    index = read_index(path)
+    index = _read_index(epath.Path(path).expanduser())
     if not index["complete"]:
-        raise UserError(f"{path!r} is not packed to the end; run music_jax.pack again to go on")
-    root = epath.Path(path).expanduser()
-    check_utf8(os.fspath(root))
-    files = [os.fspath(root / shard["file"]) for shard in index["shards"]]
+        raise UserError(f"{path!r} is not fully packed; rerun music_jax.pack to finish it")
+    root = os.path.expanduser(path)
+    check_utf8(root)
+    files = [os.path.join(root, shard["file"]) for shard in index["shards"]]
     stamps = []
     try:
         for name in files:
@@ -89,11 +82,7 @@ def open_packed(path: str) -> Source:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"cannot read the shards of {path!r}: {reason}") from error
     names = tuple(index["class_names"])
-
-    def identity(times: bool) -> bytes:
-        said = [index["shards"], index["class_names"], [size for size, _ in stamps]]
-        return json.dumps([*said, stamps] if times else said).encode()
-
+    content = [index["shards"], index["class_names"], [size for size, _ in stamps]]
     return Source(
         name=escape_surrogates(normalized(path)),
         records=records,
@@ -101,43 +90,329 @@ def open_packed(path: str) -> Source:
         label_key="label",
         num_classes=len(names),
         class_names=names,
-        identity=identity,
+        identity=lambda times: json.dumps([*content, stamps] if times else content).encode(),
     )
 
 
-def encode_record(image: bytes, label: int) -> bytes:
-    """The record of an image file and its label, -1 if it has none."""
-    return struct.pack("<i", label) + image
+def _read_index(directory: epath.Path) -> dict[str, Any]:
+    """Reads and checks the index of a packed dataset.
+
+    Raises:
+      UserError: It is no index, or does not name shards in the same directory.
+    """
+    file = directory / _INDEX_FILE
+    try:
+        index = read_json(file)
+        if index["format"] != _FORMAT:
+            raise ValueError(f"its format is {index['format']!r}, not {_FORMAT!r}")
+        shards = [str(shard["file"]) for shard in index["shards"]]
+        for name in shards:
+            if "/" in name or name.startswith(".") or not name.isprintable():
+                raise ValueError("a shard is in another directory")
+            if not name.endswith(_SUFFIX):
+                raise ValueError(f"a shard's name does not end with {_SUFFIX}")
+        if len(set(shards)) < len(shards):
+            raise ValueError("a shard is named twice")
+        if not all(isinstance(name, str) for name in index["class_names"]):
+            raise ValueError("a class has no name")
+        if not isinstance(index["complete"], bool):
+            raise ValueError("'complete' is neither true nor false")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is no index of packed images: {error!r}") from error
+    return index
+
+
+def _write_index(directory: epath.Path, index: dict[str, Any]) -> None:
+    write_new(directory / _INDEX_FILE, (json.dumps(index, indent=2) + "\n").encode())
 
 
 class _Records:
-    """The records of all shards; one of a shard is read once all of it are known to be small."""
+    """Records of all shards; a shard with a record that is larger than any image is not read."""
 
     def __init__(self, files: list[str], shards: list[Any]):
         self._files, self._shards = files, shards
         self._ends = list(itertools.accumulate(map(len, shards)))
-        self._wrong: list[str | None] = [None] * len(shards)  # None: not checked yet
+        self._problems: list[str | None] = [None] * len(shards)  # None: not checked yet
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         shard = bisect.bisect_right(self._ends, index)
-        wrong = self._wrong[shard]
-        if wrong is None:
-            wrong = self._wrong[shard] = _wrong_with(self._files[shard])
-        if wrong:
-            raise UndecodableError(f"its shard {wrong}")
+        if self._problems[shard] is None:
+            self._problems[shard] = self._find_problem(self._files[shard])
+        if self._problems[shard]:
+            raise UndecodableError(f"its shard {self._problems[shard]}")
         record = self._shards[shard][index - self._ends[shard] + len(self._shards[shard])]
-        return {"image": record[4:], "label": struct.unpack_from("<i", record)[0]}
+        return {"image": record[_LABEL.size :], "label": _LABEL.unpack_from(record)[0]}
+
+    def _find_problem(self, file: str) -> str:
+        try:
+            size = largest_chunk(file)
+        except (OSError, ValueError) as error:
+            return f"cannot be read: {error}"
+        if size > MAX_FILE_BYTES + _LABEL.size:
+            return f"has a record of {size:,} bytes, and images have {MAX_FILE_BYTES:,} at most"
+        return ""
 
 
-def _wrong_with(shard: str) -> str:
-    """Why no record of a shard is read, if anything: one that is larger than any image."""
+def largest_chunk(path: str) -> int:
+    """Returns the decompressed size in bytes of the largest chunk of an array_record file.
+
+    Raises:
+      OSError: The file cannot be read.
+      ValueError: It is no array_record file.
+    """
+    largest = place = 0
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        size = largest_chunk(shard)
-    except (OSError, ValueError) as error:
-        return f"cannot be read: {error}"
-    if size > MAX_FILE_BYTES + _LABEL_BYTES:
-        return f"has a record of {size:,} bytes, and images have {MAX_FILE_BYTES:,} at most"
-    return ""
+        size = os.fstat(descriptor).st_size
+        while place < size:
+            header = os.pread(descriptor, _CHUNK_HEADER.size + _BLOCK_HEADER, place)
+            before = min(-place % _BLOCK, _CHUNK_HEADER.size)  # bytes up to the next block
+            if before < _CHUNK_HEADER.size:
+                header = header[:before] + header[before + _BLOCK_HEADER :]
+            if len(header) < _CHUNK_HEADER.size:
+                raise ValueError("it ends early")
+            _, encoded, _, records, decoded = _CHUNK_HEADER.unpack(header[: _CHUNK_HEADER.size])
+            largest = max(largest, decoded)
+            end = _skip_bytes(place, _CHUNK_HEADER.size + encoded)
+            place = max(end, place + (records >> 8))
+            if 0 < place % _BLOCK <= _BLOCK_HEADER:  # no chunk begins in a block's header
+                place += _BLOCK_HEADER + 1 - place % _BLOCK
+    finally:
+        os.close(descriptor)
+    return largest
+
+
+def _skip_bytes(place: int, count: int) -> int:
+    """Returns the place `count` bytes after another, without the blocks' headers in between."""
+    used = max(place % _BLOCK - _BLOCK_HEADER, 0)  # of its block, before `place`
+    blocks, rest = divmod(used + count, _BLOCK - _BLOCK_HEADER)
+    start = place - place % _BLOCK
+    # A chunk that ends with a block ends before the next one's header.
+    return start + blocks * _BLOCK + (_BLOCK_HEADER + rest if rest else 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """How images are packed.
+
+    Attributes:
+      shorter_side: Length to which the shorter side is shrunk, in pixels.
+      encoding: `jpeg`, which keeps the files of images that are small enough; or `raw` for
+        uncompressed pixels (BMP), which need no decoding and about eight times the space.
+      quality: JPEG quality, 1 to 100.
+      channels: 1 (gray) or 3 (RGB).
+      shard_size: Number of images of the source in one shard.
+    """
+
+    shorter_side: int = 320
+    encoding: str = "jpeg"
+    quality: int = 90
+    channels: int = 3
+    shard_size: int = 4096
+
+    def __post_init__(self) -> None:
+        for name, allowed, expected in (
+            ("shorter_side", range(1, 2**14 + 1), "from 1 to 16384"),
+            ("encoding", ("jpeg", "raw"), "one of jpeg, raw"),
+            ("quality", range(1, 101), "from 1 to 100"),
+            ("channels", (1, 3), "one of 1, 3"),
+            ("shard_size", range(1, 2**24 + 1), "from 1 to 16777216"),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"--{name} must be {expected}; got {getattr(self, name)!r}")
+
+
+def pack(
+    source: Source,
+    directory: epath.Path,
+    packing: Packing,
+    *,
+    max_skipped_share: float = 0.01,
+    num_threads: int | None = None,
+) -> int:
+    """Packs a source, or resumes an earlier call with the same arguments.
+
+    Args:
+      source: Images.
+      directory: Directory for the shards and the index; empty, or from such an earlier call.
+      packing: How the images are packed.
+      max_skipped_share: Largest share of images that may be impossible to decode. They are listed
+        in skipped.jsonl.
+      num_threads: Number of threads; by default one per core.
+
+    Returns:
+      Number of packed images.
+
+    Raises:
+      UserError: The directory holds something else, or cannot be written to.
+      UnusableDataError: Too many images cannot be decoded.
+    """
+    use_one_thread()
+    index = {
+        "format": _FORMAT,
+        "complete": False,
+        "source": source.name,
+        "source_images": len(source),
+        "source_fingerprint": source.fingerprint(times=False),
+        **dataclasses.asdict(packing),
+        "class_names": list(source.class_names),
+        "shards": [],
+    }
+    if _start(directory, index):
+        return int(_read_index(directory)["num_images"])
+    source = dataclasses.replace(source, name=index["source"])
+    skipped = SkippedImages(directory, max_share=max_skipped_share)
+    num_shards = -(-len(source) // packing.shard_size)
+    threads = num_threads or usable_cores()
+    shards: list[dict[str, Any]] = []
+    with (
+        concurrent.futures.ThreadPoolExecutor(threads) as pool,
+        progress.bar(len(source), unit="img", description="packing") as bar,
+    ):
+        for k in range(num_shards):
+            name = f"images-{k:05d}-of-{num_shards:05d}{_SUFFIX}"
+            first = k * packing.shard_size
+            keys = range(first, min(first + packing.shard_size, len(source)))
+            count = _count_images(directory / name)
+            if count is None:
+                ahead = threads * _IMAGES_PER_THREAD
+                records = _make_records(pool, source, keys, packing, skipped, ahead)
+                count = _write_shard(directory / name, records, bar)
+            bar.update(keys.stop - bar.n)
+            shards.append({"file": name, "images": count})
+    num_images = sum(shard["images"] for shard in shards)
+    index |= {"complete": True, "num_images": num_images, "shards": shards}
+    _write_index(directory, index)
+    if len(skipped):
+        _logger.warning(skipped.summary())
+    return num_images
+
+
+def _start(directory: epath.Path, index: dict[str, Any]) -> bool:
+    """Writes the index, or checks that the existing one is the same; returns if it is complete.
+
+    If the existing one spells the name of the same source differently, `index` takes that name.
+    """
+    check_utf8(os.fspath(directory))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for temporary in directory.glob(f"{PREFIX}*"):  # from a call that was killed
+            temporary.unlink()
+        if not (directory / _INDEX_FILE).exists():
+            if any(directory.iterdir()):
+                raise UserError(
+                    f"{directory} is not empty, and holds no packed images to resume; give "
+                    "another --output"
+                )
+            _write_index(directory, index)
+            return False
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error}") from error
+    existing = _read_index(directory)
+    if _place(existing.get("source")) == _place(index["source"]):
+        index["source"] = existing["source"]
+    changing = ("complete", "num_images", "shards", "source_fingerprint")
+    differing = [key for key in index if key not in changing and existing.get(key) != index[key]]
+    if differing:
+        settings = ", ".join(f"{key}: {existing.get(key)!r}" for key in differing[:3])
+        raise UserError(
+            f"{directory} was packed with different settings ({settings}); give the same "
+            "arguments to resume it, or another --output"
+        )
+    fingerprint = index["source_fingerprint"]
+    if existing.get("source_fingerprint", fingerprint) != fingerprint:  # older versions wrote none
+        raise UserError(
+            f"the images of {index['source']} have changed since {directory} was started: files "
+            "were renamed, replaced, added or removed; pack the new images into another --output"
+        )
+    return bool(existing["complete"])
+
+
+def _place(source: Any) -> str | None:
+    """Returns the same text for all spellings of a folder."""
+    return os.path.abspath(os.path.expanduser(source)) if isinstance(source, str) else None
+
+
+def _count_images(shard: epath.Path) -> int | None:
+    """Returns the number of images in a finished shard, None if there is none."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    if not shard.exists():
+        return None
+    with contextlib.suppress(Exception):  # whatever the reader raises on damage
+        return len(ArrayRecordDataSource([os.fspath(shard)]))
+    return None
+
+
+def _make_records(
+    pool: concurrent.futures.Executor,
+    source: Source,
+    keys: range,
+    packing: Packing,
+    skipped: SkippedImages,
+    ahead: int,
+) -> Iterator[bytes | None]:
+    """Yields the record of each image in order, None for one that cannot be decoded."""
+
+    def make_record(key: int) -> bytes | None:
+        try:
+            encoded, label = source.example(key)
+            return _LABEL.pack(label) + shrink(encoded, packing)
+        except UndecodableError as error:
+            skipped.add(source, key, str(error))
+            return None
+
+    waiting: collections.deque[concurrent.futures.Future[bytes | None]] = collections.deque()
+    for key in keys:
+        waiting.append(pool.submit(make_record, key))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def shrink(encoded: bytes, packing: Packing) -> bytes:
+    """Decodes an image file, shrinks the image and encodes it.
+
+    Raises:
+      UndecodableError: The file cannot be decoded.
+    """
+    header = read_header(encoded)
+    factor = min(header[:2]) / packing.shorter_side
+    reduction = largest_reduction(header, factor)
+    image = decode(encoded, packing.channels, header=header, reduction=reduction)
+    if factor <= 1 and packing.encoding == "jpeg":
+        return encoded  # which can be decoded
+    ratio = packing.shorter_side / min(image.shape[:2])
+    if ratio < 1:
+        image = resize(image, *(max(1, round(side * ratio)) for side in image.shape[:2]))
+    if packing.channels == 3:
+        image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    suffix, options = ".bmp", []
+    if packing.encoding == "jpeg":
+        suffix, options = ".jpg", [cv2.IMWRITE_JPEG_QUALITY, packing.quality]
+    ok, packed = cv2.imencode(suffix, np.ascontiguousarray(image), options)
+    if not ok:
+        raise UndecodableError(f"its {image.shape[1]} x {image.shape[0]} pixels cannot be encoded")
+    return packed.tobytes()
+
+
+def _write_shard(path: epath.Path, records: Iterator[bytes | None], bar: Any) -> int:
+    """Writes a shard that appears only when it is complete; returns its number of images."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    count = 0
+    with new_path(path) as temporary:
+        writer = ArrayRecordWriter(os.fspath(temporary), "group_size:1")  # for random access
+        try:
+            for record in records:
+                if record is not None:
+                    writer.write(record)
+                    count += 1
+                bar.update(1)
+        finally:
+            writer.close()
+    return count

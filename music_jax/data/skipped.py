@@ -1,14 +1,12 @@
-"""skipped.jsonl: the images that a run could not read, one line each, by what they are called."""
+"""skipped.jsonl: the images that a run could not read, each named on one line."""
 
 import collections
 import contextlib
 import json
-import math
 import os
 import threading
 import time
-from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any
 
 from etils import epath
 
@@ -22,24 +20,17 @@ _FILE = "skipped.jsonl"
 _SECONDS_BETWEEN_LOOKS = 5.0  # at the lists of the other processes
 _LARGEST_SHARE = 0.05  # of the time, that may be spent on looking
 
-
-class _Image(NamedTuple):
-    source: str
-    name: str
-
-
-class _Note(NamedTuple):
-    reason: str
-    source_images: int | None  # of the whole split; None where a list does not say
+# Older versions did not write `source_images`, the number of images in the whole split.
+_KEYS = ("source", "image", "reason", "source_images")
+_Lines = dict[tuple[str, str], dict[str, Any]]  # by source and image
 
 
 class SkippedImages:
-    """Takes note of images that were skipped, from any thread, and says when they are too many.
+    """Lists skipped images, from any thread, and raises when they are too many.
 
-    Each process of a run notes what it met in a file of its own; `merge` makes one of them. What
-    may be skipped is a share of what all processes read. Where more of it is skipped, at least one
-    of N processes has noted more than an Nth of that share: only then it looks at the lists of the
-    others, and now and then.
+    Each process of a run writes a list of its own, which `merge` joins. The limit is a share of the
+    images that all processes skip together. If it is exceeded, at least one of N processes has
+    listed more than an Nth of it; only such a process reads the lists of the others.
     """
 
     def __init__(
@@ -50,112 +41,99 @@ class SkippedImages:
         process_index: int = 0,
         num_processes: int = 1,
     ):
-        """Opens the list, with what earlier runs noted in the same directory.
+        """Opens the list, with the images that earlier runs listed in the same directory.
 
         Args:
-          directory: where the list is.
-          max_share: the largest share of a source's images that may be skipped, by all processes.
-          process_index: of this process.
-          num_processes: that note what they skip in this directory.
+          directory: Directory of the list.
+          max_share: Largest share of a source's images that all processes may skip.
+          process_index: Index of this process.
+          num_processes: Number of processes that list images in this directory.
 
         Raises:
-          UserError: the list cannot be read.
+          UserError: The list cannot be read.
         """
         self.path = directory / _FILE
         self._max_share = max_share
         self._num_processes = num_processes
         self._own = self.path if process_index == 0 else _part(directory, process_index)
         self._lock = threading.Lock()
-        self._file: Appended | None = None  # open from the first image on
+        self._file: Appended | None = None  # opened for the first image
         self._next_look = 0.0
-        self._noted: set[_Image] = set()
+        self._listed: set[tuple[str, str]] = set()
         self._counts: collections.Counter[str] = collections.Counter()
-        # How many images those sources have of which something was noted since this was opened.
-        self._sizes: dict[str, int] = {}
-        self._lists: set[epath.Path] = set()  # that are not empty
+        self._sizes: dict[str, int] = {}  # of the sources that are checked
         for path in (self._own, *self._others()):
-            self._take(path, _read(path))
-        self._sizes.clear()
+            self._count(_read(path))
+        self._sizes.clear()  # images that earlier runs listed may have been repaired
 
     def __len__(self) -> int:
-        return len(self._noted)
+        return len(self._listed)
 
     def add(self, source: Source, index: int, reason: str) -> None:
-        """Notes one image.
+        """Lists one image.
 
         Raises:
-          UnusableDataError: more than the largest share of the source's images are skipped.
+          UnusableDataError: More than the largest share of the source's images are skipped.
         """
-        image, size = _Image(source.name, source.record_name(index)), source.split_size
+        image, size = (source.name, source.record_name(index)), source.split_size
         with self._lock:
             self._sizes[source.name] = size
-            if image not in self._noted:
-                note = _Note(reason, size)
-                self._write(image, note)
-                self._take(self._own, {image: note})
+            if image not in self._listed:
+                line = dict(zip(_KEYS, (*image, reason, size), strict=True))
+                self._write(line)
+                self._count({image: line})
             if self._file is not None:
                 with contextlib.suppress(OSError):  # a full disk; the next image tries again
                     self._file.flush()
             self._check()
+            started = time.monotonic()
             own_part = self._max_share * size / self._num_processes
-            if self._counts[source.name] <= own_part or time.monotonic() < self._next_look:
-                return
-            self._next_look = math.inf  # until this thread has looked; others go on
-        self._look()
-
-    def _look(self) -> None:
-        """Takes in what the other processes have noted."""
-        started = time.monotonic()
-        found = {}
-        # Whatever a bucket's client raises: the next look, or `merge`, reads it.
-        with contextlib.suppress(Exception):
-            for path in self._others():
-                found[path] = _read(path)
-        with self._lock:
-            now = time.monotonic()
-            took = now - started
-            self._next_look = now + max(_SECONDS_BETWEEN_LOOKS, took / _LARGEST_SHARE)
-            for path, notes in found.items():
-                self._take(path, notes)
-            self._check()
+            if self._counts[source.name] > own_part and started >= self._next_look:
+                # Whatever a bucket's client raises: the next look, or `merge`, reads the list.
+                with contextlib.suppress(Exception):
+                    for path in self._others():
+                        self._count(_read(path))
+                took = time.monotonic() - started
+                pause = max(_SECONDS_BETWEEN_LOOKS, took / _LARGEST_SHARE)
+                self._next_look = started + took + pause
+                self._check()
 
     def merge(self) -> None:
-        """Joins what all processes noted; for process 0, once the others add nothing any more.
+        """Joins the lists of all processes; called on process 0 when no process adds any more.
 
         Raises:
-          UnusableDataError: of a source of which something was noted since this was opened, more
-            than the largest share of the images are skipped.
+          UnusableDataError: More than the largest share of the images of a source are skipped, of
+            which an image was skipped since this was opened.
         """
         with self._lock:
-            listed = set(_read(self.path))
+            joined = set(_read(self.path))
             for part in self._parts():
-                notes = _read(part)
-                for image, note in notes.items():
-                    if image not in listed:
-                        listed.add(image)
-                        self._write(image, note)
+                lines = _read(part)
+                for image, line in lines.items():
+                    if image not in joined:
+                        self._write(line)
+                joined |= lines.keys()
                 if self._file is not None:
                     self._file.flush(now=True)
-                self._take(self.path, notes)
+                self._count(lines)
                 part.unlink()
-            self._lists = {self.path}
             self._check()
 
     def check(self, source: Source) -> None:
-        """Judges by what is known: the lists that were there, and what this process has noted.
+        """Checks a source by the images that are known to be skipped, by earlier runs too.
 
         Raises:
-          UnusableDataError: more than the largest share of the source's images are skipped.
+          UnusableDataError: More than the largest share of the source's images are skipped.
         """
         with self._lock:
             self._sizes[source.name] = source.split_size
             self._check()
 
     def close(self) -> None:
-        """Makes all that was noted visible to others; more may be noted later.
+        """Makes all listed images visible to others; more may be added later.
 
         Raises:
-          OSError: the list cannot be written, such as on a full disk.
+          OSError: The list cannot be written, for example on a full disk.
         """
         with self._lock:
             if self._file is not None:
@@ -163,52 +141,40 @@ class SkippedImages:
                 self._file = None
 
     def summary(self) -> str:
-        """What to say at the end of a run: how many of each source, and where they are listed."""
-        said = ", ".join(f"{count} of {source}" for source, count in sorted(self._counts.items()))
-        return f"skipped images that cannot be read: {said}; they are listed in {self.path}"
+        """Returns a line with the number of skipped images of each source."""
+        counts = ", ".join(f"{count} of {source}" for source, count in sorted(self._counts.items()))
+        return f"skipped images that cannot be read: {counts}; they are listed in {self.path}"
 
     def _check(self) -> None:
         for source, size in self._sizes.items():
             count = self._counts[source]
             if count > self._max_share * size:
+                lists = self.path.with_name("skipped*.jsonl") if self._parts() else self.path
                 raise UnusableDataError(
                     f"{count} of the {size} images of {source} cannot be read, more than the share "
                     f"config.dataset.max_skipped_share = {self._max_share:g}; they are listed in "
-                    f"{self._where()}. Once the images are repaired, delete skipped*.jsonl (and "
+                    f"{lists}. Once the images are repaired, delete skipped*.jsonl (and "
                     "images.json) there."
                 )
 
-    def _where(self) -> str:
-        """Which lists hold what was noted, this process's own first."""
-        lists = sorted(self._lists, key=lambda path: (path != self._own, path))
-        if len(lists) > 2:
-            return f"{lists[0]} and {len(lists) - 1} more lists beside it, skipped*.jsonl"
-        return " and ".join(map(str, lists))
+    def _count(self, lines: _Lines) -> None:
+        """Counts the images that were not known."""
+        for (source, name), line in lines.items():
+            if (source, name) not in self._listed:
+                self._listed.add((source, name))
+                self._counts[source] += 1
+                if "source_images" in line:
+                    self._sizes.setdefault(source, line["source_images"])
 
-    def _take(self, path: epath.Path, notes: Mapping[_Image, _Note]) -> None:
-        """Counts what a list says and was not known."""
-        if notes:
-            self._lists.add(path)
-        for image, note in notes.items():
-            if image not in self._noted:
-                self._noted.add(image)
-                self._counts[image.source] += 1
-                if note.source_images is not None:
-                    self._sizes.setdefault(image.source, note.source_images)
-
-    def _write(self, image: _Image, note: _Note) -> None:
+    def _write(self, line: dict[str, Any]) -> None:
         if self._file is None:
-            if not os.path.islink(self._own):  # which is refused below
+            if not os.path.islink(self._own):  # `open_to_append` refuses a link
                 _drop_cut_off_line(self._own)
             self._file = open_to_append(self._own)
-        line: dict[str, str | int]
-        line = {"source": image.source, "image": image.name, "reason": note.reason}
-        if note.source_images is not None:
-            line["source_images"] = note.source_images
         self._file.write(json.dumps(line) + "\n")
 
     def _others(self) -> list[epath.Path]:
-        """The lists of the other processes that are there."""
+        """Returns the existing lists of the other processes."""
         return [path for path in (self.path, *self._parts()) if path != self._own]
 
     def _parts(self) -> list[epath.Path]:
@@ -216,9 +182,9 @@ class SkippedImages:
 
 
 class UnlistedImages(SkippedImages):
-    """Takes note of skipped images in memory alone."""
+    """Counts skipped images without writing a list."""
 
-    def _write(self, image: _Image, note: _Note) -> None:
+    def _write(self, line: dict[str, Any]) -> None:
         pass
 
 
@@ -226,19 +192,20 @@ def _part(directory: epath.Path, process: int | str) -> epath.Path:
     return directory / f"skipped.process_{process}.jsonl"
 
 
-def _read(path: epath.Path) -> dict[_Image, _Note]:
-    """The lines of a list; one that was cut off is left out, and noted again when it is met."""
+def _read(path: epath.Path) -> _Lines:
+    """Reads a list without damaged lines: their images are listed again when they are met."""
     found = {}
-    for line in _text(path).splitlines():
+    for text in _text(path).splitlines():
         try:
-            record = parse_json(line)
-            said = record["source"], record["image"], record["reason"]
+            record = parse_json(text)
+            line = {key: record[key] for key in _KEYS[:3]}
             size = record.get("source_images")
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
-        if all(isinstance(each, str) for each in said):
-            known = type(size) is int and size > 0
-            found[_Image(*said[:2])] = _Note(said[2], size if known else None)
+        if all(isinstance(value, str) for value in line.values()):
+            if type(size) is int and size > 0:
+                line["source_images"] = size
+            found[line["source"], line["image"]] = line
     return found
 
 
@@ -248,7 +215,7 @@ def _text(path: epath.Path) -> str:
     except FileNotFoundError:
         return ""
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error}; remove it to go on") from error
+        raise UserError(f"cannot read {path}: {error}; remove it and rerun the command") from error
 
 
 def _drop_cut_off_line(path: epath.Path) -> None:

@@ -254,7 +254,7 @@ def model_card(
         dataset = config.dataset
         data = f"The split {_code(dataset.train_split)} of {_code(dataset.name)} (TFDS); no labels."
         if dataset.path:
-            data = f"The images of the folder {_code(dataset.path.rstrip("/").rpartition("/")[2])}."
+            data = f"The images of the folder {_code(dataset.path.rstrip('/').rpartition('/')[2])}."
         sections += ["## Data", data, "## Recipe", _recipe(trained)]
     else:
         sections += ["## Data and recipe", "Not recorded in the file that was exported."]

@@ -14,7 +14,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import config_dict
 
-from music_jax.data.host_tensorflow import import_tensorflow
+from music_jax.data.tfds_source import import_tensorflow
 from music_jax.distributed.mesh import is_main_process
 from music_jax.errors import UserError
 from music_jax.workdir import records

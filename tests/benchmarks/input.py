@@ -1,24 +1,24 @@
-"""What the input costs: decoding alone, the loader, and the same views made with Pillow.
+"""Measures the cost of the input: decoding alone, the loader, and the same views with Pillow.
 
     python tests/benchmarks/input.py --json=input.json
 
-makes 500 x 375 JPEGs from scikit-image's photos in a temporary folder, and compares
+writes 500 x 375 JPEGs from scikit-image's photos to a temporary folder, and compares
 
-- decode: OpenCV decodes each file from memory at its full size, and nothing else;
-- quick: the same by the loader's own decoder, with what it leaves out for training views;
+- decode: OpenCV decodes each file from memory at its full size;
+- quick: the loader's own decoder does the same, as for training views;
 - loader: `training_batches` over a folder of 20,000 names of such files, two crops of 224 pixels
   (scale 0.08 to 1);
-- pillow: Pillow reads and decodes each file, cuts out two such crops and resizes them, bilinear:
-  what torchvision's ImageFolder and RandomResizedCrop call by default.
+- pillow: Pillow reads and decodes each file, cuts two such crops and resizes them bilinearly, as
+  torchvision's ImageFolder and RandomResizedCrop do by default.
 
-Each is run on one thread and on two. They take turns of some seconds, in another order each time,
-so that the load of the machine is the same for all. A loader is made anew for each turn and, as at
-the start of a run, its first batches fill new memory; its turns are of four times as many images as
-the others', so that this counts for less, as in a run. A rate is the median of its turns, a ratio
-the median of the turns' ratios. `wall` goes by the clock, `core` by the time that the process spent
-on the cores, which other programs disturb less. Beside the ratios stands what is asked of them.
+Each runs on one thread and on two. They take turns of some seconds in random order, so that the
+load of the machine is the same for all. A loader is created for each turn and starts to read ahead;
+its turns have four times as many images as the others', so that this counts less. A rate is the
+median of its turns, a ratio the median of the turns' ratios. `wall` is by the clock, `core` by the
+time that the process spent on the cores, which other programs disturb less. Required ratios are
+printed beside those measured.
 
-`--part=memory` reads 20,000 samples and prints the resident memory on the way.
+`--part=memory` reads 20,000 samples and prints the resident memory in between.
 """
 
 import argparse
@@ -53,7 +53,7 @@ PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field")
 
 
 def make_files(folder: str, count: int, quality: int) -> list[str]:
-    """JPEGs of random parts of the photos: with a quality of 95, 67 kB in the mean."""
+    """Writes JPEGs of random parts of the photos; 67 kB each on average at quality 95."""
     photos = [getattr(skimage.data, name)() for name in PHOTOS]
     rng = np.random.default_rng(0)
     paths = []
@@ -70,7 +70,7 @@ def make_files(folder: str, count: int, quality: int) -> list[str]:
 
 
 def link_files(folder: str, paths: list[str], count: int) -> None:
-    """As many names as a real dataset has, for the same files."""
+    """Links the same files under as many names as a real dataset has."""
     for i in range(len(paths), count):
         os.link(paths[i % len(paths)], f"{folder}/{i:05d}.jpg")
 
@@ -159,7 +159,7 @@ def measure_rates(source: Source, paths: list[str], repeats: int) -> dict:
                 for name, threads in runs
             }
         )
-    del turns[0]  # it warms up
+    del turns[0]  # warm-up
 
     def ratio(a: str, b: str, clock: str) -> float:
         return round(statistics.median(turn[a][clock] / turn[b][clock] for turn in turns), 3)
@@ -230,9 +230,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=("rates", "memory"), default="rates")
     parser.add_argument("--repeats", type=int, default=12)
-    parser.add_argument("--quality", type=int, default=95, help="of the JPEGs, 1 to 100")
-    parser.add_argument("--samples", type=int, default=20_000, help="names in the folder")
-    parser.add_argument("--json", help="where to write the figures too")
+    parser.add_argument("--quality", type=int, default=95, help="JPEG quality, 1 to 100")
+    parser.add_argument("--samples", type=int, default=20_000, help="number of names in the folder")
+    parser.add_argument("--json", help="file to which the results are written")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         paths = make_files(folder, TURN, arguments.quality)

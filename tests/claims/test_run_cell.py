@@ -16,7 +16,7 @@ def _load(monkeypatch, records):
     config = runpy.run_path("configs/shapes.py")["get_config"]()
     dataset = json.dumps(config.dataset.to_dict())
     source = Source("shapes:train", records, "image", "label", num_classes=4)
-    monkeypatch.setattr(run_cell, "open_source", lambda dataset, split: source)
+    monkeypatch.setattr(run_cell, "open_split", lambda dataset, split: source)
     run_cell._in_memory.cache_clear()
     return run_cell._in_memory(dataset, "train")
 

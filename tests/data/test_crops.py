@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from music_jax.data import crops
 from music_jax.data.crops import (
     NUMBERS_PER_BOX,
     Box,
     Crop,
-    _without_far_ends,
     center_crop,
     cut,
     draw_boxes,
@@ -47,7 +47,7 @@ def test_crop_areas_and_ratios_stay_in_their_ranges():
     np.testing.assert_allclose(np.mean(areas), 0.4, atol=0.02)
 
 
-def test_areas_are_drawn_evenly_and_ratios_evenly_in_their_logarithm():
+def test_areas_are_uniform_and_aspect_ratios_log_uniform():
     crop = Crop(size=8, scale=(0.04, 0.2), aspect_ratio=(1 / 4, 4))
     numbers = np.zeros((4, NUMBERS_PER_BOX))
     numbers[:, :10] = np.asarray([0, 0.5, 1, 0])[:, None]  # the area
@@ -61,7 +61,7 @@ def test_areas_are_drawn_evenly_and_ratios_evenly_in_their_logarithm():
     np.testing.assert_array_equal(boxes, np.stack([top, left, height, width], 1).astype(int))
 
 
-def test_boxes_lie_anywhere_with_the_same_probability():
+def test_positions_of_boxes_are_uniform():
     crop = Crop(size=8, scale=(0.25, 0.25), aspect_ratio=(1.0, 1.0))
     boxes = np.asarray(_boxes(10, 10, crop, 600))
     for side in (0, 1):  # top and left are 0 to 5
@@ -126,7 +126,7 @@ def test_a_crop_of_everything_takes_the_whole_of_a_square_image():
     ("shape", "box"),
     [((40, 101), (0, 24, 40, 53)), ((101, 40), (24, 0, 53, 40))],  # 53: 40 * 4 / 3
 )
-def test_where_no_box_fits_the_largest_is_taken_from_the_center(shape, box):
+def test_if_no_box_fits_the_largest_central_one_is_taken(shape, box):
     assert set(_boxes(*shape, Crop(size=8, scale=(0.9, 1.0)), 5)) == {Box(*box)}
 
 
@@ -140,7 +140,7 @@ def test_where_no_box_fits_the_largest_is_taken_from_the_center(shape, box):
         ((500, 1), (3.0, 4.0)),
     ],
 )
-def test_images_too_narrow_for_any_box_are_cut_all_the_same(shape, aspect_ratio):
+def test_images_too_narrow_for_any_box_are_still_cut(shape, aspect_ratio):
     image = np.full((*shape, 3), 7, np.uint8)
     (box,) = _boxes(*shape, Crop(size=8, scale=(0.9, 1.0), aspect_ratio=aspect_ratio), 1)
     np.testing.assert_array_equal(_cut(image, box, 8), np.full((8, 8, 3), 7))
@@ -153,14 +153,14 @@ def _cut(image, box, size, **kwargs):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_box_of_the_size_wanted_is_cut_out_as_it_is(channels):
+def test_a_box_of_the_size_of_the_view_is_not_resized(channels):
     image = _gradient(50, 60)[..., :channels]
     np.testing.assert_array_equal(_cut(image, Box(5, 7, 28, 28), 28), image[5:33, 7:35])
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("box", [(3, 5, 40, 30), (0, 0, 150, 200), (10, 0, 101, 99)])
-def test_a_view_is_what_pillow_makes_of_the_box(box, channels):
+def test_a_view_matches_pillows_resize(box, channels):
     noise = np.random.default_rng(0).random((150, 200, 3))
     smooth = cv2.GaussianBlur(noise, (0, 0), 4)
     image = cv2.normalize(smooth, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)[..., :channels]
@@ -214,13 +214,17 @@ def test_center_crop_takes_the_center():
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_of_a_long_strip_the_middle_alone_is_enlarged(axis):
+def test_only_the_middle_of_a_long_strip_is_enlarged(axis, monkeypatch):
     strip = np.random.default_rng(0).integers(0, 256, (161, 10, 3), np.uint8)
     middle, shorter = strip[60:101], strip[:160]  # 40 rows, and one to keep the center
     if axis == 1:
         strip, middle, shorter = (x.swapaxes(0, 1) for x in (strip, middle, shorter))
-    np.testing.assert_array_equal(_without_far_ends(strip), middle)
-    np.testing.assert_array_equal(_without_far_ends(shorter), shorter)
+    enlarged = []
+    monkeypatch.setattr(crops, "resize", lambda image, h, w: enlarged.append(image) or image)
+    for image in (strip, shorter):
+        center_crop(image, 20, 20)
+    np.testing.assert_array_equal(enlarged[0], middle)
+    np.testing.assert_array_equal(enlarged[1], shorter)
 
 
 def test_center_crop_of_an_image_of_that_size_is_the_image():

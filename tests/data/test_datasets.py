@@ -1,12 +1,14 @@
 """Which sets a config or a flag names: versions of TFDS, pairs, and sets without labels."""
 
+import cv2
 import numpy as np
 import pytest
+import sklearn.datasets
 import tensorflow_datasets as tfds
 from tfds_sets import IMAGES, LABELS, png, write_set
 
-from music_jax.config import default_config
-from music_jax.data import datasets, sources
+from music_jax.config import default_config, from_file
+from music_jax.data import datasets, tfds_source
 from music_jax.data.decode import decode
 from music_jax.errors import NotMeasurableError, UserError
 
@@ -59,10 +61,10 @@ def test_a_split_is_named_with_its_config_and_version(data_dir, name, images):
     dataset, _, split = name.rpartition(":") if "[" not in name else name.partition(":train")
     config = _config(data_dir, dataset__name=dataset)
     split = "train" + split if "[" in name else split
-    assert len(sources.open_source(config.dataset, split)) == images
+    assert len(tfds_source.open_split(config.dataset, split)) == images
 
 
-def test_a_version_that_is_not_there_is_an_error(data_dir):
+def test_a_missing_version_is_an_error(data_dir):
     with pytest.raises(UserError, match=r"versioned:3\.0\.0"):
         datasets.open_named(_config(data_dir), "versioned:3.0.0:train")
 
@@ -93,7 +95,7 @@ def test_a_version_that_is_not_there_is_an_error(data_dir):
         ("photos:nowhere", None),
     ],
 )
-def test_a_pair_of_sets_is_divided_where_both_sides_are_sets(text, pair, tmp_path, monkeypatch):
+def test_a_pair_of_sets_is_split_where_both_sides_are_sets(text, pair, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("photos", "x/y", "a:b", "c:d"):
         (tmp_path / name).mkdir(parents=True)
@@ -102,7 +104,7 @@ def test_a_pair_of_sets_is_divided_where_both_sides_are_sets(text, pair, tmp_pat
 
 @pytest.mark.parametrize("name", ["without", "scalar", "text", "many"])
 def test_a_set_without_classes_is_read_without_labels(data_dir, name):
-    source = sources.open_source(_config(data_dir, dataset__name=name).dataset, "train")
+    source = tfds_source.open_split(_config(data_dir, dataset__name=name).dataset, "train")
     assert (len(source), source.num_classes, source.class_names) == (20, 0, ())
     encoded, label = source.example(7)
     assert any(np.array_equal(decode(encoded, 1)[..., 0], image) for image in IMAGES[:20])
@@ -133,13 +135,13 @@ def test_a_set_without_classes_is_read_without_labels(data_dir, name):
         ),
     ],
 )
-def test_what_lacks_for_a_probe_is_said(data_dir, fields, message):
+def test_the_error_says_why_a_source_cannot_be_used_for_evaluation(data_dir, fields, message):
     with pytest.raises(NotMeasurableError, match=message):
         datasets.evaluation_sources(_config(data_dir, **fields))
 
 
 @pytest.mark.parametrize("split", ["tset", "test[:50%]", "validation"])
-def test_only_the_default_test_split_need_not_be_there(data_dir, split):
+def test_only_the_default_test_split_may_be_missing(data_dir, split):
     config = _config(data_dir, dataset__name="only_train", dataset__test_split=split)
     with pytest.raises(UserError, match="cannot read split") as told:
         datasets.evaluation_sources(config)
@@ -161,7 +163,7 @@ def test_all_labels_are_read_from_the_records(data_dir):
     assert [source.count_classes(n) for n in (1, 2, 99)] == [1, 2, len({*expected} - {-1})]
 
 
-def test_images_that_nothing_needs_are_not_opened(tmp_path, data_dir):
+def test_sources_that_are_not_needed_are_not_opened(tmp_path, data_dir):
     config = _config(data_dir, dataset__path=str(tmp_path / "gone"))
     config.evaluation.update({"train": "partly:train", "test": "versioned:2.1.0:test"})
     datasets.prepare(config)
@@ -188,4 +190,39 @@ def test_a_test_set_may_be_one_image_of_one_class(tmp_path, data_dir):
 def test_a_feature_that_is_no_image_is_an_error(data_dir):
     config = _config(data_dir, dataset__name="versioned", dataset__image_key="label")
     with pytest.raises(UserError, match=r"'label' of dataset 'versioned' is not an Image"):
-        sources.open_source(config.dataset, "train")
+        tfds_source.open_split(config.dataset, "train")
+
+
+def test_images_are_loaded_as_arrays(tmp_path):
+    config = from_file(
+        "configs/digits.py",
+        dataset={"data_dir": str(tmp_path)},
+        crop={"size": 8, "eval_resize": 8},
+        num_epochs=9,
+    )
+    digits = sklearn.datasets.load_digits()
+    parts = [datasets.load_images(config, split) for split in ("train", "test")]
+    assert [len(images) for images, _ in parts] == [1437, 360]
+    for images, labels in parts:
+        assert images.dtype == np.uint8
+        assert images.shape[1:] == (8, 8, 1)
+        assert np.array_equal(np.unique(labels), np.arange(10))
+    mean = np.concatenate([images for images, _ in parts]).mean() / 255
+    assert mean == pytest.approx(digits.images.mean() / 16, abs=0.005)
+    few, labels = datasets.load_images(config, "test", at_most=7)
+    np.testing.assert_array_equal(few, parts[1][0][:7])
+    np.testing.assert_array_equal(labels, parts[1][1][:7])
+
+
+def test_images_of_an_unlabeled_folder_are_loaded_without_labels(tmp_path):
+    for name in ("a.png", "b.png"):
+        cv2.imwrite(str(tmp_path / name), np.full((9, 9), 200, np.uint8))
+    config = from_file(
+        "configs/digits.py", dataset={"name": "", "path": str(tmp_path)}, crop={"size": 8}
+    )
+    images, labels = datasets.load_images(config, "train")
+    assert images.shape == (2, 8, 8, 1)
+    assert np.all(images == 200)
+    assert labels.tolist() == [-1, -1]
+    with pytest.raises(UserError, match="no images to test with"):
+        datasets.load_images(config)

@@ -80,7 +80,7 @@ def test_images_without_sub_folders_have_no_labels(tmp_path):
     assert [source.example(i)[1] for i in range(2)] == [-1, -1]
 
 
-def test_all_names_of_the_formats_are_images(tmp_path):
+def test_all_extensions_of_the_formats_are_images(tmp_path):
     names = ["x.jpg", "x.JPEG", "x.jpe", "x.jfif", "x.JIF", "x.jfi", "x.pjpeg", "x.pjp", "x.png"]
     names += ["x.apng", "x.webp", "x.bmp", "x.dib", "x.gif"]
     for name in (*names, "x.tif", "x.heic", "x.jpg.txt"):
@@ -88,7 +88,7 @@ def test_all_names_of_the_formats_are_images(tmp_path):
     assert _names(open_folder(str(tmp_path))) == sorted(names)
 
 
-def test_what_is_left_out_is_counted_and_named_once(tmp_path, capsys):
+def test_excluded_files_are_counted_on_one_line(tmp_path, capsys):
     _write(tmp_path / "a/1.png")
     for name in (
         *("a/2.tif", "a/3.TIF", "b/4.tif", "a/5.heic", "a/Thumbs.db", "a/.DS_Store", "a/._1.png"),
@@ -107,15 +107,15 @@ def test_what_is_left_out_is_counted_and_named_once(tmp_path, capsys):
     (tmp_path / "a/loop.jpg").symlink_to("loop.jpg")
     source = open_folder(str(tmp_path))
     assert (_names(source), source.class_names) == (["a/1.png"], ("a",))
-    lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "excluded" in line]
     assert lines == [
-        f"{tmp_path}: left out: 3 .tif, 2 @eaDir/, 2 links that cannot be followed, "
+        f"{tmp_path}: excluded: 3 .tif, 2 @eaDir/, 2 links that cannot be followed, "
         "1 $RECYCLE.BIN/, 1 .DS_Store, 1 .db, 1 .git/, 1 .heic, 1 System Volume Information/, "
         "1 __MACOSX/, 5 others"
     ]
     open_folder(str(tmp_path / "a"))
     (tmp_path / "a/1.png").unlink()
-    with pytest.raises(UserError, match=r"holds no image .*; left out: 2 \.tif"):
+    with pytest.raises(UserError, match=r"holds no image .*; excluded: 2 \.tif"):
         open_folder(str(tmp_path / "a"))
 
 
@@ -177,7 +177,7 @@ def test_a_file_that_has_become_a_link_since_it_was_listed_is_refused(tmp_path):
     assert source.example(1)[0] == (tmp_path / "outside/secret.png").read_bytes()  # it was one then
 
 
-def test_folders_that_are_too_deep_to_be_listed_are_told_in_a_line(tmp_path):
+def test_a_folder_that_is_too_deep_to_be_listed_is_an_error_of_one_line(tmp_path):
     def nest(folder, name):
         folder.mkdir()
         at = os.open(folder, os.O_RDONLY)
@@ -221,7 +221,7 @@ def test_a_folder_that_is_itself_a_link_is_a_folder(tmp_path):
     assert _names(open_folder(str(tmp_path / "link"))) == ["1.png"]
 
 
-def test_a_file_that_cannot_be_read_is_told_from_one_that_can(tmp_path):
+def test_a_file_that_cannot_be_read_is_an_undecodable_error(tmp_path):
     for i in range(3):
         _write(tmp_path / f"{i}.png")
     source = open_folder(str(tmp_path))
@@ -311,17 +311,20 @@ def test_without_an_evaluation_set_a_folder_is_not_probed(tmp_path):
 @pytest.mark.parametrize(
     ("evaluation", "message"),
     [
-        ({"test": "labeled"}, r"photos cannot be evaluated with.*--config\.evaluation\.train="),
+        (
+            {"test": "labeled"},
+            r"photos cannot be used for evaluation.*--config\.evaluation\.train=",
+        ),
         ({"train": "labeled", "test": "photos"}, r"--config\.evaluation\.test="),
         (
             {"train": "labeled", "test": "other"},
-            "has classes that .*labeled has not: x, y, z$|; b",
+            "has classes that .*labeled does not have: x, y, z; ",
         ),
         ({"train": "labeled"}, "name both"),
         ({"train": "labeled", "test": "nowhere"}, "there is no folder"),
     ],
 )
-def test_evaluation_sets_that_cannot_be_used_are_named(tmp_path, evaluation, message):
+def test_unusable_evaluation_sets_are_errors_that_name_them(tmp_path, evaluation, message):
     _write(tmp_path / "photos/1.png")
     _labeled(tmp_path / "labeled", ["a", "b"])
     _labeled(tmp_path / "other", ["a", "x", "y", "z"])

@@ -58,7 +58,7 @@ def test_every_epoch_takes_each_image_once_in_another_order():
     assert np.any(first != second)
 
 
-def test_the_remainder_of_an_epoch_is_left_out_and_differs_between_epochs():
+def test_the_remainder_of_an_epoch_is_dropped_and_differs_between_epochs():
     order = TrainingOrder(num_records=23, batch_size=5, seed=0)
     assert order.steps_per_epoch == 4
     labels = [b["label"] for b in _batches(_source(), order, num_steps=40)]
@@ -120,7 +120,7 @@ def test_the_seed_decides_the_order():
     assert np.any(labels[0] != labels[2])
 
 
-def test_starting_later_gives_what_would_have_come():
+def test_a_later_start_gives_the_same_batches():
     order = TrainingOrder(23, 5, seed=3)
     crop = Crop(size=8, scale=(0.3, 0.9))
     whole = _batches(_source(), order, num_steps=9, crop=crop)
@@ -155,7 +155,7 @@ def test_the_number_of_threads_changes_nothing(threads):
 
 
 @pytest.mark.parametrize("batch_size", [1, 31, 32, 33, 70])
-def test_batches_of_any_size_are_filled_whole(batch_size):
+def test_batches_of_any_size_are_filled_completely(batch_size):
     order = TrainingOrder(70, batch_size, seed=3)
     for step, batch in enumerate(_batches(_source(70), order, num_steps=3, num_threads=5)):
         indices = [order.sample_index(step, position) for position in range(batch_size)]
@@ -237,7 +237,7 @@ def test_there_are_as_many_threads_as_the_process_has_cores(monkeypatch):
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_processes_divide_a_split_and_what_fills_it_up(processes):
+def test_processes_divide_a_split_and_its_padding(processes):
     parts = [
         evaluation_batches(
             _source(),
@@ -254,7 +254,7 @@ def test_processes_divide_a_split_and_what_fills_it_up(processes):
     assert np.concatenate(joined).tolist() == [*range(23), -1]
 
 
-def test_half_of_the_views_are_mirrored_each_by_itself():
+def test_half_of_the_views_are_mirrored_independently():
     image = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
     records = [{"image": cv2.imencode(".png", image)[1].tobytes(), "label": 0}] * 200
     source, order = Source("same", records, "image", "label", 1), TrainingOrder(200, 200, 0)
@@ -271,7 +271,7 @@ def test_half_of_the_views_are_mirrored_each_by_itself():
 
 
 @pytest.mark.parametrize("num_views", [1, 2])
-def test_boxes_and_flips_are_each_samples_own_numbers_of_one_stream(num_views):
+def test_boxes_and_flips_are_fixed_places_of_one_random_stream(num_views):
     """The last number of each view flips it, and no other does: the others place the box."""
     image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
     records = [{"image": cv2.imencode(".png", image)[1].tobytes(), "label": 0}] * 20
@@ -330,7 +330,7 @@ def test_without_a_list_an_image_that_cannot_be_decoded_is_an_error_that_names_i
         _batches(_partly_broken(), TrainingOrder(40, 8, 0))
 
 
-def test_another_image_takes_the_place_of_a_broken_one_and_the_others_keep_theirs(tmp_path):
+def test_only_broken_images_are_replaced(tmp_path):
     order = TrainingOrder(40, 8, 0)
     whole = _batches(_source(40), order)
     found = _batches(_partly_broken(), order, skipped=_skipped(tmp_path))
@@ -346,9 +346,7 @@ def test_another_image_takes_the_place_of_a_broken_one_and_the_others_keep_their
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_what_takes_its_place_is_the_same_on_any_number_of_processes_and_after_a_resume(
-    parts, tmp_path
-):
+def test_replacements_are_the_same_on_any_number_of_processes_and_after_a_resume(parts, tmp_path):
     order = TrainingOrder(40, 8, 0)
     whole = _batches(_partly_broken(), order, skipped=_skipped(tmp_path))
     rows = np.split(np.arange(8), parts)
@@ -414,7 +412,7 @@ def test_a_process_reads_only_its_share():
     assert sorted(read_by_all) == list(range(40))  # an epoch: each image once, by one process
 
 
-def test_batches_are_made_ahead_while_one_is_used_but_not_without_end():
+def test_a_limited_number_of_batches_is_read_ahead():
     read = []
 
     class Counting(_Records):
@@ -441,7 +439,7 @@ def test_batches_are_made_ahead_while_one_is_used_but_not_without_end():
 
 
 @pytest.mark.parametrize(("height", "width"), [(1200, 900), (700, 2000)])
-def test_views_of_a_large_jpeg_are_those_of_the_whole_though_it_is_decoded_smaller(height, width):
+def test_views_of_a_jpeg_decoded_smaller_match_those_of_the_full_size(height, width):
     noise = np.random.default_rng(0).random((height // 50, width // 50, 3))
     smooth = cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
     image = cv2.normalize(smooth, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
@@ -462,7 +460,7 @@ def test_views_of_a_large_jpeg_are_those_of_the_whole_though_it_is_decoded_small
     assert np.abs(difference).max() < 30
 
 
-def test_views_of_a_jpeg_are_those_of_the_whole_though_only_its_upper_rows_are_decoded(
+def test_views_of_a_jpeg_decoded_in_part_are_those_of_the_whole_image(
     monkeypatch,
 ):
     noise = np.random.default_rng(0).integers(0, 256, (240, 180, 3), np.uint8)
@@ -494,7 +492,7 @@ def test_views_of_a_jpeg_are_those_of_the_whole_though_only_its_upper_rows_are_d
     np.testing.assert_array_equal(found, views())
 
 
-def test_a_png_that_is_to_be_turned_is_cut_as_it_is_turned():
+def test_views_of_a_rotated_png_are_cut_after_the_rotation():
     file = io.BytesIO()
     wide = Image.fromarray(np.tile(np.arange(90, dtype=np.uint8), (20, 1)))  # brighter to the right
     exif = wide.getexif()
@@ -513,7 +511,7 @@ def test_a_png_that_is_to_be_turned_is_cut_as_it_is_turned():
     assert np.ptp(images.mean(axis=(2, 3, 4))) > 30  # from anywhere in it
 
 
-def test_evaluation_leaves_a_blank_without_a_label_for_a_broken_image_and_lists_it(tmp_path):
+def test_evaluation_gives_a_black_image_without_a_label_for_a_broken_one(tmp_path):
     skipped = _skipped(tmp_path)
     batches = evaluation_batches(
         _partly_broken(10),
@@ -531,7 +529,7 @@ def test_evaluation_leaves_a_blank_without_a_label_for_a_broken_image_and_lists_
     assert len(skipped) == 2
 
 
-def test_evaluation_takes_every_image_once_in_order_and_marks_the_filling():
+def test_evaluation_takes_every_image_once_in_order_and_marks_the_padding():
     batches = list(
         evaluation_batches(
             _source(23),

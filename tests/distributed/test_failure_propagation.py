@@ -135,8 +135,8 @@ def test_wrong_input_seen_by_one_process_ends_both_with_its_code(data, tmp_path)
     processes = start_two(_flags, *_RUN, data, wrong, f"--workdir={tmp_path / 'run'}")
     (_, first), (_, second) = end(processes, timeout=300)
     assert [p.returncode for p in processes] == [2, 2], second[-2000:]
-    assert first.splitlines()[-1].startswith("error: TFDS knows no dataset 'digitz'")
-    assert "error: process 0 ended the run: TFDS knows no dataset 'digitz'" in second
+    assert first.splitlines()[-1].startswith("error: TFDS has no dataset 'digitz'")
+    assert "error: process 0 ended the run: TFDS has no dataset 'digitz'" in second
     assert "Traceback" not in first + second
 
 

@@ -110,7 +110,7 @@ def test_the_images_of_a_folder_are_counted_there(tmp_path):
 def test_of_a_dataset_that_is_not_prepared_the_number_is_asked_for(tmp_path):
     config = runpy.run_path(str(processes.ROOT / "configs" / "digits.py"))["get_config"]()
     config.dataset.data_dir = str(tmp_path)
-    with pytest.raises(UserError, match=r"--num-images=N \(dataset 'digits' has not been prepared"):
+    with pytest.raises(UserError, match=r"--num-images=N \(dataset 'digits' was not prepared"):
         command._num_images(config)
 
 

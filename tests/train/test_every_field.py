@@ -18,7 +18,7 @@ from etils import epath
 from flax import nnx
 
 from music_jax.config import default_config, get_field, validate
-from music_jax.data import datasets, sources
+from music_jax.data import datasets, tfds_source
 from music_jax.data.augment import ViewAugmentation, augment_views
 from music_jax.data.crops import Crop
 from music_jax.data.loader import TrainingOrder
@@ -390,8 +390,8 @@ def test_what_is_read_is_cut_as_described(config, calls, tmp_path):
 
 
 def test_images_come_from_where_the_config_says(config, calls):
-    calls.replace(sources, "prepare")
-    calls.replace(sources, "open_source", lambda dataset, split: _source())
+    calls.replace(tfds_source, "prepare")
+    calls.replace(tfds_source, "open_split", lambda dataset, split: _source())
     calls.replace(datasets, "open_path", lambda path: _source())
     calls.replace(online_probe, "OnlineProbe")
     training = datasets.training_source(config)
@@ -402,7 +402,7 @@ def test_images_come_from_where_the_config_says(config, calls):
     datasets.training_source(config)
     config.evaluation.update({"train": "", "test": ""})
     datasets.evaluation_sources(config, training)
-    opened = [given for given, _ in calls.of["open_source"]]
+    opened = [given for given, _ in calls.of["open_split"]]
     assert {(dataset.name, split) for dataset, split in opened} == {
         ("one", "first"),
         ("two", "second"),

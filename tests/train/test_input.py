@@ -10,7 +10,7 @@ from etils import epath
 from small_runs import small_config
 
 from music_jax.data.datasets import open_path
-from music_jax.data.packing import Packing, pack
+from music_jax.data.packed import Packing, pack
 from music_jax.errors import UserError
 from music_jax.train import train_and_evaluate
 from music_jax.train.input import check_same_images

@@ -274,5 +274,5 @@ def test_a_set_without_labels_is_trained_on_and_not_probed_unless_it_is_named(tm
     assert "no images to test with; name labeled images" in why_not
     assert f"the backbone will not be probed: {why_not}" in capsys.readouterr().out
     config.evaluation.test = str(tmp_path)
-    with pytest.raises(NotMeasurableError, match="every image must lie in one of two or more"):
+    with pytest.raises(NotMeasurableError, match="every image must be in one of two or more"):
         loop._probed(config, source)

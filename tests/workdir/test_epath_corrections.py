@@ -18,7 +18,7 @@ from memory_bucket import HttpError, broken_connection, bucket_directory, out_of
 from music_jax.checkpoint.integrity import find_damage, write_checksums
 from music_jax.checkpoint.manager import Checkpoints
 from music_jax.config import default_config
-from music_jax.data import sources
+from music_jax.data import tfds_source
 from music_jax.data.loader import TrainingOrder
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import UserError
@@ -150,7 +150,7 @@ def test_a_user_without_a_home_names_a_place_for_datasets(monkeypatch):
     dataset = default_config().dataset
     dataset.name = "digits"
     with pytest.raises(UserError, match=r"has no home directory.*--config\.dataset\.data_dir=DIR"):
-        sources.prepare(dataset)
+        tfds_source.prepare(dataset)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     with pytest.raises(OSError, match="not an absolute path; set HOME or XDG_CACHE_HOME"):
         cache_directory("plan")

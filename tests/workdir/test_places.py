@@ -15,7 +15,7 @@ from etils import epath
 from small_runs import save_run, small_config
 
 from music_jax.config import default_config, from_json
-from music_jax.data import sources
+from music_jax.data import tfds_source
 from music_jax.errors import UserError
 from music_jax.evaluate import evaluate
 from music_jax.evaluation.load_run import load_run
@@ -210,7 +210,7 @@ def test_evaluation_writes_a_dataset_only_where_the_user_names_it(foreign, tmp_p
     record["config"]["dataset"]["name"] = "digits"
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match=r"not been prepared.*--config\.dataset\.name=digits"):
+    with pytest.raises(UserError, match=r"not prepared.*--config\.dataset\.name=digits"):
         load_run(str(tmp_path / "run"), output=str(tmp_path / "out"), overrides=given)
     assert not (tmp_path / "tfds").exists()
     with pytest.raises(UserError, match="no checkpoint"):  # all images have been opened
@@ -310,7 +310,7 @@ def test_no_module_is_imported_because_features_json_names_a_class(form, tmp_pat
     for name in ("evil", "evil:1.0.0"):
         dataset.update({"name": name, "data_dir": str(tmp_path / "tfds")})
         with pytest.raises(UserError, match=f"class '{module}.Feature', which is not one of TFDS"):
-            sources.open_source(dataset, "train")
+            tfds_source.open_split(dataset, "train")
     assert module not in sys.modules
 
 
@@ -318,7 +318,7 @@ def test_no_module_is_imported_because_features_json_names_a_class(form, tmp_pat
 def test_community_datasets_are_refused(name, tmp_path):
     dataset = default_config().dataset
     dataset.update({"name": name, "data_dir": str(tmp_path)})
-    for action in (sources.prepare, lambda it: sources.open_source(it, "train")):
+    for action in (tfds_source.prepare, lambda it: tfds_source.open_split(it, "train")):
         with pytest.raises(UserError, match="is a community dataset"):
             action(dataset)
     assert not os.listdir(tmp_path)

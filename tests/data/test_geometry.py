@@ -86,7 +86,7 @@ def test_far_out_of_the_image_is_black_and_the_identity_is_exact():
     assert not got[2:].any()
 
 
-def test_flip_mirrors_where_told():
+def test_flip_mirrors_the_selected_images():
     images = pictures(3)
     apply = np.arange(6) % 2 == 0
     planes = geometry.flip_left_right(color.split_planes(jnp.asarray(images)), jnp.asarray(apply))
@@ -113,3 +113,8 @@ def test_blur_in_bfloat16_stays_within_a_gray_level():
     exact, half = blur(images, sigma), blur(images.astype(jnp.bfloat16), sigma)
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(jnp.float32), exact, atol=1.5 / 255)
+
+
+def test_an_image_one_pixel_wide_cannot_be_blurred():
+    with pytest.raises(ValueError, match="expected images of 2 x 2 pixels or more to blur"):
+        geometry.gaussian_blur(jnp.zeros((1, 4, 1, 1)), jnp.ones(1))

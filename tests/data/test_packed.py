@@ -14,8 +14,7 @@ from processes import run, start
 from music_jax.data.datasets import open_path
 from music_jax.data.decode import decode
 from music_jax.data.folder import open_folder
-from music_jax.data.packing import Packing, pack
-from music_jax.data.shards import largest_chunk
+from music_jax.data.packed import Packing, largest_chunk, pack
 from music_jax.errors import UndecodableError, UnusableDataError, UserError
 
 
@@ -54,7 +53,7 @@ def test_packed_images_are_those_of_the_folder_smaller_in_the_same_order(
     assert files == [*shards, "index.json", "skipped.jsonl"]
 
 
-def test_files_of_images_that_are_small_already_stay_as_they_are(photos, tmp_path):
+def test_files_of_small_images_are_packed_unchanged(photos, tmp_path):
     folder, broken = photos
     _pack(folder, tmp_path / "packed", shorter_side=48)
     whole, packed = open_folder(str(folder)), open_path(str(tmp_path / "packed"))
@@ -63,7 +62,7 @@ def test_files_of_images_that_are_small_already_stay_as_they_are(photos, tmp_pat
     assert [packed.example(i) for i in range(len(packed))] == [whole.example(i) for i in kept]
 
 
-def test_images_that_were_replaced_are_not_packed_as_if_they_were_the_same(tmp_path):
+def test_packing_replaced_images_into_the_same_directory_is_an_error(tmp_path):
     write_mixed(tmp_path / "photos", 20, broken_every=100)
     _pack(tmp_path / "photos", tmp_path / "packed")
     index = json.loads((tmp_path / "packed" / "index.json").read_text())
@@ -77,16 +76,16 @@ def test_images_that_were_replaced_are_not_packed_as_if_they_were_the_same(tmp_p
     assert _pack(tmp_path / "photos", tmp_path / "packed") == 20
 
 
-def test_packing_again_does_nothing_and_in_another_way_is_an_error(photos, tmp_path):
+def test_packing_again_does_nothing_unless_settings_differ(photos, tmp_path):
     _pack(photos[0], tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert _pack(photos[0], tmp_path) == 36
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
-    with pytest.raises(UserError, match=r"another way.*quality: 90"):
+    with pytest.raises(UserError, match=r"different settings.*quality: 90"):
         _pack(photos[0], tmp_path, quality=80)
 
 
-def test_a_folder_that_is_written_in_another_way_is_the_same_and_another_is_not(
+def test_another_spelling_of_the_folder_resumes_and_another_folder_is_an_error(
     photos, tmp_path, monkeypatch
 ):
     folder, broken = photos
@@ -102,16 +101,14 @@ def test_a_folder_that_is_written_in_another_way_is_the_same_and_another_is_not(
     lines = list(map(json.loads, (tmp_path / "skipped.jsonl").read_text().splitlines()))
     assert len(lines) == len(broken)
     assert {line["source"] for line in lines} == {first}
-    with pytest.raises(UserError, match=r"another way.*source: "):
+    with pytest.raises(UserError, match=r"different settings.*source: "):
         _pack(f"{name}/bright", tmp_path)
     (tmp_path / "index.json").write_text(json.dumps(index | {"source": 3}))
-    with pytest.raises(UserError, match=r"another way.*source: 3"):
+    with pytest.raises(UserError, match=r"different settings.*source: 3"):
         _pack(name, tmp_path)
 
 
-def test_what_was_not_packed_to_the_end_is_not_read_and_is_finished_by_packing_again(
-    photos, tmp_path
-):
+def test_partly_packed_images_are_not_read_until_packing_is_resumed(photos, tmp_path):
     _pack(photos[0], tmp_path / "whole")
     (tmp_path / "part").mkdir()
     for name in ("images-00000-of-00003.array_record", "index.json"):
@@ -121,7 +118,7 @@ def test_what_was_not_packed_to_the_end_is_not_read_and_is_finished_by_packing_a
     (tmp_path / "part" / "index.json").write_text(json.dumps(index))
     half = (tmp_path / "part" / "images-00000-of-00003.array_record").read_bytes()[:500]
     (tmp_path / "part" / "images-00000-of-00003.array_record").write_bytes(half)
-    with pytest.raises(UserError, match="not packed to the end"):
+    with pytest.raises(UserError, match="not fully packed"):
         open_path(str(tmp_path / "part"))
     _pack(photos[0], tmp_path / "part")
     whole, part = open_path(str(tmp_path / "whole")), open_path(str(tmp_path / "part"))
@@ -151,7 +148,7 @@ def test_a_damaged_index_is_an_error(tmp_path, damage):
         open_path(str(tmp_path))
 
 
-def test_a_directory_with_other_things_in_it_is_left_alone(photos, tmp_path):
+def test_a_directory_with_other_files_is_refused(photos, tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(UserError, match="not empty"):
         _pack(photos[0], tmp_path)
@@ -163,7 +160,7 @@ def test_too_many_broken_images_are_an_error(photos, tmp_path):
 
 
 @pytest.mark.parametrize("fields", [{"shorter_side": 0}, {"quality": 101}, {"encoding": "png"}])
-def test_arguments_that_cannot_be_meant_are_named(fields):
+def test_invalid_settings_are_errors(fields):
     with pytest.raises(UserError, match=f"--{next(iter(fields))} must be"):
         Packing(**fields)
 
@@ -205,7 +202,7 @@ def test_the_largest_chunk_is_found_wherever_blocks_begin(options, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_command_goes_on_and_comes_to_the_same_files(photos, tmp_path):
+def test_a_killed_command_resumes_and_writes_the_same_files(photos, tmp_path):
     def arguments(output):
         return (
             "music_jax.pack",

@@ -72,7 +72,7 @@ def test_hue_matches_colorsys(pictures):
     np.testing.assert_allclose(got, np.stack(expected), atol=2e-6)
 
 
-def test_the_four_come_one_after_another(pictures):
+def test_jitter_operations_are_applied_in_order(pictures):
     """Brightness, contrast, saturation, hue, each image its own strengths."""
     rng = np.random.default_rng(1)
     brightness, contrast, saturation = rng.uniform(0.4, 1.6, (3, 24))

