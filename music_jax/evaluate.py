@@ -85,11 +85,11 @@ def evaluate(
         what was trained.
       DivergedError: A probe diverged.
     """
+    from music_jax.data.skipped import report_skipped
     from music_jax.distributed import progress
     from music_jax.evaluation.load_run import load_run
     from music_jax.evaluation.protocols import PROTOCOLS, check_protocols, run_protocols
     from music_jax.evaluation.results import summary_table
-    from music_jax.workdir import records
 
     if transfer_sets and "transfer" not in protocols:
         protocols = (*protocols, "transfer")
@@ -104,7 +104,7 @@ def evaluate(
     )
     results = run_protocols(run, protocols, transfer_sets=transfer_sets, force=force)
     progress.say_lines(summary_table(results))
-    records.report_skipped(run.skipped)
+    report_skipped(run.skipped)
     return results
 
 

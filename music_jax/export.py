@@ -64,11 +64,11 @@ def export(
       UserError: There is no such run or checkpoint, the format cannot hold this backbone, or the
         output cannot be written.
     """
+    from music_jax.distributed.progress import escape_surrogates
     from music_jax.exchange import formats
     from music_jax.exchange.backbone import load_backbone
     from music_jax.exchange.weights import check_exchangeable
-    from music_jax.workdir.new_file import write_new
-    from music_jax.workdir.paths import escape_surrogates
+    from music_jax.workdir.files import write_new
 
     if form not in formats.FORMATS:
         raise UserError(f"--format must be one of {', '.join(formats.FORMATS)}; got {form!r}")

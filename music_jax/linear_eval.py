@@ -48,16 +48,16 @@ def linear_eval(
     Raises:
       UserError: There is no such run or checkpoint, or an override would change what was trained.
     """
+    from music_jax.data.skipped import report_skipped
     from music_jax.distributed import progress
     from music_jax.evaluation.load_run import load_run
     from music_jax.evaluation.protocols import final_protocols, run_protocols
     from music_jax.evaluation.results import results_table
-    from music_jax.workdir import records
 
     run = load_run(workdir, output=output, checkpoint=checkpoint, overrides=overrides)
     results = run_protocols(run, final_protocols(run.config), force=True)
     progress.say_lines(results_table(results))
-    records.report_skipped(run.skipped)
+    report_skipped(run.skipped)
 
 
 if __name__ == "__main__":

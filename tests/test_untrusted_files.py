@@ -11,9 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 from etils import epath
-
-from music_jax.workdir.json_files import parse_json, read_json, read_text
-from music_jax.workdir.npz_files import read_npy, read_npz
+from music_jax.workdir.files import parse_json, read_json, read_npy, read_npz, read_text
 
 
 def test_deep_json_is_refused_and_brackets_in_texts_are_not():

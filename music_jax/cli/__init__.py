@@ -16,8 +16,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from music_jax.cli import command_line
+from music_jax.distributed.progress import printable
 from music_jax.distributed.signals import end_on_signal, ignore_signals
-from music_jax.distributed.terminal import printable
 from music_jax.errors import MusicError, StoppedError, UserError
 
 flags.disclaim_key_flags()
@@ -154,12 +154,12 @@ def begin_evaluation() -> tuple[str, dict[str, object]]:
     """
     workdir = flags.FLAGS.workdir
     from music_jax.distributed.mesh import use_cores
-    from music_jax.workdir import records
-    from music_jax.workdir.compilation_cache import use_compilation_cache
+    from music_jax.workdir.directory import check_reachable
+    from music_jax.workdir.user_directories import use_compilation_cache
 
     join_cluster()
     use_cores(batch_size=4)  # Batches are padded, so that each device gets a part of any of them.
-    records.check_reachable(workdir)
+    check_reachable(workdir)
     use_compilation_cache()
     return workdir, config_overrides()
 
@@ -186,11 +186,11 @@ def check_devices() -> None:
 
 
 def _prepare() -> None:
-    from music_jax.distributed.mesh import check_gpu_plugins, look_for_no_absent_tpu
+    from music_jax.distributed.mesh import check_gpu_plugins, skip_absent_tpu
     from music_jax.distributed.progress import log_to_stdout
 
     check_gpu_plugins()
-    look_for_no_absent_tpu()
+    skip_absent_tpu()
     log_to_stdout()
 
 
@@ -198,7 +198,7 @@ def _as_music_error(error: Exception) -> MusicError | None:
     """Returns the one-line error for an exception; None for an unexpected one."""
     if isinstance(error, MusicError):
         return error
-    from music_jax.workdir.epath_corrections import BucketError
+    from music_jax.workdir.files import BucketError
 
     if isinstance(error, ModuleNotFoundError) and error.name in _DATA:
         return UserError(
@@ -240,7 +240,7 @@ def _has_peers() -> bool:
         return False
     from music_jax.distributed import failure_propagation
 
-    return failure_propagation.exist()
+    return failure_propagation.has_peers()
 
 
 def _end_peers(exit_code: int, message: str, *, unexpected: Exception | None = None) -> None:
@@ -250,7 +250,7 @@ def _end_peers(exit_code: int, message: str, *, unexpected: Exception | None = N
     from music_jax.distributed import failure_propagation
 
     if unexpected:  # A collective that broke because another process failed needs no traceback.
-        cause = failure_propagation.failure_behind(unexpected)
+        cause = failure_propagation.cause_of(unexpected)
         message = cause or message
         text = printable(f"error: {cause}") if cause else traceback.format_exc()
         print(text, file=sys.stderr, flush=True)

@@ -10,13 +10,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 from ml_collections import config_dict
 
+from music_jax.config import normalize_path
 from music_jax.data import tfds_source
 from music_jax.data.folder import open_folder
 from music_jax.data.loader import evaluation_batches
 from music_jax.data.packed import is_packed, open_packed
 from music_jax.data.sources import Source
 from music_jax.errors import NotMeasurableError, UserError
-from music_jax.workdir.paths import normalized
 
 _TEST_SPLIT = "test"  # the config's default, which a dataset need not have
 _VERSION = re.compile(r"\d+\.(\d+|\*)\.(\d+|\*)")
@@ -120,7 +120,7 @@ def evaluation_sources(
             f"{problem}; name labeled images with --config.evaluation.test=, and "
             "--config.evaluation.train= to learn from"
         )
-    if normalized(config.evaluation.train) not in ("", normalized(config.dataset.path)):
+    if normalize_path(config.evaluation.train) not in ("", normalize_path(config.dataset.path)):
         train = open_named(config, config.evaluation.train)
     else:
         train = training_source(config) if training is None else training

@@ -22,7 +22,7 @@ from music_jax.data.crops import NUMBERS_PER_BOX, Box, Crop, central_view, cut, 
 from music_jax.data.decode import Header, decode, largest_reduction, read_header, use_one_thread
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
-from music_jax.distributed.cores import usable_cores
+from music_jax.distributed import usable_cores
 from music_jax.errors import UndecodableError, UnusableDataError
 
 # Saved with each checkpoint, so that a run that is resumed in another order can say so. Version 1

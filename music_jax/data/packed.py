@@ -23,17 +23,17 @@ import cv2
 import numpy as np
 from etils import epath
 
+from music_jax.config import normalize_path
 from music_jax.data.crops import resize
 from music_jax.data.decode import decode, largest_reduction, read_header, use_one_thread
 from music_jax.data.folder import MAX_FILE_BYTES
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
-from music_jax.distributed import progress
-from music_jax.distributed.cores import usable_cores
+from music_jax.distributed import progress, usable_cores
+from music_jax.distributed.progress import escape_surrogates
 from music_jax.errors import UndecodableError, UserError
-from music_jax.workdir.json_files import read_json
-from music_jax.workdir.new_file import PREFIX, new_path, write_new
-from music_jax.workdir.paths import check_utf8, escape_surrogates, normalized
+from music_jax.workdir.directory import check_utf8
+from music_jax.workdir.files import PREFIX, new_path, read_json, write_new
 
 _logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def open_packed(path: str) -> Source:
     names = tuple(index["class_names"])
     content = [index["shards"], index["class_names"], [size for size, _ in stamps]]
     return Source(
-        name=escape_surrogates(normalized(path)),
+        name=escape_surrogates(normalize_path(path)),
         records=records,
         image_key="image",
         label_key="label",

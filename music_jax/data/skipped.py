@@ -12,9 +12,8 @@ from etils import epath
 
 from music_jax.data.sources import Source
 from music_jax.errors import UnusableDataError, UserError
-from music_jax.workdir.appending import Appended, open_to_append
-from music_jax.workdir.json_files import parse_json, read_text
-from music_jax.workdir.new_file import write_new
+from music_jax.workdir.files import parse_json, read_text, write_new
+from music_jax.workdir.logs import open_to_append
 
 _FILE = "skipped.jsonl"
 _SECONDS_BETWEEN_LOOKS = 5.0  # at the lists of the other processes

@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-import music_jax.workdir.epath_corrections  # noqa: F401  (corrects the paths that TFDS uses)
+import music_jax.workdir.files  # noqa: F401  (corrects the paths that TFDS uses)
 from music_jax.data.sources import Source
 from music_jax.errors import UserError
 

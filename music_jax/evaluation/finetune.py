@@ -28,7 +28,7 @@ from music_jax.evaluation.run import Run
 from music_jax.metrics.few_shot import stratified_subset
 from music_jax.metrics.linear_probe import ranks
 from music_jax.models.network import Tree
-from music_jax.workdir.json_files import decode_text
+from music_jax.workdir.files import decode_text
 
 _logger = logging.getLogger(__name__)
 

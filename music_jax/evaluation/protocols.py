@@ -11,6 +11,7 @@ from typing import NamedTuple
 from etils import epath
 from ml_collections import config_dict
 
+from music_jax.config import normalize_path
 from music_jax.data import datasets
 from music_jax.distributed.mesh import from_main_process, is_main_process
 from music_jax.errors import DivergedError, NotMeasurableError, UserError
@@ -18,8 +19,8 @@ from music_jax.evaluation import feature_protocols, finetune
 from music_jax.evaluation.feature_protocols import knn, linear
 from music_jax.evaluation.results import Result, read_result, result_path
 from music_jax.evaluation.run import Run, agreed_fingerprint
-from music_jax.workdir.paths import normalized
-from music_jax.workdir.records import as_json, write_json
+from music_jax.workdir.files import write_json
+from music_jax.workdir.run_config import as_json
 
 _logger = logging.getLogger(__name__)
 
@@ -212,9 +213,9 @@ def provenance(name: str, config: config_dict.ConfigDict, step: int) -> Result:
     """Returns what a protocol's result depends on: data, hyperparameters, step and seed."""
     everything = as_json(config)
     dataset, evaluation = config.dataset, everything["evaluation"]
-    own = normalized(dataset.path) or f"{dataset.name}:{dataset.train_split}"
-    train = normalized(evaluation.pop("train")) or own
-    test = normalized(evaluation.pop("test")) or (
+    own = normalize_path(dataset.path) or f"{dataset.name}:{dataset.train_split}"
+    train = normalize_path(evaluation.pop("train")) or own
+    test = normalize_path(evaluation.pop("test")) or (
         f"{dataset.name}:{dataset.test_split}" if dataset.test_split and not dataset.path else None
     )
     hyperparameters = {

@@ -9,9 +9,7 @@ from etils import epath
 
 from music_jax.distributed import progress
 from music_jax.distributed.mesh import is_main_process
-from music_jax.workdir.json_files import read_json
-from music_jax.workdir.new_file import new_file
-from music_jax.workdir.npz_files import read_npz
+from music_jax.workdir.files import new_file, read_json, read_npz
 
 _logger = logging.getLogger(__name__)
 

@@ -22,8 +22,9 @@ from music_jax.exchange.weights import (
     tensors_by_name,
 )
 from music_jax.models.network import FrozenBackbone, Network, make_frozen_backbone
-from music_jax.workdir import records
-from music_jax.workdir.json_files import parse_json
+from music_jax.workdir.directory import absolute_path
+from music_jax.workdir.files import parse_json
+from music_jax.workdir.run_config import read_config
 
 METADATA_KEY = "music_jax"  # of the description in a safetensors file's metadata
 
@@ -107,8 +108,8 @@ def load_backbone(path: str, *, checkpoint: str | None = None) -> TrainedBackbon
 
 
 def _load_run(path: str, checkpoint: str | None) -> TrainedBackbone:
-    workdir = records.absolute(path)
-    saved = records.read_config(workdir)
+    workdir = absolute_path(path)
+    saved = read_config(workdir)
     if saved is None:
         raise UserError(f"{path} holds no run: it has no config.json")
     config = from_json(saved)

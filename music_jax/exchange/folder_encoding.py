@@ -14,13 +14,10 @@ import numpy as np
 from etils import epath
 
 from music_jax.data.sources import Source
-from music_jax.distributed import progress
-from music_jax.distributed.cores import usable_cores
+from music_jax.distributed import progress, usable_cores
 from music_jax.errors import UndecodableError, UnusableDataError, UserError, require_extra
 from music_jax.exchange.encoder import Encoder
-from music_jax.workdir.json_files import parse_json, read_json
-from music_jax.workdir.new_file import new_file, write_new
-from music_jax.workdir.npz_files import read_npz
+from music_jax.workdir.files import new_file, parse_json, read_json, read_npz, write_new
 
 _logger = logging.getLogger(__name__)
 

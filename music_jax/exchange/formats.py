@@ -18,9 +18,8 @@ from music_jax.exchange.encoder import encode_crops
 from music_jax.exchange.onnx_graph import onnx_model
 from music_jax.exchange.weights import TIMM_NAMES, TORCHVISION_NAMES, to_torch
 from music_jax.version import __version__
-from music_jax.workdir.epath_corrections import check_checkpoint_path
-from music_jax.workdir.json_files import read_json
-from music_jax.workdir.new_file import write_new
+from music_jax.workdir.directory import check_checkpoint_path
+from music_jax.workdir.files import read_json, write_new
 
 IMPORTED_FILE = "imported.json"  # in the workdir of imported weights
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")

@@ -34,7 +34,9 @@ from music_jax.models.vision_transformer import EPSILON as LAYER_NORM_EPSILON
 from music_jax.train.guards import init_guard_state
 from music_jax.train.state import TrainState, abstract_state, state_shardings
 from music_jax.train.step import make_recipe
-from music_jax.workdir import records
+from music_jax.workdir.directory import open_workdir
+from music_jax.workdir.files import write_json
+from music_jax.workdir.run_config import read_config, write_config
 
 # MoCo v3's vision transformers have 12 heads at any width; its checkpoints have these prefixes.
 _MOCO_V3 = re.compile(r"(.*\.)?(base|momentum)_encoder\.")
@@ -98,8 +100,8 @@ def import_backbone(
     config.backbone.num_heads = _num_heads(config, prefix, weights)
     imported = Imported(config, _assumed(config), _excluded(config, found, tensors, prefix))
 
-    directory = records.open_workdir(workdir)
-    if records.read_config(directory) is not None or (directory / "checkpoints").exists():
+    directory = open_workdir(workdir)
+    if read_config(directory) is not None or (directory / "checkpoints").exists():
         raise UserError(f"{workdir} already holds a run; choose another --workdir or remove it")
     order = TrainingOrder(config.batch_size, config.batch_size, config.seed)
     checkpoints = Checkpoints(directory)
@@ -110,7 +112,7 @@ def import_backbone(
         checkpoints.close()
     with source.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    records.write_json(
+    write_json(
         directory / IMPORTED_FILE,
         {
             "file": source.name,
@@ -120,7 +122,7 @@ def import_backbone(
             "excluded": imported.excluded,
         },
     )
-    records.write_config(directory, config)
+    write_config(directory, config)
     return imported
 
 

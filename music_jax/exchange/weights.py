@@ -20,7 +20,7 @@ from music_jax.errors import UserError, require_extra
 from music_jax.models import BACKBONES
 from music_jax.models.network import make_frozen_backbone
 from music_jax.models.vision_transformer import sincos_positions
-from music_jax.workdir.json_files import check_is_file
+from music_jax.workdir.files import check_is_file
 
 Tensors = dict[str, np.ndarray]
 

@@ -20,13 +20,13 @@ import numpy as np
 import plotly.offline
 from etils import epath
 
+from music_jax.distributed.progress import escape_surrogates
 from music_jax.errors import MusicError, UserError
 from music_jax.evaluation.load_run import load_run
 from music_jax.report import measures, tables
 from music_jax.report.reading import RecordedRun, as_text, read_workdirs
 from music_jax.version import __version__
-from music_jax.workdir.new_file import check_writable, write_new
-from music_jax.workdir.paths import escape_surrogates
+from music_jax.workdir.files import check_writable, write_new
 
 _logger = logging.getLogger(__name__)
 

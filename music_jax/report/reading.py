@@ -15,8 +15,9 @@ from etils import epath
 
 from music_jax.errors import UserError
 from music_jax.evaluation.results import Predictions, read_all_results, read_predictions
-from music_jax.workdir import records
-from music_jax.workdir.json_files import parse_json, read_json, read_text
+from music_jax.workdir.directory import find_workdir
+from music_jax.workdir.files import parse_json, read_json, read_text
+from music_jax.workdir.run_config import read_config
 
 Record = dict[str, Any]
 
@@ -84,7 +85,7 @@ def read_workdirs(paths: list[str]) -> list[RecordedRun]:
     """
     workdirs: list[epath.Path] = []
     for path in paths:
-        workdir = records.find_workdir(path)
+        workdir = find_workdir(path)
         if workdir in workdirs:
             raise UserError(f"the workdir {path} is named twice in --workdir")
         workdirs.append(workdir)
@@ -103,7 +104,7 @@ def _short_names(paths: list[str]) -> list[str]:
 
 
 def _read(workdir: epath.Path, name: str) -> RecordedRun:
-    config = records.read_config(workdir)
+    config = read_config(workdir)
     if config is None:  # removed since it was found
         raise UserError(f"{workdir} holds no run: it has no config.json")
     about = read_json(workdir / "config.json")

@@ -4,12 +4,12 @@ import os
 import runpy
 
 import pytest
+from music_jax.workdir.run_config import as_json
 from processes import ROOT
 
 from music_jax.config import differences, from_file, from_json, shipped_configs, validate
 from music_jax.errors import UserError
 from music_jax.models.network import make_network
-from music_jax.workdir.records import as_json
 
 
 @pytest.mark.parametrize("path", shipped_configs().values(), ids=lambda path: path.stem)
