@@ -24,7 +24,7 @@ from music_jax.distributed.mesh import make_data_mesh
 from music_jax.objectives import segment_probabilities
 from music_jax.train.state import abstract_state
 from music_jax.train.step import make_recipe
-from music_jax.workdir.records import read_config
+from music_jax.workdir.run_config import read_config
 
 matplotlib.use("agg")
 

@@ -88,12 +88,12 @@ def evaluate(
         what was trained.
       DivergedError: a probe diverged.
     """
+    from music_jax.data.skipped import report_skipped
     from music_jax.distributed import progress
     from music_jax.evaluation.load_run import open_run
     from music_jax.evaluation.runner import PROTOCOLS, check_names, measure
     from music_jax.evaluation.tables import summary_table
     from music_jax.evaluation.transfer import parse_set
-    from music_jax.workdir import records
 
     if transfer_sets and "transfer" not in protocols:
         protocols = (*protocols, "transfer")
@@ -110,7 +110,7 @@ def evaluate(
     )
     results = measure(run, protocols, transfer_sets=transfer_sets, again=again)
     progress.say_lines(summary_table(results))
-    records.report_skipped(run.skipped)
+    report_skipped(run.skipped)
     return results
 
 

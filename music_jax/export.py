@@ -72,11 +72,11 @@ def export(
       UserError: there is no such run or checkpoint, the form cannot hold this backbone, or the
         output cannot be written.
     """
+    from music_jax.distributed.progress import escape_surrogates
     from music_jax.exchange import formats, torch_names
     from music_jax.exchange.model_card import model_card
     from music_jax.exchange.trained import read_trained
-    from music_jax.workdir.new_file import write_new
-    from music_jax.workdir.paths import escape_surrogates
+    from music_jax.workdir.files import write_new
 
     if form not in formats.FORMATS:
         raise UserError(f"--format must be one of {', '.join(formats.FORMATS)}; got {form!r}")

@@ -50,15 +50,15 @@ def linear_eval(
     Raises:
       UserError: there is no such run or checkpoint, or an override would change what was trained.
     """
+    from music_jax.data.skipped import report_skipped
     from music_jax.distributed import progress
     from music_jax.evaluation.load_run import open_run
     from music_jax.evaluation.runner import final_protocols, measure
     from music_jax.evaluation.tables import results_table
-    from music_jax.workdir import records
 
     run = open_run(workdir, output=output, checkpoint=checkpoint, overrides=overrides)
     progress.say_lines(results_table(measure(run, final_protocols(run.config), again=True)))
-    records.report_skipped(run.skipped)
+    report_skipped(run.skipped)
 
 
 if __name__ == "__main__":

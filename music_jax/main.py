@@ -40,21 +40,21 @@ def main() -> None:
     cli.join_cluster()
     from music_jax.config import validate
     from music_jax.distributed import failure_propagation
-    from music_jax.distributed.mesh import use_cores, use_repeatable_gpu_operations
+    from music_jax.distributed.mesh import use_cores, use_deterministic_gpu_operations
     from music_jax.distributed.signals import StopSignal
     from music_jax.train import train_and_evaluate
-    from music_jax.workdir import records
-    from music_jax.workdir.compilation_cache import use_compilation_cache
+    from music_jax.workdir.directory import check_reachable
+    from music_jax.workdir.user_directories import use_compilation_cache
 
     validate(config)
     use_cores(config.batch_size // config.accumulation_steps)
     workdir = flags.FLAGS.workdir
-    records.check_reachable(workdir)
+    check_reachable(workdir)
     if config.deterministic:  # before a line that is printed may start the devices
-        use_repeatable_gpu_operations()
+        use_deterministic_gpu_operations()
     use_compilation_cache()
     stop = StopSignal(
-        alone=not failure_propagation.exist(), grace_seconds=config.checkpoint.grace_seconds
+        alone=not failure_propagation.has_peers(), grace_seconds=config.checkpoint.grace_seconds
     )
     train_and_evaluate(config, workdir, profile_steps=profile_steps, stop=stop)
 

@@ -201,7 +201,7 @@ class Cases:
     def _outcome(
         self, command: Callable[[dict[str, object]], object], given: dict, *, show: bool
     ) -> tuple[str, list[str]]:
-        from music_jax.distributed.terminal import printable
+        from music_jax.distributed.progress import printable
         from music_jax.errors import MusicError
 
         outcome, told = "accepted", []

@@ -54,9 +54,11 @@ from music_jax.exchange.importing import import_weights
 from music_jax.report import measures
 from music_jax.train.guards import init_guard_state
 from music_jax.train.state import TrainState
-from music_jax.workdir import lock as lock_module
-from music_jax.workdir import records
-from music_jax.workdir.lock import WorkdirLock
+from music_jax.workdir import directory as lock_module
+from music_jax.workdir.directory import WorkdirLock, open_workdir
+from music_jax.workdir.files import write_json
+from music_jax.workdir.logs import MetricsLog
+from music_jax.workdir.run_config import as_json, read_config
 
 SECRET = b"not to be read or written"
 
@@ -90,9 +92,9 @@ def images(rng: random.Random, directory: pathlib.Path) -> None:
 
 
 def config_json(rng: random.Random, directory: pathlib.Path) -> None:
-    record = {"config": records.as_json(default_config()), "versions": {}}
+    record = {"config": as_json(default_config()), "versions": {}}
     (directory / "config.json").write_bytes(hostile_json(rng, record))
-    saved = records.read_config(records.open_workdir(str(directory)))
+    saved = read_config(open_workdir(str(directory)))
     differences(saved, record["config"])
     validate(from_json(saved))
 
@@ -129,7 +131,7 @@ def metrics(rng: random.Random, directory: pathlib.Path) -> None:
     for _ in range(3):
         lines[rng.randrange(6)] = hostile_json(rng, {"step": 3, "loss": 0.25})
     (directory / "metrics.jsonl").write_bytes(b"\n".join(lines))
-    log = records.MetricsLog(records.open_workdir(str(directory)), 4)
+    log = MetricsLog(open_workdir(str(directory)), 4)
     log.write({"step": 5})
     log.close()
     for line in (directory / "metrics.jsonl").read_text().splitlines():
@@ -239,13 +241,13 @@ def workdir(rng: random.Random, directory: pathlib.Path) -> None:
         else:
             to = ("../outside/secret.png", "../outside/new", "../outside", name, "config.json")
             (directory / name).symlink_to(rng.choice(to))
-    where = records.open_workdir(str(directory))
+    where = open_workdir(str(directory))
     try:
-        records.read_config(where)
+        read_config(where)
         with WorkdirLock(where):
-            records.write_json(where / "config.json", {})
+            write_json(where / "config.json", {})
             SkippedImages(where, max_share=1.0)
-            records.MetricsLog(where, 3).close()
+            MetricsLog(where, 3).close()
     except OSError as error:  # a directory in a file's place: named, as the commands do not yet
         raise UserError(str(error)) from error
 

@@ -20,7 +20,7 @@ from music_jax.evaluate import evaluate
 from music_jax.exchange.folder_encoding import encode_folder
 from music_jax.export import export
 from music_jax.report.page import write_report
-from music_jax.workdir import places
+from music_jax.workdir.run_config import DATA_FIELDS, sign
 
 _LINKED = (
     *("report.html", "report.html.new", "knn.json", "linear_eval.json", "linear_eval.npz"),
@@ -46,7 +46,7 @@ def _made() -> tuple[pathlib.Path, pathlib.Path]:
     lines = [json.dumps({"step": i, "epoch": i / 2, "loss": 1.5}) for i in range(1, 4)]
     (directory / "run" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     with mock.patch.dict(os.environ, XDG_STATE_HOME=str(directory / "state")):
-        places.sign(config)
+        sign(config)
     return directory / "run", photos
 
 
@@ -64,7 +64,7 @@ def _open(
     shutil.copytree(made, run)
     record = json.loads((run / "config.json").read_text())
     for _ in range(rng.randrange(3)):
-        field = rng.choice(places.FIELDS)
+        field = rng.choice(DATA_FIELDS)
         part, name = field.split(".")
         record["config"][part][name] = rng.choice(
             (

@@ -12,7 +12,7 @@ from music_jax.data.loader import TrainingOrder
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.train.state import abstract_state, state_shardings
 from music_jax.train.step import make_recipe
-from music_jax.workdir import records
+from music_jax.workdir.run_config import write_config
 
 
 def small_config(**backbone):
@@ -49,5 +49,5 @@ def save_run(directory, config, step=3):
     checkpoints = Checkpoints(directory)
     checkpoints.save(step, state, TrainingOrder(100, 10, 0))
     checkpoints.close()
-    records.write_config(directory, config)
+    write_config(directory, config)
     return state

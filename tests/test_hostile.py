@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import music_jax
 from music_jax.checkpoint.integrity import find_damage, write_checksums
 from music_jax.data.crops import Crop, center_crop
 from music_jax.data.decode import decode
@@ -31,10 +32,11 @@ from music_jax.data.loader import TrainingOrder, training_batches
 from music_jax.data.png import without_texts
 from music_jax.data.sources import Source
 from music_jax.errors import MusicError, UndecodableError, UserError
-from music_jax.workdir import records
-from music_jax.workdir.json_files import parse_json
+from music_jax.workdir.directory import open_workdir
+from music_jax.workdir.files import parse_json
+from music_jax.workdir.logs import MetricsLog
 
-_PACKAGE = pathlib.Path(records.__file__).parent
+_PACKAGE = pathlib.Path(music_jax.__file__).parent
 _QUICK = sorted(set(TARGETS) - {"tfds", "checkpoint", "archives", "foreign run", "weights"})
 
 
@@ -157,13 +159,13 @@ def test_a_workdir_whose_links_lead_out_is_refused_before_anything_is_written(tm
     workdir.mkdir()
     (workdir / name).symlink_to("../elsewhere")
     with pytest.raises(UserError, match=f"{name} in the workdir is a link"):
-        records.open_workdir(str(workdir))
+        open_workdir(str(workdir))
     assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_log_whose_last_line_lacks_its_end_goes_on_with_a_new_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
-    log = records.MetricsLog(epath.Path(tmp_path), 2)
+    log = MetricsLog(epath.Path(tmp_path), 2)
     log.write({"step": 3})
     log.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()

@@ -12,8 +12,7 @@ import stat
 
 from etils import epath
 
-from music_jax.workdir.epath_corrections import BucketError, bucket_errors
-from music_jax.workdir.json_files import read_json
+from music_jax.workdir.files import BucketError, bucket_errors, read_json
 
 CHECKSUMS = "CHECKSUMS.json"
 

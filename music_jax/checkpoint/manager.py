@@ -21,8 +21,8 @@ from music_jax.data.loader import ORDER_VERSION, TrainingOrder
 from music_jax.distributed.mesh import from_main_process, is_main_process
 from music_jax.errors import UserError
 from music_jax.train.state import TrainState, state_shardings
-from music_jax.workdir.epath_corrections import check_checkpoint_path
-from music_jax.workdir.records import EventsLog
+from music_jax.workdir.directory import check_checkpoint_path
+from music_jax.workdir.logs import EventsLog
 
 _logger = logging.getLogger(__name__)
 

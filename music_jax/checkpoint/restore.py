@@ -10,7 +10,7 @@ from music_jax.checkpoint.manager import Checkpoints
 from music_jax.errors import UserError
 from music_jax.train.state import TrainState, abstract_state
 from music_jax.train.step import Recipe, make_recipe
-from music_jax.workdir import records
+from music_jax.workdir.directory import absolute_path
 
 
 def restore_run(
@@ -49,7 +49,7 @@ def restore_run(
 def _named_step(checkpoint: str, directory: epath.Path, steps: list[int]) -> int:
     name = checkpoint.rstrip("/").rpartition("/")[2]
     if "/" in checkpoint:
-        where = os.fspath(records.absolute(checkpoint.rstrip("/")).parent)
+        where = os.fspath(absolute_path(checkpoint.rstrip("/")).parent)
         own = os.fspath(directory / "checkpoints")
         if "://" not in own:
             where, own = os.path.realpath(where), os.path.realpath(own)

@@ -15,8 +15,8 @@ from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
 
 from music_jax.cli.usage import flag_help
+from music_jax.distributed.progress import printable
 from music_jax.distributed.signals import end_on_signal, ignore_signals
-from music_jax.distributed.terminal import printable
 from music_jax.errors import MusicError, StoppedError, UserError
 
 # What the extra `data` of setup.cfg brings, by the names that are imported.
@@ -149,7 +149,7 @@ def commands() -> dict[str, str]:
 
 def _is_storage_failure(error: Exception) -> bool:
     """Whether a file system is full or may not be written to, or a bucket does not answer."""
-    from music_jax.workdir.epath_corrections import BucketError
+    from music_jax.workdir.files import BucketError
 
     return isinstance(error, BucketError) or (
         isinstance(error, OSError) and error.errno in _OUT_OF_ROOM
@@ -177,10 +177,10 @@ def check_devices() -> None:
 
 
 def _prepare_jax() -> None:
-    from music_jax.distributed.mesh import check_gpu_plugins, look_for_no_absent_tpu
+    from music_jax.distributed.mesh import check_gpu_plugins, skip_absent_tpu
 
     check_gpu_plugins()
-    look_for_no_absent_tpu()
+    skip_absent_tpu()
 
 
 def _log_to_stdout() -> None:
@@ -217,7 +217,7 @@ def _has_peers() -> bool:
         return False
     from music_jax.distributed import failure_propagation
 
-    return failure_propagation.exist()
+    return failure_propagation.has_peers()
 
 
 def _end_peers(exit_code: int, message: str, *, unexpected: Exception | None = None) -> None:
@@ -227,7 +227,7 @@ def _end_peers(exit_code: int, message: str, *, unexpected: Exception | None = N
     from music_jax.distributed import failure_propagation
 
     if unexpected:  # A collective that breaks because another process failed needs no traceback.
-        cause = failure_propagation.failure_behind(unexpected)
+        cause = failure_propagation.cause_of(unexpected)
         message = cause or message
         told = printable(f"error: {cause}") if cause else traceback.format_exc()
         print(told, file=sys.stderr, flush=True)

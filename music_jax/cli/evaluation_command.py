@@ -20,11 +20,11 @@ def begin() -> tuple[str, dict[str, object]]:
     if not workdir:
         raise UserError("--workdir=DIR is missing: the directory of the run to evaluate")
     from music_jax.distributed.mesh import use_cores
-    from music_jax.workdir import records
-    from music_jax.workdir.compilation_cache import use_compilation_cache
+    from music_jax.workdir.directory import check_reachable
+    from music_jax.workdir.user_directories import use_compilation_cache
 
     cli.join_cluster()
     use_cores(batch_size=4)  # any batch is filled up, so that all devices get some of it
-    records.check_reachable(workdir)
+    check_reachable(workdir)
     use_compilation_cache()
     return workdir, dict(config_flags.get_override_values(flags.FLAGS["config"]))

@@ -11,10 +11,9 @@ from ml_collections import config_dict
 
 from music_jax.config import checks as checks
 from music_jax.config.evaluation import add_evaluation
-from music_jax.config.values import check_values, set_fields
+from music_jax.config.values import check_values, normalize_path, set_fields
 from music_jax.data.augment import ViewAugmentation
 from music_jax.errors import UserError
-from music_jax.workdir.paths import normalized
 
 # What may change between two runs of one workdir without changing what is trained.
 FREE_FIELDS = (
@@ -394,7 +393,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
             continue
         a, b = old.get(key), new.get(key)
         if name == "dataset.path" and isinstance(a, str) and isinstance(b, str):
-            a, b = normalized(a), normalized(b)
+            a, b = normalize_path(a), normalize_path(b)
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, name + ".")
         elif a != b:

@@ -1,6 +1,7 @@
 """Names, types and ranges of a config's fields, whatever the field is for."""
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -117,3 +118,14 @@ def unknown_field_message(field: str, known: Sequence[str]) -> str:
     same_ending = [name for name in known if name.rpartition(".")[2] == last]
     nearest = difflib.get_close_matches(field, same_ending or known, n=1, cutoff=0.0)
     return f"the config has no field {field!r}; the nearest known one is {nearest[0]!r}"
+
+
+def normalize_path(path: str) -> str:
+    """Returns one name for all spellings of a folder: `~` expanded, no `./`, `//` or final `/`.
+
+    Links are not resolved, a relative path stays relative, and the name of a TFDS split or the
+    address of a bucket stays as it is.
+    """
+    if not path or "://" in path:
+        return path
+    return os.path.normpath(os.path.expanduser(path))

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import config_dict
 
+from music_jax.config.values import normalize_path
 from music_jax.data import folder, packed, sources
 from music_jax.data.sources import Source
 from music_jax.errors import NotMeasurableError, UserError
-from music_jax.workdir.paths import normalized
 
 _TEST_SPLIT = "test"  # the config's default: a dataset need not have it
 _VERSION = re.compile(r"\d+\.(\d+|\*)\.(\d+|\*)")
@@ -78,7 +78,7 @@ def evaluation_sources(
             _no_test_images(config) + "; name labeled images with --config.evaluation.test=, and "
             "--config.evaluation.train= to learn from"
         )
-    if normalized(config.evaluation.train) not in ("", normalized(config.dataset.path)):
+    if normalize_path(config.evaluation.train) not in ("", normalize_path(config.dataset.path)):
         train = open_named(config, config.evaluation.train)
     else:
         train = training_source(config) if training is None else training

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from music_jax.config.values import normalize_path
 from music_jax.data.sources import Source
+from music_jax.distributed.progress import escape_surrogates
 from music_jax.errors import UndecodableError, UserError
-from music_jax.workdir.paths import escape_surrogates, normalized
 
 _logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def open_folder(path: str) -> Source:
       UserError: there is no such folder, it cannot be listed, or it holds no image.
     """
     root = os.path.abspath(os.path.expanduser(path))
-    name = escape_surrogates(normalized(path))
+    name = escape_surrogates(normalize_path(path))
     if "\0" in root or not os.path.isdir(root):
         raise UserError(f"there is no folder {name!r}")
     started = time.monotonic()

@@ -25,7 +25,7 @@ from music_jax.data.headers import Header, read_header
 from music_jax.data.memory import BatchMemory
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
-from music_jax.distributed.cores import usable_cores
+from music_jax.distributed import usable_cores
 from music_jax.errors import UndecodableError, UnusableDataError
 
 

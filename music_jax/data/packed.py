@@ -15,12 +15,14 @@ from typing import Any
 
 from etils import epath
 
+from music_jax.config.values import normalize_path
 from music_jax.data.folder import MAX_FILE_BYTES
 from music_jax.data.shards import largest_chunk
 from music_jax.data.sources import Source
+from music_jax.distributed.progress import escape_surrogates
 from music_jax.errors import UndecodableError, UserError
-from music_jax.workdir.json_files import read_json
-from music_jax.workdir.paths import check_utf8, escape_surrogates, normalized
+from music_jax.workdir.directory import check_utf8
+from music_jax.workdir.files import read_json
 
 INDEX_FILE = "index.json"
 FORMAT = "music_jax packed images, version 1"
@@ -95,7 +97,7 @@ def open_packed(path: str) -> Source:
         return json.dumps([*said, stamps] if times else said).encode()
 
     return Source(
-        name=escape_surrogates(normalized(path)),
+        name=escape_surrogates(normalize_path(path)),
         records=records,
         image_key="image",
         label_key="label",

@@ -18,13 +18,10 @@ from music_jax.data.headers import read_header
 from music_jax.data.packed import FORMAT, INDEX_FILE, encode_record, read_index
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
-from music_jax.distributed import progress
-from music_jax.distributed.cores import usable_cores
+from music_jax.distributed import progress, usable_cores
 from music_jax.errors import UndecodableError, UserError
-from music_jax.workdir.json_files import read_json
-from music_jax.workdir.new_file import PREFIX, new_path
-from music_jax.workdir.paths import check_utf8
-from music_jax.workdir.records import write_json
+from music_jax.workdir.directory import check_utf8
+from music_jax.workdir.files import PREFIX, new_path, read_json, write_json
 
 _logger = logging.getLogger(__name__)
 

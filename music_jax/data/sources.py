@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from ml_collections import config_dict
 
-import music_jax.workdir.epath_corrections  # noqa: F401  (corrects the paths that TFDS uses)
+import music_jax.workdir.files  # noqa: F401  (corrects the paths that TFDS uses)
 from music_jax.data.host_tensorflow import import_tensorflow
 from music_jax.distributed import progress
 from music_jax.errors import UndecodableError, UserError

@@ -14,11 +14,14 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from music_jax.distributed.mesh import is_main_process
-from music_jax.workdir.epath_corrections import bucket_errors
-from music_jax.workdir.json_files import check_is_file, read_json
-from music_jax.workdir.new_file import new_file
-from music_jax.workdir.npz_files import read_npy
-from music_jax.workdir.records import write_json
+from music_jax.workdir.files import (
+    bucket_errors,
+    check_is_file,
+    new_file,
+    read_json,
+    read_npy,
+    write_json,
+)
 
 _logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import numpy as np
 from music_jax.data.sources import Source
 from music_jax.distributed import progress
 from music_jax.errors import UndecodableError, UserError
-from music_jax.workdir.json_files import decode_text
+from music_jax.workdir.files import decode_text
 
 _logger = logging.getLogger(__name__)
 

@@ -6,12 +6,19 @@ from ml_collections import config_dict
 from music_jax.checkpoint.restore import restore_run
 from music_jax.config import FREE_FIELDS, from_json, is_free, validate
 from music_jax.data import datasets
-from music_jax.data.skipped import SkippedImages, UnlistedImages
+from music_jax.data.skipped import SkippedImages, UnlistedImages, open_skipped
 from music_jax.data.sources import Source
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import NotMeasurableError, UserError
 from music_jax.evaluation.run import Run
-from music_jax.workdir import places, records
+from music_jax.workdir.directory import find_workdir, open_workdir
+from music_jax.workdir.run_config import (
+    DATA_FIELDS,
+    exclude_foreign_data,
+    is_signed,
+    read_config,
+    read_signature,
+)
 
 # Images for a run none of whose own are read.
 _NO_IMAGES = Source("no images", (), "image", "label", 0)
@@ -46,25 +53,25 @@ def open_run(
 
     Raises:
       UserError: there is no such run or checkpoint, an override would change what was trained, or
-        the images are in a place that only the run's files name; see `music_jax.workdir.places`.
+        the images are in a place that only the run's files name; see `workdir.run_config`.
     """
     given = overrides or {}
-    directory = records.find_workdir(workdir)
-    saved = records.read_config(directory)
+    directory = find_workdir(workdir)
+    saved = read_config(directory)
     if saved is None:  # it was there a moment ago
         raise UserError(f"{workdir} holds no run: it has no config.json")
     config = from_json(saved)
-    own = places.is_signed(config, records.read_signature(directory))
+    own = is_signed(config, read_signature(directory))
     _apply(config, given)
     validate(config)
     if not own:
-        places.leave_out_foreign(config, given, workdir, labels=labels, images=images)
+        exclude_foreign_data(config, given, workdir, labels=labels, images=images)
     if read_only:
         results = directory
         skipped: SkippedImages = UnlistedImages(directory, max_share=1.0)
     else:
         results = _open_output(workdir, output)
-        skipped = records.open_skipped(results, config)
+        skipped = open_skipped(results, config)
     sources, why_not, found = None, "", _NO_IMAGES
     if images:
         datasets.prepare(config, given)
@@ -94,9 +101,9 @@ def open_run(
 
 def _open_output(workdir: str, output: str | None) -> epath.Path:
     if output is not None:
-        return records.open_workdir(output)
+        return open_workdir(output)
     try:
-        return records.open_workdir(workdir, create=False)
+        return open_workdir(workdir, create=False)
     except UserError as error:
         raise UserError(
             f"{error}; or name another place for the results with --output=DIR"
@@ -111,9 +118,9 @@ def _apply(config: config_dict.ConfigDict, overrides: dict[str, object]) -> None
                     f"config.dataset.path belongs to a training on a folder; this one was on "
                     f"{config.dataset.name}, whose place is config.dataset.data_dir"
                 )
-        elif not is_free(field) and field not in places.FIELDS:
+        elif not is_free(field) and field not in DATA_FIELDS:
             raise UserError(
                 f"config.{field} belongs to the training, which is over; what can change is "
-                f"{', '.join((*places.FIELDS[:2], *FREE_FIELDS))}"
+                f"{', '.join((*DATA_FIELDS[:2], *FREE_FIELDS))}"
             )
         config.update_from_flattened_dict({field: value})

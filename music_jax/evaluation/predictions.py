@@ -7,8 +7,7 @@ import numpy as np
 from etils import epath
 
 from music_jax.distributed.mesh import is_main_process
-from music_jax.workdir.new_file import new_file
-from music_jax.workdir.npz_files import read_npz
+from music_jax.workdir.files import new_file, read_npz
 
 _logger = logging.getLogger(__name__)
 

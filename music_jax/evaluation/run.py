@@ -30,7 +30,7 @@ from music_jax.evaluation.features import (
 )
 from music_jax.models.network import INIT_COMPILER_OPTIONS, Network, init_network
 from music_jax.objectives import segment_probabilities
-from music_jax.workdir.records import as_json
+from music_jax.workdir.run_config import as_json
 
 _PROBABILITIES_AT_ONCE = 4096  # samples
 

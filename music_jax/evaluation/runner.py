@@ -11,6 +11,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
+from music_jax.config.values import normalize_path
 from music_jax.data.datasets import EvaluationSources
 from music_jax.data.skipped import SkippedImages
 from music_jax.distributed.mesh import from_main_process, is_main_process
@@ -20,9 +21,8 @@ from music_jax.evaluation.run import Run, agreed_fingerprint
 from music_jax.evaluation.tables import results_table, say_without_label, summary_table
 from music_jax.evaluation.transfer import on_dataset, transfer
 from music_jax.models.network import Network
-from music_jax.workdir.json_files import read_json
-from music_jax.workdir.paths import normalized
-from music_jax.workdir.records import as_json, write_json
+from music_jax.workdir.files import read_json, write_json
+from music_jax.workdir.run_config import as_json
 
 _logger = logging.getLogger(__name__)
 
@@ -185,9 +185,9 @@ def envelope(name: str, config: config_dict.ConfigDict, step: int) -> Figures:
     """What the figures of a protocol depend on: protocol, data, hyper-parameters, step and seed."""
     everything = as_json(config)
     dataset, evaluation = config.dataset, everything["evaluation"]
-    own = normalized(dataset.path) or f"{dataset.name}:{dataset.train_split}"
-    train = normalized(evaluation.pop("train")) or own
-    test = normalized(evaluation.pop("test")) or (
+    own = normalize_path(dataset.path) or f"{dataset.name}:{dataset.train_split}"
+    train = normalize_path(evaluation.pop("train")) or own
+    test = normalize_path(evaluation.pop("test")) or (
         f"{dataset.name}:{dataset.test_split}" if dataset.test_split and not dataset.path else None
     )
     return {

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from music_jax.data.augment import normalize_images
-from music_jax.distributed.cores import usable_cores
+from music_jax.distributed import usable_cores
 from music_jax.distributed.mesh import make_data_mesh, to_devices
 from music_jax.errors import UndecodableError, UserError
 from music_jax.exchange.trained import TrainedBackbone, read_trained

@@ -17,9 +17,7 @@ from music_jax.distributed import progress
 from music_jax.errors import UndecodableError, UnusableDataError, UserError
 from music_jax.exchange.encoder import Encoder, ahead
 from music_jax.exchange.extras import needs
-from music_jax.workdir.json_files import parse_json, read_json
-from music_jax.workdir.new_file import new_file, write_new
-from music_jax.workdir.npz_files import read_npz
+from music_jax.workdir.files import new_file, parse_json, read_json, read_npz, write_new
 
 _logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from music_jax.exchange.encoder import encode_crops
 from music_jax.exchange.onnx_graph import onnx_model
 from music_jax.exchange.tensors import Tensors, safetensors_bytes
 from music_jax.exchange.trained import METADATA_KEY, TrainedBackbone
-from music_jax.workdir.epath_corrections import check_checkpoint_path
-from music_jax.workdir.new_file import new_path
+from music_jax.workdir.directory import check_checkpoint_path
+from music_jax.workdir.files import new_path
 
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 

@@ -27,7 +27,9 @@ from music_jax.models.vision_transformer import EPSILON as LAYER_NORM_EPSILON
 from music_jax.train.guards import init_guard_state
 from music_jax.train.state import TrainState, abstract_state, state_shardings
 from music_jax.train.step import make_recipe
-from music_jax.workdir import records
+from music_jax.workdir.directory import open_workdir
+from music_jax.workdir.files import write_json
+from music_jax.workdir.run_config import read_config, write_config
 
 # MoCo v3's vision transformers have 12 heads at any width, and its files these prefixes.
 _MOCO_V3 = re.compile(r"(.*\.)?(base|momentum)_encoder\.")
@@ -86,8 +88,8 @@ def import_weights(
     config.backbone.num_heads = _num_heads(config, prefix, weights)
     imported = Imported(config, _assumed(config), _left_out(config, found, tensors, prefix))
 
-    directory = records.open_workdir(workdir)
-    if records.read_config(directory) is not None or (directory / "checkpoints").exists():
+    directory = open_workdir(workdir)
+    if read_config(directory) is not None or (directory / "checkpoints").exists():
         raise UserError(f"{workdir} holds a run already; name another --workdir, or remove it")
     state = _state(config, ours)
     order = TrainingOrder(config.batch_size, config.batch_size, config.seed)
@@ -97,7 +99,7 @@ def import_weights(
         checkpoints.wait()
     finally:
         checkpoints.close()
-    records.write_json(
+    write_json(
         directory / IMPORTED_FILE,
         {
             "file": source.name,
@@ -107,7 +109,7 @@ def import_weights(
             "left_out": imported.left_out,
         },
     )
-    records.write_config(directory, config)
+    write_config(directory, config)
     return imported
 
 

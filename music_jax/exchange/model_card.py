@@ -13,7 +13,7 @@ from music_jax.data.augment import ViewAugmentation
 from music_jax.exchange.formats import FORMATS, preprocessing
 from music_jax.exchange.trained import TrainedBackbone
 from music_jax.version import __version__
-from music_jax.workdir.json_files import read_json
+from music_jax.workdir.files import read_json
 
 IMPORTED_FILE = "imported.json"  # in a workdir whose weights come from elsewhere
 

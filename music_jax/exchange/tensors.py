@@ -9,7 +9,7 @@ from ml_dtypes import bfloat16
 
 from music_jax.errors import UserError
 from music_jax.exchange.extras import needs
-from music_jax.workdir.json_files import check_is_file
+from music_jax.workdir.files import check_is_file
 
 Tensors = dict[str, np.ndarray]
 

@@ -14,7 +14,7 @@ from music_jax.errors import UserError
 from music_jax.exchange import torch_names
 from music_jax.exchange.tensors import Tensors, by_name, check_shapes, read_safetensors
 from music_jax.models.network import FrozenBackbone, Network, make_frozen_backbone
-from music_jax.workdir.json_files import parse_json
+from music_jax.workdir.files import parse_json
 
 METADATA_KEY = "music_jax"  # where a safetensors file's metadata says what it holds
 
@@ -98,10 +98,11 @@ def read_trained(path: str, *, checkpoint: str | None = None) -> TrainedBackbone
 def _read_run(path: str, checkpoint: str | None) -> TrainedBackbone:
     from music_jax.checkpoint.restore import restore_run
     from music_jax.distributed.mesh import make_data_mesh
-    from music_jax.workdir import records
+    from music_jax.workdir.directory import absolute_path
+    from music_jax.workdir.run_config import read_config
 
-    where = records.absolute(path)
-    saved = records.read_config(where)
+    where = absolute_path(path)
+    saved = read_config(where)
     if saved is None:
         raise UserError(f"{path} holds no run: it has no config.json")
     config = _in_float32(from_json(saved))

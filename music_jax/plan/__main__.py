@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from music_jax import cli
-from music_jax.distributed.cores import usable_cores
+from music_jax.distributed import usable_cores
 from music_jax.errors import UserError
 from music_jax.plan.chips import ATTACHED, CHIPS, attached_topology, chip_of
 from music_jax.plan.gpus import check_plugin

@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from music_jax.workdir.new_file import write_new
+from music_jax.workdir.files import write_new
 from music_jax.workdir.user_directories import cache_directory
 
 _logger = logging.getLogger(__name__)

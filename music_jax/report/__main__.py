@@ -52,7 +52,7 @@ def main() -> None:
     from music_jax.distributed.mesh import use_cores
     from music_jax.report.page import write_report
     from music_jax.report.reading import check_workdirs
-    from music_jax.workdir.compilation_cache import use_compilation_cache
+    from music_jax.workdir.user_directories import use_compilation_cache
 
     check_workdirs(workdirs)
     use_cores(batch_size=4)  # any batch is filled up

@@ -15,13 +15,13 @@ import markupsafe
 import plotly.offline
 from etils import epath
 
+from music_jax.distributed.progress import escape_surrogates
 from music_jax.errors import UserError
 from music_jax.report import curves, overview
 from music_jax.report.gathering import Shown, gather, payload
 from music_jax.report.reading import Recorded, read_workdirs
 from music_jax.version import __version__
-from music_jax.workdir.new_file import check_writable, write_new
-from music_jax.workdir.paths import escape_surrogates
+from music_jax.workdir.files import check_writable, write_new
 
 LARGEST = 9_500_000  # bytes of a report
 

@@ -15,8 +15,9 @@ from etils import epath
 from music_jax.errors import UserError
 from music_jax.evaluation.predictions import Predictions, read_predictions
 from music_jax.evaluation.runner import read_all
-from music_jax.workdir import records
-from music_jax.workdir.json_files import parse_json, read_json, read_text
+from music_jax.workdir.directory import find_workdir
+from music_jax.workdir.files import parse_json, read_json, read_text
+from music_jax.workdir.run_config import read_config
 
 Record = dict[str, Any]
 
@@ -106,7 +107,7 @@ def check_workdirs(paths: list[str]) -> list[epath.Path]:
     """Finds workdirs; errors as `read_workdirs`."""
     where: list[epath.Path] = []
     for path in paths:
-        directory = records.find_workdir(path)
+        directory = find_workdir(path)
         if directory in where:
             raise UserError(f"the workdir {path} is named twice in --workdir")
         where.append(directory)
@@ -124,7 +125,7 @@ def _short_names(paths: list[str]) -> list[str]:
 
 
 def _read(directory: epath.Path, name: str) -> Recorded:
-    config = records.read_config(directory)
+    config = read_config(directory)
     if config is None:  # it was there a moment ago
         raise UserError(f"{directory} holds no run: it has no config.json")
     about = read_json(directory / "config.json")

@@ -16,8 +16,7 @@ from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed.mesh import local_positions, to_devices
 from music_jax.errors import UserError
-from music_jax.workdir.json_files import read_json
-from music_jax.workdir.records import write_json
+from music_jax.workdir.files import read_json, write_json
 
 _BATCHES_AHEAD = 2  # on their way to the devices while a step runs
 

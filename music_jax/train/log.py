@@ -11,7 +11,7 @@ from music_jax.distributed import progress
 from music_jax.train import guards
 from music_jax.train.input import TrainingInput
 from music_jax.train.writers import Writers
-from music_jax.workdir import records
+from music_jax.workdir.logs import MetricsLog
 
 
 class Log:
@@ -41,7 +41,7 @@ class Log:
         self._batch_size = config.batch_size
         self._writers = writers
         writers.start(start_step)
-        self._file = records.MetricsLog(
+        self._file = MetricsLog(
             directory, start_step, ignore_failures=config.checkpoint.ignore_failed_saves
         )
         self._bar = progress.bar(

@@ -16,6 +16,7 @@ from music_jax.checkpoint.manager import Checkpoints
 from music_jax.data import datasets
 from music_jax.data.datasets import EvaluationSources
 from music_jax.data.loader import TrainingOrder
+from music_jax.data.skipped import join_skipped, open_skipped, report_skipped
 from music_jax.data.sources import Source
 from music_jax.distributed import progress
 from music_jax.distributed.mesh import (
@@ -24,7 +25,7 @@ from music_jax.distributed.mesh import (
     is_main_process,
     make_data_mesh,
     shares_cores,
-    use_repeatable_gpu_operations,
+    use_deterministic_gpu_operations,
 )
 from music_jax.distributed.signals import Stop
 from music_jax.errors import NotMeasurableError, StoppedError, UserError
@@ -42,8 +43,9 @@ from music_jax.train.recovery import Recovery, TrainingFailedError, TrainingFail
 from music_jax.train.state import TrainState, abstract_state, init_state
 from music_jax.train.step import StepFunction, compile_skip, compile_step, make_recipe
 from music_jax.train.writers import Writers
-from music_jax.workdir import records
-from music_jax.workdir.lock import WorkdirLock
+from music_jax.workdir.directory import WorkdirLock, open_workdir
+from music_jax.workdir.logs import EventsLog
+from music_jax.workdir.run_config import check_same_run, write_config
 
 _logger = logging.getLogger(__name__)
 
@@ -74,11 +76,11 @@ def train_and_evaluate(
     """
     config_lib.validate(config)
     if config.deterministic:
-        use_repeatable_gpu_operations()
+        use_deterministic_gpu_operations()
     mesh = make_data_mesh(fsdp=config.sharding.fsdp)
     check_divisible(config.batch_size, config.accumulation_steps, mesh)
-    directory = records.open_workdir(workdir)
-    records.check_same_run(directory, config)
+    directory = open_workdir(workdir)
+    check_same_run(directory, config)
     lock = WorkdirLock(directory) if is_main_process() else contextlib.nullcontext()
     with lock, Writers(config, directory) as writers:
         return _train_and_evaluate(config, directory, mesh, writers, profile_steps, stop or Stop())
@@ -109,14 +111,14 @@ def _train_and_evaluate(
     num_steps = config.num_epochs * order.steps_per_epoch
     profile = Profile(directory / "profile", profile_steps, num_steps)
     if is_main_process():
-        records.write_config(directory, config)
+        write_config(directory, config)
 
-    skipped = records.open_skipped(directory, config)
+    skipped = open_skipped(directory, config)
     skipped.check(source)  # fails now, if an earlier run ended so
     recipe = make_recipe(config, order.steps_per_epoch)
     shapes = abstract_state(config, recipe.optimizer)
     training = TrainingInput(config, source, order, mesh, skipped)
-    events = records.EventsLog(directory)
+    events = EventsLog(directory)
     recovery = Recovery(config, directory, training, events)
     checkpoints = Checkpoints(
         directory,
@@ -177,10 +179,10 @@ def _train_and_evaluate(
         finally:
             events.close()
 
-    records.join_skipped(skipped, source)
+    join_skipped(skipped, source)
     if probed is None:
         _logger.info(f"not probed: {why_not}")
-        records.report_skipped(skipped)
+        report_skipped(skipped)
         return state
     evaluate(
         config,
@@ -196,7 +198,7 @@ def _train_and_evaluate(
     if is_main_process() and (results := read_results(config, directory, num_steps)):
         progress.log_lines(_logger, results_table(results))
         writers.scalars(num_steps, {f"{name}_top1": r["top1"] for name, r in results.items()})
-    records.report_skipped(skipped)
+    report_skipped(skipped)
     return state
 
 
@@ -221,7 +223,7 @@ class _Run:
     training: TrainingInput
     checkpoints: Checkpoints
     recovery: Recovery
-    events: records.EventsLog
+    events: EventsLog
     step_function: StepFunction
     skip: Any
     checks: CorruptionChecks

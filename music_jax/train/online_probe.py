@@ -27,9 +27,7 @@ from music_jax.distributed.mesh import is_main_process, shares_cores
 from music_jax.errors import UserError
 from music_jax.evaluation.features import Placing, normalize
 from music_jax.models.network import Network, Tree
-from music_jax.workdir.epath_corrections import bucket_errors
-from music_jax.workdir.new_file import new_file
-from music_jax.workdir.npz_files import read_npz
+from music_jax.workdir.files import bucket_errors, new_file, read_npz
 
 _logger = logging.getLogger(__name__)
 

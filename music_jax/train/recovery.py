@@ -14,9 +14,8 @@ from music_jax.distributed.mesh import from_main_process, is_main_process
 from music_jax.errors import CorruptedError, DivergedError, UserError
 from music_jax.train.guards import Trip
 from music_jax.train.input import TrainingInput
-from music_jax.workdir import records
-from music_jax.workdir.json_files import read_json
-from music_jax.workdir.new_file import new_file
+from music_jax.workdir.files import new_file, read_json, write_json
+from music_jax.workdir.logs import EventsLog
 
 _logger = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ class Recovery:
         config: config_dict.ConfigDict,
         directory: epath.Path,
         training: TrainingInput,
-        events: records.EventsLog,
+        events: EventsLog,
     ):
         """Reads the list.
 
@@ -118,7 +117,7 @@ class Recovery:
         self._rewinds.append(rewind)
         self.skipped.update(steps)
         if is_main_process():
-            records.write_json(self._directory / _FILE, {"rewinds": self._rewinds})
+            write_json(self._directory / _FILE, {"rewinds": self._rewinds})
         to_step = checkpoints.latest_step() or 0
         self._events.write("rewound", step=failure.step, to_step=to_step, skipped=steps)
         _logger.info(

@@ -17,9 +17,8 @@ from ml_collections import config_dict
 from music_jax.data.host_tensorflow import import_tensorflow
 from music_jax.distributed.mesh import is_main_process
 from music_jax.errors import UserError
-from music_jax.workdir import records
-from music_jax.workdir.json_files import read_json
-from music_jax.workdir.new_file import new_path
+from music_jax.workdir.files import new_path, read_json, write_json
+from music_jax.workdir.run_config import as_json
 
 _logger = logging.getLogger(__name__)
 
@@ -225,7 +224,7 @@ class WeightsAndBiases:
                 resume="allow",
                 name=self._directory.name,
                 dir=os.fspath(self._directory) if here else None,
-                config=records.as_json(self._config),
+                config=as_json(self._config),
             )
         except Exception as error:  # whatever wandb raises
             raise UserError(
@@ -262,7 +261,7 @@ class WeightsAndBiases:
             except (OSError, ValueError, KeyError, TypeError) as error:
                 _logger.info(f"a new run at Weights & Biases, as {path} is damaged: {error}")
         new = uuid.uuid4().hex[:8]
-        records.write_json(path, {"id": new})
+        write_json(path, {"id": new})
         return new
 
 

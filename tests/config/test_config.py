@@ -10,7 +10,7 @@ from music_jax.config import default_config, differences, from_file, from_json, 
 from music_jax.config.values import field_names
 from music_jax.errors import UserError
 from music_jax.models.network import make_network
-from music_jax.workdir.records import as_json
+from music_jax.workdir.run_config import as_json
 
 _CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
 

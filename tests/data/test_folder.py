@@ -18,7 +18,7 @@ from music_jax.errors import (
     UndecodableError,
     UserError,
 )
-from music_jax.workdir.records import as_json
+from music_jax.workdir.run_config import as_json
 
 
 def _write(path, value=7):

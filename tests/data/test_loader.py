@@ -20,7 +20,7 @@ from music_jax.data.decode import decode
 from music_jax.data.loader import TrainingOrder, evaluation_batches, training_batches
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
-from music_jax.distributed.cores import usable_cores
+from music_jax.distributed import usable_cores
 from music_jax.errors import UnusableDataError
 
 _WHOLE = Crop(size=8, scale=(1.0, 1.0), aspect_ratio=(1.0, 1.0))

@@ -23,7 +23,7 @@ from music_jax.evaluation.load_run import _apply
 from music_jax.evaluation.run import Run
 from music_jax.evaluation.runner import PROTOCOLS, envelope, measure
 from music_jax.evaluation.transfer import on_dataset
-from music_jax.workdir.records import write_json
+from music_jax.workdir.files import write_json
 
 
 def _folder(path, *, classes=("a", "b"), images=2):

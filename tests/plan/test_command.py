@@ -80,8 +80,8 @@ def test_an_interrupted_plan_ends_at_once_with_all_its_processes():
 
 def test_libtpu_beside_it_does_not_make_another_command_look_for_a_tpu():
     start = (
-        "import jax; from music_jax.distributed.mesh import look_for_no_absent_tpu;"
-        "look_for_no_absent_tpu(); print(jax.devices()[0].platform)"
+        "import jax; from music_jax.distributed.mesh import skip_absent_tpu;"
+        "skip_absent_tpu(); print(jax.devices()[0].platform)"
     )
     unset = {
         name: value

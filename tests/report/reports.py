@@ -12,7 +12,7 @@ from music_jax.report import measures
 from music_jax.report.gathering import Shown
 from music_jax.report.images import Seen
 from music_jax.report.reading import read_workdirs
-from music_jax.workdir.records import as_json
+from music_jax.workdir.run_config import as_json
 
 HOSTILE = "</script><script>window.hacked=1;alert(1)</script>"
 # Names of metrics that mean something to the page's scripts, to Plotly or to JavaScript, and some

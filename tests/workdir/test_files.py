@@ -24,8 +24,7 @@ from music_jax.evaluation.cache import ArrayCache, Expected
 from music_jax.evaluation.predictions import Predictions, read_predictions, write_predictions
 from music_jax.exchange.folder_encoding import encode_folder
 from music_jax.export import export
-from music_jax.workdir.appending import open_to_append
-from music_jax.workdir.new_file import new_file, new_path, write_new
+from music_jax.workdir.files import new_file, new_path, write_new
 
 
 def test_the_content_is_there_with_the_usual_permissions(tmp_path):
@@ -109,22 +108,6 @@ def outside(tmp_path):
     assert (tmp_path / "outside" / "file").read_text() == "precious"
 
 
-def test_a_log_is_not_added_to_through_a_link(outside, tmp_path):
-    path = epath.Path(tmp_path / "run" / "events.jsonl")
-    os.symlink(outside, path)
-    with pytest.raises(UserError, match="is a link"):
-        open_to_append(path)
-    path.unlink()
-    log = open_to_append(path)
-    os.symlink(outside, path)  # made since
-    log.write("line\n")
-    with pytest.raises(OSError, match="symbolic links"):
-        log.flush()
-    path.unlink()
-    log.close()
-    assert path.read_text() == "line\n"
-
-
 def test_skipped_images_are_not_listed_through_a_link(outside, tmp_path):
     source = Source("photos", range(9), "image", "label", 0)
     os.symlink(outside, tmp_path / "run" / "skipped.jsonl")
@@ -134,21 +117,6 @@ def test_skipped_images_are_not_listed_through_a_link(outside, tmp_path):
     os.remove(tmp_path / "run" / "skipped.jsonl")
     UnlistedImages(epath.Path(tmp_path / "run"), max_share=1.0).add(source, 3, "cut off")
     assert not os.listdir(tmp_path / "run")
-
-
-def test_a_log_of_two_names_grows_under_one(outside, tmp_path):
-    path = epath.Path(tmp_path / "run" / "events.jsonl")
-    os.link(outside, path)
-    log = open_to_append(path)
-    log.write(" line\n")
-    log.close()
-    assert path.read_text() == "precious line\n"
-
-
-def test_a_pipe_is_no_log(tmp_path):
-    os.mkfifo(tmp_path / "events.jsonl")
-    with pytest.raises(UserError, match="or no file"):
-        open_to_append(epath.Path(tmp_path / "events.jsonl"))
 
 
 def test_cached_arrays_are_not_written_through_links(outside, tmp_path, capsys):

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from music_jax.workdir.json_files import parse_json, read_json, read_text
-from music_jax.workdir.npz_files import read_npy, read_npz
+from music_jax.workdir.files import parse_json, read_json, read_npy, read_npz, read_text
 
 
 def test_deep_json_is_refused_and_brackets_in_texts_are_not():
@@ -113,7 +112,7 @@ def _npy():
 )
 def test_a_damaged_npz_file_is_a_value_error(content, tmp_path):
     (tmp_path / "a.npz").write_bytes(content)
-    with pytest.raises(ValueError, match=r"it is no whole \.npz file: ."):
+    with pytest.raises(ValueError, match=r"it is not a valid \.npz file: ."):
         read_npz(tmp_path / "a.npz")
 
 
@@ -143,7 +142,7 @@ def test_arrays_that_are_not_what_they_say_take_no_memory(content, compression, 
     with zipfile.ZipFile(tmp_path / "a.npz", "w", compression) as archive:
         archive.writestr("a.npy", content)
     tracemalloc.start()
-    with pytest.raises(ValueError, match=r"it is no whole \.npz file: ."):
+    with pytest.raises(ValueError, match=r"it is not a valid \.npz file: ."):
         read_npz(tmp_path / "a.npz")
     assert tracemalloc.get_traced_memory()[1] < 5e6
     tracemalloc.stop()

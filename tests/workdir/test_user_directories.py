@@ -7,16 +7,19 @@ import sys
 import jax
 import pytest
 
-from music_jax.workdir.compilation_cache import use_compilation_cache
+from music_jax.workdir import user_directories
+from music_jax.workdir.user_directories import use_compilation_cache
 from tests.processes import ROOT
 
 # Compiles one program, and says what it gave and how often the cache had it.
 _PROGRAM = """
 import collections
 import jax, numpy as np
-from music_jax.workdir import compilation_cache
-compilation_cache._MIN_COMPILE_SECONDS = 0.0
-compilation_cache.use_compilation_cache()
+from music_jax.distributed.progress import log_to_stdout
+from music_jax.workdir import user_directories
+log_to_stdout()
+user_directories._MIN_COMPILE_SECONDS = 0.0
+user_directories.use_compilation_cache()
 events = collections.Counter()
 jax.monitoring.register_event_listener(lambda name, **_: events.update([name.split("/")[-1]]))
 
@@ -62,7 +65,7 @@ def test_a_damaged_file_is_told_of_once_and_replaced(cached):
         said, value, counts = _run()
         assert (value, counts) == ("83.0", (0, 1))
         assert len(said) == 1
-        assert "compiled failed: compiling anew" in said[0]
+        assert "compiled failed: compiling again" in said[0]
         assert _run() == ([], "83.0", (1, 0))
 
 
@@ -72,7 +75,8 @@ def test_a_directory_that_others_can_write_to_is_not_used(own_compilation_cache)
     said, value, counts = _run()
     assert (value, counts) == ("83.0", (0, 0))
     assert said == [
-        f"not keeping what is compiled: others can write to {own_compilation_cache}; chmod go-w "
+        f"compiled programs are not cached: others can write to {own_compilation_cache}; "
+        "chmod go-w "
         f"{own_compilation_cache}"
     ]
     assert not list(own_compilation_cache.iterdir())
@@ -83,7 +87,7 @@ def test_a_cache_that_cannot_be_made_harms_nothing(own_compilation_cache):
     said, value, counts = _run()
     assert (value, counts) == ("83.0", (0, 0))
     assert len(said) == 1
-    assert "not keeping what is compiled" in said[0]
+    assert "compiled programs are not cached" in said[0]
 
 
 def test_processes_of_one_run_keep_nothing_of_their_own(own_compilation_cache, monkeypatch):
@@ -99,3 +103,14 @@ def test_the_users_own_choice_stays(own_compilation_cache, tmp_path):
     _run(JAX_COMPILATION_CACHE_DIR=str(own))
     assert own.is_dir()
     assert not own_compilation_cache.exists()
+
+
+def test_the_oldest_programs_are_removed_beyond_the_limit(own_compilation_cache, monkeypatch):
+    own_compilation_cache.mkdir(parents=True, mode=0o700)
+    for age in range(4):
+        path = own_compilation_cache / f"{age}-cache"
+        path.write_bytes(bytes(100))
+        os.utime(path, (1e9 - age, 1e9 - age))
+    monkeypatch.setattr(user_directories, "_MAX_CACHE_BYTES", 250)
+    user_directories._remove_oldest(own_compilation_cache)
+    assert sorted(os.listdir(own_compilation_cache)) == ["0-cache", "1-cache"]
