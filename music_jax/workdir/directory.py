@@ -103,18 +103,12 @@ def check_reachable(path: str) -> None:
     """
     if not in_bucket(path):
         return
-    bucket = absolute_path(path)
     try:
-        bucket.exists()
-    except ImportError as error:
-        raise UserError(
-            f"cannot reach the workdir {path}: {error}; buckets need one more package: pip install "
-            "gcsfs for gs://, s3fs for s3://"
-        ) from error
-    except Exception as error:  # a bucket's client may raise anything
-        raise UserError(
-            f"cannot reach the workdir {path}: {' '.join(str(error).split())[:300]}"
-        ) from error
+        absolute_path(path).exists()
+    except (ImportError, OSError) as error:
+        missing = "; buckets need one more package: pip install gcsfs for gs://, s3fs for s3://"
+        todo = missing if isinstance(error, ImportError) else ""
+        raise UserError(f"cannot reach the workdir {path}: {error}{todo}") from error
 
 
 def check_checkpoint_path(path: epath.Path) -> None:

@@ -9,7 +9,6 @@ import math
 import os
 import stat
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -72,7 +71,7 @@ class Appender:
         self._pending = ""
 
     def close(self) -> None:
-        """Makes the text visible to others; raises as `flush` does."""
+        """Makes the text visible to others; more may be written later. Raises as `flush` does."""
         self.flush(now=True)
 
 
@@ -97,10 +96,6 @@ class _BucketAppender(Appender):
         self._uploaded, ended = len(self._text), time.monotonic()
         pause = max(_SECONDS_BETWEEN_UPLOADS, (ended - started) / _MAX_UPLOAD_SHARE)
         self._next_upload = ended + pause
-
-    def close(self) -> None:
-        self.flush(now=True)
-        atexit.unregister(self.close)
 
 
 def open_to_append(path: epath.Path) -> Appender:
@@ -134,26 +129,20 @@ class _JsonLines:
 
     def flush(self, *, now: bool = False) -> None:
         """Makes the lines visible to others; in a bucket some seconds later, or `now`."""
-        if self._file is not None:
-            with self._failures():
-                self._file.flush(now=now)
-
-    def close(self) -> None:
-        """Makes all lines visible to others."""
-        if self._file is not None:
-            with self._failures():
-                self._file.close()
-
-    @contextlib.contextmanager
-    def _failures(self) -> Iterator[None]:
+        if self._file is None:
+            return
         try:
-            yield
+            self._file.flush(now=now)
         except OSError as error:
             if not self._ignore_failures:
                 raise
             if not self._has_failed:
                 self._has_failed = True
                 _logger.warning(f"{self._name} is behind: {error}")
+
+    def close(self) -> None:
+        """Makes all lines visible to others; more may be added later."""
+        self.flush(now=True)
 
 
 class MetricsLog(_JsonLines):

@@ -101,13 +101,13 @@ def _condense_warnings(directory: pathlib.Path) -> None:
             original(message, *context, **options)
             return
         action, program = failed.groups()
-        if action == "reading":  # JAX does not overwrite an existing file
-            for damaged in directory.glob(f"{program}-*"):
+        consequence = "compiled programs are not cached"
+        if action == "reading":
+            consequence = "compiling again"
+            for damaged in directory.glob(f"{program}-*"):  # which JAX does not overwrite
                 damaged.unlink(missing_ok=True)
         if action not in warned:
             warned.add(action)
-            reading = action == "reading"
-            consequence = "compiling again" if reading else "compiled programs are not cached"
             reason = " ".join(str(message).split())[:200]
             _logger.warning(f"{action} {directory} failed: {consequence}. {reason}")
 

@@ -99,7 +99,7 @@ def test_two_processes_train_as_one(alone, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_or_to_both_stops_both_and_both_go_on(alone, data, tmp_path):
+def test_a_signal_to_one_or_both_processes_stops_both_and_both_resume(alone, data, tmp_path):
     workdir = tmp_path / "run"
     last = 0
     for told, number, signaled in (
@@ -129,7 +129,7 @@ def test_a_signal_to_one_or_to_both_stops_both_and_both_go_on(alone, data, tmp_p
     np.testing.assert_allclose(found, expected[:last], rtol=1e-5)
 
 
-def test_wrong_input_seen_by_one_process_ends_both_with_its_code(data, tmp_path):
+def test_an_error_of_one_process_ends_both_with_its_exit_code(data, tmp_path):
     # Only the main process prepares the dataset; the other waits for it.
     wrong = "--config.dataset.name=digitz"
     processes = start_two(_flags, *_RUN, data, wrong, f"--workdir={tmp_path / 'run'}")
@@ -151,7 +151,7 @@ def test_several_processes_that_cannot_find_each_other_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_when_one_is_killed_the_other_says_so_and_ends(data, tmp_path):
+def test_when_one_process_is_killed_the_other_says_so_and_ends(data, tmp_path):
     workdir = tmp_path / "run"
     first, second = processes = start_two(_flags, *_RUN, data, f"--workdir={workdir}")
     deadline = time.monotonic() + 600
@@ -216,7 +216,7 @@ def test_another_abort_still_prints_the_tracebacks():
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("stopped", [0, 1])
-def test_when_one_is_stopped_the_others_say_so_and_end(count, stopped):
+def test_when_one_process_is_suspended_the_others_say_so_and_end(count, stopped):
     processes = _joined(count)
     processes[stopped].send_signal(signal.SIGSTOP)
     began = time.monotonic()
@@ -234,7 +234,7 @@ def test_when_one_is_stopped_the_others_say_so_and_end(count, stopped):
             process.communicate()
 
 
-def test_a_process_that_waits_for_the_others_says_for_what():
+def test_a_process_that_waits_for_the_others_says_so():
     port = free_port()
     for index in (0, 1):
         process = subprocess.Popen(

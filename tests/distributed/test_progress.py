@@ -1,4 +1,4 @@
-"""Progress bars in a terminal, in a log and below a notebook's cell."""
+"""Progress bars in a terminal, in a log and in a notebook; names that are made printable."""
 
 import io
 import os
@@ -46,7 +46,7 @@ def _count(stderr, *, notebook=False):
     )
 
 
-def test_in_a_log_it_is_a_few_whole_lines_and_the_last_says_that_all_is_done():
+def test_a_bar_in_a_log_is_a_few_complete_lines():
     done = _count(subprocess.PIPE)
     lines = done.stderr.decode().split("\n")
     assert lines.pop() == ""
@@ -57,7 +57,7 @@ def test_in_a_log_it_is_a_few_whole_lines_and_the_last_says_that_all_is_done():
     assert done.stdout.decode() == "said in between\n"
 
 
-def test_in_a_terminal_it_is_drawn_in_one_place():
+def test_a_bar_in_a_terminal_is_redrawn_in_place():
     ours, theirs = pty.openpty()
     _count(theirs)
     os.close(theirs)
@@ -76,7 +76,7 @@ def test_in_a_terminal_it_is_drawn_in_one_place():
     assert b"300/300" in drawn.split(b"\r")[-2]
 
 
-def test_below_a_notebooks_cell_it_goes_with_the_text():
+def test_a_bar_in_a_notebook_goes_to_standard_output():
     done = _count(subprocess.PIPE, notebook=True)
     assert done.stderr == b""
     text = done.stdout.decode()
@@ -85,7 +85,7 @@ def test_below_a_notebooks_cell_it_goes_with_the_text():
     assert "said in between\n" in text
 
 
-def test_lines_become_rarer_in_a_long_run(monkeypatch):
+def test_lines_become_less_frequent_in_a_long_run(monkeypatch):
     clock, lines = [0.0], []
 
     class Log:
@@ -112,11 +112,11 @@ _SHOWN = r"a\x1b[2Jb\rc\nd\x9be\u202ef\x07g\xffh\u2028i"
 @pytest.mark.parametrize(
     "text", ["plain", "größer 大きい 😀", "a\u00a0b\u3000c", "", "100 % of C:\\dir"]
 )
-def test_text_of_any_language_stays_as_it_is(text):
+def test_text_of_any_language_is_unchanged(text):
     assert printable(text) == text
 
 
-def test_what_a_terminal_would_obey_is_escaped():
+def test_control_characters_are_escaped():
     assert printable(_HOSTILE) == _SHOWN
     every = "".join(map(chr, (*range(0x20), *range(0x7F, 0xA0), 0x061C, *range(0x202A, 0x202F))))
     assert printable(every).isascii()
@@ -142,7 +142,7 @@ def test_names_are_escaped_in_lines_tables_bars_and_errors(capsys):
         assert all(c.isprintable() or c in "\n" for c in stream)
 
 
-def test_a_terminal_of_another_encoding_shows_what_it_has_not_escaped(monkeypatch):
+def test_characters_missing_in_the_terminals_encoding_are_escaped(monkeypatch):
     file = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file, "ascii"))
     progress.say("Größe\x1b")
@@ -150,7 +150,7 @@ def test_a_terminal_of_another_encoding_shows_what_it_has_not_escaped(monkeypatc
     assert file.getvalue() == b"Gr\\xf6\\xdfe\\x1b\n"
 
 
-def test_bytes_that_are_not_utf8_are_printable():
+def test_bytes_that_are_not_utf8_are_escaped():
     assert (
         escape_surrogates(os.fsdecode("Straße ".encode() + b"caf\xe9\xff"))
         == "Straße caf\\xe9\\xff"

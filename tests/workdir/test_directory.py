@@ -1,4 +1,4 @@
-"""Two real processes that want one workdir."""
+"""Run directories: opening them, and two processes that want the same one."""
 
 import contextlib
 import errno
@@ -44,7 +44,7 @@ def holder(tmp_path):
     process.communicate()
 
 
-def test_second_is_refused_by_name_until_the_first_is_killed(tmp_path, holder):
+def test_a_locked_workdir_is_refused_until_its_holder_is_killed(tmp_path, holder):
     with pytest.raises(UserError, match=rf"process {holder.pid} on \S+, since 2"):
         WorkdirLock(epath.Path(tmp_path)).__enter__()
     holder.send_signal(signal.SIGKILL)
@@ -53,7 +53,7 @@ def test_second_is_refused_by_name_until_the_first_is_killed(tmp_path, holder):
         pass
 
 
-def test_lock_is_free_after_leaving_and_after_garbage(tmp_path):
+def test_a_released_or_damaged_lock_can_be_taken(tmp_path):
     with WorkdirLock(epath.Path(tmp_path)):
         pass
     (tmp_path / "lock").write_bytes(b"\xff garbage")
@@ -61,7 +61,7 @@ def test_lock_is_free_after_leaving_and_after_garbage(tmp_path):
         pass
 
 
-def test_a_lock_that_is_a_hard_link_is_refused_and_the_other_file_stays(tmp_path):
+def test_a_lock_that_is_a_hard_link_is_refused(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "precious").write_text("precious")
     os.link(tmp_path / "precious", tmp_path / "run" / "lock")
@@ -73,7 +73,7 @@ def test_a_lock_that_is_a_hard_link_is_refused_and_the_other_file_stays(tmp_path
         pass
 
 
-def test_a_record_is_never_found_half_written(tmp_path, monkeypatch):
+def test_a_lock_record_is_never_read_partially_written(tmp_path, monkeypatch):
     monkeypatch.setattr(directory, "_HEARTBEAT_SECONDS", 0.0)
     (tmp_path / "lock").write_bytes(b" " * 4000 + b"garbage")
     with WorkdirLock(epath.Path(tmp_path)):
@@ -106,7 +106,7 @@ def no_os_locks(monkeypatch):
     monkeypatch.setattr(directory.fcntl, "flock", flock)
 
 
-def test_holder_on_another_host_counts_as_ended_once_it_is_silent(tmp_path, impatient, capsys):
+def test_a_silent_holder_on_another_host_loses_the_lock(tmp_path, impatient, capsys):
     (tmp_path / "lock").write_text(_elsewhere(1))
     with WorkdirLock(epath.Path(tmp_path)):
         assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
@@ -114,7 +114,7 @@ def test_holder_on_another_host_counts_as_ended_once_it_is_silent(tmp_path, impa
     assert (tmp_path / "lock").read_text() == ""
 
 
-def test_holder_on_another_host_that_gives_signs_of_life_is_respected(tmp_path):
+def test_a_live_holder_on_another_host_keeps_the_lock(tmp_path):
     (tmp_path / "lock").write_text(_elsewhere(1))
     beat = threading.Timer(1.5, _beat_elsewhere, [tmp_path, 2])
     beat.start()
@@ -138,7 +138,7 @@ class _Clock:
 
 
 @pytest.mark.parametrize("late", [10, 30])
-def test_a_holder_that_is_two_beats_late_still_holds(tmp_path, monkeypatch, late):
+def test_a_holder_that_misses_two_heartbeats_keeps_the_lock(tmp_path, monkeypatch, late):
     """A holder writes every ten seconds; a busy machine or a slow disk may delay it."""
 
     def beat(seconds):
@@ -152,14 +152,14 @@ def test_a_holder_that_is_two_beats_late_still_holds(tmp_path, monkeypatch, late
     assert clock.seconds == late
 
 
-def test_a_holder_that_was_silent_for_forty_seconds_has_ended(tmp_path, monkeypatch):
+def test_a_holder_that_is_silent_for_forty_seconds_loses_the_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(directory, "time", clock := _Clock(lambda seconds: None))
     (tmp_path / "lock").write_text(_elsewhere(1))
     with WorkdirLock(epath.Path(tmp_path)):
         assert clock.seconds == 40
 
 
-def test_a_holder_writes_every_ten_seconds(tmp_path, monkeypatch):
+def test_a_holder_sends_a_heartbeat_every_ten_seconds(tmp_path, monkeypatch):
     waits = []
 
     class Released(threading.Event):
@@ -175,9 +175,7 @@ def test_a_holder_writes_every_ten_seconds(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "lock").read_text())["count"] == 2
 
 
-def test_where_the_file_system_has_no_locks_the_record_decides(
-    tmp_path, holder, impatient, no_os_locks
-):
+def test_without_file_system_locks_the_record_decides(tmp_path, holder, impatient, no_os_locks):
     with pytest.raises(UserError, match=f"process {holder.pid} on"):
         WorkdirLock(epath.Path(tmp_path)).__enter__()
     holder.kill()
@@ -187,7 +185,7 @@ def test_where_the_file_system_has_no_locks_the_record_decides(
         assert time.monotonic() - began < directory._SILENT_SECONDS
 
 
-def test_lock_that_was_lost_ends_the_process(tmp_path):
+def test_a_process_that_loses_its_lock_ends(tmp_path):
     impatient = "from music_jax.workdir import directory\ndirectory._HEARTBEAT_SECONDS = 0.2\n"
     process = subprocess.Popen(
         [sys.executable, "-c", impatient + HOLD, str(tmp_path)],
@@ -226,7 +224,7 @@ def test_checkpoints_may_be_a_link_to_other_storage(tmp_path):
         open_workdir(str(run))
 
 
-def test_a_workdir_with_folders_nested_deeply_is_opened(tmp_path):
+def test_a_workdir_with_deeply_nested_folders_is_opened(tmp_path):
     at = os.open(tmp_path, os.O_RDONLY)
     for _ in range(1200):
         os.mkdir("deep", dir_fd=at)
@@ -252,7 +250,7 @@ def test_a_link_that_stays_within_a_workdir_below_a_link_is_no_error(tmp_path):
     assert open_workdir(tmp_path / "runs" / "run").is_dir()
 
 
-def test_a_path_that_is_not_utf8_is_refused_where_a_library_cannot_open_it():
+def test_check_utf8_refuses_other_names():
     check_utf8("/home/é")
     with pytest.raises(UserError, match=r"/home/\\xe9 is not UTF-8.*rename it"):
         check_utf8(os.fsdecode(b"/home/\xe9"))
@@ -273,7 +271,7 @@ def bucket(monkeypatch):
         (os.path.join(*["y" * 250] * 15), "longer than 3500 bytes"),
     ],
 )
-def test_where_no_checkpoint_can_be_kept_is_refused_at_once(name, why, tmp_path):
+def test_paths_that_cannot_hold_checkpoints_are_refused_at_once(name, why, tmp_path):
     path = os.path.join(tmp_path, name)
     with pytest.raises(UserError, match=why) as error:
         open_workdir(path)
@@ -303,7 +301,7 @@ def test_an_unknown_kind_of_bucket_is_refused(path):
         open_workdir(path)
 
 
-def test_a_lock_in_a_bucket_out_of_reach_for_a_while_goes_on(bucket, monkeypatch):
+def test_a_lock_survives_a_bucket_that_is_unreachable_for_a_while(bucket, monkeypatch):
     monkeypatch.setattr(directory, "_HEARTBEAT_SECONDS", 0.01)
     monkeypatch.setattr(directory, "_SETTLE_SECONDS", 0.0)
 
@@ -321,14 +319,14 @@ def test_a_lock_in_a_bucket_out_of_reach_for_a_while_goes_on(bucket, monkeypatch
     assert (bucket / "lock").read_text() == ""
 
 
-def test_a_lock_in_a_bucket_out_of_reach_is_not_taken(bucket):
+def test_a_lock_in_an_unreachable_bucket_is_not_taken(bucket):
     with out_of_reach(), pytest.raises(UserError, match=r"cannot lock gs://bucket/run: .*503"):
         WorkdirLock(bucket).__enter__()
     with contextlib.suppress(FileNotFoundError):
         assert (bucket / "lock").read_text() == ""
 
 
-def test_a_bucket_that_cannot_be_reached_is_an_error_that_says_what_to_do():
+def test_an_unreachable_bucket_is_an_error_that_says_what_to_do():
     # Another process: what epath finds it keeps.
     code = (
         "import sys; sys.modules['gcsfs'] = None\n"

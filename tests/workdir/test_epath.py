@@ -1,7 +1,8 @@
-"""Names are taken literally, owners need no name, and a bucket's errors are OSErrors."""
+"""Paths of epath: literal names, files whose owner has no name, errors of buckets."""
 
 import contextlib
 import grp
+import json
 import os
 import pwd
 
@@ -23,7 +24,14 @@ from music_jax.errors import UserError
 from music_jax.train.guards import init_guard_state
 from music_jax.train.state import TrainState, state_shardings
 from music_jax.workdir.directory import open_workdir
-from music_jax.workdir.files import BucketError, bucket_errors, new_file, read_json, write_new
+from music_jax.workdir.files import (
+    BucketError,
+    bucket_errors,
+    new_file,
+    read_json,
+    write_json,
+    write_new,
+)
 from music_jax.workdir.run_config import as_json, check_same_run, read_config, write_config
 from music_jax.workdir.user_directories import cache_directory
 
@@ -63,12 +71,12 @@ def _saved_and_restored(workdir):
     "name",
     ["lr=[1]", "[!a]//x", "*", "?", "{a}", "a b\n#%20", "~", "a:b", "é" * 120, "[1]/../[2]"],
 )
-def test_what_is_saved_in_a_directory_of_any_name_is_restored(name, tmp_path):
+def test_checkpoints_are_restored_from_directories_of_any_name(name, tmp_path):
     workdir = open_workdir(f"/{tmp_path}/{name}")  # two slashes at the beginning
     assert _saved_and_restored(workdir) == [[0, 1, 2], [3, 4, 5]]
 
 
-def test_orbax_itself_restores_what_is_exported_to_a_name_with_brackets(tmp_path):
+def test_orbax_restores_from_a_name_with_brackets(tmp_path):
     target = epath.Path(tmp_path / "x=[1]")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(target, {"a": np.arange(3)})
@@ -88,7 +96,7 @@ def test_a_pattern_applies_below_the_directory_alone(tmp_path):
     assert list(top.glob("none/*")) == []
 
 
-def test_files_whose_owner_has_no_name(tmp_path, monkeypatch):
+def test_files_whose_owner_has_no_name_can_be_used(tmp_path, monkeypatch):
     def unknown(number):
         raise KeyError(f"uid not found: {number}")
 
@@ -106,7 +114,7 @@ def test_files_whose_owner_has_no_name(tmp_path, monkeypatch):
     assert workdir.stat().is_directory
 
 
-def test_a_user_without_a_home_names_a_place_for_datasets(monkeypatch):
+def test_a_user_without_a_home_directory_must_name_a_data_directory(monkeypatch):
     def unknown(number):
         raise KeyError(f"uid not found: {number}")
 
@@ -121,7 +129,7 @@ def test_a_user_without_a_home_names_a_place_for_datasets(monkeypatch):
         cache_directory("plan")
 
 
-def test_errors_of_a_bucket_are_errors_of_a_file_system(bucket):
+def test_errors_of_a_bucket_are_os_errors(bucket):
     (bucket / "a").write_text("x")
     file = bucket / "a"
     with out_of_reach():
@@ -142,7 +150,7 @@ def test_errors_of_a_bucket_are_errors_of_a_file_system(bucket):
         (bucket / "none").read_text()
 
 
-def test_an_object_stays_as_it_is_if_its_successor_fails(bucket):
+def test_an_object_is_unchanged_if_writing_its_successor_fails(bucket):
     write_new(bucket / "a", b"old")
     with contextlib.suppress(ZeroDivisionError), new_file(bucket / "a") as file:
         file.write(b"half")
@@ -151,7 +159,7 @@ def test_an_object_stays_as_it_is_if_its_successor_fails(bucket):
     assert [path.name for path in bucket.iterdir()] == ["a"]
 
 
-def test_errors_that_no_bucket_raised_stay_what_they_are(tmp_path):
+def test_other_errors_are_not_converted(tmp_path):
     with pytest.raises(ZeroDivisionError), bucket_errors(tmp_path):
         raise ZeroDivisionError
     with pytest.raises(ImportError), bucket_errors("gs://bucket"):
@@ -159,7 +167,7 @@ def test_errors_that_no_bucket_raised_stay_what_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("failure", [HttpError, OSError, TimeoutError, PermissionError])
-def test_a_checkpoint_that_cannot_be_reached_is_not_called_damaged(bucket, failure):
+def test_an_unreachable_checkpoint_is_not_reported_as_damaged(bucket, failure):
     (bucket / "7").mkdir()
     (bucket / "7" / "_CHECKPOINT_METADATA").write_text("{}")
     (bucket / "7" / "data").write_text("data")
@@ -171,7 +179,7 @@ def test_a_checkpoint_that_cannot_be_reached_is_not_called_damaged(bucket, failu
     assert find_damage(bucket / "7") == "data has changed"
 
 
-def test_a_connection_that_breaks_while_a_file_is_read_is_no_other_error(bucket):
+def test_a_connection_that_breaks_during_a_read_is_a_bucket_error(bucket):
     (bucket / "7").mkdir()
     (bucket / "7" / "_CHECKPOINT_METADATA").write_text("{}")
     write_checksums(bucket / "7")
@@ -181,3 +189,9 @@ def test_a_connection_that_breaks_while_a_file_is_read_is_no_other_error(bucket)
         with pytest.raises(BucketError, match="503"):
             find_damage(bucket / "7")
     assert find_damage(bucket / "7") is None
+
+
+def test_write_json_replaces_an_object_in_a_bucket(bucket):
+    for value in (1, 2):
+        write_json(bucket / "a.json", {"value": value})
+    assert json.loads((bucket / "a.json").read_text()) == {"value": 2}

@@ -1,4 +1,4 @@
-"""Files are written whole and never through a link."""
+"""Files are written completely and never through a link."""
 
 import functools
 import json
@@ -27,7 +27,7 @@ from music_jax.export import export
 from music_jax.workdir.files import new_file, new_path, write_new
 
 
-def test_the_content_is_there_with_the_usual_permissions(tmp_path):
+def test_a_new_file_has_the_content_and_the_usual_permissions(tmp_path):
     umask = os.umask(0o027)
     try:
         write_new(tmp_path / "a", b"one")
@@ -40,7 +40,7 @@ def test_the_content_is_there_with_the_usual_permissions(tmp_path):
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
-def test_a_link_is_replaced_and_its_target_stays(link, tmp_path):
+def test_a_link_is_replaced_and_its_target_is_unchanged(link, tmp_path):
     (tmp_path / "outside").write_text("precious")
     (tmp_path / "run").mkdir()
     link(tmp_path / "outside", tmp_path / "run" / "a.json")
@@ -50,7 +50,7 @@ def test_a_link_is_replaced_and_its_target_stays(link, tmp_path):
     assert (tmp_path / "run" / "a.json").read_text() == "new"
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_a_failed_write_leaves_only_the_old_file(tmp_path):
     (tmp_path / "a").write_text("old")
 
     def fail_halfway():
@@ -64,7 +64,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_many_writers_of_one_file_all_succeed(tmp_path):
+def test_concurrent_writers_of_a_file_all_succeed(tmp_path):
     failed = []
 
     def write(number):
@@ -85,7 +85,7 @@ def test_many_writers_of_one_file_all_succeed(tmp_path):
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_a_library_is_given_a_new_name_each_time(tmp_path):
+def test_new_path_gives_a_new_name_each_time(tmp_path):
     names = []
     for _ in range(2):
         with new_path(tmp_path / "a") as path:
@@ -149,7 +149,7 @@ def test_predictions_replace_a_link(outside, tmp_path):
     assert (found.step, found.top1) == (7, 1.0)
 
 
-def test_packing_replaces_links_and_removes_what_a_killed_call_left(outside, tmp_path):
+def test_packing_replaces_links_and_removes_files_of_a_killed_call(outside, tmp_path):
     (tmp_path / "photos" / "a").mkdir(parents=True)
     (tmp_path / "photos" / "b").mkdir()
     for name in ("a/0.png", "b/1.png"):

@@ -1,4 +1,4 @@
-"""Files that grow, on a disk and in a bucket whose objects cannot."""
+"""Logs on a disk and in a bucket, after interruptions and on a full disk."""
 
 import contextlib
 import json
@@ -11,7 +11,6 @@ from memory_bucket import bucket_directory, out_of_reach
 
 from music_jax.errors import UserError
 from music_jax.workdir import logs
-from music_jax.workdir.files import write_json
 from music_jax.workdir.logs import EventsLog, MetricsLog, open_to_append
 
 
@@ -28,7 +27,7 @@ def directory(request):
     return request.getfixturevalue("bucket")
 
 
-def test_lines_are_added_to_what_is_there(directory):
+def test_lines_are_appended(directory):
     for line in ("one\n", "two\n"):
         file = open_to_append(directory / "log")
         file.write(line)
@@ -36,7 +35,7 @@ def test_lines_are_added_to_what_is_there(directory):
     assert (directory / "log").read_text() == "one\ntwo\n"
 
 
-def test_what_is_flushed_is_seen_in_a_bucket_at_once_and_then_now_and_then(bucket, monkeypatch):
+def test_a_bucket_receives_the_first_flush_and_then_one_every_ten_seconds(bucket, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
     file = open_to_append(bucket / "log")
@@ -51,7 +50,7 @@ def test_what_is_flushed_is_seen_in_a_bucket_at_once_and_then_now_and_then(bucke
     assert (bucket / "log").read_text().count("\n") == 12
 
 
-def test_a_run_that_goes_on_keeps_what_was_logged_before(directory):
+def test_a_resumed_run_keeps_earlier_metrics(directory):
     for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
         log = MetricsLog(directory, start)
         for step in steps:
@@ -59,12 +58,6 @@ def test_a_run_that_goes_on_keeps_what_was_logged_before(directory):
         log.close()
     lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
     assert [(line["step"], line["start"]) for line in lines] == [(1, 0), (2, 0), (3, 2), (4, 2)]
-
-
-def test_json_in_a_bucket_is_replaced(bucket):
-    for value in (1, 2):
-        write_json(bucket / "a.json", {"value": value})
-    assert json.loads((bucket / "a.json").read_text()) == {"value": 2}
 
 
 def _line(step):
@@ -81,7 +74,7 @@ def _log(tmp_path, content, start_step):
 
 
 @pytest.mark.parametrize("cut", range(0, 60, 7))
-def test_log_of_a_run_that_was_cut_off_anywhere_goes_on(tmp_path, cut, capsys):
+def test_a_metrics_log_that_is_cut_off_anywhere_can_be_continued(tmp_path, cut, capsys):
     content = "".join(map(_line, range(1, 4))).encode()[:cut]
     whole = content.count(b"\n")
     assert _log(tmp_path, content, start_step=min(whole, 1)) == list(range(1, min(whole, 1) + 2))
@@ -91,7 +84,7 @@ def test_log_of_a_run_that_was_cut_off_anywhere_goes_on(tmp_path, cut, capsys):
 @pytest.mark.parametrize(
     "damaged", [b"\xff\xfe{", bytes(40), b"[1]", b'{"step": "2"}', _line(1).strip().encode()]
 )
-def test_damaged_and_repeated_lines_are_left_out_and_told(tmp_path, damaged, capsys):
+def test_damaged_and_repeated_lines_are_removed_with_a_warning(tmp_path, damaged, capsys):
     content = _line(1).encode() + damaged + b"\n" + _line(3).encode()
     assert _log(tmp_path, content, start_step=3) == [1, 3, 4]
     assert "removed 1 damaged or repeated lines from " in capsys.readouterr().out
@@ -113,7 +106,7 @@ def full_disk():
     return limit
 
 
-def test_full_disk_is_an_error_unless_it_is_to_be_ignored(tmp_path, full_disk, capsys):
+def test_a_full_disk_is_an_error_unless_failures_are_ignored(tmp_path, full_disk, capsys):
     log = MetricsLog(epath.Path(tmp_path), 0, ignore_failures=True)
     with full_disk():
         log.write({"step": 1})
@@ -129,7 +122,7 @@ def test_full_disk_is_an_error_unless_it_is_to_be_ignored(tmp_path, full_disk, c
         log.close()
 
 
-def test_events_on_a_full_disk_are_told_later(tmp_path, full_disk, capsys):
+def test_events_on_a_full_disk_are_written_later(tmp_path, full_disk, capsys):
     events = EventsLog(epath.Path(tmp_path))
     with full_disk():
         events.write("save_failed", step=1)
@@ -143,7 +136,7 @@ def _lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_logs_in_a_bucket_out_of_reach_are_told_and_written_later(bucket, capsys):
+def test_logs_in_an_unreachable_bucket_are_written_later_with_a_warning(bucket, capsys):
     log = MetricsLog(bucket, 0, ignore_failures=True)
     events = EventsLog(bucket)
     with out_of_reach():
@@ -175,7 +168,7 @@ def outside(tmp_path):
     assert (tmp_path / "outside" / "file").read_text() == "precious"
 
 
-def test_a_log_is_not_added_to_through_a_link(outside, tmp_path):
+def test_nothing_is_appended_through_a_link(outside, tmp_path):
     path = epath.Path(tmp_path / "run" / "events.jsonl")
     os.symlink(outside, path)
     with pytest.raises(UserError, match="is a link"):
@@ -191,7 +184,7 @@ def test_a_log_is_not_added_to_through_a_link(outside, tmp_path):
     assert path.read_text() == "line\n"
 
 
-def test_a_log_of_two_names_grows_under_one(outside, tmp_path):
+def test_a_log_with_two_hard_links_grows_under_one_name(outside, tmp_path):
     path = epath.Path(tmp_path / "run" / "events.jsonl")
     os.link(outside, path)
     log = open_to_append(path)
@@ -200,7 +193,7 @@ def test_a_log_of_two_names_grows_under_one(outside, tmp_path):
     assert path.read_text() == "precious line\n"
 
 
-def test_a_pipe_is_no_log(tmp_path):
+def test_a_pipe_is_refused_as_a_log(tmp_path):
     os.mkfifo(tmp_path / "events.jsonl")
     with pytest.raises(UserError, match="or not a file"):
         open_to_append(epath.Path(tmp_path / "events.jsonl"))

@@ -1,4 +1,4 @@
-"""A run directory of somebody else: data, of which no part says where to read, write or import."""
+"""config.json: what it accepts, and the data locations of a run of somebody else."""
 
 import hashlib
 import hmac
@@ -80,9 +80,7 @@ def _both(photos):
     return {"evaluation.train": str(photos), "evaluation.test": str(photos)}
 
 
-def test_the_signature_is_an_hmac_of_the_places_that_differ_from_the_defaults(
-    tmp_path, monkeypatch
-):
+def test_the_signature_is_an_hmac_of_the_data_locations(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     (tmp_path / "music_jax").mkdir(mode=0o700)
     (tmp_path / "music_jax" / "key").write_bytes(bytes(range(32)))
@@ -93,7 +91,7 @@ def test_the_signature_is_an_hmac_of_the_places_that_differ_from_the_defaults(
     assert sign(config) == hmac.new(bytes(range(32)), text, hashlib.sha256).hexdigest()
 
 
-def test_a_signature_holds_for_its_places_and_its_user_alone(own, monkeypatch, tmp_path):
+def test_a_signature_is_valid_for_its_locations_and_its_user_only(own, monkeypatch, tmp_path):
     record = json.loads((own / "config.json").read_text())
     config, signature = from_json(record["config"]), record["signature"]
     assert is_signed(config, signature)
@@ -120,7 +118,7 @@ def test_a_signature_holds_for_its_places_and_its_user_alone(own, monkeypatch, t
     assert not is_signed(config, signature), "another key"
 
 
-def test_the_key_is_this_users_alone(saved):
+def test_only_this_user_can_read_the_key(saved):
     key = saved[1] / "music_jax" / "key"
     assert key.stat().st_mode & 0o777 == 0o600
     assert key.stat().st_size == 32
@@ -155,13 +153,13 @@ def test_without_a_state_directory_a_run_is_saved_unsigned(home, tmp_path, monke
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_an_own_run_is_opened_with_the_places_that_it_names(own, photos, tmp_path):
+def test_a_run_of_this_user_is_opened_with_the_data_it_names(own, photos, tmp_path):
     run = open_run(str(own), output=str(tmp_path / "out"))
     assert run.images.name == str(photos)
     assert len(run.images) == 12
 
 
-def test_places_of_a_foreign_run_are_used_once_the_user_names_them(foreign, photos, tmp_path):
+def test_data_of_a_foreign_run_is_read_once_the_user_names_it(foreign, photos, tmp_path):
     output = str(tmp_path / "out")
     with pytest.raises(UserError, match=rf"give these.*: --config\.dataset\.path={photos}$"):
         open_run(str(foreign), output=output)
@@ -185,7 +183,7 @@ def test_places_of_a_foreign_run_are_used_once_the_user_names_them(foreign, phot
         ("semi_supervised.lists", ("/there", "")),
     ],
 )
-def test_every_place_of_a_foreign_run_must_be_named(field, value):
+def test_every_data_location_of_a_foreign_run_must_be_named(field, value):
     config = default_config()
     config.dataset.name = "mnist"
     config.update_from_flattened_dict({field: value})
@@ -197,7 +195,7 @@ def test_every_place_of_a_foreign_run_must_be_named(field, value):
     assert str(error.value).startswith("runs/a was not trained by this user on this machine")
 
 
-def test_a_name_of_tfds_is_no_place():
+def test_a_tfds_name_needs_no_confirmation():
     for name in ("mnist5k", "mnist", "glue/cola", "mnist:3.0.1", "glue/cola:1.0.*"):
         config = default_config()
         config.dataset.name = name
@@ -205,7 +203,7 @@ def test_a_name_of_tfds_is_no_place():
         assert config.dataset.name == name
 
 
-def test_a_place_with_control_characters_is_not_repeated():
+def test_a_location_with_control_characters_is_not_printed():
     config = default_config()
     config.dataset.path = "\x1b]0;title\x07"
     with pytest.raises(UserError, match=r"--config\.dataset\.path=LOCATION$"):
@@ -230,7 +228,7 @@ def test_evaluation_writes_a_dataset_only_where_the_user_names_it(foreign, tmp_p
     assert (tmp_path / "tfds" / "digits" / "1.0.0" / "dataset_info.json").exists()
 
 
-def test_results_go_to_the_output_and_the_run_stays_as_it_is(foreign, photos, tmp_path):
+def test_results_go_to_the_output_and_the_run_is_unchanged(foreign, photos, tmp_path):
     before = _listing(foreign)
     found = evaluate(
         str(foreign),
@@ -259,7 +257,7 @@ def test_linear_eval_takes_an_output_too(foreign, photos, tmp_path):
     assert sorted(os.listdir(tmp_path / "out")) == written
 
 
-def test_a_report_of_a_foreign_run_leaves_its_images_out(foreign, photos, tmp_path, capsys):
+def test_a_report_of_a_foreign_run_omits_its_images(foreign, photos, tmp_path, capsys):
     before = _listing(foreign)
     path, _ = write_report([str(foreign)], output=str(tmp_path / "a.html"), num_images=16)
     (line,) = [x for x in capsys.readouterr().out.splitlines() if "no images are shown" in x]
@@ -332,7 +330,7 @@ def test_community_datasets_are_refused(name, tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_a_run_of_before_signatures_is_opened_once_its_user_trains_it_again(own, photos, tmp_path):
+def test_a_run_without_a_signature_is_opened_once_its_user_trains_it_again(own, photos, tmp_path):
     record = json.loads((own / "config.json").read_text())
     del record["signature"]
     shutil.copytree(own, tmp_path / "run")
@@ -346,7 +344,7 @@ def test_a_run_of_before_signatures_is_opened_once_its_user_trains_it_again(own,
     assert open_run(str(tmp_path / "run"), output=output).images.name == str(photos)
 
 
-def test_a_workdir_that_cannot_be_written_says_where_else_results_can_go(own, tmp_path):
+def test_a_read_only_workdir_is_an_error_that_names_the_output_flag(own, tmp_path):
     shutil.copytree(own, tmp_path / "run")
     (tmp_path / "run" / "features").symlink_to(tmp_path)
     with pytest.raises(UserError, match=r"features in the workdir is a link.*--output=DIR$"):
@@ -355,7 +353,7 @@ def test_a_workdir_that_cannot_be_written_says_where_else_results_can_go(own, tm
 
 
 @pytest.mark.parametrize("damaged", [b"", b"\xff\xfe", b"{}", b'{"config": 1}', b"[" * 9])
-def test_damaged_config_is_named_with_what_to_do(tmp_path, damaged):
+def test_a_damaged_config_is_an_error_that_says_what_to_do(tmp_path, damaged):
     (tmp_path / "config.json").write_bytes(damaged)
     with pytest.raises(UserError, match=r"cannot read \S+config.json: .*remove the file") as error:
         read_config(epath.Path(tmp_path))
@@ -363,7 +361,7 @@ def test_damaged_config_is_named_with_what_to_do(tmp_path, damaged):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_config_that_an_editor_on_windows_has_saved(tmp_path, encoding):
+def test_a_config_saved_by_a_windows_editor_can_be_read(tmp_path, encoding):
     text = json.dumps({"config": {"seed": 3}}, indent=2).replace("\n", "\r\n")
     (tmp_path / "config.json").write_bytes(text.encode(encoding))
     assert read_config(epath.Path(tmp_path)) == {"seed": 3}
@@ -387,7 +385,7 @@ def _save_without(tmp_path, config, field):
     (tmp_path / "config.json").write_text(json.dumps({"config": record}))
 
 
-def test_a_field_that_is_newer_than_the_run_had_its_default(tmp_path):
+def test_fields_missing_in_a_saved_config_take_their_defaults(tmp_path):
     config = default_config()
     fields = list(_fields(as_json(config)))
     assert len(fields) > 100
@@ -400,7 +398,7 @@ def test_a_field_that_is_newer_than_the_run_had_its_default(tmp_path):
         check_same_run(epath.Path(tmp_path), config)
 
 
-def test_a_field_that_is_gone_is_dropped_unless_it_decides_what_is_trained(tmp_path):
+def test_removed_fields_are_ignored_unless_they_decide_what_is_trained(tmp_path):
     config = default_config()
     record = as_json(config)
     record["knn"]["gone"] = 1
@@ -414,7 +412,7 @@ def test_a_field_that_is_gone_is_dropped_unless_it_decides_what_is_trained(tmp_p
         check_same_run(epath.Path(tmp_path), config)
 
 
-def test_another_precision_goes_on_with_the_run_and_is_told(tmp_path, capsys):
+def test_another_precision_resumes_the_run_with_a_warning(tmp_path, capsys):
     config = default_config()
     (tmp_path / "config.json").write_text(json.dumps({"config": as_json(config)}))
     check_same_run(epath.Path(tmp_path), config)

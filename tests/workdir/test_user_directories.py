@@ -1,4 +1,4 @@
-"""What is compiled is found again by another process, and a damaged file harms nothing."""
+"""Compiled programs are found by another process, and damaged files are replaced."""
 
 import os
 import subprocess
@@ -58,7 +58,7 @@ def test_the_second_process_compiles_nothing(cached):
     assert _run() == ([], "83.0", (1, 0))
 
 
-def test_a_damaged_file_is_told_of_once_and_replaced(cached):
+def test_a_damaged_file_is_replaced_with_one_warning(cached):
     whole = cached.read_bytes()
     for damage in (whole[:50], b"", whole[:200] + bytes(50) + whole[250:]):
         cached.write_bytes(damage)
@@ -82,7 +82,7 @@ def test_a_directory_that_others_can_write_to_is_not_used(own_compilation_cache)
     assert not list(own_compilation_cache.iterdir())
 
 
-def test_a_cache_that_cannot_be_made_harms_nothing(own_compilation_cache):
+def test_a_cache_that_cannot_be_created_is_not_used(own_compilation_cache):
     own_compilation_cache.parents[1].write_text("a file where the directory would be")
     said, value, counts = _run()
     assert (value, counts) == ("83.0", (0, 0))
@@ -90,7 +90,7 @@ def test_a_cache_that_cannot_be_made_harms_nothing(own_compilation_cache):
     assert "compiled programs are not cached" in said[0]
 
 
-def test_processes_of_one_run_keep_nothing_of_their_own(own_compilation_cache, monkeypatch):
+def test_several_processes_of_a_run_use_no_cache(own_compilation_cache, monkeypatch):
     before = jax.config.jax_compilation_cache_dir
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     use_compilation_cache()
@@ -98,7 +98,7 @@ def test_processes_of_one_run_keep_nothing_of_their_own(own_compilation_cache, m
     assert not own_compilation_cache.exists()
 
 
-def test_the_users_own_choice_stays(own_compilation_cache, tmp_path):
+def test_the_users_cache_directory_is_respected(own_compilation_cache, tmp_path):
     own = tmp_path / "own"
     _run(JAX_COMPILATION_CACHE_DIR=str(own))
     assert own.is_dir()
