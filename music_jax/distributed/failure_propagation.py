@@ -38,6 +38,8 @@ _LOST = (
     "another process of the run does not answer: it was killed or stopped, or its machine is lost; "
     "rerun the command to resume from the last checkpoint"
 )
+# Parts of the messages of a collective that lost a process: Gloo's, between CPUs, and NCCL's.
+_BROKEN_COLLECTIVE = ("gloo", "remote process exited")
 
 _has_joined = threading.Event()
 _finished = threading.Event()
@@ -96,8 +98,9 @@ def cause_of(error: Exception) -> str | None:
     may_be_collective = isinstance(error, (jax.errors.JaxRuntimeError, ValueError))
     while not (failure := _failure_of_another()):
         if not may_be_collective or time.monotonic() > deadline:
-            lost = "Connection closed by peer" in str(error)  # by Gloo, between CPUs
-            return _LOST if lost else None
+            reason = " ".join(str(error).split())
+            broken = any(text in reason.lower() for text in _BROKEN_COLLECTIVE)
+            return f"{_LOST} ({reason[:300]})" if broken else None
         time.sleep(_POLL_SECONDS)
     return failure["message"]
 

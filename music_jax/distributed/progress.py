@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import sys
 import time
 import unicodedata
@@ -15,20 +14,16 @@ import tqdm
 _SECONDS_BETWEEN_LINES = 10.0
 _SHARE_BETWEEN_LINES = 0.05  # of the time since the bar began
 
-_SURROGATES = re.compile("[\ud800-\udfff]")
-
 
 def escape_surrogates(text: str) -> str:
     r"""Escapes what UTF-8 cannot encode, such as in the name of a file.
 
     Bytes of a name that are not UTF-8, which Python reads as surrogates, become `\xe9`.
     """
-    return _SURROGATES.sub(_escaped_surrogate, text)
-
-
-def _escaped_surrogate(found: re.Match[str]) -> str:
-    code = ord(found[0])
-    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # surrogates that do not stand for bytes
+        return text.encode("utf-8", "backslashreplace").decode()
 
 
 def printable(text: str) -> str:
