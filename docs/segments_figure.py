@@ -13,7 +13,6 @@ import jax
 import matplotlib
 import numpy as np
 from etils import epath
-from music_jax.workdir.run_config import read_config
 from sklearn.metrics import normalized_mutual_info_score
 
 from music_jax.checkpoint.manager import Checkpoints
@@ -25,6 +24,7 @@ from music_jax.distributed.mesh import make_data_mesh
 from music_jax.objectives import segment_probabilities
 from music_jax.train.state import abstract_state
 from music_jax.train.step import make_recipe
+from music_jax.workdir.run_config import read_config
 
 matplotlib.use("agg")
 

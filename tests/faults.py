@@ -119,7 +119,7 @@ def files(shop: Workshop, index: int, rng: random.Random) -> list[str]:
         run.stop_at(STEPS // 2)
         for path in (run.cache / "music_jax" / "compiled").iterdir():
             FILE_DAMAGES[kind](path, rng)
-        expect("compiling anew" in shop.judge(run), "nothing said of it")
+        expect("compiling again" in shop.judge(run), "nothing said of it")
     elif name == "metrics.jsonl":
         lines = (run.workdir / name).read_bytes().splitlines(keepends=True)
         lines[3] = b"\xff{" + lines[3][2:]
@@ -212,7 +212,7 @@ def peers(shop: Workshop, index: int, rng: random.Random) -> list[str]:
             process.communicate()
     shop.waited = time.monotonic() - began
     expect(other.returncode == 1, f"exit code {other.returncode}: {err[-800:]}")
-    told = f"no answer from process {victim}"
+    told = "another process of the run does not answer"
     expect(told in err, f"nothing said of it: {err[-2000:]}")
     shop.judge(run)
     return [f"process {victim} of 2 killed"]

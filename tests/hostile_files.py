@@ -29,10 +29,6 @@ from etils import epath
 from foreign_mutations import array_bomb
 from hostile_images import hostile_image, mutated, whole_images
 from hostile_json import hostile_json, hostile_value
-from music_jax.workdir.directory import WorkdirLock, open_workdir
-from music_jax.workdir.files import write_json
-from music_jax.workdir.logs import MetricsLog
-from music_jax.workdir.run_config import as_json, read_config
 
 from music_jax.checkpoint.integrity import CHECKSUMS, write_checksums
 from music_jax.checkpoint.manager import Checkpoints
@@ -55,6 +51,10 @@ from music_jax.report import measures
 from music_jax.train.guards import init_guard_state
 from music_jax.train.state import TrainState
 from music_jax.workdir import directory as lock_module
+from music_jax.workdir.directory import WorkdirLock, open_workdir
+from music_jax.workdir.files import write_json
+from music_jax.workdir.logs import MetricsLog
+from music_jax.workdir.run_config import as_json, read_config
 
 SECRET = b"not to be read or written"
 

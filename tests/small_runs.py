@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import numpy as np
 from etils import epath
-from music_jax.workdir.run_config import write_config
 
 from music_jax.checkpoint.manager import Checkpoints
 from music_jax.config import default_config, validate
@@ -13,6 +12,7 @@ from music_jax.data.loader import TrainingOrder
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.train.state import abstract_state, state_shardings
 from music_jax.train.step import make_recipe
+from music_jax.workdir.run_config import write_config
 
 
 def small_config(**backbone):

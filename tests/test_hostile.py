@@ -20,11 +20,9 @@ from hostile_files import TARGETS
 from hostile_images import scan_bomb, text_bomb
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from music_jax.workdir.directory import open_workdir
-from music_jax.workdir.files import parse_json
-from music_jax.workdir.logs import MetricsLog
 from PIL import Image
 
+import music_jax
 from music_jax.checkpoint.integrity import find_damage, write_checksums
 from music_jax.data.crops import Crop, center_crop
 from music_jax.data.decode import decode, read_header, without_texts
@@ -32,8 +30,11 @@ from music_jax.data.folder import open_folder
 from music_jax.data.loader import TrainingOrder, training_batches
 from music_jax.data.sources import Source
 from music_jax.errors import MusicError, UndecodableError, UserError
+from music_jax.workdir.directory import open_workdir
+from music_jax.workdir.files import parse_json
+from music_jax.workdir.logs import MetricsLog
 
-_PACKAGE = pathlib.Path(records.__file__).parent
+_PACKAGE = pathlib.Path(music_jax.__file__).parent
 _QUICK = sorted(set(TARGETS) - {"tfds", "checkpoint", "archives", "weights"})
 
 

@@ -192,7 +192,7 @@ def test_one_and_two_devices_train_alike(data, tmp_path):
         (
             (DIGITS, "--workdir={tmp}/w", "--config.batch_size=127"),
             2,
-            "batch_size = 127 cannot be divided over 2 devices; take 126 or 128",
+            "batch_size = 127 cannot be divided over 2 devices; use 126 or 128",
         ),
         (
             (DIGITS, "--workdir={tmp}/w", "{data}", "--config.batch_size=1438"),

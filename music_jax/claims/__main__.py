@@ -8,7 +8,7 @@ from absl import flags
 from etils import epath
 
 from music_jax import cli
-from music_jax.distributed.cores import usable_cores
+from music_jax.distributed import usable_cores
 from music_jax.errors import UserError
 
 _USAGE = """
@@ -47,8 +47,7 @@ def main() -> None:
     from music_jax.claims.settings import settings_of
     from music_jax.data import datasets
     from music_jax.distributed import progress
-    from music_jax.workdir import records
-    from music_jax.workdir.lock import WorkdirLock
+    from music_jax.workdir.directory import WorkdirLock, open_workdir
 
     name = config.dataset.name
     settings = settings_of(name)
@@ -56,7 +55,7 @@ def main() -> None:
     claims = make_claims(base_config(config, settings, overridden), settings)
     wanted = chosen({claim.number: claim for claim in claims}, flags.FLAGS.only)
     output = flags.FLAGS.output or os.path.join("claims", name.partition("/")[0])
-    directory = records.open_workdir(output)
+    directory = open_workdir(output)
     sweep = Sweep(
         config,
         settings,

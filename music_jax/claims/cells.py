@@ -13,8 +13,8 @@ from music_jax import config as config_lib
 from music_jax.claims.grid import Claim, Setting, base
 from music_jax.claims.settings import Settings
 from music_jax.errors import UserError
-from music_jax.workdir.json_files import read_json
-from music_jax.workdir.records import as_json, read_config
+from music_jax.workdir.files import read_json
+from music_jax.workdir.run_config import as_json, read_config
 
 _RESULT = "result.json"
 # May change between two runs of one workdir, and yet change what is measured.

@@ -7,7 +7,7 @@ import numpy as np
 from etils import epath
 
 from music_jax.claims.results import SHARES, Table, plot_name
-from music_jax.workdir.new_file import new_file
+from music_jax.workdir.files import new_file
 
 matplotlib.use("agg")
 

@@ -15,7 +15,7 @@ from music_jax.claims.grid import Setting
 from music_jax.claims.run_cell import CellTask
 from music_jax.distributed import progress
 from music_jax.errors import UnusableDataError
-from music_jax.workdir.records import as_json
+from music_jax.workdir.run_config import as_json
 
 _logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from etils import epath
 
 from music_jax.claims.cells import Sweep
 from music_jax.claims.results import Table, markdown, plot_name
-from music_jax.workdir.new_file import write_new
+from music_jax.workdir.files import write_new
 
 _PREAMBLE = """# Results: the paper's claims, put to the test
 

@@ -11,8 +11,7 @@ from music_jax.claims.cells import Cell, Sweep
 from music_jax.claims.grid import Point
 from music_jax.distributed import progress
 from music_jax.metrics.few_shot import mean_interval
-from music_jax.workdir.new_file import write_new
-from music_jax.workdir.records import write_json
+from music_jax.workdir.files import write_json, write_new
 
 # What a claim's table shows, and how it is called; of shares, in percent.
 SHARES = {

@@ -24,6 +24,7 @@ from music_jax.data.augment import normalize_images
 from music_jax.data.crops import Crop
 from music_jax.data.decode import decode
 from music_jax.data.loader import TrainingOrder, training_batches
+from music_jax.data.skipped import open_skipped
 from music_jax.data.sources import Source
 from music_jax.data.tfds_source import open_split
 from music_jax.distributed.mesh import batch_sharding, local_positions, make_data_mesh, to_devices
@@ -33,8 +34,10 @@ from music_jax.train import guards, train_and_evaluate
 from music_jax.train.optimizer import OPTIMIZERS, make_schedule
 from music_jax.train.state import TrainState, abstract_state, initial_state, state_shardings
 from music_jax.train.step import make_recipe, training_step
-from music_jax.workdir import records
-from music_jax.workdir.json_files import read_json
+from music_jax.workdir.directory import open_workdir
+from music_jax.workdir.files import read_json, write_json
+from music_jax.workdir.logs import MetricsLog
+from music_jax.workdir.run_config import as_json, write_config
 
 # Programs are the same whatever these are: seed and learning rate are arguments of theirs.
 _ANY = {
@@ -72,11 +75,11 @@ def run_cell(task: CellTask) -> None:
     started, cpu_started = time.monotonic(), time.process_time()
     config = from_json(task.config)
     validate(config)
-    directory = records.open_workdir(task.directory)
+    directory = open_workdir(task.directory)
     result: dict[str, Any] = {"learning_rate": config.optimizer.base_learning_rate}
     try:
         if task.in_memory:
-            records.write_config(directory, config)
+            write_config(directory, config)
             state, start = _train(config, directory, task.collapsed_start)
             result |= {"start": start, "train_seconds": time.monotonic() - started}
             result |= _measure(config, directory, state, searching=task.searching)
@@ -88,7 +91,7 @@ def run_cell(task: CellTask) -> None:
         result["diverged"] = str(error)
     result["seconds"] = time.monotonic() - started
     result["core_seconds"] = time.process_time() - cpu_started
-    records.write_json(result_file(directory), result)
+    write_json(result_file(directory), result)
 
 
 @functools.lru_cache(maxsize=8)
@@ -187,7 +190,7 @@ def _programs(config_json: str) -> _Programs:
 def _for_any(config: config_dict.ConfigDict, **fields: Any) -> str:
     config = config_dict.ConfigDict(config.to_dict())
     config.update_from_flattened_dict(_ANY | fields)
-    return json.dumps(records.as_json(config), sort_keys=True)
+    return json.dumps(as_json(config), sort_keys=True)
 
 
 def _train(
@@ -228,7 +231,7 @@ def _train_once(
     )
     seed = jnp.asarray(config.seed, np.uint32)
     rates = np.asarray(make_schedule(config, order.steps_per_epoch)(np.arange(num_steps)))
-    log = records.MetricsLog(directory, 0)
+    log = MetricsLog(directory, 0)
     with jax.set_mesh(mesh):
         for step, batch in enumerate(batches, start=1):
             images = to_devices(batch["images"], config.batch_size, mesh)
@@ -295,7 +298,7 @@ def _extract(
         source,
         config,
         make_data_mesh(),
-        skipped=records.open_skipped(directory, config),
+        skipped=open_skipped(directory, config),
         description="features",
     )
     if not np.all(np.isfinite(found.features)):

@@ -30,7 +30,7 @@ def main() -> None:
         jax.config.update("jax_num_cpu_devices", 1)
 
     from music_jax.claims.run_cell import CellTask, run_cell
-    from music_jax.workdir.compilation_cache import use_compilation_cache
+    from music_jax.workdir.user_directories import use_compilation_cache
 
     use_compilation_cache()
     while True:

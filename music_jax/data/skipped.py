@@ -3,17 +3,23 @@
 import collections
 import contextlib
 import json
+import logging
 import os
 import threading
 import time
 from typing import Any
 
+import jax
 from etils import epath
+from jax.experimental import multihost_utils
+from ml_collections import config_dict
 
 from music_jax.data.sources import Source
 from music_jax.errors import UnusableDataError, UserError
 from music_jax.workdir.files import parse_json, read_text, write_new
-from music_jax.workdir.logs import open_to_append
+from music_jax.workdir.logs import Appender, open_to_append
+
+_logger = logging.getLogger(__name__)
 
 _FILE = "skipped.jsonl"
 _SECONDS_BETWEEN_LOOKS = 5.0  # at the lists of the other processes
@@ -56,7 +62,7 @@ class SkippedImages:
         self._num_processes = num_processes
         self._own = self.path if process_index == 0 else _part(directory, process_index)
         self._lock = threading.Lock()
-        self._file: Appended | None = None  # opened for the first image
+        self._file: Appender | None = None  # open from the first image on
         self._next_look = 0.0
         self._listed: set[tuple[str, str]] = set()
         self._counts: collections.Counter[str] = collections.Counter()
@@ -221,3 +227,52 @@ def _drop_cut_off_line(path: epath.Path) -> None:
     text = _text(path)
     if text and not text.endswith("\n"):
         write_new(path, text[: text.rfind("\n") + 1].encode())
+
+
+def open_skipped(workdir: epath.Path, config: config_dict.ConfigDict) -> SkippedImages:
+    """Opens skipped.jsonl, in which this process notes the images that it cannot decode."""
+    return SkippedImages(
+        workdir,
+        max_share=config.dataset.max_skipped_share,
+        process_index=jax.process_index(),
+        num_processes=jax.process_count(),
+    )
+
+
+def join_skipped(skipped: SkippedImages, source: Source | None = None) -> None:
+    """Joins the notes of all processes in skipped.jsonl; all processes call this together.
+
+    Args:
+      skipped: Notes of this process.
+      source: Images of which those that earlier runs skipped count as well.
+
+    Raises:
+      UnusableDataError: On process 0, if all processes together skip more of a source's images than
+        allowed; the other processes then wait until its failure reaches them.
+    """
+    skipped.close()
+    _wait_for_all("skipped images noted")
+    if jax.process_index() == 0:
+        try:
+            skipped.merge()
+        finally:
+            skipped.close()
+        if source is not None:
+            skipped.check(source)
+    _wait_for_all("skipped images joined")
+
+
+def report_skipped(skipped: SkippedImages) -> None:
+    """Joins the notes of all processes and logs how many images were skipped.
+
+    Raises:
+      UnusableDataError: See `join_skipped`.
+    """
+    join_skipped(skipped)
+    if jax.process_index() == 0 and len(skipped):
+        _logger.warning(skipped.summary())
+
+
+def _wait_for_all(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

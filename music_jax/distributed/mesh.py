@@ -1,8 +1,9 @@
-"""Devices and processes: the mesh, which rows of a batch are whose, and how they get there."""
+"""Devices and processes: joining a cluster, the mesh, and which rows of a batch go where."""
 
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import pathlib
 import pkgutil
@@ -12,45 +13,44 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from jax._src import xla_bridge  # Whether devices are started has no public name.
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from music_jax.distributed import failure_propagation
-from music_jax.distributed.cores import usable_cores
+from music_jax.distributed import failure_propagation, usable_cores
 from music_jax.errors import UserError
+
+_logger = logging.getLogger(__name__)
 
 BATCH_AXES = ("data", "fsdp")
 
-# What JAX says where it recognizes no cluster.
+# Part of JAX's message where it does not detect a cluster.
 _NO_CLUSTER = "coordinator_address should be defined"
-# Where a launcher that JAX cannot ask for the peers says how many there are: Open MPI from 5 on,
-# and what starts MPICH. As so many runs of one process they would all write to one workdir.
-_LAUNCHERS_COUNTS = ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "PMI_SIZE")
+# Variables by which launchers that JAX does not detect, Open MPI from version 5 and those of MPICH,
+# give the number of processes. Without joining they would all write to one workdir.
+_LAUNCHER_COUNTS = ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "PMI_SIZE")
 
 
 def join_cluster(
     coordinator_address: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
-    """Joins the run's other processes, if there are any; to be called before anything uses JAX.
+    """Joins the other processes of the run, if there are any.
 
-    The cluster is asked only if none of the three is given.
+    Call it before anything uses JAX. The cluster is asked only if no argument is given.
 
     Args:
-      coordinator_address: HOST:PORT of process 0, or None where the cluster tells all three.
-      num_processes: processes in the run.
-      process_id: index of this one.
+      coordinator_address: HOST:PORT of process 0; None if the cluster tells all three.
+      num_processes: Number of processes in the run.
+      process_id: Index of this process.
 
     Raises:
-      UserError: only some of the three are given, the processes do not find each other, or a
-        launcher has started several without saying where process 0 is.
+      UserError: Only some of the three are given, the processes do not find each other, or a
+        launcher has started several of them without saying where process 0 is.
     """
-    given = num_processes is not None
     _check_processes(coordinator_address, num_processes, process_id)
     if num_processes == 1:
         return
-    # Until there is something to save, SIGTERM is not JAX's; see `hear_preemption`.
+    # Until there is something to save, JAX must not take SIGTERM; see `start_preemption_service`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         with failure_propagation.joining():
@@ -58,11 +58,11 @@ def join_cluster(
                 coordinator_address,
                 num_processes,
                 process_id,
-                cluster_detection_method="deactivate" if given else None,
+                cluster_detection_method=None if num_processes is None else "deactivate",
                 initialization_timeout=failure_propagation.JOIN_TIMEOUT_SECONDS,
                 heartbeat_timeout_seconds=failure_propagation.HEARTBEAT_TIMEOUT_SECONDS,
             )
-    except Exception as error:  # a cluster's own client raises whatever it likes
+    except Exception as error:  # a cluster's own client may raise anything
         message = f"{type(error).__name__}: {' '.join(str(error).split())}"
         if (address := failure_propagation.coordinator()) is not None:
             raise UserError(
@@ -75,28 +75,24 @@ def join_cluster(
                 "--num_processes=1 if it does not, else --coordinator_address, --num_processes and "
                 "--process_id"
             ) from error
-        for name in _LAUNCHERS_COUNTS:
+        for name in _LAUNCHER_COUNTS:
             if int(os.environ.get(name) or 1) > 1:
                 raise UserError(
                     f"{name} says that there are {os.environ[name]} processes, but not where "
                     "process 0 is; give --coordinator_address, --num_processes and --process_id"
                 ) from error
-        logging.info("running as a single process: %s", error)
-    if failure_propagation.exist():
-        failure_propagation.watch()
 
 
 def _check_processes(
     coordinator_address: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
-    """Checks the three flags."""
-    given = (coordinator_address, num_processes, process_id)
     if num_processes == 1 and process_id in (None, 0):
         return
+    given = (coordinator_address, num_processes, process_id)
     if any(g is None for g in given) and any(g is not None for g in given):
         raise UserError(
             "--coordinator_address, --num_processes and --process_id go together: give all three, "
-            "none where the cluster tells them, or --num_processes=1 alone; got "
+            "none if the cluster tells them, or --num_processes=1 alone; got "
             f"{coordinator_address}, {num_processes}, {process_id}"
         )
     if coordinator_address is None or num_processes is None or process_id is None:
@@ -110,10 +106,10 @@ def _check_processes(
 
 
 def check_gpu_plugins() -> None:
-    """Checks that the GPUs that JAX_PLATFORMS names have a plugin; JAX may pass over those without.
+    """Checks that JAX has a plugin for the GPUs in JAX_PLATFORMS, which it may otherwise ignore.
 
     Raises:
-      UserError: one has none.
+      UserError: A plugin is missing.
     """
     plugins = [point.value for point in importlib.metadata.entry_points(group="jax_plugins")]
     spec = importlib.util.find_spec("jax_plugins")
@@ -128,11 +124,11 @@ def check_gpu_plugins() -> None:
             )
 
 
-def look_for_no_absent_tpu() -> None:
-    """Where there is libtpu but no TPU, as on a machine that plans, has JAX not look for one.
+def skip_absent_tpu() -> None:
+    """Keeps JAX from looking for a TPU if libtpu is installed but there is none, as for `plan`.
 
-    It would find the CPU as well, but only after libtpu's warnings. To be called before anything
-    uses JAX's devices; it leaves alone what the user has chosen, and any other accelerator.
+    JAX would use the CPU as well, but only after warnings of libtpu. Call it before anything uses
+    JAX's devices; the user's JAX_PLATFORMS and other accelerators are respected.
     """
     if os.environ.get("JAX_PLATFORMS") or importlib.util.find_spec("libtpu") is None:
         return
@@ -144,13 +140,13 @@ def look_for_no_absent_tpu() -> None:
 
 
 def use_cores(batch_size: int) -> None:
-    """Where a single process trains on a CPU, makes a device of each core, up to four.
+    """Exposes up to four CPU cores as JAX devices, in a run of a single process.
 
-    XLA's CPU backend runs most convolutions of a device on one thread. To be called before anything
-    uses JAX's devices; it leaves alone what the user has set by JAX_NUM_CPU_DEVICES or XLA_FLAGS.
+    XLA's CPU backend runs most convolutions of a device on one thread. Call it before anything uses
+    JAX's devices; the user's JAX_NUM_CPU_DEVICES or XLA_FLAGS are respected.
 
     Args:
-      batch_size: samples that are embedded at once; the devices are as many as divide them.
+      batch_size: Number of samples that are embedded at once, which the devices divide.
     """
     chosen = "JAX_NUM_CPU_DEVICES" in os.environ
     chosen |= "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
@@ -160,25 +156,25 @@ def use_cores(batch_size: int) -> None:
     jax.config.update("jax_num_cpu_devices", divisors[0])
 
 
-_REPEATABLE = "--xla_gpu_exclude_nondeterministic_ops"
+_DETERMINISTIC = "--xla_gpu_exclude_nondeterministic_ops"
 
 
-def use_repeatable_gpu_operations() -> None:
+def use_deterministic_gpu_operations() -> None:
     """Disables nondeterministic GPU operations, by XLA_FLAGS of this process.
 
-    XLA reads them when JAX starts its devices. If that has happened, nothing changes, and a warning
-    says so where the devices are GPUs. What the user has set by XLA_FLAGS is left alone.
+    XLA reads them when JAX starts its devices. If it has started GPUs before, a warning says that
+    nothing changes. The user's own XLA_FLAGS are respected.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if _REPEATABLE in flags or "--xla_gpu_deterministic_ops" in flags:
+    if _DETERMINISTIC in flags or "--xla_gpu_deterministic_ops" in flags:
         return
     if not xla_bridge.backends_are_initialized():
-        os.environ["XLA_FLAGS"] = f"{flags} {_REPEATABLE}=true".strip()
+        os.environ["XLA_FLAGS"] = f"{flags} {_DETERMINISTIC}=true".strip()
     elif jax.default_backend() == "gpu":
-        logging.warning(
-            "config.deterministic has no effect, since this process has used its GPU before: a run "
-            "repeated gives other bits. Set XLA_FLAGS=%s=true before JAX is used",
-            _REPEATABLE,
+        _logger.warning(
+            "config.deterministic has no effect, since this process has already used its GPU: a "
+            f"repeated run gives different bits. Set XLA_FLAGS={_DETERMINISTIC}=true before JAX is "
+            "used"
         )
 
 
@@ -188,12 +184,12 @@ def make_data_mesh(
     fsdp: int | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh of the axes `data` and `fsdp`; a batch is split over both.
+    """Makes a mesh with the axes `data` and `fsdp`, over both of which a batch is split.
 
     Args:
-      num_devices: how many devices to take; by default all.
-      fsdp: size of the axis over which the parameters themselves are split; by default all.
-      devices: what to take them from; by default the run's own.
+      num_devices: Number of devices; by default all.
+      fsdp: Size of the axis over which the parameters are split; by default all devices.
+      devices: Devices to choose from; by default those of the run.
 
     Returns:
       The mesh, [devices / fsdp, fsdp].
@@ -205,8 +201,8 @@ def make_data_mesh(
     fsdp = len(devices) if fsdp is None else fsdp
     if len(devices) % fsdp:
         raise UserError(
-            f"config.sharding.fsdp = {fsdp} does not divide the {len(devices)} devices; take a "
-            "divisor of them"
+            f"config.sharding.fsdp = {fsdp} does not divide the {len(devices)} devices; use a "
+            "divisor of their number"
         )
     return jax.make_mesh(
         (len(devices) // fsdp, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices
@@ -214,23 +210,23 @@ def make_data_mesh(
 
 
 def shares_cores(mesh: Mesh) -> bool:
-    """Whether each step must end before the next begins, as on several CPU devices.
+    """Returns whether each step must end before the next begins, as on several CPU devices.
 
-    These share the real cores, and unfinished steps of several of them can starve each other.
+    They share the cores, so that unfinished steps can starve each other.
     """
     return mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Splits the leading axis over all devices of the mesh."""
+    """Returns the sharding that splits the leading axis over all devices of the mesh."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def check_divisible(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
-    """Checks that every device gets the same share of a batch, and of each of its microbatches.
+    """Checks that a batch and each of its microbatches can be divided evenly over all devices.
 
     Raises:
-      UserError: it does not; the message gives the nearest batches that would.
+      UserError: It cannot; the message gives the nearest batch sizes that can.
     """
     n = mesh.size * accumulation_steps
     if batch_size % n:
@@ -239,36 +235,36 @@ def check_divisible(batch_size: int, accumulation_steps: int, mesh: Mesh) -> Non
         parts = f" in accumulation_steps = {accumulation_steps}" if accumulation_steps > 1 else ""
         raise UserError(
             f"config.batch_size = {batch_size} cannot be divided over {mesh.size} devices{parts}; "
-            f"take {options}"
+            f"use {options}"
         )
 
 
 def local_positions(batch_size: int, mesh: Mesh) -> np.ndarray:
-    """The positions of a global batch that this process's devices hold, ascending."""
+    """Returns the positions of a global batch that this process's devices hold, in order."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     rows = [np.arange(batch_size)[index] for index in indices.values()]
     return np.unique(np.concatenate(rows))
 
 
 def to_devices(local: np.ndarray, batch_size: int, mesh: Mesh) -> jax.Array:
-    """Puts this process's rows of a global batch onto its devices; does not wait for it."""
+    """Transfers this process's rows of a global batch to its devices, asynchronously."""
     return jax.make_array_from_process_local_data(
         batch_sharding(mesh), local, (batch_size, *local.shape[1:])
     )
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that prints and writes."""
+    """Returns whether this is the process that prints and writes."""
     return jax.process_index() == 0
 
 
 def from_main_process(make: Callable[[], Any]) -> Any:
-    """Gives all processes what the main one makes, so that they decide alike.
+    """Returns a value of the main process to all processes, so that they decide alike.
 
-    What each reads from shared storage may differ. All processes call this together.
+    What each process reads from shared storage may differ. All processes call this together.
 
     Args:
-      make: Function that returns a JSON value; called on the main process alone.
+      make: Function that returns a JSON value; called on the main process only.
     """
     if jax.process_count() == 1:
         return make()

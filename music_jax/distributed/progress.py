@@ -1,27 +1,59 @@
-"""What a person sees: lines of text, tables, and a progress bar with the time left."""
+"""Output on a terminal or into a log: lines, tables and progress bars."""
 
 import logging
 import os
 import sys
 import time
+import unicodedata
 from collections.abc import Sequence
 from typing import Any, TextIO
 
 import tqdm
 
-from music_jax.distributed.mesh import is_main_process
-from music_jax.distributed.terminal import printable
-
 # Of a bar in a log.
 _SECONDS_BETWEEN_LINES = 10.0
-_SHARE_BETWEEN_LINES = 0.05  # of the time that it has been there
+_SHARE_BETWEEN_LINES = 0.05  # of the time since the bar began
+
+
+def escape_surrogates(text: str) -> str:
+    r"""Escapes what UTF-8 cannot encode, such as in the name of a file.
+
+    Bytes of a name that are not UTF-8, which Python reads as surrogates, become `\xe9`.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # surrogates that do not stand for bytes
+        return text.encode("utf-8", "backslashreplace").decode()
+
+
+def printable(text: str) -> str:
+    r"""Escapes characters that a terminal would interpret, so that the text stays on one line.
+
+    Control characters, format characters and line ends become, for example, `\x1b` and `\n`; for
+    surrogates see `escape_surrogates`.
+    """
+    text = escape_surrogates(text)
+    if text.isprintable():
+        return text
+    return "".join(
+        c
+        if c.isprintable() or unicodedata.category(c) == "Zs"
+        else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
+def _is_main_process() -> bool:
+    import jax  # takes a second, which `--help` should not
+
+    return jax.process_index() == 0
 
 
 def say(text: str) -> None:
     """Prints one line on the main process, above any progress bar."""
-    if is_main_process():
+    if _is_main_process():
         text = printable(text)
-        encoding = sys.stdout.encoding or "utf-8"  # a name may have characters that it has not
+        encoding = sys.stdout.encoding or "utf-8"  # which may lack characters of a name
         text = text.encode(encoding, "backslashreplace").decode(encoding)
         tqdm.tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
@@ -58,22 +90,22 @@ def log_to_stdout() -> None:
 
 
 def bar(total: int, *, unit: str, description: str, done: int = 0) -> Any:
-    """A progress bar that shows rate and time left.
+    """Creates a progress bar that shows the rate and the time left.
 
-    It is drawn over and over in a terminal and below a notebook's cell. In a log it is a line now
-    and then: every ten seconds at first, and ever more rarely in a long run.
+    In a terminal and below a notebook's cell it is redrawn in place. In a log it is a line every
+    ten seconds at first, and less and less often in a long run.
 
     Args:
-      total: how many there are to do.
-      unit: of what.
-      description: what is being done.
-      done: how many were done before.
+      total: Number of items.
+      unit: Name of an item.
+      description: Text before the bar.
+      done: Number of items that were done before.
 
     Returns:
       A `tqdm` bar.
     """
     terminal, notebook = sys.stderr.isatty(), _in_notebook()
-    # Some terminals, such as containers', say that they have no columns; tqdm then draws nothing.
+    # Some terminals, such as containers', report no columns; tqdm then draws nothing.
     unknown = terminal and not os.get_terminal_size(sys.stderr.fileno()).columns
     file: Any = sys.stdout if notebook else sys.stderr if terminal else _Lines(sys.stderr)
     return tqdm.tqdm(
@@ -88,12 +120,12 @@ def bar(total: int, *, unit: str, description: str, done: int = 0) -> Any:
         dynamic_ncols=terminal and not unknown,
         bar_format="{l_bar}{bar:12}{r_bar}",
         mininterval=0.2 if terminal else 1.0,
-        disable=not is_main_process(),
+        disable=not _is_main_process(),
     )
 
 
 class _Lines:
-    """A log that a bar is written to: whole lines, and not every one."""
+    """A file for a bar in a log, which keeps complete lines, and not every one."""
 
     def __init__(self, log: TextIO):
         self._log = log
@@ -101,7 +133,7 @@ class _Lines:
         self._waiting = ""
 
     def write(self, text: str) -> None:
-        """Takes what tqdm would draw, or the line's end, with which it ends the bar."""
+        """Takes what tqdm would draw, or a line end, with which tqdm ends the bar."""
         self._waiting = text.strip() or self._waiting
         now = time.monotonic()
         due = self._last + max(_SECONDS_BETWEEN_LINES, _SHARE_BETWEEN_LINES * (now - self._start))
@@ -121,7 +153,7 @@ def _in_notebook() -> bool:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lays out a table, the first column to the left and the others to the right."""
+    """Formats a table whose first column is aligned to the left and the others to the right."""
     header, *rows = [[printable(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
 

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable
-from types import FrameType, TracebackType
+from typing import Any
 
 from music_jax.errors import StoppedError
 
@@ -13,87 +13,87 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 def end_on_signal(end: Callable[[], None]) -> None:
-    """From now on a signal ends the process, even in the midst of a compilation.
+    """Ends the process upon a signal from now on, even during a compilation.
 
-    What is on disk has to be whole at any moment. To be called on the main thread.
+    What is on disk must be valid at any moment. Call it on the main thread.
 
     Args:
-      end: ends the process; called on another thread.
+      end: Function that ends the process; called on another thread.
     """
     _Listener(lambda number: end()).take(_SIGNALS)
 
 
 def ignore_signals() -> None:
-    """From now on signals do nothing: what the process is for is done, and it is about to end."""
+    """Ignores signals from now on; call it once all is done and the process is about to end."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class _Listener:
-    """A thread that acts on signals even while the main thread is in what Python cannot interrupt.
+    """A thread that handles signals even while the main thread runs code outside Python.
 
-    Python's own handlers wait until the main thread is back. Each signal is heard once: by the
-    listener that was the last one open when it came. Made and closed on the main thread.
+    Python's own handlers wait until the main thread returns. Each signal is handled once, by the
+    listener that was opened last. Open and close it on the main thread.
     """
 
-    def __init__(self, hear: Callable[[int], None]):
+    def __init__(self, handle: Callable[[int], None]):
         """Starts the thread.
 
         Args:
-          hear: called there with each signal's number.
+          handle: Function that is called on the thread with the number of each signal.
         """
         self._previous = {number: signal.getsignal(number) for number in _SIGNALS}
         self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._thread = threading.Thread(
-            target=self._listen, args=(reader, hear), name="signals", daemon=True
+            target=self._listen, args=(reader, handle), name="signals", daemon=True
         )
         self._thread.start()
         self._outer = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
 
     def take(self, numbers: Iterable[signal.Signals]) -> None:
-        """Has Python hear signals, whoever heard them before; not SIGHUP under `nohup`."""
+        """Handles signals from now on; not SIGHUP if the process runs under `nohup`."""
         for number in numbers:
             if number != signal.SIGHUP or self._previous[number] != signal.SIG_IGN:
-                signal.signal(number, _left_to_the_thread)
+                signal.signal(number, lambda number, frame: None)  # the thread handles it
 
     def close(self) -> None:
-        """Gives the signals back, and waits until all that came before are acted on."""
+        """Restores the previous handlers, and waits until all earlier signals are handled."""
         for number, previous in self._previous.items():
-            if previous is not None:  # one that was not Python's
+            if previous is not None:  # None: it was not installed from Python
                 signal.signal(number, previous)
         signal.set_wakeup_fd(self._outer, warn_on_full_buffer=False)
         os.close(self._writer)
         self._thread.join()
 
-    def _listen(self, reader: int, hear: Callable[[int], None]) -> None:
+    def _listen(self, reader: int, handle: Callable[[int], None]) -> None:
         while number := os.read(reader, 1):
             if number[0] == signal.SIGHUP:
-                self._leave_terminals()
+                self._discard_output_of_closed_terminals()
             if number[0] in _SIGNALS:
-                hear(number[0])
+                handle(number[0])
         os.close(reader)
 
-    def _leave_terminals(self) -> None:
-        """Discards what is printed to a terminal that is closed, which would be an error."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
+    def _discard_output_of_closed_terminals(self) -> None:
+        null = os.open(os.devnull, os.O_WRONLY)
         for terminal in self._terminals:
-            if not os.isatty(terminal):
-                os.dup2(nowhere, terminal)
-        os.close(nowhere)
-
-
-def _left_to_the_thread(number: int, frame: FrameType | None) -> None:
-    pass
+            if not os.isatty(terminal):  # printing to it would be an error
+                os.dup2(null, terminal)
+        os.close(null)
 
 
 class Stop:
-    """Whether a run is to stop after the present step. Handles no signals.
+    """A context that stops a run after the present step once `received` is set.
+
+    It handles no signals.
 
     Attributes:
-      received: Whether it is. Set it, from any thread, to have a run of one process save and raise
+      received: Whether to stop. Set it from any thread: a run of one process then saves and raises
         a StoppedError.
+
+    Raises:
+      StoppedError: At its end, if the stop came too late for the loop to see it.
     """
 
     received = False
@@ -101,43 +101,37 @@ class Stop:
     def __enter__(self) -> "Stop":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Raises a StoppedError if the stop came too late for the loop to see it."""
-        if self.received and error is None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        if self.received and kind is None:
             raise StoppedError("saved at the last step; run the same command to finish")
 
     def begin(self) -> None:
-        """Is called after each step: from the first on, there is something to save."""
+        """Notes that there is something to save; called after each step."""
 
     def agreed(self) -> None:
-        """Is called once all processes are to stop."""
+        """Notes that all processes are going to stop."""
         self.received = True
 
 
 class StopSignal(Stop):
-    """A context in which the first signal asks for a stop and a second one exits at once.
+    """A context in which the first signal requests a stop and a second one exits at once.
 
-    For commands, which own the process; to be used on the main thread.
+    For commands, which own the process; use it on the main thread.
 
-    With several processes the stop must be agreed on, so there the signal is left to JAX's
-    coordination service, which hears SIGTERM and tells all processes at which step to stop
+    Several processes must agree on a stop. There the signal is left to JAX's coordination service,
+    which receives SIGTERM and tells all processes at which step to stop
     (`Checkpoints.reached_preemption`); the other signals are passed on to it as SIGTERM.
 
     Raises:
-      StoppedError: at its end, if a signal came too late for the loop to see it.
+      StoppedError: At its end, if a signal came too late for the loop to see it.
     """
 
     def __init__(self, *, alone: bool, grace_seconds: float):
-        """Changes nothing yet.
+        """Creates the context; `begin` installs the handlers.
 
         Args:
-          alone: whether this process is the run's only one.
-          grace_seconds: how long after the first signal the process ends whatever it does.
+          alone: Whether this process is the only one of the run.
+          grace_seconds: Time after the first signal after which the process ends in any case.
         """
         self._alone = alone
         self._grace_seconds = grace_seconds
@@ -145,76 +139,65 @@ class StopSignal(Stop):
         self._starting = threading.Lock()
         self._listener: _Listener | None = None
 
-    def __enter__(self) -> "StopSignal":
-        return self
-
     def begin(self) -> None:
-        """From here on a signal asks for a stop; before, it does what it did outside.
-
-        To be called as often as one likes.
-        """
+        """Requests a stop upon a signal from now on; may be called repeatedly."""
         if self._listener is not None:
             return
-        self._listener = _Listener(self._hear)
+        self._listener = _Listener(self._handle)
         if self._alone:
             self._listener.take(_SIGNALS)
         else:
             from music_jax.distributed import failure_propagation
 
-            failure_propagation.hear_preemption()
+            failure_propagation.start_preemption_service()
             self._listener.take((signal.SIGINT, signal.SIGUSR1, signal.SIGHUP))
 
     def agreed(self) -> None:
-        """To be called once it is settled that the run stops: the next signal ends this process."""
+        """Notes that all processes are going to stop: the next signal ends this process."""
         self.received = True
         self._start_grace()
         if self._listener is not None:
             self._listener.take(_SIGNALS)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
         if self._listener is not None:
             self._listener.close()
         if self._grace is not None:
             self._grace.cancel()
-            if error is None:
-                raise StoppedError("saved at the last step; run the same command to finish")
+            self.received = True
+        super().__exit__(kind, *rest)
 
-    def _hear(self, number: int) -> None:
+    def _handle(self, number: int) -> None:
         if not self._start_grace():
             if number == signal.SIGHUP:  # a shell and the kernel each send one for one terminal
                 return
-            _say("stopping at once; what was saved before is intact")
+            _print("stopping at once; what was saved before is intact")
             os._exit(128 + number)
         if self._alone:
             self.received = True
         else:
             os.kill(os.getpid(), signal.SIGTERM)
-        _say("stopping after this step; once more to stop at once")
+        _print("stopping after this step; send the signal again to stop at once")
 
     def _start_grace(self) -> bool:
-        """False if it has begun before."""
+        """Starts the grace period; returns False if it has begun before."""
         with self._starting:
             if self._grace is not None:
                 return False
-            self._grace = threading.Timer(self._grace_seconds, self._grace_is_over)
+            self._grace = threading.Timer(self._grace_seconds, self._end_grace)
             self._grace.daemon = True
             self._grace.start()
             return True
 
-    def _grace_is_over(self) -> None:
-        _say(
+    def _end_grace(self) -> None:
+        _print(
             f"stopped: not saved within checkpoint.grace_seconds = {self._grace_seconds:g}; what "
-            "was saved before is intact, and the same command goes on from there"
+            "was saved before is intact: rerun the command to resume from there"
         )
         os._exit(StoppedError.exit_code)
 
 
-def _say(text: str) -> None:
-    """To standard error past Python's buffer, whose lock another thread may hold for long."""
+def _print(text: str) -> None:
+    """Writes to standard error, past Python's buffer, which another thread may have locked."""
     with contextlib.suppress(OSError):
         os.write(2, f"\n{text}\n".encode())

@@ -1,26 +1,45 @@
-"""Directories of this user, outside any run."""
+"""This user's own directories outside any run, and the compilation cache in one of them."""
 
+import contextlib
+import logging
 import os
 import pathlib
+import re
 import stat
+import warnings
+from typing import Any
+
+import jax
+
+_logger = logging.getLogger(__name__)
+
+# Reading a program back takes some tens of milliseconds: less is not worth a file.
+_MIN_COMPILE_SECONDS = 0.1
+# JAX's own limit, `jax_compilation_cache_max_size`, needs one more package, `filelock`.
+_MAX_CACHE_BYTES = 4 << 30
+
+_FAILED = re.compile(r"Error (reading|writing) persistent compilation cache entry for '([^']*)'")
 
 
 def cache_directory(name: str) -> pathlib.Path:
-    """Makes `music_jax/NAME` below `$XDG_CACHE_HOME`, by default `~/.cache`; see `_checked`."""
+    """Creates `music_jax/NAME` below `$XDG_CACHE_HOME`, by default `~/.cache`.
+
+    Raises:
+      OSError: It cannot be created, or others can write to it.
+    """
     return _checked("XDG_CACHE_HOME", "~/.cache", name, create=True)
 
 
 def state_directory(*, create: bool) -> pathlib.Path:
-    """Finds `music_jax` below `$XDG_STATE_HOME`, by default `~/.local/state`; see `_checked`."""
+    """Returns `music_jax` below `$XDG_STATE_HOME`, by default `~/.local/state`.
+
+    Raises:
+      OSError: It cannot be created or (without `create`) does not exist, or others can write to it.
+    """
     return _checked("XDG_STATE_HOME", "~/.local/state", "", create=create)
 
 
 def _checked(variable: str, default: str, name: str, *, create: bool) -> pathlib.Path:
-    """Finds a directory that only this user can write to.
-
-    Raises:
-      OSError: It cannot be made or, without `create`, is not there; or others can write to it.
-    """
     base = pathlib.Path(os.environ.get(variable) or os.path.expanduser(default))
     if not base.is_absolute():
         raise OSError(f"{base} is not an absolute path; set HOME or {variable}")
@@ -33,3 +52,63 @@ def _checked(variable: str, default: str, name: str, *, create: bool) -> pathlib
         if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise OSError(f"others can write to {directory}; chmod go-w {directory}")
     return own / name
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in `~/.cache/music_jax/compiled` for later processes.
+
+    Call it before anything is compiled. JAX_COMPILATION_CACHE_DIR names another directory. A
+    program is found by its text, the compiler's version and the devices. A damaged file is replaced
+    with a warning; a file that cannot be written causes a warning. Beyond 4 GiB, the programs that
+    were not used for the longest time are removed.
+
+    The process runs these programs, so they are never read from a run's directory or from one that
+    others can write to. Several processes of a run compile some programs together, so that all of
+    them must find a program or none: they use a cache only if JAX_COMPILATION_CACHE_DIR names a
+    directory that they share.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.distributed.is_initialized():
+        return
+    try:
+        directory = cache_directory("compiled")
+    except OSError as error:
+        _logger.warning(f"compiled programs are not cached: {error}")
+        return
+    with contextlib.suppress(OSError):  # another process may remove files at the same time
+        _remove_oldest(directory)
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
+    _condense_warnings(directory)
+
+
+def _remove_oldest(directory: pathlib.Path) -> None:
+    files = [(path.stat(), path) for path in directory.iterdir() if path.is_file()]
+    excess = sum(status.st_size for status, _ in files) - _MAX_CACHE_BYTES
+    for status, path in sorted(files, key=lambda file: max(file[0].st_atime, file[0].st_mtime)):
+        if excess <= 0:
+            return
+        path.unlink(missing_ok=True)
+        excess -= status.st_size
+
+
+def _condense_warnings(directory: pathlib.Path) -> None:
+    """Replaces JAX's warning for each unusable file by one for all, and removes damaged files."""
+    original, warned = warnings.showwarning, set()
+
+    def show(message: Any, *context: Any, **options: Any) -> None:
+        failed = _FAILED.match(str(message))
+        if failed is None:
+            original(message, *context, **options)
+            return
+        action, program = failed.groups()
+        consequence = "compiled programs are not cached"
+        if action == "reading":
+            consequence = "compiling again"
+            for damaged in directory.glob(f"{program}-*"):  # which JAX does not overwrite
+                damaged.unlink(missing_ok=True)
+        if action not in warned:
+            warned.add(action)
+            reason = " ".join(str(message).split())[:200]
+            _logger.warning(f"{action} {directory} failed: {consequence}. {reason}")
+
+    warnings.showwarning = show

@@ -16,7 +16,7 @@ from music_jax.claims.pool import choose
 from music_jax.claims.settings import SETTINGS, settings_of
 from music_jax.config import default_config
 from music_jax.errors import UserError
-from music_jax.workdir import records
+from music_jax.workdir.run_config import as_json, write_config
 
 
 def load(name):
@@ -54,7 +54,7 @@ def finish(sweep, cell, **result):
     """What a run of the cell leaves."""
     directory = sweep.directory / cell.name
     directory.mkdir(parents=True)
-    records.write_config(directory, sweep.cell_config(cell))
+    write_config(directory, sweep.cell_config(cell))
     (directory / "result.json").write_text(json.dumps({"core_seconds": 36.0} | result))
 
 
@@ -82,7 +82,7 @@ def test_every_cell_of_every_dataset_has_a_valid_config(tmp_path, name):
     assert len(names) == len(set(names)) > 30
     sweep.validate()
     configs = [
-        json.dumps(records.as_json(sweep.cell_config(Cell(setting, 0.01, 0, False))))
+        json.dumps(as_json(sweep.cell_config(Cell(setting, 0.01, 0, False))))
         for setting in sweep.settings_in_order()
         if not setting.collapsed_start
     ]
@@ -93,7 +93,7 @@ def test_all_methods_have_the_same_backbone_augmentations_and_epochs(tmp_path):
     sweep = make_sweep(tmp_path, only=("1",))
     configs = []
     for method in ("music", "barlow_twins", "vicreg", "simclr"):
-        config = records.as_json(sweep.cell_config(Cell(base(method), 0.01, 0, False)))
+        config = as_json(sweep.cell_config(Cell(base(method), 0.01, 0, False)))
         assert config["objective"].pop("name") == method
         configs.append(config)
     assert all(config == configs[0] for config in configs)

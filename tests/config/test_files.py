@@ -4,12 +4,19 @@ import os
 import runpy
 
 import pytest
-from music_jax.workdir.run_config import as_json
 from processes import ROOT
 
-from music_jax.config import differences, from_file, from_json, shipped_configs, validate
+from music_jax.config import (
+    differences,
+    from_file,
+    from_json,
+    normalize_path,
+    shipped_configs,
+    validate,
+)
 from music_jax.errors import UserError
 from music_jax.models.network import make_network
+from music_jax.workdir.run_config import as_json
 
 
 @pytest.mark.parametrize("path", shipped_configs().values(), ids=lambda path: path.stem)
@@ -162,3 +169,16 @@ def test_fields_of_earlier_versions_that_did_not_change_the_training_are_dropped
     record = as_json(from_file("digits"))
     assert from_json(record | {"retrieval": {"max_gallery": 9}}) == from_file("digits")
     assert not differences(record | {"clustering": {"num_starts": 3}}, record)
+
+
+@pytest.mark.parametrize("path", ["~/a/b/", "~//a/./b", "/home/me/a/c/../b", "/home/me/a/b"])
+def test_all_spellings_of_a_folder_give_one_path(path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert normalize_path(path) == "/home/me/a/b"
+
+
+@pytest.mark.parametrize(
+    "name", ["", "photos", "cifar10:train[:50%]", "gs://bucket//a/", "imagenet/c:1.0.0:test"]
+)
+def test_names_of_datasets_and_buckets_are_not_changed(name):
+    assert normalize_path(name) == name

@@ -8,7 +8,6 @@ import unicodedata
 import cv2
 import numpy as np
 import pytest
-from music_jax.workdir.run_config import as_json
 
 from music_jax.config import default_config, differences
 from music_jax.data import datasets
@@ -19,6 +18,7 @@ from music_jax.errors import (
     UndecodableError,
     UserError,
 )
+from music_jax.workdir.run_config import as_json
 
 
 def _write(path, value=7):

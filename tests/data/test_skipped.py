@@ -4,15 +4,25 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
+from jax.experimental import multihost_utils
+from memory_bucket import bucket_directory
 from processes import ROOT
 
+from music_jax.config import default_config
 from music_jax.data import skipped
-from music_jax.data.skipped import SkippedImages
+from music_jax.data.skipped import (
+    SkippedImages,
+    join_skipped,
+    open_skipped,
+    report_skipped,
+)
 from music_jax.data.sources import Source
 from music_jax.errors import UnusableDataError
+from music_jax.workdir import logs
 
 _SOURCE = Source("numbers", range(100), "image", "label", num_classes=2)
 
@@ -34,6 +44,19 @@ def clock(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(skipped.time, "monotonic", lambda: now[0])
     return now
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    with bucket_directory(monkeypatch) as directory:
+        yield directory
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def directory(request):
+    if request.param == "disk":
+        return epath.Path(request.getfixturevalue("tmp_path"))
+    return request.getfixturevalue("bucket")
 
 
 def _images(path):
@@ -213,3 +236,75 @@ def test_concurrent_processes_stop_at_the_common_limit(tmp_path):
         assert "of the 1000 images of numbers cannot be read" in out, err
         assert 100 < int(out.split()[0]) <= 150
         assert "skipped*.jsonl" in out
+
+
+def test_the_images_that_processes_skip_are_counted_together(tmp_path, monkeypatch):
+    config = default_config()
+    config.dataset.max_skipped_share = 0.1
+    source = Source("numbers", range(40), "image", "label", num_classes=2)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    lists = []
+    for process in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        lists.append(open_skipped(epath.Path(tmp_path), config))
+    for index in range(4):
+        lists[index // 2].add(source, index, "broken")
+    with pytest.raises(UnusableDataError, match="5 of the 40"):
+        lists[1].add(source, 4, "broken")
+    waited = []
+    monkeypatch.setattr(multihost_utils, "sync_global_devices", waited.append)
+    report_skipped(lists[1])
+    assert waited == ["skipped images noted", "skipped images joined"]
+    waited.clear()
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    with pytest.raises(UnusableDataError, match="5 of the 40"):
+        report_skipped(lists[0])
+    assert waited == ["skipped images noted"]  # the others wait on, and are told
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 5
+    monkeypatch.undo()
+    later = open_skipped(epath.Path(tmp_path), config)
+    join_skipped(later)  # nothing was noted since
+    with pytest.raises(UnusableDataError, match="5 of the 40"):
+        join_skipped(later, source)
+
+
+def test_skipped_images_of_several_processes_are_joined(directory):
+    source = Source("numbers", list(range(40)), "image", "label", 0)
+    lists = [SkippedImages(directory, max_share=1.0, process_index=i) for i in range(2)]
+    for i in range(6):
+        lists[i % 2].add(source, i, "broken")
+    for each in lists:
+        each.close()
+    lists[0].merge()
+    lists[0].close()
+    lines = (directory / "skipped.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["image"] for line in lines) == list("012345")
+    assert len(SkippedImages(directory, max_share=1.0)) == 6
+    assert [path.name for path in directory.iterdir()] == ["skipped.jsonl"]
+
+
+def test_skipped_images_of_all_processes_together_hold_to_the_share(directory, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
+    source = Source("numbers", list(range(40)), "image", "label", 0)
+    lists = [
+        SkippedImages(directory, max_share=0.1, process_index=i, num_processes=2) for i in range(2)
+    ]
+    for i in range(4):
+        lists[i % 2].add(source, i, "broken")
+        now[0] += 20.0
+    with pytest.raises(UnusableDataError, match="5 of the 40") as caught:
+        lists[1].add(source, 4, "broken")
+    assert "skipped*.jsonl" in str(caught.value)
+
+
+def test_what_is_skipped_is_soon_seen_in_a_bucket_though_nothing_more_is(bucket, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
+    source = Source("numbers", list(range(40)), "image", "label", 0)
+    skipped = SkippedImages(bucket, max_share=1.0)
+    for i in (0, 1):
+        skipped.add(source, i, "broken")
+    now[0] += 20.0
+    skipped.add(source, 1, "broken")  # once more
+    assert (bucket / "skipped.jsonl").read_text().count("\n") == 2

@@ -1,4 +1,4 @@
-"""What is asked of XLA before any device is used, and how the processes of a run are told."""
+"""XLA flags before devices are used, and the flags that name the processes of a run."""
 
 import os
 import subprocess
@@ -6,7 +6,6 @@ import sys
 
 import jax
 import pytest
-from absl import logging
 from jax._src import xla_bridge
 from processes import ROOT
 
@@ -25,28 +24,29 @@ FLAG = "--xla_gpu_exclude_nondeterministic_ops"
         ("--xla_gpu_deterministic_ops=true", "--xla_gpu_deterministic_ops=true"),
     ],
 )
-def test_repeatable_operations_are_asked_for_unless_the_user_says_otherwise(
-    monkeypatch, before, after
-):
+def test_deterministic_operations_are_requested_unless_the_user_decides(monkeypatch, before, after):
     monkeypatch.setenv("XLA_FLAGS", before)
     monkeypatch.setattr(xla_bridge, "backends_are_initialized", lambda: False)
-    mesh.use_repeatable_gpu_operations()
+    mesh.use_deterministic_gpu_operations()
     assert os.environ["XLA_FLAGS"] == after
 
 
 @pytest.mark.parametrize(
     ("backend", "flags", "warnings"), [("cpu", "", 0), ("gpu", "", 1), ("gpu", f"{FLAG}=true", 0)]
 )
-def test_where_it_is_too_late_a_warning_says_so(monkeypatch, backend, flags, warnings):
+def test_a_request_after_the_gpu_was_used_is_a_warning(
+    monkeypatch, capsys, backend, flags, warnings
+):
     jax.devices()  # from here on XLA_FLAGS are not read any more
-    told = []
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(logging, "warning", lambda text, *given: told.append(text % given))
     monkeypatch.setenv("XLA_FLAGS", flags)
-    mesh.use_repeatable_gpu_operations()
+    mesh.use_deterministic_gpu_operations()
     assert os.environ["XLA_FLAGS"] == flags
-    assert len(told) == warnings
-    assert all("config.deterministic has no effect" in text and FLAG in text for text in told)
+    messages = capsys.readouterr().out.splitlines()
+    assert len(messages) == warnings
+    for message in messages:
+        assert "config.deterministic has no effect" in message
+        assert FLAG in message
 
 
 _TRAIN = """
@@ -62,7 +62,7 @@ except Exception as error:
 
 
 @pytest.mark.parametrize(("deterministic", "expected"), [(True, f"{FLAG}=true"), (False, "None")])
-def test_training_from_python_asks_for_repeatable_operations(deterministic, expected):
+def test_training_from_python_requests_deterministic_operations(deterministic, expected):
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}  # which do not divide the batch
     environment.pop("XLA_FLAGS", None)
     code = _TRAIN.format(deterministic=deterministic)
@@ -86,7 +86,7 @@ def test_training_from_python_asks_for_repeatable_operations(deterministic, expe
         (("host:1", 0, 0), r"--process_id must be in .*; got 0"),
     ],
 )
-def test_flags_that_name_no_process_are_told(flags, message):
+def test_flags_that_do_not_name_a_process_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
         mesh.join_cluster(*flags)
 
@@ -122,7 +122,7 @@ except UserError as error:
         ("'127.0.0.1:1', 1, 0", "OSError", "alone"),
     ],
 )
-def test_a_cluster_that_cannot_be_asked_is_told_and_is_not_asked_in_vain(
+def test_a_cluster_client_that_fails_is_an_error_unless_flags_replace_it(
     flags, error, expected, tmp_path
 ):
     (tmp_path / "kubernetes.py").write_text(_FAILING_CLIENT.format(error=error))

@@ -1,11 +1,18 @@
-"""Progress bars in a terminal, in a log and below a notebook's cell."""
+"""Progress bars in a terminal, in a log and in a notebook; names that are made printable."""
 
+import io
 import os
 import pty
 import subprocess
 import sys
 
+import pytest
 from processes import ROOT
+
+from music_jax import cli
+from music_jax.distributed import progress
+from music_jax.distributed.progress import escape_surrogates, printable
+from music_jax.errors import UserError
 
 _COUNT = """
 import sys, time
@@ -39,7 +46,7 @@ def _count(stderr, *, notebook=False):
     )
 
 
-def test_in_a_log_it_is_a_few_whole_lines_and_the_last_says_that_all_is_done():
+def test_a_bar_in_a_log_is_a_few_complete_lines():
     done = _count(subprocess.PIPE)
     lines = done.stderr.decode().split("\n")
     assert lines.pop() == ""
@@ -50,7 +57,7 @@ def test_in_a_log_it_is_a_few_whole_lines_and_the_last_says_that_all_is_done():
     assert done.stdout.decode() == "said in between\n"
 
 
-def test_in_a_terminal_it_is_drawn_in_one_place():
+def test_a_bar_in_a_terminal_is_redrawn_in_place():
     ours, theirs = pty.openpty()
     _count(theirs)
     os.close(theirs)
@@ -69,7 +76,7 @@ def test_in_a_terminal_it_is_drawn_in_one_place():
     assert b"300/300" in drawn.split(b"\r")[-2]
 
 
-def test_below_a_notebooks_cell_it_goes_with_the_text():
+def test_a_bar_in_a_notebook_goes_to_standard_output():
     done = _count(subprocess.PIPE, notebook=True)
     assert done.stderr == b""
     text = done.stdout.decode()
@@ -78,9 +85,7 @@ def test_below_a_notebooks_cell_it_goes_with_the_text():
     assert "said in between\n" in text
 
 
-def test_lines_become_rarer_in_a_long_run(monkeypatch):
-    from music_jax.distributed import progress
-
+def test_lines_become_less_frequent_in_a_long_run(monkeypatch):
     clock, lines = [0.0], []
 
     class Log:
@@ -98,3 +103,56 @@ def test_lines_become_rarer_in_a_long_run(monkeypatch):
     assert lines[-1] == "35995 s\n"
     log.write("\n")
     assert len(lines) == len(set(lines))
+
+
+_HOSTILE = "a\x1b[2Jb\rc\nd\x9be\u202ef\x07g\udcffh\u2028i"
+_SHOWN = r"a\x1b[2Jb\rc\nd\x9be\u202ef\x07g\xffh\u2028i"
+
+
+@pytest.mark.parametrize(
+    "text", ["plain", "größer 大きい 😀", "a\u00a0b\u3000c", "", "100 % of C:\\dir"]
+)
+def test_text_of_any_language_is_unchanged(text):
+    assert printable(text) == text
+
+
+def test_control_characters_are_escaped():
+    assert printable(_HOSTILE) == _SHOWN
+    every = "".join(map(chr, (*range(0x20), *range(0x7F, 0xA0), 0x061C, *range(0x202A, 0x202F))))
+    assert printable(every).isascii()
+    assert printable(every).isprintable()
+
+
+def test_names_are_escaped_in_lines_tables_bars_and_errors(capsys):
+    progress.say(f"skipped {_HOSTILE}")
+    table = progress.table(("file", "x"), [(_HOSTILE, "1"), ("b", "2")])
+    assert len(table.split("\n")) == 4
+    progress.say_lines(table)
+    with progress.bar(1, unit="img", description=_HOSTILE) as bar:
+        bar.update(1)
+    with pytest.raises(SystemExit) as end:
+        cli.fail(UserError(f"no such file {_HOSTILE}"))
+    assert end.value.code == 2
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0] == f"skipped {_SHOWN}"
+    assert len(out.splitlines()) == 5
+    assert err.splitlines()[-1] == f"error: no such file {_SHOWN}"
+    assert err.count(_SHOWN) == 2
+    for stream in (out, err):
+        assert all(c.isprintable() or c in "\n" for c in stream)
+
+
+def test_characters_missing_in_the_terminals_encoding_are_escaped(monkeypatch):
+    file = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file, "ascii"))
+    progress.say("Größe\x1b")
+    sys.stdout.flush()
+    assert file.getvalue() == b"Gr\\xf6\\xdfe\\x1b\n"
+
+
+def test_bytes_that_are_not_utf8_are_escaped():
+    assert (
+        escape_surrogates(os.fsdecode("Straße ".encode() + b"caf\xe9\xff"))
+        == "Straße caf\\xe9\\xff"
+    )
+    assert escape_surrogates("\ud800") == "\\ud800"

@@ -80,7 +80,7 @@ def test_first_signal_stops_and_saves(number):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_before_the_first_step_a_signal_ends_even_what_python_cannot_interrupt(number):
+def test_before_the_first_step_a_signal_ends_even_code_outside_python(number):
     process = start("before")
     time.sleep(0.2)
     process.send_signal(number)
@@ -88,7 +88,7 @@ def test_before_the_first_step_a_signal_ends_even_what_python_cannot_interrupt(n
 
 
 @pytest.mark.parametrize("stage", ["before", "training"])
-def test_a_closed_terminal_stops_and_saves(stage, tmp_path):
+def test_a_closed_terminal_stops_the_run_and_saves(stage, tmp_path):
     """The process's own terminal hangs up, and printing to it is an error from then on."""
     command = COMMAND.replace('print("saving", flush=True)', 'print("lost"); saved()')
     begin = f"""
@@ -117,7 +117,7 @@ fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     assert (tmp_path / "saved").exists() == (stage == "training")
 
 
-def test_a_closed_terminal_tells_twice_and_is_heard_once():
+def test_the_two_signals_of_a_closed_terminal_count_once():
     """The shell and the kernel each send the signal."""
     process = start("leaving")
     process.send_signal(signal.SIGHUP)
@@ -130,7 +130,7 @@ def test_a_closed_terminal_tells_twice_and_is_heard_once():
     )
 
 
-def test_under_nohup_a_closed_terminal_stops_nothing():
+def test_a_closed_terminal_is_ignored_under_nohup():
     process = subprocess.Popen(
         ["nohup", sys.executable, "-c", COMMAND, "training", "60"],
         stdout=subprocess.PIPE,
@@ -154,14 +154,14 @@ def test_after_the_steps_a_signal_ends_at_once():
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_once_all_is_done_a_signal_changes_nothing(number):
+def test_once_all_is_done_a_signal_is_ignored(number):
     process = start("done")
     time.sleep(0.2)
     process.send_signal(number)
     assert end(process) == (0, "", "")
 
 
-def test_signal_that_came_too_late_for_the_loop_still_stops():
+def test_a_signal_too_late_for_the_loop_still_stops():
     process = start("leaving", grace=5.0)
     process.terminate()
     code, out, _ = end(process)
@@ -169,7 +169,7 @@ def test_signal_that_came_too_late_for_the_loop_still_stops():
     assert out == "saving\nsaved at the last step; run the same command to finish\n"
 
 
-def test_second_signal_ends_what_python_cannot_interrupt():
+def test_a_second_signal_ends_code_outside_python():
     process = start("busy")
     process.terminate()
     assert [process.stderr.readline() for _ in range(2)][1].startswith("stopping after this step")
@@ -177,13 +177,13 @@ def test_second_signal_ends_what_python_cannot_interrupt():
     assert end(process)[0] == 128 + signal.SIGUSR1
 
 
-def test_grace_ends_what_python_cannot_interrupt():
+def test_the_grace_period_ends_code_outside_python():
     process = start("busy", grace=0.5)
     process.terminate()
     assert end(process)[0] == 75
 
 
-def test_second_signal_ends_at_once_whichever_it_is():
+def test_any_second_signal_ends_at_once():
     process = start("hangs")
     process.send_signal(signal.SIGUSR1)
     assert process.stdout.readline() == "saving\n"
@@ -193,7 +193,7 @@ def test_second_signal_ends_at_once_whichever_it_is():
     assert "what was saved before is intact" in err
 
 
-def test_run_that_cannot_be_saved_ends_when_its_grace_is_over():
+def test_a_run_that_cannot_be_saved_ends_after_its_grace_period():
     process = start("hangs", grace=2.5)
     process.terminate()
     code, out, err = end(process)

@@ -4,9 +4,9 @@ import json
 
 import pytest
 from etils import epath
-from music_jax.workdir.files import write_json
 
 from music_jax.evaluation.results import results_table
+from music_jax.workdir.files import write_json
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ import json
 import re
 
 import numpy as np
-from music_jax.workdir.run_config import as_json
 
 from music_jax.config import default_config
 from music_jax.report import measures
 from music_jax.report.page import ReportedRun
 from music_jax.report.reading import read_workdirs
+from music_jax.workdir.run_config import as_json
 
 HOSTILE = "</script><script>window.hacked=1;alert(1)</script>"
 # Names of metrics with a special meaning in the page's scripts, Plotly or JavaScript, and some that

@@ -1,4 +1,4 @@
-"""A run directory of somebody else: data, of which no part says where to read, write or import."""
+"""config.json: what it accepts, and the data locations of a run of somebody else."""
 
 import hashlib
 import hmac
@@ -21,7 +21,15 @@ from music_jax.evaluate import evaluate
 from music_jax.evaluation.load_run import load_run
 from music_jax.linear_eval import linear_eval
 from music_jax.report.page import write_report
-from music_jax.workdir import places, records
+from music_jax.workdir.run_config import (
+    as_json,
+    check_same_run,
+    exclude_foreign_data,
+    is_signed,
+    read_config,
+    sign,
+    write_config,
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +67,7 @@ def own(saved, monkeypatch):
 def foreign(saved, monkeypatch, tmp_path):
     """The same run for another user, who has trained something, too."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another"))
-    places.sign(default_config())
+    sign(default_config())
     return saved[0]
 
 
@@ -72,9 +80,7 @@ def _both(photos):
     return {"evaluation.train": str(photos), "evaluation.test": str(photos)}
 
 
-def test_the_signature_is_an_hmac_of_the_places_that_differ_from_the_defaults(
-    tmp_path, monkeypatch
-):
+def test_the_signature_is_an_hmac_of_the_data_locations(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     (tmp_path / "music_jax").mkdir(mode=0o700)
     (tmp_path / "music_jax" / "key").write_bytes(bytes(range(32)))
@@ -82,17 +88,17 @@ def test_the_signature_is_an_hmac_of_the_places_that_differ_from_the_defaults(
     config = default_config()
     config.dataset.update({"name": "digits", "data_dir": "/d"})
     text = b'music_jax places {"dataset.data_dir": "/d", "dataset.name": "digits"}'
-    assert places.sign(config) == hmac.new(bytes(range(32)), text, hashlib.sha256).hexdigest()
+    assert sign(config) == hmac.new(bytes(range(32)), text, hashlib.sha256).hexdigest()
 
 
-def test_a_signature_holds_for_its_places_and_its_user_alone(own, monkeypatch, tmp_path):
+def test_a_signature_is_valid_for_its_locations_and_its_user_only(own, monkeypatch, tmp_path):
     record = json.loads((own / "config.json").read_text())
     config, signature = from_json(record["config"]), record["signature"]
-    assert places.is_signed(config, signature)
+    assert is_signed(config, signature)
     config.knn.k = 7  # no place
-    assert places.is_signed(config, signature)
+    assert is_signed(config, signature)
     for wrong in (None, "", 5, "ä", signature[:-1], ["a"]):
-        assert not places.is_signed(config, wrong)
+        assert not is_signed(config, wrong)
     for field, value in (
         ("dataset.path", "/elsewhere"),
         ("dataset.data_dir", "/elsewhere"),
@@ -104,15 +110,15 @@ def test_a_signature_holds_for_its_places_and_its_user_alone(own, monkeypatch, t
     ):
         changed = config.copy_and_resolve_references()
         changed.update_from_flattened_dict({field: value})
-        assert not places.is_signed(changed, signature), field
+        assert not is_signed(changed, signature), field
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another"))
-    assert not places.is_signed(config, signature), "no key"
+    assert not is_signed(config, signature), "no key"
     assert not os.listdir(tmp_path), "it is only made to sign"
-    places.sign(config)
-    assert not places.is_signed(config, signature), "another key"
+    sign(config)
+    assert not is_signed(config, signature), "another key"
 
 
-def test_the_key_is_this_users_alone(saved):
+def test_only_this_user_can_read_the_key(saved):
     key = saved[1] / "music_jax" / "key"
     assert key.stat().st_mode & 0o777 == 0o600
     assert key.stat().st_size == 32
@@ -124,11 +130,11 @@ def test_a_key_that_others_can_read_signs_nothing(tmp_path, monkeypatch, capsys)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     config = default_config()
     config.dataset.path = "/photos"
-    signature = places.sign(config)
-    assert places.is_signed(config, signature)
+    signature = sign(config)
+    assert is_signed(config, signature)
     (tmp_path / "music_jax" / "key").chmod(0o644)
-    assert not places.is_signed(config, signature)
-    assert places.sign(config) is None
+    assert not is_signed(config, signature)
+    assert sign(config) is None
     assert "others can read" in capsys.readouterr().out
 
 
@@ -139,23 +145,23 @@ def test_without_a_state_directory_a_run_is_saved_unsigned(home, tmp_path, monke
     monkeypatch.setenv("XDG_STATE_HOME", where)
     monkeypatch.chdir(tmp_path)
     config = default_config()
-    assert places.sign(config) is None
+    assert sign(config) is None
     assert capsys.readouterr().out == "", "it names no place that would be asked for"
     config.dataset.path = "/photos"
-    assert places.sign(config) is None
+    assert sign(config) is None
     assert capsys.readouterr().out.count("the run is not signed: ") == 1
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_an_own_run_is_opened_with_the_places_that_it_names(own, photos, tmp_path):
+def test_a_run_of_this_user_is_opened_with_the_data_it_names(own, photos, tmp_path):
     run = load_run(str(own), output=str(tmp_path / "out"))
     assert run.images.name == str(photos)
     assert len(run.images) == 12
 
 
-def test_places_of_a_foreign_run_are_used_once_the_user_names_them(foreign, photos, tmp_path):
+def test_data_of_a_foreign_run_is_read_once_the_user_names_it(foreign, photos, tmp_path):
     output = str(tmp_path / "out")
-    with pytest.raises(UserError, match=rf"name these.*: --config\.dataset\.path={photos}$"):
+    with pytest.raises(UserError, match=rf"give these.*: --config\.dataset\.path={photos}$"):
         load_run(str(foreign), output=output)
     assert not os.path.exists(output)
     run = load_run(str(foreign), output=output, overrides={"dataset.path": str(photos)})
@@ -177,31 +183,31 @@ def test_places_of_a_foreign_run_are_used_once_the_user_names_them(foreign, phot
         ("semi_supervised.lists", ("/there", "")),
     ],
 )
-def test_every_place_of_a_foreign_run_must_be_named(field, value):
+def test_every_data_location_of_a_foreign_run_must_be_named(field, value):
     config = default_config()
     config.dataset.name = "mnist"
     config.update_from_flattened_dict({field: value})
-    places.leave_out_foreign(
+    exclude_foreign_data(
         config.copy_and_resolve_references(), {field}, "runs/a", labels=True, images=True
     )
     with pytest.raises(UserError, match=rf"--config\.{field}=") as error:
-        places.leave_out_foreign(config, (), "runs/a", labels=True, images=True)
+        exclude_foreign_data(config, (), "runs/a", labels=True, images=True)
     assert str(error.value).startswith("runs/a was not trained by this user on this machine")
 
 
-def test_a_name_of_tfds_is_no_place():
+def test_a_tfds_name_needs_no_confirmation():
     for name in ("mnist5k", "mnist", "glue/cola", "mnist:3.0.1", "glue/cola:1.0.*"):
         config = default_config()
         config.dataset.name = name
-        places.leave_out_foreign(config, (), "runs/a", labels=True, images=True)
+        exclude_foreign_data(config, (), "runs/a", labels=True, images=True)
         assert config.dataset.name == name
 
 
-def test_a_place_with_control_characters_is_not_repeated():
+def test_a_location_with_control_characters_is_not_printed():
     config = default_config()
     config.dataset.path = "\x1b]0;title\x07"
-    with pytest.raises(UserError, match=r"--config\.dataset\.path=PLACE$"):
-        places.leave_out_foreign(config, (), "runs/a", labels=True, images=True)
+    with pytest.raises(UserError, match=r"--config\.dataset\.path=LOCATION$"):
+        exclude_foreign_data(config, (), "runs/a", labels=True, images=True)
 
 
 def test_evaluation_writes_a_dataset_only_where_the_user_names_it(foreign, tmp_path):
@@ -222,7 +228,7 @@ def test_evaluation_writes_a_dataset_only_where_the_user_names_it(foreign, tmp_p
     assert (tmp_path / "tfds" / "digits" / "1.0.0" / "dataset_info.json").exists()
 
 
-def test_results_go_to_the_output_and_the_run_stays_as_it_is(foreign, photos, tmp_path):
+def test_results_go_to_the_output_and_the_run_is_unchanged(foreign, photos, tmp_path):
     before = _listing(foreign)
     found = evaluate(
         str(foreign),
@@ -251,7 +257,7 @@ def test_linear_eval_takes_an_output_too(foreign, photos, tmp_path):
     assert sorted(os.listdir(tmp_path / "out")) == written
 
 
-def test_a_report_of_a_foreign_run_leaves_its_images_out(foreign, photos, tmp_path, capsys):
+def test_a_report_of_a_foreign_run_omits_its_images(foreign, photos, tmp_path, capsys):
     before = _listing(foreign)
     path, _ = write_report([str(foreign)], output=str(tmp_path / "a.html"), num_images=16)
     (line,) = [x for x in capsys.readouterr().out.splitlines() if "no images are shown" in x]
@@ -324,23 +330,93 @@ def test_community_datasets_are_refused(name, tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_a_run_of_before_signatures_is_opened_once_its_user_trains_it_again(own, photos, tmp_path):
+def test_a_run_without_a_signature_is_opened_once_its_user_trains_it_again(own, photos, tmp_path):
     record = json.loads((own / "config.json").read_text())
     del record["signature"]
     shutil.copytree(own, tmp_path / "run")
     (tmp_path / "run" / "config.json").write_text(json.dumps(record))
     output = str(tmp_path / "out")
-    with pytest.raises(UserError, match=r"name these.*: --config\.dataset\.path="):
+    with pytest.raises(UserError, match=r"give these.*: --config\.dataset\.path="):
         load_run(str(tmp_path / "run"), output=output)
     run = load_run(str(tmp_path / "run"), output=output, overrides={"dataset.path": str(photos)})
     assert run.step == 3
-    records.write_config(epath.Path(tmp_path / "run"), from_json(record["config"]))  # as main does
+    write_config(epath.Path(tmp_path / "run"), from_json(record["config"]))  # as main does
     assert load_run(str(tmp_path / "run"), output=output).images.name == str(photos)
 
 
-def test_a_workdir_that_cannot_be_written_says_where_else_results_can_go(own, tmp_path):
+def test_a_read_only_workdir_is_an_error_that_names_the_output_flag(own, tmp_path):
     shutil.copytree(own, tmp_path / "run")
     (tmp_path / "run" / "features").symlink_to(tmp_path)
     with pytest.raises(UserError, match=r"features in the workdir is a link.*--output=DIR$"):
         load_run(str(tmp_path / "run"))
     assert load_run(str(tmp_path / "run"), output=str(tmp_path / "out")).step == 3
+
+
+@pytest.mark.parametrize("damaged", [b"", b"\xff\xfe", b"{}", b'{"config": 1}', b"[" * 9])
+def test_a_damaged_config_is_an_error_that_says_what_to_do(tmp_path, damaged):
+    (tmp_path / "config.json").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"cannot read \S+config.json: .*remove the file") as error:
+        read_config(epath.Path(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_config_saved_by_a_windows_editor_can_be_read(tmp_path, encoding):
+    text = json.dumps({"config": {"seed": 3}}, indent=2).replace("\n", "\r\n")
+    (tmp_path / "config.json").write_bytes(text.encode(encoding))
+    assert read_config(epath.Path(tmp_path)) == {"seed": 3}
+
+
+def _fields(config, prefix=""):
+    for name, value in config.items():
+        yield from (
+            _fields(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+        )
+
+
+def _save_without(tmp_path, config, field):
+    """Writes config.json as a version did that did not have the field yet."""
+    record = as_json(config)
+    part = record
+    *parents, last = field.split(".")
+    for name in parents:
+        part = part[name]
+    del part[last]
+    (tmp_path / "config.json").write_text(json.dumps({"config": record}))
+
+
+def test_fields_missing_in_a_saved_config_take_their_defaults(tmp_path):
+    config = default_config()
+    fields = list(_fields(as_json(config)))
+    assert len(fields) > 100
+    for field in fields:
+        _save_without(tmp_path, config, field)
+        check_same_run(epath.Path(tmp_path), config)
+    config.optimizer.final_scale = 0.25
+    _save_without(tmp_path, config, "optimizer.final_scale")
+    with pytest.raises(UserError, match=r"optimizer.final_scale: 0.001 there, 0.25 now"):
+        check_same_run(epath.Path(tmp_path), config)
+
+
+def test_removed_fields_are_ignored_unless_they_decide_what_is_trained(tmp_path):
+    config = default_config()
+    record = as_json(config)
+    record["knn"]["gone"] = 1
+    record["evaluation"]["gone"] = {"inner": 2}
+    (tmp_path / "config.json").write_text(json.dumps({"config": record}))
+    check_same_run(epath.Path(tmp_path), config)
+    assert as_json(from_json(record)) == as_json(config)
+    record["objective"]["gone"] = 1
+    (tmp_path / "config.json").write_text(json.dumps({"config": record}))
+    with pytest.raises(UserError, match=r"does not fit this version: .*gone"):
+        check_same_run(epath.Path(tmp_path), config)
+
+
+def test_another_precision_resumes_the_run_with_a_warning(tmp_path, capsys):
+    config = default_config()
+    (tmp_path / "config.json").write_text(json.dumps({"config": as_json(config)}))
+    check_same_run(epath.Path(tmp_path), config)
+    assert capsys.readouterr().out == ""
+    config.compute_dtype = "bfloat16"
+    check_same_run(epath.Path(tmp_path), config)
+    assert "computing in bfloat16 from here on, in float32 before" in capsys.readouterr().out

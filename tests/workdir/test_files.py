@@ -1,4 +1,4 @@
-"""Files are written whole and never through a link."""
+"""Files are written completely and never through a link."""
 
 import functools
 import json
@@ -22,11 +22,10 @@ from music_jax.evaluation.cache import Expected, cached_arrays
 from music_jax.evaluation.results import Predictions, read_predictions, write_predictions
 from music_jax.exchange.folder_encoding import encode_folder
 from music_jax.export import export
-from music_jax.workdir.appending import open_to_append
-from music_jax.workdir.new_file import new_file, new_path, write_new
+from music_jax.workdir.files import new_file, new_path, write_new
 
 
-def test_the_content_is_there_with_the_usual_permissions(tmp_path):
+def test_a_new_file_has_the_content_and_the_usual_permissions(tmp_path):
     umask = os.umask(0o027)
     try:
         write_new(tmp_path / "a", b"one")
@@ -39,7 +38,7 @@ def test_the_content_is_there_with_the_usual_permissions(tmp_path):
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
-def test_a_link_is_replaced_and_its_target_stays(link, tmp_path):
+def test_a_link_is_replaced_and_its_target_is_unchanged(link, tmp_path):
     (tmp_path / "outside").write_text("precious")
     (tmp_path / "run").mkdir()
     link(tmp_path / "outside", tmp_path / "run" / "a.json")
@@ -49,7 +48,7 @@ def test_a_link_is_replaced_and_its_target_stays(link, tmp_path):
     assert (tmp_path / "run" / "a.json").read_text() == "new"
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_a_failed_write_leaves_only_the_old_file(tmp_path):
     (tmp_path / "a").write_text("old")
 
     def fail_halfway():
@@ -63,7 +62,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_many_writers_of_one_file_all_succeed(tmp_path):
+def test_concurrent_writers_of_a_file_all_succeed(tmp_path):
     failed = []
 
     def write(number):
@@ -84,7 +83,7 @@ def test_many_writers_of_one_file_all_succeed(tmp_path):
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_a_library_is_given_a_new_name_each_time(tmp_path):
+def test_new_path_gives_a_new_name_each_time(tmp_path):
     names = []
     for _ in range(2):
         with new_path(tmp_path / "a") as path:
@@ -107,22 +106,6 @@ def outside(tmp_path):
     assert (tmp_path / "outside" / "file").read_text() == "precious"
 
 
-def test_a_log_is_not_added_to_through_a_link(outside, tmp_path):
-    path = epath.Path(tmp_path / "run" / "events.jsonl")
-    os.symlink(outside, path)
-    with pytest.raises(UserError, match="is a link"):
-        open_to_append(path)
-    path.unlink()
-    log = open_to_append(path)
-    os.symlink(outside, path)  # made since
-    log.write("line\n")
-    with pytest.raises(OSError, match="symbolic links"):
-        log.flush()
-    path.unlink()
-    log.close()
-    assert path.read_text() == "line\n"
-
-
 def test_skipped_images_are_not_listed_through_a_link(outside, tmp_path):
     source = Source("photos", range(9), "image", "label", 0)
     os.symlink(outside, tmp_path / "run" / "skipped.jsonl")
@@ -132,21 +115,6 @@ def test_skipped_images_are_not_listed_through_a_link(outside, tmp_path):
     os.remove(tmp_path / "run" / "skipped.jsonl")
     UnlistedImages(epath.Path(tmp_path / "run"), max_share=1.0).add(source, 3, "cut off")
     assert not os.listdir(tmp_path / "run")
-
-
-def test_a_log_of_two_names_grows_under_one(outside, tmp_path):
-    path = epath.Path(tmp_path / "run" / "events.jsonl")
-    os.link(outside, path)
-    log = open_to_append(path)
-    log.write(" line\n")
-    log.close()
-    assert path.read_text() == "precious line\n"
-
-
-def test_a_pipe_is_no_log(tmp_path):
-    os.mkfifo(tmp_path / "events.jsonl")
-    with pytest.raises(UserError, match="or no file"):
-        open_to_append(epath.Path(tmp_path / "events.jsonl"))
 
 
 def test_cached_arrays_are_not_written_through_links(outside, tmp_path):
@@ -178,7 +146,7 @@ def test_predictions_replace_a_link(outside, tmp_path):
     assert (found.step, found.top1) == (7, 1.0)
 
 
-def test_packing_replaces_links_and_removes_what_a_killed_call_left(outside, tmp_path):
+def test_packing_replaces_links_and_removes_files_of_a_killed_call(outside, tmp_path):
     (tmp_path / "photos" / "a").mkdir(parents=True)
     (tmp_path / "photos" / "b").mkdir()
     for name in ("a/0.png", "b/1.png"):

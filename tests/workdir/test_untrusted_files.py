@@ -1,4 +1,4 @@
-"""Files that anyone may have written: they are read, or a `ValueError` says what is wrong."""
+"""Files that anyone may have written are read, or a ValueError says what is wrong."""
 
 import io
 import json
@@ -11,10 +11,11 @@ import zipfile
 import numpy as np
 import pytest
 from etils import epath
+
 from music_jax.workdir.files import parse_json, read_json, read_npy, read_npz, read_text
 
 
-def test_deep_json_is_refused_and_brackets_in_texts_are_not():
+def test_deeply_nested_json_is_refused_but_not_brackets_in_strings():
     for text in ("[" * 100_000, '{"a":' * 40 + "1" + "}" * 40, '["]", ' * 40 + "1" + "]" * 40):
         with pytest.raises(ValueError, match="nested more than 32"):
             parse_json(text)
@@ -25,17 +26,17 @@ def test_deep_json_is_refused_and_brackets_in_texts_are_not():
 
 
 @pytest.mark.parametrize("digits", ["9" * 400, "9" * 5000, str(2**63), str(-(2**63) - 1)])
-def test_whole_numbers_of_more_than_64_bits_are_refused(digits):
+def test_integers_of_more_than_64_bits_are_refused(digits):
     with pytest.raises(ValueError, match=r"more than 64 bits|integer string conversion"):
         parse_json(f'{{"step": [{digits}]}}')
 
 
-def test_numbers_within_64_bits_are_read_as_they_are():
+def test_numbers_within_64_bits_are_parsed():
     text = f"[{2**63 - 1}, {-(2**63)}, 0, -5, 1.5, 1e300]"
     assert parse_json(text) == [2**63 - 1, -(2**63), 0, -5, 1.5, 1e300]
 
 
-def test_surrogates_that_stand_for_no_byte_are_refused_and_names_of_files_are_read():
+def test_only_surrogates_that_stand_for_bytes_are_parsed():
     for text in (r'"\ud800"', r'{"\uDfFf": 1}', r'["a", "\ude00\ud83d"]', r'"\udc7f"'):
         with pytest.raises(ValueError, match="surrogates not allowed"):
             parse_json(text)
@@ -46,14 +47,14 @@ def test_surrogates_that_stand_for_no_byte_are_refused_and_names_of_files_are_re
 @pytest.mark.parametrize(
     "make", [os.mkfifo, pathlib.Path.mkdir, lambda p: p.symlink_to("/dev/zero")]
 )
-def test_what_is_no_file_is_not_read(make, tmp_path):
+def test_pipes_directories_and_devices_are_not_read(make, tmp_path):
     make(tmp_path / "x")
     for read in (read_json, read_text, read_npz):
         with pytest.raises(OSError, match="is not a regular file"):
             read(epath.Path(tmp_path / "x"))
 
 
-def test_what_is_larger_than_anything_expected_is_not_read(tmp_path):
+def test_files_beyond_the_limit_are_not_read(tmp_path):
     with (tmp_path / "x").open("wb") as file:
         file.truncate(1 << 40)  # takes no room
     for read in (read_json, read_text, read_npz):
@@ -111,7 +112,7 @@ def _npy():
 )
 def test_a_damaged_npz_file_is_a_value_error(content, tmp_path):
     (tmp_path / "a.npz").write_bytes(content)
-    with pytest.raises(ValueError, match=r"it is no whole \.npz file: ."):
+    with pytest.raises(ValueError, match=r"it is not a valid \.npz file: ."):
         read_npz(tmp_path / "a.npz")
 
 
@@ -137,18 +138,18 @@ _BOMBS = {
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 @pytest.mark.parametrize("content", _BOMBS.values(), ids=_BOMBS)
-def test_arrays_that_are_not_what_they_say_take_no_memory(content, compression, tmp_path):
+def test_arrays_with_false_headers_take_no_memory(content, compression, tmp_path):
     with zipfile.ZipFile(tmp_path / "a.npz", "w", compression) as archive:
         archive.writestr("a.npy", content)
     tracemalloc.start()
-    with pytest.raises(ValueError, match=r"it is no whole \.npz file: ."):
+    with pytest.raises(ValueError, match=r"it is not a valid \.npz file: ."):
         read_npz(tmp_path / "a.npz")
     assert tracemalloc.get_traced_memory()[1] < 5e6
     tracemalloc.stop()
 
 
 @pytest.mark.parametrize("kind", ["inflated", "repeated", "many"])
-def test_archives_that_are_larger_inside_are_refused_before_they_are_read(kind, tmp_path):
+def test_archives_larger_than_their_file_are_refused_before_reading(kind, tmp_path):
     compression = zipfile.ZIP_DEFLATED if kind == "inflated" else zipfile.ZIP_STORED
     large = _entry((1 << 20,), content=bytes(8 << 20))
     with zipfile.ZipFile(tmp_path / "a.npz", "w", compression) as archive:
@@ -162,7 +163,7 @@ def test_archives_that_are_larger_inside_are_refused_before_they_are_read(kind, 
         read_npz(tmp_path / "a.npz")
 
 
-def test_an_array_is_read_from_a_file_that_gives_a_few_bytes_at_a_time():
+def test_an_array_is_read_from_a_file_with_short_reads():
     class Slow(io.BytesIO):
         """As those of buckets are: no `readinto`, and fewer bytes than were asked for."""
 

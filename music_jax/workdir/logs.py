@@ -1,0 +1,227 @@
+"""The logs of a run, which grow line by line: metrics.jsonl and events.jsonl."""
+
+import atexit
+import contextlib
+import datetime
+import json
+import logging
+import math
+import os
+import stat
+import time
+from typing import Any
+
+from etils import epath
+
+from music_jax.distributed.mesh import is_main_process
+from music_jax.errors import UserError
+from music_jax.workdir.files import in_bucket, parse_json, write_new
+
+_logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_UPLOADS = 10.0
+_MAX_UPLOAD_SHARE = 0.05  # of the time
+
+
+class Appender:
+    """A text file on a disk to which text is appended; it is open only while it is written to."""
+
+    def __init__(self, path: epath.Path):
+        """Checks the path; see `open_to_append`."""
+        self._path = path
+        self._pending = ""
+        with contextlib.suppress(FileNotFoundError):
+            status = os.lstat(path)
+            if not stat.S_ISREG(status.st_mode):
+                raise UserError(
+                    f"{path} is a link or not a file, so it is not written to; remove it"
+                )
+            if status.st_nlink > 1:
+                write_new(path, path.read_bytes())
+
+    def write(self, text: str) -> None:
+        """Appends text, which `flush` writes to the file."""
+        self._pending += text
+
+    def flush(self, *, now: bool = False) -> None:
+        """Makes the text visible to others.
+
+        Args:
+          now: Whether to do so at once for an object in a bucket, too.
+
+        Raises:
+          OSError: The file cannot be written; the next flush tries again.
+        """
+        if not self._pending:
+            return
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        descriptor = os.open(self._path, flags, 0o666)
+        try:
+            size = os.fstat(descriptor).st_size
+            rest = memoryview(self._pending.encode())
+            try:
+                while rest:
+                    rest = rest[os.write(descriptor, rest) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(descriptor, size)  # leaves no partial line
+                raise
+        finally:
+            os.close(descriptor)
+        self._pending = ""
+
+    def close(self) -> None:
+        """Makes the text visible to others; more may be written later. Raises as `flush` does."""
+        self.flush(now=True)
+
+
+class _BucketAppender(Appender):
+    """A text object in a bucket, which is uploaded as a whole now and then."""
+
+    def __init__(self, path: epath.Path):
+        self._path = path
+        self._text = path.read_text() if path.exists() else ""
+        self._uploaded = len(self._text)
+        self._next_upload = 0.0
+        atexit.register(self.close)
+
+    def write(self, text: str) -> None:
+        self._text += text
+
+    def flush(self, *, now: bool = False) -> None:
+        started = time.monotonic()
+        if self._uploaded == len(self._text) or not (now or started >= self._next_upload):
+            return
+        self._path.write_text(self._text)
+        self._uploaded, ended = len(self._text), time.monotonic()
+        pause = max(_SECONDS_BETWEEN_UPLOADS, (ended - started) / _MAX_UPLOAD_SHARE)
+        self._next_upload = ended + pause
+
+
+def open_to_append(path: epath.Path) -> Appender:
+    """Opens a text file to append to it.
+
+    A file with several hard links is first replaced by a copy, so that only this one grows.
+
+    An object in a bucket (`gs://`) cannot grow, so it is uploaded as a whole: at most every ten
+    seconds, when it is closed, and when Python exits. A process that is killed loses what was
+    written since the last upload.
+
+    Raises:
+      UserError: The path is a link, a pipe or the like.
+    """
+    return _BucketAppender(path) if in_bucket(path) else Appender(path)
+
+
+class _JsonLines:
+    """A log of JSON lines, which the main process alone writes."""
+
+    def __init__(self, path: epath.Path, *, ignore_failures: bool):
+        self._name = path.name
+        self._ignore_failures = ignore_failures
+        self._has_failed = False
+        self._file = open_to_append(path) if is_main_process() else None
+
+    def _add(self, record: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+            self.flush()
+
+    def flush(self, *, now: bool = False) -> None:
+        """Makes the lines visible to others; in a bucket some seconds later, or `now`."""
+        if self._file is None:
+            return
+        try:
+            self._file.flush(now=now)
+        except OSError as error:
+            if not self._ignore_failures:
+                raise
+            if not self._has_failed:
+                self._has_failed = True
+                _logger.warning(f"{self._name} is behind: {error}")
+
+    def close(self) -> None:
+        """Makes all lines visible to others; more may be added later."""
+        self.flush(now=True)
+
+
+class MetricsLog(_JsonLines):
+    """metrics.jsonl: one line for each logged step; each step occurs once."""
+
+    def __init__(self, workdir: epath.Path, start_step: int, *, ignore_failures: bool = False):
+        """Opens the file and removes what an interrupted run logged after `start_step`.
+
+        Lines that cannot be read or that repeat a step are removed with a warning.
+
+        Args:
+          workdir: Directory of the run.
+          start_step: Step from which the run resumes.
+          ignore_failures: Whether a full disk causes a warning, and lines that are written when
+            there is space again, in place of an OSError.
+        """
+        path = workdir / "metrics.jsonl"
+        if is_main_process():
+            _repair(path, start_step)
+        super().__init__(path, ignore_failures=ignore_failures)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Adds a line."""
+        self._add(record)
+
+
+class EventsLog(_JsonLines):
+    """events.jsonl: one line for each resume, tripped guard, rewind, skip or failed save.
+
+    Unlike metrics.jsonl it covers every attempt, and nothing is ever removed. Every process may
+    write; the lines of all but the main process are dropped. If the disk is full, the lines are
+    written when there is space again.
+    """
+
+    def __init__(self, workdir: epath.Path):
+        """Opens the file and completes a partial last line."""
+        path = workdir / "events.jsonl"
+        super().__init__(path, ignore_failures=True)
+        if self._file is not None and path.exists() and not path.read_bytes().endswith(b"\n"):
+            self._file.write("\n")
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Adds a line; numbers that are not finite become text."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self._add({"event": event, "time": now} | _finite(fields))
+
+
+def _repair(path: epath.Path, start_step: int) -> None:
+    """Removes lines that are damaged, repeat a step or come after `start_step`."""
+    before = path.read_bytes() if path.exists() else b""
+    kept: dict[int, bytes] = {}
+    lines, last = before.splitlines(), 0
+    for line in lines:
+        step = _step_of(line)
+        if step is not None and step > last:
+            kept[step], last = line, step
+    num_lost = len(lines) - len(kept)
+    # An interrupted run may leave a partial last line, which is not worth a warning.
+    num_lost -= bool(lines and not before.endswith(b"\n") and _step_of(lines[-1]) is None)
+    if num_lost:
+        _logger.warning(f"removed {num_lost} damaged or repeated lines from {path}")
+    after = b"".join(line + b"\n" for step, line in kept.items() if step <= start_step)
+    if after != before:
+        write_new(path, after)
+
+
+def _finite(value: Any) -> Any:
+    """Replaces every number that JSON cannot express by text, such as "nan"."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _step_of(line: bytes) -> int | None:
+    """Returns the step of a line; None if the line is damaged or incomplete."""
+    try:
+        step = parse_json(line.decode())["step"]
+        return step if type(step) is int and step >= 0 else None
+    except (ValueError, KeyError, TypeError):
+        return None
