@@ -107,7 +107,7 @@ def test_excluded_files_are_counted_on_one_line(tmp_path, capsys):
     (tmp_path / "a/loop.jpg").symlink_to("loop.jpg")
     source = open_folder(str(tmp_path))
     assert (_names(source), source.class_names) == (["a/1.png"], ("a",))
-    lines = [line for line in capsys.readouterr().out.splitlines() if "excluded" in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if ": excluded: " in line]
     assert lines == [
         f"{tmp_path}: excluded: 3 .tif, 2 @eaDir/, 2 links that cannot be followed, "
         "1 $RECYCLE.BIN/, 1 .DS_Store, 1 .db, 1 .git/, 1 .heic, 1 System Volume Information/, "

@@ -137,7 +137,7 @@ def test_clustering_matches_scikit_learn(run):
         "segment": best
     }
     assert best != np.argmax(agreement)  # so that the one is not taken for the other
-    joint = KMeans(10, n_init=2, random_state=5).fit_predict(
+    joint = KMeans(10, n_init=10, random_state=5).fit_predict(
         np.sqrt(probabilities.astype(np.float32)).reshape(60, -1)
     )
     assert found["joint_code"]["num_clusters"] == found["joint_code"]["clusters"] == 10
