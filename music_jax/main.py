@@ -30,9 +30,9 @@ def main() -> None:
         raise UserError("--config=FILE is missing, such as --config=configs/mnist5k.py")
     if not flags.FLAGS.workdir:
         raise UserError("--workdir=DIR is missing: the directory for checkpoints and results")
-    from music_jax.checkpoint.host_memory import use_few_arenas
+    from music_jax.distributed.cores import limit_malloc_arenas
 
-    use_few_arenas()
+    limit_malloc_arenas()
     from music_jax.train.profile import parse_steps
 
     text = flags.FLAGS.profile

@@ -119,7 +119,7 @@ def test_bad_batches_are_left_out_and_the_rest_is_trained(rewound, small):
     assert [rewind["skipped"] for rewind in listed] == [[6], [14]]
     assert "leapt" in listed[1]["what"]
     assert [e["to_step"] for e in _events(workdir, "rewound")] == [4, 12]
-    assert "rewinding to step 12, the 2. time of at most 3, leaving out step 14" in out
+    assert "rewinding to step 12 (rewind 2 of at most 3), skipping step 14" in out
     steps = [line["step"] for line in metrics(workdir)]
     assert steps == sorted(set(steps))
     assert not {6, 14} & set(steps)
@@ -158,7 +158,7 @@ def test_more_rewinds_than_allowed_end_with_3(small, tmp_path):
     code, _, err = _run("nan:6,nan:9", small, workdir, REWIND, "--config.guards.max_rewinds=1")
     assert code == 3, err
     assert "at step 9; " in err.splitlines()[-1]
-    assert "rewound 1 times, as often as guards.max_rewinds" in err.splitlines()[-1]
+    assert "guards.max_rewinds = 1 is reached" in err.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -29,9 +29,9 @@ from music_jax.distributed.mesh import batch_sharding, local_positions, make_dat
 from music_jax.errors import DivergedError, UndecodableError, UnusableDataError
 from music_jax.evaluation.features import extract_split
 from music_jax.train import guards, train_and_evaluate
-from music_jax.train.optimizer import OPTIMIZERS, make_schedule
+from music_jax.train.recipe import OPTIMIZERS, make_recipe, make_schedule
 from music_jax.train.state import TrainState, abstract_state, initial_state, state_shardings
-from music_jax.train.step import make_recipe, training_step
+from music_jax.train.step import training_step
 from music_jax.workdir import records
 from music_jax.workdir.json_files import read_json
 

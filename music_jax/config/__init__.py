@@ -182,8 +182,7 @@ def choices() -> dict[str, tuple[Any, ...]]:
     from music_jax.evaluation.metrics.feature_scaling import FEATURE_SCALINGS
     from music_jax.models import BACKBONES
     from music_jax.models.resnet import STEMS
-    from music_jax.train.objective import OBJECTIVES
-    from music_jax.train.optimizer import OPTIMIZERS
+    from music_jax.train.recipe import OBJECTIVES, OPTIMIZERS
 
     return {
         "objective.name": tuple(OBJECTIVES),

@@ -25,8 +25,8 @@ from music_jax.models.network import make_frozen_backbone
 from music_jax.models.resnet import STEMS
 from music_jax.models.vision_transformer import EPSILON as LAYER_NORM_EPSILON
 from music_jax.train.guards import init_guard_state
-from music_jax.train.state import TrainState, abstract_state, state_shardings
-from music_jax.train.step import make_recipe
+from music_jax.train.recipe import make_recipe
+from music_jax.train.state import TrainState, abstract_state, save_state, state_shardings
 from music_jax.workdir import records
 
 # MoCo v3's vision transformers have 12 heads at any width, and its files these prefixes.
@@ -93,7 +93,7 @@ def import_weights(
     order = TrainingOrder(config.batch_size, config.batch_size, config.seed)
     checkpoints = Checkpoints(directory)
     try:
-        checkpoints.save(0, state, order)
+        save_state(checkpoints, 0, state, order)
         checkpoints.wait()
     finally:
         checkpoints.close()

@@ -96,7 +96,7 @@ def read_trained(path: str, *, checkpoint: str | None = None) -> TrainedBackbone
 
 
 def _read_run(path: str, checkpoint: str | None) -> TrainedBackbone:
-    from music_jax.checkpoint.restore import restore_run
+    from music_jax.checkpoint.restore import restore_network
     from music_jax.distributed.mesh import make_data_mesh
     from music_jax.workdir import records
 
@@ -106,10 +106,10 @@ def _read_run(path: str, checkpoint: str | None) -> TrainedBackbone:
         raise UserError(f"{path} holds no run: it has no config.json")
     config = _in_float32(from_json(saved))
     validate(config)
-    step, recipe, state = restore_run(where, config, checkpoint, make_data_mesh())
-    params, batch_stats = jax.device_get((state.params, state.batch_stats))
+    step, network, *variables = restore_network(where, config, checkpoint, make_data_mesh())
+    params, batch_stats = jax.device_get(variables)
     tensors = by_name(params["backbone"]) | by_name(batch_stats.get("backbone", {}))
-    return TrainedBackbone(config, step, tensors, recipe.network, params, batch_stats)
+    return TrainedBackbone(config, step, tensors, network, params, batch_stats)
 
 
 def _read_file(path: epath.Path) -> TrainedBackbone:

@@ -1,23 +1,22 @@
-"""What a run says of itself before it trains."""
+"""The summary of a run that is logged before it trains."""
 
 import logging
 from typing import Any
 
 import jax
-import numpy as np
-from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from music_jax.data.loader import TrainingOrder
 from music_jax.data.sources import Source
 from music_jax.distributed import progress
+from music_jax.objectives import music_lower_bound
 from music_jax.train.state import TrainState
 
 _logger = logging.getLogger(__name__)
 
-_FEW_STEPS = 10  # of an epoch
-_UNUSED_SHARE = 0.01  # of the images, that every epoch may leave out
+_FEW_STEPS = 10  # per epoch
+_UNUSED_SHARE = 0.01  # of the images, that an epoch may omit without a warning
 
 
 def describe(
@@ -28,74 +27,63 @@ def describe(
     state: TrainState,
     start_step: int,
 ) -> None:
-    """Prints the parameters, the devices, the arithmetic of the batch and the objective."""
-    device = mesh.devices.flat[0]
-    objective = config.objective
-    progress.log_lines(
-        _logger,
-        parameter_overview.get_parameter_overview(
-            _plain(state.params), include_stats=False, max_lines=80
-        ),
+    """Logs the parameters, the devices, the batch arithmetic, the objective and warnings."""
+    from clu import parameter_overview
+
+    table = parameter_overview.get_parameter_overview(
+        _with_text_keys(state.params), include_stats=False, max_lines=80
     )
-    lines: list[tuple[str, Any]] = [
-        ("devices", f"{mesh.size} x {device.device_kind} in {jax.process_count()} process(es)"),
-        (
-            "batch",
-            f"{config.batch_size} = {jax.process_count()} process(es) x "
-            f"{mesh.size // jax.process_count()} device(s) x {config.batch_size // mesh.size}",
-        ),
-        (
-            "training",
-            f"{config.num_epochs} epochs x {order.steps_per_epoch} steps of {source.name} "
-            f"({order.num_records} images), {config.compute_dtype}",
-        ),
-        (
-            "objective",
-            f"{objective.name}, {objective.num_segments} segments x "
-            f"{objective.units_per_segment} units",
-        ),
-    ]
+    progress.log_lines(_logger, table)
+    processes, objective = jax.process_count(), config.objective
+    lines = {
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind} in {processes} process(es)",
+        "batch": f"{config.batch_size} = {processes} process(es) x {mesh.size // processes} "
+        f"device(s) x {config.batch_size // mesh.size}",
+        "training": f"{config.num_epochs} epochs x {order.steps_per_epoch} steps of {source.name} "
+        f"({order.num_records} images), {config.compute_dtype}",
+        "objective": f"{objective.name}, {objective.num_segments} segments x "
+        f"{objective.units_per_segment} units",
+    }
     if objective.name == "music":
-        bound = -3 * np.log(objective.units_per_segment)
-        lines.append(("lower bound", f"-3 log {objective.units_per_segment} = {bound:.4f}"))
+        units = objective.units_per_segment
+        lines["lower bound"] = f"-3 log {units} = {music_lower_bound(units):.4f}"
     if start_step:
-        lines.append(("resuming", f"after step {start_step}"))
-    for name, value in lines:
+        lines["resuming"] = f"after step {start_step}"
+    for name, value in lines.items():
         _logger.info(f"{name:12s} {value}")
-    for hint in small_data_hints(config, order):
-        _logger.info(f"warning: {hint}")
+    for warning in small_data_warnings(config, order):
+        _logger.warning(f"warning: {warning}")
 
 
-def small_data_hints(config: config_dict.ConfigDict, order: TrainingOrder) -> list[str]:
-    """What defaults that are meant for large datasets do to a small one, and which field helps."""
-    steps, images, logged = order.steps_per_epoch, order.num_records, config.log_every_steps
+def small_data_warnings(config: config_dict.ConfigDict, order: TrainingOrder) -> list[str]:
+    """Returns what defaults for large datasets do to a small one, and which field to change."""
+    steps, images, log_every = order.steps_per_epoch, order.num_records, config.log_every_steps
     unused = images - steps * config.batch_size
-    hints = []
+    warnings = []
     if steps < _FEW_STEPS:
-        hints.append(
-            f"an epoch of {images} images is only {steps} step{'s' * (steps > 1)} of "
-            f"config.batch_size = {config.batch_size}; a smaller batch makes more of it"
+        warnings.append(
+            f"an epoch of {images} images has only {steps} step{'s' * (steps > 1)} with "
+            f"config.batch_size = {config.batch_size}; a smaller batch gives more steps"
         )
     if unused > _UNUSED_SHARE * images:
-        hints.append(
-            f"each epoch leaves out {unused} of {images} images ({unused / images:.0%}), others "
-            "each time, since batches are whole; another config.batch_size leaves out fewer"
+        warnings.append(
+            f"each epoch omits {unused} of {images} images ({unused / images:.0%}), different ones "
+            "each time, since every batch is full; another config.batch_size omits fewer"
         )
-    if logged > config.num_epochs * steps:
-        hints.append(
-            f"the run has fewer steps than config.log_every_steps = {logged}: besides the first "
-            "step and those of checkpoints only the last is logged"
+    if log_every > config.num_epochs * steps:
+        warnings.append(
+            f"the run has fewer steps than config.log_every_steps = {log_every}: only the first "
+            "step, the last step and those of checkpoints are logged"
         )
-    elif logged > steps:
-        hints.append(
-            f"metrics are logged once in {logged / steps:.1f} epochs; a smaller "
+    elif log_every > steps:
+        warnings.append(
+            f"metrics are logged once in {log_every / steps:.1f} epochs; a smaller "
             "config.log_every_steps logs more often"
         )
-    return hints
+    return warnings
 
 
-def _plain(tree: Any) -> Any:
-    """The tree with text keys, as the parameter table wants them."""
+def _with_text_keys(tree: Any) -> Any:
     if isinstance(tree, dict):
-        return {str(key): _plain(value) for key, value in tree.items()}
+        return {str(key): _with_text_keys(value) for key, value in tree.items()}
     return tree

@@ -1,4 +1,4 @@
-"""Pictures of a training: the views as the network sees them, and what the segments share."""
+"""Pictures of a training: augmented views, and joint probabilities of the segments' units."""
 
 from typing import Any
 
@@ -10,40 +10,40 @@ from ml_collections import config_dict
 
 from music_jax.distributed.mesh import batch_sharding
 from music_jax.objectives import joint_probability
-from music_jax.train import sharding
-from music_jax.train.state import TrainState, state_shardings
-from music_jax.train.step import Recipe, augmented_views
+from music_jax.train.recipe import Recipe
+from music_jax.train.state import TrainState, gather, state_shardings
+from music_jax.train.step import augmented_views
 
 _SAMPLES_SHOWN = 8
-_SAMPLES_EMBEDDED = 256  # at most, for the joint probabilities
-_UNITS_SHOWN = 512  # at most: those of the first segments
-_SMALLEST_SIDE = 64  # of a view as it is shown, in pixels
+_MAX_EMBEDDED = 256  # samples that the joint probabilities are computed from
+_MAX_UNITS = 512  # shown, of the first segments
+_MIN_SIDE = 64  # pixels of a view as it is shown
 
 
 class Pictures:
     """Draws a state and a batch.
 
-    It runs a program of its own, so that the training's, and every bit of its result, is the same
-    with it and without.
+    It runs a program of its own: that of the training, and so every bit of its result, is the same
+    with and without it.
     """
 
     def __init__(
         self, config: config_dict.ConfigDict, recipe: Recipe, shapes: TrainState, mesh: Mesh
     ):
-        """Makes the program, which is compiled once it is used.
+        """Prepares the program, which is compiled on first use.
 
         Args:
-          config: of the run.
-          recipe: of its steps.
-          shapes: of its state.
-          mesh: the devices.
+          config: The run's config.
+          recipe: Static inputs of the training step.
+          shapes: Shapes of the training state.
+          mesh: The devices.
         """
         objective = config.objective
         self._mesh, self._recipe = mesh, recipe
         self._units = objective.units_per_segment
-        segments = min(objective.num_segments, max(1, _UNITS_SHOWN // self._units))
+        segments = min(objective.num_segments, max(1, _MAX_UNITS // self._units))
         self._has_segments = objective.name == "music"
-        at_once = min(config.batch_size // config.accumulation_steps, _SAMPLES_EMBEDDED)
+        at_once = min(config.batch_size // config.accumulation_steps, _MAX_EMBEDDED)
         rows = max(at_once // mesh.size, 1) * mesh.size
 
         def draw(
@@ -53,8 +53,8 @@ class Pictures:
             shown = views[:_SAMPLES_SHOWN].astype(jnp.float32)
             if not self._has_segments:
                 return shown, jnp.zeros((0, 0))
-            whole = sharding.gather(params, mesh, recipe.dtype)
-            _, embeddings, _ = recipe.network.embed(whole, batch_stats, views)
+            gathered = gather(params, mesh, recipe.dtype)
+            _, embeddings, _ = recipe.network.embed(gathered, batch_stats, views)
             of_first = embeddings[:, :, : segments * self._units]
             return shown, joint_probability(
                 of_first[:, 0],
@@ -73,16 +73,16 @@ class Pictures:
     def __call__(
         self, state: TrainState, images: jax.Array, sample_index: jax.Array
     ) -> dict[str, np.ndarray]:
-        """Draws; to be called by all processes.
+        """Draws pictures; all processes call this together.
 
         Args:
-          state: after a step.
-          images: that step's crops, as `train.step.training_step` takes them.
-          sample_index: likewise.
+          state: State after a step.
+          images: That step's crops; see `music_jax.train.step.training_step`.
+          sample_index: That step's sample indices.
 
         Returns:
-          uint8 [height, width, channels] by name: `views`, a column for each of the first samples,
-          and for MUSIC `joint_probability`; see `heat_map`.
+          uint8 [height, width, channels] by name: `views`, with a column for each of the first
+          samples, and for MUSIC `joint_probability`; see `heat_map`.
         """
         with jax.set_mesh(self._mesh):
             arrays = self._draw(state.params, state.batch_stats, images, sample_index)
@@ -94,12 +94,12 @@ class Pictures:
 
 
 def view_sheet(views: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """Lays out normalized views, the two of a sample one above the other.
+    """Arranges normalized views in a grid, with those of a sample in a column.
 
     Args:
       views: [samples, views, height, width, channels].
-      mean: of each channel, in [0, 1], that was taken off.
-      std: of each channel, that was divided by.
+      mean: Mean of each channel, in [0, 1], that was subtracted.
+      std: Standard deviation of each channel that was divided by.
 
     Returns:
       uint8 [views * side, samples * side, channels].
@@ -107,28 +107,28 @@ def view_sheet(views: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...
     values = views * np.asarray(std, np.float32) + np.asarray(mean, np.float32)
     samples, num_views, height, width, channels = values.shape
     sheet = values.transpose(1, 2, 0, 3, 4).reshape(num_views * height, samples * width, channels)
-    return _enlarged(np.round(255 * np.clip(sheet, 0, 1)).astype(np.uint8), _SMALLEST_SIDE, height)
+    return _enlarged(np.round(255 * np.clip(sheet, 0, 1)).astype(np.uint8), _MIN_SIDE, height)
 
 
 def heat_map(joint: np.ndarray, units_per_segment: int) -> np.ndarray:
     """Colors joint probabilities, from black to yellow.
 
-    The scale is that of the square root, and ends at 1/K, which a segment of K units has along the
-    diagonal if it uses all alike and the views agree. Two independent segments are an even
-    sqrt(1/K) then.
+    The scale is that of the square root and ends at 1/K, the value on the diagonal of a segment of
+    K units if all are used equally and the views agree. Two independent segments then have an even
+    color, at sqrt(1/K) of the scale.
 
     Args:
-      joint: [units, units], as `music_jax.objectives.joint_probability` gives it.
-      units_per_segment: number of units K of each segment.
+      joint: [units, units]; see `music_jax.objectives.joint_probability`.
+      units_per_segment: Number of units K of each segment.
 
     Returns:
-      uint8 [side, side, 3], side being a multiple of the units.
+      uint8 [side, side, 3], where `side` is a multiple of the number of units.
     """
     from matplotlib import colormaps
 
     shares = np.sqrt(np.clip(joint * units_per_segment, 0, 1))
     colors = np.round(255 * colormaps["inferno"](shares)[..., :3]).astype(np.uint8)
-    return _enlarged(colors, _UNITS_SHOWN, len(joint))
+    return _enlarged(colors, _MAX_UNITS, len(joint))
 
 
 def _enlarged(image: np.ndarray, wanted: int, side: int) -> np.ndarray:

@@ -52,7 +52,7 @@ def finished(tmp_path_factory):
         '{"event": "rewound", "step": 20, "to_step": 12, "skipped": [19, 20]}\n'
     )
     (path / "rewinds.json").write_text(
-        '{"rewinds": [{"step": 20, "what": "the loss leapt", "skipped": [19, 20]}]}'
+        '{"rewinds": [{"step": 20, "what": "the loss spiked", "skipped": [19, 20]}]}'
     )
     (path / "skipped.jsonl").write_text(
         '{"source": "digits:train", "image": "</td><script>alert(2)</script>", "reason": "bad"}\n'
@@ -71,7 +71,7 @@ def test_everything_is_said(finished):
         "raw pixels 50.0 %",
         "random initialization",
         "resumed: 1",
-        "the loss leapt",
+        "the loss spiked",
         "1 of digits:train",
         "40 of the 400 images of digits:test",
         "Most frequent errors",

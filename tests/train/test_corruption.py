@@ -85,7 +85,7 @@ def test_a_step_that_gives_other_bits_the_second_time():
     assert len(calls) == 2
     state, _, wrong = checks.step(6, step_function, state, batch)  # 3 and 4
     assert wrong == (
-        "done twice, it gave other bits in batch_stats/mean on cpu:0 of process 0, "
+        "repeating the step gave other bits in batch_stats/mean on cpu:0 of process 0, "
         "cpu:1 of process 0"
     )
     assert int(state.step) == 9

@@ -4,7 +4,7 @@ import pytest
 
 from music_jax.config import default_config
 from music_jax.data.loader import TrainingOrder
-from music_jax.train.describe import small_data_hints
+from music_jax.train.describe import small_data_warnings
 
 
 @pytest.mark.parametrize(
@@ -18,16 +18,16 @@ from music_jax.train.describe import small_data_hints
             100,
             50,
             [
-                "an epoch of 301 images is only 1 step of config.batch_size = 256",
-                "each epoch leaves out 45 of 301 images (15%)",
+                "an epoch of 301 images has only 1 step with config.batch_size = 256",
+                "each epoch omits 45 of 301 images (15%)",
                 "metrics are logged once in 50.0 epochs; a smaller config.log_every_steps",
             ],
         ),
-        (2304, 256, 100, 9, ["an epoch of 2304 images is only 9 steps of"]),
+        (2304, 256, 100, 9, ["an epoch of 2304 images has only 9 steps with"]),
         (2560, 256, 100, 10, []),
         (2560, 256, 4, 41, ["the run has fewer steps than config.log_every_steps = 41"]),
         (2560, 256, 4, 40, ["metrics are logged once in 4.0 epochs"]),
-        (1437, 128, 100, 11, ["each epoch leaves out 29 of 1437 images (2%)"]),
+        (1437, 128, 100, 11, ["each epoch omits 29 of 1437 images (2%)"]),
     ],
 )
 def test_what_small_data_makes_of_the_defaults(
@@ -36,7 +36,7 @@ def test_what_small_data_makes_of_the_defaults(
     config = default_config()
     config.batch_size, config.num_epochs = batch_size, epochs
     config.log_every_steps = log_every_steps
-    hints = small_data_hints(config, TrainingOrder(images, batch_size, 0))
-    assert len(hints) == len(expected)
-    for hint, beginning in zip(hints, expected, strict=True):
-        assert hint.startswith(beginning)
+    warnings = small_data_warnings(config, TrainingOrder(images, batch_size, 0))
+    assert len(warnings) == len(expected)
+    for warning, beginning in zip(warnings, expected, strict=True):
+        assert warning.startswith(beginning)

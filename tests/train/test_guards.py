@@ -69,7 +69,7 @@ def test_a_leap_trips_at_its_step_and_holds_back_all_that_follows():
     state, goods = _watched(losses)
     assert goods == [True] * 250 + [False] * 50
     trip = read_trip(state)
-    assert (trip.step, trip.first_step, trip.what) == (251, 251, "the loss leapt")
+    assert (trip.step, trip.first_step, trip.what) == (251, 251, "the loss spiked")
     np.testing.assert_allclose(trip.seen["loss"], losses[250], rtol=1e-6)
     np.testing.assert_allclose(trip.seen["loss_mean"], losses[225:250].mean(), atol=0.2)
     before, _ = _watched(losses[:250])
@@ -105,7 +105,7 @@ def test_what_is_not_finite_trips_from_the_first_step(enabled, bad):
 @pytest.mark.parametrize(
     ("name", "value", "what"),
     [
-        ("usage_entropy", 0.05, "the segments' units were used unevenly"),
+        ("usage_entropy", 0.05, "the segments used their units unevenly"),
         ("dead_units", 0.97, "most units were dead"),
         ("embedding_std", 0.005, "the embeddings hardly varied"),
         ("effective_rank", 1.05, "the embeddings varied along hardly any dimension"),

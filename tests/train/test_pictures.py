@@ -11,8 +11,9 @@ from music_jax.data.augment import normalize_images
 from music_jax.distributed.mesh import batch_sharding, make_data_mesh
 from music_jax.objectives import joint_probability
 from music_jax.train.pictures import Pictures, heat_map, view_sheet
+from music_jax.train.recipe import make_recipe
 from music_jax.train.state import abstract_state, init_state
-from music_jax.train.step import augmented_views, make_recipe
+from music_jax.train.step import augmented_views
 
 
 @pytest.mark.parametrize(("side", "times"), [(8, 8), (48, 1), (224, 1)])

@@ -12,8 +12,9 @@ from music_jax.config import default_config, set_views
 from music_jax.data.augment import ViewAugmentation, augment_views
 from music_jax.distributed.mesh import batch_sharding, make_data_mesh
 from music_jax.train.guards import init_guard_state
+from music_jax.train.recipe import make_recipe
 from music_jax.train.state import TrainState, init_state
-from music_jax.train.step import augmented_views, compile_skip, compile_step, make_recipe
+from music_jax.train.step import augmented_views, compile_skip, compile_step
 
 
 def _config(objective="music", optimizer="sgd"):

@@ -24,7 +24,7 @@ from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import UserError
 from music_jax.exchange import formats
 from music_jax.train.guards import init_guard_state
-from music_jax.train.state import TrainState, state_shardings
+from music_jax.train.state import TrainState, restore_state, save_state, state_shardings
 from music_jax.workdir import epath_corrections, lock, records
 from music_jax.workdir.json_files import read_json
 from music_jax.workdir.new_file import new_file, write_new
@@ -46,11 +46,11 @@ def _state():
 
 def _saved_and_restored(workdir):
     writer = Checkpoints(workdir)
-    writer.save(7, _state(), ORDER)
+    save_state(writer, 7, _state(), ORDER)
     writer.close()
     reader = Checkpoints(workdir, read_only=True)
     assert reader.latest_valid_step() == 7
-    found = reader.restore(7, jax.eval_shape(_state), make_data_mesh(1), ORDER)
+    found = restore_state(reader, 7, jax.eval_shape(_state), make_data_mesh(1), ORDER)
     reader.close()
     return found.params["kernel"].tolist()
 

@@ -12,7 +12,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from small_runs import save_run, small_config
 
-from music_jax.checkpoint.restore import restore_run
+from music_jax.checkpoint.restore import restore_network
 from music_jax.config import default_config, from_json
 from music_jax.data.sources import Source
 from music_jax.distributed.mesh import make_data_mesh
@@ -215,7 +215,7 @@ def test_checkpoints_may_be_a_link_to_other_storage(tmp_path):
     assert (scratch / "3").is_dir()
     assert open_workdir(str(run)) == epath.Path(run)
     for name in ("3", str(run / "checkpoints" / "3")):
-        assert restore_run(epath.Path(run), small_config(), name, make_data_mesh())[0] == 3
+        assert restore_network(epath.Path(run), small_config(), name, make_data_mesh())[0] == 3
     (scratch / "out").symlink_to(tmp_path)
     with pytest.raises(UserError, match="out in the workdir is a link that leads out"):
         open_workdir(str(run))
