@@ -117,7 +117,7 @@ def test_bad_batches_are_left_out_and_the_rest_is_trained(rewound, small):
     workdir, out = rewound
     listed = json.loads((workdir / "rewinds.json").read_text())["rewinds"]
     assert [rewind["skipped"] for rewind in listed] == [[6], [14]]
-    assert "leapt" in listed[1]["what"]
+    assert "spiked" in listed[1]["what"]
     assert [e["to_step"] for e in _events(workdir, "rewound")] == [4, 12]
     assert "rewinding to step 12 (rewind 2 of at most 3), skipping step 14" in out
     steps = [line["step"] for line in metrics(workdir)]

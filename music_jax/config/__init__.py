@@ -61,7 +61,7 @@ def default_config() -> config_dict.ConfigDict:
     config.deterministic = True
     config.log_every_steps = 50
     config.num_decode_threads = config_dict.placeholder(int)  # None: one a usable core
-    config.tensorboard = True  # event files beside metrics.jsonl, where TensorFlow is installed
+    config.tensorboard = True  # write event files, if tensorboardX is installed
     # Logs to Weights & Biases too, in this project; its own WANDB_ variables say the rest.
     config.wandb_project = ""
 

@@ -63,7 +63,7 @@ def test_a_descent_a_slow_rise_and_a_fall_trip_nothing(sign):
     assert int(state.losses) == 401
 
 
-def test_a_leap_trips_at_its_step_and_holds_back_all_that_follows():
+def test_a_loss_spike_trips_at_its_step_and_rejects_all_later_updates():
     losses = _descent(300)
     losses[250] += 10.0
     state, goods = _watched(losses)
@@ -73,7 +73,7 @@ def test_a_leap_trips_at_its_step_and_holds_back_all_that_follows():
     np.testing.assert_allclose(trip.seen["loss"], losses[250], rtol=1e-6)
     np.testing.assert_allclose(trip.seen["loss_mean"], losses[225:250].mean(), atol=0.2)
     before, _ = _watched(losses[:250])
-    np.testing.assert_array_equal(state.loss_mean, before.loss_mean)  # the leap is no part of it
+    np.testing.assert_array_equal(state.loss_mean, before.loss_mean)  # the spike is no part of it
 
 
 def test_the_running_mean_and_deviation_are_those_of_numpy():
@@ -86,7 +86,7 @@ def test_the_running_mean_and_deviation_are_those_of_numpy():
 @pytest.mark.parametrize(
     "fields", [{"loss_spike_deviations": 0.0}, {"warmup_steps": 300}, {"enabled": False}]
 )
-def test_a_leap_that_is_not_looked_for(fields):
+def test_a_loss_spike_that_is_not_checked_for(fields):
     losses = _descent(300)
     losses[250] += 10.0
     assert all(_watched(losses, guards=_guards(**fields))[1])

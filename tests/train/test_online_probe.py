@@ -62,7 +62,7 @@ def _recipe(num_features=4):
 
 def test_the_probe_is_restored_with_a_checkpoint_and_starts_from_scratch_without(tmp_path, capsys):
     probe = _probe_of(tmp_path, range(10))
-    checkpoints = Checkpoints(epath.Path(tmp_path))
+    checkpoints = Checkpoints(epath.Path(tmp_path), max_to_keep=3)
     probe.start(0, 100, checkpoints)
     state = {"a": jnp.zeros(2)}
     trained = jax.tree.map(lambda x: x + 1, probe.state)

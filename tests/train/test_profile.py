@@ -45,8 +45,10 @@ def test_a_training_that_ends_early_keeps_what_was_recorded(tmp_path):
 import sys
 import jax.numpy as jnp
 from etils import epath
+from music_jax.distributed.progress import log_to_stdout
 from music_jax.train.profile import Profile
 
+log_to_stdout()
 profile = Profile(epath.Path(sys.argv[1]), (2, 9), num_steps=9)
 profile.start(0)
 for step in (1, 2, 3):
