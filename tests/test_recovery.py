@@ -78,7 +78,7 @@ def rewound(tmp_path_factory, small):
 
 
 @pytest.mark.slow
-def test_a_bad_batch_stops_the_run_and_is_kept_for_study(small, tmp_path):
+def test_a_bad_batch_stops_the_run_and_is_saved(small, tmp_path):
     workdir = tmp_path / "run"
     code, _, err = _run("nan:6", small, workdir)
     assert code == 3, err
@@ -113,7 +113,7 @@ def test_a_bad_batch_stops_the_run_and_is_kept_for_study(small, tmp_path):
 
 
 @pytest.mark.slow
-def test_bad_batches_are_left_out_and_the_rest_is_trained(rewound, small):
+def test_bad_batches_are_skipped_and_the_rest_is_trained(rewound, small):
     workdir, out = rewound
     listed = json.loads((workdir / "rewinds.json").read_text())["rewinds"]
     assert [rewind["skipped"] for rewind in listed] == [[6], [14]]
@@ -131,7 +131,7 @@ def test_bad_batches_are_left_out_and_the_rest_is_trained(rewound, small):
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_leaves_out_the_same(rewound, small, tmp_path):
+def test_a_run_killed_at_any_moment_skips_the_same_steps(rewound, small, tmp_path):
     workdir = tmp_path / "run"
     seconds = random.Random().uniform
     for _ in range(3):

@@ -5,7 +5,7 @@ import ctypes
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -29,6 +29,15 @@ _TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of unfinished checkpoints
 
 
 class _Manager(ocp.CheckpointManager):
+    failure: Exception | None = None  # known before Orbax has waited for the other processes
+
+    def _wait_for_checkpointers(self) -> None:
+        try:
+            super()._wait_for_checkpointers()
+        except Exception as error:
+            self.failure = error
+            raise
+
     def reached_preemption(self, step: int) -> bool:
         """Returns False: only the training loop may ask, since each call must name a later step."""
         return False
@@ -200,7 +209,8 @@ class Checkpoints:
         with self._failures_reported(required):
             # Orbax waits up to 20 minutes for the other processes before it raises an error.
             while jax.process_count() > 1 and self._manager.is_saving_in_progress():
-                self._manager.check_for_errors()
+                if self._manager.failure is not None:
+                    raise self._manager.failure
                 time.sleep(_POLL_SECONDS)
             self._manager.wait_until_finished()
             self._saving = None
@@ -279,14 +289,7 @@ class Checkpoints:
         if partial:
             restore_args = ocp.checkpoint_utils.construct_restore_args(target)
             args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
-
-        def restore() -> Any:
-            tree = self._manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
-            if not all(isinstance(x, jax.Array) for x in jax.tree.leaves(tree)):
-                raise ValueError("it lacks arrays of the network")
-            return tree
-
-        return self._restored(step, restore)
+        return self._restore(step, name, args)
 
     def input_position(self, step: int) -> Any:
         """Returns what was saved as the position in the input.
@@ -294,13 +297,15 @@ class Checkpoints:
         Raises:
           UserError: There is no such checkpoint, or it cannot be read.
         """
-        args = ocp.args.Composite(input=ocp.args.JsonRestore())
-        return self._restored(step, lambda: self._manager.restore(step, args=args)["input"])
+        return self._restore(step, "input", ocp.args.JsonRestore())
 
-    def _restored(self, step: int, restore: Callable[[], Any]) -> Any:
+    def _restore(self, step: int, name: str, args: Any) -> Any:
         self.wait()
         try:
-            return restore()
+            tree = self._manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
+            if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree)):
+                raise ValueError("arrays are missing")
+            return tree
         except Exception as error:  # anything, if the files were tampered with
             raise UserError(
                 f"cannot restore step {step} of {self._directory}: {_shorten(error)}"

@@ -27,12 +27,11 @@ from music_jax.distributed.mesh import (
 from music_jax.distributed.signals import Stop
 from music_jax.errors import StoppedError, UserError
 from music_jax.train.corruption import CorruptionChecks
-from music_jax.train.describe import describe
 from music_jax.train.guards import TrainingFailure, read_trip
 from music_jax.train.input import TrainingInput, check_same_images
-from music_jax.train.metric_logger import MetricLogger
+from music_jax.train.metric_logger import MetricLogger, describe
 from music_jax.train.online_probe import OnlineProbe, make_online_probe
-from music_jax.train.pictures import Pictures
+from music_jax.train.pictures import Draw, make_draw
 from music_jax.train.profile import Profile
 from music_jax.train.recipe import make_recipe
 from music_jax.train.recovery import Recovery
@@ -131,7 +130,7 @@ def _train_and_evaluate(
             checks=CorruptionChecks(config, shapes, mesh),
             probe=make_online_probe(config, final.sources, recipe, mesh, skipped),
             logger=logger,
-            pictures=Pictures(config, recipe, shapes, mesh) if logger.shows_images else None,
+            draw=make_draw(config, recipe, shapes, mesh) if logger.shows_images else None,
             profile=profile,
         )
         with stop:
@@ -178,7 +177,7 @@ class _Run:
     checks: CorruptionChecks
     probe: OnlineProbe | None
     logger: MetricLogger
-    pictures: Pictures | None
+    draw: Draw | None
     profile: Profile
 
 
@@ -223,8 +222,8 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: Stop) -> TrainSt
                 if metrics is not None:
                     scalars = {name: float(value) for name, value in metrics.items()}
                     run.logger.write(step, scalars | (run.probe.metrics() if run.probe else {}))
-            if run.pictures and (saving or step == 1):
-                run.logger.images(step, run.pictures(state, *batch))
+            if run.draw and (saving or step == 1):
+                run.logger.images(step, run.draw(state, *batch))
             if saving:
                 run.logger.flush()  # first, so that no logged step before a checkpoint is lost
                 trees = {"online_probe": run.probe.state} if run.probe else {}

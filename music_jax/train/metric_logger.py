@@ -1,4 +1,4 @@
-"""Logging of a training: metrics.jsonl, a progress bar, TensorBoard and Weights & Biases."""
+"""Logging of a training: a summary, metrics.jsonl, a progress bar, TensorBoard and wandb."""
 
 import contextlib
 import importlib.util
@@ -8,17 +8,23 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import config_dict
 
+from music_jax.data.loader import TrainingOrder
+from music_jax.data.sources import Source
 from music_jax.distributed import progress
 from music_jax.distributed.mesh import from_main_process, is_main_process
 from music_jax.errors import UserError
+from music_jax.objectives import music_lower_bound
 from music_jax.train.guards import STATISTICS
 from music_jax.train.input import TrainingInput
+from music_jax.train.state import TrainState
 from music_jax.workdir import records
 from music_jax.workdir.json_files import read_json
 
@@ -26,25 +32,78 @@ _logger = logging.getLogger(__name__)
 
 _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _NOT_IN_BAR = ("learning_rate", "grad_norm", *STATISTICS)
+_FEW_STEPS = 10  # per epoch
+_UNUSED_SHARE = 0.01  # of the images, that an epoch may omit without a warning
 
 
-class Writer(Protocol):
-    """A copy of metrics.jsonl elsewhere, with pictures."""
+def describe(
+    config: config_dict.ConfigDict,
+    mesh: Mesh,
+    source: Source,
+    order: TrainingOrder,
+    state: TrainState,
+    start_step: int,
+) -> None:
+    """Logs the parameters, the devices, the batch arithmetic, the objective and warnings."""
+    from clu import parameter_overview
 
-    def start(self, step: int) -> None:
-        """Starts or resumes after a step; what was written of later steps is void."""
+    table = parameter_overview.get_parameter_overview(
+        _with_text_keys(state.params), include_stats=False, max_lines=80
+    )
+    progress.log_lines(_logger, table)
+    processes, objective = jax.process_count(), config.objective
+    lines = {
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind} in {processes} process(es)",
+        "batch": f"{config.batch_size} = {processes} process(es) x {mesh.size // processes} "
+        f"device(s) x {config.batch_size // mesh.size}",
+        "training": f"{config.num_epochs} epochs x {order.steps_per_epoch} steps of {source.name} "
+        f"({order.num_records} images), {config.compute_dtype}",
+        "objective": f"{objective.name}, {objective.num_segments} segments x "
+        f"{objective.units_per_segment} units",
+    }
+    if objective.name == "music":
+        units = objective.units_per_segment
+        lines["lower bound"] = f"-3 log {units} = {music_lower_bound(units):.4f}"
+    if start_step:
+        lines["resuming"] = f"after step {start_step}"
+    for name, value in lines.items():
+        _logger.info(f"{name:12s} {value}")
+    for warning in small_data_warnings(config, order):
+        _logger.warning(f"warning: {warning}")
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Adds scalars of a step."""
 
-    def images(self, step: int, images: dict[str, np.ndarray]) -> None:
-        """Adds pictures of a step, uint8 [height, width, channels]."""
+def small_data_warnings(config: config_dict.ConfigDict, order: TrainingOrder) -> list[str]:
+    """Returns what defaults for large datasets do to a small one, and which field to change."""
+    steps, images, log_every = order.steps_per_epoch, order.num_records, config.log_every_steps
+    unused = images - steps * config.batch_size
+    warnings = []
+    if steps < _FEW_STEPS:
+        warnings.append(
+            f"an epoch of {images} images has only {steps} step{'s' * (steps > 1)} with "
+            f"config.batch_size = {config.batch_size}; a smaller batch gives more steps"
+        )
+    if unused > _UNUSED_SHARE * images:
+        warnings.append(
+            f"each epoch omits {unused} of {images} images ({unused / images:.0%}), different ones "
+            "each time, since every batch is full; another config.batch_size omits fewer"
+        )
+    if log_every > config.num_epochs * steps:
+        warnings.append(
+            f"the run has fewer steps than config.log_every_steps = {log_every}: only the first "
+            "step, the last step and those of checkpoints are logged"
+        )
+    elif log_every > steps:
+        warnings.append(
+            f"metrics are logged once in {log_every / steps:.1f} epochs; a smaller "
+            "config.log_every_steps logs more often"
+        )
+    return warnings
 
-    def flush(self) -> None:
-        """Writes out everything that was added."""
 
-    def close(self, *, failed: bool) -> None:
-        """Ends the writer."""
+def _with_text_keys(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {str(key): _with_text_keys(value) for key, value in tree.items()}
+    return tree
 
 
 class MetricLogger:
@@ -64,7 +123,7 @@ class MetricLogger:
           UserError: Weights & Biases is asked for but not installed.
         """
         self._config, self._workdir = config, workdir
-        self._writers: dict[str, Writer] = {}
+        self._writers: dict[str, TensorBoard | WeightsAndBiases] = {}
         if is_main_process():
             if config.tensorboard and importlib.util.find_spec("tensorboardX"):
                 self._writers["TensorBoard"] = TensorBoard(workdir)
@@ -144,7 +203,7 @@ class MetricLogger:
         self._file.flush(now=True)
         self._each(lambda writer: writer.flush())
 
-    def _each(self, action: Callable[[Writer], None]) -> None:
+    def _each(self, action: Callable[[Any], None]) -> None:
         for name, writer in list(self._writers.items()):
             try:
                 action(writer)

@@ -185,15 +185,7 @@ class OnlineProbe:
         mesh: Mesh,
         skipped: SkippedImages,
     ):
-        """Prepares the probe's step; no image is read yet.
-
-        Args:
-          config: The run's config; `online_probe` describes the probe.
-          source: Labeled images to learn from, those of the pre-training or others.
-          recipe: Static inputs of the training step.
-          mesh: The devices.
-          skipped: Record of images that cannot be decoded.
-        """
+        """Prepares the probe's step; no image is read yet. See `make_online_probe`."""
         self._config, self._source, self._skipped = config, source, skipped
         self._every = config.online_probe.every_steps
         self._batch_size = min(config.online_probe.batch_size, len(source))

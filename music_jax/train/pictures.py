@@ -1,5 +1,6 @@
 """Pictures of a training: augmented views, and joint probabilities of the segments' units."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,77 +21,66 @@ _MAX_UNITS = 512  # shown, of the first segments
 _MIN_SIDE = 64  # pixels of a view as it is shown
 
 
-class Pictures:
-    """Draws a state and a batch.
+# Takes a state and the arguments of its last step to uint8 [height, width, channels] by name.
+Draw = Callable[[TrainState, jax.Array, jax.Array], dict[str, np.ndarray]]
 
-    It runs a program of its own: that of the training, and so every bit of its result, is the same
-    with and without it.
+
+def make_draw(
+    config: config_dict.ConfigDict, recipe: Recipe, shapes: TrainState, mesh: Mesh
+) -> Draw:
+    """Returns a function that draws a state and a batch; all processes call it together.
+
+    It draws `views`, with a column for each of the first samples, and for MUSIC
+    `joint_probability`; see `heat_map`. Its program is its own: that of the training, and so every
+    bit of its result, is the same with and without pictures.
+
+    Args:
+      config: The run's config.
+      recipe: Static inputs of the training step.
+      shapes: Shapes of the training state.
+      mesh: The devices.
     """
+    objective = config.objective
+    units, has_segments = objective.units_per_segment, objective.name == "music"
+    segments = min(objective.num_segments, max(1, _MAX_UNITS // units))
+    at_once = min(config.batch_size // config.accumulation_steps, _MAX_EMBEDDED)
+    rows = max(at_once // mesh.size, 1) * mesh.size
 
-    def __init__(
-        self, config: config_dict.ConfigDict, recipe: Recipe, shapes: TrainState, mesh: Mesh
-    ):
-        """Prepares the program, which is compiled on first use.
-
-        Args:
-          config: The run's config.
-          recipe: Static inputs of the training step.
-          shapes: Shapes of the training state.
-          mesh: The devices.
-        """
-        objective = config.objective
-        self._mesh, self._recipe = mesh, recipe
-        self._units = objective.units_per_segment
-        segments = min(objective.num_segments, max(1, _MAX_UNITS // self._units))
-        self._has_segments = objective.name == "music"
-        at_once = min(config.batch_size // config.accumulation_steps, _MAX_EMBEDDED)
-        rows = max(at_once // mesh.size, 1) * mesh.size
-
-        def draw(
-            params: Any, batch_stats: Any, images: jax.Array, sample_index: jax.Array
-        ) -> tuple[jax.Array, jax.Array]:
-            views = augmented_views(recipe, images[:rows], sample_index[:rows])
-            shown = views[:_SAMPLES_SHOWN].astype(jnp.float32)
-            if not self._has_segments:
-                return shown, jnp.zeros((0, 0))
-            gathered = gather(params, mesh, recipe.dtype)
-            _, embeddings, _ = recipe.network.embed(gathered, batch_stats, views)
-            of_first = embeddings[:, :, : segments * self._units]
-            return shown, joint_probability(
-                of_first[:, 0],
-                of_first[:, 1],
-                num_segments=segments,
-                temperature=objective.temperature,
-            )
-
-        states, batch = state_shardings(shapes, mesh), batch_sharding(mesh)
-        self._draw = jax.jit(
-            draw,
-            in_shardings=(states.params, states.batch_stats, batch, batch),
-            out_shardings=NamedSharding(mesh, PartitionSpec()),
+    def compute(
+        params: Any, batch_stats: Any, images: jax.Array, sample_index: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        views = augmented_views(recipe, images[:rows], sample_index[:rows])
+        shown = views[:_SAMPLES_SHOWN].astype(jnp.float32)
+        if not has_segments:
+            return shown, jnp.zeros((0, 0))
+        gathered = gather(params, mesh, recipe.dtype)
+        _, embeddings, _ = recipe.network.embed(gathered, batch_stats, views)
+        return shown, joint_probability(
+            embeddings[:, 0, : segments * units],
+            embeddings[:, 1, : segments * units],
+            num_segments=segments,
+            temperature=objective.temperature,
         )
 
-    def __call__(
-        self, state: TrainState, images: jax.Array, sample_index: jax.Array
+    states, batch = state_shardings(shapes, mesh), batch_sharding(mesh)
+    jitted = jax.jit(
+        compute,
+        in_shardings=(states.params, states.batch_stats, batch, batch),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+    )
+
+    def draw(
+        state: TrainState, images: jax.Array, sample_index: jax.Array
     ) -> dict[str, np.ndarray]:
-        """Draws pictures; all processes call this together.
-
-        Args:
-          state: State after a step.
-          images: That step's crops; see `music_jax.train.step.training_step`.
-          sample_index: That step's sample indices.
-
-        Returns:
-          uint8 [height, width, channels] by name: `views`, with a column for each of the first
-          samples, and for MUSIC `joint_probability`; see `heat_map`.
-        """
-        with jax.set_mesh(self._mesh):
-            arrays = self._draw(state.params, state.batch_stats, images, sample_index)
+        with jax.set_mesh(mesh):
+            arrays = jitted(state.params, state.batch_stats, images, sample_index)
         views, joint = (np.asarray(x.addressable_data(0)) for x in arrays)
-        drawn = {"views": view_sheet(views, self._recipe.mean, self._recipe.std)}
-        if self._has_segments:
-            drawn["joint_probability"] = heat_map(joint, self._units)
+        drawn = {"views": view_sheet(views, recipe.mean, recipe.std)}
+        if has_segments:
+            drawn["joint_probability"] = heat_map(joint, units)
         return drawn
+
+    return draw
 
 
 def view_sheet(views: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Checkpoints go from any mesh to any other."""
+"""Saving and restoring: other devices, damage, failed saves."""
 
 import contextlib
 import dataclasses
@@ -37,7 +37,7 @@ def _state():
 
 
 @pytest.mark.parametrize(("devices", "fsdp"), [(1, 1), (4, 1), (2, 2)])
-def test_restored_onto_other_devices(tmp_path, devices, fsdp):
+def test_a_state_is_restored_onto_other_devices(tmp_path, devices, fsdp):
     order = TrainingOrder(32, 16, 0)
     mesh = make_data_mesh(4, fsdp=2)
     saved = jax.device_put(_state(), state_shardings(_state(), mesh))
@@ -54,6 +54,21 @@ def test_restored_onto_other_devices(tmp_path, devices, fsdp):
     expected = state_shardings(_state(), mesh)
     for a, s in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.sharding == s
+
+
+def test_a_part_of_a_state_is_restored_alone(tmp_path):
+    checkpoints = Checkpoints(epath.Path(tmp_path))
+    save_state(checkpoints, 7, _on_one_device(_state()), TrainingOrder(32, 16, 0))
+    array = jax.ShapeDtypeStruct((5,), np.float32, sharding=jnp.zeros(5).sharding)
+    found = checkpoints.restore(7, {"params": {"bias": array}}, partial=True)
+    np.testing.assert_array_equal(found["params"].pop("bias"), np.arange(5.0))
+    assert found == {"params": {}}
+    with pytest.raises(UserError, match=r"cannot restore step 7 of .*arrays are missing"):
+        checkpoints.restore(7, {"params": {"other": array}}, partial=True)
+    wrong = jax.ShapeDtypeStruct((4,), np.float32, sharding=array.sharding)
+    with pytest.raises(UserError, match=r"cannot restore step 7 of .*not compatible"):
+        checkpoints.restore(7, {"params": {"bias": wrong}}, partial=True)
+    checkpoints.close()
 
 
 @pytest.mark.parametrize(
@@ -78,7 +93,7 @@ def test_another_position_in_the_input_is_refused(tmp_path, field, value, found)
     assert found in str(error.value)
 
 
-def test_a_checkpoint_from_before_the_order_was_mixed_resumes_and_says_so(tmp_path, capsys):
+def test_a_checkpoint_saved_with_an_earlier_order_resumes_with_a_warning(tmp_path, capsys):
     order, mesh = TrainingOrder(32, 16, 0), make_data_mesh(1)
     checkpoints = Checkpoints(epath.Path(tmp_path))
     save_state(checkpoints, 7, _on_one_device(_state()), order)
@@ -99,7 +114,7 @@ def test_a_checkpoint_from_before_the_order_was_mixed_resumes_and_says_so(tmp_pa
     checkpoints.close()
 
 
-def test_a_checkpoint_that_names_other_files_is_one_error_and_nothing_else(tmp_path, capfd):
+def test_a_checkpoint_that_names_other_files_is_one_error_without_other_output(tmp_path, capfd):
     mesh = make_data_mesh(1)
     writer = Checkpoints(epath.Path(tmp_path))
     save_state(
@@ -127,7 +142,7 @@ def test_a_checkpoint_that_names_other_files_is_one_error_and_nothing_else(tmp_p
     assert capfd.readouterr() == ("", "")
 
 
-def test_damaged_checkpoints_are_set_aside_until_none_is_whole(tmp_path):
+def test_damaged_checkpoints_are_quarantined_unless_all_are_damaged(tmp_path):
     order, mesh = TrainingOrder(32, 16, 0), make_data_mesh(1)
     state = jax.device_put(_state(), state_shardings(_state(), mesh))
     checkpoints = Checkpoints(epath.Path(tmp_path))
@@ -152,7 +167,7 @@ def _on_one_device(state):
     return jax.device_put(state, state_shardings(state, make_data_mesh(1)))
 
 
-def test_what_is_saved_is_the_state_of_then_though_its_buffers_are_used_again(tmp_path):
+def test_a_save_is_not_changed_by_later_use_of_its_buffers(tmp_path):
     order, mesh = TrainingOrder(32, 16, 0), make_data_mesh(1)
     state = _on_one_device(jax.tree.map(jnp.copy, _state()))  # each with a buffer of its own
     checkpoints = Checkpoints(epath.Path(tmp_path))
@@ -180,7 +195,7 @@ def no_large_files():
 
 
 @pytest.mark.parametrize("ignoring", [False, True])
-def test_failed_save_leaves_the_one_before_and_nothing_else(
+def test_a_failed_save_leaves_only_the_previous_checkpoint(
     tmp_path, no_large_files, ignoring, capsys
 ):
     order, mesh = TrainingOrder(32, 16, 0), make_data_mesh(1)
@@ -209,7 +224,7 @@ def test_failed_save_leaves_the_one_before_and_nothing_else(
     assert checkpoints.all_steps() == [3, 8]
 
 
-def test_a_save_that_the_run_ends_with_may_not_fail(tmp_path, no_large_files):
+def test_a_required_save_may_not_fail(tmp_path, no_large_files):
     order = TrainingOrder(32, 16, 0)
     noise = jax.random.normal(jax.random.key(0), (512, 256))
     state = _on_one_device(dataclasses.replace(_state(), params={"kernel": noise}))
@@ -230,7 +245,7 @@ def test_a_save_that_the_run_ends_with_may_not_fail(tmp_path, no_large_files):
     checkpoints.close()
 
 
-def test_checkpoint_that_was_being_written_is_removed_and_told(tmp_path, capsys):
+def test_an_unfinished_checkpoint_is_removed_with_a_message(tmp_path, capsys):
     (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)
     checkpoints = Checkpoints(epath.Path(tmp_path))
     assert checkpoints.latest_valid_step() is None
@@ -240,7 +255,7 @@ def test_checkpoint_that_was_being_written_is_removed_and_told(tmp_path, capsys)
     assert "which an interrupted run left unfinished" in capsys.readouterr().out
 
 
-def test_a_checkpoint_is_named_by_its_path_whatever_links_lead_there(tmp_path):
+def test_a_checkpoint_may_be_named_by_a_path_through_links(tmp_path):
     (tmp_path / "scratch" / "run" / "checkpoints" / "5").mkdir(parents=True)
     (tmp_path / "runs").symlink_to("scratch")
     run = epath.Path(tmp_path / "runs" / "run")

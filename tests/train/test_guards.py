@@ -94,7 +94,7 @@ def test_a_loss_spike_that_is_not_checked_for(fields):
 
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("bad", ["loss", "grad_norm"])
-def test_what_is_not_finite_trips_from_the_first_step(enabled, bad):
+def test_non_finite_values_trip_from_the_first_step(enabled, bad):
     loss, norm = (np.nan, 1.0) if bad == "loss" else (1.0, np.inf)
     state, goods = _watched([loss, 1.0], grad_norm=norm, guards=_guards(enabled=enabled))
     assert goods == [False, False]
@@ -161,7 +161,7 @@ def test_deviation_and_usage_are_those_of_numpy():
     assert found["dead_units"] == 0
 
 
-def test_what_collapsed_embeddings_look_like():
+def test_statistics_of_collapsed_embeddings():
     alike = embedding_statistics(jnp.ones((64, 32)), num_segments=4)
     assert float(alike["embedding_std"]) < 1e-6
     assert float(alike["effective_rank"]) < 1.001  # of the rounding

@@ -92,7 +92,7 @@ def test_a_training_off_the_main_thread_leaves_all_files(finished, config):
         assert found["top1"] > 0.3  # ten classes
 
 
-def test_a_finished_run_trains_nothing_and_gives_its_state(finished, config, monkeypatch, capsys):
+def test_a_finished_run_trains_nothing_and_returns_its_state(finished, config, monkeypatch, capsys):
     workdir, state = finished
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*.json*")}
     monkeypatch.setattr(loop, "compile_step", None)
@@ -124,7 +124,7 @@ def _ask(stop):
     stop.received = True
 
 
-def test_interrupted_and_stopped_it_ends_with_the_same_bits(finished, config, tmp_path):
+def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(finished, config, tmp_path):
     workdir = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):  # what Ctrl-C is in a notebook
         train_and_evaluate(config, workdir, stop=_At(3, _interrupt))
@@ -160,7 +160,7 @@ def broken_fourth_step(monkeypatch):
 
 
 @pytest.mark.usefixtures("broken_fourth_step")
-def test_a_step_that_goes_wrong_stops_the_run_and_its_batch_is_kept(config, tmp_path):
+def test_a_bad_step_stops_the_run_and_its_batch_is_saved(config, tmp_path):
     with pytest.raises(
         DivergedError, match=r"not finite at step 4;.*step 2 is saved; its batch is"
     ):
@@ -187,7 +187,7 @@ def test_a_step_that_goes_wrong_stops_the_run_and_its_batch_is_kept(config, tmp_
 
 
 @pytest.mark.usefixtures("broken_fourth_step")
-def test_a_step_that_goes_wrong_is_left_out(config, tmp_path, capsys):
+def test_a_bad_step_is_skipped_after_a_rewind(config, tmp_path, capsys):
     config = config.copy_and_resolve_references()
     config.guards.policy = "rewind"
     state = train_and_evaluate(config, tmp_path)
@@ -205,7 +205,7 @@ def test_a_step_that_goes_wrong_is_left_out(config, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("broken_fourth_step")
-def test_rewinds_are_counted_over_all_starts(config, tmp_path):
+def test_rewinds_are_counted_over_all_starts_of_a_run(config, tmp_path):
     config = config.copy_and_resolve_references()
     config.guards.update({"policy": "rewind", "max_rewinds": 1})
     earlier = {"rewinds": [{"step": 2, "what": "a leap", "skipped": [1, 2]}]}
@@ -241,7 +241,7 @@ class _Processes:
 
 
 @pytest.mark.parametrize("value", [None, 3, "é", {"a": [1.5, None]}, []])
-def test_all_processes_get_what_the_main_one_makes(monkeypatch, value):
+def test_all_processes_get_the_value_of_the_main_one(monkeypatch, value):
     assert mesh.from_main_process(lambda: value) == value
     processes = _Processes(monkeypatch)
     assert processes.main(lambda: mesh.from_main_process(lambda: value)) == value
@@ -249,7 +249,7 @@ def test_all_processes_get_what_the_main_one_makes(monkeypatch, value):
     assert processes.other(lambda: mesh.from_main_process(unread)) == value
 
 
-def test_what_was_left_out_is_what_the_main_process_has_read(config, tmp_path, monkeypatch):
+def test_the_main_process_alone_reads_the_skipped_steps(config, tmp_path, monkeypatch):
     def read():
         return recovery.Recovery(config, epath.Path(tmp_path), None, None).skipped
 

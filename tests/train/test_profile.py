@@ -14,7 +14,7 @@ from music_jax.train.profile import Profile, parse_steps
 @pytest.mark.parametrize(
     "text", ["", "5", "5:", ":5", "5:4", "0:3", "-1:3", "a:b", "1:2:3", "1.5:2"]
 )
-def test_range_that_is_none_is_refused(text):
+def test_a_malformed_range_is_refused(text):
     with pytest.raises(UserError, match=r"--profile=.* must be START:STOP"):
         parse_steps(text)
 
@@ -25,7 +25,7 @@ def test_range_beyond_the_training_is_refused():
         Profile(epath.Path("x"), (20, 24), num_steps=23)
 
 
-def test_steps_that_were_taken_before_are_told_and_stop_nothing(tmp_path, capsys):
+def test_steps_that_were_taken_before_are_not_profiled(tmp_path, capsys):
     profile = Profile(epath.Path(tmp_path), (3, 4), num_steps=9)
     profile.start(4)
     for step in range(5, 10):
@@ -39,7 +39,7 @@ def test_steps_that_were_taken_before_are_told_and_stop_nothing(tmp_path, capsys
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_training_that_ends_early_keeps_what_was_recorded(tmp_path):
+def test_a_training_that_ends_early_keeps_its_profile(tmp_path):
     # Its own process: XLA's profiler and those of libraries that other tests load share one.
     code = """
 import sys

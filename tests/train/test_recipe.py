@@ -112,7 +112,7 @@ def moved(name):
     return start, grads, params
 
 
-def test_sgd_has_momentum_and_decays_matrices_alone():
+def test_sgd_has_momentum_and_decays_only_matrices():
     start, grads, found = moved("sgd")
     for name, decay in (("kernel", 0.07), ("bias", 0.0)):
         w, velocity = start[name], 0.0
@@ -122,7 +122,7 @@ def test_sgd_has_momentum_and_decays_matrices_alone():
         np.testing.assert_allclose(found[name], w, rtol=1e-5)
 
 
-def test_lars_adapts_and_decays_matrices_alone():
+def test_lars_adapts_and_decays_only_matrices():
     start, grads, found = moved("lars")
     for name, decay in (("kernel", 0.07), ("bias", 0.0)):
         w, velocity = start[name], 0.0
@@ -135,7 +135,7 @@ def test_lars_adapts_and_decays_matrices_alone():
         np.testing.assert_allclose(found[name], w, rtol=1e-5)
 
 
-def test_adamw_decays_matrices_alone():
+def test_adamw_decays_only_matrices():
     start, grads, found = moved("adamw")
     for name, decay in (("kernel", 0.07), ("bias", 0.0)):
         w, mean, square = start[name], 0.0, 0.0

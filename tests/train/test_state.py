@@ -121,13 +121,13 @@ def test_the_step_can_be_lowered_without_arrays_and_shares_the_objective_over_bo
         ((8,), P(), P()),  # small
     ],
 )
-def test_the_axis_that_is_split(shape, update, parameter):
+def test_which_axis_is_sharded(shape, update, parameter):
     mesh = make_data_mesh(4, fsdp=2)
     assert state_lib.update_spec(shape, mesh) == update
     assert state_lib.parameter_spec(shape, mesh) == parameter
 
 
-def test_small_arrays_stay_whole(monkeypatch):
+def test_small_arrays_are_not_sharded(monkeypatch):
     monkeypatch.undo()
     assert state_lib.update_spec((128, 128), make_data_mesh(4)) == P()
     assert state_lib.update_spec((512, 128), make_data_mesh(4)) == P(("fsdp", "data"))

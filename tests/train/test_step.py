@@ -153,7 +153,7 @@ class _Linear:
         return None, flat @ params["kernel"], {"count": batch_stats["count"] + 1}
 
 
-def test_a_skipped_step_changes_only_the_counts_and_the_rate_goes_on_where_it_was():
+def test_a_skipped_step_changes_only_the_counts_and_the_schedule_continues_after_it():
     config = _config()
     config.optimizer.warmup_epochs = 1
     config.optimizer.weight_decay, config.optimizer.momentum = 0.1, 0.9
@@ -228,7 +228,7 @@ def test_the_state_is_donated():
     assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
 
 
-def test_the_augmentation_of_a_sample_is_by_its_index_wherever_it_stands_in_the_batch():
+def test_the_augmentation_of_a_sample_depends_on_its_index_and_not_on_its_position():
     config = _config()
     config.dataset.std = (0.5,)
     config.augmentation.view_2.noise_std = 0.2
