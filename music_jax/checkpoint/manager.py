@@ -280,7 +280,7 @@ class Checkpoints:
           step: The checkpoint's step.
           target: The tree as `jax.ShapeDtypeStruct`s with shardings.
           name: Name of the tree.
-          partial: Whether the checkpoint may hold more than the target.
+          partial: Whether the checkpoint may hold more than the target; only if `read_only`.
 
         Raises:
           UserError: There is no such checkpoint, or it does not fit the target.

@@ -59,6 +59,8 @@ def test_a_state_is_restored_onto_other_devices(tmp_path, devices, fsdp):
 def test_a_part_of_a_state_is_restored_alone(tmp_path):
     checkpoints = Checkpoints(epath.Path(tmp_path))
     save_state(checkpoints, 7, _on_one_device(_state()), TrainingOrder(32, 16, 0))
+    checkpoints.close()
+    checkpoints = Checkpoints(epath.Path(tmp_path), read_only=True)
     array = jax.ShapeDtypeStruct((5,), np.float32, sharding=jnp.zeros(5).sharding)
     found = checkpoints.restore(7, {"params": {"bias": array}}, partial=True)
     np.testing.assert_array_equal(found["params"].pop("bias"), np.arange(5.0))

@@ -196,7 +196,7 @@ _VALUES = {
     },
     "clustering": {"num_starts": 3},
 }
-# The one field that stays: the objectives are compared by name in test_objective.py.
+# The one field that stays: the objectives are compared by name in test_recipe.py.
 _AS_BY_DEFAULT = {"objective.name", "backbone.num_heads"}
 
 
