@@ -1,11 +1,10 @@
 """Saving and restoring with Orbax, so that damage and failed saves cost no run."""
 
+import concurrent.futures
 import contextlib
 import ctypes
 import logging
 import shutil
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -75,7 +74,10 @@ class Checkpoints:
         self._workdir, self._directory = workdir, workdir / "checkpoints"
         self._max_to_keep, self._read_only = max_to_keep, read_only
         self._ignore_failed_saves, self._events = ignore_failed_saves, events
-        self._saving: int | None = None  # the step that is being saved
+        # On the loop's thread, starting a save would take Orbax as long as a good part of a step.
+        self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._writing: concurrent.futures.Future[None] | None = None
+        self._saving: int | None = None  # the step that was saved last
         self._stuck = False  # whether Orbax waits for processes that have failed
         if not read_only:
             _make(self._directory)
@@ -182,17 +184,21 @@ class Checkpoints:
           **trees: The trees by name; `state` is one of them.
 
         Raises:
-          UserError: This save or the previous one failed, for example because the disk is full,
-            and failed saves are not ignored.
+          UserError: The previous save failed, for example because the disk is full, and failed
+            saves are not ignored.
         """
         self.wait()
-        self._saving = step
         args: dict[str, Any] = {
             name: ocp.args.StandardSave(_on_host(tree)) for name, tree in trees.items()
         }
         args["input"] = ocp.args.JsonSave(input_position)
-        with self._failures_reported():
-            self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+        self._saving = step
+        self._writing = self._writer.submit(self._write, step, ocp.args.Composite(**args))
+
+    def _write(self, step: int, args: ocp.args.Composite) -> None:
+        self._manager.save(step, args=args, force=True)
+        self._manager.wait_until_finished()
+        _trim_memory()
 
     def wait(self, *, required: bool = False) -> None:
         """Waits until the checkpoint that is being saved is on disk.
@@ -204,25 +210,17 @@ class Checkpoints:
           UserError: The save failed, for example because the disk is full, and failed saves are
             not ignored.
         """
-        if self._saving is None:
+        writing, self._writing = self._writing, None
+        if writing is None:
             return
-        with self._failures_reported(required):
-            # Orbax waits up to 20 minutes for the other processes before it raises an error.
-            while jax.process_count() > 1 and self._manager.is_saving_in_progress():
+        try:
+            while jax.process_count() > 1 and not writing.done():
                 if self._manager.failure is not None:
                     raise self._manager.failure
-                time.sleep(_POLL_SECONDS)
-            self._manager.wait_until_finished()
-            self._saving = None
-        _trim_memory()
-
-    @contextlib.contextmanager
-    def _failures_reported(self, required: bool = False) -> Iterator[None]:
-        try:
-            yield
+                concurrent.futures.wait([writing], timeout=_POLL_SECONDS)
+            writing.result()
         except Exception as error:  # anything a file system raises, possibly wrapped by Orbax
-            step, self._saving = self._saving, None
-            self._report_failed_save(step, error, required)
+            self._report_failed_save(self._saving, error, required)
 
     def _report_failed_save(self, step: int | None, error: Exception, required: bool) -> None:
         _logger.debug("could not save", exc_info=error)
@@ -243,10 +241,12 @@ class Checkpoints:
         raise UserError(f"{message}. {advice}") from error
 
     def _reopen(self) -> None:
-        """Removes an unfinished checkpoint and replaces the manager, which repeats its error."""
-        for _ in range(2):  # the first call may only raise the error again
-            with contextlib.suppress(Exception):
-                self._manager.close()
+        """Removes an unfinished checkpoint and replaces the manager.
+
+        The manager raises its error again, but only once on each thread.
+        """
+        with contextlib.suppress(Exception):
+            self._writer.submit(self._manager.close).result()
         for path in _unfinished(self._directory):
             with contextlib.suppress(OSError):
                 path.rmtree()
@@ -324,6 +324,7 @@ class Checkpoints:
         try:
             self.wait()
         finally:
+            self._writer.shutdown(wait=not self._stuck)
             if not self._stuck:
                 self._manager.close()
 
