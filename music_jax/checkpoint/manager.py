@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import logging
 import shutil
+import sys
 from typing import Any
 
 import jax
@@ -71,6 +72,7 @@ class Checkpoints:
           UserError: Orbax's own files there cannot be read, or no checkpoint can be kept there.
         """
         check_checkpoint_path(workdir)
+        _ignore_late_errors()
         self._workdir, self._directory = workdir, workdir / "checkpoints"
         self._max_to_keep, self._read_only = max_to_keep, read_only
         self._ignore_failed_saves, self._events = ignore_failed_saves, events
@@ -327,6 +329,23 @@ class Checkpoints:
             self._writer.shutdown(wait=not self._stuck)
             if not self._stuck:
                 self._manager.close()
+
+
+def _ignore_late_errors() -> None:
+    """Hides the reads and writes that fail after the first one has ended a restore or a save.
+
+    Orbax's event loop is closed by then, and Python would print a traceback for each of them.
+    """
+    previous = sys.unraisablehook
+    if getattr(previous, "__module__", None) == __name__:  # installed before
+        return
+
+    def hook(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            previous(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _make(directory: epath.Path) -> None:

@@ -5,8 +5,10 @@ import dataclasses
 import json
 import re
 import resource
+import sys
 import threading
 import time
+import types
 
 import google_crc32c
 import jax
@@ -16,6 +18,7 @@ import optax
 import pytest
 from etils import epath
 
+from music_jax.checkpoint import manager
 from music_jax.checkpoint.manager import Checkpoints
 from music_jax.checkpoint.restore import _named_step
 from music_jax.data.loader import TrainingOrder
@@ -265,3 +268,18 @@ def test_a_checkpoint_may_be_named_by_a_path_through_links(tmp_path):
         assert _named_step(f"{tmp_path}/{name}", run, [5]) == 5
     with pytest.raises(UserError, match="is not below"):
         _named_step(f"{tmp_path}/other/checkpoints/5", run, [5])
+
+
+def test_only_late_errors_of_a_closed_event_loop_are_hidden(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    for _ in range(3):
+        manager._ignore_late_errors()
+    errors = (
+        RuntimeError("Event loop is closed"),
+        RuntimeError("another"),
+        ValueError("Event loop is closed"),
+    )
+    for error in errors:
+        sys.unraisablehook(types.SimpleNamespace(exc_value=error))
+    assert [unraisable.exc_value for unraisable in shown] == list(errors[1:])

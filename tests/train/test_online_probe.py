@@ -60,24 +60,27 @@ def _recipe(num_features=4):
     return types.SimpleNamespace(network=network, mean=(0.5,), std=(0.5,), dtype=jnp.float32)
 
 
+def _refuse(*given, **options):
+    raise UserError("it has another shape")
+
+
 def test_the_probe_is_restored_with_a_checkpoint_and_starts_from_scratch_without(tmp_path, capsys):
     probe = _probe_of(tmp_path, range(10))
-    checkpoints = Checkpoints(epath.Path(tmp_path), max_to_keep=3)
+    checkpoints = Checkpoints(epath.Path(tmp_path))
     probe.start(0, 100, checkpoints)
     state = {"a": jnp.zeros(2)}
     trained = jax.tree.map(lambda x: x + 1, probe.state)
     checkpoints.save(4, {}, state=state, online_probe=trained)
     checkpoints.save(6, {}, state=state)
-    other = trained._replace(mean=jnp.zeros(5))
-    checkpoints.save(8, {}, state=state, online_probe=other)
     checkpoints.wait()
     assert capsys.readouterr().out == ""
     probe.start(4, 100, checkpoints)
     for found, expected in zip(*map(jax.tree.leaves, (probe.state, trained)), strict=True):
         np.testing.assert_array_equal(found, expected)
     assert capsys.readouterr().out == ""
-    for step in (6, 8):  # an earlier version's, and one that does not fit
-        probe.start(step, 100, checkpoints)
+    unfit = types.SimpleNamespace(has=lambda *_: True, restore=_refuse)
+    for source in (checkpoints, unfit):  # step 6 is as an earlier version saves it
+        probe.start(6, 100, source)
         assert float(probe.state.mean.sum()) == 0
         assert "the online probe starts from scratch" in capsys.readouterr().out
     checkpoints.close()
