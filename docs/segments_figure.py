@@ -22,8 +22,8 @@ from music_jax.data.loader import evaluation_batches
 from music_jax.data.tfds_source import open_split
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.objectives import segment_probabilities
-from music_jax.train.state import abstract_state
-from music_jax.train.step import make_recipe
+from music_jax.train.recipe import make_recipe
+from music_jax.train.state import abstract_state, restore_state
 from music_jax.workdir.run_config import read_config
 
 matplotlib.use("agg")
@@ -40,8 +40,10 @@ def main(workdir: str, output: str) -> None:
     config = from_json(read_config(directory))
     recipe = make_recipe(config, steps_per_epoch=1)
     checkpoints = Checkpoints(directory, read_only=True)
-    step = checkpoints.latest_step()
-    state = checkpoints.restore(step, abstract_state(config, recipe.optimizer), make_data_mesh(1))
+    step = checkpoints.all_steps()[-1]
+    state = restore_state(
+        checkpoints, step, abstract_state(config, recipe.optimizer), make_data_mesh(1)
+    )
     source = open_split(config.dataset, config.dataset.test_split)
     batch = next(
         evaluation_batches(

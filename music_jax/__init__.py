@@ -14,7 +14,17 @@ if TYPE_CHECKING:
     from music_jax import optim as optim
     from music_jax.exchange.encoder import Encoder
 
+from music_jax import registry
 from music_jax.version import __version__ as __version__
+
+
+def _final_evaluation(*arguments: Any) -> Any:
+    from music_jax.evaluation.final import FinalEvaluation
+
+    return FinalEvaluation(*arguments)
+
+
+registry.final_evaluation = _final_evaluation
 
 
 def load(path: str | os.PathLike[str], *, checkpoint: str | None = None) -> "Encoder":

@@ -24,9 +24,9 @@ from music_jax import cli
 def main() -> None:
     """Reads the flags and trains."""
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
-    from music_jax.checkpoint.host_memory import use_few_arenas
+    from music_jax.distributed import limit_malloc_arenas
 
-    use_few_arenas()
+    limit_malloc_arenas()
     from music_jax.train.profile import parse_steps
 
     text = flags.FLAGS.profile

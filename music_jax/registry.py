@@ -1,4 +1,4 @@
-"""Tables of what a config chooses by name; the packages with the choices fill them on import."""
+"""What higher packages register for lower ones: the choices of a config, the final evaluation."""
 
 import dataclasses
 from collections.abc import Callable
@@ -28,3 +28,7 @@ BACKBONES: dict[str, BackboneSpec] = {}
 OBJECTIVES: dict[str, Callable[[Any], Callable[..., Any]]] = {}
 # Filled by music_jax.train: from a schedule and `config.optimizer` to an optax transformation.
 OPTIMIZERS: dict[str, Callable[[Any, Any], Any]] = {}
+
+# Called as (config, workdir, source) at the start of a training; returns an object like
+# `music_jax.evaluation.final.FinalEvaluation`, which evaluates the backbone at the end.
+final_evaluation: Callable[..., Any]

@@ -82,7 +82,7 @@ def stops(shop: Workshop, index: int, rng: random.Random) -> list[str]:
 
 
 def damages(shop: Workshop, index: int, rng: random.Random) -> list[str]:
-    """The newest checkpoint damaged, each kind in turn: found, said, set aside."""
+    """The newest checkpoint damaged, each kind in turn: found, reported, quarantined."""
     kind = list(CHECKPOINT_DAMAGES)[index % len(CHECKPOINT_DAMAGES)]
     run = shop.copy_of(shop.stopped())
     newest = newest_checkpoint(run.workdir)
@@ -90,9 +90,9 @@ def damages(shop: Workshop, index: int, rng: random.Random) -> list[str]:
     out = shop.judge(run)
     said = f"the checkpoint of step {newest.name} is damaged"
     if "temporary" in kind:
-        said = "it was still being written"
+        said = "which an interrupted run left unfinished"
     else:
-        expect((run.workdir / "damaged" / newest.name).is_dir(), "not set aside")
+        expect((run.workdir / "damaged" / newest.name).is_dir(), "not quarantined")
     expect(said in out, f"nothing said of it: {out[-800:]}")
     return [f"damage: {kind}"]
 

@@ -49,7 +49,7 @@ from music_jax.evaluation.results import read_predictions, results_table
 from music_jax.exchange.importing import import_backbone
 from music_jax.report import measures
 from music_jax.train.guards import init_guard_state
-from music_jax.train.state import TrainState
+from music_jax.train.state import TrainState, restore_state, save_state
 from music_jax.workdir import directory as lock_module
 from music_jax.workdir.directory import WorkdirLock, open_workdir
 from music_jax.workdir.files import write_json
@@ -323,7 +323,7 @@ def _state() -> TrainState:
 @functools.cache
 def _saved() -> pathlib.Path:
     writer = Checkpoints(epath.Path(_kept("checkpoint")))
-    writer.save(7, _state(), loader.TrainingOrder(32, 16, 0))
+    save_state(writer, 7, _state(), loader.TrainingOrder(32, 16, 0))
     writer.close()
     return _kept("checkpoint")
 
@@ -353,7 +353,7 @@ def checkpoints(rng: random.Random, directory: pathlib.Path) -> None:
         found = reader.latest_valid_step()
         if found is not None:
             order = loader.TrainingOrder(32, 16, 0)
-            reader.restore(found, jax.eval_shape(_state), make_data_mesh(), order)
+            restore_state(reader, found, jax.eval_shape(_state), make_data_mesh(), order)
     finally:
         reader.close()
 

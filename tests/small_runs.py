@@ -10,8 +10,8 @@ from music_jax.checkpoint.manager import Checkpoints
 from music_jax.config import default_config, validate
 from music_jax.data.loader import TrainingOrder
 from music_jax.distributed.mesh import make_data_mesh
-from music_jax.train.state import abstract_state, state_shardings
-from music_jax.train.step import make_recipe
+from music_jax.train.recipe import make_recipe
+from music_jax.train.state import abstract_state, save_state, state_shardings
 from music_jax.workdir.run_config import write_config
 
 
@@ -47,7 +47,7 @@ def save_run(directory, config, step=3):
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(directory)
-    checkpoints.save(step, state, TrainingOrder(100, 10, 0))
+    save_state(checkpoints, step, state, TrainingOrder(100, 10, 0))
     checkpoints.close()
     write_config(directory, config)
     return state

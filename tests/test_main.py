@@ -96,7 +96,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     process.send_signal(number)
     _, err = process.communicate(timeout=100)
     assert process.returncode == 75, err
-    assert "run the same command to go on" in err.splitlines()[-1]
+    assert "rerun the command to resume" in err.splitlines()[-1]
     stopped = metrics(workdir)[-1]["step"]
     assert stop_after <= stopped < 22
     assert (workdir / "checkpoints" / str(stopped)).is_dir()

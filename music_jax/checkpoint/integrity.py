@@ -1,8 +1,8 @@
-"""Finding damage to a checkpoint: checksums over every file that Orbax wrote.
+"""Checksums over every file of a checkpoint, to detect damage.
 
-Orbax checks the blocks of its key-value store as it reads them, but neither its JSON files nor what
-is missing altogether. The checksums are written into the checkpoint's directory before it gets its
-final name, so a checkpoint without them is not whole either.
+Orbax checks the blocks of its key-value store as it reads them, but not its JSON files, nor whether
+files are missing. The checksums are written into the checkpoint's directory before it gets its
+final name, so that a checkpoint without them is damaged too.
 """
 
 import hashlib
@@ -16,10 +16,10 @@ from music_jax.workdir.files import BucketError, bucket_errors, read_json
 
 CHECKSUMS = "CHECKSUMS.json"
 
-# Orbax stamps these two when it gives the directory its final name, after the checksums.
+# Orbax writes a time into these two after the checksums, when it renames the directory.
 _STEP_METADATA = "_CHECKPOINT_METADATA"
 _COMMIT_MARK = "commit_success.txt"
-_STAMPED_FIELD = "commit_timestamp_nsecs"
+_TIME_FIELD = "commit_timestamp_nsecs"
 
 _CHUNK = 1 << 22  # bytes
 
@@ -34,10 +34,10 @@ def write_checksums(directory: epath.Path) -> None:
 
 
 def find_damage(directory: epath.Path) -> str | None:
-    """What is wrong with a checkpoint, in words, or None if it is as it was written.
+    """Returns what is wrong with a checkpoint, or None if it is as it was written.
 
     Raises:
-      BucketError: it is in a bucket that cannot be read now, which is no damage.
+      BucketError: It is in a bucket that cannot be read now, which is no damage.
     """
     try:
         record = read_json(directory / CHECKSUMS)
@@ -68,7 +68,7 @@ def find_damage(directory: epath.Path) -> str | None:
 
 
 def _files(directory: epath.Path) -> dict[str, epath.Path]:
-    """Every file below a directory but those that are stamped later, by relative name."""
+    """Returns the files below a directory by relative name, except those that Orbax changes."""
     found: dict[str, epath.Path] = {}
     folders = [("", directory)]
     while folders:
@@ -77,7 +77,7 @@ def _files(directory: epath.Path) -> dict[str, epath.Path]:
             name = prefix + path.name
             if "://" not in str(path):
                 mode = os.lstat(path).st_mode
-                if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # it could lead anywhere
+                if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a link may lead anywhere
                     raise OSError(f"{name} is neither a file nor a directory")
             if path.is_dir():
                 folders.append((f"{name}/", path))
@@ -87,7 +87,7 @@ def _files(directory: epath.Path) -> dict[str, epath.Path]:
 
 
 def _fingerprint(path: epath.Path) -> list[int | str]:
-    """Size in bytes and BLAKE2b of a file."""
+    """Returns the size in bytes and the BLAKE2b hash of a file."""
     digest, size = hashlib.blake2b(digest_size=16), 0
     with bucket_errors(path), path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -97,6 +97,6 @@ def _fingerprint(path: epath.Path) -> list[int | str]:
 
 
 def _step_metadata(directory: epath.Path) -> dict:
-    """The step's metadata without the field that is stamped later."""
+    """Returns the step's metadata without the time that Orbax adds."""
     record = read_json(directory / _STEP_METADATA)
-    return {key: value for key, value in record.items() if key != _STAMPED_FIELD}
+    return {key: value for key, value in record.items() if key != _TIME_FIELD}

@@ -1,60 +1,72 @@
-"""A run's checkpoint, by step, by directory or the latest."""
+"""Restoring a run's network for use outside of training."""
 
 import os
+from typing import NamedTuple
 
+import jax
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
 from music_jax.checkpoint.manager import Checkpoints
 from music_jax.errors import UserError
-from music_jax.train.state import TrainState, abstract_state
-from music_jax.train.step import Recipe, make_recipe
+from music_jax.models.network import Network, Tree, init_network, make_network
 from music_jax.workdir.directory import absolute_path
 
 
-def restore_run(
-    directory: epath.Path, config: config_dict.ConfigDict, checkpoint: str | None, mesh: Mesh
-) -> tuple[int, Recipe, TrainState]:
-    """Restores a checkpoint of a run, which is left as it is.
+class RestoredNetwork(NamedTuple):
+    """A network with the variables of a checkpoint, whole on every device."""
+
+    step: int
+    network: Network
+    params: Tree
+    batch_stats: Tree
+
+
+def restore_network(
+    workdir: epath.Path, config: config_dict.ConfigDict, checkpoint: str | None, mesh: Mesh
+) -> RestoredNetwork:
+    """Restores the network of a run without changing the run.
 
     Args:
-      directory: the run's workdir, as an absolute path.
-      config: the run's.
-      checkpoint: its step, or its directory; None for the latest whole one.
-      mesh: the devices to restore onto.
-
-    Returns:
-      The step, the recipe (whose schedule means nothing here) and the state.
+      workdir: The run's directory, as an absolute path.
+      config: The run's config.
+      checkpoint: The checkpoint's step or directory; None for the latest valid one.
+      mesh: The devices to restore onto.
 
     Raises:
-      UserError: there is no such checkpoint, or it is damaged.
+      UserError: There is no such checkpoint, or it is damaged.
     """
-    recipe = make_recipe(config, steps_per_epoch=1)  # the optimizer is only needed for its shapes
-    checkpoints = Checkpoints(directory, read_only=True)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    params, batch_stats = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+        jax.eval_shape(lambda: init_network(config, jax.random.key(0))),
+    )
+    target = {"params": params, "batch_stats": batch_stats}
+    checkpoints = Checkpoints(workdir, read_only=True)
     try:
         if checkpoint is None:
             step = checkpoints.latest_valid_step()
         else:
-            step = _named_step(checkpoint, directory, checkpoints.all_steps())
-            checkpoints.check_whole(step)
+            step = _named_step(checkpoint, workdir, checkpoints.all_steps())
+            checkpoints.check_valid(step)
         if step is None:
-            raise UserError(f"{directory} has no checkpoint yet")
-        state = checkpoints.restore(step, abstract_state(config, recipe.optimizer), mesh)
+            raise UserError(f"{workdir} has no checkpoint yet")
+        restored = checkpoints.restore(step, target, partial=True)
     finally:
         checkpoints.close()
-    return step, recipe, state
+    return RestoredNetwork(step, make_network(config), restored["params"], restored["batch_stats"])
 
 
-def _named_step(checkpoint: str, directory: epath.Path, steps: list[int]) -> int:
+def _named_step(checkpoint: str, workdir: epath.Path, steps: list[int]) -> int:
     name = checkpoint.rstrip("/").rpartition("/")[2]
     if "/" in checkpoint:
-        where = os.fspath(absolute_path(checkpoint.rstrip("/")).parent)
-        own = os.fspath(directory / "checkpoints")
+        parent = os.fspath(absolute_path(checkpoint.rstrip("/")).parent)
+        own = os.fspath(workdir / "checkpoints")
         if "://" not in own:
-            where, own = os.path.realpath(where), os.path.realpath(own)
-        if where != own:
-            raise UserError(f"--checkpoint={checkpoint} is not below {directory}/checkpoints")
+            parent, own = os.path.realpath(parent), os.path.realpath(own)
+        if parent != own:
+            raise UserError(f"--checkpoint={checkpoint} is not below {workdir}/checkpoints")
     if not name.isdigit() or int(name) not in steps:
         known = ", ".join(str(step) for step in sorted(steps)) or "none"
         raise UserError(f"there is no checkpoint {checkpoint!r}; the run has the steps {known}")

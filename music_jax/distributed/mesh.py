@@ -1,5 +1,6 @@
 """Devices and processes: joining a cluster, the mesh, and which rows of a batch go where."""
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -251,6 +252,38 @@ def to_devices(local: np.ndarray, batch_size: int, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_process_local_data(
         batch_sharding(mesh), local, (batch_size, *local.shape[1:])
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Placing:
+    """Puts batches onto a mesh: sharded, or replicated if the devices do not divide them.
+
+    Attributes:
+      batch_size: Size of the global batch.
+      mesh: The devices.
+    """
+
+    batch_size: int
+    mesh: Mesh
+
+    @property
+    def positions(self) -> np.ndarray:
+        """The positions of the global batch that this process provides."""
+        if self.batch_size % self.mesh.size:
+            return np.arange(self.batch_size)
+        return local_positions(self.batch_size, self.mesh)
+
+    @property
+    def sharding(self) -> NamedSharding:
+        """The sharding of a batch."""
+        if self.batch_size % self.mesh.size:
+            return NamedSharding(self.mesh, PartitionSpec())
+        return batch_sharding(self.mesh)
+
+    def __call__(self, local: np.ndarray) -> jax.Array:
+        """Puts this process's rows of a batch onto its devices."""
+        shape = (self.batch_size, *local.shape[1:])
+        return jax.make_array_from_process_local_data(self.sharding, local, shape)
 
 
 def is_main_process() -> bool:

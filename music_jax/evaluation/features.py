@@ -17,7 +17,7 @@ from music_jax.data.loader import TrainingOrder, evaluation_batches, training_ba
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed import progress
-from music_jax.distributed.mesh import batch_sharding, local_positions, to_devices
+from music_jax.distributed.mesh import Placing, local_positions, to_devices
 from music_jax.models.network import Network
 
 Arrays = dict[str, np.ndarray]
@@ -247,38 +247,6 @@ def extract_views(
             parts.append({name: _gather(array) for name, array in found.items()})
             bar.update(batch_size * num_views)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-@dataclasses.dataclass(frozen=True)
-class Placing:
-    """Puts batches onto a mesh: split over its devices, or whole on each if they do not divide it.
-
-    Attributes:
-      batch_size: of the global batch.
-      mesh: the devices.
-    """
-
-    batch_size: int
-    mesh: Mesh
-
-    @property
-    def positions(self) -> np.ndarray:
-        """The positions of the global batch that this process fills."""
-        if self.batch_size % self.mesh.size:
-            return np.arange(self.batch_size)
-        return local_positions(self.batch_size, self.mesh)
-
-    @property
-    def sharding(self) -> NamedSharding:
-        """Where a batch lives."""
-        if self.batch_size % self.mesh.size:
-            return NamedSharding(self.mesh, PartitionSpec())
-        return batch_sharding(self.mesh)
-
-    def __call__(self, local: np.ndarray) -> jax.Array:
-        """Puts this process's rows of a batch onto its devices."""
-        shape = (self.batch_size, *local.shape[1:])
-        return jax.make_array_from_process_local_data(self.sharding, local, shape)
 
 
 def random_crop_batches(

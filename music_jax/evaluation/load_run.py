@@ -3,7 +3,7 @@
 from etils import epath
 from ml_collections import config_dict
 
-from music_jax.checkpoint.restore import restore_run
+from music_jax.checkpoint.restore import restore_network
 from music_jax.config import FREE_FIELDS, from_json, is_free, validate
 from music_jax.data import datasets
 from music_jax.data.skipped import SkippedImages, UnlistedImages, open_skipped
@@ -80,16 +80,16 @@ def load_run(
         found = sources.test if sources else datasets.evaluation_images(config)
 
     mesh = make_data_mesh()
-    step, recipe, state = restore_run(directory, config, checkpoint, mesh)
+    restored = restore_network(directory, config, checkpoint, mesh)
     return Run(
         config=config,
         workdir=results,
         sources=sources,
         images=found,
-        network=recipe.network,
-        params=state.params,
-        batch_stats=state.batch_stats,
-        step=step,
+        network=restored.network,
+        params=restored.params,
+        batch_stats=restored.batch_stats,
+        step=restored.step,
         mesh=mesh,
         skipped=skipped,
         why_no_sources=why_no_sources,

@@ -10,7 +10,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import config_dict
 
-from music_jax.checkpoint.restore import restore_run
+from music_jax.checkpoint.restore import restore_network
 from music_jax.config import from_json, validate
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import UserError
@@ -115,10 +115,10 @@ def _load_run(path: str, checkpoint: str | None) -> TrainedBackbone:
     config = from_json(saved)
     config.compute_dtype = "float32"
     validate(config)
-    step, recipe, state = restore_run(workdir, config, checkpoint, make_data_mesh())
-    params, batch_stats = jax.device_get((state.params, state.batch_stats))
+    step, network, *variables = restore_network(workdir, config, checkpoint, make_data_mesh())
+    params, batch_stats = jax.device_get(variables)
     tensors = tensors_by_name(params["backbone"], batch_stats.get("backbone", {}))
-    return TrainedBackbone(config, step, tensors, recipe.network, params, batch_stats)
+    return TrainedBackbone(config, step, tensors, network, params, batch_stats)
 
 
 def _load_file(path: epath.Path) -> TrainedBackbone:

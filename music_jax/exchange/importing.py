@@ -32,8 +32,8 @@ from music_jax.models.network import make_frozen_backbone
 from music_jax.models.resnet import STEMS, Bottleneck
 from music_jax.models.vision_transformer import EPSILON as LAYER_NORM_EPSILON
 from music_jax.train.guards import init_guard_state
-from music_jax.train.state import TrainState, abstract_state, state_shardings
-from music_jax.train.step import make_recipe
+from music_jax.train.recipe import make_recipe
+from music_jax.train.state import TrainState, abstract_state, save_state, state_shardings
 from music_jax.workdir.directory import open_workdir
 from music_jax.workdir.files import write_json
 from music_jax.workdir.run_config import read_config, write_config
@@ -106,7 +106,7 @@ def import_backbone(
     order = TrainingOrder(config.batch_size, config.batch_size, config.seed)
     checkpoints = Checkpoints(directory)
     try:
-        checkpoints.save(0, _initial_state(config, ours), order)
+        save_state(checkpoints, 0, _initial_state(config, ours), order)
         checkpoints.wait()
     finally:
         checkpoints.close()

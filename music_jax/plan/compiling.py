@@ -22,8 +22,9 @@ from music_jax.errors import UserError
 from music_jax.plan import counts, hlo
 from music_jax.plan.cache import remember
 from music_jax.plan.chips import chip_of
+from music_jax.train.recipe import Recipe, make_recipe
 from music_jax.train.state import abstract_state
-from music_jax.train.step import Recipe, lower_step, make_recipe
+from music_jax.train.step import lower_step
 
 # JAX itself computes on the CPU; libtpu only compiles, asks nobody which TPU it sits on, and shares
 # the machine with others that do.

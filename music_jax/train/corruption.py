@@ -1,6 +1,6 @@
-"""Silent corruption: devices that should hold, or compute, the same bits and do not.
+"""Checks for silent data corruption: devices that hold or compute other bits than they should.
 
-Checksums of what each device itself holds are taken on the device, and only these are compared.
+Each device computes checksums of the buffers that it holds itself, and only these are compared.
 """
 
 from collections import defaultdict
@@ -14,24 +14,24 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
 from music_jax.distributed.mesh import BATCH_AXES
-from music_jax.train.objective import Metrics
+from music_jax.train.gradients import Metrics
 from music_jax.train.state import TrainState, state_shardings
 from music_jax.train.step import StepFunction
 
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
-_NAMED = 3  # arrays and devices that a message lists
+_MAX_NAMES = 3  # arrays and devices that a message lists
 
 
 class CorruptionChecks:
-    """The checks that a config asks for, of one training."""
+    """The checks that a config enables."""
 
     def __init__(self, config: config_dict.ConfigDict, state: TrainState, mesh: Mesh):
-        """Prepares them.
+        """Prepares the checks.
 
         Args:
-          config: its part `guards` tells how often.
-          state: the state, or its shapes.
-          mesh: the devices.
+          config: The run's config; `guards` says how often to check.
+          state: The state, or its shapes.
+          mesh: The devices.
         """
         self._replicas_every = config.guards.check_replicas_every_steps
         self._determinism_every = config.guards.check_determinism_every_steps
@@ -52,16 +52,16 @@ class CorruptionChecks:
         state: TrainState,
         batch: tuple[jax.Array, jax.Array],
     ) -> tuple[TrainState, Metrics, str | None]:
-        """Takes a step, and, where it is due, takes it twice, which needs room for two states.
+        """Takes a step; if it is to be checked, takes it twice, which needs memory for two states.
 
         Args:
-          number: of the step, from 1.
-          step_function: takes it; the state's buffers are donated.
-          state: before the step.
-          batch: what the step takes besides.
+          number: Number of the step, from 1.
+          step_function: Function that takes it; the state's buffers are donated.
+          state: State before the step.
+          batch: Further arguments of the step.
 
         Returns:
-          The state and the metrics after it, and, if the two differ, where, in words.
+          The state after the step, its metrics and, if the results differ, a message.
         """
         if not _due(number, self._determinism_every):
             return *step_function(state, *batch), None
@@ -70,15 +70,18 @@ class CorruptionChecks:
         wrong = np.not_equal(once, self._checksums(state))  # [devices, leaves]
         if not wrong.any():
             return state, metrics, None
-        return state, metrics, f"done twice, it gave other bits {self._where(wrong)}"
+        return state, metrics, f"repeating the step gave other bits {self._where(wrong)}"
 
     def replicas(self, number: int, state: TrainState, *, saving: bool) -> str | None:
-        """Where devices that should hold the same bits do not, in words, if it is to be looked.
+        """Compares devices that should hold the same bits, if it is time to.
 
         Args:
-          number: of the step.
-          state: after the step.
-          saving: whether it is about to be saved; what is saved is looked at too.
+          number: Number of the step.
+          state: State after the step.
+          saving: Whether the state is about to be saved; if checks are enabled it is checked then.
+
+        Returns:
+          A message if they differ, otherwise None.
         """
         every = self._replicas_every
         if not (_due(number, every) or (every and saving)):
@@ -94,14 +97,14 @@ class CorruptionChecks:
 
 
 def differing(checksums: np.ndarray, groups: list[list[list[int]]]) -> np.ndarray:
-    """Which devices hold other bits than most of those that should hold the same.
+    """Returns which devices hold other bits than the majority of their group.
 
     Args:
       checksums: [devices, leaves].
-      groups: of each leaf, the devices that hold the same part of it.
+      groups: Groups of devices that hold the same part of a leaf, for each leaf.
 
     Returns:
-      bool [devices, leaves]. Where no value has a majority, all of the group are named.
+      bool [devices, leaves]. Without a majority, all devices of the group are marked.
     """
     wrong = np.zeros(checksums.shape, bool)
     for leaf, parts in enumerate(groups):
@@ -119,12 +122,12 @@ def _due(step: int, every: int) -> bool:
 
 
 def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + more
 
 
 def _leaves(state: TrainState, mesh: Mesh) -> list[tuple[str, list[list[int]]]]:
-    """Name of each array of the state, and the devices that hold the same part of it."""
+    """Returns each array's name and the groups of devices that hold the same part of it."""
     number = {device: i for i, device in enumerate(mesh.devices.flat)}
     found = []
     shardings = jax.tree.leaves(state_shardings(state, mesh))
@@ -139,32 +142,32 @@ def _leaves(state: TrainState, mesh: Mesh) -> list[tuple[str, list[list[int]]]]:
 
 
 def _compile_checksums(state: TrainState, mesh: Mesh) -> Callable[[TrainState], np.ndarray]:
-    """A function to the checksums [devices, leaves] of what each device holds of a state."""
+    """Returns a function that maps a state to checksums [devices, leaves]."""
     states = state_shardings(state, mesh)
 
-    def of_device(state: TrainState) -> jax.Array:
+    def local_checksums(state: TrainState) -> jax.Array:
         return jnp.stack([_checksum(x) for x in jax.tree.leaves(state)])[None]
 
     mapped = jax.shard_map(
-        of_device,
+        local_checksums,
         mesh=mesh,
         in_specs=(jax.tree.map(lambda s: s.spec, states),),
         out_specs=PartitionSpec(BATCH_AXES),
-        check_vma=False,  # what should be the same on all devices may not be: that is the point
+        check_vma=False,  # replicas may differ, which is what is checked
     )
-    whole = NamedSharding(mesh, PartitionSpec())
-    jitted = jax.jit(mapped, in_shardings=(states,), out_shardings=whole)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    jitted = jax.jit(mapped, in_shardings=(states,), out_shardings=replicated)
     return lambda state: np.asarray(jitted(state))
 
 
 def _checksum(x: jax.Array) -> jax.Array:
-    """uint32 sum of an array's bits, each word times an odd number of its own.
+    """Returns the uint32 sum of an array's words, each times an odd number of its own.
 
-    A change of one word is always seen, since an odd number has an inverse modulo 2^32; of several,
-    but for one in 2^32.
+    A change of one word always changes it, since odd numbers have inverses modulo 2^32; a change of
+    several words does not in one case of 2^32.
     """
     words = jax.lax.bitcast_convert_type(x, _WORDS[x.dtype.itemsize]).astype(jnp.uint32).reshape(-1)
     position = jax.lax.iota(jnp.uint32, words.size)
-    # Neighbors get numbers that are far apart, so that a shift or an exchange is seen as well.
+    # The factors of neighbors are far apart, so that shifted or swapped words are noticed too.
     factor = (position * np.uint32(0x9E3779B1)) | np.uint32(1)
     return jnp.sum(words * factor, dtype=jnp.uint32)

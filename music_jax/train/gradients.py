@@ -1,4 +1,4 @@
-"""The gradient of an objective of the whole batch's embeddings, in one part or in several."""
+"""Gradients of an objective of a whole batch, which may be embedded in microbatches."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,22 +6,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from music_jax.train.objective import Metrics, Objective
-
-# Parameters, running statistics, images [batch, ...] and their indices [batch], to embeddings
-# [batch, views, dim] and the new running statistics.
+Metrics = dict[str, jax.Array]
+# Maps the embeddings of the two views, [batch, dim] each, to the loss and further metrics.
+Objective = Callable[[jax.Array, jax.Array], tuple[jax.Array, Metrics]]
+# Maps parameters, running statistics, images [batch, ...] and sample indices [batch] to embeddings
+# [batch, views, dim] and new running statistics.
 Embed = Callable[[Any, Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class BatchGradients(NamedTuple):
-    """What a batch tells.
-
-    Attributes:
-      loss: the objective of the whole batch.
-      metrics: what else the objective reports.
-      grads: the loss's gradient by the parameters.
-      batch_stats: the running statistics after the batch.
-    """
+    """Loss, metrics and gradients of a batch, and the running statistics after it."""
 
     loss: jax.Array
     metrics: Metrics
@@ -37,18 +31,15 @@ def batch_gradients(
     images: jax.Array,
     sample_index: jax.Array,
 ) -> BatchGradients:
-    """The gradient of a batch that is embedded in one pass.
+    """Computes the gradients of a batch in one pass.
 
     Args:
-      embed: the network in training mode.
-      objective: the loss of two views' embeddings.
-      params: the parameters.
-      batch_stats: the running statistics.
+      embed: Network in training mode.
+      objective: Loss of the embeddings of two views.
+      params: Parameters.
+      batch_stats: Running statistics.
       images: [batch, ...].
       sample_index: [batch].
-
-    Returns:
-      The loss, its gradient and the new running statistics.
     """
 
     def loss_of(params: Any) -> tuple[jax.Array, tuple[Any, Metrics]]:
@@ -71,33 +62,29 @@ def accumulated_gradients(
     steps: int,
     place: Callable[[Any], Any] = lambda grads: grads,
 ) -> BatchGradients:
-    """The same for a batch whose activations do not fit: in microbatches, with cached embeddings.
+    """Computes the gradients of a batch in microbatches, for activations that do not fit.
 
-    The loss is still that of the whole batch. A first pass embeds one microbatch after another and
-    keeps the embeddings alone; the objective gives the loss and its gradient by them; a second pass
-    embeds each microbatch again and takes that gradient on to the parameters. It costs one more
-    forward pass, and the memory of the activations of one microbatch. Views are augmented in both
-    passes, which their key by sample makes the same, rather than kept.
+    The loss is still that of the whole batch. A first pass embeds the microbatches and keeps only
+    their embeddings; the objective gives the loss and its gradient with respect to them; a second
+    pass embeds each microbatch again and propagates that gradient to the parameters. This costs one
+    more forward pass and needs memory for the activations of one microbatch. Both passes augment
+    the views, identically, since their randomness is keyed by sample.
 
-    What normalizes over the batch normalizes over a microbatch (on all devices), so that with
-    BatchNorm the gradient is that of another network than the whole batch in one pass. The running
-    statistics move once a microbatch, in the first pass.
+    BatchNorm normalizes over a microbatch (on all devices), so that the gradient differs from that
+    of `batch_gradients`. The running statistics are updated once per microbatch, in the first pass.
 
-    Sample `n` is in microbatch `n % steps`: on any number of devices the same, and each device
+    Sample `n` is in microbatch `n % steps`: the same on any number of devices, and each device
     keeps its samples.
 
     Args:
-      embed: the network in training mode.
-      objective: the loss of two views' embeddings.
-      params: the parameters.
-      batch_stats: the running statistics.
+      embed: Network in training mode.
+      objective: Loss of the embeddings of two views.
+      params: Parameters.
+      batch_stats: Running statistics.
       images: [batch, ...].
       sample_index: [batch].
-      steps: number of microbatches, a divisor of the batch.
-      place: puts gradients where they are to be added up.
-
-    Returns:
-      The loss, its gradient and the new running statistics.
+      steps: Number of microbatches, a divisor of the batch size.
+      place: Function that shards gradients as they are to be summed.
 
     Reference:
       Gao et al, `Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup
@@ -128,6 +115,6 @@ def accumulated_gradients(
 
 
 def _microbatch(x: jax.Array, microbatch: jax.Array, steps: int) -> jax.Array:
-    """The rows n of [batch, ...] for which n % steps is `microbatch`: [batch / steps, ...]."""
+    """Returns the rows n of [batch, ...] with n % steps == microbatch: [batch / steps, ...]."""
     rows = x.reshape(-1, steps, *x.shape[1:])
     return jax.lax.dynamic_index_in_dim(rows, microbatch, axis=1, keepdims=False)

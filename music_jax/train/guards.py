@@ -1,8 +1,8 @@
-"""What ends a training early: a loss that is not finite or leaps, and embeddings that collapse.
+"""Guards that stop a failed training: non-finite losses, loss spikes, collapsed embeddings.
 
-All is watched on the device, at every step, by a few scalars that are part of the training state.
-From the step that trips a guard on, the state holds back every update, so that the host may look
-whenever it logs.
+Every step is watched on the device, by a few scalars that are part of the training state. From the
+step that trips a guard on, the state rejects every update, so that the host may look only when it
+logs.
 """
 
 import dataclasses
@@ -14,36 +14,36 @@ import numpy as np
 from ml_collections import config_dict
 
 from music_jax.objectives import segment_probabilities
-from music_jax.train.objective import Metrics, Objective
+from music_jax.train.gradients import Metrics, Objective
 
-# A leap of the loss is measured in no less than this share of the loss itself.
-_LEAST_DEVIATION = 0.01
-# A unit used less than this share of its fair one, or varying so little, is dead.
+# Least standard deviation that a spike is measured in, as a share of the loss.
+_MIN_DEVIATION = 0.01
+# A unit is dead if its usage, or its deviation, is below this share of the average.
 _DEAD = 0.01
-# Random directions onto which embeddings are projected to estimate their effective rank.
+# Number of random directions that estimate the effective rank.
 _DIRECTIONS = 64
 
 STATISTICS = ("usage_entropy", "dead_units", "embedding_std", "effective_rank")
 
-# By bit of `GuardState.reasons`.
+# Bit i of `GuardState.reasons` stands for reason i.
 REASONS = (
     "the loss or the gradient was not finite",
-    "the loss leapt",
-    "the segments' units were used unevenly",
+    "the loss spiked",
+    "the segments used their units unevenly",
     "most units were dead",
     "the embeddings hardly varied",
     "the embeddings varied along hardly any dimension",
 )
-_COLLAPSE = 2  # the first reason that is a collapse
+_FIRST_COLLAPSE = 2  # the reasons from here on are collapses
 
 
 @dataclasses.dataclass(frozen=True)
 class Guards:
-    """What is watched; the fields are those of `config.guards`.
+    """Limits of the guards: the fields of `config.guards`.
 
     Attributes:
-      num_segments: into which the objective cuts the embedding, None if it does not.
-      temperature: of the objective's softmax.
+      num_segments: Number of segments of the embedding, None if the objective has none.
+      temperature: Softmax temperature of the objective.
     """
 
     enabled: bool
@@ -60,17 +60,17 @@ class Guards:
 
 
 class GuardState(NamedTuple):
-    """What the guards remember from step to step.
+    """State of the guards.
 
     Attributes:
-      tripped_step: int32, the first step that tripped a guard, or -1.
-      reasons: int32, a bit for each of `REASONS` that it tripped.
-      suspect_since: int32, the first of the steps in a row that looked collapsed, or -1.
-      skipped: int32, steps that were left out.
-      losses: int32, losses that the mean is of.
-      loss_mean: float32, the running mean of the loss.
-      loss_variance: float32, its running variance.
-      seen: float32 scalars, what the tripping step looked like.
+      tripped_step: First step that tripped a guard, or -1, int32.
+      reasons: Bits of the `REASONS` that it tripped for, int32.
+      suspect_since: First of the consecutive steps that looked collapsed, or -1, int32.
+      skipped: Number of steps that were skipped, int32.
+      losses: Number of losses in the running mean, int32.
+      loss_mean: Running mean of the loss, float32.
+      loss_variance: Running variance of the loss, float32.
+      seen: Scalars of the step that tripped, float32.
     """
 
     tripped_step: jax.Array
@@ -84,7 +84,7 @@ class GuardState(NamedTuple):
 
 
 def make_guards(config: config_dict.ConfigDict) -> Guards:
-    """The guards that a config describes."""
+    """Returns the guards that a config describes."""
     fields = {field.name for field in dataclasses.fields(Guards)}
     return Guards(
         **{name: value for name, value in config.guards.items() if name in fields},
@@ -94,7 +94,7 @@ def make_guards(config: config_dict.ConfigDict) -> Guards:
 
 
 def init_guard_state() -> GuardState:
-    """Before the first step."""
+    """Returns the state before the first step."""
     minus_one, zero = jnp.full((), -1, jnp.int32), jnp.zeros((), jnp.int32)
     nothing = jnp.zeros((), jnp.float32)
     names = ("loss", "grad_norm", "loss_mean", "loss_deviation", *STATISTICS)
@@ -111,7 +111,7 @@ def init_guard_state() -> GuardState:
 
 
 def with_statistics(objective: Objective, guards: Guards) -> Objective:
-    """The objective that also reports the statistics of the first view, if they are watched."""
+    """Adds the statistics of the first view's embeddings to an objective's metrics."""
     if not guards.enabled:
         return objective
 
@@ -130,27 +130,27 @@ def with_statistics(objective: Objective, guards: Guards) -> Objective:
 def embedding_statistics(
     embeddings: jax.Array, *, num_segments: int | None = None, temperature: float = 1.0
 ) -> Metrics:
-    r"""How far a batch of embeddings is from a collapsed one.
+    r"""Measures how far a batch of embeddings is from a collapse.
 
     - `embedding_std`: mean over the units of the standard deviation of the L2-normalized
-      embeddings, times sqrt(dim): 1 where they point everywhere, 0 where all are alike (Chen & He,
-      arXiv 2011.10566).
+      embeddings, times sqrt(dim): 1 if they point everywhere, 0 if all are alike (Chen & He, arXiv
+      2011.10566).
     - `effective_rank`: the participation ratio tr(C)² / tr(C²) of their covariance C, from 1 to
-      dim, as RankMe (arXiv 2210.02885) without singular values. Of more than 64 units it is
-      estimated from M = Rᵀ C R, R being 64 fixed directions of random signs, as the sum of
-      M_ii M_jj over that of M_ij², i ≠ j, whose expectations are tr(C)² and tr(C²) but for a part
-      that vanishes alike; so neither C nor the batch's Gram matrix is needed.
-    - `usage_entropy`, with segments alone: mean over the segments of the entropy of their units'
-      mean probabilities, over the largest that the batch allows, log min(units, batch).
+      dim: RankMe (arXiv 2210.02885) without singular values. For more than 64 units it is estimated
+      from M = Rᵀ C R, where R holds 64 fixed directions of random signs, as the sum of M_ii M_jj
+      over the sum of M_ij², i ≠ j. Their expectations are tr(C)² and tr(C²) up to a term that
+      vanishes alike, so that neither C nor the Gram matrix of the batch is needed.
+    - `usage_entropy`, only with segments: mean over the segments of the entropy of their units'
+      mean probabilities, divided by the largest that the batch allows, log min(units, batch).
     - `dead_units`: share of the units, out of those that the batch could use, whose mean
       probability is below a hundredth of 1 / units. Without segments: share of the units whose
-      deviation is below a hundredth of the mean one.
+      standard deviation is below a hundredth of the mean one.
 
     Args:
-      embeddings: [batch, dim]; under `jit` and sharded along the batch they are the global batch's,
-        and of the order of dim numbers are sent.
-      num_segments: number of segments, None if the embedding has none.
-      temperature: of the softmax over a segment.
+      embeddings: [batch, dim]. Under `jit` and sharded along the batch, the statistics are those of
+        the global batch, and in the order of dim numbers are communicated.
+      num_segments: Number of segments, None if the embedding has none.
+      temperature: Softmax temperature of the segments.
 
     Returns:
       float32 scalars by name.
@@ -179,7 +179,7 @@ def embedding_statistics(
 
 
 def _effective_rank(centered: jax.Array) -> jax.Array:
-    """Participation ratio of the covariance of centered rows [batch, dim]; 0 if there is none."""
+    """Returns the participation ratio of the covariance of centered rows [batch, dim], or 0."""
     dim = centered.shape[1]
     if dim <= _DIRECTIONS:
         m = centered.T @ centered
@@ -205,19 +205,19 @@ def watch(
     grad_norm: jax.Array,
     metrics: Metrics,
 ) -> tuple[jax.Array, GuardState]:
-    """Looks at one step; to be called under `jax.jit`.
+    """Checks one step; to be called under `jax.jit`.
 
     Args:
-      guards: what trips.
-      state: before the step.
-      step: its number, from 1.
-      loss: of the step.
-      grad_norm: of its gradient.
-      metrics: the statistics among them.
+      guards: The limits.
+      state: State before the step.
+      step: Number of the step, from 1.
+      loss: Loss of the step.
+      grad_norm: Norm of its gradient.
+      metrics: Metrics that include the statistics.
 
     Returns:
-      Whether its update may be made, and the state after it. Once a guard has tripped none may, and
-      the state stays.
+      Whether its update is applied, and the state after it. Once a guard has tripped no update is,
+      and the state does not change.
     """
     loss = loss.astype(jnp.float32)
     deviation = jnp.sqrt(state.loss_variance)
@@ -227,7 +227,7 @@ def watch(
     spike, collapsed = jnp.asarray(False), [jnp.asarray(False)] * 4
     if guards.enabled:
         if guards.loss_spike_deviations:
-            unit = jnp.maximum(deviation, _LEAST_DEVIATION * jnp.abs(state.loss_mean))
+            unit = jnp.maximum(deviation, _MIN_DEVIATION * jnp.abs(state.loss_mean))
             spike = warm & (difference > guards.loss_spike_deviations * unit)
         collapsed = [warm & found for found in _collapsed(guards, metrics)]
     suspect = jnp.any(jnp.stack(collapsed))
@@ -262,7 +262,7 @@ def watch(
 
 
 def _collapsed(guards: Guards, metrics: Metrics) -> list[jax.Array]:
-    """Whether each statistic is beyond its limit, in the order of `REASONS`."""
+    """Returns whether each statistic is beyond its limit, in the order of `REASONS`."""
     usage_entropy = metrics.get("usage_entropy", jnp.ones((), jnp.float32))
     return [
         usage_entropy < guards.min_usage_entropy,
@@ -272,35 +272,37 @@ def _collapsed(guards: Guards, metrics: Metrics) -> list[jax.Array]:
     ]
 
 
-@dataclasses.dataclass(frozen=True)
-class Trip:
-    """A guard that has tripped, as the host learns of it.
+@dataclasses.dataclass(eq=False)
+class TrainingFailure(Exception):  # noqa: N818
+    """A step failed; recovery decides whether the run stops or rewinds.
 
     Attributes:
-      step: that tripped it.
-      first_step: since which the training was not well: the step itself, or, of a collapse, the
-        first of those in a row that looked collapsed.
-      what: in words.
-      seen: what the step looked like.
+      step: Step at which the failure was found.
+      first_step: First bad step: the step itself or, for a collapse, the first of the consecutive
+        steps that looked collapsed.
+      what: What failed, in words.
+      seen: Scalars of the step.
+      corrupted: Whether the hardware failed, so that the batch is not to blame.
     """
 
     step: int
     first_step: int
     what: str
-    seen: dict[str, float]
+    seen: dict[str, float] = dataclasses.field(default_factory=dict)
+    corrupted: bool = False
 
 
-def read_trip(state: GuardState) -> Trip | None:
-    """The trip, if there was one; waits for the device."""
+def read_trip(state: GuardState) -> TrainingFailure | None:
+    """Returns why a guard has tripped, or None; waits for the device."""
     step = int(state.tripped_step)
     if step < 0:
         return None
-    told: Any = jax.device_get(state)
-    bits = [bit for bit in range(len(REASONS)) if int(told.reasons) >> bit & 1]
-    sudden = any(bit < _COLLAPSE for bit in bits)
-    return Trip(
+    on_host: Any = jax.device_get(state)
+    bits = [bit for bit in range(len(REASONS)) if int(on_host.reasons) >> bit & 1]
+    sudden = any(bit < _FIRST_COLLAPSE for bit in bits)
+    return TrainingFailure(
         step=step,
-        first_step=step if sudden else int(told.suspect_since),
+        first_step=step if sudden else int(on_host.suspect_since),
         what=" and ".join(REASONS[bit] for bit in bits),
-        seen={name: float(value) for name, value in told.seen.items()},
+        seen={name: float(value) for name, value in on_host.seen.items()},
     )

@@ -18,11 +18,11 @@ from music_jax.distributed.mesh import local_positions, to_devices
 from music_jax.errors import UserError
 from music_jax.workdir.files import read_json, write_json
 
-_BATCHES_AHEAD = 2  # on their way to the devices while a step runs
+_BATCHES_AHEAD = 2  # transferred to the devices while a step runs
 
 
 class TrainingInput:
-    """What a training reads, from any step on."""
+    """The batches of a training from any step on."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class TrainingInput:
         self.positions = local_positions(config.batch_size, mesh)
 
     def on_host(self, start_step: int, num_steps: int) -> Iterator[dict[str, np.ndarray]]:
-        """This process's share of the batches of the steps after `start_step`, to `num_steps`."""
+        """Yields this process's share of the batches of the steps after `start_step`."""
         config = self._config
         return training_batches(
             self._source,
@@ -54,12 +54,12 @@ class TrainingInput:
         )
 
     def on_devices(self, start_step: int) -> Iterator[tuple[jax.Array, jax.Array]]:
-        """The global batches and their sample indices, the next on their way while one is used."""
-        size = self._config.batch_size
+        """Yields the global batches and their sample indices, transferred ahead of their use."""
+        size, mesh = self._config.batch_size, self._mesh
         moving = (
             (
-                to_devices(batch["images"], size, self._mesh),
-                to_devices(batch["sample_index"], size, self._mesh),
+                to_devices(batch["images"], size, mesh),
+                to_devices(batch["sample_index"], size, mesh),
             )
             for batch in self.on_host(start_step, self.num_steps)
         )
@@ -69,21 +69,21 @@ class TrainingInput:
             queue.extend(itertools.islice(moving, 1))
 
 
-def check_same_images(directory: epath.Path, source: Source, *, resuming: bool) -> None:
-    """Checks that a run resumes with the images that it began with, and notes them at its start.
+def check_same_images(workdir: epath.Path, source: Source, *, resuming: bool) -> None:
+    """Checks that a run resumes with the images that it began with; a new run records them.
 
-    Their fingerprint is in images.json. A run without this file, such as one of an older version,
-    goes on, and gets it.
+    Their fingerprint is in images.json. A run of an earlier version, which has no such file,
+    resumes and gets one.
 
     Args:
-      directory: The workdir.
+      workdir: The run's directory.
       source: The images.
       resuming: Whether the run has a checkpoint.
 
     Raises:
-      UserError: images were renamed, replaced, added or removed, or the file cannot be read.
+      UserError: Images were renamed, replaced, added or removed, or the file cannot be read.
     """
-    path = directory / "images.json"
+    path = workdir / "images.json"
     fingerprint = source.fingerprint(times=False)
     if resuming and path.exists():
         try:
@@ -92,7 +92,7 @@ def check_same_images(directory: epath.Path, source: Source, *, resuming: bool) 
             raise UserError(f"cannot read {path}: {error!r}; remove it to resume") from error
         if not same:
             raise UserError(
-                f"the images of {source.name} have changed since the run in {directory} began: "
+                f"the images of {source.name} have changed since the run in {workdir} began: "
                 "files were renamed, replaced, added or removed. Put them back and rerun the "
                 "command, or train on the new images with another --workdir; to resume this run "
                 f"with the images as they are now, remove {path}"

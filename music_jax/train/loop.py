@@ -1,4 +1,4 @@
-"""Pre-training from start to end; read `train_and_evaluate` and you know the run."""
+"""Pre-training from start to end: `train_and_evaluate` reads from top to bottom as a run goes."""
 
 import contextlib
 import dataclasses
@@ -12,38 +12,32 @@ from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from music_jax import config as config_lib
+from music_jax import registry
 from music_jax.checkpoint.manager import Checkpoints
 from music_jax.data import datasets
-from music_jax.data.datasets import EvaluationSources
 from music_jax.data.loader import TrainingOrder
 from music_jax.data.skipped import join_skipped, open_skipped, report_skipped
 from music_jax.data.sources import Source
-from music_jax.distributed import progress
 from music_jax.distributed.mesh import (
     check_divisible,
-    from_main_process,
     is_main_process,
     make_data_mesh,
     shares_cores,
     use_deterministic_gpu_operations,
 )
 from music_jax.distributed.signals import Stop
-from music_jax.errors import NotMeasurableError, StoppedError, UserError
-from music_jax.evaluation.protocols import final_protocols, read_final_results, run_protocols
-from music_jax.evaluation.results import results_table
-from music_jax.evaluation.run import Run, agreed_fingerprint
-from music_jax.train import guards
+from music_jax.errors import StoppedError, UserError
 from music_jax.train.corruption import CorruptionChecks
-from music_jax.train.describe import describe
+from music_jax.train.guards import TrainingFailure, read_trip
 from music_jax.train.input import TrainingInput, check_same_images
-from music_jax.train.log import Log
+from music_jax.train.metric_logger import MetricLogger, describe
 from music_jax.train.online_probe import OnlineProbe, make_online_probe
-from music_jax.train.pictures import Pictures
+from music_jax.train.pictures import Draw, make_draw
 from music_jax.train.profile import Profile
-from music_jax.train.recovery import Recovery, TrainingFailedError, TrainingFailure
-from music_jax.train.state import TrainState, abstract_state, init_state
-from music_jax.train.step import StepFunction, compile_skip, compile_step, make_recipe
-from music_jax.train.writers import Writers
+from music_jax.train.recipe import make_recipe
+from music_jax.train.recovery import Recovery
+from music_jax.train.state import TrainState, abstract_state, init_state, restore_state, save_state
+from music_jax.train.step import StepFunction, compile_skip, compile_step
 from music_jax.workdir.directory import WorkdirLock, open_workdir
 from music_jax.workdir.logs import EventsLog
 from music_jax.workdir.run_config import check_same_run, write_config
@@ -61,19 +55,19 @@ def train_and_evaluate(
     """Pre-trains, resuming if the workdir has a checkpoint, then probes the backbone.
 
     Args:
-      config: as `music_jax.config.default_config` makes it.
-      workdir: directory for checkpoints, logs and results; may be a `gs://` one.
-      profile_steps: the first and the last step that a JAX profile is recorded of, in `profile/`.
-      stop: Tells when to save and stop before the end; None for a run that no signal stops.
+      config: Config as `music_jax.config.default_config` makes it.
+      workdir: Directory of checkpoints, logs and results; may be a `gs://` one.
+      profile_steps: First and last step to record a JAX profile of, in `workdir/profile`.
+      stop: Tells when to save and stop early; None for a run that no signal stops.
 
     Returns:
       The state after the last step.
 
     Raises:
-      UserError: the config, the dataset or the workdir cannot be used.
-      DivergedError: a guard tripped; see `music_jax.train.guards`.
-      CorruptedError: devices did not hold, or did not compute, the same bits.
-      StoppedError: `stop`, or the cluster, stopped the run; all is saved and the same call goes on.
+      UserError: The config, the dataset or the workdir cannot be used.
+      DivergedError: A guard tripped; see `music_jax.train.guards`.
+      CorruptedError: Devices did not hold, or did not compute, the same bits.
+      StoppedError: `stop`, or the cluster, stopped the run; all is saved and the same call resumes.
     """
     config_lib.validate(config)
     if config.deterministic:
@@ -83,69 +77,52 @@ def train_and_evaluate(
     directory = open_workdir(workdir)
     check_same_run(directory, config)
     lock = WorkdirLock(directory) if is_main_process() else contextlib.nullcontext()
-    with lock, Writers(config, directory) as writers:
-        return _train_and_evaluate(config, directory, mesh, writers, profile_steps, stop or Stop())
+    with lock, MetricLogger(config, directory) as logger:
+        return _train_and_evaluate(config, directory, mesh, logger, profile_steps, stop or Stop())
 
 
 def _train_and_evaluate(
     config: config_dict.ConfigDict,
-    directory: epath.Path,
+    workdir: epath.Path,
     mesh: Mesh,
-    writers: Writers,
+    logger: MetricLogger,
     profile_steps: tuple[int, int] | None,
     stop: Stop,
 ) -> TrainState:
-    _prepare_datasets(config)
-    source = datasets.training_source(config)
-    if config.batch_size > len(source):
-        raise UserError(
-            f"config.batch_size = {config.batch_size} is larger than the dataset {source.name} of "
-            f"{len(source)} images; take at most {len(source)}"
-        )
-    probed, why_not = _probed(config, source)  # fails now, not after training
-    if bool(from_main_process(lambda: why_not)) != bool(why_not):
-        raise UserError(
-            "the processes do not find the same images to evaluate with; this one: "
-            f"{why_not or 'there are some'}"
-        )
+    source = _open_source(config)
+    final = registry.final_evaluation(config, workdir, source)  # fails now, not after training
     order = TrainingOrder(len(source), config.batch_size, config.seed)
     num_steps = config.num_epochs * order.steps_per_epoch
-    profile = Profile(directory / "profile", profile_steps, num_steps)
+    profile = Profile(workdir / "profile", profile_steps, num_steps)
     if is_main_process():
-        write_config(directory, config)
-
-    skipped = open_skipped(directory, config)
+        write_config(workdir, config)
+    skipped = open_skipped(workdir, config)
     skipped.check(source)  # fails now, if an earlier run ended so
+
     recipe = make_recipe(config, order.steps_per_epoch)
     shapes = abstract_state(config, recipe.optimizer)
     training = TrainingInput(config, source, order, mesh, skipped)
-    events = EventsLog(directory)
-    recovery = Recovery(config, directory, training, events)
-    checkpoints = Checkpoints(
-        directory,
-        max_to_keep=config.checkpoint.max_to_keep,
-        ignore_failed_saves=config.checkpoint.ignore_failed_saves,
-        events=events,
-    )
-    try:
+    with (
+        contextlib.closing(EventsLog(workdir)) as events,
+        contextlib.closing(profile),
+        contextlib.closing(
+            Checkpoints(
+                workdir,
+                max_to_keep=config.checkpoint.max_to_keep,
+                ignore_failed_saves=config.checkpoint.ignore_failed_saves,
+                events=events,
+            )
+        ) as checkpoints,
+    ):
+        recovery = Recovery(config, workdir, training, events)
         start_step = checkpoints.latest_valid_step() or 0
-        fingerprints = [agreed_fingerprint(source) for source in probed or ()]
-        results = from_main_process(
-            lambda: read_final_results(config, directory, num_steps, fingerprints)
-        )
-        if start_step == num_steps and (results is not None or probed is None):
-            done = "trained and evaluated" if results else "trained"
-            _logger.info(f"{directory} is done: {num_steps} steps {done}")
-            if results:
-                progress.log_lines(_logger, results_table(results))
-            return checkpoints.restore(start_step, shapes, mesh)
+        if start_step == num_steps and final.is_done(num_steps):
+            return restore_state(checkpoints, start_step, shapes, mesh)
         if is_main_process():
-            check_same_images(directory, source, resuming=start_step > 0)
+            check_same_images(workdir, source, resuming=start_step > 0)
         describe(config, mesh, source, order, shapes, start_step)
         run = _Run(
             config=config,
-            mesh=mesh,
-            directory=directory,
             training=training,
             checkpoints=checkpoints,
             recovery=recovery,
@@ -153,43 +130,29 @@ def _train_and_evaluate(
             step_function=_blocking(compile_step(recipe, shapes, mesh), mesh),
             skip=compile_skip(shapes, mesh),
             checks=CorruptionChecks(config, shapes, mesh),
-            probe=make_online_probe(config, probed, recipe.network, mesh, directory, skipped),
-            writers=writers,
-            pictures=Pictures(config, recipe, shapes, mesh) if writers.any else None,
+            probe=make_online_probe(config, final.sources, recipe, mesh, skipped),
+            logger=logger,
+            draw=make_draw(config, recipe, shapes, mesh) if logger.shows_images else None,
             profile=profile,
         )
         with stop:
-            while True:  # A rewind is a resume from an older checkpoint.
+            while True:  # a rewind is a resume from an older checkpoint
                 if start_step:
-                    state = checkpoints.restore(start_step, shapes, mesh, order)
+                    state = restore_state(checkpoints, start_step, shapes, mesh, order)
                     events.write("resumed", step=start_step)
                 else:
                     state = init_state(config, recipe.optimizer, mesh)
                 try:
                     state = _train(run, state, start_step, stop)
                     break
-                except TrainingFailedError as error:
-                    failure = error.failure
-                del state  # so that only one is held
+                except TrainingFailure as error:
+                    failure = error.with_traceback(None)  # whose frames hold the state
+                del state  # so that only one is in memory
                 recovery.recover(failure, checkpoints)
                 start_step = checkpoints.latest_valid_step() or 0
-    finally:
-        try:
-            profile.close()
-            checkpoints.close()
-        finally:
-            events.close()
 
     join_skipped(skipped, source)
-    if probed is None:
-        _logger.info(f"not probed: {why_not}")
-        report_skipped(skipped)
-        return state
-    finished = Run(
-        config=config,
-        workdir=directory,
-        sources=probed,
-        images=probed.test,
+    accuracies = final.run(
         network=recipe.network,
         params=state.params,
         batch_stats=state.batch_stats,
@@ -197,32 +160,16 @@ def _train_and_evaluate(
         mesh=mesh,
         skipped=skipped,
     )
-    run_protocols(finished, final_protocols(config), force=True)
-    if is_main_process() and (results := read_final_results(config, directory, num_steps)):
-        progress.log_lines(_logger, results_table(results))
-        writers.scalars(num_steps, {f"{name}_top1": r["top1"] for name, r in results.items()})
+    logger.summary(num_steps, accuracies)
     report_skipped(skipped)
     return state
 
 
-def _probed(config: config_dict.ConfigDict, source: Source) -> tuple[EvaluationSources | None, str]:
-    """What the backbone is probed with, or why it is not: images that are named must be usable."""
-    try:
-        return datasets.evaluation_sources(config, source), ""
-    except NotMeasurableError as error:
-        if config.evaluation.train or config.evaluation.test:
-            raise
-        _logger.info(f"the backbone will not be probed: {error}")
-        return None, str(error)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """What a training works with; nothing of it changes when it rewinds."""
+    """Everything that stays the same when a training rewinds."""
 
     config: config_dict.ConfigDict
-    mesh: Mesh
-    directory: epath.Path
     training: TrainingInput
     checkpoints: Checkpoints
     recovery: Recovery
@@ -231,8 +178,8 @@ class _Run:
     skip: Any
     checks: CorruptionChecks
     probe: OnlineProbe | None
-    writers: Writers
-    pictures: Pictures | None
+    logger: MetricLogger
+    draw: Draw | None
     profile: Profile
 
 
@@ -240,15 +187,14 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: Stop) -> TrainSt
     """Trains from a state to the last step.
 
     Raises:
-      TrainingFailedError: a guard tripped, or a check for corruption failed.
-      StoppedError: a signal came, and all is saved.
+      TrainingFailure: A guard tripped, or a check for corruption failed.
+      StoppedError: The run was stopped, and all is saved.
     """
     config, num_steps = run.config, run.training.num_steps
     if run.probe:
-        run.probe.start(start_step, num_steps)
+        run.probe.start(start_step, num_steps, run.checkpoints)
     run.profile.start(start_step)
-    log = Log(config, run.directory, run.training, run.writers, start_step)
-    with log:
+    with run.logger.steps(start_step, run.training):
         for step, batch in enumerate(run.training.on_devices(start_step), start=start_step + 1):
             metrics, wrong = None, None
             run.profile.before(step, state)
@@ -260,7 +206,8 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: Stop) -> TrainSt
             if run.probe:
                 run.probe.after_step(step, state.params, state.batch_stats)
             run.profile.after(step, state)
-            stop.begin()  # the step is compiled; only now is there something to save
+
+            stop.begin()  # the step is compiled: from now on there is something to save
             last = step == num_steps
             asked = stop.received and jax.process_count() == 1  # several have to agree on a step
             stopping = asked or run.checkpoints.reached_preemption(step)
@@ -269,26 +216,24 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: Stop) -> TrainSt
             saving = step % config.checkpoint.every_steps == 0 or last or stopping
             wrong = wrong or run.checks.replicas(step, state, saving=saving)
             if wrong:
-                raise TrainingFailedError(TrainingFailure.of_corruption(step, wrong))
+                raise TrainingFailure(step, step, wrong, corrupted=True)
             if step % config.log_every_steps == 0 or step == start_step + 1 or saving:
-                # The guards' state holds all that happened since it was last looked at.
-                if (trip := guards.read_trip(state.guard)) is not None:
-                    raise TrainingFailedError(TrainingFailure.of_trip(trip))
+                # The guards' state tells of every step since it was last read.
+                if (failure := read_trip(state.guard)) is not None:
+                    raise failure
                 if metrics is not None:
                     scalars = {name: float(value) for name, value in metrics.items()}
-                    log.write(step, scalars | (run.probe.metrics() if run.probe else {}))
-            if run.pictures and (saving or step == 1):
-                log.images(step, run.pictures(state, *batch))
+                    run.logger.write(step, scalars | (run.probe.metrics() if run.probe else {}))
+            if run.draw and (saving or step == 1):
+                run.logger.images(step, run.draw(state, *batch))
             if saving:
-                log.flush()  # a checkpoint comes after all that belongs to it
-                run.checkpoints.wait()
-                if run.probe:
-                    run.probe.save(step, run.checkpoints.all_steps())
-                run.checkpoints.save(step, state, run.training.order)
+                run.logger.flush()  # first, so that no logged step before a checkpoint is lost
+                trees = {"online_probe": run.probe.state} if run.probe else {}
+                save_state(run.checkpoints, step, state, run.training.order, **trees)
             if stopping and not last:
                 run.checkpoints.wait(required=True)
                 raise StoppedError(
-                    f"saved at step {step} of {num_steps}; run the same command to go on"
+                    f"saved at step {step} of {num_steps}; rerun the command to resume"
                 )
     run.checkpoints.wait(required=True)
     if not stop.received and run.checkpoints.reached_preemption(num_steps + 1):
@@ -297,16 +242,23 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: Stop) -> TrainSt
 
 
 def _blocking(step_function: StepFunction, mesh: Mesh) -> StepFunction:
-    """Waits for each step where the devices share the real cores."""
+    """Waits for each step if the devices share the CPU's cores."""
     if not shares_cores(mesh):
         return step_function
     return lambda *arguments: jax.block_until_ready(step_function(*arguments))
 
 
-def _prepare_datasets(config: config_dict.ConfigDict) -> None:
-    """Prepares on the main process first, since the files may be shared by all."""
+def _open_source(config: config_dict.ConfigDict) -> Source:
+    """Opens the training images, which the main process prepares first in files that all share."""
     if is_main_process():
         datasets.prepare(config)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("datasets prepared by the main process")
         datasets.prepare(config)
+    source = datasets.training_source(config)
+    if config.batch_size > len(source):
+        raise UserError(
+            f"config.batch_size = {config.batch_size} is larger than the dataset {source.name} of "
+            f"{len(source)} images; take at most {len(source)}"
+        )
+    return source

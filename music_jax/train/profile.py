@@ -15,97 +15,87 @@ _logger = logging.getLogger(__name__)
 
 
 def parse_steps(text: str) -> tuple[int, int]:
-    """The first and the last step that `START:STOP` names.
+    """Parses `START:STOP`, the first and the last step of a profile.
 
     Raises:
-      UserError: it names none.
+      UserError: The text is not of this form.
     """
     first, _, last = text.partition(":")
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise UserError(
-            f"--profile is START:STOP, the first step, from 1, and the last, such as 20:24; got "
-            f"{text!r}"
+            f"--profile={text} must be START:STOP, the first and the last step (the first of the "
+            "run is 1), such as 20:24"
         )
     return int(first), int(last)
 
 
 class Profile:
-    """Records what process 0 and its devices do from one step to another, both included."""
+    """Profiles process 0 and its devices from one step to another, both included."""
 
     def __init__(self, directory: epath.Path, steps: tuple[int, int] | None, num_steps: int):
-        """Names the steps.
+        """Chooses the steps.
 
         Args:
-          directory: where the profile goes.
-          steps: the first and the last; None for no profile.
-          num_steps: of the whole training.
+          directory: Directory of the profile.
+          steps: First and last step; None for no profile.
+          num_steps: Number of steps of the whole training.
 
         Raises:
-          UserError: the training does not have these steps.
+          UserError: The training does not have these steps.
         """
         if steps is not None and not 1 <= steps[0] <= steps[1] <= num_steps:
             raise UserError(
-                f"steps {steps[0]} to {steps[1]} cannot be profiled: the training has the steps 1 "
-                f"to {num_steps}"
+                f"cannot profile steps {steps[0]} to {steps[1]}: the training has steps 1 to "
+                f"{num_steps}"
             )
         self._directory = directory
         self._steps = steps if is_main_process() else None
-        self._first: int | None = None  # while it is recorded
-        self._last = 0  # that was taken
-        self._local = os.fspath(directory)
+        self._local = ""  # where the profile is recorded, while it is
 
     def start(self, step: int) -> None:
-        """Says so if the training goes on after a step which is too late."""
+        """Warns if the training resumes after the last of the steps."""
         if self._steps and step >= self._steps[1]:
-            _logger.info(
-                f"not profiled: steps {self._steps[0]} to {self._steps[1]} were taken before, and "
-                f"the training goes on after step {step}"
+            _logger.warning(
+                f"not profiled: the training resumes after step {step}, and steps "
+                f"{self._steps[0]} to {self._steps[1]} were taken before"
             )
             self._steps = None
 
     def before(self, step: int, state: Any) -> None:
-        """Begins before the first of the steps; the state is waited for only then."""
-        if self._steps is None or self._first is not None or step < self._steps[0]:
+        """Starts the profile before the first of the steps, once the previous step is done."""
+        if self._steps is None or self._local or step < self._steps[0]:
             return
         jax.block_until_ready(state)
-        if "://" in self._local:
-            self._local = tempfile.mkdtemp(prefix="music_jax-profile-")
         options = jax.profiler.ProfileOptions()
-        # Without Python's own calls: a process that recorded them has crashed in `start_trace`.
-        options.python_tracer_level = 0
+        options.python_tracer_level = 0  # `start_trace` has crashed while tracing Python's calls
+        self._local = os.fspath(self._directory)
+        if "://" in self._local:  # JAX cannot write to a bucket
+            self._local = tempfile.mkdtemp(prefix="music_jax-profile-")
         jax.profiler.start_trace(self._local, profiler_options=options)
-        self._first = step
 
     def after(self, step: int, state: Any) -> None:
-        """Ends after the last of them."""
-        self._last = step
-        if self._first is not None and self._steps and step >= self._steps[1]:
+        """Ends the profile after the last of the steps."""
+        if self._local and self._steps and step >= self._steps[1]:
             jax.block_until_ready(state)
             self.close()
 
     def close(self) -> None:
-        """Ends, if it has not, and keeps what was recorded."""
-        if self._first is None:
+        """Ends the profile if it is being recorded, and keeps what there is."""
+        if not self._local:
             return
-        span = f"steps {self._first} to {self._last}"
-        self._first = self._steps = None
+        local, self._local, self._steps = self._local, "", None
         try:
             jax.profiler.stop_trace()
-            self._move()
-        except Exception as error:  # a full disk: the training goes on
-            _logger.info(f"the profile of {span} is not kept: {' '.join(str(error).split())[:300]}")
+            if local != os.fspath(self._directory):
+                for path in epath.Path(local).glob("plugins/profile/*/*"):
+                    target = self._directory / os.path.relpath(path, local)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    path.copy(target)
+                epath.Path(local).rmtree()
+        except Exception as error:  # for example a full disk: the training continues
+            _logger.warning(f"the profile could not be saved: {' '.join(str(error).split())[:300]}")
             return
         _logger.info(
-            f"profile of {span}: {self._directory}; open its .trace.json.gz in "
+            f"saved the profile in {self._directory}; open its .trace.json.gz in "
             "https://ui.perfetto.dev, or the directory in TensorBoard with its profile plugin"
         )
-
-    def _move(self) -> None:
-        """Moves the files into a bucket, which JAX cannot write to."""
-        if self._local == os.fspath(self._directory):
-            return
-        for path in epath.Path(self._local).glob("plugins/profile/*/*"):
-            target = self._directory / os.path.relpath(path, self._local)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.copy(target)
-        epath.Path(self._local).rmtree()

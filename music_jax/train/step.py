@@ -9,67 +9,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import config_dict
 
-from music_jax.data.augment import ViewAugmentation, augment_views, view_augmentations
+from music_jax.data.augment import augment_views
 from music_jax.distributed.mesh import batch_sharding
-from music_jax.models.network import Network, make_network
-from music_jax.train import guards, sharding
-from music_jax.train.gradients import accumulated_gradients, batch_gradients
-from music_jax.train.objective import OBJECTIVES, Metrics, Objective
-from music_jax.train.optimizer import OPTIMIZERS, make_schedule
-from music_jax.train.state import TrainState, state_shardings
+from music_jax.train import guards
+from music_jax.train.gradients import Metrics, accumulated_gradients, batch_gradients
+from music_jax.train.recipe import Recipe
+from music_jax.train.state import TrainState, gather, shard_for_update, state_shardings
 
 _AUGMENTATION_STREAM = 1  # separates the augmentations' randomness from the initial weights'
 
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What a step needs besides its arrays.
-
-    Attributes:
-      network: the backbone and its projection head.
-      objective: what the embeddings of the two views are trained for.
-      guards: what of them, of the loss and of the gradient is watched.
-      optimizer: what turns gradients into updates.
-      schedule: the learning rate of each step, for the log.
-      views: the augmentation of each view.
-      mean: of each channel, in [0, 1].
-      std: of each channel, in [0, 1].
-      dtype: what the backbone computes in.
-      seed: of the augmentations.
-      accumulation_steps: microbatches in which a batch is embedded.
-    """
-
-    network: Network
-    objective: Objective
-    guards: guards.Guards
-    optimizer: optax.GradientTransformation
-    schedule: optax.Schedule
-    views: tuple[ViewAugmentation, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    dtype: jnp.dtype
-    seed: int | jax.Array
-    accumulation_steps: int
-
-
-def make_recipe(config: config_dict.ConfigDict, steps_per_epoch: int) -> Recipe:
-    """The recipe that a config describes."""
-    schedule = make_schedule(config, steps_per_epoch)
-    return Recipe(
-        network=make_network(config),
-        objective=OBJECTIVES[config.objective.name](config.objective),
-        guards=guards.make_guards(config),
-        optimizer=OPTIMIZERS[config.optimizer.name](schedule, config.optimizer),
-        schedule=schedule,
-        views=view_augmentations(config),
-        mean=tuple(config.dataset.mean),
-        std=tuple(config.dataset.std),
-        dtype=jnp.dtype(config.compute_dtype),
-        seed=config.seed,
-        accumulation_steps=config.accumulation_steps,
-    )
+StepFunction = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]
 
 
 def training_step(
@@ -78,15 +28,15 @@ def training_step(
     """Takes one step; to be called under `jax.jit` and `jax.set_mesh(mesh)`.
 
     Args:
-      state: the state before it.
-      images: the host's crops, uint8 [batch, views, height, width, channels].
-      sample_index: global index of each sample, uint32 [batch].
-      recipe: what to do with them.
-      mesh: the devices that share the work.
+      state: State before the step.
+      images: The hosts' crops, uint8 [batch, views, height, width, channels].
+      sample_index: Global index of each sample, uint32 [batch].
+      recipe: Static inputs of the step.
+      mesh: The devices.
 
     Returns:
       The state after the step and scalars to log. If a guard trips, now or in an earlier step, the
-      parameters stay and `guard` tells the first such step.
+      parameters do not change and `guard` tells the first such step.
     """
     embed = functools.partial(_embed, recipe, mesh)
     objective = guards.with_statistics(recipe.objective, recipe.guards)
@@ -99,12 +49,12 @@ def training_step(
             objective,
             *batch,
             steps=recipe.accumulation_steps,
-            place=functools.partial(sharding.split_for_update, mesh=mesh),
+            place=functools.partial(shard_for_update, mesh=mesh),
         )
 
-    # From here on each device sees to its part of the parameters.
-    grads = sharding.split_for_update(grads, mesh)
-    old_params = sharding.split_for_update(state.params, mesh)
+    # From here on each device updates its own shard.
+    grads = shard_for_update(grads, mesh)
+    old_params = shard_for_update(state.params, mesh)
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, old_params)
     params = optax.apply_updates(old_params, updates)
@@ -119,29 +69,27 @@ def training_step(
         opt_state=keep(opt_state, state.opt_state),
         guard=guard,
     )
+    learning_rate = recipe.schedule(state.step - state.guard.skipped)
     metrics = metrics | {
         "loss": loss,
         "grad_norm": grad_norm,
-        "learning_rate": jnp.asarray(
-            recipe.schedule(state.step - state.guard.skipped), jnp.float32
-        ),
+        "learning_rate": jnp.asarray(learning_rate, jnp.float32),
     }
     return new_state, metrics
 
 
 def augmented_views(recipe: Recipe, images: jax.Array, sample_index: jax.Array) -> jax.Array:
-    """The views that a step trains on, [batch, views, height, width, channels], normalized.
+    """Returns the views that a step trains on, [batch, views, height, width, channels], normalized.
 
     Args:
-      recipe: says how they are augmented.
-      images: the host's crops, uint8 [batch, views, height, width, channels].
-      sample_index: global index of each sample, uint32 [batch].
+      recipe: Static inputs of the step.
+      images: The hosts' crops, uint8 [batch, views, height, width, channels].
+      sample_index: Global index of each sample, uint32 [batch].
     """
-    key = jax.random.fold_in(jax.random.key(recipe.seed), _AUGMENTATION_STREAM)
     return augment_views(
         images,
         sample_index,
-        key,
+        jax.random.fold_in(jax.random.key(recipe.seed), _AUGMENTATION_STREAM),
         views=recipe.views,
         mean=recipe.mean,
         std=recipe.std,
@@ -157,47 +105,40 @@ def _embed(
     images: jax.Array,
     sample_index: jax.Array,
 ) -> tuple[jax.Array, Any]:
-    """Embeddings [batch, views, dim] of a batch's crops, and the new running statistics."""
+    """Returns embeddings [batch, views, dim] of a batch's crops and the new running statistics."""
     views = augmented_views(recipe, images, sample_index)
-    whole = sharding.gather(params, mesh, recipe.dtype)
-    _, embeddings, batch_stats = recipe.network.embed(whole, batch_stats, views)
+    gathered = gather(params, mesh, recipe.dtype)
+    _, embeddings, batch_stats = recipe.network.embed(gathered, batch_stats, views)
     return embeddings, batch_stats
 
 
-StepFunction = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]
-
-
 def compile_step(recipe: Recipe, state: TrainState, mesh: Mesh) -> StepFunction:
-    """The step, jitted over the mesh; the state's buffers are donated.
+    """Returns `training_step` without the recipe and the mesh, jitted over the mesh.
+
+    The state's buffers are donated.
 
     Args:
-      recipe: what the step does.
-      state: the state, or its shapes.
-      mesh: the devices; see `music_jax.distributed.mesh.make_data_mesh`.
-
-    Returns:
-      A function as `training_step`, without the recipe and the mesh.
+      recipe: Static inputs of the step.
+      state: The state, or its shapes.
+      mesh: The devices; see `music_jax.distributed.mesh.make_data_mesh`.
     """
     jitted = _jit_step(recipe, state, mesh)
 
     def step(
         state: TrainState, images: jax.Array, sample_index: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        with jax.set_mesh(mesh):  # by which the objective finds the devices to divide its work over
+        with jax.set_mesh(mesh):  # the objective divides its work over this mesh
             return jitted(state, images, sample_index)
 
     return step
 
 
 def compile_skip(state: TrainState, mesh: Mesh) -> Callable[[TrainState], TrainState]:
-    """Goes past a step without its batch: nothing but the count of steps changes.
+    """Returns a jitted function that only counts a step; the state's buffers are donated.
 
     Args:
-      state: the state, or its shapes.
-      mesh: the devices.
-
-    Returns:
-      A jitted function, to which the state's buffers are donated.
+      state: The state, or its shapes.
+      mesh: The devices.
     """
 
     def skip(state: TrainState) -> TrainState:
@@ -211,16 +152,13 @@ def compile_skip(state: TrainState, mesh: Mesh) -> Callable[[TrainState], TrainS
 def lower_step(
     recipe: Recipe, state: TrainState, mesh: Mesh, images_shape: tuple[int, ...]
 ) -> jax.stages.Lowered:
-    """The step as `compile_step` runs it, lowered for the mesh's devices, which need not be there.
+    """Lowers the step that `compile_step` runs, for devices that may be absent.
 
     Args:
-      recipe: what the step does.
-      state: the state, or its shapes.
-      mesh: the devices, for instance those of a topology's description.
-      images_shape: of the global batch of crops, [batch, views, height, width, channels].
-
-    Returns:
-      What `.compile()` compiles.
+      recipe: Static inputs of the step.
+      state: The state, or its shapes.
+      mesh: The devices, for example those of a topology's description.
+      images_shape: Shape of the global batch of crops, [batch, views, height, width, channels].
     """
     batch = batch_sharding(mesh)
     arguments = (

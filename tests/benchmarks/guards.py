@@ -21,8 +21,9 @@ import numpy as np
 
 from music_jax.distributed.mesh import batch_sharding, make_data_mesh
 from music_jax.train import guards
+from music_jax.train.recipe import make_recipe
 from music_jax.train.state import init_state
-from music_jax.train.step import compile_step, make_recipe
+from music_jax.train.step import compile_step
 
 STEPS_PER_EPOCH = 100
 

@@ -22,8 +22,9 @@ from etils import epath
 from music_jax.checkpoint.manager import Checkpoints
 from music_jax.data.loader import TrainingOrder
 from music_jax.distributed.mesh import make_data_mesh, to_devices
-from music_jax.train.state import init_state
-from music_jax.train.step import compile_step, make_recipe
+from music_jax.train.recipe import make_recipe
+from music_jax.train.state import init_state, save_state
+from music_jax.train.step import compile_step
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
@@ -78,7 +79,7 @@ def main() -> None:
             jax.tree.map(np.array, state)
             copies.append(milliseconds(began))
             began = time.perf_counter()
-            checkpoints.save(number, state, order)
+            save_state(checkpoints, number, state, order)
             saves.append(milliseconds(began))
             checkpoints.wait()  # so that no step shares the cores with a write
             writes.append(milliseconds(began))

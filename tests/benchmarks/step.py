@@ -26,8 +26,9 @@ import numpy as np
 from music_jax.distributed.mesh import batch_sharding, make_data_mesh
 from music_jax.plan import compiling, counts
 from music_jax.plan.chips import CHIPS
+from music_jax.train.recipe import make_recipe
 from music_jax.train.state import abstract_state, init_state
-from music_jax.train.step import lower_step, make_recipe
+from music_jax.train.step import lower_step
 
 STEPS_PER_EPOCH = 100
 

@@ -27,11 +27,11 @@ def damage_of(directory):
     return find_damage(epath.Path(directory))
 
 
-def test_untouched_checkpoint_is_whole(checkpoint):
+def test_an_untouched_checkpoint_is_valid(checkpoint):
     assert damage_of(checkpoint) is None
 
 
-def test_what_orbax_stamps_afterwards_is_no_damage(checkpoint):
+def test_the_time_that_orbax_adds_is_no_damage(checkpoint):
     record = {"item_handlers": {"state": "S"}, "commit_timestamp_nsecs": 5}
     (checkpoint / "_CHECKPOINT_METADATA").write_text(json.dumps(record))
     (checkpoint / "commit_success.txt").write_text("done")
@@ -72,7 +72,7 @@ def test_any_flipped_byte_is_found(tmp_path_factory, position, flip):
     assert damage_of(directory) == "data has changed"
 
 
-def test_a_file_that_has_become_huge_is_not_read(checkpoint):
+def test_a_file_that_has_grown_is_not_read(checkpoint):
     os.truncate(checkpoint / "state" / "d" / "abc", 2**40)  # 1 TiB that takes no room
     assert damage_of(checkpoint) == "state/d/abc has changed"
 

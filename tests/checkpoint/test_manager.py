@@ -1,12 +1,14 @@
-"""Checkpoints go from any mesh to any other."""
+"""Saving and restoring: other devices, damage, failed saves."""
 
 import contextlib
 import dataclasses
 import json
 import re
 import resource
+import sys
 import threading
 import time
+import types
 
 import google_crc32c
 import jax
@@ -16,13 +18,14 @@ import optax
 import pytest
 from etils import epath
 
+from music_jax.checkpoint import manager
 from music_jax.checkpoint.manager import Checkpoints
 from music_jax.checkpoint.restore import _named_step
 from music_jax.data.loader import TrainingOrder
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import UserError
 from music_jax.train.guards import init_guard_state
-from music_jax.train.state import TrainState, state_shardings
+from music_jax.train.state import TrainState, restore_state, save_state, state_shardings
 
 
 def _state():
@@ -37,23 +40,40 @@ def _state():
 
 
 @pytest.mark.parametrize(("devices", "fsdp"), [(1, 1), (4, 1), (2, 2)])
-def test_restored_onto_other_devices(tmp_path, devices, fsdp):
+def test_a_state_is_restored_onto_other_devices(tmp_path, devices, fsdp):
     order = TrainingOrder(32, 16, 0)
     mesh = make_data_mesh(4, fsdp=2)
     saved = jax.device_put(_state(), state_shardings(_state(), mesh))
     writer = Checkpoints(epath.Path(tmp_path))
-    writer.save(7, saved, order)
+    save_state(writer, 7, saved, order)
     writer.close()
 
     mesh = make_data_mesh(devices, fsdp=fsdp)
     reader = Checkpoints(epath.Path(tmp_path), read_only=True)
-    found = reader.restore(7, jax.eval_shape(_state), mesh, order)
+    found = restore_state(reader, 7, jax.eval_shape(_state), mesh, order)
     reader.close()
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(_state()), strict=True):
         np.testing.assert_array_equal(a, b)
     expected = state_shardings(_state(), mesh)
     for a, s in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.sharding == s
+
+
+def test_a_part_of_a_state_is_restored_alone(tmp_path):
+    checkpoints = Checkpoints(epath.Path(tmp_path))
+    save_state(checkpoints, 7, _on_one_device(_state()), TrainingOrder(32, 16, 0))
+    checkpoints.close()
+    checkpoints = Checkpoints(epath.Path(tmp_path), read_only=True)
+    array = jax.ShapeDtypeStruct((5,), np.float32, sharding=jnp.zeros(5).sharding)
+    found = checkpoints.restore(7, {"params": {"bias": array}}, partial=True)
+    np.testing.assert_array_equal(found["params"].pop("bias"), np.arange(5.0))
+    assert found == {"params": {}}
+    with pytest.raises(UserError, match=r"cannot restore step 7 of .*arrays are missing"):
+        checkpoints.restore(7, {"params": {"other": array}}, partial=True)
+    wrong = jax.ShapeDtypeStruct((4,), np.float32, sharding=array.sharding)
+    with pytest.raises(UserError, match=r"cannot restore step 7 of .*not compatible"):
+        checkpoints.restore(7, {"params": {"bias": wrong}}, partial=True)
+    checkpoints.close()
 
 
 @pytest.mark.parametrize(
@@ -67,43 +87,46 @@ def test_restored_onto_other_devices(tmp_path, devices, fsdp):
 def test_another_position_in_the_input_is_refused(tmp_path, field, value, found):
     order, mesh = TrainingOrder(32, 16, 0), make_data_mesh(1)
     checkpoints = Checkpoints(epath.Path(tmp_path))
-    checkpoints.save(7, jax.device_put(_state(), state_shardings(_state(), mesh)), order)
+    save_state(checkpoints, 7, jax.device_put(_state(), state_shardings(_state(), mesh)), order)
     shapes = jax.eval_shape(_state)
-    assert checkpoints.restore(7, shapes, mesh, order).step == 7
+    assert restore_state(checkpoints, 7, shapes, mesh, order).step == 7
     other = dataclasses.replace(order, **{field: value})
     saved = "{'next_sample_index': 112, 'num_records': 32, 'batch_size': 16, 'seed': 0, 'order': 2}"
     with pytest.raises(UserError, match=re.escape(f"was reading {saved}, but")) as error:
-        checkpoints.restore(7, shapes, mesh, other)
+        restore_state(checkpoints, 7, shapes, mesh, other)
     checkpoints.close()
     assert found in str(error.value)
 
 
-def test_a_checkpoint_from_before_the_order_was_mixed_resumes_and_says_so(tmp_path, capsys):
+def test_a_checkpoint_saved_with_an_earlier_order_resumes_with_a_warning(tmp_path, capsys):
     order, mesh = TrainingOrder(32, 16, 0), make_data_mesh(1)
     checkpoints = Checkpoints(epath.Path(tmp_path))
-    checkpoints.save(7, _on_one_device(_state()), order)
+    save_state(checkpoints, 7, _on_one_device(_state()), order)
     checkpoints.wait()
     position = tmp_path / "checkpoints" / "7" / "input" / "metadata"
     saved = json.loads(position.read_text())
     assert saved.pop("order") == 2
-    checkpoints.restore(7, jax.eval_shape(_state), mesh, order)
+    restore_state(checkpoints, 7, jax.eval_shape(_state), mesh, order)
     assert "another order" not in capsys.readouterr().out
 
     position.write_text(json.dumps(saved))
-    found = checkpoints.restore(7, jax.eval_shape(_state), mesh, order)
+    found = restore_state(checkpoints, 7, jax.eval_shape(_state), mesh, order)
     np.testing.assert_array_equal(found.params["bias"], np.arange(5.0))
     assert "in another order than the one that this run began with" in capsys.readouterr().out
     position.write_text(json.dumps(saved | {"seed": 1}))
     with pytest.raises(UserError, match="has the dataset changed"):
-        checkpoints.restore(7, jax.eval_shape(_state), mesh, order)
+        restore_state(checkpoints, 7, jax.eval_shape(_state), mesh, order)
     checkpoints.close()
 
 
-def test_a_checkpoint_that_names_other_files_is_one_error_and_nothing_else(tmp_path, capfd):
+def test_a_checkpoint_that_names_other_files_is_one_error_without_other_output(tmp_path, capfd):
     mesh = make_data_mesh(1)
     writer = Checkpoints(epath.Path(tmp_path))
-    writer.save(
-        7, jax.device_put(_state(), state_shardings(_state(), mesh)), TrainingOrder(32, 16, 0)
+    save_state(
+        writer,
+        7,
+        jax.device_put(_state(), state_shardings(_state(), mesh)),
+        TrainingOrder(32, 16, 0),
     )
     writer.close()
     state = tmp_path / "checkpoints" / "7" / "state"
@@ -118,18 +141,18 @@ def test_a_checkpoint_that_names_other_files_is_one_error_and_nothing_else(tmp_p
     for _ in range(5):
         reader = Checkpoints(epath.Path(tmp_path), read_only=True)
         with pytest.raises(UserError, match="cannot restore step 7 of"):
-            reader.restore(7, jax.eval_shape(_state), mesh)
+            restore_state(reader, 7, jax.eval_shape(_state), mesh)
         reader.close()
     time.sleep(0.2)  # for what would be printed later
     assert capfd.readouterr() == ("", "")
 
 
-def test_damaged_checkpoints_are_set_aside_until_none_is_whole(tmp_path):
+def test_damaged_checkpoints_are_quarantined_unless_all_are_damaged(tmp_path):
     order, mesh = TrainingOrder(32, 16, 0), make_data_mesh(1)
     state = jax.device_put(_state(), state_shardings(_state(), mesh))
     checkpoints = Checkpoints(epath.Path(tmp_path))
     for step in (3, 7):
-        checkpoints.save(step, state, order)
+        save_state(checkpoints, step, state, order)
     checkpoints.wait()
     assert checkpoints.latest_valid_step() == 7
 
@@ -139,7 +162,7 @@ def test_damaged_checkpoints_are_set_aside_until_none_is_whole(tmp_path):
     assert (tmp_path / "damaged" / "7").is_dir()
 
     (tmp_path / "checkpoints" / "3" / "state" / "_METADATA").write_text("{}")
-    with pytest.raises(UserError, match=r"whole \(step 3: state/_METADATA has changed\)"):
+    with pytest.raises(UserError, match=r"valid \(step 3: state/_METADATA has changed\)"):
         checkpoints.latest_valid_step()
     assert checkpoints.all_steps() == [3]
     checkpoints.close()
@@ -149,14 +172,14 @@ def _on_one_device(state):
     return jax.device_put(state, state_shardings(state, make_data_mesh(1)))
 
 
-def test_what_is_saved_is_the_state_of_then_though_its_buffers_are_used_again(tmp_path):
+def test_a_save_is_not_changed_by_later_use_of_its_buffers(tmp_path):
     order, mesh = TrainingOrder(32, 16, 0), make_data_mesh(1)
     state = _on_one_device(jax.tree.map(jnp.copy, _state()))  # each with a buffer of its own
     checkpoints = Checkpoints(epath.Path(tmp_path))
-    checkpoints.save(7, state, order)
+    save_state(checkpoints, 7, state, order)
     state = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)(state)
     jax.block_until_ready(state)
-    found = checkpoints.restore(7, state, mesh, order)
+    found = restore_state(checkpoints, 7, state, mesh, order)
     checkpoints.close()
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(_state()), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -177,17 +200,17 @@ def no_large_files():
 
 
 @pytest.mark.parametrize("ignoring", [False, True])
-def test_failed_save_leaves_the_one_before_and_nothing_else(
+def test_a_failed_save_leaves_only_the_previous_checkpoint(
     tmp_path, no_large_files, ignoring, capsys
 ):
     order, mesh = TrainingOrder(32, 16, 0), make_data_mesh(1)
     checkpoints = Checkpoints(epath.Path(tmp_path), ignore_failed_saves=ignoring)
-    checkpoints.save(3, _on_one_device(_state()), order)
+    save_state(checkpoints, 3, _on_one_device(_state()), order)
     checkpoints.wait()
     noise = jax.random.normal(jax.random.key(0), (512, 256))  # cannot be compressed
     state = _on_one_device(dataclasses.replace(_state(), params={"kernel": noise}))
     with no_large_files():
-        checkpoints.save(7, state, order)
+        save_state(checkpoints, 7, state, order)
         if ignoring:
             checkpoints.wait()
             message = capsys.readouterr().out
@@ -200,25 +223,25 @@ def test_failed_save_leaves_the_one_before_and_nothing_else(
     assert "step 3 is intact" in message
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
     assert checkpoints.latest_valid_step() == 3
-    checkpoints.restore(3, _on_one_device(_state()), mesh, order)
-    checkpoints.save(8, state, order)  # there is room again
+    restore_state(checkpoints, 3, _on_one_device(_state()), mesh, order)
+    save_state(checkpoints, 8, state, order)  # there is room again
     checkpoints.close()
     assert checkpoints.all_steps() == [3, 8]
 
 
-def test_a_save_that_the_run_ends_with_may_not_fail(tmp_path, no_large_files):
+def test_a_required_save_may_not_fail(tmp_path, no_large_files):
     order = TrainingOrder(32, 16, 0)
     noise = jax.random.normal(jax.random.key(0), (512, 256))
     state = _on_one_device(dataclasses.replace(_state(), params={"kernel": noise}))
     checkpoints = Checkpoints(epath.Path(tmp_path), ignore_failed_saves=True)
     with no_large_files():
-        checkpoints.save(7, state, order)
+        save_state(checkpoints, 7, state, order)
         with pytest.raises(UserError, match="could not save step 7"):
             checkpoints.wait(required=True)
-        checkpoints.save(8, state, order)
+        save_state(checkpoints, 8, state, order)
         checkpoints.wait()
         for step in (9, 10):
-            checkpoints.save(step, state, order)
+            save_state(checkpoints, step, state, order)
             checkpoints.wait()
     left = [thread.name for thread in threading.enumerate()]
     assert (
@@ -227,17 +250,17 @@ def test_a_save_that_the_run_ends_with_may_not_fail(tmp_path, no_large_files):
     checkpoints.close()
 
 
-def test_checkpoint_that_was_being_written_is_removed_and_told(tmp_path, capsys):
+def test_an_unfinished_checkpoint_is_removed_with_a_message(tmp_path, capsys):
     (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)
     checkpoints = Checkpoints(epath.Path(tmp_path))
     assert checkpoints.latest_valid_step() is None
-    checkpoints.save(6, _on_one_device(_state()), TrainingOrder(32, 16, 0))
+    save_state(checkpoints, 6, _on_one_device(_state()), TrainingOrder(32, 16, 0))
     checkpoints.close()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["6"]
-    assert "still being written when the run was cut off" in capsys.readouterr().out
+    assert "which an interrupted run left unfinished" in capsys.readouterr().out
 
 
-def test_a_checkpoint_is_named_by_its_path_whatever_links_lead_there(tmp_path):
+def test_a_checkpoint_may_be_named_by_a_path_through_links(tmp_path):
     (tmp_path / "scratch" / "run" / "checkpoints" / "5").mkdir(parents=True)
     (tmp_path / "runs").symlink_to("scratch")
     run = epath.Path(tmp_path / "runs" / "run")
@@ -245,3 +268,18 @@ def test_a_checkpoint_is_named_by_its_path_whatever_links_lead_there(tmp_path):
         assert _named_step(f"{tmp_path}/{name}", run, [5]) == 5
     with pytest.raises(UserError, match="is not below"):
         _named_step(f"{tmp_path}/other/checkpoints/5", run, [5])
+
+
+def test_only_late_errors_of_a_closed_event_loop_are_hidden(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    for _ in range(3):
+        manager._ignore_late_errors()
+    errors = (
+        RuntimeError("Event loop is closed"),
+        RuntimeError("another"),
+        ValueError("Event loop is closed"),
+    )
+    for error in errors:
+        sys.unraisablehook(types.SimpleNamespace(exc_value=error))
+    assert [unraisable.exc_value for unraisable in shown] == list(errors[1:])

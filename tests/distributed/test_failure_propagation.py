@@ -122,7 +122,7 @@ def test_a_signal_to_one_or_both_processes_stops_both_and_both_resume(alone, dat
         assert last < stopped < 22
         assert (workdir / "checkpoints" / str(stopped)).is_dir()
         for _, err in results:
-            assert f"saved at step {stopped} of 22; run the same command" in err.splitlines()[-1]
+            assert f"saved at step {stopped} of 22; rerun the command" in err.splitlines()[-1]
         last = stopped
     assert [line["step"] for line in metrics(workdir)] == list(range(1, last + 1))
     expected, found = ([line["loss"] for line in metrics(path)] for path in (alone, workdir))

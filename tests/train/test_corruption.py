@@ -40,7 +40,7 @@ def _checks(state, mesh, *, replicas=2, determinism=3):
 
 @pytest.mark.parametrize("fsdp", [1, 2])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_bit_that_one_device_holds_otherwise(fsdp, dtype):
+def test_a_flipped_bit_on_one_device_is_found(fsdp, dtype):
     mesh = make_data_mesh(4, fsdp=fsdp)
     state = _state(mesh, dtype)
     checks = _checks(state, mesh)
@@ -53,7 +53,7 @@ def test_a_bit_that_one_device_holds_otherwise(fsdp, dtype):
     assert _checks(state, mesh, replicas=0).replicas(2, wrong, saving=True) is None
 
 
-def test_who_is_named():
+def test_devices_outside_the_majority_are_marked():
     checksums = np.array([[1, 1], [1, 2], [3, 1], [1, 2]], np.uint32)
     groups = [[[0, 1, 2, 3]], [[0, 2], [1, 3]]]
     assert np.argwhere(differing(checksums, groups)).tolist() == [[2, 0]]
@@ -61,7 +61,7 @@ def test_who_is_named():
     assert np.argwhere(tied[:, 1]).ravel().tolist() == [0, 1, 2, 3]
 
 
-def test_a_step_that_gives_other_bits_the_second_time():
+def test_a_step_that_gives_other_bits_when_repeated_is_found():
     mesh = make_data_mesh(2)
     state = _state(mesh)
     checks = _checks(state, mesh)
@@ -85,7 +85,7 @@ def test_a_step_that_gives_other_bits_the_second_time():
     assert len(calls) == 2
     state, _, wrong = checks.step(6, step_function, state, batch)  # 3 and 4
     assert wrong == (
-        "done twice, it gave other bits in batch_stats/mean on cpu:0 of process 0, "
+        "repeating the step gave other bits in batch_stats/mean on cpu:0 of process 0, "
         "cpu:1 of process 0"
     )
     assert int(state.step) == 9

@@ -36,8 +36,9 @@ from music_jax.train import input as train_input
 from music_jax.train import online_probe
 from music_jax.train.guards import Guards
 from music_jax.train.input import TrainingInput
+from music_jax.train.recipe import make_recipe
 from music_jax.train.state import init_state
-from music_jax.train.step import compile_step, make_recipe
+from music_jax.train.step import compile_step
 
 _VIEW_1 = {
     "flip_probability": 0.31,
@@ -191,7 +192,7 @@ _VALUES = {
         "weight_decay": 0.53,
     },
 }
-# The one field that stays: the objectives are compared by name in test_objective.py.
+# The one field that stays: the objectives are compared by name in test_recipe.py.
 _AS_BY_DEFAULT = {"objective.name", "backbone.num_heads"}
 
 
@@ -356,7 +357,7 @@ def _source(count=12):
 _CROP = Crop(12, (0.2, 0.9), (0.6, 1.7))
 
 
-def test_what_is_read_is_cut_as_described(config, calls, tmp_path):
+def test_what_is_read_is_cut_as_described(config, calls):
     for module in (train_input, features, online_probe):
         calls.replace(module, "training_batches", lambda *given, **options: iter(()))
     calls.replace(features, "evaluation_batches", lambda *given, **options: iter(()))
@@ -368,9 +369,9 @@ def test_what_is_read_is_cut_as_described(config, calls, tmp_path):
             source, config, mesh, batch_size=5, num_epochs=3, seed=5, skipped=skipped
         )
     )
-    network = types.SimpleNamespace(num_features=6)
-    probe = online_probe.OnlineProbe(config, source, network, mesh, epath.Path(tmp_path), skipped)
-    probe.start(4, 11)
+    recipe = types.SimpleNamespace(network=types.SimpleNamespace(num_features=6))
+    probe = online_probe.OnlineProbe(config, source, recipe, mesh, skipped)
+    probe.start(4, 11, types.SimpleNamespace(has=lambda step, name: False))
     training, crops, probed = calls.of["training_batches"]
     for given, options in (training, crops, probed):
         assert given[0] is source
@@ -397,7 +398,7 @@ def test_images_come_from_where_the_config_says(config, calls):
     training = datasets.training_source(config)
     assert calls.of.pop("open_path") == [(("photos",), {})]
     datasets.evaluation_sources(config, training)
-    online_probe.make_online_probe(config, None, None, None, None, None)
+    online_probe.make_online_probe(config, None, None, None, None)
     config.dataset.path = ""
     datasets.training_source(config)
     config.evaluation.update({"train": "", "test": ""})
@@ -416,14 +417,13 @@ def test_images_come_from_where_the_config_says(config, calls):
         assert dataset.try_gcs
 
 
-def test_the_online_probe_learns_as_described(config, calls, tmp_path):
+def test_the_online_probe_learns_as_described(config, calls):
     calls.replace(online_probe, "probe_step", lambda probe, *given, **options: probe)
     network = types.SimpleNamespace(
         num_features=6, features=lambda params, stats, images: jnp.zeros((len(images), 6))
     )
-    probe = online_probe.OnlineProbe(
-        config, _source(), network, make_data_mesh(1), epath.Path(tmp_path), None
-    )
+    recipe = dataclasses.replace(make_recipe(config, steps_per_epoch=3), network=network)
+    probe = online_probe.OnlineProbe(config, _source(), recipe, make_data_mesh(1), None)
     images = jnp.zeros((5, 12, 12, 1), jnp.uint8)
     state = online_probe.init_probe(6, 4)
     probe._step(state, {}, {}, images, jnp.zeros(5, jnp.int32))

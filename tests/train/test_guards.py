@@ -63,17 +63,17 @@ def test_a_descent_a_slow_rise_and_a_fall_trip_nothing(sign):
     assert int(state.losses) == 401
 
 
-def test_a_leap_trips_at_its_step_and_holds_back_all_that_follows():
+def test_a_loss_spike_trips_at_its_step_and_rejects_all_later_updates():
     losses = _descent(300)
     losses[250] += 10.0
     state, goods = _watched(losses)
     assert goods == [True] * 250 + [False] * 50
     trip = read_trip(state)
-    assert (trip.step, trip.first_step, trip.what) == (251, 251, "the loss leapt")
+    assert (trip.step, trip.first_step, trip.what) == (251, 251, "the loss spiked")
     np.testing.assert_allclose(trip.seen["loss"], losses[250], rtol=1e-6)
     np.testing.assert_allclose(trip.seen["loss_mean"], losses[225:250].mean(), atol=0.2)
     before, _ = _watched(losses[:250])
-    np.testing.assert_array_equal(state.loss_mean, before.loss_mean)  # the leap is no part of it
+    np.testing.assert_array_equal(state.loss_mean, before.loss_mean)  # the spike is no part of it
 
 
 def test_the_running_mean_and_deviation_are_those_of_numpy():
@@ -86,7 +86,7 @@ def test_the_running_mean_and_deviation_are_those_of_numpy():
 @pytest.mark.parametrize(
     "fields", [{"loss_spike_deviations": 0.0}, {"warmup_steps": 300}, {"enabled": False}]
 )
-def test_a_leap_that_is_not_looked_for(fields):
+def test_a_loss_spike_that_is_not_checked_for(fields):
     losses = _descent(300)
     losses[250] += 10.0
     assert all(_watched(losses, guards=_guards(**fields))[1])
@@ -94,7 +94,7 @@ def test_a_leap_that_is_not_looked_for(fields):
 
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("bad", ["loss", "grad_norm"])
-def test_what_is_not_finite_trips_from_the_first_step(enabled, bad):
+def test_non_finite_values_trip_from_the_first_step(enabled, bad):
     loss, norm = (np.nan, 1.0) if bad == "loss" else (1.0, np.inf)
     state, goods = _watched([loss, 1.0], grad_norm=norm, guards=_guards(enabled=enabled))
     assert goods == [False, False]
@@ -105,7 +105,7 @@ def test_what_is_not_finite_trips_from_the_first_step(enabled, bad):
 @pytest.mark.parametrize(
     ("name", "value", "what"),
     [
-        ("usage_entropy", 0.05, "the segments' units were used unevenly"),
+        ("usage_entropy", 0.05, "the segments used their units unevenly"),
         ("dead_units", 0.97, "most units were dead"),
         ("embedding_std", 0.005, "the embeddings hardly varied"),
         ("effective_rank", 1.05, "the embeddings varied along hardly any dimension"),
@@ -161,7 +161,7 @@ def test_deviation_and_usage_are_those_of_numpy():
     assert found["dead_units"] == 0
 
 
-def test_what_collapsed_embeddings_look_like():
+def test_statistics_of_collapsed_embeddings():
     alike = embedding_statistics(jnp.ones((64, 32)), num_segments=4)
     assert float(alike["embedding_std"]) < 1e-6
     assert float(alike["effective_rank"]) < 1.001  # of the rounding

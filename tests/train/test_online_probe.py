@@ -1,4 +1,4 @@
-"""The online probe: its own step against optax, and a training that does not notice it."""
+"""The online probe: its step against SGD by hand, and a training that does not depend on it."""
 
 import types
 
@@ -10,18 +10,19 @@ import pytest
 from etils import epath
 from processes import DIGITS, SMALL, checkpoint, metrics, run
 
+from music_jax.checkpoint.manager import Checkpoints
 from music_jax.config import default_config
 from music_jax.data.datasets import EvaluationSources
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import UserError
-from music_jax.train.online_probe import OnlineProbe, init_probe, make_online_probe, probe_step
+from music_jax.train.online_probe import init_probe, make_online_probe, probe_step
 
 _PROBE = ("--config.online_probe.enabled=True", "--config.online_probe.batch_size=100")
 
 
-def test_a_step_is_sgd_of_optax_on_standardized_features():
+def test_a_step_is_sgd_with_momentum_on_standardized_features():
     rng = np.random.default_rng(0)
     features = rng.normal(3, 2, size=(3, 50, 8)).astype(np.float32)
     labels = jnp.asarray(rng.integers(4, size=(3, 50)), jnp.int32)
@@ -29,9 +30,7 @@ def test_a_step_is_sgd_of_optax_on_standardized_features():
     probe = init_probe(8, 4)
     mean, variance = np.zeros(8), np.ones(8)
     head = {"kernel": jnp.zeros((8, 4)), "bias": jnp.zeros(4)}
-    decay = optax.add_decayed_weights(0.1, mask={"kernel": True, "bias": False})
-    optimizer = optax.chain(decay, optax.sgd(0.5, momentum=0.9))
-    state = optimizer.init(head)
+    velocity = dict(head)
     correct = 0
     for x, y in zip(features, labels, strict=True):
         probe = step(probe, x, y, learning_rate=0.5, momentum=0.9, weight_decay=0.1)
@@ -45,32 +44,46 @@ def test_a_step_is_sgd_of_optax_on_standardized_features():
 
         scores = np.asarray(z @ head["kernel"] + head["bias"][None])
         second, best = np.sort(scores, axis=1)[:, -2:].T
-        # Before the first step all scores are level, and none counts as right.
+        # Before the first step all scores are equal, and none counts as correct.
         correct += int(np.sum((scores.argmax(axis=1) == y) & (best > second)))
-        updates, state = optimizer.update(jax.grad(loss)(head), state, head)
-        head = optax.apply_updates(head, updates)
-    np.testing.assert_allclose(probe.kernel, head["kernel"], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(probe.bias, head["bias"], rtol=1e-4, atol=1e-5)
+        grads = jax.grad(loss)(head)
+        grads["kernel"] += 0.1 * head["kernel"]
+        velocity = {name: 0.9 * velocity[name] + grads[name] for name in head}
+        head = {name: head[name] - 0.5 * velocity[name] for name in head}
+    np.testing.assert_allclose(probe.head["kernel"], head["kernel"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(probe.head["bias"], head["bias"], rtol=1e-4, atol=1e-5)
     assert (float(probe.correct), float(probe.seen)) == (correct, 150)
 
 
-def test_what_was_saved_of_steps_that_are_taken_again_is_removed(tmp_path):
-    directory = epath.Path(tmp_path)
-    probe = OnlineProbe(
-        default_config(),
-        Source("numbers", list(range(600)), "image", "label", 10),
-        types.SimpleNamespace(num_features=4),
-        make_data_mesh(1),
-        directory,
-        SkippedImages(directory, max_share=1.0),
-    )
-    probe.start(0, 100)
-    for step, kept in ((2, []), (4, [2]), (6, [4])):
-        probe.save(step, kept)
-    saved = tmp_path / "online_probe"
-    assert sorted(path.name for path in saved.iterdir()) == ["4.npz", "6.npz"]
-    probe.start(4, 100)
-    assert [path.name for path in saved.iterdir()] == ["4.npz"]
+def _recipe(num_features=4):
+    network = types.SimpleNamespace(num_features=num_features)
+    return types.SimpleNamespace(network=network, mean=(0.5,), std=(0.5,), dtype=jnp.float32)
+
+
+def _refuse(*given, **options):
+    raise UserError("it has another shape")
+
+
+def test_the_probe_is_restored_with_a_checkpoint_and_starts_from_scratch_without(tmp_path, capsys):
+    probe = _probe_of(tmp_path, range(10))
+    checkpoints = Checkpoints(epath.Path(tmp_path))
+    probe.start(0, 100, checkpoints)
+    state = {"a": jnp.zeros(2)}
+    trained = jax.tree.map(lambda x: x + 1, probe.state)
+    checkpoints.save(4, {}, state=state, online_probe=trained)
+    checkpoints.save(6, {}, state=state)
+    checkpoints.wait()
+    assert capsys.readouterr().out == ""
+    probe.start(4, 100, checkpoints)
+    for found, expected in zip(*map(jax.tree.leaves, (probe.state, trained)), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert capsys.readouterr().out == ""
+    unfit = types.SimpleNamespace(has=lambda *_: True, restore=_refuse)
+    for source in (checkpoints, unfit):  # step 6 is as an earlier version saves it
+        probe.start(6, 100, source)
+        assert float(probe.state.mean.sum()) == 0
+        assert "the online probe starts from scratch" in capsys.readouterr().out
+    checkpoints.close()
 
 
 def _probe_of(tmp_path, labels, **fields):
@@ -81,31 +94,34 @@ def _probe_of(tmp_path, labels, **fields):
     return make_online_probe(
         config,
         EvaluationSources(source, source),
-        types.SimpleNamespace(num_features=4),
+        _recipe(),
         make_data_mesh(1),
-        epath.Path(tmp_path),
         SkippedImages(epath.Path(tmp_path), max_share=1.0),
     )
 
 
-def test_images_without_a_label_are_left_out(tmp_path, capsys):
+def test_images_without_a_label_are_ignored(tmp_path, capsys):
     probe = _probe_of(tmp_path, [3, -1, 5, -1, -1, 7])
     assert [probe._source.record(i)["label"] for i in range(len(probe._source))] == [3, 5, 7]
-    assert "online probe: 3 images without a label were left out" in capsys.readouterr().out
+    assert "online probe: 3 images without a label are ignored" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"only 1 of the 3 images.*online_probe\.train="):
         _probe_of(tmp_path, [-1, -1, 4])
 
 
 def test_a_probe_that_diverged_is_no_longer_reported(tmp_path, capsys):
     probe = _probe_of(tmp_path, [0, 1])
-    probe.start(0, 100)
-    seen = probe._state._replace(correct=jnp.asarray(3.0), seen=jnp.asarray(4.0))
-    probe._state = seen
+    probe.start(0, 100, None)
+    seen = probe.state._replace(correct=jnp.asarray(3.0), seen=jnp.asarray(4.0))
+    probe.state = seen
     assert probe.metrics() == {"online_top1": 0.75}
     assert probe.metrics() == {}
-    for array in ("kernel", "velocity_bias"):
-        probe.start(0, 100)
-        probe._state = seen._replace(**{array: getattr(seen, array).at[0].set(jnp.inf)})
+    infinite = {
+        "head": jax.tree.map(lambda x: x.at[0].set(jnp.inf), seen.head),
+        "mean": seen.mean.at[0].set(jnp.inf),
+    }
+    for name, value in infinite.items():
+        probe.start(0, 100, None)
+        probe.state = seen._replace(**{name: value})
         assert probe.metrics() == probe.metrics() == {}
         assert capsys.readouterr().out.count("the online probe diverged") == 1
 

@@ -10,9 +10,10 @@ from small_runs import small_config
 from music_jax.data.augment import normalize_images
 from music_jax.distributed.mesh import batch_sharding, make_data_mesh
 from music_jax.objectives import joint_probability
-from music_jax.train.pictures import Pictures, heat_map, view_sheet
+from music_jax.train.pictures import heat_map, make_draw, view_sheet
+from music_jax.train.recipe import make_recipe
 from music_jax.train.state import abstract_state, init_state
-from music_jax.train.step import augmented_views, make_recipe
+from music_jax.train.step import augmented_views
 
 
 @pytest.mark.parametrize(("side", "times"), [(8, 8), (48, 1), (224, 1)])
@@ -60,7 +61,7 @@ def test_a_training_is_drawn_as_the_step_sees_it(devices):
     images = rng.integers(0, 256, (16, 2, 28, 28, 1), np.uint8)
     indices = np.arange(16, dtype=np.uint32)
     state = init_state(config, recipe.optimizer, mesh)
-    pictures = Pictures(config, recipe, abstract_state(config, recipe.optimizer), mesh)
+    pictures = make_draw(config, recipe, abstract_state(config, recipe.optimizer), mesh)
     batch = jax.device_put((images, indices), batch_sharding(mesh))
     drawn = pictures(state, *batch)
 

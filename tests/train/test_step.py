@@ -12,8 +12,9 @@ from music_jax.config import default_config, set_views
 from music_jax.data.augment import ViewAugmentation, augment_views
 from music_jax.distributed.mesh import batch_sharding, make_data_mesh
 from music_jax.train.guards import init_guard_state
+from music_jax.train.recipe import make_recipe
 from music_jax.train.state import TrainState, init_state
-from music_jax.train.step import augmented_views, compile_skip, compile_step, make_recipe
+from music_jax.train.step import augmented_views, compile_skip, compile_step
 
 
 def _config(objective="music", optimizer="sgd"):
@@ -152,7 +153,7 @@ class _Linear:
         return None, flat @ params["kernel"], {"count": batch_stats["count"] + 1}
 
 
-def test_a_skipped_step_changes_only_the_counts_and_the_rate_goes_on_where_it_was():
+def test_a_skipped_step_changes_only_the_counts_and_the_schedule_continues_after_it():
     config = _config()
     config.optimizer.warmup_epochs = 1
     config.optimizer.weight_decay, config.optimizer.momentum = 0.1, 0.9
@@ -227,7 +228,7 @@ def test_the_state_is_donated():
     assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
 
 
-def test_the_augmentation_of_a_sample_is_by_its_index_wherever_it_stands_in_the_batch():
+def test_the_augmentation_of_a_sample_depends_on_its_index_and_not_on_its_position():
     config = _config()
     config.dataset.std = (0.5,)
     config.augmentation.view_2.noise_std = 0.2

@@ -5,9 +5,9 @@ import sys
 
 _SCRIPT = """
 import ctypes, os, sys, tempfile, threading
-from music_jax.checkpoint.host_memory import use_few_arenas
+from music_jax.distributed import limit_malloc_arenas
 
-use_few_arenas()
+limit_malloc_arenas()
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 libc.fopen.restype = ctypes.c_void_p

@@ -12,9 +12,10 @@ from music_jax.config import default_config, set_views
 from music_jax.distributed.mesh import batch_sharding, make_data_mesh
 from music_jax.errors import UserError
 from music_jax.models.vision_transformer import VisionTransformer
-from music_jax.train import sharding
+from music_jax.train import state as state_lib
+from music_jax.train.recipe import make_recipe
 from music_jax.train.state import abstract_state, init_state
-from music_jax.train.step import compile_step, lower_step, make_recipe
+from music_jax.train.step import compile_step, lower_step
 
 _TINY = functools.partial(VisionTransformer, width=16, depth=1, num_heads=2, patch_size=4)
 
@@ -22,7 +23,7 @@ _TINY = functools.partial(VisionTransformer, width=16, depth=1, num_heads=2, pat
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
     monkeypatch.setitem(models.BACKBONES, "tiny", models.BackboneSpec(_TINY, image_multiple=4))
-    monkeypatch.setattr(sharding, "MIN_ELEMENTS", 256)
+    monkeypatch.setattr(state_lib, "MIN_ELEMENTS", 256)
 
 
 def _config(optimizer="lars", **fields):
@@ -120,16 +121,16 @@ def test_the_step_can_be_lowered_without_arrays_and_shares_the_objective_over_bo
         ((8,), P(), P()),  # small
     ],
 )
-def test_the_axis_that_is_split(shape, update, parameter):
+def test_which_axis_is_sharded(shape, update, parameter):
     mesh = make_data_mesh(4, fsdp=2)
-    assert sharding.update_spec(shape, mesh) == update
-    assert sharding.parameter_spec(shape, mesh) == parameter
+    assert state_lib.update_spec(shape, mesh) == update
+    assert state_lib.parameter_spec(shape, mesh) == parameter
 
 
-def test_small_arrays_stay_whole(monkeypatch):
+def test_small_arrays_are_not_sharded(monkeypatch):
     monkeypatch.undo()
-    assert sharding.update_spec((128, 128), make_data_mesh(4)) == P()
-    assert sharding.update_spec((512, 128), make_data_mesh(4)) == P(("fsdp", "data"))
+    assert state_lib.update_spec((128, 128), make_data_mesh(4)) == P()
+    assert state_lib.update_spec((512, 128), make_data_mesh(4)) == P(("fsdp", "data"))
 
 
 def test_fsdp_that_does_not_divide_the_devices():

@@ -1,0 +1,145 @@
+"""The static inputs of the training step: network, objective, optimizer, guards, augmentation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import config_dict
+
+from music_jax.data.augment import ViewAugmentation, view_augmentations
+from music_jax.models.network import Network, make_network
+from music_jax.objectives import (
+    barlow_twins_loss,
+    music_lower_bound,
+    music_terms,
+    simclr_loss,
+    vicreg_loss,
+)
+from music_jax.optim import lars, matrices_only, warmup_cosine
+from music_jax.registry import OBJECTIVES, OPTIMIZERS
+from music_jax.train.gradients import Metrics, Objective
+from music_jax.train.guards import Guards, make_guards
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Static inputs of the training step.
+
+    Attributes:
+      network: Backbone and projection head.
+      objective: Loss of the embeddings of the two views.
+      guards: Limits that stop a failed training.
+      optimizer: Optimizer of the parameters.
+      schedule: Learning rate of each step, for the log.
+      views: Augmentation of each view.
+      mean: Mean of each channel, in [0, 1].
+      std: Standard deviation of each channel.
+      dtype: Type that the network computes in.
+      seed: Seed of the augmentations.
+      accumulation_steps: Number of microbatches that a batch is split into.
+    """
+
+    network: Network
+    objective: Objective
+    guards: Guards
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    views: tuple[ViewAugmentation, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    dtype: jnp.dtype
+    seed: int | jax.Array
+    accumulation_steps: int
+
+
+def make_recipe(config: config_dict.ConfigDict, steps_per_epoch: int) -> Recipe:
+    """Returns the recipe that a config describes."""
+    schedule = make_schedule(config, steps_per_epoch)
+    return Recipe(
+        network=make_network(config),
+        objective=OBJECTIVES[config.objective.name](config.objective),
+        guards=make_guards(config),
+        optimizer=OPTIMIZERS[config.optimizer.name](schedule, config.optimizer),
+        schedule=schedule,
+        views=view_augmentations(config),
+        mean=tuple(config.dataset.mean),
+        std=tuple(config.dataset.std),
+        dtype=jnp.dtype(config.compute_dtype),
+        seed=config.seed,
+        accumulation_steps=config.accumulation_steps,
+    )
+
+
+def make_schedule(config: config_dict.ConfigDict, steps_per_epoch: int) -> optax.Schedule:
+    """Returns the learning rate of each step of a whole training."""
+    return warmup_cosine(
+        config.optimizer.base_learning_rate,
+        batch_size=config.batch_size,
+        steps_per_epoch=steps_per_epoch,
+        num_epochs=config.num_epochs,
+        warmup_epochs=config.optimizer.warmup_epochs,
+        final_scale=config.optimizer.final_scale,
+    )
+
+
+def _music(config: config_dict.ConfigDict) -> Objective:
+    weights = (config.diagonal_weight, config.cross_segment_weight, config.invariance_weight)
+    bound = music_lower_bound(config.units_per_segment)
+
+    def objective(a: jax.Array, b: jax.Array) -> tuple[jax.Array, Metrics]:
+        terms = music_terms(a, b, num_segments=config.num_segments, temperature=config.temperature)
+        loss = weights[0] * terms[0] + weights[1] * terms[1] + weights[2] * terms[2]
+        metrics = terms._asdict()
+        if weights == (1.0, 1.0, 1.0):  # the bound holds for these only
+            metrics["gap_to_bound"] = loss - jnp.asarray(bound, loss.dtype)
+        return loss, metrics
+
+    return objective
+
+
+def _barlow_twins(config: config_dict.ConfigDict) -> Objective:
+    weight = config.off_diagonal_weight
+    return lambda a, b: (barlow_twins_loss(a, b, off_diagonal_weight=weight), {})
+
+
+def _vicreg(config: config_dict.ConfigDict) -> Objective:
+    fields = ("similarity_weight", "variance_weight", "covariance_weight")
+    weights = {field: config[field] for field in fields}
+    return lambda a, b: (vicreg_loss(a, b, **weights), {})
+
+
+def _simclr(config: config_dict.ConfigDict) -> Objective:
+    return lambda a, b: (simclr_loss(a, b, temperature=config.contrast_temperature), {})
+
+
+OBJECTIVES.update(music=_music, barlow_twins=_barlow_twins, vicreg=_vicreg, simclr=_simclr)
+
+
+# Every optimizer decays only the parameters of two or more dimensions: neither biases nor the
+# parameters of normalization layers.
+
+
+def _lars(
+    learning_rate: optax.Schedule, config: config_dict.ConfigDict
+) -> optax.GradientTransformation:
+    return lars(learning_rate, weight_decay=config.weight_decay, momentum=config.momentum)
+
+
+def _sgd(
+    learning_rate: optax.Schedule, config: config_dict.ConfigDict
+) -> optax.GradientTransformation:
+    # The mask of `optax.add_decayed_weights` would change the state: saved runs would not resume.
+    decay = optax.stateless_with_tree_map(
+        lambda g, w: g + config.weight_decay * w if jnp.ndim(w) >= 2 else g
+    )
+    return optax.chain(decay, optax.sgd(learning_rate, momentum=config.momentum))
+
+
+def _adamw(
+    learning_rate: optax.Schedule, config: config_dict.ConfigDict
+) -> optax.GradientTransformation:
+    return optax.adamw(learning_rate, weight_decay=config.weight_decay, mask=matrices_only)
+
+
+OPTIMIZERS.update(lars=_lars, sgd=_sgd, adamw=_adamw)
