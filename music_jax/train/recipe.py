@@ -1,12 +1,17 @@
 """The static inputs of the training step: network, objective, optimizer, guards, augmentation."""
 
 import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import config_dict
 
+from music_jax.config import from_json
 from music_jax.data.augment import ViewAugmentation, view_augmentations
 from music_jax.models.network import Network, make_network
 from music_jax.objectives import (
@@ -17,7 +22,7 @@ from music_jax.objectives import (
     vicreg_loss,
 )
 from music_jax.optim import lars, matrices_only, warmup_cosine
-from music_jax.registry import OBJECTIVES, OPTIMIZERS
+from music_jax.registry import BACKBONES, OBJECTIVES, OPTIMIZERS
 from music_jax.train.gradients import Metrics, Objective
 from music_jax.train.guards import Guards, make_guards
 
@@ -32,6 +37,8 @@ class Recipe:
       guards: Limits that stop a failed training.
       optimizer: Optimizer of the parameters.
       schedule: Learning rate of each step, for the log.
+      base_learning_rate: Learning rate at a batch of 256.
+      at_base_learning_rate: Makes the schedule and the optimizer for a base learning rate.
       views: Augmentation of each view.
       mean: Mean of each channel, in [0, 1].
       std: Standard deviation of each channel.
@@ -45,6 +52,10 @@ class Recipe:
     guards: Guards
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
+    base_learning_rate: float
+    at_base_learning_rate: Callable[
+        [float | jax.Array], tuple[optax.Schedule, optax.GradientTransformation]
+    ]
     views: tuple[ViewAugmentation, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -55,26 +66,66 @@ class Recipe:
 
 def make_recipe(config: config_dict.ConfigDict, steps_per_epoch: int) -> Recipe:
     """Returns the recipe that a config describes."""
-    schedule = make_schedule(config, steps_per_epoch)
+    rate, shared = config.optimizer.base_learning_rate, config_dict.ConfigDict(config.to_dict())
+    shared.update_from_flattened_dict({"seed": 0, "optimizer.base_learning_rate": 1.0})
+    # Parts that are registered again under the same name make another recipe.
+    parts = BACKBONES[config.backbone.name], OBJECTIVES[config.objective.name]
+    recipe = _shared_recipe(json.dumps(shared.to_dict(), sort_keys=True), steps_per_epoch, parts)
+    schedule, optimizer = recipe.at_base_learning_rate(rate)
+    return dataclasses.replace(
+        recipe,
+        seed=config.seed,
+        base_learning_rate=rate,
+        schedule=schedule,
+        optimizer=optimizer,
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _shared_recipe(config_json: str, steps_per_epoch: int, parts: tuple[Any, ...]) -> Recipe:
+    """Returns the recipe of all seeds and base learning rates, which thus share one program."""
+    config = from_json(json.loads(config_json))
+
+    def at_base_learning_rate(
+        base: float | jax.Array,
+    ) -> tuple[optax.Schedule, optax.GradientTransformation]:
+        schedule = make_schedule(config, steps_per_epoch, base)
+        return schedule, OPTIMIZERS[config.optimizer.name](schedule, config.optimizer)
+
+    schedule, optimizer = at_base_learning_rate(1.0)
     return Recipe(
         network=make_network(config),
         objective=OBJECTIVES[config.objective.name](config.objective),
         guards=make_guards(config),
-        optimizer=OPTIMIZERS[config.optimizer.name](schedule, config.optimizer),
+        optimizer=optimizer,
         schedule=schedule,
+        base_learning_rate=1.0,
+        at_base_learning_rate=at_base_learning_rate,
         views=view_augmentations(config),
         mean=tuple(config.dataset.mean),
         std=tuple(config.dataset.std),
         dtype=jnp.dtype(config.compute_dtype),
-        seed=config.seed,
+        seed=0,
         accumulation_steps=config.accumulation_steps,
     )
 
 
-def make_schedule(config: config_dict.ConfigDict, steps_per_epoch: int) -> optax.Schedule:
-    """Returns the learning rate of each step of a whole training."""
+def make_schedule(
+    config: config_dict.ConfigDict,
+    steps_per_epoch: int,
+    base_learning_rate: float | jax.Array | None = None,
+) -> optax.Schedule:
+    """Returns the learning rate of each step of a whole training.
+
+    Args:
+      config: The config.
+      steps_per_epoch: Optimizer steps per epoch.
+      base_learning_rate: Learning rate at a batch of 256; the config's by default.
+    """
+    if base_learning_rate is None:
+        base_learning_rate = config.optimizer.base_learning_rate
     return warmup_cosine(
-        config.optimizer.base_learning_rate,
+        base_learning_rate,
         batch_size=config.batch_size,
         steps_per_epoch=steps_per_epoch,
         num_epochs=config.num_epochs,

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -17,6 +18,7 @@ from music_jax.train.gradients import Metrics, accumulated_gradients, batch_grad
 from music_jax.train.recipe import Recipe
 from music_jax.train.state import TrainState, gather, shard_for_update, state_shardings
 
+_UNUSED: Any = None
 _AUGMENTATION_STREAM = 1  # separates the augmentations' randomness from the initial weights'
 
 StepFunction = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]
@@ -123,12 +125,13 @@ def compile_step(recipe: Recipe, state: TrainState, mesh: Mesh) -> StepFunction:
       mesh: The devices; see `music_jax.distributed.mesh.make_data_mesh`.
     """
     jitted = _jit_step(recipe, state, mesh)
+    values = np.uint32(recipe.seed), np.float32(recipe.base_learning_rate)
 
     def step(
         state: TrainState, images: jax.Array, sample_index: jax.Array
     ) -> tuple[TrainState, Metrics]:
         with jax.set_mesh(mesh):  # the objective divides its work over this mesh
-            return jitted(state, images, sample_index)
+            return jitted(state, images, sample_index, *values)
 
     return step
 
@@ -169,17 +172,44 @@ def lower_step(
         ),
         jax.ShapeDtypeStruct(images_shape, jnp.uint8, sharding=batch),
         jax.ShapeDtypeStruct(images_shape[:1], jnp.uint32, sharding=batch),
+        jax.ShapeDtypeStruct((), jnp.uint32),
+        jax.ShapeDtypeStruct((), jnp.float32),
     )
     with jax.set_mesh(mesh):
         return _jit_step(recipe, state, mesh).lower(*arguments)
 
 
 def _jit_step(recipe: Recipe, state: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
-    states = state_shardings(state, mesh)
-    batch = batch_sharding(mesh)
+    """Jits the step; seed and base learning rate are arguments, so that all share one program."""
+    shared = dataclasses.replace(
+        recipe, seed=0, base_learning_rate=1.0, schedule=_UNUSED, optimizer=_UNUSED
+    )
+    shapes, structure = jax.tree.flatten(jax.tree.map(jax.typeof, state))
+    return _jit_shared_step(shared, structure, tuple(shapes), mesh)
+
+
+@functools.lru_cache(maxsize=4)
+def _jit_shared_step(
+    recipe: Recipe, structure: Any, shapes: tuple[Any, ...], mesh: Mesh
+) -> jax.stages.Wrapped:
+    states = state_shardings(jax.tree.unflatten(structure, shapes), mesh)
+    batch, replicated = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+
+    def step(
+        state: TrainState,
+        images: jax.Array,
+        sample_index: jax.Array,
+        seed: jax.Array,
+        base_learning_rate: jax.Array,
+    ) -> tuple[TrainState, Metrics]:
+        schedule, optimizer = recipe.at_base_learning_rate(base_learning_rate)
+        own = dataclasses.replace(recipe, seed=seed, schedule=schedule, optimizer=optimizer)
+        return training_step(state, images, sample_index, recipe=own, mesh=mesh)
+
+    step.__name__ = training_step.__name__  # as profiles and the compilation cache show it
     return jax.jit(
-        functools.partial(training_step, recipe=recipe, mesh=mesh),
-        in_shardings=(states, batch, batch),
-        out_shardings=(states, NamedSharding(mesh, PartitionSpec())),
+        step,
+        in_shardings=(states, batch, batch, replicated, replicated),
+        out_shardings=(states, replicated),
         donate_argnums=0,
     )
