@@ -96,7 +96,7 @@ def lars(
 
 
 def warmup_cosine(
-    base_learning_rate: float,
+    base_learning_rate: float | jax.Array,
     *,
     batch_size: int,
     steps_per_epoch: int,

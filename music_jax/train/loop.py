@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -54,6 +55,7 @@ def train_and_evaluate(
     *,
     profile_steps: tuple[int, int] | None = None,
     stop: Stop | None = None,
+    initial: TrainState | None = None,
 ) -> TrainState:
     """Pre-trains, resuming if the workdir has a checkpoint, then probes the backbone.
 
@@ -62,6 +64,8 @@ def train_and_evaluate(
       workdir: directory for checkpoints, logs and results; may be a `gs://` one.
       profile_steps: the first and the last step that a JAX profile is recorded of, in `profile/`.
       stop: Tells when to save and stop before the end; None for a run that no signal stops.
+      initial: State whose parameters and batch statistics a new run starts from; by default they
+        are random. A resumed run ignores it.
 
     Returns:
       The state after the last step.
@@ -81,7 +85,9 @@ def train_and_evaluate(
     records.check_same_run(directory, config)
     lock = WorkdirLock(directory) if is_main_process() else contextlib.nullcontext()
     with lock, Writers(config, directory) as writers:
-        return _train_and_evaluate(config, directory, mesh, writers, profile_steps, stop or Stop())
+        return _train_and_evaluate(
+            config, directory, mesh, writers, profile_steps, stop or Stop(), initial
+        )
 
 
 def _train_and_evaluate(
@@ -91,6 +97,7 @@ def _train_and_evaluate(
     writers: Writers,
     profile_steps: tuple[int, int] | None,
     stop: Stop,
+    initial: TrainState | None,
 ) -> TrainState:
     _prepare_datasets(config)
     source = datasets.training_source(config)
@@ -162,6 +169,12 @@ def _train_and_evaluate(
                     events.write("resumed", step=start_step)
                 else:
                     state = init_state(config, recipe.optimizer, mesh)
+                    if initial is not None:
+                        # Copies, because the step donates its state's buffers.
+                        params, stats = jax.tree.map(
+                            jnp.copy, (initial.params, initial.batch_stats)
+                        )
+                        state = dataclasses.replace(state, params=params, batch_stats=stats)
                 try:
                     state = _train(run, state, start_step, stop)
                     break

@@ -6,6 +6,7 @@ normalization layers.
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import config_dict
@@ -40,10 +41,22 @@ OPTIMIZERS: dict[
 ] = {"lars": _lars, "sgd": _sgd, "adamw": _adamw}
 
 
-def make_schedule(config: config_dict.ConfigDict, steps_per_epoch: int) -> optax.Schedule:
-    """The learning rate of each step of the whole training."""
+def make_schedule(
+    config: config_dict.ConfigDict,
+    steps_per_epoch: int,
+    base_learning_rate: float | jax.Array | None = None,
+) -> optax.Schedule:
+    """Returns the learning rate of each step of the whole training.
+
+    Args:
+      config: The config.
+      steps_per_epoch: Optimizer steps an epoch.
+      base_learning_rate: Learning rate at a batch of 256; by default the config's.
+    """
+    if base_learning_rate is None:
+        base_learning_rate = config.optimizer.base_learning_rate
     return warmup_cosine(
-        config.optimizer.base_learning_rate,
+        base_learning_rate,
         batch_size=config.batch_size,
         steps_per_epoch=steps_per_epoch,
         num_epochs=config.num_epochs,

@@ -2,16 +2,18 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
-from music_jax.config import view_augmentations
+from music_jax.config import from_json, view_augmentations
 from music_jax.data.augment import ViewAugmentation, augment_views
 from music_jax.distributed.mesh import batch_sharding
 from music_jax.models.network import Network, make_network
@@ -21,6 +23,7 @@ from music_jax.train.objective import OBJECTIVES, Metrics, Objective
 from music_jax.train.optimizer import OPTIMIZERS, make_schedule
 from music_jax.train.state import TrainState, state_shardings
 
+_UNUSED: Any = None
 _AUGMENTATION_STREAM = 1  # separates the augmentations' randomness from the initial weights'
 
 
@@ -34,6 +37,8 @@ class Recipe:
       guards: what of them, of the loss and of the gradient is watched.
       optimizer: what turns gradients into updates.
       schedule: the learning rate of each step, for the log.
+      base_learning_rate: Learning rate at a batch of 256.
+      at_base_learning_rate: Makes the schedule and the optimizer for a base learning rate.
       views: the augmentation of each view.
       mean: of each channel, in [0, 1].
       std: of each channel, in [0, 1].
@@ -47,6 +52,10 @@ class Recipe:
     guards: guards.Guards
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
+    base_learning_rate: float
+    at_base_learning_rate: Callable[
+        [float | jax.Array], tuple[optax.Schedule, optax.GradientTransformation]
+    ]
     views: tuple[ViewAugmentation, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -56,19 +65,45 @@ class Recipe:
 
 
 def make_recipe(config: config_dict.ConfigDict, steps_per_epoch: int) -> Recipe:
-    """The recipe that a config describes."""
-    schedule = make_schedule(config, steps_per_epoch)
+    """Returns the recipe that a config describes."""
+    rate, shared = config.optimizer.base_learning_rate, config_dict.ConfigDict(config.to_dict())
+    shared.update_from_flattened_dict({"seed": 0, "optimizer.base_learning_rate": 1.0})
+    recipe = _shared_recipe(json.dumps(shared.to_dict(), sort_keys=True), steps_per_epoch)
+    schedule, optimizer = recipe.at_base_learning_rate(rate)
+    return dataclasses.replace(
+        recipe,
+        seed=config.seed,
+        base_learning_rate=rate,
+        schedule=schedule,
+        optimizer=optimizer,
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _shared_recipe(config_json: str, steps_per_epoch: int) -> Recipe:
+    """Returns the recipe of all seeds and base learning rates, which thus share one program."""
+    config = from_json(json.loads(config_json))
+
+    def at_base_learning_rate(
+        base: float | jax.Array,
+    ) -> tuple[optax.Schedule, optax.GradientTransformation]:
+        schedule = make_schedule(config, steps_per_epoch, base)
+        return schedule, OPTIMIZERS[config.optimizer.name](schedule, config.optimizer)
+
+    schedule, optimizer = at_base_learning_rate(1.0)
     return Recipe(
         network=make_network(config),
         objective=OBJECTIVES[config.objective.name](config.objective),
         guards=guards.make_guards(config),
-        optimizer=OPTIMIZERS[config.optimizer.name](schedule, config.optimizer),
+        optimizer=optimizer,
         schedule=schedule,
+        base_learning_rate=1.0,
+        at_base_learning_rate=at_base_learning_rate,
         views=view_augmentations(config),
         mean=tuple(config.dataset.mean),
         std=tuple(config.dataset.std),
         dtype=jnp.dtype(config.compute_dtype),
-        seed=config.seed,
+        seed=0,
         accumulation_steps=config.accumulation_steps,
     )
 
@@ -180,12 +215,13 @@ def compile_step(recipe: Recipe, state: TrainState, mesh: Mesh) -> StepFunction:
       A function as `training_step`, without the recipe and the mesh.
     """
     jitted = _jit_step(recipe, state, mesh)
+    values = np.uint32(recipe.seed), np.float32(recipe.base_learning_rate)
 
     def step(
         state: TrainState, images: jax.Array, sample_index: jax.Array
     ) -> tuple[TrainState, Metrics]:
         with jax.set_mesh(mesh):  # by which the objective finds the devices to divide its work over
-            return jitted(state, images, sample_index)
+            return jitted(state, images, sample_index, *values)
 
     return step
 
@@ -232,17 +268,43 @@ def lower_step(
         ),
         jax.ShapeDtypeStruct(images_shape, jnp.uint8, sharding=batch),
         jax.ShapeDtypeStruct(images_shape[:1], jnp.uint32, sharding=batch),
+        jax.ShapeDtypeStruct((), jnp.uint32),
+        jax.ShapeDtypeStruct((), jnp.float32),
     )
     with jax.set_mesh(mesh):
         return _jit_step(recipe, state, mesh).lower(*arguments)
 
 
 def _jit_step(recipe: Recipe, state: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
-    states = state_shardings(state, mesh)
-    batch = batch_sharding(mesh)
+    """Jits the step; seed and base learning rate are arguments, so that all share one program."""
+    shared = dataclasses.replace(
+        recipe, seed=0, base_learning_rate=1.0, schedule=_UNUSED, optimizer=_UNUSED
+    )
+    shapes, structure = jax.tree.flatten(jax.tree.map(jax.typeof, state))
+    return _jit_shared_step(shared, structure, tuple(shapes), mesh)
+
+
+@functools.lru_cache(maxsize=4)
+def _jit_shared_step(
+    recipe: Recipe, structure: Any, shapes: tuple[Any, ...], mesh: Mesh
+) -> jax.stages.Wrapped:
+    states = state_shardings(jax.tree.unflatten(structure, shapes), mesh)
+    batch, replicated = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+
+    def step(
+        state: TrainState,
+        images: jax.Array,
+        sample_index: jax.Array,
+        seed: jax.Array,
+        base_learning_rate: jax.Array,
+    ) -> tuple[TrainState, Metrics]:
+        schedule, optimizer = recipe.at_base_learning_rate(base_learning_rate)
+        own = dataclasses.replace(recipe, seed=seed, schedule=schedule, optimizer=optimizer)
+        return training_step(state, images, sample_index, recipe=own, mesh=mesh)
+
     return jax.jit(
-        functools.partial(training_step, recipe=recipe, mesh=mesh),
-        in_shardings=(states, batch, batch),
-        out_shardings=(states, NamedSharding(mesh, PartitionSpec())),
+        step,
+        in_shardings=(states, batch, batch, replicated, replicated),
+        out_shardings=(states, replicated),
         donate_argnums=0,
     )
