@@ -117,18 +117,29 @@ def _start_worker(
 ) -> concurrent.futures.ProcessPoolExecutor:
     log = os.fspath(sweep.directory / _log_name(number))
     spawn = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(1, spawn, _begin, (core, log))
+    worker = concurrent.futures.ProcessPoolExecutor(
+        1, spawn, _begin, (log, None if core is None else 1)
+    )
+    # The process inherits its core, because libraries count cores as soon as they are imported.
+    own = None if core is None else os.sched_getaffinity(0)
+    try:
+        if core is not None:
+            os.sched_setaffinity(0, {core})
+        worker.submit(os.getpid)
+    finally:
+        if own is not None:
+            os.sched_setaffinity(0, own)
+    return worker
 
 
-def _begin(core: int | None, log: str) -> None:
-    """Prepares a worker process: its core, its log, and its end with the sweep's."""
+def _begin(log: str, num_devices: int | None) -> None:
+    """Prepares a worker process: its end with the sweep's, its log and its devices."""
     end_with_parent()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    if core is not None:
-        os.sched_setaffinity(0, {core})
-        jax.config.update("jax_num_cpu_devices", 1)
+    if num_devices is not None:
+        jax.config.update("jax_num_cpu_devices", num_devices)
     progress.log_to_stdout()
     use_compilation_cache()
 
