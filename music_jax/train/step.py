@@ -16,6 +16,7 @@ from ml_collections import config_dict
 from music_jax.config import from_json, view_augmentations
 from music_jax.data.augment import ViewAugmentation, augment_views
 from music_jax.distributed.mesh import batch_sharding
+from music_jax.models import BACKBONES
 from music_jax.models.network import Network, make_network
 from music_jax.train import guards, sharding
 from music_jax.train.gradients import accumulated_gradients, batch_gradients
@@ -68,7 +69,9 @@ def make_recipe(config: config_dict.ConfigDict, steps_per_epoch: int) -> Recipe:
     """Returns the recipe that a config describes."""
     rate, shared = config.optimizer.base_learning_rate, config_dict.ConfigDict(config.to_dict())
     shared.update_from_flattened_dict({"seed": 0, "optimizer.base_learning_rate": 1.0})
-    recipe = _shared_recipe(json.dumps(shared.to_dict(), sort_keys=True), steps_per_epoch)
+    # Parts that are registered again under the same name make another recipe.
+    parts = BACKBONES[config.backbone.name], OBJECTIVES[config.objective.name]
+    recipe = _shared_recipe(json.dumps(shared.to_dict(), sort_keys=True), steps_per_epoch, parts)
     schedule, optimizer = recipe.at_base_learning_rate(rate)
     return dataclasses.replace(
         recipe,
@@ -80,7 +83,7 @@ def make_recipe(config: config_dict.ConfigDict, steps_per_epoch: int) -> Recipe:
 
 
 @functools.lru_cache(maxsize=4)
-def _shared_recipe(config_json: str, steps_per_epoch: int) -> Recipe:
+def _shared_recipe(config_json: str, steps_per_epoch: int, parts: tuple[Any, ...]) -> Recipe:
     """Returns the recipe of all seeds and base learning rates, which thus share one program."""
     config = from_json(json.loads(config_json))
 
