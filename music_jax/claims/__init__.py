@@ -1,1 +1,1 @@
-"""The paper's claims as experiments: a sweep of small trainings, and a table of what came out."""
+"""The paper's claims as experiments: a sweep of small trainings, and tables of their results."""

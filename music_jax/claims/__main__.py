@@ -1,4 +1,4 @@
-"""`python -m music_jax.claims`: the paper's claims as a sweep that goes on where it was stopped."""
+"""`python -m music_jax.claims`: test the paper's claims with a resumable sweep of trainings."""
 
 import os
 import subprocess
@@ -12,22 +12,21 @@ from music_jax.distributed import usable_cores
 from music_jax.errors import UserError
 
 _USAGE = """
-Puts the paper's claims to the test: a sweep of trainings, each in a directory of its own, and a
-table and a plot for each claim. Run again with the same arguments, it trains what is missing; of
-what is in work when it is stopped or killed, nothing is kept.
+Tests the paper's claims with a sweep of trainings, each in a directory of its own, and writes a
+table and a plot for each claim. Rerun the command to run what is missing; trainings that were
+interrupted resume from their last checkpoint.
 
   python -m music_jax.claims --config=configs/mnist5k.py --seeds=5 --output=claims/mnist5k
   python -m music_jax.claims --config=configs/shapes.py --seeds=3 --only=1,7 --results=RESULTS.md
 
-  1 objectives; 2 projector depth; 3 embedding dimension; 4 batch size; 5 trivial solutions (from
-  a collapsed start too where images are kept in memory); 6 temperature and weights; 7 what each
-  segment is about (shapes)
+  1 objectives; 2 projector depth; 3 embedding dimension; 4 batch size; 5 trivial solutions;
+  6 temperature and weights; 7 what each segment is about (shapes)
 
-With --only, the tables of other claims that the directory has already stay, made anew from all
-results that are there. --results has one section for each sweep, by the name of its directory.
+With --only, the tables of other claims that the directory has already are kept, recomputed from
+all results that are there. --results has one section for each sweep, named after its directory.
 
-Learning rates are chosen on a part of the training split. What differs from the config file, and
-all grids: music_jax/claims/settings.py. --config.FIELD=VALUE comes before both.
+Learning rates are chosen on a part of the training split. All grids, and the fields that differ
+from the config file, are in music_jax/claims/grid.py. --config.FIELD=VALUE overrides both.
 
 Exit codes: 0 done; 2 wrong input; 3 some cells failed; 75 stopped by a signal.
 """
@@ -41,26 +40,22 @@ def main() -> None:
 
     results_file = _results_file()
     cores = _cores()
-    from music_jax.claims import plots, pool, report, results
-    from music_jax.claims.cells import Sweep, base_config, chosen
-    from music_jax.claims.grid import make_claims
-    from music_jax.claims.settings import settings_of
+    from music_jax.claims import grid, pool, report, results
+    from music_jax.claims.sweep import Sweep, base_config, chosen
     from music_jax.data import datasets
     from music_jax.distributed import progress
     from music_jax.workdir.directory import WorkdirLock, open_workdir
 
     name = config.dataset.name
-    settings = settings_of(name)
-    overridden = _overridden_fields()
-    claims = make_claims(base_config(config, settings, overridden), settings)
-    wanted = chosen({claim.number: claim for claim in claims}, flags.FLAGS.only)
-    output = flags.FLAGS.output or os.path.join("claims", name.partition("/")[0])
-    directory = open_workdir(output)
+    settings, overridden = grid.settings_of(name), _overridden_fields()
+    claims = grid.make_claims(base_config(config, settings, overridden), settings)
+    wanted = chosen(claims, flags.FLAGS.only)
+    directory = open_workdir(flags.FLAGS.output or os.path.join("claims", name.partition("/")[0]))
     sweep = Sweep(
         config,
         settings,
         wanted,
-        num_seeds=flags.FLAGS.seeds,
+        num_seeds={claim.number: flags.FLAGS.seeds for claim in wanted},
         directory=directory,
         overridden=overridden,
     )
@@ -74,14 +69,14 @@ def main() -> None:
     finally:
         tables = results.collect(shown)
         results.write(tables, directory)
-        plots.write(tables, directory)
+        report.write_plots(tables, directory)
         progress.say_lines(results.as_text(tables))
         if results_file is not None:
             report.write_section(results_file, shown, tables)
 
 
 def _results_file() -> epath.Path | None:
-    """The Markdown file, seen to be writable before hours are spent."""
+    """Returns the Markdown file, after a check that it can be written."""
     if not flags.FLAGS.results:
         return None
     path = epath.Path(flags.FLAGS.results).expanduser()
@@ -89,7 +84,7 @@ def _results_file() -> epath.Path | None:
         (path.parent / "results").mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError("it is a directory")
-        if not path.exists():  # The only sure way to know.
+        if not path.exists():  # the only reliable check
             path.touch()
             path.unlink()
     except OSError as error:
@@ -100,9 +95,9 @@ def _results_file() -> epath.Path | None:
 
 
 def _cores() -> list[int | None]:
-    """The core that each worker keeps to; a single worker where there is an accelerator.
+    """Returns the core of each worker, or a single worker without one if there is an accelerator.
 
-    This process itself leaves accelerators to the worker.
+    From here on this process uses the CPU only, and leaves accelerators to the worker.
     """
     backend = os.environ.get("JAX_PLATFORMS")
     if backend != "cpu":
@@ -128,10 +123,12 @@ def _overridden_fields() -> list[str]:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("seeds", 5, "Seeds of each setting.")
+    flags.DEFINE_integer("seeds", 5, "Number of seeds of each setting.")
     flags.DEFINE_list("only", [], "Numbers of the claims to test; all by default.")
     flags.DEFINE_string("output", None, "Directory of the sweep. [claims/DATASET]")
-    flags.DEFINE_string("results", None, "Markdown file in which to put the dataset's section.")
-    flags.DEFINE_integer("workers", None, "Processes on CPU. [one a core]", lower_bound=1)
-    flags.DEFINE_boolean("tables_only", False, "Train nothing: tables from what there is.")
+    flags.DEFINE_string("results", None, "Markdown file to write the sweep's section to.")
+    flags.DEFINE_integer("workers", None, "Number of processes on CPU. [one a core]", lower_bound=1)
+    flags.DEFINE_boolean(
+        "tables_only", False, "Whether to only write tables, of the results that exist."
+    )
     cli.run(main, _USAGE, config="file")

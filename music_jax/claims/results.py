@@ -1,4 +1,4 @@
-"""What came out: the table of each claim, with means and intervals over the seeds."""
+"""The table of each claim: means and intervals over the seeds."""
 
 import csv
 import io
@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from music_jax.claims.cells import Cell, Sweep
-from music_jax.claims.grid import Point
+from music_jax.claims.grid import Claim, Point
+from music_jax.claims.sweep import Sweep
 from music_jax.distributed import progress
 from music_jax.metrics.few_shot import mean_interval
 from music_jax.workdir.files import write_json, write_new
 
-# What a claim's table shows, and how it is called; of shares, in percent.
+# Measures and their headings; shares are shown in percent.
 SHARES = {
     "linear_top1": "linear",
     "knn_top1": "kNN",
@@ -56,14 +56,15 @@ Table = dict[str, Any]
 
 
 def collect(sweep: Sweep) -> list[Table]:
-    """The table of each claim of a sweep, from the cells that are done.
+    """Returns the table of each claim of a sweep, from the cells that are done.
 
     Returns:
-      Of each claim its number, title, question, axis and rows. A row has its series, its x, the
-      setting, the learning rate (None while unknown) and whether it was the least or the largest
-      that was tried, how many seeds are done of how many, how many of them diverged, and each
-      measure's mean, half-width of the 95 % interval (None for a single seed) and values. Those of
-      claim 7 also have the factors, and each seed's figures of each factor.
+      Number, title, question, axis and rows of each claim. A row has its series, its x, the
+      setting, the learning rate (None while unknown), the validation accuracy of each rate that was
+      searched, whether the rate was the smallest or largest of these, the number of seeds that are
+      done, that are wanted and that diverged, and each measure's mean, half-width of the 95 %
+      interval (None for a single seed) and values. Rows of claim 7 also have the factors and each
+      seed's measures of them.
     """
     return [
         {
@@ -71,50 +72,43 @@ def collect(sweep: Sweep) -> list[Table]:
             "title": claim.title,
             "question": claim.question,
             "axis": claim.axis,
-            "rows": [_row(sweep, point, of_factors=claim.number == 7) for point in claim.points],
+            "rows": [_row(sweep, claim, point) for point in claim.points],
         }
         for claim in sweep.claims
     ]
 
 
-def _row(sweep: Sweep, point: Point, *, of_factors: bool) -> dict[str, Any]:
-    setting = point.setting
-    rates, best = sweep.rates(setting), sweep.best_rate(setting)
-    found: list[dict[str, Any]] = []
-    if best is not None:
-        done = (sweep.result(cell) for cell in sweep.final_cells(setting, best))
-        found = [result for result in done if result is not None]
+def _row(sweep: Sweep, claim: Claim, point: Point) -> dict[str, Any]:
+    setting, num_seeds = point.setting, sweep.num_seeds[claim.number]
+    best = sweep.best_rate(setting)
+    search = {
+        cell.learning_rate: (sweep.result(cell) or {}).get("linear_top1")
+        for cell in sweep.search_cells(setting)
+    }
+    done = [sweep.result(cell) for cell in sweep.final_cells(setting, num_seeds)]
+    results = [result for result in done if result is not None]
     row: dict[str, Any] = {
         "series": point.series,
         "x": point.x,
         "setting": setting.name,
         "learning_rate": best,
-        "search": {} if rates is None or len(rates) == 1 else _search(sweep, point, rates),
-        "rate_at_edge": rates is not None and len(rates) > 1 and best in (rates[0], rates[-1]),
-        "seeds": len(found),
-        "seeds_wanted": sweep.num_seeds,
-        "diverged": sum("diverged" in result for result in found),
-        "core_seconds": [result["core_seconds"] for result in found],
+        "search": {f"{rate:g}": top1 for rate, top1 in search.items()},
+        "rate_at_edge": bool(search) and best in (min(search), max(search)),
+        "seeds": len(results),
+        "seeds_wanted": num_seeds,
+        "diverged": sum("diverged" in result for result in results),
+        "core_seconds": [result["core_seconds"] for result in results],
     }
-    whole = [result for result in found if "diverged" not in result]
-    row["measures"] = _measures(whole)
-    starts = [result["start"] for result in whole if result.get("start")]
+    finished = [result for result in results if "diverged" not in result]
+    row["measures"] = _measures(finished)
+    starts = [result["start"] for result in finished if result.get("start")]
     if starts:
         row["start"] = _measures(starts)
-    if of_factors and whole and "factors" in whole[0]:
-        row["factors"] = whole[0]["factors"]
-        row["factor_linear_top1"] = [r["factor_linear_top1"] for r in whole]
-        row["factor_nmi"] = [r["factor_nmi"] for r in whole if "factor_nmi" in r]
+    if claim.number == 7 and finished and "factors" in finished[0]:
+        row["factors"] = finished[0]["factors"]
+        row["factor_linear_top1"] = [r["factor_linear_top1"] for r in finished]
+        row["factor_nmi"] = [r["factor_nmi"] for r in finished if "factor_nmi" in r]
     return row
-
-
-def _search(sweep: Sweep, point: Point, rates: tuple[float, ...]) -> dict[str, float | None]:
-    """Validation accuracy of each learning rate; None where it is missing or diverged."""
-    found = {}
-    for rate in rates:
-        result = sweep.result(Cell(point.setting, rate, sweep.config.seed, True)) or {}
-        found[f"{rate:g}"] = result.get("linear_top1")
-    return found
 
 
 def _measures(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -126,7 +120,7 @@ def _measures(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     ]
     measures = {}
     for name in (*SHARES, *NUMBERS):
-        values = [result[name] for result in results if name in result]
+        values = [result[name] for result in results if result.get(name) is not None]
         if values:
             mean, half_width = mean_interval(values)
             half = None if np.isnan(half_width) else half_width
@@ -156,18 +150,18 @@ def _as_csv(tables: list[Table]) -> str:
 
 
 def plot_name(table: Table) -> str:
-    """The file of a claim's plot, in the sweep's directory."""
+    """Returns the file name of a claim's plot."""
     return f"claim-{table['claim']}.png"
 
 
 def columns(table: Table) -> list[str]:
-    """The measures that a claim's table shows: those that any row has."""
+    """Returns the measures that a claim's table shows: those that any row has."""
     shown = _SHOWN.get(table["claim"], _SHOWN_ELSE)
     return [name for name in shown if any(name in row["measures"] for row in table["rows"])]
 
 
 def cells_of(table: Table) -> tuple[list[str], list[list[str]]]:
-    """A claim's table as text: the header, and the rows."""
+    """Returns the header and the rows of a claim's table as text."""
     names = columns(table)
     header = ["", table["axis"], *({**SHARES, **NUMBERS}[name] for name in names)]
     header += ["rate", "seeds"]
@@ -187,7 +181,7 @@ def cells_of(table: Table) -> tuple[list[str], list[list[str]]]:
 
 
 def show(name: str, measure: dict[str, Any] | None) -> str:
-    """A measure with its interval, in percent if it is a share."""
+    """Formats a measure with its interval, in percent if it is a share."""
     if measure is None:
         return ""
     factor, digits = (100, 1) if name in SHARES else (1, 0)
@@ -198,14 +192,14 @@ def show(name: str, measure: dict[str, Any] | None) -> str:
 
 
 def markdown(table: Table) -> str:
-    """A claim's table in Markdown."""
+    """Formats a claim's table in Markdown."""
     header, rows = cells_of(table)
     rule = ["---" if i < 2 else "---:" for i in range(len(header))]
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *rows))
 
 
 def as_text(tables: list[Table]) -> str:
-    """All tables for a terminal."""
+    """Formats all tables for a terminal."""
     parts = []
     for table in tables:
         header, rows = cells_of(table)

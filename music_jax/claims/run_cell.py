@@ -1,311 +1,194 @@
-"""Running one cell: training by the project's own step, then measuring."""
+"""Runs one cell: trains and evaluates it as the commands do, and collects its measures."""
 
 import dataclasses
-import functools
-import json
+import os
 import time
-from collections.abc import Callable
 from typing import Any
 
-import cv2
-import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
-from ml_collections import config_dict
+from sklearn.metrics import normalized_mutual_info_score
 
-from music_jax.claims import measure as measuring
-from music_jax.claims.cells import result_file
-from music_jax.claims.measure import Outputs
-from music_jax.config import from_json, validate
-from music_jax.data import datasets
-from music_jax.data.augment import normalize_images
-from music_jax.data.crops import Crop
-from music_jax.data.decode import decode
-from music_jax.data.loader import TrainingOrder, training_batches
-from music_jax.data.skipped import open_skipped
+from music_jax.claims.sweep import result_file
+from music_jax.config import from_json
 from music_jax.data.sources import Source
-from music_jax.data.tfds_source import open_split
-from music_jax.distributed.mesh import batch_sharding, local_positions, make_data_mesh, to_devices
-from music_jax.errors import DivergedError, UndecodableError, UnusableDataError
-from music_jax.evaluation.features import extract_split
-from music_jax.train import guards, train_and_evaluate
-from music_jax.train.optimizer import OPTIMIZERS, make_schedule
-from music_jax.train.state import TrainState, abstract_state, initial_state, state_shardings
-from music_jax.train.step import make_recipe, training_step
+from music_jax.errors import DivergedError
+from music_jax.evaluation.features import SplitFeatures
+from music_jax.evaluation.load_run import load_run
+from music_jax.evaluation.protocols import read_final_results, run_protocols
+from music_jax.evaluation.run import Run
+from music_jax.metrics.linear_probe import ProbeRecipe, linear_probe
+from music_jax.train import train_and_evaluate
 from music_jax.workdir.directory import open_workdir
-from music_jax.workdir.files import read_json, write_json
-from music_jax.workdir.logs import MetricsLog
-from music_jax.workdir.run_config import as_json, write_config
+from music_jax.workdir.files import write_json
 
-# Programs are the same whatever these are: seed and learning rate are arguments of theirs.
-_ANY = {
-    "seed": 0,
-    "optimizer.base_learning_rate": 1.0,
-    "dataset.train_split": "",
-    "dataset.test_split": "",
-    "evaluation.train": "",
-    "evaluation.test": "",
-}
-_SAMPLE = 50_000  # images of a split, of a dataset that does not fit into memory
+_PROTOCOLS = ("linear", "knn", "fewshot", "label_free", "segments", "clustering")
 
 
 @dataclasses.dataclass(frozen=True)
 class CellTask:
-    """What a worker is told about a cell.
+    """What a worker process needs to run a cell.
 
     Attributes:
-      directory: where its files go.
-      config: what it trains, as JSON.
-      searching: whether it is for the learning rate alone.
-      collapsed_start: whether invariance alone is trained for first; only with `in_memory`.
-      in_memory: as in `Settings`.
+      directory: Directory of the cell.
+      config: Config to train, as JSON.
+      searching: Whether the cell belongs to a search for the learning rate.
+      collapsed_start: Whether to train for invariance alone first.
     """
 
     directory: str
     config: dict[str, Any]
     searching: bool
     collapsed_start: bool
-    in_memory: bool
 
 
 def run_cell(task: CellTask) -> None:
-    """Trains, measures and writes result.json, which is there once everything is done."""
+    """Trains and measures a cell, resuming if it was interrupted, and writes its result.json."""
     started, cpu_started = time.monotonic(), time.process_time()
     config = from_json(task.config)
-    validate(config)
     directory = open_workdir(task.directory)
-    result: dict[str, Any] = {"learning_rate": config.optimizer.base_learning_rate}
+    start_directory = directory / "start"
+    result: dict[str, Any] = {"learning_rate": config.optimizer.base_learning_rate, "start": None}
     try:
-        if task.in_memory:
-            write_config(directory, config)
-            state, start = _train(config, directory, task.collapsed_start)
-            result |= {"start": start, "train_seconds": time.monotonic() - started}
-            result |= _measure(config, directory, state, searching=task.searching)
+        start = None
+        if task.collapsed_start:
+            weights = {f"objective.{term}_weight": 0.0 for term in ("diagonal", "cross_segment")}
+            collapsed = from_json(task.config)
+            collapsed.update_from_flattened_dict(weights)
+            start = train_and_evaluate(collapsed, os.fspath(start_directory))
+            result["start"] = measure(load_run(os.fspath(start_directory)))
+        state = train_and_evaluate(config, task.directory, initial=start)
+        if task.searching:
+            found = read_final_results(config, directory, int(state.step)) or {}
+            result["linear_top1"] = found["linear"]["top1"]
         else:
-            state = train_and_evaluate(config, task.directory)
-            result["train_seconds"] = time.monotonic() - started
-            result |= _measure_run(config, directory, state, searching=task.searching)
+            result |= measure(load_run(task.directory))
     except DivergedError as error:
         result["diverged"] = str(error)
     result["seconds"] = time.monotonic() - started
     result["core_seconds"] = time.process_time() - cpu_started
     write_json(result_file(directory), result)
+    _remove(directory, start_directory, checkpoints=task.searching)
 
 
-@functools.lru_cache(maxsize=8)
-def _in_memory(dataset_json: str, split: str) -> tuple[Source, dict[str, np.ndarray]]:
-    """A split decoded once, and each of its label features.
+def _remove(directory: epath.Path, start_directory: epath.Path, *, checkpoints: bool) -> None:
+    """Removes what nothing reads once a cell has its result."""
+    large = [directory / "features", start_directory / "features", start_directory / "checkpoints"]
+    if checkpoints:
+        large.append(directory / "checkpoints")
+    for path in large:
+        path.rmtree(missing_ok=True)
 
-    Raises:
-      UnusableDataError: an image is damaged; a cell trains on all of them or not at all.
-    """
-    dataset = config_dict.ConfigDict(json.loads(dataset_json))
-    source = open_split(dataset, split)
-    found, labels = [], []
-    for index in range(len(source)):
-        try:
-            encoded, label = source.example(index)
-            image = decode(encoded, dataset.num_channels)
-        except UndecodableError as error:
-            name = source.record_name(index)
-            raise UnusableDataError(f"image {name} of {source.name}: {error}") from error
-        if dataset.num_channels == 3:
-            image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-        # As a bitmap, which is decoded at no cost; crops are cut as in any other run.
-        found.append({"image": cv2.imencode(".bmp", image)[1].tobytes(), "label": label})
-        record = source.records[index]
-        labels.append({k: int(v) for k, v in record.items() if np.ndim(v) == 0 and _is_int(v)})
-    names = [dataset.label_key, *(key for key in labels[0] if key != dataset.label_key)]
-    columns = {name: np.array([row[name] for row in labels]) for name in names}
-    distinct = {  # `label` may be one of the others under another name
-        name: column
-        for i, (name, column) in enumerate(columns.items())
-        if not any(np.array_equal(column, columns[other]) for other in names[:i])
+
+def measure(run: Run) -> dict[str, Any]:
+    """Returns the measures of a trained run that the tables show, by name."""
+    found = run_protocols(run, _PROTOCOLS)
+    result = {
+        "linear_top1": found["linear"]["top1"],
+        "knn_top1": found["knn"]["top1"],
+        "ten_shot_top1": found["fewshot"]["top1_by_shots"]["10"]["top1"],
+        "rankme": found["label_free"]["features"]["rankme"],
+        "embedding_rankme": found["label_free"]["embeddings"]["rankme"],
     }
-    source = dataclasses.replace(source, records=found, image_key="image", label_key="label")
-    return source, distinct
+    if "segments" in found:
+        segments = found["segments"]
+        result |= {
+            "segment_information": segments["mutual_information"]["mean"] / segments["log_units"],
+            "usage_entropy": segments["usage_entropy_share"],
+            "confidence": segments["confidence"]["mean"],
+            "dead_units": segments["dead_units"] / segments["num_units"],
+        }
+    if "clustering" in found:
+        clusters = found["clustering"]
+        nmi = [segment["nmi"] for segment in clusters["segments"]]
+        result |= {
+            "segment_accuracy": clusters["chosen_segment"]["accuracy"],
+            "segment_purity": clusters["chosen_segment"]["purity"],
+            "joint_code_accuracy": clusters["joint_code"]["accuracy"],
+            "joint_code_nmi": clusters["joint_code"]["nmi"],
+            "segments_label_nmi": nmi,
+            "segments_label_nmi_mean": float(np.mean(nmi)),
+        }
+    return result | _measure_factors(run, result["linear_top1"])
 
 
-def _is_int(value: Any) -> bool:
-    return np.issubdtype(np.asarray(value).dtype, np.integer)
+def _measure_factors(run: Run, linear_top1: float) -> dict[str, Any]:
+    """Returns measures of each label, if the images have several.
 
-
-def _source(config: config_dict.ConfigDict, split: str) -> tuple[Source, dict[str, np.ndarray]]:
-    return _in_memory(json.dumps(config.dataset.to_dict(), sort_keys=True), split)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Programs:
-    init: Callable[[jax.Array], TrainState]
-    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    outputs: Callable[..., dict[str, jax.Array]]  # features and embeddings
-
-
-@functools.lru_cache(maxsize=4)
-def _programs(config_json: str) -> _Programs:
-    """The initial state and the step, for all seeds, learning rates and splits of a config."""
-    config = from_json(json.loads(config_json))
-    mesh = make_data_mesh()
-    recipe = make_recipe(config, 1)
-
-    def step(
-        state: TrainState, images: jax.Array, index: jax.Array, seed: jax.Array, rate: jax.Array
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        def schedule(_: Any) -> jax.Array:
-            return rate
-
-        own = dataclasses.replace(
-            recipe,
-            seed=seed,
-            schedule=schedule,
-            optimizer=OPTIMIZERS[config.optimizer.name](schedule, config.optimizer),
-        )
-        return training_step(state, images, index, recipe=own, mesh=mesh)
-
-    states = state_shardings(abstract_state(config, recipe.optimizer), mesh)
-    batch, whole = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
-
-    def outputs(params: Any, batch_stats: Any, images: jax.Array) -> dict[str, jax.Array]:
-        x = normalize_images(images, mean=recipe.mean, std=recipe.std, dtype=recipe.dtype)
-        found = recipe.network.infer(params, batch_stats, x)
-        names = ("features", "embeddings")
-        return {name: y.astype(jnp.float32) for name, y in zip(names, found, strict=True)}
-
-    return _Programs(
-        init=jax.jit(
-            functools.partial(initial_state, config, recipe.optimizer), out_shardings=states
-        ),
-        step=jax.jit(
-            step,
-            in_shardings=(states, batch, batch, whole, whole),
-            out_shardings=(states, whole),
-            donate_argnums=0,
-        ),
-        outputs=jax.jit(outputs),
-    )
-
-
-def _for_any(config: config_dict.ConfigDict, **fields: Any) -> str:
-    config = config_dict.ConfigDict(config.to_dict())
-    config.update_from_flattened_dict(_ANY | fields)
-    return json.dumps(as_json(config), sort_keys=True)
-
-
-def _train(
-    config: config_dict.ConfigDict, directory: epath.Path, collapsed_start: bool
-) -> tuple[TrainState, dict[str, Any] | None]:
-    """The state after training, and what a collapsed start was measured to be."""
-    state, start = None, None
-    if collapsed_start:
-        weights = {f"objective.{term}_weight": 0.0 for term in ("diagonal", "cross_segment")}
-        state = _train_once(config, directory / "start", None, weights)
-        start = _measure(config, directory, state)
-    return _train_once(config, directory, state, {}), start
-
-
-def _train_once(
-    config: config_dict.ConfigDict,
-    directory: epath.Path,
-    start: TrainState | None,
-    changes: dict[str, Any],
-) -> TrainState:
-    directory.mkdir(parents=True, exist_ok=True)
-    mesh = make_data_mesh()
-    source, _ = _source(config, config.dataset.train_split)
-    order = TrainingOrder(len(source), config.batch_size, config.seed)
-    num_steps = config.num_epochs * order.steps_per_epoch
-    programs = _programs(_for_any(config, **changes))
-    state = programs.init(jax.random.key(config.seed))
-    if start is not None:
-        state = dataclasses.replace(state, params=start.params, batch_stats=start.batch_stats)
-    batches = training_batches(
-        source,
-        order,
-        crop=Crop(config.crop.size, tuple(config.crop.scale), tuple(config.crop.aspect_ratio)),
-        channels=config.dataset.num_channels,
-        positions=local_positions(config.batch_size, mesh),
-        num_steps=num_steps,
-        num_threads=config.num_decode_threads,
-    )
-    seed = jnp.asarray(config.seed, np.uint32)
-    rates = np.asarray(make_schedule(config, order.steps_per_epoch)(np.arange(num_steps)))
-    log = MetricsLog(directory, 0)
-    with jax.set_mesh(mesh):
-        for step, batch in enumerate(batches, start=1):
-            images = to_devices(batch["images"], config.batch_size, mesh)
-            index = to_devices(batch["sample_index"], config.batch_size, mesh)
-            state, metrics = programs.step(state, images, index, seed, rates[step - 1])
-            if step % order.steps_per_epoch == 0:
-                scalars = {name: float(value) for name, value in metrics.items()}
-                log.write({"step": step, "epoch": step / order.steps_per_epoch, **scalars})
-                if guards.read_trip(state.guard) is not None:
-                    log.close()
-                    raise DivergedError(f"by step {step} of {num_steps}")
-    log.close()
-    return state
-
-
-def _measure(
-    config: config_dict.ConfigDict,
-    directory: epath.Path,
-    state: TrainState,
-    *,
-    searching: bool = False,
-) -> dict[str, Any]:
-    """The measures of a cell whose images are in memory."""
-    splits = (config.dataset.train_split, config.dataset.test_split)
-    train, test = (_extract(config, directory, state, *_source(config, split)) for split in splits)
-    result: dict[str, Any] = {"linear_top1": measuring.linear_top1(train, test, config)}
-    if not searching:
-        result |= measuring.measure(train, test, config)
-        if len(train.labels) > 1:
-            result |= measuring.measure_factors(train, test, config)
+    These are the accuracy of a linear probe of each label and, for MUSIC, the normalized mutual
+    information of each segment with each label.
+    """
+    sources, train, test = run.evaluation_sources(), run.train(), run.test()
+    train_labels = label_columns(sources.train, train.indices)
+    if len(train_labels) < 2:
+        return {}
+    test_labels = label_columns(sources.test, test.indices)
+    first, *others = train_labels  # the first is the label that the run is evaluated with
+    result: dict[str, Any] = {
+        "factors": [first, *others],
+        "factor_linear_top1": [
+            linear_top1,
+            *(_probe(run, train, test, train_labels[name], test_labels[name]) for name in others),
+        ],
+    }
+    if run.config.objective.name == "music":
+        labeled = np.flatnonzero(run.unlabeled().labels >= 0)
+        codes = run.probabilities()[labeled].argmax(axis=2)  # [images, segments]
+        result["factor_nmi"] = [
+            [float(normalized_mutual_info_score(test_labels[name], code)) for name in train_labels]
+            for code in codes.T
+        ]
     return result
 
 
-def _measure_run(
-    config: config_dict.ConfigDict, directory: epath.Path, state: TrainState, *, searching: bool
-) -> dict[str, Any]:
-    """The measures of a cell that was a run: its probe and kNN, and of a sample all else."""
-    result: dict[str, Any] = {}
-    if not searching:
-        probed = datasets.evaluation_sources(config)
-        outputs = []
-        for source in probed:
-            rng = np.random.Generator(np.random.Philox(key=[config.seed, _SAMPLE]))
-            rows = np.sort(rng.permutation(len(source))[:_SAMPLE])
-            outputs.append(_extract(config, directory, state, source.subset(rows), None))
-        train, test = outputs
-        result = measuring.measure(train, test, config)
-    for file, name in (("linear_eval.json", "linear_top1"), ("knn.json", "knn_top1")):
-        if (directory / file).exists():
-            result[name] = read_json(directory / file)["top1"]
-    return result
+def label_columns(source: Source, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns all integer labels of some images by name, the source's own label first.
+
+    A label that equals one before it under another name is left out.
+    """
+    first = source.record(int(indices[0]))
+    others = [
+        name
+        for name, value in first.items()
+        if np.ndim(value) == 0 and np.issubdtype(np.asarray(value).dtype, np.integer)
+    ]
+    names = list(dict.fromkeys([source.label_key, *others]))
+    if len(names) == 1:
+        return {names[0]: np.empty(0, np.int32)}
+    rows = [source.record(int(index)) for index in indices]
+    columns: dict[str, np.ndarray] = {}
+    for name in names:
+        column = np.array([int(row[name]) for row in rows])
+        if not any(np.array_equal(column, other) for other in columns.values()):
+            columns[name] = column
+    return columns
 
 
-def _extract(
-    config: config_dict.ConfigDict,
-    directory: epath.Path,
-    state: TrainState,
-    source: Source,
-    labels: dict[str, np.ndarray] | None,
-) -> Outputs:
-    programs = _programs(_for_any(config))
-    found = extract_split(
-        functools.partial(programs.outputs, state.params, state.batch_stats),
-        source,
-        config,
-        make_data_mesh(),
-        skipped=open_skipped(directory, config),
-        description="features",
+def _probe(
+    run: Run,
+    train: SplitFeatures,
+    test: SplitFeatures,
+    train_labels: np.ndarray,
+    test_labels: np.ndarray,
+) -> float:
+    """Returns the top-1 accuracy of a linear probe of another label, on one view of each image."""
+    settings = run.config.linear_eval
+    recipe = ProbeRecipe(
+        num_epochs=settings.num_epochs,
+        batch_size=settings.batch_size,
+        base_learning_rates=tuple(settings.base_learning_rates),
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        drop_epochs=tuple(settings.drop_epochs),
     )
-    if not np.all(np.isfinite(found.features)):
-        raise DivergedError("the features are not finite")
-    labeled = found.labeled()
-    if labels is None:
-        columns = {config.dataset.label_key: labeled.labels}
-    else:
-        columns = {name: column[labeled.indices] for name, column in labels.items()}
-    return Outputs(labeled.features, labeled.arrays["embeddings"], columns)
+    return linear_probe(
+        train.features,
+        train_labels,
+        test.features,
+        test_labels,
+        recipe,
+        num_classes=int(train_labels.max()) + 1,
+        feature_scaling=settings.feature_scaling,
+        validation_fraction=settings.validation_fraction,
+        seed=run.config.seed,
+    ).top1

@@ -1,6 +1,8 @@
 """What SIGINT, SIGTERM, SIGUSR1 and SIGHUP do: end a command, or stop a run between two steps."""
 
 import contextlib
+import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import threading
@@ -27,6 +29,24 @@ def ignore_signals() -> None:
     """Ignores signals from now on; call it once all is done and the process is about to end."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_with_parent() -> None:
+    """Ends this process, even within a compilation, as soon as the process that started it ends.
+
+    For the worker processes of a command. They ignore SIGINT, which a terminal sends to all.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        raise RuntimeError("this process was not started by multiprocessing")
+    sentinel = parent.sentinel
+
+    def wait() -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
 class _Listener:

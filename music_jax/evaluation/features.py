@@ -207,7 +207,11 @@ def extract_views(
 
     @jax.jit
     def extract(
-        params: dict, batch_stats: dict, images: jax.Array, sample_index: jax.Array
+        params: dict,
+        batch_stats: dict,
+        images: jax.Array,
+        sample_index: jax.Array,
+        key: jax.Array,
     ) -> dict[str, jax.Array]:
         views = augment_views(
             images,
@@ -243,7 +247,7 @@ def extract_views(
     with progress.bar(total, unit="view", description=description) as bar:
         for batch in batches:
             images, index = placing(batch["images"]), placing(batch["sample_index"])
-            found = extract(params, batch_stats, images, index)
+            found = extract(params, batch_stats, images, index, key)
             parts.append({name: _gather(array) for name, array in found.items()})
             bar.update(batch_size * num_views)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

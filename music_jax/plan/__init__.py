@@ -1,1 +1,1 @@
-"""What a training step costs on chips that are not at hand: `python -m music_jax.plan`."""
+"""Estimates the cost of a training step on chips that are not at hand."""

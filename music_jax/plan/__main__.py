@@ -1,4 +1,4 @@
-"""`python -m music_jax.plan`: what a training step costs on chips that are not at hand."""
+"""`python -m music_jax.plan`: estimate what a training step costs on chips that are not at hand."""
 
 import concurrent.futures
 import importlib.util
@@ -14,20 +14,18 @@ from ml_collections import config_dict
 from music_jax import cli
 from music_jax.distributed import usable_cores
 from music_jax.errors import UserError
-from music_jax.plan.chips import ATTACHED, CHIPS, attached_topology, chip_of
-from music_jax.plan.gpus import check_plugin
+from music_jax.plan.chips import ATTACHED, CHIPS, attached_topology, check_plugin, chip_of
 
 if TYPE_CHECKING:
     from music_jax.plan import worker
     from music_jax.plan.report import Plan
 
 _USAGE = """
-Compiles the training step that a config describes for TPU slices or GPUs that are not at hand, and
-tells what it needs: memory, FLOPs, bytes, network; which one is the bottleneck at the chips'
-published peaks, and from this an estimate of the time of a step, an epoch and the run. Needs libtpu
-(Linux on x86-64), for GPUs JAX's CUDA plugin, and for ResNet-50 some minutes of two cores and 3 GB
-of memory a topology. What was compiled is kept in ~/.cache/music_jax/plan: the same command resumes
-where it stopped.
+Compiles the training step of a config for TPU slices or GPUs that are not at hand and reports what
+it needs: memory, FLOPs, bytes, network, the bottleneck at the chips' published peaks, and from this
+an estimate of the time of a step, an epoch and the run. Needs libtpu (Linux on x86-64), for GPUs
+JAX's CUDA plugin, and for ResNet-50 some minutes of two cores and 3 GB of memory per topology.
+Results are cached in ~/.cache/music_jax/plan: rerun the command to resume it.
 
   python -m music_jax.plan --config=configs/imagenet.py --topology=v5e:4x8
   python -m music_jax.plan --config=configs/imagenet.py --topology=v5e:4x8,v4:4x4x4 --json=plan.json
@@ -36,8 +34,8 @@ where it stopped.
 Exit codes: 0 done, whether it fits or not; 2 wrong input; 75 stopped by a signal.
 """
 
-# Images a second that a core decodes and cuts both crops from: JPEGs of 500 x 375 pixels and 67 kB,
-# by tests/benchmarks/input.py on a cloud machine.
+# Images that a core decodes and crops twice in a second: JPEGs of 500 x 375 pixels and 67 kB, by
+# tests/benchmarks/input.py on a cloud machine.
 _DECODE_RATE = 1043.0
 
 # Training splits of datasets that are seldom prepared where a run is planned.
@@ -79,7 +77,7 @@ def _topologies() -> list[str]:
     topologies = flags.FLAGS.topology
     if not topologies:
         examples = ",".join(chip.example for chip in CHIPS.values())
-        raise UserError(f"--topology=NAME[,NAME...] is missing; they are written like {examples}")
+        raise UserError(f"--topology=NAME[,NAME...] is missing; examples: {examples}")
     topologies = [attached_topology() if t == ATTACHED else t for t in topologies]
     for topology in topologies:
         chip_of(topology)
@@ -98,7 +96,7 @@ def _check_compilers(topologies: list[str]) -> None:
 
 
 def _output() -> pathlib.Path | None:
-    """The file for the JSON, seen to be writable before minutes are spent."""
+    """Returns the file for the JSON, after a check that it can be written."""
     if not flags.FLAGS.json:
         return None
     path = pathlib.Path(flags.FLAGS.json).expanduser()
@@ -116,7 +114,7 @@ def _num_images(config: config_dict.ConfigDict) -> int:
         return published
     if not (dataset.name or dataset.path):
         raise UserError(
-            "how many images are there? The config names none: give them with "
+            "the number of images is unknown, because the config names none; give them with "
             "--config.dataset.path=DIR or --config.dataset.name=NAME, or their number with "
             "--num-images=N"
         )
@@ -125,8 +123,8 @@ def _num_images(config: config_dict.ConfigDict) -> int:
     except UserError as error:
         name = dataset.path or f"{dataset.name}:{dataset.train_split}"
         raise UserError(
-            f"how many images does {name} have? It cannot be opened here; tell with "
-            f"--num-images=N ({error})"
+            f"the number of images of {name} is unknown, because it cannot be opened here; give it "
+            f"with --num-images=N ({error})"
         ) from error
 
 
@@ -155,7 +153,7 @@ def _make_plans(
             return _compile(pool, tasks, jobs)
     except concurrent.futures.process.BrokenProcessPool as error:
         raise UserError(
-            f"a compilation was killed, as happens when memory runs out; try --jobs=1, not {jobs}"
+            f"a compilation was killed, probably because memory ran out; use --jobs=1, not {jobs}"
         ) from error
 
 
@@ -166,14 +164,14 @@ def _compile(
     from music_jax.plan import worker
 
     names = ", ".join(task.topology for task in tasks)
-    for task in tasks:  # what is wrong is told before minutes are spent
+    for task in tasks:  # before minutes are spent
         pool.submit(worker.check, task).result()
     progress.say(
-        f"compiling for {names}, {jobs} at a time ... minutes each for ResNet-50, unless remembered"
+        f"compiling for {names}, {jobs} at a time ... minutes each for ResNet-50, unless cached"
     )
     running = {pool.submit(worker.run, task): task for task in tasks}
     for done in concurrent.futures.as_completed(running):
-        seconds = done.result().figures.compile_seconds
+        seconds = done.result().cost.compile_seconds
         progress.say(f"{running[done].topology}: took {seconds:.0f} s to compile")
     return [done.result() for done in running]
 
@@ -182,24 +180,25 @@ if __name__ == "__main__":
     flags.DEFINE_list(
         "topology",
         None,
-        "One or more of v3:2x2, v4:4x4x4, v5e:4x8, h100:8 and the like; `attached` "
-        "stands for this machine's GPUs.",
+        "Topologies such as v3:2x2, v4:4x4x4, v5e:4x8 and h100:8; `attached` for this machine's "
+        "GPUs.",
     )
-    flags.DEFINE_string("json", None, "File for the figures, one object a topology.")
+    flags.DEFINE_string("json", None, "JSON file to write, a list with one object per topology.")
     flags.DEFINE_boolean(
         "find-batch-size",
         False,
-        "Also look for the largest batch that fits, to within 3 %: five to ten compilations.",
+        "Whether to find the largest batch that fits, to within 3 %: five to ten compilations.",
     )
     flags.DEFINE_integer(
-        "num-images", None, "Images of the training split, if the dataset is not prepared here."
+        "num-images",
+        None,
+        "Number of images of the training split, if the dataset is not prepared here.",
     )
     flags.DEFINE_float(
         "decode-rate",
         _DECODE_RATE,
-        "Images a second that a core of the host decodes and cuts both crops from; by default what "
-        "one of a cloud machine did with JPEGs of 500 x 375 pixels and 67 kB. "
-        "tests/benchmarks/input.py measures yours.",
+        "Images that a core of the host decodes and crops twice in a second; measured by "
+        "tests/benchmarks/input.py, by default on a cloud machine with JPEGs of 500 x 375 pixels.",
     )
-    flags.DEFINE_integer("jobs", None, "Topologies at a time; by default one a core.")
+    flags.DEFINE_integer("jobs", None, "Number of topologies to compile at a time. [one a core]")
     cli.run(main, _USAGE, config="file")

@@ -1,28 +1,96 @@
-"""Published peaks of the chips that a step can be compiled for, and the names of topologies."""
+"""The chips that a step can be compiled for: published peaks, names of topologies, GPUs.
+
+JAX's CUDA plugin compiles for a described GPU on a machine without one and without CUDA. It cannot
+tune kernels of cuDNN and Triton there, and does not know the workspace of cuDNN's convolutions.
+"""
 
 import dataclasses
 import difflib
+import importlib.metadata
+import importlib.util
+import os
 import re
+import subprocess
 
 from music_jax.errors import UserError
-from music_jax.plan.gpus import A100, H100, H200, Gpu, attached_names
+
+# CUDA versions that JAX has a plugin for, the newest first.
+_CUDA = (13, 12)
+# Share of a GPU's memory that JAX takes by default.
+_JAX_SHARE = 0.75
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU, described by CUDA's device properties, for XLA's `GpuTargetConfigProto`."""
+
+    name: str
+    capability: tuple[int, int]
+    cores: int
+    fpus_per_core: int
+    shared_memory_per_core: int
+    shared_memory_per_block: int
+    l2_bytes: int
+    clock_ghz: float
+    memory_bytes: int
+
+    @property
+    def usable_bytes(self) -> float:
+        """Memory that JAX takes, by default or by XLA_PYTHON_CLIENT_MEM_FRACTION."""
+        share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or _JAX_SHARE
+        return self.memory_bytes * float(share)
+
+    def target(self, bytes_per_second: float) -> str:
+        """Returns XLA's `GpuTargetConfigProto` as text."""
+        major, minor = self.capability
+        return f"""
+            gpu_device_info {{
+              threads_per_block_limit: 1024
+              threads_per_warp: 32
+              shared_memory_per_block: 49152
+              shared_memory_per_core: {self.shared_memory_per_core}
+              shared_memory_per_block_optin: {self.shared_memory_per_block}
+              threads_per_core_limit: 2048
+              core_count: {self.cores}
+              fpus_per_core: {self.fpus_per_core}
+              block_dim_limit_x: 2147483647
+              block_dim_limit_y: 65535
+              block_dim_limit_z: 65535
+              registers_per_core_limit: 65536
+              registers_per_block_limit: 65536
+              memory_bandwidth: {bytes_per_second:.0f}
+              l2_cache_size: {self.l2_bytes}
+              clock_rate_ghz: {self.clock_ghz}
+              device_memory_size: {self.memory_bytes}
+              cuda_compute_capability {{ major: {major} minor: {minor} }}
+            }}
+            platform_name: "CUDA"
+            dnn_version_info {{ major: 9 minor: 8 }}
+            runtime_version {{ major: 12 minor: 8 }}
+            device_description_str: "{self.name}"
+        """
+
+
+A100 = Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 167936, 166912, 40 * 2**20, 1.41, 85100068864)
+H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 233472, 232448, 50 * 2**20, 1.98, 84942979072)
+H200 = dataclasses.replace(H100, name="NVIDIA H200", memory_bytes=151397597184)
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One kind of chip; all figures are of a whole chip and as published.
+    """A kind of chip with its published peaks, which are those of a whole chip.
 
     Attributes:
-      flops_per_second: peak of matrix products in bfloat16.
-      hbm_bytes_per_second: peak of its main memory.
-      network_bytes_per_second: peak that can enter over all its links to other chips, one
-        direction; for a slice see `network_peak`.
-      axes: dimensions of its topologies.
-      example: a topology.
-      source: where the figures are published.
-      wraps: an axis whose size is a multiple of it is closed to a ring; 0 where there are no axes.
-      configuration: what libtpu calls the way in which a chip is seen, where there is a choice.
-      gpu: what else a compiler for GPUs is to know; None for TPUs.
+      flops_per_second: Peak of matrix products in bfloat16.
+      hbm_bytes_per_second: Peak of its main memory.
+      network_bytes_per_second: Peak that can enter over all links to other chips, one direction;
+        for a slice see `network_peak`.
+      axes: Number of dimensions of its topologies.
+      example: A topology.
+      source: Where the peaks are published.
+      wraps: An axis whose size is a multiple of it is closed to a ring; 0 without axes.
+      configuration: libtpu's name of the chip's configuration, where there is a choice.
+      gpu: Description for the compiler of GPUs; None for TPUs.
     """
 
     flops_per_second: float
@@ -60,15 +128,14 @@ CHIPS = {
 # chips are closed to rings along all axes, others along none; an axis of v3, v5e and v6e is closed
 # if it spans the pod, of 32 or 16 chips.
 _GPUS_OF_A_MACHINE = 8
-# Stands for the GPUs of this machine.
-ATTACHED = "attached"
+ATTACHED = "attached"  # the GPUs of this machine
 
 
 def attached_topology() -> str:
-    """The topology of this machine's GPUs, such as `h100:8`.
+    """Returns the topology of this machine's GPUs, such as `h100:8`.
 
     Raises:
-      UserError: there are none, of several kinds, or of one whose peaks are not known here.
+      UserError: There are no GPUs, several kinds, or a kind whose peaks are not known here.
     """
     names = attached_names()
     kinds = sorted(set(names))
@@ -87,25 +154,25 @@ def attached_topology() -> str:
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip of a topology such as `v5e:4x8`.
+    """Returns the chip of a topology such as `v5e:4x8`.
 
     Raises:
-      UserError: there is no such chip, or the topology is not written so.
+      UserError: The chip is unknown, or the topology is not written like that.
     """
     name, _, grid = topology.partition(":")
     if name not in CHIPS:
         nearest = difflib.get_close_matches(name, CHIPS, n=1, cutoff=0.0)[0]
         known = ", ".join(chip.example for chip in CHIPS.values())
         raise UserError(
-            f"--topology={topology}: the chip {name!r} is not known; did you mean {nearest!r}? "
-            f"Topologies are written like {known}"
+            f"--topology={topology}: unknown chip {name!r}; did you mean {nearest!r}? Examples of "
+            f"topologies: {known}"
         )
     chip = CHIPS[name]
     if chip.gpu is not None:
         if not re.fullmatch(r"[1-9]\d*", grid) or int(grid) > _GPUS_OF_A_MACHINE:
             raise UserError(
                 f"--topology={topology}: expected 1 to {_GPUS_OF_A_MACHINE} GPUs after {name!r}, "
-                f"those of one machine (what joins machines has no published peak), such as "
+                f"on one machine (networks between machines have no published peak), such as "
                 f"{chip.example}; got {grid!r}"
             )
         return chip
@@ -118,9 +185,9 @@ def chip_of(topology: str) -> Chip:
 
 
 def network_peak(topology: str) -> float:
-    """Bytes a second that can enter the chip of a topology that has the fewest links.
+    """Returns the bytes a second that can enter the chip with the fewest links of a topology.
 
-    An axis that is not closed to a ring has chips at its ends with one neighbor, and an axis of one
+    The chips at the ends of an axis have one neighbor unless it is closed to a ring; an axis of one
     chip has no links.
     """
     chip = chip_of(topology)
@@ -132,3 +199,33 @@ def network_peak(topology: str) -> float:
         closed = [all(closed)] * 3
     links = sum(2 if ring else min(size - 1, 1) for size, ring in zip(sizes, closed, strict=True))
     return chip.network_bytes_per_second * links / (2 * chip.axes)
+
+
+def attached_names() -> list[str]:
+    """Returns the names of this machine's GPUs; none without a driver."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in told.stdout.splitlines() if line.strip()]
+
+
+def check_plugin() -> None:
+    """Checks that JAX's CUDA plugin, the compiler for GPUs, is installed.
+
+    Raises:
+      UserError: It is not. The message says how to install it.
+    """
+    for cuda in _CUDA:
+        try:
+            if importlib.util.find_spec(f"jax_plugins.xla_cuda{cuda}") is not None:
+                return
+        except ModuleNotFoundError:
+            pass
+    version = importlib.metadata.version("jax")
+    packages = f"jax-cuda{_CUDA[0]}-plugin=={version} jax-cuda{_CUDA[0]}-pjrt=={version}"
+    raise UserError(
+        "planning for GPUs needs JAX's CUDA plugin, which compiles without a GPU and without CUDA; "
+        f"on Linux: pip install {packages}"
+    )

@@ -1,14 +1,18 @@
-"""Compiling the real training step for chips that are not at hand, and XLA's figures of it.
+"""Compiles the real training step for chips that are not at hand and reads its costs from XLA.
 
-TPUs are compiled for by libtpu, GPUs by JAX's CUDA plugin: the same compilers that the chips' own
-machines use.
-
-Everything here runs in a process whose environment `ENVIRONMENT` was set before JAX was imported.
+libtpu compiles for TPUs and JAX's CUDA plugin for GPUs, as on the machines with the chips.
+Everything here needs `ENVIRONMENT` in the environment before JAX is imported.
 """
 
 import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import logging
+import pathlib
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,49 +24,50 @@ from ml_collections import config_dict
 from music_jax.distributed.mesh import batch_sharding, check_divisible, make_data_mesh
 from music_jax.errors import UserError
 from music_jax.plan import counts, hlo
-from music_jax.plan.cache import remember
 from music_jax.plan.chips import chip_of
 from music_jax.train.recipe import Recipe, make_recipe
 from music_jax.train.state import abstract_state
 from music_jax.train.step import lower_step
+from music_jax.workdir.files import write_new
+from music_jax.workdir.user_directories import cache_directory
 
-# JAX itself computes on the CPU; libtpu only compiles, asks nobody which TPU it sits on, and shares
-# the machine with others that do.
+_logger = logging.getLogger(__name__)
+
+# JAX computes on the CPU. libtpu only compiles: it looks for no TPU, and others may load it too.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
-    "TF_CPP_MIN_LOG_LEVEL": "3",  # that there is no GPU is no news
+    "TF_CPP_MIN_LOG_LEVEL": "3",  # silences the warning that there is no GPU
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "none",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
-_LARGEST_ARRAYS = 5
+_COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt", "jax-cuda12-pjrt")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
 _SIZE = r"([\d.]+)([KMGTP]?)i?B?"
 
 
 @dataclasses.dataclass(frozen=True)
-class Figures:
-    """What XLA says of one step, for a whole chip.
+class StepCost:
+    """Memory, work and communication of one step, for a whole chip.
 
     Attributes:
-      chips: how many there are.
-      batch_size: of the global batch.
-      fits: whether it compiles into the chip's memory.
-      hbm_available_bytes: what XLA may use of the chip's memory.
-      hbm_needed_bytes: what the step needs at its peak; where it does not fit, what XLA would need.
-      argument_bytes: of the state and of the batch.
-      temporary_bytes: of everything between.
-      flops: XLA's own figure, and what loops add to it.
-      hbm_traffic_bytes: XLA's "bytes accessed" likewise: what its instructions read and write. It
-        counts arrays that stay in on-chip memory too.
-      hbm_only_bytes: counted here without those.
-      received_bytes: what enters the chip from other chips.
-      collective_bytes: results of the collectives, by kind.
-      objective_flops: of the objective and its gradient alone.
-      largest_arrays: the largest that the step writes: bytes, type and shape, how many, by what.
-      compile_seconds: how long the step took to compile.
-      estimates: of each figure that is not XLA's own for the chip, how it was found.
+      chips: Number of chips.
+      batch_size: Global batch size.
+      fits: Whether the step fits into the chip's memory. If not, only memory is known.
+      hbm_available_bytes: Memory of the chip that XLA may use.
+      hbm_needed_bytes: Peak memory of the step.
+      argument_bytes: Memory of the state and the batch.
+      temporary_bytes: Memory of everything between.
+      flops: XLA's count, with all iterations of loops.
+      hbm_traffic_bytes: XLA's "bytes accessed", with all iterations of loops: what instructions
+        read and write, including arrays that stay in on-chip memory.
+      hbm_only_bytes: The same without arrays in on-chip memory, counted here.
+      received_bytes: Bytes that enter the chip from other chips.
+      collective_bytes: Bytes of the collectives' results, by kind.
+      objective_flops: FLOPs of the objective and its gradient alone.
+      compile_seconds: Compilation time.
+      estimates: How each value was found that is not XLA's own for the chip.
     """
 
     chips: int
@@ -78,28 +83,26 @@ class Figures:
     received_bytes: float | None = None
     collective_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
     objective_flops: float | None = None
-    largest_arrays: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     compile_seconds: float | None = None
     estimates: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-# For GPUs XLA tells the memory, but neither FLOPs nor bytes.
+# For GPUs, XLA gives the memory, but neither FLOPs nor bytes.
 _GPU_ESTIMATES = {
     "hbm_available_bytes": "the share of the memory that JAX takes by default",
-    "temporary_bytes": "XLA's, without the workspaces that cuDNN asks for on a GPU",
+    "temporary_bytes": "XLA's, without the workspaces of cuDNN",
     "hbm_needed_bytes": "likewise",
     "flops": "counted in XLA's program for this GPU: matrix products and convolutions alone",
     "objective_flops": "likewise",
-    "hbm_traffic_bytes": "counted in XLA's program for this GPU: what each kernel takes and gives, "
-    "as if none of it were found in a cache",
+    "hbm_traffic_bytes": "counted in XLA's program for this GPU: what each kernel reads and "
+    "writes, without caches",
     "hbm_only_bytes": "likewise",
 }
 
-
-# Where this JAX cannot read the program that libtpu has compiled.
-_NOT_KNOWN = "not known: this JAX cannot read the program that libtpu compiles for this chip"
+# For a program that this JAX cannot read.
+_NOT_KNOWN = "unknown: this JAX cannot read the program that libtpu compiles for this chip"
 _UNREAD_ESTIMATES = {
-    "flops": "XLA's, which takes the body of each loop once",
+    "flops": "XLA's, which counts the body of each loop once",
     "hbm_traffic_bytes": "likewise",
     "hbm_only_bytes": _NOT_KNOWN,
     "received_bytes": _NOT_KNOWN,
@@ -110,14 +113,14 @@ _UNREAD_ESTIMATES = {
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Chips that need not be at hand.
+    """Chips to compile for.
 
     Attributes:
-      topology: its name.
-      mesh: of their devices.
-      chip_of_device: for each device of the mesh, in its order, the index of its chip.
-      hbm_bytes: what XLA may use of the memory of one device.
-      estimates: of the figures that XLA does not give for these chips, how they are found.
+      topology: Name of the topology.
+      mesh: Mesh of the devices.
+      chip_of_device: Index of the chip of each device of the mesh.
+      hbm_bytes: Memory of one device that XLA may use.
+      estimates: How each value is found that XLA does not give for these chips.
     """
 
     topology: str
@@ -128,21 +131,21 @@ class Slice:
 
     @property
     def chips(self) -> int:
-        """How many chips they are; a chip of two devices counts once."""
+        """Number of chips."""
         return len(set(self.chip_of_device))
 
     @property
     def devices_per_chip(self) -> int:
-        """Devices on each chip."""
+        """Number of devices on each chip."""
         return self.mesh.size // self.chips
 
 
 def open_slice(topology: str, fsdp: int | None = None) -> Slice:
-    """The chips that a topology such as `v5e:4x8` or `h100:8` names.
+    """Returns the chips of a topology such as `v5e:4x8` or `h100:8`.
 
     Args:
-      topology: its name.
-      fsdp: as `config.sharding.fsdp`.
+      topology: Name of the topology.
+      fsdp: Value of `config.sharding.fsdp`.
 
     Raises:
       UserError: libtpu knows no such topology, or `fsdp` does not divide its devices.
@@ -174,7 +177,7 @@ def open_slice(topology: str, fsdp: int | None = None) -> Slice:
 
 
 def _hbm_of_device(mesh: Mesh) -> float:
-    """What XLA says is there when it is asked for more than any chip has."""
+    """Returns the memory that XLA reports if a program needs more than any chip has."""
     whole = NamedSharding(mesh, PartitionSpec())
     side = 2**20
     too_large = jax.ShapeDtypeStruct((side, side), jnp.bfloat16, sharding=whole)
@@ -184,11 +187,11 @@ def _hbm_of_device(mesh: Mesh) -> float:
         if (sizes := _out_of_memory(error)) is not None:
             return sizes[1]
         raise
-    raise RuntimeError("XLA compiled a product of 2 TB matrices: it no longer checks memory")
+    raise RuntimeError("XLA compiled a product of 2 TB matrices; expected an out-of-memory error")
 
 
 def _out_of_memory(error: jax.errors.JaxRuntimeError) -> tuple[float, float] | None:
-    """Bytes needed and available, if that is what the error is about."""
+    """Returns the bytes needed and available, if the error is about memory."""
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
         return None
@@ -202,20 +205,17 @@ def _out_of_memory(error: jax.errors.JaxRuntimeError) -> tuple[float, float] | N
 
 def measure(
     config: config_dict.ConfigDict, slice_: Slice, *, steps_per_epoch: int, with_objective: bool
-) -> Figures:
-    """Compiles the training step for a slice, unless the same was compiled before.
+) -> StepCost:
+    """Returns the costs of the training step on a slice, from the cache if they are there.
 
     Args:
-      config: what is trained.
-      slice_: the chips.
-      steps_per_epoch: for the schedule.
-      with_objective: compile the objective alone too, for its share of the FLOPs.
-
-    Returns:
-      Its figures; only the memory's if it does not fit.
+      config: The config.
+      slice_: The chips.
+      steps_per_epoch: Steps per epoch of the learning-rate schedule.
+      with_objective: Whether to compile the objective alone too, for its share of the FLOPs.
 
     Raises:
-      UserError: the batch cannot be divided over the devices.
+      UserError: The batch cannot be divided over the devices.
     """
     mesh = slice_.mesh
     check_divisible(config.batch_size, config.accumulation_steps, mesh)
@@ -224,11 +224,10 @@ def measure(
     images = (config.batch_size, len(recipe.views), side, side, config.dataset.num_channels)
     lowered = lower_step(recipe, state, mesh, images)
 
-    def make() -> Figures:
-        return _measure(lowered, config, recipe, slice_, with_objective=with_objective)
-
-    chips = f"{slice_.topology} objective={with_objective}"
-    return remember(lowered.as_text(), chips, make, Figures)
+    key = cache_key(lowered.as_text(), f"{slice_.topology} objective={with_objective}")
+    return cached(
+        key, lambda: _measure(lowered, config, recipe, slice_, with_objective=with_objective)
+    )
 
 
 def _measure(
@@ -238,9 +237,9 @@ def _measure(
     slice_: Slice,
     *,
     with_objective: bool,
-) -> Figures:
+) -> StepCost:
     mesh, per_chip = slice_.mesh, slice_.devices_per_chip
-    figures = Figures(
+    cost = StepCost(
         chips=slice_.chips,
         batch_size=config.batch_size,
         fits=False,
@@ -254,33 +253,33 @@ def _measure(
         if sizes is None:
             raise
         return dataclasses.replace(
-            figures,
+            cost,
             hbm_needed_bytes=sizes[0] * per_chip,
             compile_seconds=time.perf_counter() - start,
         )
     seconds = time.perf_counter() - start
     memory: Any = compiled.memory_analysis()
     peak = memory.peak_memory_in_bytes
-    figures = dataclasses.replace(
-        figures,
+    cost = dataclasses.replace(
+        cost,
         hbm_needed_bytes=peak * per_chip,
         compile_seconds=seconds,
         estimates=slice_.estimates,
     )
-    if peak > slice_.hbm_bytes:  # where XLA compiles what does not fit, as for GPUs
-        return figures
-    figures = dataclasses.replace(
-        figures,
+    if peak > slice_.hbm_bytes:  # XLA compiles for GPUs also what does not fit
+        return cost
+    cost = dataclasses.replace(
+        cost,
         fits=True,
         argument_bytes=memory.argument_size_in_bytes * per_chip,
         temporary_bytes=memory.temp_size_in_bytes * per_chip,
     )
     try:
         program = read(compiled)
-    except jax.errors.JaxRuntimeError:  # of a compiler that is newer than this JAX
+    except jax.errors.JaxRuntimeError:  # the compiler is newer than this JAX
         analysis: Any = compiled.cost_analysis()
         return dataclasses.replace(
-            figures,
+            cost,
             flops=analysis["flops"] * per_chip,
             hbm_traffic_bytes=analysis["bytes accessed"] * per_chip,
             estimates=slice_.estimates | _UNREAD_ESTIMATES,
@@ -288,7 +287,7 @@ def _measure(
     flops, traffic = costs(compiled, program)
     sent = counts.collectives(program, slice_.chip_of_device)
     return dataclasses.replace(
-        figures,
+        cost,
         flops=flops * per_chip,
         hbm_traffic_bytes=traffic * per_chip,
         hbm_only_bytes=counts.work(program).hbm_bytes * per_chip,
@@ -297,15 +296,11 @@ def _measure(
         objective_flops=objective_flops(recipe, config, mesh) * per_chip
         if with_objective
         else None,
-        largest_arrays=[
-            {"bytes": size, "array": str(array), "count": count, "operation": scope}
-            for size, array, count, scope in counts.largest_arrays(program, _LARGEST_ARRAYS)
-        ],
     )
 
 
 def objective_flops(recipe: Recipe, config: config_dict.ConfigDict, mesh: Mesh) -> float:
-    """FLOPs a device of the objective and its gradient, compiled alone for the same devices."""
+    """Returns the FLOPs per device of the objective and its gradient, compiled alone."""
 
     def loss(embeddings: jax.Array) -> jax.Array:
         return recipe.objective(embeddings[:, 0], embeddings[:, 1])[0]
@@ -320,24 +315,54 @@ def objective_flops(recipe: Recipe, config: config_dict.ConfigDict, mesh: Mesh) 
 
 
 def read(compiled: jax.stages.Compiled) -> hlo.Program:
-    """The program that XLA has compiled for one device."""
+    """Parses the program that XLA has compiled for one device."""
     return hlo.parse(compiled.as_text() or "")
 
 
 def costs(compiled: jax.stages.Compiled, program: hlo.Program) -> tuple[float, float]:
-    """FLOPs and bytes accessed a device.
+    """Returns the FLOPs and the bytes accessed per device.
 
-    XLA's cost analysis takes a loop's body once. What its further turns add is counted here, and is
-    nothing for a program without loops. For GPUs that are not at hand it has none: all is counted
-    here.
+    XLA's cost analysis counts a loop's body once, so further iterations are counted here. It has
+    nothing for GPUs that are not at hand, for which everything is counted here.
     """
     analysis: Any = compiled.cost_analysis()
-    all_turns, one_turn = counts.work(program), counts.work(program, loops_once=True)
+    all_iterations, one_iteration = counts.work(program), counts.work(program, loops_once=True)
     if analysis is None:
-        return all_turns.flops, all_turns.bytes
-    flops = analysis["flops"] + all_turns.flops - one_turn.flops
-    return flops, analysis["bytes accessed"] + all_turns.bytes - one_turn.bytes
+        return all_iterations.flops, all_iterations.bytes
+    flops = analysis["flops"] + all_iterations.flops - one_iteration.flops
+    return flops, analysis["bytes accessed"] + all_iterations.bytes - one_iteration.bytes
 
 
 def _sentence(error: BaseException) -> str:
     return " ".join(re.sub(r"^[A-Z_]+: ", "", str(error).splitlines()[0]).split())
+
+
+def cached(key: str, make: Callable[[], StepCost]) -> StepCost:
+    """Returns the costs in the user's cache, or makes and keeps them if they cannot be read."""
+    try:
+        return StepCost(**json.loads((cache_directory("plan") / f"{key}.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        cost = make()
+    try:
+        content = json.dumps(dataclasses.asdict(cost)).encode()
+        write_new(cache_directory("plan") / f"{key}.json", content)
+    except OSError as error:
+        _logger.info(f"not keeping the costs of this step: {error}")
+    return cost
+
+
+def cache_key(program: str, chips: str) -> str:
+    """Returns a hash of all that costs depend on: program, chips, compilers, and this package."""
+    digest = hashlib.sha256()
+    for text in (program, chips, *(f"{name}={_version(name)}" for name in _COMPILERS)):
+        digest.update(text.encode() + b"\0")
+    for name in ("compiling", "counts", "hlo", "chips"):
+        digest.update((pathlib.Path(__file__).parent / f"{name}.py").read_bytes())
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

@@ -1,8 +1,7 @@
-"""What a compiled program sends over the network, reads, writes and multiplies, from its text.
+"""Counts the communication, memory traffic and FLOPs of a compiled program.
 
-Sizes and FLOPs in a plan are XLA's own wherever it gives them. It does not give the collectives,
-and it counts the body of a loop once, however often the loop turns: what is counted here tells by
-which factor that falls short.
+A plan uses XLA's own counts wherever there are any. XLA has none for collectives and for GPUs that
+are not at hand, and counts the body of a loop once.
 """
 
 import dataclasses
@@ -22,12 +21,12 @@ _COLLECTIVES = (
     "all-to-all",
     "collective-permute",
 )
-# They only name, regroup or wait for what others have written.
+# Instructions that read and write nothing themselves.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call",
     "conditional", "opt-barrier", "partition-id", "replica-id", "after-all",
 }  # fmt: skip
-# The groups of devices of a collective, in each of the forms that XLA writes them in.
+# The forms in which XLA writes the groups of devices of a collective.
 _GROUP_LIST = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
 _GROUP_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _GROUP_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
@@ -35,23 +34,23 @@ _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{}]*\})\}")
 _DIM_LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _CONTRACTING = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
-# Of cuBLAS and cuDNN.
+# Calls of cuBLAS and cuDNN.
 _LIBRARY_CALL = re.compile(r'custom_call_target="__(cublas|cudnn)\$([\w$]+)"')
-# A collective that overlaps with computation is written in a chain of fusions: in what starts it,
-# in each that it overlaps with, and in what waits for its end.
+# A collective that overlaps with computation is in every fusion of a chain: the one that starts it,
+# those that it overlaps with, and the one that waits for its end.
 _CHAIN = re.compile(r'chain_id="(\d+)"')
 _STARTS_CHAIN = "AsyncCollectiveStart"
-_ALIASES = re.compile(r"\{(\d*)\}: \((\d+), \{\}")  # result and operand that share their memory
+_ALIASES = re.compile(r"\{(\d*)\}: \((\d+), \{\}")  # a result and an operand that share memory
 _GEMM_CONTRACTING = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
 
 
 @dataclasses.dataclass(frozen=True)
 class Collectives:
-    """What the collectives of a program move in one run of it.
+    """Bytes that the collectives of a program move in one run.
 
     Attributes:
-      received: bytes that enter a chip from other chips; those of the chip that most enter.
-      by_kind: bytes of the collectives' results on one device, by kind.
+      received: Bytes that enter a chip from other chips, for the chip that receives most.
+      by_kind: Bytes of the collectives' results on one device, by kind.
     """
 
     received: float
@@ -61,20 +60,20 @@ class Collectives:
 def collectives(program: Program, chip_of_device: Sequence[int]) -> Collectives:
     """Counts the collectives of a program.
 
-    What devices of one chip send each other does not enter the chip. A chip that holds the share p
-    of a group's devices receives 1 - p of what an all-gather returns, twice that of what an
-    all-reduce returns, 1 - p of all that a reduce-scatter adds up, and 1 - p of what an all-to-all
-    returns to each of its devices: the least that is possible, and what rings of chips achieve.
+    Bytes between devices of one chip do not enter the chip. A chip that holds the share p of a
+    group's devices receives 1 - p of the result of an all-gather, twice that of an all-reduce,
+    1 - p of all inputs of a reduce-scatter, and 1 - p of the result of an all-to-all on each of its
+    devices. This is the minimum, which rings of chips achieve.
 
     Args:
-      program: the program.
-      chip_of_device: for each device of the mesh, in its order, the index of its chip.
+      program: The program.
+      chip_of_device: Index of the chip of each device of the mesh.
     """
     sent: dict[str, tuple[int, _Sent]] = {}
     for name, times in _runs(program).items():
         for instruction in program.computations[name].values():
             for found in _sent(program, name, instruction, len(chip_of_device)):
-                # Of a chain that goes through a loop, what is outside tells how often it runs.
+                # A chain through a loop runs as often as its part outside the loop.
                 before = sent.get(found.key)
                 if before is None or times < before[0]:
                     sent[found.key] = times, found
@@ -86,7 +85,7 @@ def collectives(program: Program, chip_of_device: Sequence[int]) -> Collectives:
 
 
 def _received(sent: "_Sent", chip_of_device: np.ndarray) -> np.ndarray:
-    """Bytes of a collective that enter each chip."""
+    """Returns the bytes of a collective that enter each chip."""
     chips = int(chip_of_device.max()) + 1
     received = np.zeros(chips)
     for group in sent.groups:
@@ -102,7 +101,7 @@ def _received(sent: "_Sent", chip_of_device: np.ndarray) -> np.ndarray:
 
 
 class _Sent(NamedTuple):
-    """A collective: which it is, its kind, the bytes of its result, and its groups of devices."""
+    """A collective: identifier, kind, bytes of the result, and groups of devices."""
 
     key: str
     kind: str
@@ -117,7 +116,7 @@ def _sent(
     if kind in _COLLECTIVES:
         arrays = instruction.arrays
         if instruction.opcode != kind and kind != "all-reduce":
-            # What starts a collective gives its operands, its results and some counters.
+            # The results of a start are its operands, its results and some counters.
             arrays = tuple(array for array in arrays if array.shape)
             arrays = arrays[len(arrays) // 2 :]
         size = sum(array.size for array in arrays)
@@ -133,7 +132,7 @@ def _sent(
         for found in _sent(program, called, inner, devices)
     ]
     if called.startswith("all-reduce-scatter"):
-        # An all-reduce of which each device keeps its share: what moves is a reduce-scatter.
+        # An all-reduce of which each device keeps a share is a reduce-scatter.
         return [
             found._replace(kind="reduce-scatter", size=found.size // len(found.groups[0]))
             for found in sent
@@ -142,7 +141,7 @@ def _sent(
 
 
 def _groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
-    """The devices that exchange with each other, by their place in the mesh."""
+    """Returns the groups of devices, by position in the mesh."""
     if found := _GROUP_MESH.search(attributes):
         sizes = {axis: int(size) for axis, size in (a.split("=") for a in found[1].split(","))}
         inner = [list(sizes).index(axis) for axis in found[2].split(",")]
@@ -165,12 +164,12 @@ def _groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one device does in one run of a program.
+    """Work of one device in one run of a program.
 
     Attributes:
-      flops: of its matrix products and convolutions.
-      bytes: read and written by its instructions, in whatever memory.
-      hbm_bytes: those in the device's main memory.
+      flops: FLOPs of matrix products and convolutions.
+      bytes: Bytes that instructions read and write, in any memory.
+      hbm_bytes: Those in the device's main memory.
     """
 
     flops: float
@@ -179,11 +178,11 @@ class Work:
 
 
 def work(program: Program, *, loops_once: bool = False) -> Work:
-    """Counts what a program does.
+    """Counts the work of a program.
 
     Args:
-      program: the program.
-      loops_once: count a loop's body once, as XLA's own cost analysis does.
+      program: The program.
+      loops_once: Whether to count a loop's body once, as XLA's own cost analysis does.
     """
     flops, total, hbm = 0, 0, 0
     for name, runs in _runs(program).items():
@@ -197,7 +196,7 @@ def work(program: Program, *, loops_once: bool = False) -> Work:
 
 
 def _runs(program: Program) -> dict[str, int]:
-    """How often each computation runs; the dearest branch is that of most FLOPs, then bytes."""
+    """Returns how often each computation runs; branches are compared by FLOPs, then bytes."""
 
     def cost(computation: str, instruction: Instruction) -> tuple[int, int]:
         touched = _touched(program, computation, instruction)
@@ -207,13 +206,13 @@ def _runs(program: Program) -> dict[str, int]:
 
 
 def _touched(program: Program, computation: str, instruction: Instruction) -> list[Array]:
-    """The arrays that an instruction reads or writes."""
+    """Returns the arrays that an instruction reads or writes."""
     if instruction.opcode in _FREE or instruction.opcode.endswith(("-done", "-update")):
         return []
     if instruction.opcode == "custom-call" and "ConcatBitcast" in instruction.attributes:
-        return []  # several arrays that lie one behind the other, seen as one
+        return []  # adjacent arrays, seen as one
     if instruction.opcode in ("copy-start", "slice-start"):
-        # It gives its operand and its result, in either order; of the larger it touches a part.
+        # It returns operand and result, in either order, and touches a part of the larger one.
         source, result = instruction.arrays[:2]
         smaller = min(source, result, key=lambda array: array.size)
         return [dataclasses.replace(smaller, in_hbm=a.in_hbm) for a in (source, result)]
@@ -231,9 +230,9 @@ def _touched(program: Program, computation: str, instruction: Instruction) -> li
 
 
 def _handed_on(program: Program, instruction: Instruction) -> tuple[set[int], set[int]]:
-    """Which results and operands of a fusion are those of a collective that it overlaps with.
+    """Returns which results and operands of a fusion belong to a collective that it overlaps with.
 
-    They are handed on along the chain, and count where it starts.
+    They are passed along the chain, and count at its start.
     """
     if instruction.opcode != "fusion":
         return set(), set()
@@ -274,7 +273,7 @@ def _library_flops(program: Program, computation: str, instruction: Instruction)
     if call[1] == "cublas":
         found = _GEMM_CONTRACTING.search(instruction.attributes)
         return _product_flops(left, result, found[1].replace('"', "") if found else "")
-    # The attributes are always those of the forward convolution.
+    # The attributes always describe the forward convolution.
     if call[2] == "convBackwardInput":
         left, result = result, left
     elif call[2] == "convBackwardFilter":
@@ -292,7 +291,7 @@ def _convolution_flops(left: Array, right: Array, result: Array, attributes: str
     if found is None:
         return 0
     image, kernel, output = found.groups()
-    positions = 1  # pairs of a position of the output and one of the kernel that meet the image
+    positions = 1  # pairs of positions in the output and the kernel that are inside the image
     for axis, (size, options) in enumerate(_window(attributes)):
         digit = str(axis)
         inputs, outputs = left.shape[image.index(digit)], result.shape[output.index(digit)]
@@ -303,7 +302,7 @@ def _convolution_flops(left: Array, right: Array, result: Array, attributes: str
 
 
 def _window(attributes: str) -> list[tuple[int, dict[str, tuple[int, ...]]]]:
-    """Of each spatial axis of a convolution: the kernel's size, and strides, padding, dilation."""
+    """Returns the kernel's size and the strides, padding and dilation of each spatial axis."""
     found = _WINDOW.search(attributes)
     if found is None:
         return []
@@ -326,31 +325,3 @@ def _meeting(inputs: int, outputs: int, size: int, options: dict[str, tuple[int,
     where = np.arange(outputs)[:, None] * stride + np.arange(size)[None, :] * kernel_step - before
     inside = (where >= 0) & (where <= (inputs - 1) * dilation) & (where % dilation == 0)
     return int(np.count_nonzero(inside))
-
-
-def largest_arrays(program: Program, count: int) -> list[tuple[int, Array, int, str]]:
-    """The largest arrays that the program writes to the device's main memory.
-
-    Args:
-      program: the program.
-      count: how many kinds of them.
-
-    Returns:
-      Bytes of one, the array, how many such are written, and what writes the first; arrays of the
-      same shape and type are one kind. They need not all live at the same time.
-    """
-    kinds: dict[Array, list[str]] = {}
-    for name in _runs(program):
-        for instruction in program.computations[name].values():
-            if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
-                continue
-            handed_on = _handed_on(program, instruction)[0]
-            for n, array in enumerate(instruction.arrays):
-                if array.in_hbm and n not in handed_on:
-                    kinds.setdefault(array, []).append(instruction.scope)
-    largest = sorted(kinds, key=lambda array: array.size, reverse=True)[:count]
-    return [(array.size, array, len(kinds[array]), _last(kinds[array])) for array in largest]
-
-
-def _last(scopes: list[str]) -> str:
-    return next((scope.rpartition("/")[2] for scope in scopes if scope), "")

@@ -1,7 +1,6 @@
-"""Reading a compiled program's text: instructions, and how often each of them runs.
+"""Parses the text of a compiled program, `jax.stages.Compiled.as_text()`.
 
-The text is XLA's own, from `jax.stages.Compiled.as_text()`: one computation after the other, one
-instruction a line. Shapes in it are those of one device.
+It has one instruction a line. Shapes are those of one device.
 """
 
 import dataclasses
@@ -10,7 +9,7 @@ import math
 import re
 from collections.abc import Callable
 
-# Bits of an element of each of XLA's types that a training step can hold.
+# Bits of an element of XLA's types.
 _BITS = {
     "pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16,
     "s32": 32, "u32": 32, "s64": 64, "u64": 64, "f8e4m3fn": 8, "f8e5m2": 8, "bf16": 16, "f16": 16,
@@ -18,13 +17,12 @@ _BITS = {
 }  # fmt: skip
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^{}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (.*)$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"\s([a-z][\w\-]*)\(")
 _COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) .*\{$")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition)=%([\w.\-]+)")
 _BRANCHES = re.compile(r"\b(?:branch_computations|true_computation|false_computation)=\{?([^}=]*)")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_SCOPE = re.compile(r'op_name="([^"]*)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +31,8 @@ class Array:
 
     Attributes:
       dtype: XLA's name of the type.
-      shape: its dimensions.
-      in_hbm: whether it lives in the device's main memory, and not in its on-chip memory.
+      shape: Shape.
+      in_hbm: Whether it is in the device's main memory, not in its on-chip memory.
     """
 
     dtype: str
@@ -43,24 +41,20 @@ class Array:
 
     @property
     def size(self) -> int:
-        """Bytes of its elements, without the padding of its layout."""
+        """Size in bytes, without the padding of its layout."""
         return math.prod(self.shape) * _BITS[self.dtype] // 8
-
-    def __str__(self) -> str:
-        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation.
+    """An instruction of a computation.
 
     Attributes:
-      name: its name.
-      opcode: what it does.
-      arrays: what it gives, a tuple's elements one by one.
-      arguments: what stands in its brackets: the instructions that it takes, or a constant's value.
-      attributes: the rest of the line.
-      is_root: whether its result is the computation's.
+      name: Name.
+      opcode: Operation.
+      arrays: Results.
+      arguments: Text in its brackets: names of its operands, or a constant's value.
+      attributes: Rest of the line.
     """
 
     name: str
@@ -68,29 +62,22 @@ class Instruction:
     arrays: tuple[Array, ...]
     arguments: str
     attributes: str
-    is_root: bool
 
     @functools.cached_property
     def operands(self) -> tuple[str, ...]:
-        """Names of the instructions that it takes."""
+        """Names of the instructions that it takes its operands from."""
         return tuple(_NAME.findall(self.arguments))
 
     @functools.cached_property
     def called(self) -> dict[str, str]:
-        """Computations that it calls, by their role."""
+        """Computations that it calls, by role."""
         return {role: name for role, name in _CALLED.findall(self.attributes)}
 
     @property
     def branches(self) -> list[str]:
-        """The computations that a `conditional` chooses from."""
+        """Computations that a `conditional` chooses from."""
         found = _BRANCHES.findall(self.attributes)
         return [name for names in found for name in _NAME.findall(names)]
-
-    @property
-    def scope(self) -> str:
-        """Which operation of the traced program it comes from, or an empty text."""
-        found = _SCOPE.search(self.attributes)
-        return found[1].replace("\\'", "'") if found else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,21 +85,21 @@ class Program:
     """A compiled program.
 
     Attributes:
-      computations: the instructions of each computation, by its name.
-      entry: the name of the one that runs first.
+      computations: Instructions of each computation, by name.
+      entry: Name of the computation that runs first.
     """
 
     computations: dict[str, dict[str, Instruction]]
     entry: str
 
     def runs(self, cost: Callable[[str, Instruction], tuple[int, ...]]) -> dict[str, int]:
-        """How often each computation that is not part of a fusion runs.
+        """Returns how often each computation that is not part of a fusion runs.
 
-        A loop's body runs as often as the loop turns; a loop of unknown length counts as one turn.
-        Of a condition's branches the dearest runs.
+        A loop of unknown length counts as one iteration. A `conditional` runs its most expensive
+        branch.
 
         Args:
-          cost: of an instruction of the computation so named.
+          cost: Cost of an instruction of the named computation.
         """
         return self._runs_from(self.entry, cost)
 
@@ -144,14 +131,14 @@ class Program:
         return runs
 
     def operands(self, computation: str, instruction: Instruction) -> list[Array]:
-        """The arrays that an instruction of a computation takes."""
+        """Returns the operands of an instruction of a computation."""
         there = self.computations[computation]
         return [array for name in instruction.operands for array in there[name].arrays]
 
     def _trip_count(self, loop: Instruction) -> int:
         if found := _TRIP_COUNT.search(loop.attributes):
             return int(found[1])
-        # JAX's scans count from 0 in steps of 1 while less than a constant.
+        # The loops of JAX's scans count from 0 in steps of 1 up to a constant.
         names = [loop.called["condition"]]
         names += [
             instruction.called["calls"]
@@ -169,7 +156,7 @@ class Program:
 
 
 def parse(text: str) -> Program:
-    """Reads a compiled program's text."""
+    """Parses the text of a compiled program."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -179,14 +166,14 @@ def parse(text: str) -> Program:
         elif line.startswith("}"):
             current = None
         elif current is not None and (found := _INSTRUCTION.match(line)):
-            current[found[2]] = _instruction(found[2], found[3], bool(found[1]))
+            current[found[1]] = _instruction(found[1], found[2])
     return Program(computations, entry)
 
 
-def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
+def _instruction(name: str, rest: str) -> Instruction:
     opcode = _OPCODE.search(rest)
     if opcode is None:
-        raise ValueError(f"not an instruction of XLA: {name} = {rest[:200]}")
+        raise ValueError(f"cannot parse an instruction of XLA: {name} = {rest[:200]}")
     tail = rest[opcode.end() - 1 :]
     end = _closing(tail)
     arrays = tuple(
@@ -194,11 +181,11 @@ def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
         for dtype, shape, layout in _ARRAY.findall(rest[: opcode.start()])
         if dtype in _BITS
     )
-    return Instruction(name, opcode[1], arrays, tail[1:end], tail[end + 1 :], is_root)
+    return Instruction(name, opcode[1], arrays, tail[1:end], tail[end + 1 :])
 
 
 def _closing(text: str) -> int:
-    """Where the bracket that opens `text` closes."""
+    """Returns where the bracket that opens `text` closes."""
     depth = 0
     for position, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")

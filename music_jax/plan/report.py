@@ -1,4 +1,4 @@
-"""A plan as a person reads it, and as JSON."""
+"""Estimates that follow from a step's costs, as a table and as JSON."""
 
 import dataclasses
 import math
@@ -7,9 +7,9 @@ from typing import Any
 
 from music_jax.distributed import progress
 from music_jax.plan.chips import chip_of, network_peak
-from music_jax.plan.compiling import Figures
+from music_jax.plan.compiling import StepCost
 
-# What XLA does not give for any chip.
+# Values that XLA gives for no chip.
 _COUNTED = {
     "hbm_only_bytes": "XLA's bytes accessed, counted in its program without on-chip memory",
     "received_bytes": "counted in XLA's program: the least that must enter a chip",
@@ -19,19 +19,19 @@ _COUNTED = {
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One topology's figures and what follows from them at the chip's published peaks.
+    """The costs of a step on a topology and what follows at the chip's published peaks.
 
     Attributes:
-      topology: its name.
-      figures: XLA's.
-      num_images: of the training split.
-      num_epochs: of the run.
-      decode_rate: images a second that one core of the host decodes and crops.
-      largest_batch_size: the largest that fits, if it was looked for.
+      topology: Name of the topology.
+      cost: Costs of a step.
+      num_images: Number of images of the training split.
+      num_epochs: Number of epochs of the run.
+      decode_rate: Images that a core of the host decodes and crops in a second.
+      largest_batch_size: Largest batch that fits, if it was searched.
     """
 
     topology: str
-    figures: Figures
+    cost: StepCost
     num_images: int
     num_epochs: int
     decode_rate: float
@@ -39,16 +39,16 @@ class Plan:
 
     @property
     def estimates(self) -> dict[str, str]:
-        """Of each figure that is not XLA's own for the chip, how it was found."""
-        return _COUNTED | self.figures.estimates
+        """How each value was found that is not XLA's own for the chip."""
+        return _COUNTED | self.cost.estimates
 
     @property
     def peak_seconds(self) -> dict[str, float]:
         """Time that each resource alone needs for a step at its published peak, if known."""
         needs = {
-            "compute": self.figures.flops,
-            "hbm": self.figures.hbm_traffic_bytes,
-            "network": self.figures.received_bytes,
+            "compute": self.cost.flops,
+            "hbm": self.cost.hbm_traffic_bytes,
+            "network": self.cost.received_bytes,
         }
         peaks = self.peaks  # a single chip has no network, and needs none
         return {
@@ -57,13 +57,13 @@ class Plan:
 
     @property
     def bound(self) -> str:
-        """The resource that is the bottleneck: it needs the longest."""
+        """The bottleneck: the resource that needs the longest."""
         seconds = self.peak_seconds
         return max(seconds, key=lambda name: seconds[name])
 
     @property
     def peaks(self) -> dict[str, float]:
-        """What the chip does in a second at most, as published: FLOPs, and bytes of the others."""
+        """Published peaks of the chip: FLOPs, and bytes of the others, in a second."""
         chip = chip_of(self.topology)
         return {
             "compute": chip.flops_per_second,
@@ -73,29 +73,29 @@ class Plan:
 
     @property
     def seconds_per_step(self) -> float:
-        """An estimate: what that resource needs, if all bytes accessed go through the HBM."""
+        """Estimated time of a step, if all bytes accessed go through the HBM."""
         return max(self.peak_seconds.values())
 
     @property
     def least_seconds_per_step(self) -> float | None:
-        """A lower bound: the same if what XLA keeps in on-chip memory costs nothing."""
-        if self.figures.hbm_only_bytes is None:
+        """Lower bound of it: arrays that XLA keeps in on-chip memory cost nothing."""
+        if self.cost.hbm_only_bytes is None:
             return None
-        hbm = self.figures.hbm_only_bytes / self.peaks["hbm"]
+        hbm = self.cost.hbm_only_bytes / self.peaks["hbm"]
         return max((self.peak_seconds | {"hbm": hbm}).values())
 
     @property
     def seconds_per_epoch(self) -> float:
-        """Of the epoch's whole batches."""
-        return self.num_images // self.figures.batch_size * self.seconds_per_step
+        """Estimated time of an epoch."""
+        return self.num_images // self.cost.batch_size * self.seconds_per_step
 
     @property
     def images_per_second(self) -> float:
-        """A chip; an image counts once, however many views are made of it."""
-        return self.figures.batch_size / self.figures.chips / self.seconds_per_step
+        """Images per second and chip; an image counts once, whatever its number of views."""
+        return self.cost.batch_size / self.cost.chips / self.seconds_per_step
 
     def as_json(self) -> dict[str, Any]:
-        """The plan as it is written; figures of what does not fit are null."""
+        """Returns the plan as JSON holds it; what is unknown if it does not fit is null."""
         derived = {
             "hbm_free_bytes": lambda: _free(self),
             "bound": lambda: self.bound,
@@ -107,10 +107,10 @@ class Plan:
             "images_per_second": lambda: self.images_per_second,
             "decode_cores": lambda: self.images_per_second / self.decode_rate,
         }
-        fits = self.figures.fits
+        fits = self.cost.fits
         return {
             "topology": self.topology,
-            **dataclasses.asdict(self.figures),
+            **dataclasses.asdict(self.cost),
             "estimates": self.estimates,
             "peaks_per_second": self.peaks,
             "decode_rate": self.decode_rate,
@@ -120,7 +120,7 @@ class Plan:
 
 
 def table(plans: Sequence[Plan]) -> str:
-    """All plans side by side, one column a topology; figures of one chip, ~ before estimates."""
+    """Formats all plans as a table with a column per topology; ~ marks estimates."""
     rows: list[tuple[str, list[str]]] = []
 
     def row(name: str, cells: list[str]) -> None:
@@ -129,20 +129,20 @@ def table(plans: Sequence[Plan]) -> str:
 
     def if_fits(name: str, text: Any, field: str = "") -> None:
         marks = ["~" if field in plan.estimates else "" for plan in plans]
-        cells = [text(plan) if plan.figures.fits else "" for plan in plans]
+        cells = [text(plan) if plan.cost.fits else "" for plan in plans]
         row(name, [cell and mark + cell for cell, mark in zip(cells, marks, strict=True)])
 
     def heading(name: str) -> None:
         rows.extend([("", [""] * len(plans)), (name, [""] * len(plans))])
 
-    row("chips", [str(plan.figures.chips) for plan in plans])
-    row("batch, of all chips", [f"{plan.figures.batch_size:,}" for plan in plans])
+    row("chips", [str(plan.cost.chips) for plan in plans])
+    row("batch, of all chips", [f"{plan.cost.batch_size:,}" for plan in plans])
     row(
         "largest batch that fits",
         [f"{p.largest_batch_size:,}" if p.largest_batch_size is not None else "" for p in plans],
     )
-    row("it fits", ["yes" if plan.figures.fits else "NO" for plan in plans])
-    row("compiled in", [_duration(plan.figures.compile_seconds or 0.0) for plan in plans])
+    row("it fits", ["yes" if plan.cost.fits else "NO" for plan in plans])
+    row("compiled in", [_duration(plan.cost.compile_seconds or 0.0) for plan in plans])
     if_fits("bottleneck", lambda p: p.bound)
     if_fits("a step, estimate", lambda p: _duration(p.seconds_per_step))
     if_fits("a step, lower bound", lambda p: _duration(p.least_seconds_per_step))
@@ -155,15 +155,15 @@ def table(plans: Sequence[Plan]) -> str:
     row("needed at the peak", [_mark(p, "hbm_needed_bytes", _gb) for p in plans])
     row("available", [_mark(p, "hbm_available_bytes", _gb) for p in plans])
     if_fits("free", lambda p: _gb(_free(p)), "hbm_available_bytes")
-    if_fits("arguments", lambda p: _gb(p.figures.argument_bytes))
-    if_fits("temporaries", lambda p: _gb(p.figures.temporary_bytes), "temporary_bytes")
+    if_fits("arguments", lambda p: _gb(p.cost.argument_bytes))
+    if_fits("temporaries", lambda p: _gb(p.cost.temporary_bytes), "temporary_bytes")
     heading("WORK")
-    if_fits("FLOPs", lambda p: f"{p.figures.flops / 1e12:,.3f} T", "flops")
+    if_fits("FLOPs", lambda p: f"{p.cost.flops / 1e12:,.3f} T", "flops")
     if_fits("  of the objective", _objective_share, "objective_flops")
-    if_fits("bytes accessed", lambda p: _gb(p.figures.hbm_traffic_bytes), "hbm_traffic_bytes")
-    if_fits("  not in on-chip memory", lambda p: _gb(p.figures.hbm_only_bytes), "hbm_only_bytes")
-    if_fits("received from other chips", lambda p: _gb(p.figures.received_bytes), "received_bytes")
-    for kind in sorted({kind for plan in plans for kind in plan.figures.collective_bytes}):
+    if_fits("bytes accessed", lambda p: _gb(p.cost.hbm_traffic_bytes), "hbm_traffic_bytes")
+    if_fits("  not in on-chip memory", lambda p: _gb(p.cost.hbm_only_bytes), "hbm_only_bytes")
+    if_fits("received from other chips", lambda p: _gb(p.cost.received_bytes), "received_bytes")
+    for kind in sorted({kind for plan in plans for kind in plan.cost.collective_bytes}):
         if_fits(
             f"  by {kind}",
             lambda p, k=kind: _gb(_of_kind(p, k)),
@@ -181,55 +181,47 @@ def table(plans: Sequence[Plan]) -> str:
 
 
 def _free(plan: Plan) -> float:
-    return plan.figures.hbm_available_bytes - (plan.figures.hbm_needed_bytes or 0.0)
+    return plan.cost.hbm_available_bytes - (plan.cost.hbm_needed_bytes or 0.0)
 
 
 def _of_kind(plan: Plan, kind: str) -> float | None:
-    if plan.figures.received_bytes is None:
+    if plan.cost.received_bytes is None:
         return None
-    return plan.figures.collective_bytes.get(kind, 0.0)
+    return plan.cost.collective_bytes.get(kind, 0.0)
 
 
 def _objective_share(plan: Plan) -> str:
-    if plan.figures.objective_flops is None:
+    if plan.cost.objective_flops is None:
         return ""
-    return f"{plan.figures.objective_flops / (plan.figures.flops or 1.0):.2%}"
+    return f"{plan.cost.objective_flops / (plan.cost.flops or 1.0):.2%}"
 
 
 def _mark(plan: Plan, field: str, text: Any) -> str:
-    cell = text(getattr(plan.figures, field))
+    cell = text(getattr(plan.cost, field))
     return "~" + cell if cell and field in plan.estimates else cell
 
 
 def notes(plans: Sequence[Plan]) -> str:
-    """What each step's largest arrays are, and where the figures are from."""
+    """Explains what does not fit, and where the values come from."""
     lines = []
     for plan in plans:
-        if not plan.figures.fits:
+        if not plan.cost.fits:
             lines.append(
-                f"{plan.topology}: batch {plan.figures.batch_size} does not fit: needs "
-                f"{_gb(plan.figures.hbm_needed_bytes)} of {_gb(plan.figures.hbm_available_bytes)}; "
-                "take more chips, a smaller batch_size (--find-batch-size tells the largest), "
+                f"{plan.topology}: batch {plan.cost.batch_size} does not fit: needs "
+                f"{_gb(plan.cost.hbm_needed_bytes)} of {_gb(plan.cost.hbm_available_bytes)}; "
+                "take more chips, a smaller batch_size (--find-batch-size finds the largest), "
                 "backbone.remat=true or accumulation_steps=2"
             )
-            continue
-        if plan.figures.largest_arrays:
-            lines.append(f"{plan.topology}, largest arrays that a device writes to its memory:")
-        lines += [
-            f"  {_gb(array['bytes']):>9}  {array['count']:3d} x {array['array']} "
-            f"{array['operation']}".rstrip()
-            for array in plan.figures.largest_arrays
-        ]
     estimates = {name: how for plan in plans for name, how in plan.estimates.items()}
-    lines.append("~ marks what is not XLA's own figure for the chip:")
+    lines.append("~ marks values that are not XLA's own for the chip:")
     lines += [f"  {name}: {how}" for name, how in estimates.items()]
     sources = dict.fromkeys(chip.source for chip in (chip_of(plan.topology) for plan in plans))
     lines += [
-        "All else of memory and work is XLA's own for the step compiled for these chips. Times are",
-        "not measured: they are what the bottleneck of compute, HBM and network needs at the",
-        "chip's published peak. The estimate takes all bytes accessed as going through the HBM,",
-        "those of arrays too that XLA keeps in on-chip memory; the lower bound leaves these out.",
-        "The network's peak is that of the chip with the fewest links. Peaks:",
+        "All other values of memory and work are XLA's for the step compiled for these chips.",
+        "Times are not measured: they are what the bottleneck of compute, HBM and network needs at",
+        "the chip's published peak. The estimate assumes that all bytes accessed go through the",
+        "HBM; the lower bound leaves out arrays that XLA keeps in on-chip memory. The network's",
+        "peak is that of the chip with the fewest links. Published peaks:",
         *(f"  {source}" for source in sources),
     ]
     return "\n".join(lines)

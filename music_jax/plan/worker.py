@@ -1,35 +1,32 @@
-"""What runs in the processes that compile: one topology each."""
+"""Plans one topology, in a process of its own."""
 
 import dataclasses
 import json
 import logging
-import multiprocessing
-import multiprocessing.connection
 import os
-import signal
-import threading
+from collections.abc import Callable
 
 from ml_collections import config_dict
 
 from music_jax.config import from_json
 from music_jax.distributed.mesh import check_divisible
-from music_jax.plan.compiling import Figures, measure, open_slice
+from music_jax.distributed.signals import end_with_parent
+from music_jax.plan.compiling import StepCost, measure, open_slice
 from music_jax.plan.report import Plan
-from music_jax.plan.search import largest_batch
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What to compile.
+    """What a worker process needs to plan a topology.
 
     Attributes:
-      config: the config as JSON.
-      topology: the slice's name.
-      num_images: of the training split.
-      decode_rate: images a second that a core decodes.
-      find_batch_size: whether to look for the largest batch that fits.
+      config: The config as JSON.
+      topology: Name of the topology.
+      num_images: Number of images of the training split.
+      decode_rate: Images that a core decodes in a second.
+      find_batch_size: Whether to find the largest batch that fits.
     """
 
     config: str
@@ -40,28 +37,16 @@ class Task:
 
 
 def begin() -> None:
-    """Silences compilers, which warn on standard error that they sit on no TPU or GPU.
-
-    When the process that started this one ends, by Ctrl-C or killed, this one ends too, in the
-    midst of a compilation.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Prepares a worker process; silences compilers, which warn that there is no TPU or GPU."""
+    end_with_parent()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
 
 
 def check(task: Task) -> None:
-    """Finds in seconds what would fail only after the slices before it.
+    """Checks in seconds what would otherwise fail after the topologies before it.
 
     Raises:
-      UserError: there is no such slice, or the batch cannot be divided over it.
+      UserError: There is no such topology, or the batch cannot be divided over it.
     """
     config = _config(task)
     slice_ = open_slice(task.topology, config.sharding.fsdp)
@@ -69,11 +54,11 @@ def check(task: Task) -> None:
 
 
 def run(task: Task) -> Plan:
-    """Compiles the step, and further ones if the largest batch is asked for."""
+    """Compiles the step, and further ones to find the largest batch that fits."""
     config = _config(task)
     slice_ = open_slice(task.topology, config.sharding.fsdp)
 
-    def figures(batch_size: int, with_objective: bool = False) -> Figures:
+    def cost(batch_size: int, with_objective: bool = False) -> StepCost:
         config.batch_size = batch_size
         steps_per_epoch = max(1, task.num_images // batch_size)
         return measure(
@@ -81,10 +66,10 @@ def run(task: Task) -> Plan:
         )
 
     wanted = config.batch_size
-    main = figures(wanted, with_objective=True)
+    main = cost(wanted, with_objective=True)
 
     def memory_share(batch_size: int) -> float:
-        found = main if batch_size == wanted else figures(batch_size)
+        found = main if batch_size == wanted else cost(batch_size)
         share = (found.hbm_needed_bytes or 0.0) / found.hbm_available_bytes
         says = "fits" if found.fits else "does not fit"
         _logger.info(f"{task.topology}: a batch of {batch_size:,} needs {share:.0%} and {says}")
@@ -96,7 +81,7 @@ def run(task: Task) -> Plan:
         largest = largest_batch(memory_share, unit, wanted)
     return Plan(
         topology=task.topology,
-        figures=main,
+        cost=main,
         num_images=task.num_images,
         num_epochs=config.num_epochs,
         decode_rate=task.decode_rate,
@@ -106,3 +91,50 @@ def run(task: Task) -> Plan:
 
 def _config(task: Task) -> config_dict.ConfigDict:
     return from_json(json.loads(task.config))
+
+
+# The answer is at most this share below the largest that fits.
+_TOLERANCE = 1 / 32
+
+
+def largest_batch(memory_share: Callable[[int], float], unit: int, start: int) -> int:
+    """Returns the largest multiple of `unit` that fits, or up to 3 % less; 0 if none fits.
+
+    Memory grows almost linearly with the batch, so a line through two batches gives the first
+    guesses. Near the limit XLA saves memory, so bisection finds the rest.
+
+    Args:
+      memory_share: Function from a batch size to the share of the memory that it needs; it fits
+        up to 1.
+      unit: Number that divides every batch size.
+      start: First batch size to try, a multiple of `unit`.
+    """
+    shares = {start // unit: memory_share(start)}
+    while True:
+        # In units: the largest that is known to fit, and the smallest that is known not to.
+        low = max((n for n, share in shares.items() if share <= 1), default=0)
+        high = min((n for n, share in shares.items() if share > 1), default=None)
+        if high is not None and high - low <= max(1, int(low * _TOLERANCE)):
+            return low * unit
+        candidate = _candidate(shares, low, high)
+        shares[candidate] = memory_share(candidate * unit)
+
+
+def _candidate(shares: dict[int, float], low: int, high: int | None) -> int:
+    """Returns a batch that has not been tried, above `low` and below `high`."""
+    if high is not None and len(shares) > 3:
+        return (low + high) // 2
+    guess = _limit(shares)
+    if high is None:
+        return max(low + 1, min(guess, 8 * max(low, 1)))
+    return min(max(guess, low + 1), high - 1)
+
+
+def _limit(shares: dict[int, float]) -> int:
+    """Returns where the line through the two batches nearest to the limit reaches it."""
+    nearest = sorted(shares, key=lambda n: abs(shares[n] - 1))[:2]
+    a, b = nearest[0], nearest[1] if len(nearest) > 1 else 0
+    at_a, at_b = shares[a], shares.get(b, 0.0)
+    if (at_a - at_b) * (a - b) <= 0:  # no line: double or halve
+        return 2 * a if at_a <= 1 else a // 2
+    return int(a + (1 - at_a) * (a - b) / (at_a - at_b))

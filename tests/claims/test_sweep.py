@@ -1,4 +1,4 @@
-"""Which cells there are, which are run next, and what becomes of their results."""
+"""The cells of a sweep, their order, and the tables of their results."""
 
 import json
 import re
@@ -9,11 +9,10 @@ import pytest
 import scipy.stats
 from etils import epath
 
-from music_jax.claims import plots, report, results
-from music_jax.claims.cells import Cell, Sweep, base_config, chosen
-from music_jax.claims.grid import base, make_claims
+from music_jax.claims import report, results
+from music_jax.claims.grid import SETTINGS, base, make_claims, settings_of
 from music_jax.claims.pool import choose
-from music_jax.claims.settings import SETTINGS, settings_of
+from music_jax.claims.sweep import Cell, Sweep, base_config, chosen
 from music_jax.config import default_config
 from music_jax.errors import UserError
 from music_jax.workdir.run_config import as_json, write_config
@@ -27,27 +26,25 @@ def make_sweep(tmp_path, name="mnist5k", *, only=(), seeds=3, overridden=(), con
     config = config or load(name)
     settings = settings_of(config.dataset.name)
     claims = make_claims(base_config(config, settings, overridden), settings)
-    wanted = chosen({claim.number: claim for claim in claims}, only)
+    wanted = chosen(claims, only)
     return Sweep(
         config,
         settings,
         wanted,
-        num_seeds=seeds,
+        num_seeds={claim.number: seeds for claim in wanted},
         directory=epath.Path(tmp_path),
         overridden=overridden,
     )
 
 
-def test_a_worker_keeps_to_its_setting_and_then_off_those_of_others(tmp_path):
+def test_a_worker_runs_a_setting_that_no_other_worker_runs(tmp_path):
     free = make_sweep(tmp_path, only=("1",)).missing()
-    first = free[0].setting
-    other = next(cell for cell in free if cell.setting != first)
-    assert choose(free, [], None) == free[0]
-    assert choose(free, [], other.setting) == other
-    assert choose(free, [free[0]], None) == other
-    assert choose(free, [other], first) == free[0]
-    assert choose([free[1]], [free[0]], None) == free[1]
-    assert free[1].setting == first
+    other = next(cell for cell in free if cell.setting != free[0].setting)
+    assert choose(free, []) == free[0]
+    assert choose(free, [free[0]]) == other
+    assert choose(free, [other]) == free[0]
+    assert free[1].setting == free[0].setting
+    assert choose([free[1]], [free[0]]) == free[1]
 
 
 def finish(sweep, cell, **result):
@@ -78,7 +75,8 @@ def finish_all(sweep, **measured):
 )
 def test_every_cell_of_every_dataset_has_a_valid_config(tmp_path, name):
     sweep = make_sweep(tmp_path, name, seeds=1)
-    names = [setting.name for setting in sweep.settings_in_order()]
+    settings = sweep.settings_in_order()
+    names = [setting.name for setting in settings]
     assert len(names) == len(set(names)) > 30
     sweep.validate()
     configs = [
@@ -132,7 +130,7 @@ def test_a_rate_that_diverges_is_not_chosen(tmp_path):
     assert sweep.best_rate(base("music")) == 3e-3
 
 
-def test_all_cells_are_counted_and_gaps_alone_are_run_again(tmp_path):
+def test_all_cells_are_counted_and_only_missing_ones_are_run(tmp_path):
     sweep = make_sweep(tmp_path, only=("1", "2"))
     finish_all(sweep)
     done = list(epath.Path(tmp_path).glob("*/*/result.json"))
@@ -149,7 +147,7 @@ def test_all_cells_are_counted_and_gaps_alone_are_run_again(tmp_path):
     assert len(more.missing()) == 2 + len(more.settings_in_order())
 
 
-def test_results_of_another_config_are_not_taken_for_this_ones(tmp_path):
+def test_results_of_another_config_are_refused(tmp_path):
     finish_all(make_sweep(tmp_path, only=("1",)))
     config = load("mnist5k")
     config.augmentation.view_1.noise_std = 0.3
@@ -167,7 +165,7 @@ def test_results_of_another_config_are_not_taken_for_this_ones(tmp_path):
         ("evaluation.test", "mnist:test"),
     ],
 )
-def test_results_of_another_protocol_are_not_taken_for_this_ones(tmp_path, field, value):
+def test_results_of_another_protocol_are_refused(tmp_path, field, value):
     config = load("mnist5k")
     cell = Cell(base("music"), 1e-2, config.seed, False)
     finish(make_sweep(tmp_path, overridden=(field,)), cell, linear_top1=0.9)
@@ -184,7 +182,7 @@ def test_a_damaged_result_is_trained_again(tmp_path):
     assert sweep.result(cell) is None
 
 
-def test_a_search_is_tested_on_its_own_part_whatever_the_config_evaluates_with(tmp_path):
+def test_a_search_is_evaluated_on_its_own_part_of_the_training_split(tmp_path):
     config = load("cifar10")
     config.evaluation.train, config.evaluation.test = "cifar100:train", "cifar100:test"
     sweep = make_sweep(tmp_path, config=config)
@@ -195,14 +193,6 @@ def test_a_search_is_tested_on_its_own_part_whatever_the_config_evaluates_with(t
     assert final.evaluation.test == "cifar100:test"
 
 
-def test_a_collapsed_start_is_a_setting_only_where_images_are_in_memory(tmp_path):
-    def starts(name):
-        return [s for s in make_sweep(tmp_path, name).settings_in_order() if s.collapsed_start]
-
-    assert len(starts("mnist5k")) == 1
-    assert not starts("cifar10")
-
-
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
@@ -211,27 +201,28 @@ def test_a_collapsed_start_is_a_setting_only_where_images_are_in_memory(tmp_path
         ("dataset.path", "images", r"leave config\.dataset\.path unset"),
     ],
 )
-def test_a_wrong_config_of_any_setting_is_told_before_the_first_is_trained(
-    tmp_path, field, value, message
-):
+def test_a_wrong_config_of_any_setting_is_an_error_before_training(tmp_path, field, value, message):
     config = load("mnist5k")
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
         make_sweep(tmp_path, config=config).validate()
 
 
-def test_a_result_from_before_a_field_was_added_still_counts(tmp_path):
+def test_a_result_of_an_earlier_version_still_counts(tmp_path):
     sweep = make_sweep(tmp_path, only=("1",))
     cell = sweep.missing()[0]
     finish(sweep, cell, linear_top1=0.9)
     path = sweep.directory / cell.name / "config.json"
     record = json.loads(path.read_text())
     del record["config"]["objective"]["contrast_temperature"]
+    record["config"]["linear_eval"]["raw_pixels"] = True  # as earlier versions left it
+    record["config"]["few_shot"]["shots"] = [1, 5, 10]
+    record["config"]["knn"]["enabled"] = True
     path.write_text(json.dumps(record))
     assert cell not in make_sweep(tmp_path, only=("1",)).missing()
 
 
-def test_what_the_user_sets_comes_before_the_sweeps_own_settings(tmp_path):
+def test_overrides_on_the_command_line_precede_the_sweeps_own(tmp_path):
     config = load("mnist5k")
     config.num_epochs = 17
     sweep = make_sweep(tmp_path, config=config, overridden=("num_epochs",))
@@ -240,12 +231,12 @@ def test_what_the_user_sets_comes_before_the_sweeps_own_settings(tmp_path):
     assert cell.backbone.name == SETTINGS["mnist5k"].overrides["backbone.name"]
 
 
-def test_unknown_claims_and_datasets_are_the_users_error(tmp_path):
+def test_unknown_claims_and_datasets_are_user_errors(tmp_path):
     with pytest.raises(UserError, match=r"no claim '7'.*1, 2, 3, 4, 5, 6"):
         make_sweep(tmp_path, only=("1", "7"))
     config = default_config()
     config.dataset.name = "svhn"
-    with pytest.raises(UserError, match=r"'svhn'.*mnist5k.*settings\.py"):
+    with pytest.raises(UserError, match=r"'svhn'.*mnist5k.*grid\.py"):
         make_sweep(tmp_path, config=config)
 
 
@@ -277,7 +268,7 @@ def test_tables_have_means_and_student_intervals(tmp_path):
     assert f"| --- | --- |{numbers}" in text
 
 
-def test_the_one_rate_of_the_config_is_no_edge_of_a_search(tmp_path):
+def test_a_rate_that_was_not_searched_is_at_no_edge(tmp_path):
     sweep = make_sweep(tmp_path, only=("1",), seeds=1)
     finish_all(sweep)
     rows = results.collect(sweep)[0]["rows"]
@@ -287,7 +278,7 @@ def test_the_one_rate_of_the_config_is_no_edge_of_a_search(tmp_path):
     assert not configured[0]["rate_at_edge"]
 
 
-def test_differences_are_welchs(tmp_path):
+def test_differences_match_welchs_t_test(tmp_path):
     a, b = [0.95, 0.96, 0.99], [0.9, 0.93, 0.91, 0.92]
     mean, half = report.difference(a, b)
     interval = scipy.stats.ttest_ind(a, b, equal_var=False).confidence_interval()
@@ -295,13 +286,13 @@ def test_differences_are_welchs(tmp_path):
     assert report.difference([0.9], b) is None
 
 
-def test_the_report_says_what_is_missing_and_keeps_other_sections(tmp_path):
+def test_the_report_names_what_is_missing_and_keeps_other_sections(tmp_path):
     path = epath.Path(tmp_path) / "RESULTS.md"
     sweep = make_sweep(tmp_path / "a" / "mnist5k", only=("1", "4"))
     finish_all(sweep)
     tables = results.collect(sweep)
     results.write(tables, sweep.directory)
-    plots.write(tables, sweep.directory)
+    report.write_plots(tables, sweep.directory)
     report.write_section(path, sweep, tables)
     whole = path.read_text()
     for link in re.findall(r"!\[.*\]\((.*)\)", whole):
@@ -340,18 +331,32 @@ def write_tables(path, directory, **options):
     return tables
 
 
-def test_testing_one_claim_again_keeps_the_tables_and_seeds_of_the_others(tmp_path):
+def test_rerunning_one_claim_keeps_the_tables_and_seeds_of_the_others(tmp_path):
     path = epath.Path(tmp_path) / "RESULTS.md"
     whole = write_tables(path, tmp_path / "mnist5k", only=("1", "2", "4"))
     text = path.read_text()
     assert write_tables(path, tmp_path / "mnist5k", only=("1",), seeds=1) == whole
     assert path.read_text() == text
-    assert "--seeds=3 --only=1,2,4`: " in text
+    assert "`python -m music_jax.claims --seeds=3 --only=1,2,4`: " in text
     for directory in (tmp_path / "mnist5k", tmp_path / "results/mnist5k"):
         tables = json.loads((directory / "claims.json").read_text())["claims"]
         assert [table["claim"] for table in tables] == [1, 2, 4]
     added = write_tables(path, tmp_path / "mnist5k", only=("6", "6"))
     assert [table["claim"] for table in added] == [1, 2, 4, 6]
+
+
+def test_more_seeds_of_one_claim_leave_the_others_complete(tmp_path, monkeypatch):
+    path = epath.Path(tmp_path) / "RESULTS.md"
+    monkeypatch.setattr("sys.argv", ["claims", "--config", "configs/mnist5k.py", "--seeds=9"])
+    write_tables(path, tmp_path / "mnist5k", only=("6", "4"))
+    tables = write_tables(path, tmp_path / "mnist5k", only=("6",), seeds=4)
+    wanted = {table["claim"]: {row["seeds_wanted"] for row in table["rows"]} for table in tables}
+    assert wanted == {4: {3}, 6: {4}}
+    text = path.read_text()
+    assert "not complete" not in text
+    assert "Not complete" not in text
+    command = "`python -m music_jax.claims --config configs/mnist5k.py"
+    assert f"{command} --seeds=4 --only=6` and {command} --seeds=3 --only=4`: " in text
 
 
 def test_sweeps_of_two_configs_of_one_dataset_have_a_section_each(tmp_path):
@@ -404,7 +409,7 @@ def test_every_claim_has_a_plot(tmp_path):
     tables = results.collect(sweep)
     for row in tables[2]["rows"]:
         row |= {"factors": ["shape", "hue"], "factor_nmi": [np.eye(2).tolist()]}
-    plots.write(tables, sweep.directory)
+    report.write_plots(tables, sweep.directory)
     for number in (1, 2, 7):
         png = (sweep.directory / f"claim-{number}.png").read_bytes()
         assert png.startswith(b"\x89PNG")

@@ -3,7 +3,7 @@
 import pytest
 
 from music_jax.errors import UserError
-from music_jax.plan.chips import CHIPS, attached_topology, chip_of, network_peak
+from music_jax.plan.chips import CHIPS, H100, attached_topology, chip_of, network_peak
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
@@ -31,7 +31,7 @@ def test_peaks_of_h100_are_the_datasheets_without_sparsity():
     ("topology", "expected"),
     [
         ("v6:2x2", "did you mean 'v6e'"),
-        ("gpu:h100:8", r"the chip 'gpu' is not known.*v5e:4x8"),
+        ("gpu:h100:8", r"unknown chip 'gpu'.*v5e:4x8"),
         ("v5e", "expected 2 sizes joined by x after 'v5e', such as v5e:4x8; got ''"),
         ("v5e:4x4x4", "expected 2 sizes"),
         ("v4:2x2", "expected 3 sizes"),
@@ -102,3 +102,16 @@ def test_without_a_driver_no_gpu_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="are not found by nvidia-smi"):
         attached_topology()
+
+
+def test_usable_memory_is_the_share_that_jax_takes(monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    assert H100.usable_bytes == 0.75 * H100.memory_bytes
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".9")
+    assert H100.usable_bytes == 0.9 * H100.memory_bytes
+    assert 79 * 2**30 < H100.memory_bytes < 80 * 2**30
+
+
+def test_each_gpus_memory_bandwidth_reaches_the_compiler():
+    chip = CHIPS["h200"]
+    assert "memory_bandwidth: 4800000000000" in chip.gpu.target(chip.hbm_bytes_per_second)

@@ -1,6 +1,7 @@
 """The command as a user runs it."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import runpy
@@ -25,7 +26,7 @@ def test_an_unknown_topology_is_told_in_one_line():
     code, _, err = processes.run("music_jax.plan", *_DIGITS, "--topology=v5e:4x8,v9:2x2")
     assert code == 2
     assert err.count("\n") == 1
-    assert "the chip 'v9' is not known" in err
+    assert "unknown chip 'v9'" in err
 
 
 @pytest.mark.slow
@@ -141,3 +142,31 @@ def test_a_small_config_is_planned_from_start_to_end(tmp_path):
     # Each chip gets its part of the gradient, and the parts of the parameters that others hold.
     assert plan["collective_bytes"]["reduce-scatter"] > 1e5
     assert plan["collective_bytes"]["all-gather"] > 1e6
+
+
+def _has_plugin():
+    try:
+        return any(importlib.util.find_spec(f"jax_plugins.xla_cuda{v}") for v in (12, 13))
+    except ModuleNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _has_plugin(), reason="JAX's CUDA plugin is not installed")
+def test_a_small_config_is_planned_for_gpus_that_are_not_there(tmp_path):
+    file = tmp_path / "plan.json"
+    code, out, err = processes.run(
+        "music_jax.plan",
+        processes.DIGITS,
+        "--config.batch_size=64",
+        "--topology=h100:4",
+        f"--json={file}",
+        "--num-images=1437",
+    )
+    assert (code, err) == (0, "")
+    (plan,) = json.loads(file.read_text())
+    assert plan["fits"]
+    assert plan["chips"] == 4
+    assert 0 < plan["objective_flops"] < plan["flops"]
+    assert "~" in out
+    assert "flops" in plan["estimates"]

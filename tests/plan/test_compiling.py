@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from music_jax.config import default_config
 from music_jax.errors import UserError
 from music_jax.plan import compiling
+from music_jax.workdir.user_directories import cache_directory
 
 _GIB = 2**30
 
@@ -81,3 +82,47 @@ def test_a_batch_that_cannot_be_divided_is_told(four_chips):
     config.batch_size, config.accumulation_steps = 68, 2
     with pytest.raises(UserError, match="over 4 devices in accumulation_steps = 2; take 64 or 72"):
         compiling.measure(config, four_chips, steps_per_epoch=1, with_objective=False)
+
+
+def _cached(program="a program", chips="v5e:2x2", size=1):
+    """Asks the cache; returns the size that it gives and whether it was made now."""
+    made = []
+
+    def make():
+        made.append(size)
+        return compiling.StepCost(size, size, fits=False, hbm_available_bytes=1.0)
+
+    return compiling.cached(compiling.cache_key(program, chips), make).chips, bool(made)
+
+
+def test_the_same_program_is_compiled_once():
+    assert _cached(size=1) == (1, True)
+    assert _cached(size=2) == (1, False)
+
+
+@pytest.mark.parametrize("other", [{"program": "another"}, {"chips": "v5e:2x4"}])
+def test_another_program_or_slice_is_not_in_the_cache(other):
+    _cached(size=1)
+    assert _cached(size=2, **other) == (2, True)
+
+
+def test_results_of_another_compiler_are_not_taken(monkeypatch):
+    _cached(size=1)
+    monkeypatch.setattr(compiling, "_version", lambda package: "99")
+    assert _cached(size=2) == (2, True)
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"size": 1}', "[1]", "\0"])
+def test_a_damaged_cache_file_is_replaced(damage):
+    _cached(size=1)
+    (file,) = cache_directory("plan").iterdir()
+    file.write_text(damage)
+    assert _cached(size=2) == (2, True)
+    assert _cached(size=3) == (2, False)
+
+
+def test_without_a_writable_cache_everything_is_compiled(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert _cached(size=1) == (1, True)
+    assert _cached(size=2) == (2, True)

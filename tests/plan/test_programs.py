@@ -126,3 +126,48 @@ def test_a_loops_body_counts_once_a_trip(told, trips):
     found = counts.collectives(program, _ALONE)
     assert found.by_kind == {"all-reduce": trips * 256}
     np.testing.assert_allclose(found.received, trips * 2 * 7 / 8 * 256)
+
+
+_CONVOLUTION = "window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f"
+_TEXT = """
+ENTRY %main (x: bf16[128,56,56,64], w: bf16[32,3,3,64], y: bf16[128,56,56,32]) -> bf16[] {
+  %x = bf16[128,56,56,64]{3,2,1,0} parameter(0)
+  %w = bf16[32,3,3,64]{3,2,1,0} parameter(1)
+  %y = bf16[128,56,56,32]{3,2,1,0} parameter(2)
+  %call = CALL
+}
+"""
+
+
+def _flops(call):
+    return counts.work(hlo.parse(_TEXT.replace("CALL", call))).flops
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "(bf16[128,56,56,32]{3,2,1,0}, u8[0]{0}) custom-call(%x, %w), WINDOW, "
+        'custom_call_target="__cudnn$convForward"',
+        "(bf16[128,56,56,64]{3,2,1,0}, u8[0]{0}) custom-call(%y, %w), WINDOW, "
+        'custom_call_target="__cudnn$convBackwardInput"',
+        "(bf16[32,3,3,64]{3,2,1,0}, u8[0]{0}) custom-call(%x, %y), WINDOW, "
+        'custom_call_target="__cudnn$convBackwardFilter"',
+    ],
+)
+def test_a_convolution_and_its_gradients_cost_the_same(call):
+    # Of 56 positions of a side, the kernel's 3 x 3 leaves the image at the border.
+    positions = (3 * 56 - 2) ** 2
+    assert _flops(call.replace("WINDOW", _CONVOLUTION)) == 2 * 128 * 64 * 32 * positions
+
+
+def test_a_product_of_cublas():
+    call = (
+        "(bf16[128,56,56,32]{3,2,1,0}, s8[4]{0}) custom-call(%x, %w), "
+        'custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":'
+        '{"dot_dimension_numbers":{"lhs_contracting_dimensions":["3"]}}}'
+    )
+    assert _flops(call) == 2 * 128 * 56 * 56 * 32 * 64
+
+
+def test_other_calls_are_no_products():
+    assert _flops('bf16[4]{0} custom-call(%x, %w), custom_call_target="Other"') == 0

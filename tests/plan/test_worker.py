@@ -10,7 +10,8 @@ import pytest
 
 from music_jax.distributed.mesh import check_divisible
 from music_jax.plan import worker
-from music_jax.plan.compiling import Figures
+from music_jax.plan.compiling import StepCost
+from music_jax.plan.worker import largest_batch
 
 
 @pytest.mark.parametrize("accumulation_steps", [1, 4])
@@ -21,7 +22,7 @@ def test_the_largest_batch_is_looked_for_from_the_configs_own(
         assert steps_per_epoch == max(1, 1437 // config.batch_size)
         check_divisible(config.batch_size, accumulation_steps, slice_.mesh)
         needed = config.batch_size / (4 * 77) * 16e9
-        return Figures(
+        return StepCost(
             chips=slice_.chips,
             batch_size=config.batch_size,
             fits=needed <= 16e9,
@@ -46,7 +47,7 @@ def test_the_largest_batch_is_looked_for_from_the_configs_own(
     )
     fits = 4 * 77
     assert fits - max(4 * accumulation_steps, fits // 32) <= plan.largest_batch_size <= fits
-    assert plan.figures.batch_size == 64
+    assert plan.cost.batch_size == 64
     assert "v5e:2x2: a batch of 64 needs 21% and fits" in capsys.readouterr().out
 
 
@@ -72,3 +73,43 @@ def test_a_worker_ends_in_the_midst_of_its_work_when_its_parent_is_killed():
     finally:
         if worker_process.is_running():
             worker_process.kill()
+
+
+_UNIT = 4  # of the memory models below
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 31, 64, 65, 1000, 60_000])
+@pytest.mark.parametrize("start", [1, 64, 2048])
+@pytest.mark.parametrize("fixed", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("saved", [0.0, 0.2])
+def test_the_largest_that_fits_is_found_to_within_3_percent_in_few_steps(
+    limit, start, fixed, saved
+):
+    asked = []
+
+    def memory_share(batch):
+        assert batch % _UNIT == 0
+        asked.append(batch)
+        units = batch // _UNIT
+        if units > limit:
+            return 1.0 + (units - limit) / max(limit, 1)
+        # Near the limit memory is saved, so that the need grows more slowly.
+        share = fixed + (1 - fixed) * units / max(limit, 1)
+        return min(share, 1 - saved + saved * units / max(limit, 1))
+
+    found = largest_batch(memory_share, _UNIT, start * _UNIT)
+    assert found % _UNIT == 0
+    assert limit * _UNIT / 1.04 - _UNIT < found <= limit * _UNIT
+    assert found == 0 or found in asked
+    assert len(asked) == len(set(asked)) <= 20
+
+
+def test_a_linear_need_takes_few_compilations():
+    asked = []
+
+    def memory_share(batch):
+        asked.append(batch)
+        return 0.1 + batch / 100_000
+
+    assert 87_000 < largest_batch(memory_share, 32, 2048) <= 90_000
+    assert len(asked) <= 8

@@ -11,6 +11,7 @@ import pytest
 from music_jax.config import default_config, set_views
 from music_jax.data.augment import ViewAugmentation, augment_views
 from music_jax.distributed.mesh import batch_sharding, make_data_mesh
+from music_jax.train import step as step_module
 from music_jax.train.guards import init_guard_state
 from music_jax.train.recipe import make_recipe
 from music_jax.train.state import TrainState, init_state
@@ -257,3 +258,25 @@ def test_the_augmentation_of_a_sample_depends_on_its_index_and_not_on_its_positi
         std=(0.5,),
     )
     np.testing.assert_array_equal(found, expected)
+
+
+def test_seeds_and_learning_rates_share_a_program_and_registered_parts_do_not(monkeypatch):
+    config = _config()
+    recipe, mesh = make_recipe(config, steps_per_epoch=4), make_data_mesh(1)
+    state = init_state(config, recipe.optimizer, mesh)
+    config.seed += 1
+    config.optimizer.base_learning_rate *= 2
+    other = make_recipe(config, steps_per_epoch=4)
+    jit_step = step_module._jit_step
+    assert jit_step(recipe, state, mesh) is jit_step(other, state, mesh)
+    (batch,) = _batches(config, 1)
+    copy = jax.tree.map(jnp.copy, state)
+    for _ in range(2):
+        state, metrics = compile_step(recipe, state, mesh)(state, *batch)
+        copy, others = compile_step(other, copy, mesh)(copy, *batch)
+    np.testing.assert_allclose(others["learning_rate"], 2 * metrics["learning_rate"], rtol=1e-6)
+    assert float(others["loss"]) != float(metrics["loss"])
+
+    name = config.objective.name
+    monkeypatch.setitem(step_module.OBJECTIVES, name, lambda _: lambda a, b: (jnp.sum(a), {}))
+    assert make_recipe(config, steps_per_epoch=4).objective is not other.objective
