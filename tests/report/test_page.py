@@ -1,4 +1,4 @@
-"""The page without a browser: what it says, that none of it is taken for markup, and its size."""
+"""The page without a browser: its text, its escaping and its size."""
 
 import html.parser
 import re
@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 
 from music_jax.errors import UserError
-from music_jax.report import curves, page
+from music_jax.report import page, tables
 from tests.report.reports import (
     HOSTILE,
     data_of,
-    make_seen,
-    make_shown,
+    make_reported,
+    make_sample,
     write_results,
     write_workdir,
 )
 
 
 class _Elements(html.parser.HTMLParser):
-    """Names of all elements, and the text outside of scripts and styles."""
+    """Collects the names of all elements and the text outside scripts and styles."""
 
     def __init__(self, text):
         super().__init__()
@@ -44,7 +44,7 @@ class _Elements(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run with everything."""
+    """A complete run."""
     path = write_workdir(tmp_path_factory.mktemp("runs") / "music")
     write_results(path)
     (path / "events.jsonl").write_text(
@@ -57,13 +57,13 @@ def finished(tmp_path_factory):
     (path / "skipped.jsonl").write_text(
         '{"source": "digits:train", "image": "</td><script>alert(2)</script>", "reason": "bad"}\n'
     )
-    return make_shown(path, make_seen())
+    return make_reported(path, make_sample())
 
 
-def test_everything_is_said(finished):
+def test_the_page_shows_all_parts_of_a_run(finished):
     text = page.render([finished]).decode()
     found = _Elements(text)
-    said = " ".join(" ".join(found.text).split())
+    words = " ".join(" ".join(found.text).split())
     for part in (
         "finished, 30 steps",
         "30 = 6 segments × 5 units",
@@ -72,27 +72,27 @@ def test_everything_is_said(finished):
         "random initialization",
         "resumed: 1",
         "the loss spiked",
-        "1 of digits:train",
+        "1 in digits:train",
         "40 of the 400 images of digits:test",
         "Most frequent errors",
         HOSTILE,
     ):
-        assert part in said, part
+        assert part in words, part
     alt = re.search(r'data-curve="0" role="img" aria-label="([^"]*)"', text)[1]
     assert "in nats" in alt
     assert "-1.8 at step 1, -4.7 at step 30, bound -4.828" in alt
-    figures = data_of(text)["runs"][0]
-    order = [kind.name for kind in curves.kinds([finished.recorded])]
-    bounds = dict(zip(order, figures["bounds"], strict=True))
+    run = data_of(text)["runs"][0]
+    order = [curve.name for curve in tables.curves([finished.recorded])]
+    bounds = dict(zip(order, run["bounds"], strict=True))
     assert bounds["loss"] == pytest.approx(-3 * np.log(5))
     assert bounds["cross_segment"] == pytest.approx(-2 * np.log(5))
     assert bounds["learning_rate"] is None
-    drawn = dict(zip(order, figures["curves"]["values"], strict=True))
+    drawn = dict(zip(order, run["curves"]["values"], strict=True))
     assert drawn["images_per_second"][:2] == [None, 640.0]
     assert max(drawn["online_top1"]) == pytest.approx(100 * 30 / 35, rel=1e-4)
 
 
-def test_what_the_run_says_is_nowhere_taken_for_markup(finished):
+def test_text_from_the_run_is_escaped(finished):
     text = page.render([finished]).decode()
     found = _Elements(text)
     assert found.names.count("script") == 3  # the library, the data, ours
@@ -108,67 +108,69 @@ def test_what_the_run_says_is_nowhere_taken_for_markup(finished):
     ("prepare", "parts"),
     [
         (
-            lambda path: make_shown(write_workdir(path / "run", logged=10)),
-            ("not finished: 10 of 30 steps (33 %)", "no checkpoint", "Not yet measured"),
+            lambda path: make_reported(write_workdir(path / "run", logged=10)),
+            ("not finished: 10 of 30 steps (33 %)", "no checkpoint", "No results yet"),
         ),
         (
-            lambda path: make_shown(write_workdir(path / "run", logged=0)),
-            ("no step is logged yet", "No step has been logged yet", "Nothing has been measured"),
+            lambda path: make_reported(write_workdir(path / "run", logged=0)),
+            ("no step is logged yet", "No step has been logged yet", "There are no results yet"),
         ),
         (
-            lambda path: make_shown(
-                write_workdir(path / "run", objective="vicreg"), make_seen(channels=1)
+            lambda path: make_reported(
+                write_workdir(path / "run", objective="vicreg"), make_sample(channels=1)
             ),
             ("The objective vicreg has no segments", "there is no linear probe yet"),
         ),
         (
-            lambda path: make_shown(
-                write_workdir(path / "run"), make_seen(labeled=False, images=4), maps=False
+            lambda path: make_reported(
+                write_workdir(path / "run"), make_sample(labeled=False, images=4), maps=False
             ),
-            ("there are too few images, or the network makes the same of all of them",),
+            ("there are too few images, or the network gives all of them the same output",),
         ),
     ],
 )
-def test_what_is_missing_is_said(prepare, parts, tmp_path):
+def test_missing_parts_are_explained(prepare, parts, tmp_path):
     text = page.render([prepare(tmp_path)]).decode()
-    said = " ".join(" ".join(_Elements(text).text).split())
+    words = " ".join(" ".join(_Elements(text).text).split())
     for part in parts:
-        assert part in said, part
+        assert part in words, part
 
 
-def test_runs_side_by_side_share_images_and_show_what_differs(finished, tmp_path):
-    other = make_shown(write_workdir(tmp_path / "other", objective="vicreg"), make_seen(seed=1))
-    seen = make_seen()
-    third = make_shown(write_workdir(tmp_path / "third", seed=3), seen)
+def test_runs_side_by_side_share_images_and_list_their_differences(finished, tmp_path):
+    other = make_reported(
+        write_workdir(tmp_path / "other", objective="vicreg"), make_sample(seed=1)
+    )
+    sample = make_sample()
+    third = make_reported(write_workdir(tmp_path / "third", seed=3), sample)
     text = page.render([finished, other, third]).decode()
     runs = data_of(text)["runs"]
     assert [run["name"] for run in runs] == ["music", "other", "third"]
     assert runs[0]["thumbsClass"] == runs[2]["thumbsClass"] != runs[1]["thumbsClass"]
     assert text.count(f".{runs[0]['thumbsClass']}{{") == 1
-    assert "The trainings differ in" in text
+    assert "The training configs differ in" in text
     assert re.search(r"differ in [^<]*objective.name", text)
 
 
-def test_pictures_shrink_until_the_report_is_small_enough(finished, monkeypatch):
+def test_pictures_shrink_until_the_report_fits(finished, monkeypatch):
     usual = page.render([finished])
-    monkeypatch.setattr(page, "LARGEST", len(usual) - 1)
+    monkeypatch.setattr(page, "MAX_BYTES", len(usual) - 1)
     smaller = page.render([finished])
     assert len(smaller) < len(usual)
     assert data_of(smaller.decode())["runs"][0]["images"]["tile"] < 24
-    monkeypatch.setattr(page, "LARGEST", 100_000)
+    monkeypatch.setattr(page, "MAX_BYTES", 100_000)
     with pytest.raises(UserError, match=r"--workdir.*--images"):
         page.render([finished])
 
 
 @pytest.mark.slow
 def test_a_thousand_classes_and_thousands_of_units_stay_below_ten_megabytes(tmp_path):
-    """Images of noise, which no format packs well, each run's its own."""
+    """Different images of noise in each run, which no format compresses well."""
     shown = []
     for seed in range(3):
         path = write_workdir(tmp_path / str(seed), segments=102, units=80, seed=seed)
         write_results(path, images=5000, classes=1000)
-        seen = make_seen(images=1000, classes=1000, segments=102, units=80, side=96, seed=seed)
-        shown.append(make_shown(path, seen))
+        sample = make_sample(images=1000, classes=1000, segments=102, units=80, side=96, seed=seed)
+        shown.append(make_reported(path, sample))
     html = page.render(shown)
     assert len(html) < 10e6
     runs = data_of(html.decode())["runs"]
@@ -191,8 +193,8 @@ def _contrast(a, b):
     return (high + 0.05) / (low + 0.05)
 
 
-def test_colors_have_the_contrast_that_wcag_asks_for():
-    """4.5 for text, 3 for lines and dots, in both themes; and both themes are whole."""
+def test_colors_have_the_contrast_required_by_wcag():
+    """4.5 for text and 3 for lines and dots, in both themes, which define the same colors."""
     files = resources.files("music_jax.report") / "page"
     style = (files / "report.css").read_text()
     blocks = re.findall(r":root[^{]*\{([^}]*)\}", style)

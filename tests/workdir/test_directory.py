@@ -16,7 +16,7 @@ from memory_bucket import bucket_directory, out_of_reach
 from small_runs import save_run, small_config
 
 from music_jax.checkpoint.manager import Checkpoints
-from music_jax.checkpoint.restore import restore_run
+from music_jax.checkpoint.restore import restore_network
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import UserError
 from music_jax.exchange import formats
@@ -214,7 +214,7 @@ def test_checkpoints_may_be_a_link_to_other_storage(tmp_path):
     assert (scratch / "3").is_dir()
     assert open_workdir(str(run)) == epath.Path(run)
     for name in ("3", str(run / "checkpoints" / "3")):
-        assert restore_run(epath.Path(run), small_config(), name, make_data_mesh())[0] == 3
+        assert restore_network(epath.Path(run), small_config(), name, make_data_mesh())[0] == 3
     (scratch / "out").symlink_to(tmp_path)
     with pytest.raises(UserError, match="out in the workdir is a link that leads out"):
         open_workdir(str(run))

@@ -14,8 +14,6 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from memory_bucket import HttpError, broken_connection, bucket_directory, out_of_reach
-from music_jax.workdir.json_files import read_json
-from music_jax.workdir.new_file import new_file, write_new
 
 from music_jax.checkpoint.integrity import find_damage, write_checksums
 from music_jax.checkpoint.manager import Checkpoints
@@ -27,7 +25,11 @@ from music_jax.errors import UserError
 from music_jax.exchange import formats
 from music_jax.train.guards import init_guard_state
 from music_jax.train.state import TrainState, restore_state, save_state, state_shardings
-from music_jax.workdir import epath_corrections, lock, records
+from music_jax.workdir import directory as lock
+from music_jax.workdir.directory import WorkdirLock, open_workdir
+from music_jax.workdir.files import BucketError, bucket_errors, new_file, read_json, write_new
+from music_jax.workdir.logs import EventsLog, MetricsLog
+from music_jax.workdir.run_config import as_json, check_same_run, read_config, write_config
 from music_jax.workdir.user_directories import cache_directory
 
 ORDER = TrainingOrder(32, 16, 0)
@@ -60,7 +62,7 @@ def _saved_and_restored(workdir):
     ["lr=[1]", "[!a]//x", "*", "?", "{a}", "a b\n#%20", "~", "a:b", "é" * 120, "[1]/../[2]"],
 )
 def test_what_is_saved_in_a_directory_of_any_name_is_restored(name, tmp_path):
-    workdir = records.open_workdir(f"/{tmp_path}/{name}")  # two slashes at the beginning
+    workdir = open_workdir(f"/{tmp_path}/{name}")  # two slashes at the beginning
     assert _saved_and_restored(workdir) == [[0, 1, 2], [3, 4, 5]]
 
 
@@ -84,7 +86,7 @@ def test_orbax_itself_restores_what_is_exported_to_a_name_with_brackets(tmp_path
 def test_where_no_checkpoint_can_be_kept_is_refused_at_once(name, why, tmp_path):
     path = os.path.join(tmp_path, name)
     with pytest.raises(UserError, match=why) as error:
-        records.open_workdir(path)
+        open_workdir(path)
     assert str(error.value).isprintable()  # one line, which any terminal can show
     with pytest.raises(UserError, match=why):
         Checkpoints(epath.Path(path), read_only=True)
@@ -96,19 +98,19 @@ def test_where_no_checkpoint_can_be_kept_is_refused_at_once(name, why, tmp_path)
 @pytest.mark.parametrize("name", ["lr=[1]", "a*", "a?", "a\\b"])
 def test_patterns_in_the_name_of_a_bucket_s_directory_are_refused(name):
     with pytest.raises(UserError, match="checkpoints cannot be kept in 'gs://bucket/"):
-        records.open_workdir(f"gs://bucket/{name}")
+        open_workdir(f"gs://bucket/{name}")
 
 
 @pytest.mark.parametrize("path", ["/hf/runs", "/gs/bucket/runs", "/s3/x"])
 def test_a_directory_that_is_taken_for_a_bucket_is_refused(path):
     with pytest.raises(UserError, match=r"is taken for the bucket (hf|gs|s3)://"):
-        records.open_workdir(path)
+        open_workdir(path)
 
 
 @pytest.mark.parametrize("path", ["foo://x", "runs/a://b"])
 def test_an_unknown_kind_of_bucket_is_refused(path):
     with pytest.raises(UserError, match="is in no place that is known"):
-        records.open_workdir(path)
+        open_workdir(path)
 
 
 def test_a_pattern_applies_below_the_directory_alone(tmp_path):
@@ -129,10 +131,10 @@ def test_files_whose_owner_has_no_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     monkeypatch.setattr(grp, "getgrgid", unknown)
-    workdir = records.open_workdir(tmp_path)
-    records.write_config(workdir, default_config())
-    assert records.read_config(workdir) == records.as_json(default_config())
-    records.check_same_run(workdir, default_config())
+    workdir = open_workdir(tmp_path)
+    write_config(workdir, default_config())
+    assert read_config(workdir) == as_json(default_config())
+    check_same_run(workdir, default_config())
     assert _saved_and_restored(workdir) == [[0, 1, 2], [3, 4, 5]]
     file = epath.Path(tmp_path / "config.json")
     assert file.stat().length == os.path.getsize(file)
@@ -193,15 +195,15 @@ def test_an_object_stays_as_it_is_if_its_successor_fails(bucket):
 
 
 def test_errors_that_no_bucket_raised_stay_what_they_are(tmp_path):
-    with pytest.raises(ZeroDivisionError), epath_corrections.bucket_errors(tmp_path):
+    with pytest.raises(ZeroDivisionError), bucket_errors(tmp_path):
         raise ZeroDivisionError
-    with pytest.raises(ImportError), epath_corrections.bucket_errors("gs://bucket"):
+    with pytest.raises(ImportError), bucket_errors("gs://bucket"):
         raise ImportError
 
 
 def test_logs_in_a_bucket_out_of_reach_are_told_and_written_later(bucket, capsys):
-    log = records.MetricsLog(bucket, 0, ignore_failures=True)
-    events = records.EventsLog(bucket)
+    log = MetricsLog(bucket, 0, ignore_failures=True)
+    events = EventsLog(bucket)
     with out_of_reach():
         log.write({"step": 1})
         events.write("save_failed", step=1)
@@ -214,7 +216,7 @@ def test_logs_in_a_bucket_out_of_reach_are_told_and_written_later(bucket, capsys
     events.close()
     assert json.loads((bucket / "metrics.jsonl").read_text()) == {"step": 1}
     assert json.loads((bucket / "events.jsonl").read_text())["event"] == "save_failed"
-    strict = records.MetricsLog(bucket, 1)
+    strict = MetricsLog(bucket, 1)
     with out_of_reach(), pytest.raises(OSError, match="503"):
         strict.write({"step": 2})
     strict.close()
@@ -227,7 +229,7 @@ def test_a_checkpoint_that_cannot_be_reached_is_not_called_damaged(bucket, failu
     (bucket / "7" / "data").write_text("data")
     write_checksums(bucket / "7")
     assert find_damage(bucket / "7") is None
-    with out_of_reach(failure), pytest.raises(epath_corrections.BucketError, match="503"):
+    with out_of_reach(failure), pytest.raises(BucketError, match="503"):
         find_damage(bucket / "7")
     (bucket / "7" / "data").write_text("other")
     assert find_damage(bucket / "7") == "data has changed"
@@ -240,7 +242,7 @@ def test_a_lock_in_a_bucket_out_of_reach_for_a_while_goes_on(bucket, monkeypatch
     def count():
         return json.loads((bucket / "lock").read_text())["count"]
 
-    with lock.WorkdirLock(bucket) as held:
+    with WorkdirLock(bucket) as held:
         with out_of_reach():
             time.sleep(0.2)
         assert held._beating.is_alive()
@@ -253,7 +255,7 @@ def test_a_lock_in_a_bucket_out_of_reach_for_a_while_goes_on(bucket, monkeypatch
 
 def test_a_lock_in_a_bucket_out_of_reach_is_not_taken(bucket):
     with out_of_reach(), pytest.raises(UserError, match=r"cannot lock gs://bucket/run: .*503"):
-        lock.WorkdirLock(bucket).__enter__()
+        WorkdirLock(bucket).__enter__()
     with contextlib.suppress(FileNotFoundError):
         assert (bucket / "lock").read_text() == ""
 
@@ -263,8 +265,8 @@ def test_a_connection_that_breaks_while_a_file_is_read_is_no_other_error(bucket)
     (bucket / "7" / "_CHECKPOINT_METADATA").write_text("{}")
     write_checksums(bucket / "7")
     with broken_connection():
-        with pytest.raises(epath_corrections.BucketError, match="503"):
+        with pytest.raises(BucketError, match="503"):
             read_json(bucket / "7" / "CHECKSUMS.json")
-        with pytest.raises(epath_corrections.BucketError, match="503"):
+        with pytest.raises(BucketError, match="503"):
             find_damage(bucket / "7")
     assert find_damage(bucket / "7") is None
