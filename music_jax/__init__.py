@@ -2,7 +2,8 @@
 
 MUlti-Segmental Informational Coding, Niu & Wang, arXiv 2206.06461 (2022).
 
-The package loads `music_jax.objectives`, `music_jax.optim` and what `load` needs on first use.
+Importing the package loads neither `music_jax.objectives` and `music_jax.optim` nor the requirements
+of `load`; they are imported on first use.
 """
 
 import importlib

@@ -96,7 +96,7 @@ def warmup_cosine(
     peak.
 
     Args:
-      base_learning_rate: Peak learning rate for a batch of 256.
+      base_learning_rate: Peak learning rate for a batch of 256; may be traced.
       batch_size: Number of samples in the global batch.
       steps_per_epoch: Number of optimizer steps per epoch.
       num_epochs: Length of the schedule in epochs, including the warm-up.
@@ -125,13 +125,14 @@ def warmup_cosine(
         raise ValueError(
             f"warmup_epochs must be in [0, num_epochs = {num_epochs}); got {warmup_epochs}"
         )
-    peak = base_learning_rate * batch_size / 256
+    # Of a peak of 1, because optax compares the peak with 0 in Python, which may be traced here.
     schedule = optax.warmup_cosine_decay_schedule(
         0.0,
-        peak,
+        1.0,
         warmup_steps=warmup_epochs * steps_per_epoch,
         decay_steps=num_epochs * steps_per_epoch,
-        end_value=final_scale * peak,
+        end_value=final_scale,
     )
+    peak = base_learning_rate * batch_size / 256
     # optax divides the step, which must be a float under strict promotion.
-    return lambda step: schedule(jnp.asarray(step, jnp.float32))
+    return lambda step: peak * schedule(jnp.asarray(step, jnp.float32))

@@ -34,10 +34,10 @@ def write_checksums(directory: epath.Path) -> None:
 
 
 def find_damage(directory: epath.Path) -> str | None:
-    """Returns what is wrong with a checkpoint, or None if it is as it was written.
+    """Returns a description of the damage to a checkpoint, or None if it is intact.
 
     Raises:
-      BucketError: It is in a bucket that cannot be read now, which is no damage.
+      BucketError: The checkpoint is in a bucket that cannot be read now; this is not damage.
     """
     try:
         record = read_json(directory / CHECKSUMS)
@@ -56,8 +56,8 @@ def find_damage(directory: epath.Path) -> str | None:
             if name not in present:
                 return f"{name} is missing"
             if name not in expected:
-                return f"{name} was not there when it was saved"
-            size = present[name].stat().length  # a larger file, such as one of 1 TB, is not read
+                return f"{name} was added after the save"
+            size = present[name].stat().length  # compared first: a wrong file could have 1 TB
             if size != expected[name][0] or _fingerprint(present[name]) != expected[name]:
                 return f"{name} has changed"
     except BucketError:

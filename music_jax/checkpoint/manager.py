@@ -1,4 +1,4 @@
-"""Saving and restoring with Orbax, so that damage and failed saves cost no run."""
+"""Saves and restores checkpoints with Orbax, and tolerates damaged ones and failed saves."""
 
 import concurrent.futures
 import contextlib
@@ -29,7 +29,7 @@ _TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of unfinished checkpoints
 
 
 class _Manager(ocp.CheckpointManager):
-    failure: Exception | None = None  # known before Orbax has waited for the other processes
+    failure: Exception | None = None  # set before Orbax waits for the other processes
 
     def _wait_for_checkpointers(self) -> None:
         try:
@@ -39,7 +39,7 @@ class _Manager(ocp.CheckpointManager):
             raise
 
     def reached_preemption(self, step: int) -> bool:
-        """Returns False: only the training loop may ask, since each call must name a later step."""
+        """Returns False: only the training loop may query this, since each call needs a later step."""
         return False
 
 
@@ -64,19 +64,19 @@ class Checkpoints:
         Args:
           workdir: The run's directory.
           max_to_keep: Number of checkpoints to keep, the newest.
-          read_only: Whether to change nothing; otherwise the directory is made if needed.
+          read_only: Whether to change nothing; otherwise the directory is created if needed.
           ignore_failed_saves: Whether to log a failed save and continue, instead of raising.
           events: Log for failed saves and damaged checkpoints.
 
         Raises:
-          UserError: Orbax's own files there cannot be read, or no checkpoint can be kept there.
+          UserError: Orbax's files in the directory cannot be read, or it cannot hold checkpoints.
         """
         check_checkpoint_path(workdir)
         _ignore_late_errors()
         self._workdir, self._directory = workdir, workdir / "checkpoints"
         self._max_to_keep, self._read_only = max_to_keep, read_only
         self._ignore_failed_saves, self._events = ignore_failed_saves, events
-        # On the loop's thread, starting a save would take Orbax as long as a good part of a step.
+        # Orbax takes a large part of a step to start a save, so a thread of its own does this.
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._writing: concurrent.futures.Future[None] | None = None
         self._saving: int | None = None  # the step that was saved last
@@ -84,7 +84,7 @@ class Checkpoints:
         if not read_only:
             _make(self._directory)
         verbosity = absl_logging.get_verbosity()
-        if read_only:  # Orbax warns of what `read_only` implies
+        if read_only:  # Orbax logs warnings about `read_only`
             absl_logging.set_verbosity(absl_logging.ERROR)
         try:
             self._manager = self._new_manager()
@@ -98,7 +98,7 @@ class Checkpoints:
             self._directory,
             options=ocp.CheckpointManagerOptions(
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
-                # With all processes named, Orbax's barriers are no collectives on the devices.
+                # If all processes are named, Orbax's barriers do not use collectives on the devices.
                 multiprocessing_options=ocp.options.MultiprocessingOptions(
                     active_processes=set(range(jax.process_count()))
                 ),
@@ -119,7 +119,7 @@ class Checkpoints:
         """Returns the newest undamaged checkpoint's step, or None if nothing was ever saved.
 
         Newer checkpoints that are damaged are logged and, unless `read_only`, moved to
-        `workdir/damaged`. All processes return what the main one found.
+        `workdir/damaged`. All processes return the result of the main one.
 
         Raises:
           UserError: There are checkpoints, and all are damaged; they stay where they are.
@@ -141,8 +141,8 @@ class Checkpoints:
         if found == _NONE_VALID:
             details = "; ".join(f"step {step}: {wrong}" for step, wrong in damage.items())
             raise UserError(
-                f"no checkpoint in {self._directory} is valid{details and f' ({details})'}; put "
-                "back a copy of one, or remove them all to start from scratch"
+                f"no checkpoint in {self._directory} is valid{details and f' ({details})'}; restore "
+                "a copy of one, or remove them all to start from scratch"
             )
         if not self._read_only:
             self._manager.reload()
@@ -178,12 +178,12 @@ class Checkpoints:
     def save(self, step: int, input_position: dict[str, int], **trees: Any) -> None:
         """Copies trees of arrays off the devices and writes them in the background.
 
-        Waits first for a checkpoint that is still being written.
+        First waits until an earlier checkpoint is written.
 
         Args:
           step: Number of steps taken.
           input_position: Position in the input after that step.
-          **trees: The trees by name; `state` is one of them.
+          **trees: Trees by name, including `state`.
 
         Raises:
           UserError: The previous save failed, for example because the disk is full, and failed
@@ -294,7 +294,7 @@ class Checkpoints:
         return self._restore(step, name, args)
 
     def input_position(self, step: int) -> Any:
-        """Returns what was saved as the position in the input.
+        """Returns the position in the input that a checkpoint holds.
 
         Raises:
           UserError: There is no such checkpoint, or it cannot be read.
@@ -332,7 +332,7 @@ class Checkpoints:
 
 
 def _ignore_late_errors() -> None:
-    """Hides the reads and writes that fail after the first one has ended a restore or a save.
+    """Hides errors of reads and writes that fail after a restore or a save has already failed.
 
     Orbax's event loop is closed by then, and Python would print a traceback for each of them.
     """
@@ -370,12 +370,12 @@ def _on_host(tree: Any) -> Any:
 
 
 def _trim_memory() -> None:
-    """Returns freed memory to the operating system, which glibc keeps in a pool a thread."""
+    """Returns freed memory, which glibc keeps in one pool per thread, to the operating system."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _shorten(error: Exception) -> str:
-    """Returns the error in one line; a long one's middle goes, since its end tells the reason."""
+    """Returns a message in one line; a long one loses its middle, since the reason is at the end."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"

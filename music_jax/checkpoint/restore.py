@@ -15,7 +15,7 @@ from music_jax.workdir.directory import absolute_path
 
 
 class RestoredNetwork(NamedTuple):
-    """A network with the variables of a checkpoint, whole on every device."""
+    """A network with the variables of a checkpoint, replicated on every device."""
 
     step: int
     network: Network

@@ -13,8 +13,8 @@ from music_jax.errors import UserError
 
 _USAGE = """
 Tests the paper's claims with a sweep of trainings, each in a directory of its own, and writes a
-table and a plot for each claim. Rerun the command to run what is missing; trainings that were
-interrupted resume from their last checkpoint.
+table and a plot for each claim. Rerun the command to run the missing trainings; those
+that were interrupted resume from their last checkpoint.
 
   python -m music_jax.claims --config=configs/mnist5k.py --seeds=5 --output=claims/mnist5k
   python -m music_jax.claims --config=configs/shapes.py --seeds=3 --only=1,7 --results=RESULTS.md
@@ -22,8 +22,8 @@ interrupted resume from their last checkpoint.
   1 objectives; 2 projector depth; 3 embedding dimension; 4 batch size; 5 trivial solutions;
   6 temperature and weights; 7 what each segment is about (shapes)
 
-With --only, the tables of other claims that the directory has already are kept, recomputed from
-all results that are there. --results has one section for each sweep, named after its directory.
+With --only, the tables of other claims that the directory already has are kept, and recomputed from
+all existing results. --results has one section for each sweep, named after its directory.
 
 Learning rates are chosen on a part of the training split. All grids, and the fields that differ
 from the config file, are in music_jax/claims/grid.py. --config.FIELD=VALUE overrides both.
@@ -33,7 +33,7 @@ Exit codes: 0 done; 2 wrong input; 3 some cells failed; 75 stopped by a signal.
 
 
 def main() -> None:
-    """Reads the flags, runs what is missing and writes the tables."""
+    """Reads the flags, runs the missing trainings and writes the tables."""
     config = flags.FLAGS.config
     if flags.FLAGS.seeds < 1:
         raise UserError(f"--seeds must be at least 1; got {flags.FLAGS.seeds}")
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def _results_file() -> epath.Path | None:
-    """Returns the Markdown file, after a check that it can be written."""
+    """Returns the Markdown file after checking that it can be written."""
     if not flags.FLAGS.results:
         return None
     path = epath.Path(flags.FLAGS.results).expanduser()
@@ -127,8 +127,8 @@ if __name__ == "__main__":
     flags.DEFINE_list("only", [], "Numbers of the claims to test; all by default.")
     flags.DEFINE_string("output", None, "Directory of the sweep. [claims/DATASET]")
     flags.DEFINE_string("results", None, "Markdown file to write the sweep's section to.")
-    flags.DEFINE_integer("workers", None, "Number of processes on CPU. [one a core]", lower_bound=1)
+    flags.DEFINE_integer("workers", None, "Number of processes on CPU. [one per core]", lower_bound=1)
     flags.DEFINE_boolean(
-        "tables_only", False, "Whether to only write tables, of the results that exist."
+        "tables_only", False, "Only writes the tables of the existing results."
     )
     cli.run(main, _USAGE, config="file")

@@ -1,4 +1,4 @@
-"""What the sweep trains: each dataset's grids, and the settings of each claim."""
+"""Grids of each dataset, and settings of each claim, that a sweep trains."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ class Settings:
     Attributes:
       learning_rates: Rates to search for each method, ascending. Other settings of a method search
         around its best rate.
-      search_splits: Parts of the training split that a search trains on and chooses by.
+      search_splits: Parts of the training split that a search trains on and validates with.
       overrides: Config fields of every cell.
       rate_step: Ratio of neighboring rates in a search around another one.
       hidden_size: Size of the projector's hidden layers.
@@ -32,8 +32,8 @@ class Settings:
       weights: Factors of each term's weight.
       augmentations: Changes of the config for claim 7, by name.
       units: Segments and units for claim 7.
-      full_recipe: Config fields of a row of its own, MUSIC by the config as it is otherwise; None
-        for no such row.
+      full_recipe: Config fields of a further row, MUSIC with the config otherwise unchanged; None for
+        no such row.
     """
 
     learning_rates: tuple[float, ...]
@@ -154,14 +154,14 @@ def settings_of(dataset: str) -> Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is trained, except for the seed and the learning rate.
+    """A training without its seed and its learning rate.
 
     Attributes:
       name: Name of its directory.
       method: Objective.
-      changes: Config fields that it changes.
+      changes: Values of the changed config fields, by name.
       searches: Whether its learning rate is searched; otherwise it is the method's.
-      as_configured: Whether to leave out the sweep's overrides and the search.
+      as_configured: Whether to omit the sweep's overrides and the search.
       collapsed_start: Whether to train for invariance alone first.
     """
 
@@ -175,7 +175,7 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A row of a claim's table: a setting, the line of the plot, and the place on that line."""
+    """A row of a claim's table: a setting, its line in the plot, and its position on that line."""
 
     series: str
     x: Any
@@ -190,7 +190,7 @@ class Claim:
       number: Number on the command line.
       title: Title of the table and the plot.
       question: Question that the experiment answers.
-      axis: What the points differ in.
+      axis: Quantity in which the points differ.
       points: Rows of the table.
     """
 

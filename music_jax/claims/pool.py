@@ -21,7 +21,7 @@ from music_jax.workdir.user_directories import use_compilation_cache
 
 _logger = logging.getLogger(__name__)
 
-_ATTEMPTS = 2  # at a cell that fails or whose process dies
+_ATTEMPTS = 2  # per cell, if it fails or its process is killed
 
 
 def run_missing(sweep: Sweep, *, cores: Sequence[int | None]) -> None:
@@ -29,13 +29,13 @@ def run_missing(sweep: Sweep, *, cores: Sequence[int | None]) -> None:
 
     Args:
       sweep: The sweep.
-      cores: One element a worker: the core that it runs on, as one device, or None for a worker
-        that uses all devices.
+      cores: Core of each worker, which runs on it as a single device; None for a worker that uses
+        all devices.
 
     Raises:
       UnusableDataError: Cells failed. All others have been run.
     """
-    # One process an executor, so that the death of a process affects only its own cell.
+    # One process per executor, so that the death of a process affects only its own cell.
     workers = [_start_worker(sweep, number, core) for number, core in enumerate(cores)]
     running: dict[concurrent.futures.Future[str | None], tuple[int, Cell]] = {}
     attempts: collections.Counter[str] = collections.Counter()
@@ -133,7 +133,7 @@ def _start_worker(
 
 
 def _begin(log: str, num_devices: int | None) -> None:
-    """Prepares a worker process: its end with the sweep's, its log and its devices."""
+    """Prepares a worker process: ends it with the sweep, and sets its log and its devices."""
     end_with_parent()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
@@ -145,7 +145,7 @@ def _begin(log: str, num_devices: int | None) -> None:
 
 
 def _run(task: CellTask) -> str | None:
-    """Runs a cell and returns what went wrong, if anything did."""
+    """Runs a cell; returns the error message, or None if it succeeded."""
     try:
         run_cell(task)
     except Exception as error:

@@ -27,7 +27,7 @@ _PROTOCOLS = ("linear", "knn", "fewshot", "label_free", "segments", "clustering"
 
 @dataclasses.dataclass(frozen=True)
 class CellTask:
-    """What a worker process needs to run a cell.
+    """Input of a worker process that runs a cell.
 
     Attributes:
       directory: Directory of the cell.
@@ -72,7 +72,7 @@ def run_cell(task: CellTask) -> None:
 
 
 def _remove(directory: epath.Path, start_directory: epath.Path, *, checkpoints: bool) -> None:
-    """Removes what nothing reads once a cell has its result."""
+    """Removes the files that are not needed once a cell has its result."""
     large = [directory / "features", start_directory / "features", start_directory / "checkpoints"]
     if checkpoints:
         large.append(directory / "checkpoints")
@@ -144,7 +144,7 @@ def _measure_factors(run: Run, linear_top1: float) -> dict[str, Any]:
 def label_columns(source: Source, indices: np.ndarray) -> dict[str, np.ndarray]:
     """Returns all integer labels of some images by name, the source's own label first.
 
-    A label that equals one before it under another name is left out.
+    A label that equals an earlier one of another name is omitted.
     """
     first = source.record(int(indices[0]))
     others = [

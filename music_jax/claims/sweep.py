@@ -1,4 +1,4 @@
-"""Which cells a sweep has and which are done; a cell is a setting, a learning rate and a seed."""
+"""Cells of a sweep and their results; a cell is a setting, a learning rate and a seed."""
 
 import dataclasses
 import reprlib
@@ -14,7 +14,7 @@ from music_jax.errors import UserError
 from music_jax.workdir.files import read_json
 from music_jax.workdir.run_config import as_json, read_config
 
-# Fields that may change between two runs of one workdir but change what is measured.
+# Fields that may change when a run resumes, but affect the measures.
 _MEASURED_BY = (
     "compute_dtype",
     "dataset.test_split",
@@ -23,13 +23,12 @@ _MEASURED_BY = (
     "knn",
     "linear_eval",
 )
-# Fields that every cell sets alike: they save time or choose among what a protocol can measure.
+# Fields with the same values in all cells, which save time or select measures of a protocol.
 _PROTOCOL = {
     "linear_eval.raw_pixels": False,
     "linear_eval.random_init": False,
     "few_shot.shots": (10,),
     "few_shot.draws": 20,
-    "clustering.num_starts": 3,
     "evaluation.view_images": 64,  # measures of views are not in the tables
     "evaluation.num_views": 2,
 }
@@ -40,7 +39,7 @@ class Cell:
     """One training with its evaluation.
 
     Attributes:
-      setting: What is trained.
+      setting: Setting to train.
       learning_rate: Base learning rate.
       seed: Seed of the training and the evaluation.
       searching: Whether it belongs to the search for the learning rate.
@@ -53,7 +52,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Its directory, relative to the sweep's."""
+        """Directory of the cell, relative to that of the sweep."""
         last = f"rate={self.learning_rate:g}" if self.searching else f"seed={self.seed}"
         return f"{self.setting.name}/{last}"
 
@@ -87,7 +86,7 @@ class Sweep:
           claims: The claims to test.
           num_seeds: Number of seeds of each claim's settings, by the claim's number.
           directory: Directory of the sweep.
-          overridden: Dotted names of fields that the sweep's overrides must leave alone.
+          overridden: Dotted names of fields that the sweep's overrides must not change.
         """
         self.config, self.settings, self.claims = config, settings, claims
         self.num_seeds, self.directory = num_seeds, directory
@@ -125,7 +124,7 @@ class Sweep:
         )
 
     def settings_in_order(self) -> dict[Setting, int]:
-        """Returns each setting's number of seeds, in an order in which none waits for a later."""
+        """Returns the number of seeds of each setting; none depends on a later one."""
         seeds: dict[Setting, int] = {}
         for claim in self.claims:
             for point in claim.points:
@@ -148,7 +147,7 @@ class Sweep:
         return (_rounded(best / step), best, _rounded(best * step)) if setting.searches else (best,)
 
     def best_rate(self, setting: Setting) -> float | None:
-        """Returns the learning rate that validates best, once all have been tried."""
+        """Returns the rate of the best validation accuracy; None until all have been tried."""
         rates = self.rates(setting)
         if rates is None or len(rates) == 1:
             return rates and rates[0]
@@ -161,14 +160,14 @@ class Sweep:
         return rates[scores.index(max(scores))] if len(scores) == len(rates) else None
 
     def search_cells(self, setting: Setting) -> list[Cell]:
-        """Returns the cells of a setting's search, one a learning rate."""
+        """Returns the cells of a setting's search, one per learning rate."""
         rates = self.rates(setting) or ()
         if len(rates) == 1:
             return []
         return [Cell(setting, rate, self.config.seed, True) for rate in rates]
 
     def final_cells(self, setting: Setting, num_seeds: int) -> list[Cell]:
-        """Returns the cells of a setting that the tables show, one a seed."""
+        """Returns the cells of a setting that the tables show, one per seed."""
         rate = self.best_rate(setting)
         if rate is None:
             return []
@@ -184,7 +183,7 @@ class Sweep:
         ]
 
     def num_cells(self) -> int:
-        """Returns the number of cells, also of those that are not known yet."""
+        """Returns the number of cells, including those that are not known yet."""
 
         def searched(setting: Setting) -> int:
             if setting.as_configured:
@@ -224,9 +223,9 @@ class Sweep:
         return result
 
     def _check_same(self, cell: Cell, directory: epath.Path) -> None:
-        # Fields that have been added since have the defaults that were in force without them.
+        # Fields that were added since get the defaults, which applied without them.
         saved = config_lib.from_json(read_config(directory) or {})
-        saved.update_from_flattened_dict(_protocol(cell))  # earlier versions set it otherwise
+        saved.update_from_flattened_dict(_protocol(cell))  # earlier versions set other values
         old, now = as_json(saved), as_json(self.cell_config(cell))
         differing = config_lib.differences(old, now)
         for field in _MEASURED_BY:

@@ -1,4 +1,4 @@
-"""The frame of every command: flags, `--help`, one-line errors and exit codes."""
+"""Runs commands: flags, `--help`, one-line errors and exit codes."""
 
 import ast
 import contextlib
@@ -30,7 +30,7 @@ _DATA = (
 # Buckets are reached by gcsfs, even where TensorFlow is installed, which takes seconds to load.
 os.environ.setdefault("EPATH_USE_TF", "false")
 
-# Errors of a file system that is full or may not be written to.
+# Errors of a file system that is full or cannot be written to.
 _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 _PIPE_CLOSED = 128 + signal.SIGPIPE  # exit code that a shell reports after SIGPIPE
 
@@ -120,8 +120,8 @@ def fail(error: MusicError) -> NoReturn:
 def exit_on_closed_pipe() -> Iterator[None]:
     """Exits like a process that gets SIGPIPE, once standard output or error is closed.
 
-    SIGPIPE itself stays ignored, as Python has it: it would also end the process when a connection
-    breaks, such as that to a bucket.
+    SIGPIPE itself stays ignored, which is Python's default: it would also end the process when a
+    connection breaks, such as that to a bucket.
     """
     try:
         try:
@@ -137,7 +137,7 @@ def exit_on_closed_pipe() -> Iterator[None]:
 
 
 def join_cluster() -> None:
-    """Joins the other processes of the run, by the flags or as the cluster tells."""
+    """Joins the other processes of the run, found by the flags or detected from the cluster."""
     from music_jax.distributed.mesh import join_cluster
 
     join_cluster(*command_line.process_flags())

@@ -56,7 +56,7 @@ def parse(
     Args:
       argv: The command line.
       usage: Text that `--help` prints above the flags.
-      config: As `music_jax.cli.run` takes it.
+      config: Same as for `music_jax.cli.run`.
       required: Names of the flags that have to be given.
 
     Returns:
@@ -85,7 +85,7 @@ def parse(
     except UserError:
         raise
     except flags.Error as error:
-        raise UserError(_meant(error) or f"{one_line(error)}; --help lists the flags") from error
+        raise UserError(_suggest_field(error) or f"{one_line(error)}; --help lists the flags") from error
     except Exception as error:  # The parsers of fields may raise anything.
         raise UserError(f"{type(error).__name__}: {one_line(error)}") from error
     if config:
@@ -160,7 +160,7 @@ def _check_fields(argv: Sequence[str], config: config_dict.ConfigDict) -> None:
             )
 
 
-def _meant(error: flags.Error) -> str | None:
+def _suggest_field(error: flags.Error) -> str | None:
     """Returns a message for a field of the config that was given without `--config.`."""
     if not isinstance(error, flags.UnrecognizedFlagError) or "config" not in flags.FLAGS:
         return None

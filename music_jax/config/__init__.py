@@ -1,4 +1,4 @@
-"""The config: its fields with their defaults, the checks it must pass, and the files it is in."""
+"""The config: fields with their defaults, checks, and config files."""
 
 from music_jax.config.defaults import default_config as default_config
 from music_jax.config.defaults import descriptions as descriptions

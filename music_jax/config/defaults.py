@@ -52,8 +52,8 @@ def default_config() -> config_dict.ConfigDict:
     config.dataset.data_dir = config_dict.placeholder(str)  # None: the default of TFDS.
     # Files that TFDS cannot download itself. None: downloads/manual in data_dir.
     config.dataset.manual_dir = config_dict.placeholder(str)
-    config.dataset.try_gcs = False  # Look in the public bucket of TFDS first; needs gcsfs.
-    config.dataset.max_skipped_share = 0.01  # Share of the images that may be unreadable.
+    config.dataset.try_gcs = False  # Looks in the public bucket of TFDS first; needs gcsfs.
+    config.dataset.max_skipped_share = 0.01  # Largest share of unreadable images.
     config.dataset.image_key = "image"
     config.dataset.label_key = "label"
     config.dataset.num_channels = 3  # 1 or 3.
@@ -98,7 +98,7 @@ def default_config() -> config_dict.ConfigDict:
     config.backbone.name = "resnet50"
     config.backbone.remat = False  # Computes each block's activations twice to save memory.
     config.backbone.stem = config_dict.placeholder(str)  # ResNets: imagenet, cifar or strided.
-    # ResNets: whether each block starts as its shortcut. None: True.
+    # ResNets: whether each block is initialized to its shortcut. None: True.
     config.backbone.zero_init_residual = config_dict.placeholder(bool)
     # Vision transformers: attention heads. None: 6 for vit_s16, 12 for vit_b16. MoCo v3: 12.
     config.backbone.num_heads = config_dict.placeholder(int)
@@ -126,8 +126,8 @@ def default_config() -> config_dict.ConfigDict:
     config.guards.enabled = True  # False: only the loss and the gradient must be finite.
     # stop, or rewind: resume from before the bad steps and skip them.
     config.guards.policy = "stop"
-    config.guards.max_rewinds = 3  # Rewinds in a whole training, after which it stops.
-    config.guards.warmup_steps = 100  # First steps, in which only non-finite values count.
+    config.guards.max_rewinds = 3  # Maximum number of rewinds in a training; then it stops.
+    config.guards.warmup_steps = 100  # First steps, in which only non-finite values trip a guard.
     # Deviation from the running mean of the loss that counts as a spike; 0 disables the check.
     config.guards.loss_spike_deviations = 10.0
     config.guards.loss_spike_window = 25  # Steps over which the mean of the loss is taken.
@@ -241,7 +241,8 @@ def set_views(config: config_dict.ConfigDict, **augmentation: Any) -> None:
 def descriptions() -> dict[str, str]:
     """Returns the description of each field and group by dotted name, in the order of definition.
 
-    It is the comment before or behind the line that sets the field; "" if there is none.
+    The description is the comment before the line that sets the field, or at its end; "" if there
+    is none.
     """
     found: dict[str, str] = {}
     comment = ""

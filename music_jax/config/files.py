@@ -1,4 +1,4 @@
-"""Configs in files: Python files that make one, and the `config.json` of a run."""
+"""Reads configs from Python files and from the `config.json` of a run."""
 
 import os
 import pathlib
@@ -12,8 +12,7 @@ from music_jax.config.defaults import default_config
 from music_jax.config.validation import check_values, set_fields
 from music_jax.errors import UserError
 
-# Fields and groups that may differ between two runs in one workdir, since they do not change what
-# is trained.
+# Fields and groups that may change when a run resumes, since they do not affect the training.
 FREE_FIELDS = (
     "backbone.remat",
     "checkpoint",
@@ -38,7 +37,7 @@ FREE_FIELDS = (
     "tensorboard",
     "wandb_project",
 )
-# Groups of earlier versions that did not change what was trained either.
+# Groups of earlier versions that did not affect the training either.
 _REMOVED_GROUPS = ("clustering", "retrieval")
 
 
@@ -111,13 +110,14 @@ def from_json(record: dict[str, Any]) -> config_dict.ConfigDict:
     """Returns the config in a `config.json`, of this version of the package or another one.
 
     Fields that it lacks get their defaults. Fields that this version lacks are dropped if they do
-    not change what is trained.
+    not affect the training.
 
     Args:
       record: The JSON object.
 
     Raises:
-      UserError: It has another field that this version lacks, or a value of the wrong type.
+      UserError: It has a field that this version lacks and that affects the training, or a value of
+        the wrong type.
     """
     config = default_config()
     try:
@@ -129,7 +129,7 @@ def from_json(record: dict[str, Any]) -> config_dict.ConfigDict:
 
 
 def _known_fields(record: dict[str, Any], known: dict[str, Any], prefix: str = "") -> Any:
-    """Drops unknown free fields and makes lists tuples."""
+    """Drops unknown free fields and converts lists to tuples."""
     kept = {}
     for key, value in record.items():
         if key not in known and is_free(prefix + key):
@@ -141,7 +141,7 @@ def _known_fields(record: dict[str, Any], known: dict[str, Any], prefix: str = "
 
 
 def is_free(field: str) -> bool:
-    """Returns whether a field may change between two runs in one workdir, by its dotted name."""
+    """Returns whether the field of a dotted name may change when a run resumes."""
     free = (*FREE_FIELDS, *_REMOVED_GROUPS)
     return any(field == name or field.startswith(name + ".") for name in free)
 

@@ -1,4 +1,4 @@
-"""Checks of a config's fields: names, types, ranges, and what has to fit together."""
+"""Checks the fields of a config: names, types, ranges and consistency."""
 
 import difflib
 import fnmatch
@@ -31,7 +31,7 @@ _REGISTERED: dict[str, Mapping[str, Any]] = {
     "objective.name": registry.OBJECTIVES,
     "optimizer.name": registry.OPTIMIZERS,
 }
-# Interval of each number, or of each entry of a tuple, by patterns of names; the first one counts.
+# Interval of each number, or of each entry of a tuple, by patterns of names; the first match counts.
 _INTERVALS = {
     # Two samples or more, since batch normalization needs them.
     "[2, inf)": "batch_size semi_supervised.batch_size finetune.batch_size online_probe.batch_size"
@@ -60,10 +60,10 @@ _NOT_EMPTY = "linear_eval.base_learning_rates few_shot.shots semi_supervised.fra
 
 
 def validate(config: config_dict.ConfigDict) -> None:
-    """Checks everything that can be checked without devices and data.
+    """Checks a config, as far as this is possible without devices and data.
 
     The names of backbones, objectives and optimizers are checked once the packages that register
-    them are imported, which is so before anything is built or trained.
+    them are imported, which happens before anything is built or trained.
 
     Args:
       config: The config.
@@ -96,7 +96,7 @@ def validate(config: config_dict.ConfigDict) -> None:
 
 
 def check_values(config: config_dict.ConfigDict) -> None:
-    """Checks that every field is there and has the type of its default, and that numbers are sane.
+    """Checks that every field exists and has the type of its default, with numbers in its range.
 
     Args:
       config: The config.
@@ -122,7 +122,7 @@ def check_values(config: config_dict.ConfigDict) -> None:
 def _expected_type(
     value: Any, default: Any, default_group: config_dict.ConfigDict, name: str
 ) -> str | None:
-    """Returns what a value must be, or None if it is that."""
+    """Returns the expected type of a value in words, or None if the value has it."""
     kind = default_group.get_type(name)
     if value is None and default is None:
         return None
@@ -174,7 +174,7 @@ def _is_in(interval: str, number: float) -> bool:
 
 
 def _check_backbone(config: config_dict.ConfigDict) -> None:
-    """Checks that the backbone takes the options that are set, and crops of their size."""
+    """Checks that the backbone supports the options that are set, and the size of the crops."""
     backbone = config.backbone
     spec = registry.BACKBONES.get(backbone.name)
     if spec is None:
@@ -194,7 +194,7 @@ def _check_backbone(config: config_dict.ConfigDict) -> None:
 
 
 def _check_batch(config: config_dict.ConfigDict) -> None:
-    """Checks that the microbatches are of one size that can be normalized."""
+    """Checks that the microbatches have equal sizes of two samples or more."""
     size, count = config.batch_size, config.accumulation_steps
     if size % count:
         raise _wrong(config, "accumulation_steps", f"divide batch_size = {size}")

@@ -40,7 +40,6 @@ def _config(data, **fields):
             "linear_eval.random_init": False,
             "few_shot.shots": (10,),
             "few_shot.draws": 2,
-            "clustering.num_starts": 1,
             "evaluation.view_images": 8,
             "evaluation.num_views": 2,
             **fields,

@@ -24,5 +24,5 @@ def test_images_without_labels_are_not_evaluated_unless_they_are_named(tmp_path,
     assert final.is_done(6)
     assert capsys.readouterr().out == f"{tmp_path} is done: 6 steps trained\n"
     config.evaluation.test = str(tmp_path)
-    with pytest.raises(NotMeasurableError, match="every image must lie in one of two or more"):
+    with pytest.raises(NotMeasurableError, match="every image must be in one of two or more"):
         FinalEvaluation(config, tmp_path, source)

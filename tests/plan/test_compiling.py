@@ -80,7 +80,7 @@ def test_a_batch_that_cannot_be_divided_is_told(four_chips):
     with pytest.raises(UserError, match="batch_size = 6 cannot be divided over 4 devices"):
         compiling.measure(config, four_chips, steps_per_epoch=1, with_objective=False)
     config.batch_size, config.accumulation_steps = 68, 2
-    with pytest.raises(UserError, match="over 4 devices in accumulation_steps = 2; take 64 or 72"):
+    with pytest.raises(UserError, match="over 4 devices in accumulation_steps = 2; use 64 or 72"):
         compiling.measure(config, four_chips, steps_per_epoch=1, with_objective=False)
 
 

@@ -18,7 +18,7 @@ from memory_bucket import HttpError, broken_connection, bucket_directory, out_of
 from music_jax.checkpoint.integrity import find_damage, write_checksums
 from music_jax.checkpoint.manager import Checkpoints
 from music_jax.config import default_config
-from music_jax.data import sources
+from music_jax.data import tfds_source
 from music_jax.data.loader import TrainingOrder
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import UserError
@@ -109,7 +109,7 @@ def test_a_directory_that_is_taken_for_a_bucket_is_refused(path):
 
 @pytest.mark.parametrize("path", ["foo://x", "runs/a://b"])
 def test_an_unknown_kind_of_bucket_is_refused(path):
-    with pytest.raises(UserError, match="is in no place that is known"):
+    with pytest.raises(UserError, match="is in an unknown kind of bucket"):
         open_workdir(path)
 
 
@@ -152,7 +152,7 @@ def test_a_user_without_a_home_names_a_place_for_datasets(monkeypatch):
     dataset = default_config().dataset
     dataset.name = "digits"
     with pytest.raises(UserError, match=r"has no home directory.*--config\.dataset\.data_dir=DIR"):
-        sources.prepare(dataset)
+        tfds_source.prepare(dataset)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     with pytest.raises(OSError, match="not an absolute path; set HOME or XDG_CACHE_HOME"):
         cache_directory("plan")
@@ -236,7 +236,7 @@ def test_a_checkpoint_that_cannot_be_reached_is_not_called_damaged(bucket, failu
 
 
 def test_a_lock_in_a_bucket_out_of_reach_for_a_while_goes_on(bucket, monkeypatch):
-    monkeypatch.setattr(lock, "_BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(lock, "_HEARTBEAT_SECONDS", 0.01)
     monkeypatch.setattr(lock, "_SETTLE_SECONDS", 0.0)
 
     def count():
