@@ -32,8 +32,8 @@ class Settings:
       weights: Factors of each term's weight.
       augmentations: Changes of the config for claim 7, by name.
       units: Segments and units for claim 7.
-      full_recipe: Config fields of a further row, MUSIC with the config otherwise unchanged; None for
-        no such row.
+      full_recipe: Config fields of a further row, MUSIC with the otherwise unchanged config; None
+        for no such row.
     """
 
     learning_rates: tuple[float, ...]
