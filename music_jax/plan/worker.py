@@ -19,7 +19,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a worker process needs to plan a topology.
+    """Input of a worker process that plans a topology.
 
     Attributes:
       config: The config as JSON.
@@ -43,7 +43,7 @@ def begin() -> None:
 
 
 def check(task: Task) -> None:
-    """Checks in seconds what would otherwise fail after the topologies before it.
+    """Checks a task within seconds, before others are compiled for minutes.
 
     Raises:
       UserError: There is no such topology, or the batch cannot be divided over it.
@@ -93,7 +93,7 @@ def _config(task: Task) -> config_dict.ConfigDict:
     return from_json(json.loads(task.config))
 
 
-# The answer is at most this share below the largest that fits.
+# The result is at most this share below the largest batch that fits.
 _TOLERANCE = 1 / 32
 
 
@@ -131,7 +131,7 @@ def _candidate(shares: dict[int, float], low: int, high: int | None) -> int:
 
 
 def _limit(shares: dict[int, float]) -> int:
-    """Returns where the line through the two batches nearest to the limit reaches it."""
+    """Returns the batch at which the line through the two batches near the limit reaches it."""
     nearest = sorted(shares, key=lambda n: abs(shares[n] - 1))[:2]
     a, b = nearest[0], nearest[1] if len(nearest) > 1 else 0
     at_a, at_b = shares[a], shares.get(b, 0.0)
