@@ -30,7 +30,7 @@ The protocols:
 Features are computed once and cached in features/ beside the results, which may be deleted at any
 time. Existing results that were computed with the same settings are reused; see --force.
 
-Images without a label take part only in what needs no labels; a line says how many there are.
+Images without a label are used only by protocols that need no labels; their number is logged.
 
 Exit codes: 0 done; 2 wrong input; 3 unusable data, or a probe diverged; 75 stopped by a signal.
 """

@@ -14,7 +14,7 @@ class BackboneSpec:
       make: Class with its sizes; takes the keyword arguments `channels`, `dtype`, `rngs`,
         `remat` and those of `fields`.
       fields: Fields of `config.backbone` that the class takes; others must be unset.
-      image_multiple: Number of which the side of every image is a multiple.
+      image_multiple: Number that divides the side of every image.
     """
 
     make: partial[Any]

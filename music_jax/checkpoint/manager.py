@@ -23,7 +23,7 @@ from music_jax.workdir.logs import EventsLog
 _logger = logging.getLogger(__name__)
 
 _ITEMS = ("state", "input", "online_probe")
-_NONE_VALID = -1  # tells the other processes that every checkpoint is damaged
+_NONE_VALID = -1  # sent to the other processes if every checkpoint is damaged
 _POLL_SECONDS = 0.2
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of unfinished checkpoints
 

@@ -140,7 +140,7 @@ def settings_of(dataset: str) -> Settings:
     """Returns the settings of a dataset by its TFDS name.
 
     Raises:
-      UserError: There are none. The message says where to add them.
+      UserError: There are none; the message names the file to add them to.
     """
     name = dataset.partition("/")[0].partition(":")[0]
     name = {"imagenet2012": "imagenet"}.get(name, name)

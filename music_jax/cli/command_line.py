@@ -167,8 +167,8 @@ def _suggest_field(error: flags.Error) -> str | None:
         return None
     name = error.flagname.replace("-", "_")
     known = config_lib.field_names(config_lib.default_config())
-    meant = [name] if name in known else [field for field in known if field.endswith(f".{name}")]
-    if not meant:
+    fields = [name] if name in known else [field for field in known if field.endswith(f".{name}")]
+    if not fields:
         return None
-    options = " or ".join(f"--config.{field}" for field in meant)
+    options = " or ".join(f"--config.{field}" for field in fields)
     return f"unknown flag --{name}; did you mean {options}?"

@@ -16,7 +16,7 @@ class Crop:
 
     Attributes:
       size: Side of the square view, in pixels.
-      scale: Range of the crop's share of the image's area; (1, 1) takes the whole image.
+      scale: Range of the crop's share of the image's area; (1, 1) takes the entire image.
       aspect_ratio: Range of the crop's width divided by its height.
     """
 

@@ -2,7 +2,7 @@
 
 A record is the label, a little-endian int32, followed by an image file. `index.json` names the
 shards, in order, and the classes; a directory that holds one is a packed dataset. While packing is
-in progress the index says so.
+in progress, `complete` is false in the index.
 """
 
 import bisect

@@ -163,8 +163,8 @@ _DETERMINISTIC = "--xla_gpu_exclude_nondeterministic_ops"
 def use_deterministic_gpu_operations() -> None:
     """Disables nondeterministic GPU operations, through XLA_FLAGS of this process.
 
-    XLA reads them when JAX starts its devices. If it has started GPUs before, a warning says that
-    nothing changes. The user's own XLA_FLAGS are respected.
+    XLA reads them when JAX starts its devices. If it has started GPUs before, a warning is
+    logged and nothing changes. The user's own XLA_FLAGS are respected.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if _DETERMINISTIC in flags or "--xla_gpu_deterministic_ops" in flags:

@@ -139,7 +139,7 @@ class StopSignal(Stop):
     For commands, which own the process; use it on the main thread.
 
     Several processes must agree on a stop. There the signal is left to JAX's coordination service,
-    which receives SIGTERM and tells all processes at which step to stop
+    which receives SIGTERM and sends all processes the step at which to stop
     (`Checkpoints.reached_preemption`); the other signals are passed on to it as SIGTERM.
 
     Raises:

@@ -90,7 +90,7 @@ class Chip:
       source: Publication of the peaks.
       wraps: Number that divides the size of every axis that is closed to a ring; 0 if there are no
         axes.
-      configuration: libtpu's name of the chip's configuration, if it has several.
+      configuration: Name that libtpu gives to the configuration, if the chip has several.
       gpu: Description for the compiler of GPUs; None for TPUs.
     """
 
@@ -206,10 +206,10 @@ def attached_names() -> list[str]:
     """Returns the names of this machine's GPUs; none without a driver."""
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    return [line.strip() for line in told.stdout.splitlines() if line.strip()]
+    return [line.strip() for line in listed.stdout.splitlines() if line.strip()]
 
 
 def check_plugin() -> None:

@@ -49,7 +49,7 @@ _SIZE = r"([\d.]+)([KMGTP]?)i?B?"
 
 @dataclasses.dataclass(frozen=True)
 class StepCost:
-    """Memory, work and communication of one step, for a whole chip.
+    """Memory, work and communication of one step, per chip.
 
     Attributes:
       chips: Number of chips.
@@ -148,7 +148,7 @@ def open_slice(topology: str, fsdp: int | None = None) -> Slice:
       fsdp: Value of `config.sharding.fsdp`.
 
     Raises:
-      UserError: libtpu knows no such topology, or `fsdp` does not divide its devices.
+      UserError: The topology is unknown to libtpu, or `fsdp` does not divide its devices.
     """
     chip = chip_of(topology)
     if chip.gpu is not None:

@@ -71,8 +71,8 @@ def run(task: Task) -> Plan:
     def memory_share(batch_size: int) -> float:
         found = main if batch_size == wanted else cost(batch_size)
         share = (found.hbm_needed_bytes or 0.0) / found.hbm_available_bytes
-        says = "fits" if found.fits else "does not fit"
-        _logger.info(f"{task.topology}: a batch of {batch_size:,} needs {share:.0%} and {says}")
+        verdict = "fits" if found.fits else "does not fit"
+        _logger.info(f"{task.topology}: a batch of {batch_size:,} needs {share:.0%} and {verdict}")
         return min(share, 1.0) if found.fits else max(share, 1.0 + 1e-9)
 
     largest = None
