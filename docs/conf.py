@@ -31,7 +31,7 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
-autoclass_content = "both"  # the arguments are told by __init__
+autoclass_content = "both"  # the docstring of __init__ documents the arguments
 napoleon_numpy_docstring = False
 napoleon_custom_sections = ["Reference"]
 napoleon_use_ivar = True
@@ -50,12 +50,12 @@ html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True}
 
 
-def _leave_out(app, what, name, thing, skip, options):
-    """A NamedTuple's fields are told by its docstring; each one's own says "Alias for field"."""
-    told = (getattr(thing, "__doc__", None) or "").startswith("Alias for field number")
-    return True if told else None
+def _skip_field(app, what, name, thing, skip, options):
+    """Skips the generated docstrings of NamedTuple fields, which the class docstring documents."""
+    generated = (getattr(thing, "__doc__", None) or "").startswith("Alias for field number")
+    return True if generated else None
 
 
 def setup(app):
     """Called by Sphinx."""
-    app.connect("autodoc-skip-member", _leave_out)
+    app.connect("autodoc-skip-member", _skip_field)

@@ -1,4 +1,4 @@
-"""Draws what some segments of a trained run are about: `segments.png` of the README.
+"""Draws the images of some segments of a trained run: `segments.png` of the README.
 
     .venv/bin/python docs/segments_figure.py runs/mnist5k docs/segments.png
 

@@ -46,14 +46,14 @@ def main() -> None:
             num_threads=given.num_threads,
         )
     except MusicError as error:
-        raise type(error)(_by_own_flags(str(error))) from error
+        raise type(error)(_with_own_flags(str(error))) from error
     progress.say(
         f"{given.output} holds {num_images:,} images; train on them with "
         f"--config.dataset.path={given.output}"
     )
 
 
-def _by_own_flags(message: str) -> str:
+def _with_own_flags(message: str) -> str:
     """Returns a message with the fields of a config replaced by the flags of this command."""
     return re.sub(
         r"(--)?config\.dataset\.(data_dir|manual_dir|max_skipped_share)", r"--\2", message

@@ -1,4 +1,4 @@
-"""Directives whose text is the code's own: the commands' `--help`, and the fields of a config."""
+"""Sphinx directives for the `--help` of the commands and for the fields of a config."""
 
 import concurrent.futures
 import os
@@ -15,19 +15,19 @@ from music_jax.config import default_config, descriptions, get_field
 
 
 class CommandsDirective(SphinxDirective):
-    """A section for each command, with what its `--help` prints."""
+    """A section for each command, with its `--help` text."""
 
     def run(self) -> list[nodes.Node]:
         names = cli.commands()
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            return [_section(*told) for told in zip(names, pool.map(_help, names), strict=True)]
+            return [_section(*pair) for pair in zip(names, pool.map(_help, names), strict=True)]
 
 
 def _help(name: str) -> str:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    asked = [sys.executable, "-m", f"music_jax.{name}", "--help"]
+    command = [sys.executable, "-m", f"music_jax.{name}", "--help"]
     return subprocess.run(
-        asked, env=environment, capture_output=True, text=True, check=True
+        command, env=environment, capture_output=True, text=True, check=True
     ).stdout.rstrip()
 
 

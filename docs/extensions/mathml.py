@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers show by themselves: no script, no font, nothing to fetch."""
+"""Converts formulas to MathML, which browsers render without scripts, fonts or the network."""
 
 import re
 
@@ -7,7 +7,7 @@ from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util import logging
 
-# Browsers leave no room between a function and what it is of.
+# Browsers put no space between a function and its argument.
 _FUNCTION = re.compile(r"\\(log|exp|max)\s+")
 _logger = logging.getLogger(__name__)
 

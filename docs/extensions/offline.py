@@ -1,4 +1,4 @@
-"""Warns of pages that would fetch anything from elsewhere, so that they open from a disk."""
+"""Warns about pages that load remote resources, so that all pages can be opened from disk."""
 
 import pathlib
 import re
@@ -13,7 +13,7 @@ _FETCHED = re.compile(
 _IMPORTED = re.compile(r"(?:@import|url\()\s*[\"']?(?:https?:)?//[^\"')]*")
 
 
-def _look(app, exception) -> None:
+def _check_pages(app, exception) -> None:
     if exception is not None or app.builder.format != "html":
         return
     for pattern, glob in ((_FETCHED, "*.html"), (_IMPORTED, "*.css")):
@@ -23,5 +23,5 @@ def _look(app, exception) -> None:
 
 
 def setup(app):
-    app.connect("build-finished", _look)
+    app.connect("build-finished", _check_pages)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

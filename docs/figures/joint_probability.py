@@ -22,7 +22,7 @@ SAMPLES = UNITS**SEGMENTS
 
 
 def batches() -> dict[str, np.ndarray]:
-    """Embeddings [samples, segments * units] by what they are; both views are alike."""
+    """Returns the embeddings [samples, segments * units] of each case, equal in both views."""
     codes = np.stack(np.unravel_index(np.arange(SAMPLES), (UNITS,) * SEGMENTS), axis=1)
     alike = np.repeat(codes[:, :1], SEGMENTS, axis=1)
 

@@ -1,10 +1,10 @@
-"""Draws what each term of the objective answers to: `terms.svg` of the method's page.
+"""Draws the response of each term of the objective: `terms.svg` of the method's page.
 
     python docs/figures/terms.py docs/figures/terms.svg
 
-Each panel starts at the minimum and spoils one property of the embeddings, from not at all to
-entirely. The samples are laid out so that the minimum is met exactly; only what is spoilt is drawn
-at random, from a fixed seed.
+Each panel starts at the minimum and gradually removes one property of the embeddings. The samples
+are chosen so that the minimum is reached exactly; only the changes are drawn at random, from a
+fixed seed.
 """
 
 import math
@@ -27,18 +27,18 @@ _COLORS = {"diagonal": "#0072b2", "cross_segment": "#d55e00", "invariance": "#00
 
 
 def all_codes() -> np.ndarray:
-    """Every combination of units once, [samples, segments]."""
+    """Returns every combination of units once, [samples, segments]."""
     return np.stack(np.unravel_index(np.arange(SAMPLES), (UNITS,) * SEGMENTS), axis=1)
 
 
 def embed(codes: np.ndarray, logit: float = _SHARP) -> np.ndarray:
-    """Embeddings whose segments choose the units of the codes, [samples, segments * units]."""
+    """Returns embeddings [samples, segments * units] whose segments choose the given units."""
     one_hot = codes[..., None] == np.arange(UNITS)
     return (logit * one_hot).reshape(len(codes), -1).astype(np.float32)
 
 
-def spoilt(share: float, what: str) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings of both views where one property holds for all but a share of the samples."""
+def degrade(share: float, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns embeddings of both views without one property for a share of the samples."""
     rng = np.random.default_rng(0)
     codes = all_codes()
     hit = rng.permutation(SAMPLES) < share * SAMPLES
@@ -49,7 +49,7 @@ def spoilt(share: float, what: str) -> tuple[np.ndarray, np.ndarray]:
         return both, both
     if what == "usage":  # every segment gives these samples to its first unit
         codes[hit] = 0
-    if what == "independence":  # the second segment says what the first does
+    if what == "independence":  # the second segment repeats the first
         codes[hit] = codes[hit, :1]
     second = codes.copy()
     if what == "agreement":  # the second view falls into units at random
@@ -71,7 +71,7 @@ def main(output: str) -> None:
     least = {"diagonal": -log_units, "cross_segment": -2 * log_units, "invariance": 0.0}
     for axis, (what, end) in zip(axes.flat, panels.items(), strict=True):
         terms = [
-            music_terms(*map(jnp.asarray, spoilt(share, what)), num_segments=SEGMENTS)
+            music_terms(*map(jnp.asarray, degrade(share, what)), num_segments=SEGMENTS)
             for share in shares
         ]
         values = {name: np.asarray([float(getattr(t, name)) for t in terms]) for name in least}

@@ -113,7 +113,7 @@ def _commands(sweep: Sweep) -> str:
 
 def _findings(table: Table) -> list[str]:
     by_claim = {1: _objectives, 2: _dependence, 3: _dependence, 4: _dependence, 7: _factors}
-    found = by_claim.get(table["claim"], _against_the_first)(table)
+    found = by_claim.get(table["claim"], _differences_from_first)(table)
     if table["claim"] == 4:
         found.append(
             "All have the same epochs, so a batch twice as large takes half the steps: a loss at a "
@@ -194,7 +194,7 @@ def _dependence(table: Table) -> list[str]:
     return found
 
 
-def _against_the_first(table: Table) -> list[str]:
+def _differences_from_first(table: Table) -> list[str]:
     first, *others = table["rows"]
     found = []
     for row in others:
@@ -228,7 +228,7 @@ def _factors(table: Table) -> list[str]:
             for a, b, c in zip(largest, share, probe, strict=True)
         ]
         lines.append(f"  | {row['x']} | " + " | ".join(cells) + " |")
-    return ["\n".join(lines), *_against_the_first(table)]
+    return ["\n".join(lines), *_differences_from_first(table)]
 
 
 def write_plots(tables: list[Table], directory: epath.Path) -> None:

@@ -15,7 +15,7 @@ from music_jax.workdir.files import read_json
 from music_jax.workdir.run_config import as_json, read_config
 
 # Fields that may change when a run resumes, but affect the measures.
-_MEASURED_BY = (
+_MEASURE_FIELDS = (
     "compute_dtype",
     "dataset.test_split",
     "evaluation.train",
@@ -228,7 +228,7 @@ class Sweep:
         saved.update_from_flattened_dict(_protocol(cell))  # earlier versions set other values
         old, now = as_json(saved), as_json(self.cell_config(cell))
         differing = config_lib.differences(old, now)
-        for field in _MEASURED_BY:
+        for field in _MEASURE_FIELDS:
             there, here = _value(old, field), _value(now, field)
             if there != here:
                 differing.append(f"{field}: {reprlib.repr(there)} there, {reprlib.repr(here)} now")

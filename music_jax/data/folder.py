@@ -44,8 +44,8 @@ def open_folder(path: str) -> Source:
     A file is an image by its extension (`EXTENSIONS`, in upper or lower case). Hidden files and
     folders and those of the operating system are excluded, and their number is logged. Links are
     followed, but each folder is listed once: by its own path, or else by the first link to it. The
-    class of an image is the first subfolder on its path; the source has labels if every image has a
-    class.
+    class of an image is the first sub-folder on its path; the source has labels if every image has
+    a class.
 
     Args:
       path: Folder.

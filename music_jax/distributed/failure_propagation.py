@@ -116,7 +116,7 @@ def end_run(exit_code: int, message: str) -> NoReturn:
     failure = {"process": process, "exit_code": exit_code, "message": message}
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another failed first
         _client().key_value_set(_KEY, json.dumps(failure))
-    _leave(_published() or failure)
+    _exit_with(_published() or failure)
 
 
 def _client() -> Any:
@@ -143,10 +143,10 @@ def _watch() -> None:
     while not _finished.wait(_POLL_SECONDS):
         if failure := _failure_of_another():
             print(printable(f"error: {failure['message']}"), file=sys.stderr, flush=True)
-            _leave(failure)
+            _exit_with(failure)
 
 
-def _leave(failure: dict[str, Any]) -> NoReturn:
+def _exit_with(failure: dict[str, Any]) -> NoReturn:
     """Exits without JAX's barrier at exit, which would wait for the failed process."""
     _leaving.acquire()  # the first thread ends the process
     with contextlib.suppress(jax.errors.JaxRuntimeError):

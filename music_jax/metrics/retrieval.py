@@ -23,8 +23,8 @@ def average_precisions(
 
       AP = \frac{1}{R} \sum_{i: \text{relevant}} \frac{\text{relevant up to rank}_i}{\text{rank}_i}
 
-    The gallery is ranked by cosine similarity; its samples of the query's label are relevant, R in
-    number. Samples of equal similarity share the rank of the last of them, as in scikit-learn's
+    The gallery is ranked by cosine similarity; its R samples of the query's label are
+    relevant. Samples of equal similarity share the rank of the last of them, as in scikit-learn's
     `average_precision_score`, so that constant features give the share of relevant samples.
 
     Args:

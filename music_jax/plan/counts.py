@@ -189,7 +189,7 @@ def work(program: Program, *, loops_once: bool = False) -> Work:
         times = 1 if loops_once else runs
         for instruction in program.computations[name].values():
             flops += times * _flops(program, name, instruction)
-            for array in _touched(program, name, instruction):
+            for array in _accessed(program, name, instruction):
                 total += times * array.size
                 hbm += times * array.size * array.in_hbm
     return Work(float(flops), float(total), float(hbm))
@@ -199,13 +199,13 @@ def _runs(program: Program) -> dict[str, int]:
     """Returns how often each computation runs; branches are compared by FLOPs, then bytes."""
 
     def cost(computation: str, instruction: Instruction) -> tuple[int, int]:
-        touched = _touched(program, computation, instruction)
+        touched = _accessed(program, computation, instruction)
         return _flops(program, computation, instruction), sum(array.size for array in touched)
 
     return program.runs(cost)
 
 
-def _touched(program: Program, computation: str, instruction: Instruction) -> list[Array]:
+def _accessed(program: Program, computation: str, instruction: Instruction) -> list[Array]:
     """Returns the arrays that an instruction reads or writes."""
     if instruction.opcode in _FREE or instruction.opcode.endswith(("-done", "-update")):
         return []
@@ -216,7 +216,7 @@ def _touched(program: Program, computation: str, instruction: Instruction) -> li
         source, result = instruction.arrays[:2]
         smaller = min(source, result, key=lambda array: array.size)
         return [dataclasses.replace(smaller, in_hbm=a.in_hbm) for a in (source, result)]
-    results, operands = _handed_on(program, instruction)
+    results, operands = _passed_along(program, instruction)
     there = program.computations[computation]
     return [
         *(array for n, array in enumerate(instruction.arrays) if n not in results),
@@ -229,7 +229,7 @@ def _touched(program: Program, computation: str, instruction: Instruction) -> li
     ]
 
 
-def _handed_on(program: Program, instruction: Instruction) -> tuple[set[int], set[int]]:
+def _passed_along(program: Program, instruction: Instruction) -> tuple[set[int], set[int]]:
     """Returns the results and operands of a fusion that belong to an overlapping collective.
 
     They are passed along the chain, and are counted at its start.
@@ -295,7 +295,7 @@ def _convolution_flops(left: Array, right: Array, result: Array, attributes: str
     for axis, (size, options) in enumerate(_window(attributes)):
         digit = str(axis)
         inputs, outputs = left.shape[image.index(digit)], result.shape[output.index(digit)]
-        positions *= _meeting(inputs, outputs, size, options)
+        positions *= _count_positions(inputs, outputs, size, options)
     batch = result.shape[output.index("b")]
     features = right.shape[kernel.index("i")] * right.shape[kernel.index("o")]
     return 2 * batch * features * positions
@@ -319,7 +319,10 @@ def _window(attributes: str) -> list[tuple[int, dict[str, tuple[int, ...]]]]:
     ]
 
 
-def _meeting(inputs: int, outputs: int, size: int, options: dict[str, tuple[int, ...]]) -> int:
+def _count_positions(
+    inputs: int, outputs: int, size: int, options: dict[str, tuple[int, ...]]
+) -> int:
+    """Counts the pairs of an output and a kernel element that meet an input element."""
     stride, kernel_step = options.get("stride", (1,))[0], options.get("rhs_dilate", (1,))[0]
     dilation, before = options.get("lhs_dilate", (1,))[0], options.get("pad", (0, 0))[0]
     where = np.arange(outputs)[:, None] * stride + np.arange(size)[None, :] * kernel_step - before

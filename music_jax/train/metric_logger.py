@@ -216,7 +216,7 @@ class MetricLogger:
 
 
 class TensorBoard:
-    """Event files in the workdir."""
+    """A writer of TensorBoard event files into the workdir."""
 
     def __init__(self, workdir: epath.Path):
         """Stores the workdir; `start` loads tensorboardX."""
@@ -264,9 +264,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run at Weights & Biases; wandb.json holds its id, so that a resumed training continues it.
+    """A writer of a run at Weights & Biases.
 
-    If steps are repeated, the values that were logged first remain.
+    A resumed training continues the run, whose id is in wandb.json. If steps are repeated, the
+    values that were logged first remain.
     """
 
     def __init__(self, config: config_dict.ConfigDict, workdir: epath.Path):
