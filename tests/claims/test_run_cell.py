@@ -10,6 +10,7 @@ from sklearn.metrics import normalized_mutual_info_score
 
 from music_jax.claims import run_cell
 from music_jax.claims.run_cell import CellTask
+from music_jax.data.datasets import EvaluationSources
 from music_jax.data.sources import Source
 from music_jax.errors import DivergedError
 from music_jax.evaluation.features import SplitFeatures
@@ -125,7 +126,7 @@ class _Run:
             arrays = {"features": features.astype(np.float32)}
             self._splits.append(SplitFeatures(arrays, labels["label"], np.arange(samples)))
             sources.append(_source(labels))
-        self.sources = run_cell.runner.EvaluationSources(*sources)
+        self.sources = EvaluationSources(*sources)
 
     def evaluation_sources(self):
         return self.sources

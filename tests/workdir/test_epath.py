@@ -245,7 +245,7 @@ def test_a_lock_in_a_bucket_out_of_reach_for_a_while_goes_on(bucket, monkeypatch
     with WorkdirLock(bucket) as held:
         with out_of_reach():
             time.sleep(0.2)
-        assert held._beating.is_alive()
+        assert held._heartbeats.is_alive()
         before, deadline = count(), time.monotonic() + 10
         while count() == before:  # it beats again
             assert time.monotonic() < deadline
