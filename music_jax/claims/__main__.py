@@ -127,8 +127,8 @@ if __name__ == "__main__":
     flags.DEFINE_list("only", [], "Numbers of the claims to test; all by default.")
     flags.DEFINE_string("output", None, "Directory of the sweep. [claims/DATASET]")
     flags.DEFINE_string("results", None, "Markdown file to write the sweep's section to.")
-    flags.DEFINE_integer("workers", None, "Number of processes on CPU. [one per core]", lower_bound=1)
-    flags.DEFINE_boolean(
-        "tables_only", False, "Only writes the tables of the existing results."
+    flags.DEFINE_integer(
+        "workers", None, "Number of processes on CPU. [one per core]", lower_bound=1
     )
+    flags.DEFINE_boolean("tables_only", False, "Only writes the tables of the existing results.")
     cli.run(main, _USAGE, config="file")

@@ -85,7 +85,9 @@ def parse(
     except UserError:
         raise
     except flags.Error as error:
-        raise UserError(_suggest_field(error) or f"{one_line(error)}; --help lists the flags") from error
+        raise UserError(
+            _suggest_field(error) or f"{one_line(error)}; --help lists the flags"
+        ) from error
     except Exception as error:  # The parsers of fields may raise anything.
         raise UserError(f"{type(error).__name__}: {one_line(error)}") from error
     if config:
