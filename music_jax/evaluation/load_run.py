@@ -50,7 +50,7 @@ def load_run(
 
     Raises:
       UserError: There is no such run or checkpoint, an override would change the training, or the
-        images are in a place that only the run's files name; see `music_jax.workdir.places`.
+        images are in a place that only the run's files name; see `music_jax.workdir.run_config`.
     """
     given = overrides or {}
     directory = find_workdir(workdir)
