@@ -2,8 +2,7 @@
 
 MUlti-Segmental Informational Coding, Niu & Wang, arXiv 2206.06461 (2022).
 
-Importing the package loads neither `music_jax.objectives` and `music_jax.optim` nor the requirements
-of `load`; they are imported on first use.
+`music_jax.objectives`, `music_jax.optim` and the requirements of `load` are imported on first use.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """Computes the features of every image in a folder.
 
 They come from the backbone of a run; with --codes, the most probable unit of each segment is
-written too. Rerun with the same arguments, the command resumes where it was stopped.
+written too. To resume a stopped command, rerun it with the same arguments.
 
   python -m music_jax.encode --workdir=runs/mnist5k --images=photos --output=photos.npy
   python -m music_jax.encode --workdir=runs/mnist5k --images=photos --output=photos.parquet --codes
@@ -11,7 +11,7 @@ photos.npy is float32 [images, features], photos.codes.npy int32 [images, segmen
 names the file of each row and the files that could not be read. photos.parquet has the columns
 file, features and codes. --workdir also takes a safetensors file that music_jax.export wrote.
 
-Exit codes: 0 done; 2 wrong input; 3 no image can be read; 75 stopped by a signal, all parts kept.
+Exit codes: 0 done; 2 wrong input; 3 no image can be read; 75 stopped by a signal, all parts saved.
 """
 
 from absl import flags

@@ -50,7 +50,7 @@ class StoppedError(MusicError):
 
 @contextlib.contextmanager
 def require_extra(extra: str) -> Iterator[None]:
-    """Names, where an import in the block fails, the extra that installs the missing package.
+    """Turns a failed import in the block into an error that names the extra to install.
 
     Args:
       extra: Extra of music_jax in setup.cfg, such as `export`.

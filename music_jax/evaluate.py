@@ -28,9 +28,9 @@ The protocols:
   transfer    linear and knn on other datasets, named by --transfer
 
 Features are computed once and cached in features/ beside the results, which may be deleted at any
-time. Existing results that were computed with the same settings are kept; see --force.
+time. Existing results that were computed with the same settings are reused; see --force.
 
-Images without a label take part only in what needs no labels; a line says how many there are.
+Images without a label are used only by protocols that need no labels; their number is logged.
 
 Exit codes: 0 done; 2 wrong input; 3 unusable data, or a probe diverged; 75 stopped by a signal.
 """
@@ -82,7 +82,7 @@ def evaluate(
 
     Raises:
       UserError: There is no such run, checkpoint, protocol or dataset, or an override would change
-        what was trained.
+        the training.
       DivergedError: A probe diverged.
     """
     from music_jax.data.skipped import report_skipped
@@ -120,5 +120,5 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "checkpoint", None, "Step of the checkpoint, or its directory; the latest by default."
     )
-    flags.DEFINE_bool("force", False, "Recompute existing results.")
+    flags.DEFINE_bool("force", False, "Recomputes existing results.")
     cli.run(main, __doc__, workdir=True, processes=True, config="fields", required=["workdir"])

@@ -1,4 +1,4 @@
-r"""Exports the backbone of a run for use elsewhere.
+r"""Exports the backbone of a run for other programs.
 
 Writes the backbone with the constants of its preprocessing, and beside it a model card, FILE.md.
 

@@ -46,7 +46,7 @@ def linear_eval(
       overrides: Config fields by dotted name that replace the run's own in the evaluation.
 
     Raises:
-      UserError: There is no such run or checkpoint, or an override would change what was trained.
+      UserError: There is no such run or checkpoint, or an override would change the training.
     """
     from music_jax.data.skipped import report_skipped
     from music_jax.distributed import progress

@@ -1,7 +1,7 @@
 r"""Pre-trains a backbone, then evaluates it.
 
-Rerun with the same arguments, the command resumes where it was stopped; if the run is finished, it
-trains nothing and says so.
+To resume a stopped run, rerun the command with the same arguments. If the run is finished, the
+command reports this and trains nothing.
 
   python -m music_jax.main --config=mnist5k --workdir=runs/mnist5k
   python -m music_jax.main --config=mnist5k --config.seed=1 --workdir=runs/mnist5k-1
@@ -43,7 +43,7 @@ def main() -> None:
     validate(config)
     use_cores(config.batch_size // config.accumulation_steps)
     check_reachable(workdir)
-    if config.deterministic:  # Before a line that is printed may initialize the devices.
+    if config.deterministic:  # Before a log line can initialize the devices.
         use_deterministic_gpu_operations()
     use_compilation_cache()
     stop = StopSignal(

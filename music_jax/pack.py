@@ -1,13 +1,13 @@
 """Packs a dataset's images into a few large files, with the shorter side shrunk.
 
 The output consists of array_record shards of JPEGs or uncompressed images and is read like a
-folder, with --config.dataset.path=DIR. Rerun with the same arguments, the command resumes where it
-was stopped; if the output is complete, it says so.
+folder, with --config.dataset.path=DIR. To resume a stopped command, rerun it with the same
+arguments. If the output is complete, the command reports this.
 
   python -m music_jax.pack --source=photos --output=photos-320
   python -m music_jax.pack --source=imagenet2012:train --output=imagenet-320 --shorter_side=320
 
-Exit codes: 0 done; 2 wrong input; 3 unusable data; 75 stopped by a signal, complete shards kept.
+Exit codes: 0 done; 2 wrong input; 3 unusable data; 75 stopped by a signal, complete shards saved.
 """
 
 import re
@@ -68,15 +68,13 @@ if __name__ == "__main__":
         "encoding",
         "jpeg",
         ["jpeg", "raw"],
-        "How images are stored; raw ones need no decoding, but about eight times the space.",
+        "Format of the images; raw ones need no decoding, but about eight times the space.",
     )
     flags.DEFINE_integer("quality", 90, "Quality of the JPEGs, 1 to 100.")
     flags.DEFINE_integer("channels", 3, "1 for grayscale, 3 for color.")
     flags.DEFINE_integer("shard_size", 4096, "Number of images per shard.")
     flags.DEFINE_integer("num_threads", None, "Threads; one per core by default.", lower_bound=1)
-    flags.DEFINE_float(
-        "max_skipped_share", 0.01, "Share of the images that may be unreadable.", 0.0, 1.0
-    )
+    flags.DEFINE_float("max_skipped_share", 0.01, "Largest share of unreadable images.", 0.0, 1.0)
     flags.DEFINE_string("data_dir", None, "Directory of TFDS, if not the default one.")
     flags.DEFINE_string("manual_dir", None, "Directory of files that TFDS cannot download itself.")
     cli.run(main, __doc__, required=["source", "output"])

@@ -1,4 +1,4 @@
-"""What higher packages register for lower ones: the choices of a config, the final evaluation."""
+"""Registries that upper packages fill for lower ones: choices of a config, final evaluation."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,13 +8,13 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class BackboneSpec:
-    """How to make a backbone, and what a config may ask of it.
+    """The constructor of a backbone, and the config fields that it supports.
 
     Attributes:
-      make: The class with its sizes; takes the keyword arguments `channels`, `dtype`, `rngs`,
+      make: Class with its sizes; takes the keyword arguments `channels`, `dtype`, `rngs`,
         `remat` and those of `fields`.
-      fields: Fields of `config.backbone` that the class takes; others have to be unset.
-      image_multiple: Number of which the side of an image has to be a multiple.
+      fields: Fields of `config.backbone` that the class takes; others must be unset.
+      image_multiple: Number that divides the side of every image.
     """
 
     make: partial[Any]

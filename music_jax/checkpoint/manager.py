@@ -23,7 +23,7 @@ from music_jax.workdir.logs import EventsLog
 _logger = logging.getLogger(__name__)
 
 _ITEMS = ("state", "input", "online_probe")
-_NONE_VALID = -1  # tells the other processes that every checkpoint is damaged
+_NONE_VALID = -1  # sent to the other processes if every checkpoint is damaged
 _POLL_SECONDS = 0.2
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of unfinished checkpoints
 
@@ -39,7 +39,7 @@ class _Manager(ocp.CheckpointManager):
             raise
 
     def reached_preemption(self, step: int) -> bool:
-        """Returns False: only the training loop may query this, since each call needs a later step."""
+        """Returns False: only the training loop may ask, since each call needs a later step."""
         return False
 
 
@@ -98,7 +98,7 @@ class Checkpoints:
             self._directory,
             options=ocp.CheckpointManagerOptions(
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
-                # If all processes are named, Orbax's barriers do not use collectives on the devices.
+                # If all processes are named, Orbax's barriers use no collectives.
                 multiprocessing_options=ocp.options.MultiprocessingOptions(
                     active_processes=set(range(jax.process_count()))
                 ),
@@ -141,8 +141,8 @@ class Checkpoints:
         if found == _NONE_VALID:
             details = "; ".join(f"step {step}: {wrong}" for step, wrong in damage.items())
             raise UserError(
-                f"no checkpoint in {self._directory} is valid{details and f' ({details})'}; restore "
-                "a copy of one, or remove them all to start from scratch"
+                f"no checkpoint in {self._directory} is valid{details and f' ({details})'}; "
+                "restore a copy of one, or remove them all to start from scratch"
             )
         if not self._read_only:
             self._manager.reload()
@@ -376,6 +376,6 @@ def _trim_memory() -> None:
 
 
 def _shorten(error: Exception) -> str:
-    """Returns a message in one line; a long one loses its middle, since the reason is at the end."""
+    """Returns a message in one line, a long one without its middle: its end gives the reason."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"

@@ -32,8 +32,8 @@ class Settings:
       weights: Factors of each term's weight.
       augmentations: Changes of the config for claim 7, by name.
       units: Segments and units for claim 7.
-      full_recipe: Config fields of a further row, MUSIC with the config otherwise unchanged; None for
-        no such row.
+      full_recipe: Config fields of a further row, MUSIC with the otherwise unchanged config; None
+        for no such row.
     """
 
     learning_rates: tuple[float, ...]
@@ -140,7 +140,7 @@ def settings_of(dataset: str) -> Settings:
     """Returns the settings of a dataset by its TFDS name.
 
     Raises:
-      UserError: There are none. The message says where to add them.
+      UserError: There are none; the message names the file to add them to.
     """
     name = dataset.partition("/")[0].partition(":")[0]
     name = {"imagenet2012": "imagenet"}.get(name, name)

@@ -147,7 +147,7 @@ def difference(a: list[float], b: list[float]) -> tuple[float, float] | None:
     return mean, float(interval.high - interval.low) / 2
 
 
-def _says(found: tuple[float, float] | None) -> str:
+def _format_difference(found: tuple[float, float] | None) -> str:
     if found is None:
         return "too few seeds to tell"
     mean, half = (100 * value for value in found)
@@ -163,7 +163,7 @@ def _objectives(table: Table) -> list[str]:
         if row["series"] == "music":
             continue
         each = [
-            f"{label} {_says(difference(_values(music, name), _values(row, name)))}"
+            f"{label} {_format_difference(difference(_values(music, name), _values(row, name)))}"
             for name, label in names
         ]
         found.append(f"MUSIC minus {setting.replace('_', ' ')}: {'; '.join(each)}.")
@@ -189,7 +189,7 @@ def _dependence(table: Table) -> list[str]:
         for end in (least, largest):
             if end is not best:
                 change = difference(_values(end, "linear_top1"), _values(best, "linear_top1"))
-                text += f"; at {end['x']}, linear {_says(change)}"
+                text += f"; at {end['x']}, linear {_format_difference(change)}"
         found.append(text + ".")
     return found
 
@@ -200,7 +200,7 @@ def _against_the_first(table: Table) -> list[str]:
     for row in others:
         change = difference(_values(row, "linear_top1"), _values(first, "linear_top1"))
         if row["measures"]:
-            found.append(f"{row['x']} against {first['x']}: linear {_says(change)}.")
+            found.append(f"{row['x']} against {first['x']}: linear {_format_difference(change)}.")
     return found
 
 

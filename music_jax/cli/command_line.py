@@ -85,9 +85,8 @@ def parse(
     except UserError:
         raise
     except flags.Error as error:
-        raise UserError(
-            _suggest_field(error) or f"{one_line(error)}; --help lists the flags"
-        ) from error
+        message = _suggest_field(error) or f"{one_line(error)}; --help lists the flags"
+        raise UserError(message) from error
     except Exception as error:  # The parsers of fields may raise anything.
         raise UserError(f"{type(error).__name__}: {one_line(error)}") from error
     if config:
@@ -168,8 +167,8 @@ def _suggest_field(error: flags.Error) -> str | None:
         return None
     name = error.flagname.replace("-", "_")
     known = config_lib.field_names(config_lib.default_config())
-    meant = [name] if name in known else [field for field in known if field.endswith(f".{name}")]
-    if not meant:
+    fields = [name] if name in known else [field for field in known if field.endswith(f".{name}")]
+    if not fields:
         return None
-    options = " or ".join(f"--config.{field}" for field in meant)
+    options = " or ".join(f"--config.{field}" for field in fields)
     return f"unknown flag --{name}; did you mean {options}?"

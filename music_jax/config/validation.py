@@ -31,7 +31,7 @@ _REGISTERED: dict[str, Mapping[str, Any]] = {
     "objective.name": registry.OBJECTIVES,
     "optimizer.name": registry.OPTIMIZERS,
 }
-# Interval of each number, or of each entry of a tuple, by patterns of names; the first match counts.
+# Interval of each number, or of each entry of a tuple, by name pattern; the first match counts.
 _INTERVALS = {
     # Two samples or more, since batch normalization needs them.
     "[2, inf)": "batch_size semi_supervised.batch_size finetune.batch_size online_probe.batch_size"
@@ -96,7 +96,7 @@ def validate(config: config_dict.ConfigDict) -> None:
 
 
 def check_values(config: config_dict.ConfigDict) -> None:
-    """Checks that every field exists and has the type of its default, with numbers in its range.
+    """Checks that every field exists and has the type of its default, and that numbers are finite.
 
     Args:
       config: The config.

@@ -1,1 +1,1 @@
-"""Images in, augmented views out: sources, decoding on the host, augmentation on the device."""
+"""Makes augmented views of images: sources, decoding on the host, augmentation on the device."""

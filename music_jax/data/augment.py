@@ -109,7 +109,7 @@ _LARGEST = {"hue": 0.5, "rotation_degrees": 180.0, "shear_degrees": 89.0} | dict
 )
 
 
-# The uniform numbers drawn for each sample and view. New ones go last, so that the others stay.
+# The uniform numbers drawn for each sample and view. Append new ones: the others must not change.
 _Draw = enum.IntEnum(
     "_Draw",
     "AFFINE ROTATION TRANSLATION_X TRANSLATION_Y SCALE SHEAR FLIP JITTER BRIGHTNESS CONTRAST "
@@ -137,15 +137,15 @@ class _Randomness:
         return jnp.asarray([[getattr(view, name) for view in self.views]], jnp.float32)
 
     def flag(self, draw: _Draw) -> jax.Array:
-        """Returns bool [batch, views], True with the probability that each view gives it."""
+        """Returns bool [batch, views], True with the probability that each view sets."""
         return self._uniform[..., draw] < self.option(f"{draw.name.lower()}_probability")
 
     def symmetric(self, draw: _Draw, largest: jax.Array) -> jax.Array:
-        """Returns [batch, views] in [-largest, largest)."""
+        """Returns uniform numbers [batch, views] in [-largest, largest)."""
         return (2.0 * self._uniform[..., draw] - 1.0) * largest
 
     def between(self, draw: _Draw, low: jax.Array, high: jax.Array) -> jax.Array:
-        """Returns [batch, views] in [low, high)."""
+        """Returns uniform numbers [batch, views] in [low, high)."""
         return low + (high - low) * self._uniform[..., draw]
 
     def normal(self, shape: tuple[int, ...]) -> jax.Array:
@@ -174,8 +174,8 @@ def augment_views(
 
     Args:
         images: uint8 [batch, views, height, width, channels], 1 or 3 channels.
-        sample_indices: Integers [batch], the global index of each sample, which counts on from
-            epoch to epoch. Indices are taken modulo 2**32: 3,300 epochs of ImageNet.
+        sample_indices: Integers [batch], the global index of each sample, which continues to
+            increase from epoch to epoch. Indices are taken modulo 2**32: 3,300 epochs of ImageNet.
         key: Typed key (`jax.random.key(seed)`), the same for the whole run.
         views: Augmentation of each view.
         mean: Mean of each channel, of values in [0, 1].

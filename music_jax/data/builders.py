@@ -125,9 +125,9 @@ FACTORS: dict[str, tuple[str, ...]] = {
 # between two values, so that no two images are the same.
 _SPREAD = 0.3
 
-_SUPERSAMPLING = 8  # of the outlines
+_SUPERSAMPLING = 8  # resolution of the outlines relative to that of the image
 _SUBPIXEL_BITS = 4
-_OFFSET = 0.12  # of the outer positions from the center, as a share of the side
+_OFFSET = 0.12  # distance of the outer positions from the center, as a share of the side
 _TEXTURE_PERIOD = 0.16  # as a share of the side
 _FILL, _BACKGROUND = (0.85, 0.95), (0.55, 0.45)  # saturation and value
 _STROKES = {"thin dark": (0.035, 0.05), "thick dark": (0.085, 0.05), "thick light": (0.085, 0.97)}
@@ -235,9 +235,9 @@ def _coverage(outline: np.ndarray, size: int, thickness: float | None) -> np.nda
     return small[..., None] / 255.0
 
 
-def _texture(texture: str, place: np.ndarray) -> np.ndarray:
-    """Returns brightness [size, size, 1] at places [size, size, 2] along the shape's own axes."""
-    x, y = np.moveaxis(np.sin(2 * np.pi / _TEXTURE_PERIOD * place), -1, 0)
+def _texture(texture: str, positions: np.ndarray) -> np.ndarray:
+    """Returns brightness [size, size, 1] at positions [size, size, 2] along the shape's axes."""
+    x, y = np.moveaxis(np.sin(2 * np.pi / _TEXTURE_PERIOD * positions), -1, 0)
     wave = {"plain": np.ones_like(x), "stripes": y, "checks": 2 * x * y, "dots": x + y - 0.7}
     return (0.7 + 0.3 * np.tanh(4 * wave[texture]))[..., None]
 
@@ -250,7 +250,7 @@ def _rgb(hue_degrees: float, saturation: float, value: float) -> np.ndarray:
 
 @dataclasses.dataclass(eq=False)
 class ShapesConfig(tfds.core.BuilderConfig):
-    """Side of the images, in pixels."""
+    """A config of `Shapes`, with the side of the images in pixels."""
 
     size: int = 32
 

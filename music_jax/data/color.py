@@ -23,7 +23,7 @@ _LUMA_WEIGHTS = (0.299, 0.587, 0.114)
 
 
 class ColorJitter(NamedTuple):
-    """Draws of torchvision's `ColorJitter` for each image; None omits an operation.
+    """Random factors of torchvision's `ColorJitter` for each image; None omits an operation.
 
     Attributes:
         brightness: Factor [...], at least 0; 1 changes nothing.
@@ -111,13 +111,13 @@ def color_jitter(planes: Planes, jitter: ColorJitter) -> Planes:
     the mean of the gray image for contrast, and the gray image for saturation.
 
     Torchvision draws an order for each image. A program for a whole batch would then contain every
-    operation in every place: compiled for TPU v5e at 224 px, 9.9 MB of memory accesses per image
+    operation at every position: compiled for TPU v5e at 224 px, 9.9 MB of memory accesses per image
     (XLA's count, ResNet's first convolution included) instead of 5.6 MB, which is the same as
     without any jitter; on a CPU, three times the time.
 
     Args:
         planes: Three planes, or one; then saturation and hue change nothing.
-        jitter: Draws.
+        jitter: Random factors of each image.
     """
     if jitter.brightness is not None:
         planes = _blend(planes, jitter.brightness, jnp.zeros_like(planes[0]))

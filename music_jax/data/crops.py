@@ -12,11 +12,11 @@ from music_jax.data.decode import decode, largest_reduction, read_header
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
-    """How training views are cut.
+    """Settings of the random crops of training views.
 
     Attributes:
       size: Side of the square view, in pixels.
-      scale: Range of the crop's share of the image's area; (1, 1) takes the whole image.
+      scale: Range of the crop's share of the image's area; (1, 1) takes the entire image.
       aspect_ratio: Range of the crop's width divided by its height.
     """
 
@@ -26,7 +26,7 @@ class Crop:
 
 
 class Box(NamedTuple):
-    """A part of an image, in pixels."""
+    """A rectangle of an image, in pixels."""
 
     top: int
     left: int
@@ -83,9 +83,9 @@ def cut(image: np.ndarray, box: Box, out: np.ndarray, *, reduction: int = 1) -> 
 
     Args:
       image: uint8 [height, width, channels].
-      box: Box in pixels of the image at its full size.
+      box: Box, in pixels of the image at full size.
       out: uint8 [size, size, channels], contiguous; receives the square.
-      reduction: Factor by which the image was decoded smaller.
+      reduction: Factor by which decoding has reduced the image.
     """
     top, left, height, width = box
     if reduction > 1:
@@ -128,7 +128,7 @@ def central_view(
 
 def center_crop(image: np.ndarray, size: int, resize_shorter_side: int) -> np.ndarray:
     """Resizes the shorter side of uint8 [height, width, channels], then cuts the central square."""
-    for axis in (0, 1):  # a long strip, enlarged as a whole, might fill the memory
+    for axis in (0, 1):  # enlarging a long strip completely could fill the memory
         longer, shorter = image.shape[axis], image.shape[1 - axis]
         if longer > 16 * shorter:
             cut_off = (longer - 4 * shorter) // 2

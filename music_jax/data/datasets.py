@@ -1,4 +1,4 @@
-"""Sources that a config names: the images to train on, and those to evaluate with."""
+"""Opens the sources that a config names: the images to train on, and those to evaluate with."""
 
 import dataclasses
 import os
@@ -43,7 +43,7 @@ def load_images(
     Args:
       config: Config that names the dataset and the size of the images.
       split: `train` for the images to train on, `test` for those to test with.
-      at_most: Number of images, from the first; by default all.
+      at_most: Maximum number of images, from the first; by default all.
 
     Returns:
       uint8 [images, size, size, channels], and int32 labels [images], -1 for images without one.
@@ -101,7 +101,7 @@ def evaluation_sources(
     """Opens the images to evaluate the backbone with.
 
     Args:
-      config: Config, whose part `evaluation` names the sources.
+      config: Config, whose group `evaluation` names the sources.
       training: Result of `training_source`, if it was called before. Otherwise the images to train
         on are opened only if `evaluation.train` does not name others.
 
@@ -191,12 +191,12 @@ def open_named(config: config_dict.ConfigDict, name: str, *, prepare: bool = Fal
     """Opens a folder, or a split of a TFDS dataset: `NAME:SPLIT`, or with a config and a version.
 
     Args:
-      config: Config, whose part `dataset` has the directory of TFDS's files and the feature names.
+      config: Config, whose group `dataset` has the directory of TFDS's files and the feature names.
       name: Folder, or dataset and split.
       prepare: Whether to prepare a TFDS dataset first.
 
     Raises:
-      UserError: The name is neither.
+      UserError: There is no such folder or split.
     """
     found = _tfds_split(config, name)
     if found and prepare:
@@ -207,7 +207,7 @@ def open_named(config: config_dict.ConfigDict, name: str, *, prepare: bool = Fal
 def _tfds_split(
     config: config_dict.ConfigDict, name: str
 ) -> tuple[config_dict.ConfigDict, str] | None:
-    """Returns the part `dataset` and the split that a name stands for; None for a folder."""
+    """Returns the group `dataset` and the split that a name stands for; None for a folder."""
     *first, split = _parts(name)
     if not first or os.path.isdir(os.path.expanduser(name)):
         return None
@@ -217,15 +217,15 @@ def _tfds_split(
 
 
 def parse_pair(spec: str) -> tuple[str, str] | None:
-    """Splits the names of two sets, to learn from and to test on, that a colon joins.
+    """Splits a text into the names of two sets, one to train on and one to test on.
 
-    Each is an existing folder, or a split of TFDS as `open_named` takes it. The name of a dataset
-    is given once for two splits of it: `NAME:TRAIN:TEST`, or `NAME:VERSION:TRAIN:TEST`. Ambiguous
-    text is read as two folders, or else one dataset, or else any two sets; `./FOLDER` is always a
-    folder.
+    The names are joined by a colon. Each is an existing folder, or a split of TFDS as `open_named`
+    takes it. The name of a dataset is given once for two splits of it: `NAME:TRAIN:TEST`, or
+    `NAME:VERSION:TRAIN:TEST`. Ambiguous text is read as two folders, or else one dataset, or else
+    any two sets; `./FOLDER` is always a folder.
 
     Returns:
-      The two names, each as `open_named` takes it; None if the text cannot be read.
+      The two names, each as `open_named` takes it; None if the text cannot be parsed.
 
     Example:
       >>> from music_jax.data.datasets import parse_pair
@@ -316,6 +316,6 @@ def _with_classes(test: Source, train: Source) -> Source:
 
 
 def _nfc(names: tuple[str, ...]) -> tuple[str, ...] | None:
-    """Returns the names in Unicode's form NFC, None if two of them are the same then."""
+    """Returns the names in Unicode's form NFC; None if two of them become the same."""
     found = tuple(unicodedata.normalize("NFC", name) for name in names)
     return found if len(set(found)) == len(found) else None

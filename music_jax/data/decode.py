@@ -38,8 +38,8 @@ _EXIF = b"Exif\0\0"
 _ORIENTATION = 0x0112  # the tag's number in Exif
 _INTEGERS = {3: "H", 4: "I", 8: "h", 9: "i"}  # Exif's types: short and long, unsigned and signed
 
-# What libjpeg-turbo reports if the image is whole, but the file goes on before it ends. Since the
-# first problem is reported, everything before was right.
+# Message of libjpeg-turbo if the image is complete but extra bytes precede its end marker. It
+# reports the first problem, so everything before that is intact.
 _DAMAGED_END = " extraneous bytes before marker 0xd9"
 
 # A decoder passes over all pixels once per scan, however few bytes the scan has. Encoders write
@@ -188,7 +188,7 @@ def _reduced(side: int, reduction: int) -> int:
 def _decode_upper(encoded: bytes, header: Header, rows: int, reduction: int) -> np.ndarray | None:
     """Decodes the upper rows of a plain JPEG; returns None if all are needed or one is damaged.
 
-    The decoder is told a smaller height, and skips the rest of the file.
+    The header is changed to a smaller height, so that the decoder skips the rest of the file.
     """
     rows = _ROWS_PER_BLOCK * -(-rows // _ROWS_PER_BLOCK)
     if rows >= header.height:

@@ -192,7 +192,7 @@ class _Listing:
 
 
 def _kind(name: str) -> str:
-    """Returns the kind as which an excluded file is counted."""
+    """Returns the kind under which an excluded file is counted."""
     extension = os.path.splitext(name)[1].lower()
     if len(extension) > _LONGEST_EXTENSION:
         return "other files"
@@ -208,7 +208,7 @@ def _holds(folder: str, path: str) -> bool:
 
 
 class _Files:
-    """Records of a folder, which are read when they are asked for."""
+    """Records of a folder, each read on access."""
 
     def __init__(self, root: str, listing: _Listing):
         order = sorted(range(len(listing.names)), key=listing.names.__getitem__)
@@ -232,7 +232,7 @@ class _Files:
         return escape_surrogates(self._names[index])
 
     def identity(self, times: bool) -> bytes:
-        """Hashes the names and sizes of all files in order, and on request modification times."""
+        """Hashes names and sizes of all files in order, and if `times` their modification times."""
         digest = hashlib.sha256("\0".join(self._names).encode(errors="surrogateescape"))
         digest.update(self._sizes.tobytes())
         if times:

@@ -1,4 +1,4 @@
-"""Batches of views that are cut on the host, in an order that depends on the seed alone.
+"""Makes batches of views on the host, in an order that depends on the seed alone.
 
 The global sample index counts the images of a whole training: epoch `e` of a dataset of `n` images
 has the indices `e * n` to `e * n + n - 1`. Grain's shuffle maps them to images, with a key made
@@ -25,7 +25,7 @@ from music_jax.data.sources import Source
 from music_jax.distributed import usable_cores
 from music_jax.errors import UndecodableError, UnusableDataError
 
-# Saved with each checkpoint, so that a run that is resumed in another order can say so. Version 1
+# Saved with each checkpoint, so that a run that resumes in another order can log this. Version 1
 # used `seed + epoch` as the key: a seed had the orders of the next seed, one epoch later.
 ORDER_VERSION = 2
 
@@ -104,15 +104,15 @@ def training_batches(
 
     Args:
       source: Images.
-      order: Order in which the steps take them.
-      crop: How each view is cut.
+      order: Order of the images.
+      crop: Settings of the random crops.
       channels: 1 (gray) or 3 (RGB).
       positions: Positions of the global batch that this process fills, ascending.
       num_steps: Number of steps of the whole training.
       start_step: First step; its batches are the same as if all steps before had been read.
       num_views: Number of crops of each image.
       flip: Whether to mirror half of the views, if no augmentation on the device follows.
-      skipped: List to which images that cannot be decoded are added. Other images take their place,
+      skipped: List to which images that cannot be decoded are added. Other images replace them,
         chosen by the seed and the sample's index. By default such an image is an error.
       num_threads: Number of decoding threads; by default one per core that the process may use.
 
@@ -150,8 +150,8 @@ def evaluation_batches(
       channels: 1 (gray) or 3 (RGB).
       batch_size: Global batch size; the last batch is padded with black images without a label.
       positions: Positions of the global batch that this process fills, ascending.
-      skipped: List to which images that cannot be decoded are added. A black image without a label
-        takes their place. By default such an image is an error.
+      skipped: List to which images that cannot be decoded are added. Black images without a
+        label replace them. By default such an image is an error.
       num_threads: Number of decoding threads; by default one per core that the process may use.
 
     Yields:
@@ -166,7 +166,7 @@ def evaluation_batches(
 
 
 class _Sample(NamedTuple):
-    """A sample that was read but not decoded; with an error, the rest has no meaning."""
+    """A sample that was read but not decoded; with an error, its other fields are unused."""
 
     encoded: bytes
     label: int
@@ -226,7 +226,7 @@ class _TrainingBatches:
             return _Sample(b"", -1, Header(1, 1), error)
 
     def _draw(self, sample_indices: list[int], samples: list[_Sample]) -> list[list[_Cut]]:
-        """Draws what is cut out of each sample, one element per view."""
+        """Draws the crops of each sample, one element per view."""
         sizes = np.asarray([sample.header[:2] for sample in samples])
         heights, widths = np.repeat(sizes, self.num_views, axis=0).T
         count = NUMBERS_PER_BOX + 1
@@ -280,7 +280,7 @@ class _TrainingBatches:
 def _uniform(seed: int, sample_indices: list[int], count: int) -> np.ndarray:
     """Returns [samples, count] numbers in [0, 1), a function of the seed and each sample's index.
 
-    The numbers of a sample have a fixed place in one stream, so that runs of consecutive indices
+    The numbers of a sample have a fixed position in one stream, so that runs of consecutive indices
     are drawn together.
     """
     blocks = -(-count // 4)  # Philox gives four numbers for each value of its counter
@@ -349,9 +349,9 @@ _Batches = _TrainingBatches | _EvaluationBatches
 
 
 class _Parts:
-    """Gives Grain's threads a few rows of a batch per item, which are filled in where they belong.
+    """Items for Grain's threads, each of which fills in some rows of a batch in place.
 
-    So all threads work on a few batches at a time, and no samples are handed over and stacked.
+    All threads thus work on a few batches at a time, and samples need not be passed on and stacked.
     """
 
     def __init__(self, batches: _Batches, size: int):
@@ -374,7 +374,7 @@ class _Parts:
         return k
 
     def take(self, k: int) -> dict[str, np.ndarray]:
-        """Returns a batch of which all parts were read, and forgets it."""
+        """Returns a batch whose parts have all been read, and releases it."""
         with self._lock:
             return self._started.pop(k)
 

@@ -2,7 +2,7 @@
 
 A record is the label, a little-endian int32, followed by an image file. `index.json` names the
 shards, in order, and the classes; a directory that holds one is a packed dataset. While packing is
-in progress the index says so.
+in progress, `complete` is false in the index.
 """
 
 import bisect
@@ -41,10 +41,10 @@ _INDEX_FILE = "index.json"
 _FORMAT = "music_jax packed images, version 1"
 _SUFFIX = ".array_record"
 _LABEL = struct.Struct("<i")
-_IMAGES_PER_THREAD = 64  # that are packed ahead of the writer
+_IMAGES_PER_THREAD = 64  # packed ahead of the writer
 
-# An array_record file is one of Riegeli's: chunks of records, each behind a header that says how
-# large the chunk is, with a shorter header at every 64 KiB, anywhere in a chunk.
+# An array_record file has Riegeli's format: chunks of records, each after a header with the size of
+# the chunk, and a shorter header at every 64 KiB, even within a chunk.
 _BLOCK, _BLOCK_HEADER = 1 << 16, 24
 _CHUNK_HEADER = struct.Struct("<5Q")  # hash, size, hash, type and number of records, decoded size
 
@@ -163,40 +163,40 @@ def largest_chunk(path: str) -> int:
       OSError: The file cannot be read.
       ValueError: It is no array_record file.
     """
-    largest = place = 0
+    largest = offset = 0
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         size = os.fstat(descriptor).st_size
-        while place < size:
-            header = os.pread(descriptor, _CHUNK_HEADER.size + _BLOCK_HEADER, place)
-            before = min(-place % _BLOCK, _CHUNK_HEADER.size)  # bytes up to the next block
+        while offset < size:
+            header = os.pread(descriptor, _CHUNK_HEADER.size + _BLOCK_HEADER, offset)
+            before = min(-offset % _BLOCK, _CHUNK_HEADER.size)  # bytes up to the next block
             if before < _CHUNK_HEADER.size:
                 header = header[:before] + header[before + _BLOCK_HEADER :]
             if len(header) < _CHUNK_HEADER.size:
                 raise ValueError("it ends early")
             _, encoded, _, records, decoded = _CHUNK_HEADER.unpack(header[: _CHUNK_HEADER.size])
             largest = max(largest, decoded)
-            end = _skip_bytes(place, _CHUNK_HEADER.size + encoded)
-            place = max(end, place + (records >> 8))
-            if 0 < place % _BLOCK <= _BLOCK_HEADER:  # no chunk begins in a block's header
-                place += _BLOCK_HEADER + 1 - place % _BLOCK
+            end = _skip_bytes(offset, _CHUNK_HEADER.size + encoded)
+            offset = max(end, offset + (records >> 8))
+            if 0 < offset % _BLOCK <= _BLOCK_HEADER:  # no chunk begins in a block's header
+                offset += _BLOCK_HEADER + 1 - offset % _BLOCK
     finally:
         os.close(descriptor)
     return largest
 
 
-def _skip_bytes(place: int, count: int) -> int:
-    """Returns the place `count` bytes after another, without the blocks' headers in between."""
-    used = max(place % _BLOCK - _BLOCK_HEADER, 0)  # of its block, before `place`
+def _skip_bytes(offset: int, count: int) -> int:
+    """Returns the offset `count` bytes after another, not counting the headers of blocks."""
+    used = max(offset % _BLOCK - _BLOCK_HEADER, 0)  # of its block, before `offset`
     blocks, rest = divmod(used + count, _BLOCK - _BLOCK_HEADER)
-    start = place - place % _BLOCK
+    start = offset - offset % _BLOCK
     # A chunk that ends with a block ends before the next one's header.
     return start + blocks * _BLOCK + (_BLOCK_HEADER + rest if rest else 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """How images are packed.
+    """Settings of packing.
 
     Attributes:
       shorter_side: Length to which the shorter side is shrunk, in pixels.
@@ -238,9 +238,9 @@ def pack(
     Args:
       source: Images.
       directory: Directory for the shards and the index; empty, or from such an earlier call.
-      packing: How the images are packed.
-      max_skipped_share: Largest share of images that may be impossible to decode. They are listed
-        in skipped.jsonl.
+      packing: Settings of packing.
+      max_skipped_share: Largest share of images that cannot be decoded. They are listed in
+        skipped.jsonl.
       num_threads: Number of threads; by default one per core.
 
     Returns:
@@ -292,7 +292,7 @@ def pack(
 
 
 def _start(directory: epath.Path, index: dict[str, Any]) -> bool:
-    """Writes the index, or checks that the existing one is the same; returns if it is complete.
+    """Writes the index, or checks that the existing one is equal; returns whether it is complete.
 
     If the existing one spells the name of the same source differently, `index` takes that name.
     """
@@ -312,7 +312,7 @@ def _start(directory: epath.Path, index: dict[str, Any]) -> bool:
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error}") from error
     existing = _read_index(directory)
-    if _place(existing.get("source")) == _place(index["source"]):
+    if _normalize(existing.get("source")) == _normalize(index["source"]):
         index["source"] = existing["source"]
     changing = ("complete", "num_images", "shards", "source_fingerprint")
     differing = [key for key in index if key not in changing and existing.get(key) != index[key]]
@@ -331,13 +331,13 @@ def _start(directory: epath.Path, index: dict[str, Any]) -> bool:
     return bool(existing["complete"])
 
 
-def _place(source: Any) -> str | None:
+def _normalize(source: Any) -> str | None:
     """Returns the same text for all spellings of a folder."""
     return os.path.abspath(os.path.expanduser(source)) if isinstance(source, str) else None
 
 
 def _count_images(shard: epath.Path) -> int | None:
-    """Returns the number of images in a finished shard, None if there is none."""
+    """Returns the number of images in a finished shard; None if there is none."""
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     if not shard.exists():
@@ -385,7 +385,7 @@ def shrink(encoded: bytes, packing: Packing) -> bytes:
     reduction = largest_reduction(header, factor)
     image = decode(encoded, packing.channels, header=header, reduction=reduction)
     if factor <= 1 and packing.encoding == "jpeg":
-        return encoded  # which can be decoded
+        return encoded  # decoded only to check it
     ratio = packing.shorter_side / min(image.shape[:2])
     if ratio < 1:
         image = resize(image, *(max(1, round(side * ratio)) for side in image.shape[:2]))

@@ -1,4 +1,4 @@
-"""skipped.jsonl: the images that a run could not read, each named on one line."""
+"""Lists the images that a run could not read, one per line of skipped.jsonl."""
 
 import collections
 import contextlib
@@ -22,8 +22,8 @@ from music_jax.workdir.logs import Appender, open_to_append
 _logger = logging.getLogger(__name__)
 
 _FILE = "skipped.jsonl"
-_SECONDS_BETWEEN_LOOKS = 5.0  # at the lists of the other processes
-_LARGEST_SHARE = 0.05  # of the time, that may be spent on looking
+_SECONDS_BETWEEN_READS = 5.0  # of the lists of the other processes
+_LARGEST_SHARE = 0.05  # of the time, that may be spent on reading them
 
 # Older versions did not write `source_images`, the number of images in the whole split.
 _KEYS = ("source", "image", "reason", "source_images")
@@ -94,12 +94,12 @@ class SkippedImages:
             started = time.monotonic()
             own_part = self._max_share * size / self._num_processes
             if self._counts[source.name] > own_part and started >= self._next_look:
-                # Whatever a bucket's client raises: the next look, or `merge`, reads the list.
+                # A bucket's client may raise anything; the next read, or `merge`, covers the list.
                 with contextlib.suppress(Exception):
                     for path in self._others():
                         self._count(_read(path))
                 took = time.monotonic() - started
-                pause = max(_SECONDS_BETWEEN_LOOKS, took / _LARGEST_SHARE)
+                pause = max(_SECONDS_BETWEEN_READS, took / _LARGEST_SHARE)
                 self._next_look = started + took + pause
                 self._check()
 
@@ -198,7 +198,7 @@ def _part(directory: epath.Path, process: int | str) -> epath.Path:
 
 
 def _read(path: epath.Path) -> _Lines:
-    """Reads a list without damaged lines: their images are listed again when they are met."""
+    """Reads a list without its damaged lines, whose images are listed again once encountered."""
     found = {}
     for text in _text(path).splitlines():
         try:
@@ -230,7 +230,7 @@ def _drop_cut_off_line(path: epath.Path) -> None:
 
 
 def open_skipped(workdir: epath.Path, config: config_dict.ConfigDict) -> SkippedImages:
-    """Opens skipped.jsonl, in which this process notes the images that it cannot decode."""
+    """Opens skipped.jsonl, in which this process lists the images that it cannot decode."""
     return SkippedImages(
         workdir,
         max_share=config.dataset.max_skipped_share,
@@ -240,10 +240,10 @@ def open_skipped(workdir: epath.Path, config: config_dict.ConfigDict) -> Skipped
 
 
 def join_skipped(skipped: SkippedImages, source: Source | None = None) -> None:
-    """Joins the notes of all processes in skipped.jsonl; all processes call this together.
+    """Joins the lists of all processes in skipped.jsonl; all processes call this together.
 
     Args:
-      skipped: Notes of this process.
+      skipped: List of this process.
       source: Images of which those that earlier runs skipped count as well.
 
     Raises:
@@ -263,7 +263,7 @@ def join_skipped(skipped: SkippedImages, source: Source | None = None) -> None:
 
 
 def report_skipped(skipped: SkippedImages) -> None:
-    """Joins the notes of all processes and logs how many images were skipped.
+    """Joins the lists of all processes and logs how many images were skipped.
 
     Raises:
       UnusableDataError: See `join_skipped`.

@@ -28,7 +28,7 @@ class Source:
       label_key: Key of the integer label.
       num_classes: Number of classes; 0 if the images have no labels.
       class_names: Names of the classes, if they have any.
-      no_classes: Reason why the images have no labels, if that needs an explanation.
+      no_classes: Reason why the images have no labels, or "".
       identity: Function that returns bytes which distinguish the records without reading them, such
         as the names and sizes of files; with `True` also their modification times.
       subset_of: Number of images of the split that these are a part of; None if they are all.
@@ -90,7 +90,7 @@ class Source:
         return digest.hexdigest()
 
     def record(self, index: int) -> dict:
-        """Returns what the records hold of an image.
+        """Returns the record of an image.
 
         Raises:
           UndecodableError: The record is damaged.

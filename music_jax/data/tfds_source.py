@@ -16,7 +16,7 @@ from music_jax.errors import UserError
 
 _FEATURES = "tensorflow_datasets.core.features."
 _feature_lock = threading.RLock()
-_MAX_CACHED_BYTES = 64 * 2**20  # of a dataset whose records stay in memory
+_MAX_CACHED_BYTES = 64 * 2**20  # largest dataset whose records stay in memory
 _LABEL_KEY = "label"  # the config's default, which a dataset need not have
 
 
@@ -27,7 +27,7 @@ def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
     names a feature of another kind, or is "" or the default and there is no such feature.
 
     Args:
-      dataset: Part `dataset` of the config.
+      dataset: Group `dataset` of the config.
       split: TFDS split such as `train` or `train[:90%]`.
 
     Raises:
@@ -94,7 +94,7 @@ def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
 
 
 class _Cached:
-    """Records of a small dataset. To read and parse one takes longer than to decode its image."""
+    """Records of a small dataset, cached: reading one takes longer than decoding its image."""
 
     def __init__(self, records: Any):
         self._records = records
@@ -119,7 +119,7 @@ def prepare(dataset: config_dict.ConfigDict) -> None:
     """Writes the dataset's array_record files if they do not exist, downloading as TFDS does.
 
     Args:
-      dataset: Part `dataset` of the config: `name`, `data_dir` (None for TFDS's own default),
+      dataset: Group `dataset` of the config: `name`, `data_dir` (None for TFDS's own default),
         `manual_dir` (None for `downloads/manual` in it) and `try_gcs`.
 
     Raises:
@@ -176,8 +176,8 @@ def _builder(dataset: config_dict.ConfigDict) -> Any:
         )
     if not (dataset.data_dir or "TFDS_DATA_DIR" in os.environ) and os.path.expanduser("~") == "~":
         raise UserError(
-            "this user has no home directory to keep datasets in; set HOME, or name a place with "
-            "--config.dataset.data_dir=DIR"
+            "this user has no home directory to keep datasets in; set HOME, or give a directory "
+            "with --config.dataset.data_dir=DIR"
         )
     try:
         if (
@@ -235,7 +235,7 @@ def _known_features_only() -> Iterator[None]:
 def import_tensorflow() -> Any:
     """Imports TensorFlow, which takes about nine seconds, and returns it.
 
-    Hides the accelerators from it, whose memory it would take from JAX.
+    Hides the accelerators from TensorFlow, which would reserve their memory.
 
     Raises:
       ImportError: TensorFlow is not installed.

@@ -1,7 +1,7 @@
 """Propagates the failure of one process to all: they end with its message and its exit code.
 
 Without this the others would wait in a collective forever. A process that is killed or stopped
-cannot tell the others; JAX's heartbeats find that out, and each of the others ends by itself.
+cannot notify the others; JAX's heartbeats detect this, and each of the others ends by itself.
 """
 
 import contextlib
@@ -23,16 +23,16 @@ from music_jax.distributed.progress import printable
 
 _KEY = "music_jax/failure"
 _POLL_SECONDS = 1.0
-# A process that fails publishes that before its connections close, so others need not wait long.
+# Time to wait for the message of a failed process, which it publishes before its connections close.
 _CAUSE_SECONDS = 5.0
-_FAREWELL_MILLISECONDS = 10_000  # in which all processes have heard of a failure
+_NOTICE_MILLISECONDS = 10_000  # within which all processes have read of a failure
 _PROBE_SECONDS = 2.0
-# After which JAX aborts the other processes of one that is silent.
+# Time without a heartbeat of a process after which JAX aborts the others.
 HEARTBEAT_TIMEOUT_SECONDS = 50
-# After which processes that do not find each other end; JAX itself would abort.
+# Time after which processes that do not find each other end; JAX itself would abort.
 _JOIN_SECONDS = 300.0
 JOIN_TIMEOUT_SECONDS = 360
-_WAITING_SECONDS = 30.0  # between two lines that say what a process waits for
+_WAITING_SECONDS = 30.0  # between two messages about what a process waits for
 
 _LOST = (
     "another process of the run does not answer: it was killed or stopped, or its machine is lost; "
@@ -44,7 +44,7 @@ _BROKEN_COLLECTIVE = ("gloo", "remote process exited")
 _has_joined = threading.Event()
 _finished = threading.Event()
 _leaving = threading.Lock()
-_kept: list[Any] = []  # what C alone refers to
+_kept: list[Any] = []  # objects that only C code refers to
 
 
 def has_peers() -> bool:
@@ -59,9 +59,9 @@ def coordinator() -> str | None:
 
 @contextlib.contextmanager
 def joining() -> Iterator[None]:
-    """A context in which the processes find each other, and after which they end together.
+    """Opens a context in which the processes find each other, and after which they end together.
 
-    Prints what this process waits for to standard error. Ends this process if that is in vain.
+    Prints what this process waits for to standard error. Ends this process after a time limit.
     """
     joined = threading.Event()
     waiting = threading.Thread(target=_report_waiting, args=(joined,), daemon=True)
@@ -78,7 +78,7 @@ def joining() -> Iterator[None]:
 
 
 def stop_watching() -> None:
-    """Ends the watch for failures; call it once this process has nothing more to do."""
+    """Stops watching for failures; call it once this process has nothing more to do."""
     _finished.set()
 
 
@@ -106,7 +106,7 @@ def cause_of(error: Exception) -> str | None:
 
 
 def end_run(exit_code: int, message: str) -> NoReturn:
-    """Ends this process and tells the others to end, with the exit code of the first to fail.
+    """Ends this process and makes the others end, with the exit code of the first to fail.
 
     Args:
       exit_code: Exit code of all processes.
@@ -151,10 +151,10 @@ def _leave(failure: dict[str, Any]) -> NoReturn:
     _leaving.acquire()  # the first thread ends the process
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         # Process 0 holds the service, without which JAX would abort the others.
-        _client().wait_at_barrier(f"{_KEY}/heard", _FAREWELL_MILLISECONDS)
+        _client().wait_at_barrier(f"{_KEY}/heard", _NOTICE_MILLISECONDS)
         if distributed.global_state.process_id == 0:
             time.sleep(0.5)
-    with contextlib.suppress(OSError):  # of a pipe that is not read any more
+    with contextlib.suppress(OSError):  # the pipe is no longer read
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(failure["exit_code"])
@@ -170,7 +170,7 @@ def _replace_abort() -> None:
     """Ends this process with a message and exit code 1 where JAX would abort it for a lost process.
 
     JAX offers no callback for that. Python's own signal handlers would run too late, on the main
-    thread. Any other abort goes on after the tracebacks of all threads, as absl prints them.
+    thread. Any other abort continues after the tracebacks of all threads, as absl prints them.
     """
     library = ctypes.CDLL(None)
 

@@ -1,4 +1,4 @@
-"""Devices and processes: joining a cluster, the mesh, and which rows of a batch go where."""
+"""Devices and processes: joining a cluster, the mesh, and assigning rows of a batch to devices."""
 
 import dataclasses
 import importlib.metadata
@@ -37,16 +37,16 @@ def join_cluster(
 ) -> None:
     """Joins the other processes of the run, if there are any.
 
-    Call it before anything uses JAX. The cluster is asked only if no argument is given.
+    Call it before anything uses JAX. The cluster is queried only if no argument is given.
 
     Args:
-      coordinator_address: HOST:PORT of process 0; None if the cluster tells all three.
+      coordinator_address: HOST:PORT of process 0; None to detect all three.
       num_processes: Number of processes in the run.
       process_id: Index of this process.
 
     Raises:
       UserError: Only some of the three are given, the processes do not find each other, or a
-        launcher has started several of them without saying where process 0 is.
+        launcher has started several of them without giving the address of process 0.
     """
     _check_processes(coordinator_address, num_processes, process_id)
     if num_processes == 1:
@@ -93,7 +93,7 @@ def _check_processes(
     if any(g is None for g in given) and any(g is not None for g in given):
         raise UserError(
             "--coordinator_address, --num_processes and --process_id go together: give all three, "
-            "none if the cluster tells them, or --num_processes=1 alone; got "
+            "none if they are detected, or --num_processes=1 alone; got "
             f"{coordinator_address}, {num_processes}, {process_id}"
         )
     if coordinator_address is None or num_processes is None or process_id is None:
@@ -161,10 +161,10 @@ _DETERMINISTIC = "--xla_gpu_exclude_nondeterministic_ops"
 
 
 def use_deterministic_gpu_operations() -> None:
-    """Disables nondeterministic GPU operations, by XLA_FLAGS of this process.
+    """Disables nondeterministic GPU operations, through XLA_FLAGS of this process.
 
-    XLA reads them when JAX starts its devices. If it has started GPUs before, a warning says that
-    nothing changes. The user's own XLA_FLAGS are respected.
+    XLA reads them when JAX starts its devices. If it has started GPUs before, a warning is
+    logged and nothing changes. The user's own XLA_FLAGS are respected.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if _DETERMINISTIC in flags or "--xla_gpu_deterministic_ops" in flags:

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import tqdm
 
-# Of a bar in a log.
+# Times between two lines of a bar in a log.
 _SECONDS_BETWEEN_LINES = 10.0
 _SHARE_BETWEEN_LINES = 0.05  # of the time since the bar began
 
@@ -125,7 +125,7 @@ def bar(total: int, *, unit: str, description: str, done: int = 0) -> Any:
 
 
 class _Lines:
-    """A file for a bar in a log, which keeps complete lines, and not every one."""
+    """A file for a bar in a log, which writes complete lines only, and omits some."""
 
     def __init__(self, log: TextIO):
         self._log = log
@@ -133,7 +133,7 @@ class _Lines:
         self._waiting = ""
 
     def write(self, text: str) -> None:
-        """Takes what tqdm would draw, or a line end, with which tqdm ends the bar."""
+        """Receives the text that tqdm would draw, or the line end with which tqdm ends the bar."""
         self._waiting = text.strip() or self._waiting
         now = time.monotonic()
         due = self._last + max(_SECONDS_BETWEEN_LINES, _SHARE_BETWEEN_LINES * (now - self._start))

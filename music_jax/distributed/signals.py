@@ -1,4 +1,4 @@
-"""What SIGINT, SIGTERM, SIGUSR1 and SIGHUP do: end a command, or stop a run between two steps."""
+"""Handles SIGINT, SIGTERM, SIGUSR1 and SIGHUP: ends a command, or stops a run after a step."""
 
 import contextlib
 import multiprocessing
@@ -17,7 +17,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 def end_on_signal(end: Callable[[], None]) -> None:
     """Ends the process upon a signal from now on, even during a compilation.
 
-    What is on disk must be valid at any moment. Call it on the main thread.
+    The files on disk must be valid at any time. Call it on the main thread.
 
     Args:
       end: Function that ends the process; called on another thread.
@@ -26,7 +26,7 @@ def end_on_signal(end: Callable[[], None]) -> None:
 
 
 def ignore_signals() -> None:
-    """Ignores signals from now on; call it once all is done and the process is about to end."""
+    """Ignores signals from now on; call it once the work is done and the process will end."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -104,7 +104,7 @@ class _Listener:
 
 
 class Stop:
-    """A context that stops a run after the present step once `received` is set.
+    """A context that stops a run after the current step once `received` is set.
 
     It handles no signals.
 
@@ -139,7 +139,7 @@ class StopSignal(Stop):
     For commands, which own the process; use it on the main thread.
 
     Several processes must agree on a stop. There the signal is left to JAX's coordination service,
-    which receives SIGTERM and tells all processes at which step to stop
+    which receives SIGTERM and sends all processes the step at which to stop
     (`Checkpoints.reached_preemption`); the other signals are passed on to it as SIGTERM.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A cache on disk of arrays that take long to compute; it may be deleted at any time."""
+"""Caches arrays on disk that take long to compute; the cache may be deleted at any time."""
 
 import hashlib
 import json
@@ -64,7 +64,7 @@ def cached_arrays(
 
     Args:
       directory: Directory of the cache, created when needed.
-      name: First part of the file's name, for people.
+      name: First part of the file's name, for readability.
       key: Everything that the arrays depend on, as JSON values.
       compute: Function that returns the arrays, called by all processes of a run or by none.
       expected: Accepted arrays, by name; all of them have the same number of rows.
@@ -105,6 +105,6 @@ def _read(path: epath.Path, expected: dict[str, Expected]) -> dict[str, np.ndarr
         if len({len(array) for array in arrays.values()}) > 1:
             raise ValueError("the arrays differ in their number of rows")
         return arrays
-    except Exception as error:  # zipfile has many
+    except Exception as error:  # zipfile raises many kinds
         _logger.warning(f"the cached features {path} are damaged and computed again: {error}")
         return None

@@ -29,8 +29,8 @@ from music_jax.metrics.segments import (
 
 _logger = logging.getLogger(__name__)
 
-_MAX_GALLERY = 200_000  # training images, drawn at random, that are ranked
-_MAX_RANKED = 25_600  # samples whose singular values are taken, as in RankMe's paper
+_MAX_GALLERY = 200_000  # training images to rank, drawn at random
+_MAX_RANKED = 25_600  # samples for the singular values, as in RankMe's paper
 
 
 def linear(run: Run, *, save_predictions: bool = False) -> Result:
@@ -38,7 +38,7 @@ def linear(run: Run, *, save_predictions: bool = False) -> Result:
 
     Args:
       run: Run.
-      save_predictions: Whether the predictions for the test images are written into the workdir.
+      save_predictions: Whether to write the predictions for the test images into the workdir.
 
     Raises:
       DivergedError: The probe of the trained backbone diverged. A diverged baseline is missing.
@@ -304,7 +304,7 @@ def label_free(run: Run) -> Result:
 
 
 def segments(run: Run) -> Result:
-    """Measures how the segments use their units, what they share, and the objective's gap."""
+    """Measures the usage of units, the mutual information of segments, and the gap to the bound."""
     _check_two_images(run)
     objective = run.config.objective
     probabilities = run.probabilities()

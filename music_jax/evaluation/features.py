@@ -78,7 +78,7 @@ def backbone_extractor(
       batch_stats: Running statistics.
       config: Config, which sets how images are normalized.
       mesh: Devices.
-      embeddings: Whether `embeddings` of the projector are extracted as well.
+      embeddings: Whether to extract `embeddings` of the projector as well.
     """
 
     @jax.jit

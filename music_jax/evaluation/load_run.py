@@ -1,4 +1,4 @@
-"""Loads a run from its workdir, to evaluate it."""
+"""Loads a run from its workdir for evaluation."""
 
 from etils import epath
 from ml_collections import config_dict
@@ -41,16 +41,16 @@ def load_run(
     Args:
       workdir: Workdir of the run. Nothing is written into it if `output` is given.
       output: Directory for results; the workdir by default.
-      read_only: Whether nothing at all is written, not even the list of images that cannot be
+      read_only: Whether to write nothing at all, not even the list of images that cannot be
         decoded.
       checkpoint: Step or directory of the checkpoint; the latest by default.
       overrides: Config fields, by dotted name, that replace those of the run.
-      labels: Whether images with labels are needed, if there are any.
-      images: Whether any images of the run are needed.
+      labels: Whether to open labeled images, if there are any.
+      images: Whether to open any images of the run.
 
     Raises:
       UserError: There is no such run or checkpoint, an override would change the training, or the
-        images are in a place that only the run's files name; see `music_jax.workdir.run_config`.
+        images are in a location that only the run's files name; see `music_jax.workdir.run_config`.
     """
     given = overrides or {}
     directory = find_workdir(workdir)

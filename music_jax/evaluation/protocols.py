@@ -1,4 +1,4 @@
-"""The evaluation protocols by name, and how they are run on a checkpoint."""
+"""Defines the evaluation protocols by name, and runs them on a checkpoint."""
 
 import dataclasses
 import difflib
@@ -26,11 +26,11 @@ _logger = logging.getLogger(__name__)
 
 
 class Protocol(NamedTuple):
-    """A way to evaluate a run.
+    """An evaluation protocol.
 
     Attributes:
       measure: Function from the run to the result; None for `transfer`, which runs others.
-      settings: Parts of the config that it depends on, by dotted name.
+      settings: Fields and groups of the config that it depends on, by dotted name.
       labels: Whether it needs labeled images.
       segments: Whether it needs the segments of the MUSIC objective.
     """
@@ -60,14 +60,14 @@ def run_protocols(
 ) -> dict[str, Result]:
     """Evaluates a run with some protocols, and writes the result of each into its workdir.
 
-    Protocols that cannot measure the run, which has no labels, no segments or too few images, are
-    skipped, and a warning names them.
+    Protocols that cannot measure the run, because it has no labels, no segments or too few images,
+    are skipped, and a warning names them.
 
     Args:
       run: Run.
       names: Names of protocols.
       transfer_sets: Datasets for `transfer`; see `music_jax.data.datasets.parse_pair`.
-      force: Whether results that exist, of the same images and settings, are recomputed.
+      force: Whether to recompute existing results of the same images and settings.
 
     Returns:
       The results, by protocol.
@@ -136,7 +136,7 @@ def _log_excluded(name: str, result: Result) -> None:
 def _transfer_runs(
     run: Run, transfer_sets: Sequence[str]
 ) -> tuple[dict[str, Run], dict[str, NotMeasurableError | DivergedError]]:
-    """Returns the run with the images of each dataset, or why these cannot be used."""
+    """Returns the run with the images of each dataset, or the reason why these cannot be used."""
     runs: dict[str, Run] = {}
     errors: dict[str, NotMeasurableError | DivergedError] = {}
     for spec in transfer_sets:
@@ -159,7 +159,7 @@ def _transfer(
     results = {}
     for spec, run in runs.items():
         _logger.info(f"transfer to {spec}")
-        there = dataclasses.replace(run)  # its features are freed when the next one takes its place
+        there = dataclasses.replace(run)  # a copy, whose features are freed before the next
         try:
             results[spec] = {"linear": linear(there), "knn": knn(there)}
         except (NotMeasurableError, DivergedError) as error:

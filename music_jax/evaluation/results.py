@@ -1,4 +1,4 @@
-"""Results in a workdir: reading them, from files that anyone may have written, and tables."""
+"""Reads results from a workdir, whose files anyone may have written, and formats them."""
 
 import logging
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from music_jax.workdir.files import new_file, read_json, read_npz
 
 _logger = logging.getLogger(__name__)
 
-Result = dict[str, Any]  # of a protocol, as JSON values
+Result = dict[str, Any]  # result of a protocol, as JSON values
 Rows = list[tuple[str, str]]
 
 _ACCURACIES = ("top1", "top5", "random_init_top1", "raw_pixels_top1")
@@ -43,7 +43,7 @@ def read_all_results(workdir: epath.Path) -> dict[str, Result]:
 
 
 def _check_result(protocol: str, result: Any) -> None:
-    """Raises some error unless a file, which anyone may have written, holds a result."""
+    """Raises an exception unless a file, which anyone may have written, holds a result."""
     accuracies = [result[name] for name in _ACCURACIES if result.get(name) is not None]
     if not all(isinstance(value, float) and 0 <= value <= 1 for value in accuracies):
         raise ValueError("an accuracy is not in [0, 1]")

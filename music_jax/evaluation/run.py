@@ -41,7 +41,7 @@ _PROBABILITIES_AT_ONCE = 4096  # samples
 def agreed_fingerprint(source: Source) -> str:
     """Returns the fingerprint of a source on the main process, for all processes.
 
-    All processes of a run call this together; the files of the others may be other copies.
+    All processes of a run call this together; other processes may have other copies of the files.
     """
     return from_main_process(lambda: source.fingerprint(times=True))
 
@@ -101,10 +101,10 @@ class Run:
         Images of damaged records are included: they are skipped when they are read.
 
         Raises:
-          NotMeasurableError: As for `train`.
+          NotMeasurableError: See `train`.
         """
         source = getattr(self.evaluation_sources(), split)
-        labels = self._remember(("labels", id(source)), source.labels)
+        labels = self._memoize(("labels", id(source)), source.labels)
         _check_classes(source, labels, split)
         return np.flatnonzero(labels != -1)
 
@@ -144,7 +144,7 @@ class Run:
             name = f"step_{self.step}-views"
             return cached_arrays(self.workdir / "features", name, key, compute, expected=expected)
 
-        views = self._remember(("views",), read_or_compute)
+        views = self._memoize(("views",), read_or_compute)
         _check_finite(views, f"views of {self.images.name}")
         return views
 
@@ -189,7 +189,7 @@ class Run:
         return self.sources
 
     def extractor(self, model: Model, *, embeddings: bool = False) -> Extractor:
-        """Returns a function from images to features, and to embeddings if they are asked for."""
+        """Returns a function from images to features and, on request, embeddings."""
         if model == "raw_pixels":
             return pixel_extractor(self.config)
         params, batch_stats = self.params, self.batch_stats
@@ -210,7 +210,7 @@ class Run:
         return features
 
     def _split(self, source: Source, model: Model) -> SplitFeatures:
-        # The embeddings of the training images, which nothing needs, can take 40 GB.
+        # The embeddings of the training images are not needed, and can take 40 GB.
         training = self.sources is not None and source is self.sources.train
         embeddings = model == "trained" and (source is self.images or not training)
 
@@ -238,7 +238,7 @@ class Run:
             name = f"step_{self.step}-{model}"
             return cached_arrays(self.workdir / "features", name, key, compute, expected=expected)
 
-        arrays = dict(self._remember(("features", id(source), model), read_or_compute))
+        arrays = dict(self._memoize(("features", id(source), model), read_or_compute))
         labels, indices = arrays.pop("labels"), arrays.pop("indices")
         _check_finite(arrays, source.name)
         return SplitFeatures(arrays, labels, indices)
@@ -252,7 +252,7 @@ class Run:
     def _key(self, source: Source, model: Model) -> dict[str, Any]:
         """Returns everything that features depend on."""
         config = as_json(self.config)
-        _, fingerprint = self._remember(  # with the source, so that no other one gets its id
+        _, fingerprint = self._memoize(  # cached with the source, so that its id stays unique
             ("fingerprint", id(source)), lambda: (source, agreed_fingerprint(source))
         )
         return {
@@ -278,7 +278,7 @@ class Run:
             checksum = zlib.crc32(content.view(np.uint8).data, checksum)
         return checksum
 
-    def _remember(self, key: tuple, compute: Callable[[], Any]) -> Any:
+    def _memoize(self, key: tuple, compute: Callable[[], Any]) -> Any:
         if key not in self._memory:
             self._memory[key] = compute()
         return self._memory[key]

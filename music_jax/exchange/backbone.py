@@ -1,4 +1,4 @@
-"""A trained backbone: its weights by name, and the config that says how to use them."""
+"""A trained backbone: its weights by name, and the config for their use."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ from music_jax.workdir.directory import absolute_path
 from music_jax.workdir.files import parse_json
 from music_jax.workdir.run_config import read_config
 
-METADATA_KEY = "music_jax"  # of the description in a safetensors file's metadata
+METADATA_KEY = "music_jax"  # key of the description in the metadata of a safetensors file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class TrainedBackbone:
         )
 
     def description(self) -> dict[str, Any]:
-        """Returns what a file needs besides the tensors to be loaded again, as JSON."""
+        """Returns the metadata that a file needs besides the tensors to be loaded, as JSON."""
         config = self.config
         fields = ("name", "stem", "num_heads")
         backbone = {k: config.backbone[k] for k in fields if config.backbone[k] is not None}
@@ -103,7 +103,7 @@ def load_backbone(path: str, *, checkpoint: str | None = None) -> TrainedBackbon
     if not location.exists():
         raise UserError(f"there is neither a workdir nor a file {path!r}")
     if checkpoint is not None:
-        raise UserError(f"{path} is a file and has no checkpoints; leave out --checkpoint")
+        raise UserError(f"{path} is a file and has no checkpoints; omit --checkpoint")
     return _load_file(location)
 
 

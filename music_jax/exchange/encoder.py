@@ -93,14 +93,14 @@ class Encoder:
         """Computes discrete codes, the most probable unit of each segment.
 
         Args:
-          images: As for a call.
+          images: Same as for `__call__`.
 
         Returns:
           int32 [images, segments].
 
         Raises:
-          ValueError: As for a call.
-          UserError: As for a call, or there is no projection head or its embedding has no segments.
+          ValueError: See `__call__`.
+          UserError: A file cannot be read, or there is no projection head with segments.
         """
         return self._run(images, "codes")[1]
 
@@ -108,14 +108,14 @@ class Encoder:
         """Computes the probability of each unit in its segment.
 
         Args:
-          images: As for a call.
+          images: Same as for `__call__`.
 
         Returns:
           float32 [images, segments, units]; each unit axis sums to 1.
 
         Raises:
-          ValueError: As for a call.
-          UserError: As for `codes`.
+          ValueError: See `__call__`.
+          UserError: See `codes`.
         """
         return self._run(images, "probabilities")[1]
 
@@ -228,7 +228,7 @@ def encode_crops(
       extra: Output to compute besides the features.
 
     Returns:
-      As `Encoder.encode_crops`.
+      The same as `Encoder.encode_crops`.
     """
     config = trained.config
     normalized = normalize_images(

@@ -34,7 +34,7 @@ FORMATS = {
     "orbax": "Orbax checkpoint",
 }
 
-# How the model card shows to load each format, but for torchvision.
+# Code in the model card that loads each format, except for torchvision.
 _USAGE = {
     "safetensors": """\
     import music_jax
@@ -144,7 +144,7 @@ def _exported_program(trained: TrainedBackbone) -> jax.export.Exported:
 
 
 def _preprocessing(trained: TrainedBackbone) -> dict[str, Any]:
-    """Returns how an image becomes the backbone's input, as JSON."""
+    """Returns the preprocessing of images, as JSON."""
     config = trained.config
     return {
         "resize_shorter_side": config.crop.eval_resize,

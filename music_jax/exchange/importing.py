@@ -1,4 +1,4 @@
-"""Imports weights from elsewhere as a run, so that they are evaluated like one."""
+"""Imports external weights as a run, so that they can be evaluated like one."""
 
 import collections
 import dataclasses
@@ -61,7 +61,7 @@ class Imported:
     """The result of an import."""
 
     config: config_dict.ConfigDict  # of the run
-    assumed: str  # what the features depend on and the file does not say
+    assumed: str  # properties that the features depend on and the file does not specify
     excluded: dict[str, int]  # number of tensors outside the backbone, by module
 
 
@@ -77,8 +77,8 @@ def import_backbone(
 
     Args:
       weights: Safetensors file, with or without a classifier.
-      workdir: Workdir of the new run; it must not hold one.
-      config: Config that says with which data and how the backbone is evaluated.
+      workdir: Workdir of the new run; it must not hold a run yet.
+      config: Config with the data and the settings of the evaluation.
       prefix: Prefix of the backbone's tensors, such as `module.backbone.`; None to detect it.
 
     Returns:
@@ -141,7 +141,7 @@ def backbone_prefixes(tensors: Tensors) -> list[str]:
 
 
 def name_children(tensors: Tensors) -> Tensors:
-    """Names the tensors of a `Sequential` of a ResNet's children as in the ResNet itself."""
+    """Renames the tensors of a `Sequential` of a ResNet's children as in the ResNet itself."""
     if not all(name in tensors for name in _LAYOUTS[1]):
         return tensors
     parts = {name: name.partition(".") for name in tensors}
@@ -232,7 +232,7 @@ def _excluded(
 
 
 def _assumed(config: config_dict.ConfigDict) -> str:
-    """Describes what the features depend on and a file of weights does not say."""
+    """Describes the properties that the features depend on and a file does not specify."""
     backbone, dataset = config.backbone, config.dataset
     if backbone.num_heads is not None:
         architecture = (
@@ -264,7 +264,7 @@ def _num_heads(config: config_dict.ConfigDict, prefix: str, source: str) -> int 
     if _MOCO_V3.fullmatch(prefix) or default == _MOCO_V3_HEADS:
         return _MOCO_V3_HEADS
     raise UserError(
-        f"{source} does not say how many heads its {config.backbone.name} has: set "
+        f"{source} does not specify the number of heads of its {config.backbone.name}: set "
         f"--config.backbone.num_heads={_MOCO_V3_HEADS} for a model of MoCo v3, "
         f"--config.backbone.num_heads={default} for one of timm"
     )

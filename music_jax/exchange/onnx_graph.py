@@ -57,7 +57,7 @@ def onnx_model(trained: TrainedBackbone, metadata: dict[str, str]) -> Any:
 
 
 class _Graph:
-    """Nodes and constants; the method of a layer adds its nodes and returns its output's name."""
+    """Nodes and constants; the method of each layer adds its nodes and returns the output name."""
 
     def __init__(self, trained: TrainedBackbone):
         self.nodes: list[Any] = []
@@ -192,7 +192,7 @@ class _Graph:
         return self._constant("i" + "_".join(map(str, values)), np.asarray(values, np.int64))
 
     def _constant(self, name: str, value: np.ndarray | np.generic) -> str:
-        """Adds a constant, unless there is one of this name already."""
+        """Adds a constant, unless one of this name exists."""
         from onnx import numpy_helper
 
         if name not in self._constants:

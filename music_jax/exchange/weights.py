@@ -191,7 +191,7 @@ def to_torch(
       step: Value of `num_batches_tracked`.
 
     Raises:
-      UserError: As `check_exchangeable`.
+      UserError: See `check_exchangeable`.
     """
     check_exchangeable(config)
     state = {
@@ -251,7 +251,7 @@ def check_no_other_parts(tensors: Tensors, used: set[str], source: str) -> None:
     """Checks that no unused tensor would change the features.
 
     Raises:
-      UserError: One would.
+      UserError: An unused tensor would.
     """
     part = _TRANSFORMER_PARTS if "cls_token" in tensors else _RESNET_PARTS
     unknown = [name for name in unused_names(tensors, used) if part.match(name)]

@@ -115,7 +115,7 @@ def few_shot(
                 # An L2-penalized kernel lies in the span of the samples: solve the problem there.
                 basis, _ = np.linalg.qr(drawn.T)  # [features, drawn]
                 drawn, tested = drawn @ basis, test @ basis
-            # On so little data, several threads would mostly wait for one another.
+            # For so little data, several threads would mostly wait for each other.
             with threadpool_limits(1), warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 classifier = LogisticRegression(C=len(rows), max_iter=1000, tol=1e-5)

@@ -35,7 +35,7 @@ def knn_predict(
       num_classes: Number of classes.
       k: Number of neighbors that vote; all training samples if there are fewer.
       temperature: Temperature of the weights.
-      block_size: As in `nearest_neighbors`.
+      block_size: Number of queries compared at once.
 
     Returns:
       Predicted labels, int32 [test].

@@ -9,7 +9,7 @@ import scipy.linalg
 
 from music_jax.metrics.knn import unit_length
 
-_EPSILON = 1e-7  # of RankMe and LiDAR; it keeps the logarithm finite
+_EPSILON = 1e-7  # added by RankMe and LiDAR, to keep the logarithm finite
 
 
 def rankme(features: np.ndarray) -> float:
@@ -28,7 +28,7 @@ def rankme(features: np.ndarray) -> float:
       A number between 1 and min(samples, features); NaN if all features are zero.
 
     Raises:
-      ValueError: The shape is another one.
+      ValueError: The shape does not match.
 
     Reference:
       Garrido et al., `RankMe <https://arxiv.org/abs/2210.02885>`_, 2023
@@ -57,7 +57,7 @@ def lidar(views: np.ndarray, *, delta: float = 1e-4) -> float:
       A number between 1 and min(images - 1, features); NaN if all images have the same mean.
 
     Raises:
-      ValueError: The shape is another one.
+      ValueError: The shape does not match.
 
     Reference:
       Thilak et al., `LiDAR <https://arxiv.org/abs/2312.04000>`_, 2023
@@ -94,7 +94,7 @@ def alpha_req(features: np.ndarray, *, first: int = 6, last: int = 50) -> float:
       α; NaN if fewer than two eigenvalues from `first` on are positive.
 
     Raises:
-      ValueError: The shape is another one.
+      ValueError: The shape does not match.
 
     Reference:
       Agrawal et al., `α-ReQ <https://arxiv.org/abs/2202.05808>`_, 2022; the weights are those of
@@ -125,7 +125,7 @@ def alignment(features_a: np.ndarray, features_b: np.ndarray) -> float:
       A number in [0, 4]; smaller is better.
 
     Raises:
-      ValueError: The shapes are others.
+      ValueError: The shapes differ or are not [images, features].
 
     Reference:
       Wang & Isola, `Understanding Contrastive Representation Learning through Alignment and
@@ -153,10 +153,10 @@ def uniformity(features: np.ndarray, *, t: float = 2.0, block_size: int = 1024) 
       A number in [-4 t, 0]; smaller (more uniform) is better.
 
     Raises:
-      ValueError: The shape is another one.
+      ValueError: The shape does not match.
 
     Reference:
-      As for `alignment`.
+      See `alignment`.
     """
     unit = unit_length(_checked(features, ndim=2), np.float64).astype(np.float32)
     count = len(unit)
@@ -184,8 +184,8 @@ def _singular_values(x: np.ndarray) -> np.ndarray:
     """Returns the singular values in descending order, float64.
 
     They are the roots of the eigenvalues of the smaller Gram matrix, which is several times faster
-    than a decomposition of the matrix itself. Rounding gives that matrix eigenvalues of about 20
-    eps of the largest where there are none, so singular values below 1e-7 of the largest are 0.
+    than a decomposition of the matrix itself. By rounding, zero eigenvalues become about 20 eps
+    of the largest, so singular values below 1e-7 of the largest are 0.
     """
     gram = x.T @ x if x.shape[0] > x.shape[1] else x @ x.T
     eigenvalues = scipy.linalg.eigvalsh(gram)[::-1]

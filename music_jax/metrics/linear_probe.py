@@ -18,7 +18,7 @@ Features = Any  # an array of NumPy or of JAX
 
 _INIT_STD = 0.01
 _INIT_STREAM = 2**33  # separates the initial kernel's randomness from the batches'
-_WHITENING_FLOOR = 0.1  # of the mean variance, added to the variance of every direction
+_WHITENING_FLOOR = 0.1  # share of the mean variance, added to that of every direction
 _BLOCK = 4096  # samples processed at once
 
 

@@ -44,7 +44,7 @@ def measure_segments(probabilities: np.ndarray) -> SegmentMeasures:
         units].
 
     Raises:
-      ValueError: The shape is another one.
+      ValueError: The shape does not match.
     """
     p = _checked(probabilities)
     usage = p.mean(axis=0, dtype=np.float64)
@@ -83,7 +83,7 @@ def mutual_information(probabilities: np.ndarray) -> np.ndarray:
       float64 [segments, segments], symmetric.
 
     Raises:
-      ValueError: The shape is another one.
+      ValueError: The shape does not match.
     """
     p = _checked(probabilities)
     samples, segments, units = p.shape
@@ -140,7 +140,7 @@ def gap_to_bound(
       temperature: Softmax temperature.
 
     Raises:
-      ValueError: As `music_jax.objectives.music_terms`.
+      ValueError: See `music_jax.objectives.music_terms`.
     """
     terms = music_terms(
         jnp.asarray(embeddings_a),

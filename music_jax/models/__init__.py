@@ -41,7 +41,7 @@ def _vit(**arguments: Any) -> BackboneSpec:
     return BackboneSpec(make, fields=("num_heads",), image_multiple=16)
 
 
-# For 8-32 px on a CPU. With the `strided` stem only the first convolution sees more than 16 px.
+# For 8-32 px on a CPU. With the `strided` stem only the first convolution runs at more than 16 px.
 _small_resnet = partial(_resnet, block=BasicBlock, stage_sizes=(1, 1), first_stride=2, pool_grid=4)
 _IMAGENET_WIDTHS = (64, 128, 256, 512)
 

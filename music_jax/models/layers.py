@@ -138,7 +138,7 @@ def apply_block(block: Any, x: jax.Array, *, remat: bool, **options: Any) -> jax
 
     Args:
       block: Module called as `block(x, **options)`; may update its running statistics.
-      x: Input of the block, which is all that `remat` keeps for the gradient.
+      x: Input of the block, which is all that `remat` stores for the gradient.
       remat: Whether the gradient recomputes the activations of the block.
       **options: Further arguments that are not arrays.
 

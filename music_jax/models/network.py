@@ -1,7 +1,7 @@
 """The backbone and its projection head as pure functions of parameters.
 
-This module alone knows that the modules are Flax NNX: elsewhere parameters and batch statistics are
-nested dictionaries of arrays.
+Only this module uses the API of Flax NNX: elsewhere parameters and batch statistics are nested
+dictionaries of arrays.
 """
 
 import dataclasses

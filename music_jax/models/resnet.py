@@ -132,8 +132,8 @@ class ResNet(nnx.Module):
           rngs: Random number generator of the initial weights.
           stem: `imagenet` (7 x 7 with stride 2, then 3 x 3 max-pooling with stride 2), `cifar`
             (3 x 3 with stride 1, no pooling) or `strided` (3 x 3 with stride 2, no pooling).
-          zero_init_residual: Whether the last scale of each block starts at 0, so that the block
-            starts as its shortcut.
+          zero_init_residual: Whether the last scale of each block is initialized to 0, so that the
+            block initially equals its shortcut.
           remat: Whether the gradient recomputes the activations of each block.
           stem_width: Number of channels after the stem; by default the width of the first stage.
           first_stride: Stride of the first stage.
@@ -187,5 +187,5 @@ def _grid_mean(x: jax.Array, grid: int) -> jax.Array:
 
 
 def pooling_cells(length: int, count: int) -> list[tuple[int, int]]:
-    """Returns start and end of `count` equal parts, which overlap if `count` does not divide."""
+    """Returns start and end of `count` equal parts, which overlap if `length` is no multiple."""
     return [(i * length // count, -(-(i + 1) * length // count)) for i in range(count)]

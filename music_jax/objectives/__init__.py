@@ -1,4 +1,4 @@
-"""Self-supervised objectives as pure functions of two views' embeddings, as optax's losses are."""
+"""Self-supervised objectives as pure functions of two views' embeddings, like losses of optax."""
 
 from music_jax.objectives.baselines import barlow_twins_loss, simclr_loss, vicreg_loss
 from music_jax.objectives.music import MusicTerms, music_loss, music_lower_bound, music_terms

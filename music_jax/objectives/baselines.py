@@ -17,7 +17,7 @@ from music_jax.objectives.global_batch import (
 )
 from music_jax.objectives.probabilities import check_temperature
 
-# BatchNorm's, with which the authors of Barlow Twins standardize.
+# Epsilon of BatchNorm, with which the authors of Barlow Twins standardize.
 _BARLOW_TWINS_EPSILON = 1e-5
 # Under the square root, where it bounds the gradient at zero variance.
 _VICREG_EPSILON = 1e-4

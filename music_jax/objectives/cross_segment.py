@@ -44,7 +44,7 @@ class Tile(NamedTuple):
     Attributes:
       batch: Number of samples in the global batch, N.
       units: Number of units per segment, K.
-      whole: Whether the tile is all of P, and so consists of whole segments.
+      whole: Whether the tile is all of P, and so consists of complete segments.
     """
 
     batch: int
@@ -64,8 +64,8 @@ def cross_segment_entropy(
 
     Args:
       ratios: Ratios of the two views, each [local batch, num_segments, units].
-      added: What the clamp adds to the sum of each segment's probabilities in the two views, each
-        [local batch, num_segments].
+      added: Amount that the clamp adds to the sum of each segment's probabilities in the two views,
+        each [local batch, num_segments].
       center: Center c of the ratios.
       axis_name: Axis, or axes, over which the batch is split.
       product_dtype: Dtype of the operands of the matrix products.

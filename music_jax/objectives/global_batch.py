@@ -1,4 +1,4 @@
-"""Checks of two views' embeddings, and computation over the global batch that they are part of.
+"""Checks two views' embeddings, and computes over the global batch that they are part of.
 
 The batch may be split over devices under `jit` over a mesh, in `shard_map` or in `pmap`.
 """
@@ -76,7 +76,7 @@ def all_samples(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
 
 
 def varying(x: jax.Array, axes: Iterable[str]) -> jax.Array:
-    """Marks `x` as varying over `axes`, as collectives and the carry of a scan require it."""
+    """Marks `x` as varying over `axes`, as collectives and the carry of a scan require."""
     missing = tuple(axis for axis in axes if axis not in jax.typeof(x).mat.varying)
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 

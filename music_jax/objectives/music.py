@@ -66,7 +66,7 @@ def music_terms(
       MusicTerms of scalars, float32, or float64 for float64 embeddings.
 
     Raises:
-      ValueError: As :func:`music_loss`.
+      ValueError: See :func:`music_loss`.
 
     Example:
       >>> import jax.numpy as jnp

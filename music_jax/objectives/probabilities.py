@@ -93,7 +93,7 @@ def segment_codes(embeddings: jax.Array, *, num_segments: int) -> jax.Array:
       Indices [batch, num_segments] in [0, units), int32.
 
     Raises:
-      ValueError: As :func:`segment_probabilities`.
+      ValueError: See :func:`segment_probabilities`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -133,7 +133,7 @@ def joint_probability(
       Joint probabilities [dim, dim]; rows are units of the first view, columns of the second.
 
     Raises:
-      ValueError: If the views differ in shape or dtype, or as :func:`segment_probabilities`.
+      ValueError: If the views differ in shape or dtype; see also :func:`segment_probabilities`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -191,8 +191,8 @@ def unit_ratios(logits: jax.Array, center: jax.Array) -> tuple[jax.Array, jax.Ar
       center: Center c, by `center_of`.
 
     Returns:
-      The ratios [batch, num_segments, units], and what the clamp adds to the sum of each segment's
-      probabilities, [batch, num_segments].
+      The ratios [batch, num_segments, units], and the amount that the clamp adds to the sum
+      of each segment's probabilities, [batch, num_segments].
     """
     units = logits.shape[-1]
     ratios = _softmax_ratios(logits, center)

@@ -38,7 +38,7 @@ Exit codes: 0 done, whether it fits or not; 2 wrong input; 75 stopped by a signa
 # tests/benchmarks/input.py on a cloud machine.
 _DECODE_RATE = 1043.0
 
-# Training splits of datasets that are seldom prepared where a run is planned.
+# Sizes of training splits that are seldom prepared where a run is planned.
 _NUM_IMAGES = {("imagenet2012", "train"): 1_281_167}
 
 
@@ -96,7 +96,7 @@ def _check_compilers(topologies: list[str]) -> None:
 
 
 def _output() -> pathlib.Path | None:
-    """Returns the file for the JSON, after a check that it can be written."""
+    """Returns the file for the JSON after checking that it can be written."""
     if not flags.FLAGS.json:
         return None
     path = pathlib.Path(flags.FLAGS.json).expanduser()
@@ -200,5 +200,5 @@ if __name__ == "__main__":
         "Images that a core of the host decodes and crops twice in a second; measured by "
         "tests/benchmarks/input.py, by default on a cloud machine with JPEGs of 500 x 375 pixels.",
     )
-    flags.DEFINE_integer("jobs", None, "Number of topologies to compile at a time. [one a core]")
+    flags.DEFINE_integer("jobs", None, "Number of topologies to compile at a time. [one per core]")
     cli.run(main, _USAGE, config="file")

@@ -1,4 +1,4 @@
-"""The chips that a step can be compiled for: published peaks, names of topologies, GPUs.
+"""Describes the chips that a step can be compiled for: published peaks, topologies, GPUs.
 
 JAX's CUDA plugin compiles for a described GPU on a machine without one and without CUDA. It cannot
 tune kernels of cuDNN and Triton there, and does not know the workspace of cuDNN's convolutions.
@@ -78,18 +78,19 @@ H200 = dataclasses.replace(H100, name="NVIDIA H200", memory_bytes=151397597184)
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A kind of chip with its published peaks, which are those of a whole chip.
+    """A kind of chip with its published peaks, each that of a complete chip.
 
     Attributes:
       flops_per_second: Peak of matrix products in bfloat16.
-      hbm_bytes_per_second: Peak of its main memory.
-      network_bytes_per_second: Peak that can enter over all links to other chips, one direction;
-        for a slice see `network_peak`.
+      hbm_bytes_per_second: Peak bandwidth of its main memory.
+      network_bytes_per_second: Peak bandwidth of all links to other chips, in one direction; for a
+        slice see `network_peak`.
       axes: Number of dimensions of its topologies.
-      example: A topology.
-      source: Where the peaks are published.
-      wraps: An axis whose size is a multiple of it is closed to a ring; 0 without axes.
-      configuration: libtpu's name of the chip's configuration, where there is a choice.
+      example: Example of a topology.
+      source: Publication of the peaks.
+      wraps: Number that divides the size of every axis that is closed to a ring; 0 if there are no
+        axes.
+      configuration: Name that libtpu gives to the configuration, if the chip has several.
       gpu: Description for the compiler of GPUs; None for TPUs.
     """
 
@@ -104,17 +105,17 @@ class Chip:
     gpu: Gpu | None = None
 
 
-# The bf16 peak, the HBM's bandwidth and the links' are those of the documentation's pages "TPU v3",
-# "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x (Ironwood)"; it gives the links' in both
-# directions together, which is halved here. For v3 and v4 it gives no links': those (4 of 70 GB/s,
-# 6 of 50 GB/s) are of table 4 of Jouppi et al, arXiv 2304.01433.
+# The peaks in bf16 and the bandwidths of HBM and links are from the documentation pages "TPU v3",
+# "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x (Ironwood)". The pages give the bandwidth of
+# links as the sum of both directions, which is halved here, and none for v3 and v4: those (4 links
+# of 70 GB/s, 6 of 50 GB/s) are from table 4 of Jouppi et al, arXiv 2304.01433.
 _DOCS = "https://cloud.google.com/tpu/docs/"
 _PAPER = "; links: arXiv 2304.01433"
-# Of the SXM form, bf16 without sparsity; NVLink's is halved likewise.
+# Peaks of the SXM form, in bf16 without sparsity; the bandwidth of NVLink is halved likewise.
 _NVIDIA = "https://www.nvidia.com/en-us/data-center/"
 CHIPS = {
     "v3": Chip(123e12, 900e9, 4 * 70e9, 2, "v3:2x2", _DOCS + "v3" + _PAPER, 32),
-    # Its two cores are one device to JAX on Cloud TPU, which is not libtpu's default.
+    # JAX on Cloud TPU uses its two cores as one device, which is not libtpu's default.
     "v4": Chip(275e12, 1200e9, 6 * 50e9, 3, "v4:4x4x4", _DOCS + "v4" + _PAPER, 4, "megacore"),
     "v5e": Chip(197e12, 819e9, 400e9 / 2, 2, "v5e:4x8", _DOCS + "v5e", 16),
     "v5p": Chip(459e12, 2765e9, 1200e9 / 2, 3, "v5p:4x4x4", _DOCS + "v5p", 4),
@@ -124,9 +125,9 @@ CHIPS = {
     "h100": Chip(989e12, 3350e9, 900e9 / 2, 1, "h100:8", _NVIDIA + "h100", gpu=H100),
     "h200": Chip(989e12, 4800e9, 900e9 / 2, 1, "h200:8", _NVIDIA + "h200", gpu=H200),
 }
-# TPUs have two links an axis. Slices of v4, v5p and tpu7x that are made of whole cubes of 4 x 4 x 4
-# chips are closed to rings along all axes, others along none; an axis of v3, v5e and v6e is closed
-# if it spans the pod, of 32 or 16 chips.
+# TPUs have two links per axis. Slices of v4, v5p and tpu7x that consist of complete cubes of
+# 4 x 4 x 4 chips are closed to rings along all axes, others along none; an axis of v3, v5e and v6e
+# is closed if it spans the pod, of 32 or 16 chips.
 _GPUS_OF_A_MACHINE = 8
 ATTACHED = "attached"  # the GPUs of this machine
 
@@ -157,7 +158,7 @@ def chip_of(topology: str) -> Chip:
     """Returns the chip of a topology such as `v5e:4x8`.
 
     Raises:
-      UserError: The chip is unknown, or the topology is not written like that.
+      UserError: The chip is unknown, or the topology has another form.
     """
     name, _, grid = topology.partition(":")
     if name not in CHIPS:
@@ -185,7 +186,7 @@ def chip_of(topology: str) -> Chip:
 
 
 def network_peak(topology: str) -> float:
-    """Returns the bytes a second that can enter the chip with the fewest links of a topology.
+    """Returns the bytes per second that can enter the chip with the fewest links of a topology.
 
     The chips at the ends of an axis have one neighbor unless it is closed to a ring; an axis of one
     chip has no links.
@@ -205,17 +206,17 @@ def attached_names() -> list[str]:
     """Returns the names of this machine's GPUs; none without a driver."""
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    return [line.strip() for line in told.stdout.splitlines() if line.strip()]
+    return [line.strip() for line in listed.stdout.splitlines() if line.strip()]
 
 
 def check_plugin() -> None:
     """Checks that JAX's CUDA plugin, the compiler for GPUs, is installed.
 
     Raises:
-      UserError: It is not. The message says how to install it.
+      UserError: The plugin is not installed; the message gives the command that installs it.
     """
     for cuda in _CUDA:
         try:

@@ -49,7 +49,7 @@ _SIZE = r"([\d.]+)([KMGTP]?)i?B?"
 
 @dataclasses.dataclass(frozen=True)
 class StepCost:
-    """Memory, work and communication of one step, for a whole chip.
+    """Memory, work and communication of one step, per chip.
 
     Attributes:
       chips: Number of chips.
@@ -58,16 +58,16 @@ class StepCost:
       hbm_available_bytes: Memory of the chip that XLA may use.
       hbm_needed_bytes: Peak memory of the step.
       argument_bytes: Memory of the state and the batch.
-      temporary_bytes: Memory of everything between.
-      flops: XLA's count, with all iterations of loops.
-      hbm_traffic_bytes: XLA's "bytes accessed", with all iterations of loops: what instructions
-        read and write, including arrays that stay in on-chip memory.
-      hbm_only_bytes: The same without arrays in on-chip memory, counted here.
+      temporary_bytes: Memory of all intermediate arrays.
+      flops: FLOPs as counted by XLA, with all iterations of loops.
+      hbm_traffic_bytes: XLA's "bytes accessed", with all iterations of loops: bytes that
+        instructions read and write, including arrays that stay in on-chip memory.
+      hbm_only_bytes: The same without arrays in on-chip memory, counted by this package.
       received_bytes: Bytes that enter the chip from other chips.
       collective_bytes: Bytes of the collectives' results, by kind.
       objective_flops: FLOPs of the objective and its gradient alone.
       compile_seconds: Compilation time.
-      estimates: How each value was found that is not XLA's own for the chip.
+      estimates: Origin of each value that XLA does not give for the chip.
     """
 
     chips: int
@@ -120,7 +120,7 @@ class Slice:
       mesh: Mesh of the devices.
       chip_of_device: Index of the chip of each device of the mesh.
       hbm_bytes: Memory of one device that XLA may use.
-      estimates: How each value is found that XLA does not give for these chips.
+      estimates: Origin of each value that XLA does not give for these chips.
     """
 
     topology: str
@@ -148,7 +148,7 @@ def open_slice(topology: str, fsdp: int | None = None) -> Slice:
       fsdp: Value of `config.sharding.fsdp`.
 
     Raises:
-      UserError: libtpu knows no such topology, or `fsdp` does not divide its devices.
+      UserError: The topology is unknown to libtpu, or `fsdp` does not divide its devices.
     """
     chip = chip_of(topology)
     if chip.gpu is not None:
@@ -177,7 +177,7 @@ def open_slice(topology: str, fsdp: int | None = None) -> Slice:
 
 
 def _hbm_of_device(mesh: Mesh) -> float:
-    """Returns the memory that XLA reports if a program needs more than any chip has."""
+    """Returns the memory of a device, which XLA reports for a program that needs too much."""
     whole = NamedSharding(mesh, PartitionSpec())
     side = 2**20
     too_large = jax.ShapeDtypeStruct((side, side), jnp.bfloat16, sharding=whole)
@@ -191,7 +191,7 @@ def _hbm_of_device(mesh: Mesh) -> float:
 
 
 def _out_of_memory(error: jax.errors.JaxRuntimeError) -> tuple[float, float] | None:
-    """Returns the bytes needed and available, if the error is about memory."""
+    """Returns the bytes needed and available; None if the error is not about memory."""
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
         return None
@@ -206,7 +206,7 @@ def _out_of_memory(error: jax.errors.JaxRuntimeError) -> tuple[float, float] | N
 def measure(
     config: config_dict.ConfigDict, slice_: Slice, *, steps_per_epoch: int, with_objective: bool
 ) -> StepCost:
-    """Returns the costs of the training step on a slice, from the cache if they are there.
+    """Returns the costs of the training step on a slice, from the cache if possible.
 
     Args:
       config: The config.
@@ -266,7 +266,7 @@ def _measure(
         compile_seconds=seconds,
         estimates=slice_.estimates,
     )
-    if peak > slice_.hbm_bytes:  # XLA compiles for GPUs also what does not fit
+    if peak > slice_.hbm_bytes:  # for GPUs, XLA also compiles what does not fit
         return cost
     cost = dataclasses.replace(
         cost,
@@ -322,8 +322,8 @@ def read(compiled: jax.stages.Compiled) -> hlo.Program:
 def costs(compiled: jax.stages.Compiled, program: hlo.Program) -> tuple[float, float]:
     """Returns the FLOPs and the bytes accessed per device.
 
-    XLA's cost analysis counts a loop's body once, so further iterations are counted here. It has
-    nothing for GPUs that are not at hand, for which everything is counted here.
+    XLA's cost analysis counts a loop's body once, so further iterations are counted here. It
+    gives no counts for absent GPUs, for which everything is counted here.
     """
     analysis: Any = compiled.cost_analysis()
     all_iterations, one_iteration = counts.work(program), counts.work(program, loops_once=True)
@@ -338,7 +338,7 @@ def _sentence(error: BaseException) -> str:
 
 
 def cached(key: str, make: Callable[[], StepCost]) -> StepCost:
-    """Returns the costs in the user's cache, or makes and keeps them if they cannot be read."""
+    """Returns the costs from the user's cache, or computes and caches them."""
     try:
         return StepCost(**json.loads((cache_directory("plan") / f"{key}.json").read_text()))
     except (OSError, ValueError, TypeError):
@@ -347,7 +347,7 @@ def cached(key: str, make: Callable[[], StepCost]) -> StepCost:
         content = json.dumps(dataclasses.asdict(cost)).encode()
         write_new(cache_directory("plan") / f"{key}.json", content)
     except OSError as error:
-        _logger.info(f"not keeping the costs of this step: {error}")
+        _logger.info(f"the costs of this step are not cached: {error}")
     return cost
 
 

@@ -210,7 +210,7 @@ def _touched(program: Program, computation: str, instruction: Instruction) -> li
     if instruction.opcode in _FREE or instruction.opcode.endswith(("-done", "-update")):
         return []
     if instruction.opcode == "custom-call" and "ConcatBitcast" in instruction.attributes:
-        return []  # adjacent arrays, seen as one
+        return []  # adjacent arrays, used as one
     if instruction.opcode in ("copy-start", "slice-start"):
         # It returns operand and result, in either order, and touches a part of the larger one.
         source, result = instruction.arrays[:2]
@@ -230,9 +230,9 @@ def _touched(program: Program, computation: str, instruction: Instruction) -> li
 
 
 def _handed_on(program: Program, instruction: Instruction) -> tuple[set[int], set[int]]:
-    """Returns which results and operands of a fusion belong to a collective that it overlaps with.
+    """Returns the results and operands of a fusion that belong to an overlapping collective.
 
-    They are passed along the chain, and count at its start.
+    They are passed along the chain, and are counted at its start.
     """
     if instruction.opcode != "fusion":
         return set(), set()

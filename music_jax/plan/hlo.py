@@ -1,6 +1,6 @@
 """Parses the text of a compiled program, `jax.stages.Compiled.as_text()`.
 
-It has one instruction a line. Shapes are those of one device.
+It has one instruction per line. Shapes are those of one device.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ class Instruction:
 
     @functools.cached_property
     def operands(self) -> tuple[str, ...]:
-        """Names of the instructions that it takes its operands from."""
+        """Names of the instructions whose results are its operands."""
         return tuple(_NAME.findall(self.arguments))
 
     @functools.cached_property
@@ -185,7 +185,7 @@ def _instruction(name: str, rest: str) -> Instruction:
 
 
 def _closing(text: str) -> int:
-    """Returns where the bracket that opens `text` closes."""
+    """Returns the position of the bracket that closes the one at the start of `text`."""
     depth = 0
     for position, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")

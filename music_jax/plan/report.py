@@ -19,7 +19,7 @@ _COUNTED = {
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The costs of a step on a topology and what follows at the chip's published peaks.
+    """The costs of a step on a topology, and estimates from the chip's published peaks.
 
     Attributes:
       topology: Name of the topology.
@@ -39,12 +39,12 @@ class Plan:
 
     @property
     def estimates(self) -> dict[str, str]:
-        """How each value was found that is not XLA's own for the chip."""
+        """Origin of each value that XLA does not give for the chip."""
         return _COUNTED | self.cost.estimates
 
     @property
     def peak_seconds(self) -> dict[str, float]:
-        """Time that each resource alone needs for a step at its published peak, if known."""
+        """Seconds that each resource alone needs for a step at its published peak, if known."""
         needs = {
             "compute": self.cost.flops,
             "hbm": self.cost.hbm_traffic_bytes,
@@ -63,7 +63,7 @@ class Plan:
 
     @property
     def peaks(self) -> dict[str, float]:
-        """Published peaks of the chip: FLOPs, and bytes of the others, in a second."""
+        """Published peaks of the chip: FLOPs per second, and bytes per second of the others."""
         chip = chip_of(self.topology)
         return {
             "compute": chip.flops_per_second,
@@ -78,7 +78,7 @@ class Plan:
 
     @property
     def least_seconds_per_step(self) -> float | None:
-        """Lower bound of it: arrays that XLA keeps in on-chip memory cost nothing."""
+        """Lower bound of the time of a step, without the arrays in on-chip memory."""
         if self.cost.hbm_only_bytes is None:
             return None
         hbm = self.cost.hbm_only_bytes / self.peaks["hbm"]
@@ -95,7 +95,7 @@ class Plan:
         return self.cost.batch_size / self.cost.chips / self.seconds_per_step
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the plan as JSON holds it; what is unknown if it does not fit is null."""
+        """Returns the plan as JSON values; those that are unknown if it does not fit are null."""
         derived = {
             "hbm_free_bytes": lambda: _free(self),
             "bound": lambda: self.bound,
@@ -172,11 +172,11 @@ def table(plans: Sequence[Plan]) -> str:
     heading("TIME AT THE PUBLISHED PEAKS")
     for name in ("compute", "hbm", "network"):
         if_fits(name, lambda p, n=name: _duration(p.peak_seconds.get(n)))
-    heading("THE CHIP, A SECOND")
+    heading("THE CHIP, PER SECOND")
     row("peak compute", [f"{plan.peaks['compute'] / 1e12:,.0f} TFLOP" for plan in plans])
     for name in ("hbm", "network"):
         row(f"peak {name}", [f"{plan.peaks[name] / 1e9:,.0f} GB" for plan in plans])
-    header = ["a chip and a step", *(plan.topology for plan in plans)]
+    header = ["per chip and step", *(plan.topology for plan in plans)]
     return progress.table(header, [[name, *cells] for name, cells in rows])
 
 
@@ -220,7 +220,7 @@ def notes(plans: Sequence[Plan]) -> str:
         "All other values of memory and work are XLA's for the step compiled for these chips.",
         "Times are not measured: they are what the bottleneck of compute, HBM and network needs at",
         "the chip's published peak. The estimate assumes that all bytes accessed go through the",
-        "HBM; the lower bound leaves out arrays that XLA keeps in on-chip memory. The network's",
+        "HBM; the lower bound excludes arrays that XLA keeps in on-chip memory. The network's",
         "peak is that of the chip with the fewest links. Published peaks:",
         *(f"  {source}" for source in sources),
     ]

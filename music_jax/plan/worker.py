@@ -20,7 +20,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a worker process needs to plan a topology.
+    """Input of a worker process that plans a topology.
 
     Attributes:
       config: The config as JSON.
@@ -45,7 +45,7 @@ def begin() -> None:
 
 
 def check(task: Task) -> None:
-    """Checks in seconds what would otherwise fail after the topologies before it.
+    """Checks a task within seconds, before others are compiled for minutes.
 
     Raises:
       UserError: There is no such topology, or the batch cannot be divided over it.
@@ -73,8 +73,8 @@ def run(task: Task) -> Plan:
     def memory_share(batch_size: int) -> float:
         found = main if batch_size == wanted else cost(batch_size)
         share = (found.hbm_needed_bytes or 0.0) / found.hbm_available_bytes
-        says = "fits" if found.fits else "does not fit"
-        _logger.info(f"{task.topology}: a batch of {batch_size:,} needs {share:.0%} and {says}")
+        verdict = "fits" if found.fits else "does not fit"
+        _logger.info(f"{task.topology}: a batch of {batch_size:,} needs {share:.0%} and {verdict}")
         return min(share, 1.0) if found.fits else max(share, 1.0 + 1e-9)
 
     largest = None
@@ -95,7 +95,7 @@ def _config(task: Task) -> config_dict.ConfigDict:
     return from_json(json.loads(task.config))
 
 
-# The answer is at most this share below the largest that fits.
+# The result is at most this share below the largest batch that fits.
 _TOLERANCE = 1 / 32
 
 
@@ -133,7 +133,7 @@ def _candidate(shares: dict[int, float], low: int, high: int | None) -> int:
 
 
 def _limit(shares: dict[int, float]) -> int:
-    """Returns where the line through the two batches nearest to the limit reaches it."""
+    """Returns the batch at which the line through the two batches near the limit reaches it."""
     nearest = sorted(shares, key=lambda n: abs(shares[n] - 1))[:2]
     a, b = nearest[0], nearest[1] if len(nearest) > 1 else 0
     at_a, at_b = shares[a], shares.get(b, 0.0)

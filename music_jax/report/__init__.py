@@ -1,1 +1,1 @@
-"""A self-contained HTML report of a run: its setup, curves, results, and what it learned."""
+"""A self-contained HTML report of a run: setup, curves, results, and pictures."""

@@ -23,7 +23,7 @@ again, for example with --config.dataset.path=DIR: locations that only its confi
 read.
 
 The network is run on some of the test images, or of the training images if there are no others.
-Without a checkpoint or images, the report has only the curves and tables, and says why. The
+Without a checkpoint or images, the report has only the curves and tables, and gives the reason. The
 confusion matrix needs the linear probe, with which a training ends; see music_jax.linear_eval.
 
 Exit codes: 0 done; 2 wrong input; 75 stopped by a signal.

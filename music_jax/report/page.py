@@ -1,4 +1,4 @@
-"""Writes the report: what was measured, the plotting library and the scripts, in one HTML file."""
+"""Writes the report: measurements, the plotting library and the scripts, in one HTML file."""
 
 import base64
 import contextlib
@@ -40,9 +40,9 @@ _SCRIPTS = ("start.js", "charts.js", "curves.js", "segments.js", "images.js", "m
 
 @dataclasses.dataclass(frozen=True)
 class ReportedRun:
-    """A run with everything that the report shows of it.
+    """A run with the measurements that the report shows.
 
-    Without a checkpoint or images, `missing` says why, and what is measured with them is missing.
+    Without a checkpoint or images, `missing` is the reason, and what needs them is not measured.
     """
 
     recorded: RecordedRun
@@ -81,7 +81,7 @@ def write_report(
     path = epath.Path(output).expanduser() if output else recorded[0].path / "report.html"
     if path.is_dir():
         raise UserError(f"--output={output} is a directory; name a file in it")
-    with _writing(path):  # fail now, not after all that is computed
+    with _writing(path):  # fail now, not after all computations
         path.parent.mkdir(parents=True, exist_ok=True)
         check_writable(path.parent)
     html = render([measure_run(run, num_images, overrides) for run in recorded])
@@ -101,7 +101,7 @@ def _writing(path: epath.Path) -> Iterator[None]:
 def measure_run(
     recorded: RecordedRun, num_images: int, overrides: dict[str, object] | None = None
 ) -> ReportedRun:
-    """Loads a run's network and images, if possible, and measures what the report shows.
+    """Loads a run's network and images, if possible, and measures it for the report.
 
     Args:
       recorded: Records of the run.
@@ -251,7 +251,7 @@ def _policy_hash(script: str) -> str:
 def _picture_data(
     run: ReportedRun, *, tile: int, matrix: int, sprites: dict[str, str]
 ) -> dict[str, Any]:
-    """Returns what the page's scripts draw a run's pictures from, as JSON.
+    """Returns the data of a run's pictures for the page's scripts, as JSON values.
 
     Args:
       run: Run.
@@ -366,7 +366,7 @@ def _sprite(
 
 
 def _pack(array: np.ndarray) -> dict[str, Any]:
-    """Packs numbers for the page's scripts, little-endian."""
+    """Packs an array for the page's scripts, little-endian."""
     little = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"))
     return {
         "type": f"{array.dtype.kind}{array.dtype.itemsize}",

@@ -1,7 +1,7 @@
-"""Reads what the files of a workdir record about its run.
+"""Reads the records of a run from the files of its workdir.
 
 The files may be damaged, incomplete or written by somebody else: unreadable parts are excluded, and
-a note says so.
+a note lists them.
 """
 
 import collections
@@ -24,7 +24,7 @@ Record = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class RecordedRun:
-    """What the files of a workdir record."""
+    """Records of a run in the files of its workdir."""
 
     path: epath.Path
     name: str  # in the report
@@ -94,7 +94,7 @@ def read_workdirs(paths: list[str]) -> list[RecordedRun]:
 
 
 def _short_names(paths: list[str]) -> list[str]:
-    """Returns as many of the last parts of each path as make the names unique."""
+    """Returns the last parts of each path, as many as make the names unique."""
     parts = [path.rstrip("/").split("/") for path in paths]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-count:]) for p in parts]

@@ -1,4 +1,4 @@
-"""Tables and curves of the report: what was run, its results, its metrics and its events."""
+"""Tables and curves of the report: setup, results, metrics and events of each run."""
 
 import json
 import math
@@ -161,7 +161,7 @@ def describe(curve: Curve, runs: list[RecordedRun]) -> str:
 
 
 def facts(runs: list[RecordedRun], image_counts: list[int | None]) -> list[Row]:
-    """Returns the table of what was run and with which data.
+    """Returns the table of the settings and the data of the runs.
 
     Args:
       runs: Runs.
@@ -218,7 +218,7 @@ def _facts(run: RecordedRun, num_images: int | None) -> dict[str, str]:
 
 
 def state(run: RecordedRun) -> str:
-    """Describes how far a run is."""
+    """Describes the progress of a run."""
     step, total = run.last_step, run.num_steps
     if not step:
         return "no step is logged yet"

@@ -1,4 +1,4 @@
-"""Checks for silent data corruption: devices that hold or compute other bits than they should.
+"""Checks for silent data corruption: devices that hold or compute wrong bits.
 
 Each device computes checksums of the buffers that it holds itself, and only these are compared.
 """
@@ -29,7 +29,7 @@ class CorruptionChecks:
         """Prepares the checks.
 
         Args:
-          config: The run's config; `guards` says how often to check.
+          config: The run's config; `guards` sets the intervals of the checks.
           state: The state, or its shapes.
           mesh: The devices.
         """
@@ -73,12 +73,12 @@ class CorruptionChecks:
         return state, metrics, f"repeating the step gave other bits {self._where(wrong)}"
 
     def replicas(self, number: int, state: TrainState, *, saving: bool) -> str | None:
-        """Compares devices that should hold the same bits, if it is time to.
+        """Compares devices that should hold the same bits, if a check is due.
 
         Args:
           number: Number of the step.
           state: State after the step.
-          saving: Whether the state is about to be saved; if checks are enabled it is checked then.
+          saving: Whether the state is about to be saved, and checked if any checks are enabled.
 
         Returns:
           A message if they differ, otherwise None.
@@ -97,10 +97,10 @@ class CorruptionChecks:
 
 
 def differing(checksums: np.ndarray, groups: list[list[list[int]]]) -> np.ndarray:
-    """Returns which devices hold other bits than the majority of their group.
+    """Returns whether each device holds other bits than the majority of its group.
 
     Args:
-      checksums: [devices, leaves].
+      checksums: Checksums [devices, leaves].
       groups: Groups of devices that hold the same part of a leaf, for each leaf.
 
     Returns:
@@ -153,7 +153,7 @@ def _compile_checksums(state: TrainState, mesh: Mesh) -> Callable[[TrainState], 
         mesh=mesh,
         in_specs=(jax.tree.map(lambda s: s.spec, states),),
         out_specs=PartitionSpec(BATCH_AXES),
-        check_vma=False,  # replicas may differ, which is what is checked
+        check_vma=False,  # replicas may differ: this is checked
     )
     replicated = NamedSharding(mesh, PartitionSpec())
     jitted = jax.jit(mapped, in_shardings=(states,), out_shardings=replicated)
@@ -161,7 +161,7 @@ def _compile_checksums(state: TrainState, mesh: Mesh) -> Callable[[TrainState], 
 
 
 def _checksum(x: jax.Array) -> jax.Array:
-    """Returns the uint32 sum of an array's words, each times an odd number of its own.
+    """Returns the uint32 sum of an array's words, each multiplied by a different odd number.
 
     A change of one word always changes it, since odd numbers have inverses modulo 2^32; a change of
     several words does not in one case of 2^32.

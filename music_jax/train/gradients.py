@@ -38,8 +38,8 @@ def batch_gradients(
       objective: Loss of the embeddings of two views.
       params: Parameters.
       batch_stats: Running statistics.
-      images: [batch, ...].
-      sample_index: [batch].
+      images: Images [batch, ...].
+      sample_index: Global index of each sample, [batch].
     """
 
     def loss_of(params: Any) -> tuple[jax.Array, tuple[Any, Metrics]]:
@@ -64,7 +64,7 @@ def accumulated_gradients(
 ) -> BatchGradients:
     """Computes the gradients of a batch in microbatches, for activations that do not fit.
 
-    The loss is still that of the whole batch. A first pass embeds the microbatches and keeps only
+    The loss is still that of the whole batch. A first pass embeds the microbatches and stores only
     their embeddings; the objective gives the loss and its gradient with respect to them; a second
     pass embeds each microbatch again and propagates that gradient to the parameters. This costs one
     more forward pass and needs memory for the activations of one microbatch. Both passes augment
@@ -81,10 +81,10 @@ def accumulated_gradients(
       objective: Loss of the embeddings of two views.
       params: Parameters.
       batch_stats: Running statistics.
-      images: [batch, ...].
-      sample_index: [batch].
+      images: Images [batch, ...].
+      sample_index: Global index of each sample, [batch].
       steps: Number of microbatches, a divisor of the batch size.
-      place: Function that shards gradients as they are to be summed.
+      place: Function that shards gradients for their summation.
 
     Reference:
       Gao et al, `Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup

@@ -1,8 +1,8 @@
 """Guards that stop a failed training: non-finite losses, loss spikes, collapsed embeddings.
 
-Every step is watched on the device, by a few scalars that are part of the training state. From the
-step that trips a guard on, the state rejects every update, so that the host may look only when it
-logs.
+Every step is checked on the device, with a few scalars that are part of the training state. From
+the step that trips a guard on, the state rejects every update, so that the host need only check
+when it logs.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from ml_collections import config_dict
 from music_jax.objectives import segment_probabilities
 from music_jax.train.gradients import Metrics, Objective
 
-# Least standard deviation that a spike is measured in, as a share of the loss.
+# Lower limit of the standard deviation in which a spike is measured, as a share of the loss.
 _MIN_DEVIATION = 0.01
 # A unit is dead if its usage, or its deviation, is below this share of the average.
 _DEAD = 0.01
@@ -64,7 +64,7 @@ class GuardState(NamedTuple):
 
     Attributes:
       tripped_step: First step that tripped a guard, or -1, int32.
-      reasons: Bits of the `REASONS` that it tripped for, int32.
+      reasons: Bits of the `REASONS` for which it tripped, int32.
       suspect_since: First of the consecutive steps that looked collapsed, or -1, int32.
       skipped: Number of steps that were skipped, int32.
       losses: Number of losses in the running mean, int32.
@@ -133,13 +133,13 @@ def embedding_statistics(
     r"""Measures how far a batch of embeddings is from a collapse.
 
     - `embedding_std`: mean over the units of the standard deviation of the L2-normalized
-      embeddings, times sqrt(dim): 1 if they point everywhere, 0 if all are alike (Chen & He, arXiv
+      embeddings, times sqrt(dim): 1 if they point everywhere, 0 if all are equal (Chen & He, arXiv
       2011.10566).
     - `effective_rank`: the participation ratio tr(C)² / tr(C²) of their covariance C, from 1 to
       dim: RankMe (arXiv 2210.02885) without singular values. For more than 64 units it is estimated
       from M = Rᵀ C R, where R holds 64 fixed directions of random signs, as the sum of M_ii M_jj
       over the sum of M_ij², i ≠ j. Their expectations are tr(C)² and tr(C²) up to a term that
-      vanishes alike, so that neither C nor the Gram matrix of the batch is needed.
+      vanishes for both, so that neither C nor the Gram matrix of the batch is needed.
     - `usage_entropy`, only with segments: mean over the segments of the entropy of their units'
       mean probabilities, divided by the largest that the batch allows, log min(units, batch).
     - `dead_units`: share of the units, out of those that the batch could use, whose mean
@@ -147,8 +147,8 @@ def embedding_statistics(
       standard deviation is below a hundredth of the mean one.
 
     Args:
-      embeddings: [batch, dim]. Under `jit` and sharded along the batch, the statistics are those of
-        the global batch, and in the order of dim numbers are communicated.
+      embeddings: Embeddings [batch, dim]. Under `jit` and sharded along the batch, the statistics
+        are those of the global batch, and in the order of dim numbers are communicated.
       num_segments: Number of segments, None if the embedding has none.
       temperature: Softmax temperature of the segments.
 
@@ -216,8 +216,8 @@ def watch(
       metrics: Metrics that include the statistics.
 
     Returns:
-      Whether its update is applied, and the state after it. Once a guard has tripped no update is,
-      and the state does not change.
+      Whether the update is applied, and the state after the step. Once a guard has tripped, no
+      update is applied and the state does not change.
     """
     loss = loss.astype(jnp.float32)
     deviation = jnp.sqrt(state.loss_variance)
@@ -280,9 +280,9 @@ class TrainingFailure(Exception):  # noqa: N818
       step: Step at which the failure was found.
       first_step: First bad step: the step itself or, for a collapse, the first of the consecutive
         steps that looked collapsed.
-      what: What failed, in words.
+      what: Description of the failure.
       seen: Scalars of the step.
-      corrupted: Whether the hardware failed, so that the batch is not to blame.
+      corrupted: Whether the hardware failed, so that the batch is not the cause.
     """
 
     step: int
@@ -293,7 +293,7 @@ class TrainingFailure(Exception):  # noqa: N818
 
 
 def read_trip(state: GuardState) -> TrainingFailure | None:
-    """Returns why a guard has tripped, or None; waits for the device."""
+    """Returns the failure for which a guard has tripped, or None; waits for the device."""
     step = int(state.tripped_step)
     if step < 0:
         return None

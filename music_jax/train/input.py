@@ -1,4 +1,4 @@
-"""The batches of a training, on the mesh."""
+"""Reads the batches of a training and puts them onto the mesh."""
 
 import collections
 import itertools
@@ -32,7 +32,7 @@ class TrainingInput:
         mesh: Mesh,
         skipped: SkippedImages,
     ):
-        """Names the images; nothing is read yet."""
+        """Stores the arguments; no image is read yet."""
         self._config, self._source, self._mesh, self._skipped = config, source, mesh, skipped
         self.order = order
         self.num_steps = config.num_epochs * order.steps_per_epoch

@@ -1,4 +1,4 @@
-"""Pre-training from start to end: `train_and_evaluate` reads from top to bottom as a run goes."""
+"""Pre-trains and evaluates: `train_and_evaluate` calls the stages of a run in their order."""
 
 import contextlib
 import dataclasses
@@ -60,10 +60,10 @@ def train_and_evaluate(
     them.
 
     Args:
-      config: Config as `music_jax.config.default_config` makes it.
+      config: Config with the fields of `music_jax.config.default_config`.
       workdir: Directory of checkpoints, logs and results; may be a `gs://` one.
       profile_steps: First and last step to record a JAX profile of, in `workdir/profile`.
-      stop: Tells when to save and stop early; None for a run that no signal stops.
+      stop: Request to save and stop early; None for a run without such requests.
       initial: State whose parameters and batch statistics a new run starts from; by default they
         are random. A resumed run ignores it.
 
@@ -74,7 +74,7 @@ def train_and_evaluate(
       UserError: The config, the dataset or the workdir cannot be used.
       DivergedError: A guard tripped; see `music_jax.train.guards`.
       CorruptedError: Devices did not hold, or did not compute, the same bits.
-      StoppedError: `stop`, or the cluster, stopped the run; all is saved and the same call resumes.
+      StoppedError: `stop` or the cluster stopped the run; all is saved, and the same call resumes.
     """
     config_lib.validate(config)
     if config.deterministic:
@@ -234,7 +234,7 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: Stop) -> TrainSt
             if wrong:
                 raise TrainingFailure(step, step, wrong, corrupted=True)
             if step % config.log_every_steps == 0 or step == start_step + 1 or saving:
-                # The guards' state tells of every step since it was last read.
+                # The guards' state covers every step since it was last read.
                 if (failure := read_trip(state.guard)) is not None:
                     raise failure
                 if metrics is not None:
@@ -265,7 +265,7 @@ def _blocking(step_function: StepFunction, mesh: Mesh) -> StepFunction:
 
 
 def _open_source(config: config_dict.ConfigDict) -> Source:
-    """Opens the training images, which the main process prepares first in files that all share."""
+    """Opens the training images, after the main process has prepared the files that all share."""
     if is_main_process():
         datasets.prepare(config)
     if jax.process_count() > 1:

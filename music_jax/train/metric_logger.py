@@ -1,4 +1,4 @@
-"""Logging of a training: a summary, metrics.jsonl, a progress bar, TensorBoard and wandb."""
+"""Logs a training: a summary, metrics.jsonl, a progress bar, TensorBoard and wandb."""
 
 import contextlib
 import importlib.util
@@ -74,7 +74,7 @@ def describe(
 
 
 def small_data_warnings(config: config_dict.ConfigDict, order: TrainingOrder) -> list[str]:
-    """Returns what defaults for large datasets do to a small one, and which field to change."""
+    """Returns warnings about defaults that do not suit a small dataset, with fields to change."""
     steps, images, log_every = order.steps_per_epoch, order.num_records, config.log_every_steps
     unused = images - steps * config.batch_size
     warnings = []
@@ -110,7 +110,7 @@ def _with_text_keys(tree: Any) -> Any:
 class MetricLogger:
     """Logs the steps of a training; only the main process writes.
 
-    A writer that fails is reported and dropped, and the training continues.
+    A writer that fails is reported and disabled, and the training continues.
     """
 
     def __init__(self, config: config_dict.ConfigDict, workdir: epath.Path):
@@ -121,7 +121,7 @@ class MetricLogger:
           workdir: The run's directory.
 
         Raises:
-          UserError: Weights & Biases is asked for but not installed.
+          UserError: Weights & Biases is enabled but not installed.
         """
         self._config, self._workdir = config, workdir
         self._writers: dict[str, TensorBoard | WeightsAndBiases] = {}
@@ -148,7 +148,7 @@ class MetricLogger:
 
     @contextlib.contextmanager
     def steps(self, start_step: int, training: TrainingInput) -> Iterator[None]:
-        """Logs the steps after `start_step`, of which earlier records are removed.
+        """Removes earlier records of the steps after `start_step`, and logs these steps.
 
         Raises:
           UserError: Weights & Biases cannot be reached.
@@ -210,7 +210,7 @@ class MetricLogger:
                 action(writer)
             except UserError:
                 raise
-            except Exception as error:  # whatever a writer raises, the training is worth more
+            except Exception as error:  # no error of a writer may end the training
                 del self._writers[name]
                 _logger.warning(f"{name} failed and is no longer written: {_one_line(error)}")
 
@@ -219,7 +219,7 @@ class TensorBoard:
     """Event files in the workdir."""
 
     def __init__(self, workdir: epath.Path):
-        """Names the workdir; tensorboardX is loaded by `start`."""
+        """Stores the workdir; `start` loads tensorboardX."""
         self._prefix, self._num_files = os.fspath(workdir / "events"), 0
         self._writer: Any = None
 
@@ -266,17 +266,17 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run at Weights & Biases; wandb.json holds its id, so that a resumed training continues it.
 
-    Of steps that are taken again, it keeps what was logged first.
+    If steps are repeated, the values that were logged first remain.
     """
 
     def __init__(self, config: config_dict.ConfigDict, workdir: epath.Path):
-        """Names the run; wandb is loaded by `start`."""
+        """Stores the config and the workdir; `start` loads wandb."""
         self._config, self._workdir = config, workdir
         self._wandb: Any = None
         self._run: Any = None
 
     def start(self, step: int) -> None:
-        """Opens the run, or continues it.
+        """Opens a new run, or continues an existing one.
 
         Raises:
           UserError: Weights & Biases cannot be reached.

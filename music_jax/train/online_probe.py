@@ -1,7 +1,7 @@
 """A linear classifier trained beside the pre-training, without an effect on it.
 
-It sees the backbone after every step, in inference mode, in a jitted step of its own: the program
-of the pre-training, and so every bit of its result, is the same with and without it.
+It uses the backbone after every step, in inference mode, in a separate jitted step: the program of
+the pre-training, and so every bit of its result, is the same with and without it.
 """
 
 import functools
@@ -88,14 +88,14 @@ def probe_step(
 
     Args:
       probe: State before the step.
-      features: [batch, features]; they get no gradient.
-      labels: integers [batch].
+      features: Features [batch, features], which get no gradient.
+      labels: Labels, integers [batch].
       learning_rate: Learning rate, constant since the features change until the end.
       momentum: Momentum of SGD and of the running statistics.
       weight_decay: Weight decay of the kernel.
 
     Returns:
-      The state after the step. `correct` counts by the head before it.
+      The state after the step. `correct` is counted with the head before the step.
     """
     features = jax.lax.stop_gradient(features.astype(jnp.float32))
     mean = momentum * probe.mean + (1 - momentum) * jnp.mean(features, axis=0)
@@ -129,7 +129,7 @@ def make_online_probe(
     mesh: Mesh,
     skipped: SkippedImages,
 ) -> "OnlineProbe | None":
-    """Returns the probe that a config asks for, or None.
+    """Returns the probe if a config enables it, or None.
 
     Args:
       config: The run's config; `online_probe` describes the probe.
@@ -139,7 +139,7 @@ def make_online_probe(
       skipped: Record of images that cannot be decoded.
 
     Raises:
-      UserError: It asks for a probe, but there are no labeled images to learn from.
+      UserError: The probe is enabled, but there are no labeled images to train it on.
     """
     if not config.online_probe.enabled:
         return None
@@ -241,7 +241,7 @@ class OnlineProbe:
                 _logger.warning(f"the online probe starts from scratch: {error}")
         elif step:
             _logger.warning(f"the online probe starts from scratch: step {step} has none saved")
-        # The identical zeros are buffers of their own, since each is donated.
+        # The identical zeros need separate buffers, since each is donated.
         return jax.device_put(self._init(), self._replicated, may_alias=False)
 
     def after_step(self, step: int, params: Tree, batch_stats: Tree) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of a training: augmented views, and joint probabilities of the segments' units."""
+"""Draws pictures of a training: augmented views, and joint probabilities of the units."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,11 +28,11 @@ Draw = Callable[[TrainState, jax.Array, jax.Array], dict[str, np.ndarray]]
 def make_draw(
     config: config_dict.ConfigDict, recipe: Recipe, shapes: TrainState, mesh: Mesh
 ) -> Draw:
-    """Returns a function that draws a state and a batch; all processes call it together.
+    """Returns a function that draws pictures of a step; all processes call it together.
 
     It draws `views`, with a column for each of the first samples, and for MUSIC
-    `joint_probability`; see `heat_map`. Its program is its own: that of the training, and so every
-    bit of its result, is the same with and without pictures.
+    `joint_probability`; see `heat_map`. It is a separate program: that of the training, and so
+    every bit of its result, is the same with and without pictures.
 
     Args:
       config: The run's config.
@@ -87,7 +87,7 @@ def view_sheet(views: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...
     """Arranges normalized views in a grid, with those of a sample in a column.
 
     Args:
-      views: [samples, views, height, width, channels].
+      views: Normalized views [samples, views, height, width, channels].
       mean: Mean of each channel, in [0, 1], that was subtracted.
       std: Standard deviation of each channel that was divided by.
 
@@ -108,7 +108,7 @@ def heat_map(joint: np.ndarray, units_per_segment: int) -> np.ndarray:
     color, at sqrt(1/K) of the scale.
 
     Args:
-      joint: [units, units]; see `music_jax.objectives.joint_probability`.
+      joint: Joint probabilities [units, units]; see `music_jax.objectives.joint_probability`.
       units_per_segment: Number of units K of each segment.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A JAX profile of some steps."""
+"""Records a JAX profile of some steps."""
 
 import logging
 import os
@@ -80,7 +80,7 @@ class Profile:
             self.close()
 
     def close(self) -> None:
-        """Ends the profile if it is being recorded, and keeps what there is."""
+        """Ends the profile if it is being recorded, and saves what was recorded."""
         if not self._local:
             return
         local, self._local, self._steps = self._local, "", None

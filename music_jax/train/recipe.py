@@ -44,7 +44,7 @@ class Recipe:
       optimizer: Optimizer of the parameters.
       schedule: Learning rate of each step, for the log.
       base_learning_rate: Learning rate at a batch of 256.
-      at_base_learning_rate: Makes the schedule and the optimizer for a base learning rate.
+      at_base_learning_rate: Function from a base learning rate to the schedule and the optimizer.
       views: Augmentation of each view.
       mean: Mean of each channel, in [0, 1].
       std: Standard deviation of each channel.
@@ -76,7 +76,7 @@ def make_recipe(config: config_dict.ConfigDict, steps_per_epoch: int) -> Recipe:
     shared.update_from_flattened_dict({"seed": 0, "optimizer.base_learning_rate": 1.0})
     default = default_config()
     shared.update({name: default[name] for name in _EVALUATION})
-    # Parts that are registered again under the same name make another recipe.
+    # The cache key includes the registered parts, since a name may be registered again.
     parts = (
         BACKBONES[config.backbone.name],
         OBJECTIVES[config.objective.name],

@@ -53,13 +53,13 @@ class Recovery:
 
         Raises:
           DivergedError: A guard tripped, and the policy is to stop or the rewinds are used up.
-          CorruptedError: Likewise for bits that differ.
+          CorruptedError: Devices differ, and the policy or the rewinds do not allow another rewind.
         """
         self._events.write(
             "corrupted" if failure.corrupted else "tripped", **dataclasses.asdict(failure)
         )
         study = "" if failure.corrupted else self._save_batch(failure)
-        checkpoints.wait()  # may raise for a failed save, which must not hide the above
+        checkpoints.wait()  # after the above, since it raises if a save failed
         good = [step for step in checkpoints.all_steps() if step < failure.first_step]
         kept = f"step {max(good)} is saved" if good else "there is no checkpoint before it"
         scalars = ", ".join(f"{name} {value:.4g}" for name, value in failure.seen.items())
@@ -99,7 +99,7 @@ class Recovery:
         )
 
     def _save_batch(self, failure: TrainingFailure) -> str:
-        """Saves this process's share of the batch and returns a message that says where."""
+        """Saves this process's share of the batch and returns a message with its location."""
         training, order = self._training, self._training.order
         process = f"-process-{jax.process_index()}" if jax.process_count() > 1 else ""
         path = self._workdir / "divergence" / f"step-{failure.step}{process}.npz"
@@ -117,7 +117,7 @@ class Recovery:
             path.parent.mkdir(parents=True, exist_ok=True)
             with new_file(path) as file:
                 np.savez(file, **arrays)
-        except OSError as error:  # worth having, but not worth another failure
+        except OSError as error:  # the batch is useful, but must not cause another failure
             return f"its batch could not be saved ({error})"
         return f"its batch is saved in {path}"
 

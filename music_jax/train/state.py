@@ -93,7 +93,7 @@ def initial_state(
 def save_state(
     checkpoints: Checkpoints, step: int, state: TrainState, order: TrainingOrder, **trees: Any
 ) -> None:
-    """Starts to save a state with its position in the input; see `Checkpoints.save`."""
+    """Starts saving a state with its position in the input; see `Checkpoints.save`."""
     checkpoints.save(step, _input_position(step, order), state=_as_dict(state), **trees)
 
 
@@ -104,14 +104,14 @@ def restore_state(
     mesh: Mesh,
     order: TrainingOrder | None = None,
 ) -> TrainState:
-    """Restores a state onto a mesh, from whatever devices it was saved.
+    """Restores a state onto a mesh, whatever devices it was saved from.
 
     Args:
       checkpoints: The checkpoints.
       step: The checkpoint's step.
       like: A state of the same shapes, or its shapes.
       mesh: The devices to restore onto.
-      order: The input that continues from there, to compare with what was saved.
+      order: Order of the images, to compare with the saved one.
 
     Raises:
       UserError: There is no such checkpoint, it does not fit the state, or it was trained on
@@ -167,7 +167,7 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
 
 
 def update_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Returns how a parameter's update is sharded: over all devices, over `fsdp`, or not at all.
+    """Returns the sharding of a parameter's update: over all devices, over `fsdp`, or none.
 
     Args:
       shape: Shape of the parameter.
@@ -185,7 +185,7 @@ def update_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 
 def parameter_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Returns how a parameter is sharded between steps: as its update, but only over `fsdp`."""
+    """Returns the sharding of a parameter between steps: that of its update, only over `fsdp`."""
     return PartitionSpec(*("fsdp" if axes else None for axes in update_spec(shape, mesh)))
 
 

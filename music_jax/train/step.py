@@ -38,7 +38,7 @@ def training_step(
 
     Returns:
       The state after the step and scalars to log. If a guard trips, now or in an earlier step, the
-      parameters do not change and `guard` tells the first such step.
+      parameters do not change and `guard` holds the first such step.
     """
     embed = functools.partial(_embed, recipe, mesh)
     objective = guards.with_statistics(recipe.objective, recipe.guards)

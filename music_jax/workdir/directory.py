@@ -24,13 +24,13 @@ _logger = logging.getLogger(__name__)
 _MAX_PATH_BYTES = 3500  # Linux takes paths of 4096; the longest name in a workdir has 500
 _GLOB_CHARACTERS = "*?[]"
 _TEMPORARY = re.compile(re.escape(PREFIX) + "[0-9a-f]{16}")
-_TEMPORARY_SECONDS = 86_400.0  # after which a temporary file was left by a killed process
+_TEMPORARY_SECONDS = 86_400.0  # age of a temporary file that a killed process has left
 
 _MAX_RECORD_CHARACTERS = 4096  # what a holder writes is far shorter
 _RECORD_WIDTH = 511
 _HEARTBEAT_SECONDS = 10.0
-_SILENT_SECONDS = 40.0  # after which a holder on another host counts as ended
-_SETTLE_SECONDS = 2.0  # in which one of two that take the lock at once sees the other's record
+_SILENT_SECONDS = 40.0  # without an update, after which a holder on another host counts as ended
+_SETTLE_SECONDS = 2.0  # until one of two processes that lock at once can read the other's record
 
 
 def open_workdir(path: str, *, create: bool = True) -> epath.Path:
@@ -99,7 +99,7 @@ def check_reachable(path: str) -> None:
     """Checks that the bucket of a directory, if it is in one, can be reached.
 
     Raises:
-      UserError: It cannot; the message says why, and which package is missing.
+      UserError: It cannot; the message gives the reason, and a package that is missing.
     """
     if not in_bucket(path):
         return
@@ -115,7 +115,7 @@ def check_checkpoint_path(path: epath.Path) -> None:
     """Checks that Orbax can store a checkpoint below a directory.
 
     Raises:
-      UserError: It cannot; the message says what is wrong with the directory's path.
+      UserError: It cannot; the message gives the problem of the path.
     """
     text = str(path)
     wrong = None
@@ -192,13 +192,13 @@ class WorkdirLock:
     """A context in which this process alone may write to a run directory.
 
     The file `lock` records the holder's host and pid, and a count that the holder increments while
-    it lives. On the holder's host the operating system tells whether it has ended, so that a killed
+    it runs. On the holder's host the operating system shows whether it has ended, so that a killed
     run can be resumed at once. On another host, and in buckets (`gs://`), the holder has ended once
-    the count stands still.
+    the count stops changing.
     """
 
     def __init__(self, workdir: epath.Path):
-        """Names the directory; entering the context locks it."""
+        """Stores the directory; entering the context locks it."""
         self._workdir = workdir
         self._path = workdir / "lock"
         self._file: IO[str] | None = None

@@ -32,10 +32,10 @@ from etils import epath
 from etils.epath import gpath
 from etils.epath.stat_utils import StatResult
 
-# Begins the names of files that are being written; a process that is killed leaves one behind.
+# Prefix of the names of files that are being written; a killed process leaves such a file behind.
 PREFIX = ".new-"
 
-_MAX_BYTES = 1 << 26  # of a file; what this package writes is far smaller
+_MAX_BYTES = 1 << 26  # default limit of a file; those of this package are far smaller
 _CHUNK_BYTES = 1 << 18
 _MAX_JSON_DEPTH = 32
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")

@@ -20,7 +20,7 @@ from music_jax.workdir.files import in_bucket, parse_json, write_new
 _logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_UPLOADS = 10.0
-_MAX_UPLOAD_SHARE = 0.05  # of the time
+_MAX_UPLOAD_SHARE = 0.05  # of the time, that uploads may take
 
 
 class Appender:
@@ -76,7 +76,7 @@ class Appender:
 
 
 class _BucketAppender(Appender):
-    """A text object in a bucket, which is uploaded as a whole now and then."""
+    """A text object in a bucket, which is uploaded completely at intervals."""
 
     def __init__(self, path: epath.Path):
         self._path = path
@@ -103,7 +103,7 @@ def open_to_append(path: epath.Path) -> Appender:
 
     A file with several hard links is first replaced by a copy, so that only this one grows.
 
-    An object in a bucket (`gs://`) cannot grow, so it is uploaded as a whole: at most every ten
+    An object in a bucket (`gs://`) cannot grow, so it is uploaded completely: at most every ten
     seconds, when it is closed, and when Python exits. A process that is killed loses what was
     written since the last upload.
 

@@ -52,7 +52,7 @@ _KEY_BYTES = 32
 
 
 def as_json(config: config_dict.ConfigDict) -> dict[str, Any]:
-    """Returns a config as it reads back from JSON: tuples become lists."""
+    """Returns a config with the types of JSON: tuples become lists."""
     return json.loads(json.dumps(config.to_dict()))
 
 
@@ -81,7 +81,7 @@ def read_config(workdir: epath.Path) -> dict[str, Any] | None:
     """Reads the config of a run; returns None if the directory does not hold one yet.
 
     Raises:
-      UserError: config.json exists but cannot be read.
+      UserError: The file config.json exists but cannot be read.
     """
     path = workdir / "config.json"
     if not path.exists():
@@ -104,12 +104,12 @@ def read_signature(workdir: epath.Path) -> object:
 
 
 def check_same_run(workdir: epath.Path, config: config_dict.ConfigDict) -> None:
-    """Checks that a run, if the directory holds one, trains what a config describes.
+    """Checks that the run in a directory, if there is one, has an equivalent config.
 
-    Fields that did not exist when the run was saved take their present defaults.
+    Fields that did not exist when the run was saved get their current defaults.
 
     Raises:
-      UserError: The run trains something else; the message names the differences.
+      UserError: Fields that affect the training differ; the message gives the differences.
     """
     old = read_config(workdir)
     if old is None:
@@ -130,7 +130,7 @@ def sign(config: config_dict.ConfigDict) -> str | None:
     """Signs the data locations of a config with a key that only this user can read.
 
     Returns:
-      The signature; None, with a warning, if the key cannot be kept.
+      The signature; None, with a warning, if the key cannot be stored.
     """
     try:
         return _signature(config, _key(create=True))

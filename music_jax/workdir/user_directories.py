@@ -13,7 +13,7 @@ import jax
 
 _logger = logging.getLogger(__name__)
 
-# Reading a program back takes some tens of milliseconds: less is not worth a file.
+# Loading a program takes some tens of milliseconds: faster compilations are not worth a file.
 _MIN_COMPILE_SECONDS = 0.1
 # JAX's own limit, `jax_compilation_cache_max_size`, needs one more package, `filelock`.
 _MAX_CACHE_BYTES = 4 << 30
@@ -55,7 +55,7 @@ def _checked(variable: str, default: str, name: str, *, create: bool) -> pathlib
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs in `~/.cache/music_jax/compiled` for later processes.
+    """Caches compiled programs in `~/.cache/music_jax/compiled` for later processes.
 
     Call it before anything is compiled. JAX_COMPILATION_CACHE_DIR names another directory. A
     program is found by its text, the compiler's version and the devices. A damaged file is replaced

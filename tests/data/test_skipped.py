@@ -208,7 +208,7 @@ from music_jax.data.sources import Source
 from music_jax.errors import UnusableDataError
 
 process, directory = int(sys.argv[1]), epath.Path(sys.argv[2])
-skipped._SECONDS_BETWEEN_LOOKS = 0.05
+skipped._SECONDS_BETWEEN_READS = 0.05
 source = Source("numbers", range(1000), "image", "label", num_classes=2)
 one = skipped.SkippedImages(directory, max_share=0.1, process_index=process, num_processes=3)
 try:

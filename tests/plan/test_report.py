@@ -90,7 +90,7 @@ def test_json_has_the_documented_fields_whether_it_fits_or_not():
 def test_the_table_has_a_column_a_topology_and_says_what_does_not_fit():
     plans = [_plan(_COST), _plan(_TOO_LARGE, "v5e:2x2")]
     rows = {line.split("  ")[0]: line.split() for line in report.table(plans).splitlines()}
-    assert rows["a chip and a step"][-2:] == ["v5e:4x8", "v5e:2x2"]
+    assert rows["per chip and step"][-2:] == ["v5e:4x8", "v5e:2x2"]
     assert rows["needed at the peak"][4:] == ["5.50", "GB", "50.00", "GB"]
     assert rows["free"][1:] == ["11.40", "GB"]
     assert rows["peak compute"][2:] == ["197", "TFLOP"] * 2
