@@ -7,6 +7,8 @@ Command: python -m music_jax.main --config=configs/folder.py --config.dataset.pa
   --workdir=runs/mine [--config.evaluation.train=DIR --config.evaluation.test=DIR]
 """
 
+import pathlib
+
 from ml_collections import config_dict
 
 from music_jax.config import from_file
@@ -14,7 +16,7 @@ from music_jax.config import from_file
 
 def get_config() -> config_dict.ConfigDict:
     """Returns the config."""
-    config = from_file("imagenet")
+    config = from_file(pathlib.Path(__file__).with_name("imagenet.py"))
     config.batch_size = 256
 
     config.objective.num_segments = 32

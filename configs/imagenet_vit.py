@@ -7,6 +7,8 @@ Hardware and time: not yet measured; intended for 32 TPU v5e chips or more.
 Command: python -m music_jax.main --config=configs/imagenet_vit.py --workdir=gs://BUCKET/imagenet_vit
 """
 
+import pathlib
+
 from ml_collections import config_dict
 
 from music_jax.config import from_file
@@ -14,7 +16,7 @@ from music_jax.config import from_file
 
 def get_config() -> config_dict.ConfigDict:
     """Returns the config."""
-    config = from_file("imagenet")
+    config = from_file(pathlib.Path(__file__).with_name("imagenet.py"))
     config.batch_size = 4096
     config.num_epochs = 300
 

@@ -6,6 +6,8 @@ Hardware and time: not yet measured.
 Command: python -m music_jax.main --config=configs/imagenette.py --workdir=runs/imagenette
 """
 
+import pathlib
+
 from ml_collections import config_dict
 
 from music_jax.config import from_file
@@ -13,7 +15,7 @@ from music_jax.config import from_file
 
 def get_config() -> config_dict.ConfigDict:
     """Returns the config."""
-    config = from_file("imagenet")
+    config = from_file(pathlib.Path(__file__).with_name("imagenet.py"))
     config.batch_size = 256
     config.num_epochs = 400
 

@@ -144,6 +144,7 @@ class Cases:
 
         import music_jax
         from music_jax.data.datasets import open_path
+        from music_jax.distributed.progress import log_to_stdout
         from music_jax.evaluate import evaluate
         from music_jax.exchange.backbone import load_backbone
         from music_jax.exchange.encoder import Encoder
@@ -152,6 +153,7 @@ class Cases:
         from music_jax.report.page import write_report
 
         jax.config.update("jax_platforms", "cpu")
+        log_to_stdout()  # as the commands do
         self._base, self._seed = base, seed
         run, output = str(base / "run"), base / "output"
         data = {"dataset.data_dir": str(base / "tfds")}

@@ -62,7 +62,7 @@ NEAREST = {
     "train/gradients": ("train/test_step.py",),
 }
 # Expressions and statements that hold messages alone.
-MESSAGES = ("progress.say", "logging.", "logger.", "warnings.warn")
+MESSAGES = ("progress.say", "progress.log_lines", "_logger.", "warnings.warn")
 
 
 def modules(paths: list[str]) -> list[pathlib.Path]:

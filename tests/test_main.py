@@ -64,7 +64,7 @@ def test_the_first_and_the_last_step_are_always_logged(data, tmp_path):
     assert code == 0, err
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 22]
     assert out.count("warning: the run has fewer steps than config.log_every_steps = 1000") == 1
-    assert "each epoch leaves out 29 of 1437 images (2%)" in out
+    assert "each epoch omits 29 of 1437 images (2%)" in out
 
 
 @pytest.mark.slow

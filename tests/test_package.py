@@ -140,7 +140,7 @@ def test_imports_point_to_lower_layers():
     [
         ("config/files.py", "from music_jax import train", "music_jax.config is not allowed to"),
         (
-            "workdir/lock.py",
+            "workdir/directory.py",
             "import music_jax",
             "No module imports the root package, which .*BROKEN",
         ),

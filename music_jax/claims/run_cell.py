@@ -10,9 +10,9 @@ from etils import epath
 from sklearn.metrics import normalized_mutual_info_score
 
 from music_jax.claims.sweep import result_file
-from music_jax.config import from_json
+from music_jax.config import from_json, get_field
 from music_jax.data.sources import Source
-from music_jax.errors import DivergedError
+from music_jax.errors import DivergedError, UnusableDataError
 from music_jax.evaluation.features import SplitFeatures
 from music_jax.evaluation.load_run import load_run
 from music_jax.evaluation.protocols import read_final_results, run_protocols
@@ -21,6 +21,7 @@ from music_jax.metrics.linear_probe import ProbeRecipe, linear_probe
 from music_jax.train import train_and_evaluate
 from music_jax.workdir.directory import open_workdir
 from music_jax.workdir.files import write_json
+from music_jax.workdir.run_config import DATA_FIELDS
 
 _PROTOCOLS = ("linear", "knn", "fewshot", "label_free", "segments", "clustering")
 
@@ -46,6 +47,7 @@ def run_cell(task: CellTask) -> None:
     """Trains and measures a cell, resuming if it was interrupted, and writes its result.json."""
     started, cpu_started = time.monotonic(), time.process_time()
     config = from_json(task.config)
+    data = {field: get_field(config, field) for field in DATA_FIELDS}  # of the user, not of a run
     directory = open_workdir(task.directory)
     start_directory = directory / "start"
     result: dict[str, Any] = {"learning_rate": config.optimizer.base_learning_rate, "start": None}
@@ -56,19 +58,21 @@ def run_cell(task: CellTask) -> None:
             collapsed = from_json(task.config)
             collapsed.update_from_flattened_dict(weights)
             start = train_and_evaluate(collapsed, os.fspath(start_directory))
-            result["start"] = measure(load_run(os.fspath(start_directory)))
+            result["start"] = measure(load_run(os.fspath(start_directory), overrides=data))
         state = train_and_evaluate(config, task.directory, initial=start)
         if task.searching:
-            found = read_final_results(config, directory, int(state.step)) or {}
+            found = read_final_results(config, directory, int(state.step))
+            if found is None:
+                raise UnusableDataError(f"{directory} has no labeled images to choose a rate with")
             result["linear_top1"] = found["linear"]["top1"]
         else:
-            result |= measure(load_run(task.directory))
+            result |= measure(load_run(task.directory, overrides=data))
     except DivergedError as error:
         result["diverged"] = str(error)
     result["seconds"] = time.monotonic() - started
     result["core_seconds"] = time.process_time() - cpu_started
-    write_json(result_file(directory), result)
     _remove(directory, start_directory, checkpoints=task.searching)
+    write_json(result_file(directory), result)
 
 
 def _remove(directory: epath.Path, start_directory: epath.Path, *, checkpoints: bool) -> None:

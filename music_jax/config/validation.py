@@ -102,10 +102,14 @@ def check_values(config: config_dict.ConfigDict) -> None:
       config: The config.
 
     Raises:
-      UserError: A field is missing or has a value of another type; the message names the field.
+      UserError: A field is missing, unknown or has a value of another type; the message names it.
     """
     default = default_config()
-    for field in field_names(default):
+    known = field_names(default)
+    for field in field_names(config):
+        if field not in known:
+            raise UserError(unknown_field_message(field, known))
+    for field in known:
         group, _, name = field.rpartition(".")
         if name not in get_field(config, group):
             raise UserError(

@@ -68,14 +68,14 @@ def few_shot(
     *,
     shots: int,
     draws: int = 20,
-    inverse_regularization: float = 1.0,
     seed: int = 0,
     after_draw: Callable[[], None] = lambda: None,
 ) -> FewShotResult:
     """Evaluates logistic regression on a few samples per class, over several random draws.
 
-    Features are scaled to unit length. The classifier is scikit-learn's, with an L2 penalty. If
-    only one class was drawn, it predicts that class.
+    Features are scaled to unit length. The classifier is scikit-learn's, with an L2 penalty whose
+    inverse strength C is the number of drawn samples. If only one class was drawn, it predicts that
+    class.
 
     Args:
       train_features: Features that the samples are drawn from, [train, features].
@@ -84,7 +84,6 @@ def few_shot(
       test_labels: Test labels, integers [test].
       shots: Number of samples drawn per class, without replacement; all of a smaller class.
       draws: Number of draws.
-      inverse_regularization: scikit-learn's C, times the number of drawn samples.
       seed: Seed of the draws. Draw `i` takes the same samples whatever the features are.
       after_draw: Function called after each draw, such as the update of a progress bar.
 
@@ -119,8 +118,7 @@ def few_shot(
             # For so little data, several threads would mostly wait for each other.
             with threadpool_limits(1), warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)
-                penalty = inverse_regularization * len(rows)
-                classifier = LogisticRegression(C=penalty, max_iter=1000, tol=1e-5)
+                classifier = LogisticRegression(C=len(rows), max_iter=1000, tol=1e-5)
                 predictions = classifier.fit(drawn, labels).predict(tested)
         accuracies[draw] = np.mean(predictions == test_labels)
         after_draw()

@@ -238,9 +238,7 @@ def agreement_between_segments(codes: np.ndarray) -> np.ndarray:
     return nmi.sum(axis=1) / max(segments - 1, 1)
 
 
-def joint_clusters(
-    probabilities: np.ndarray, *, num_clusters: int, num_starts: int = 10, seed: int = 0
-) -> np.ndarray:
+def joint_clusters(probabilities: np.ndarray, *, num_clusters: int, seed: int = 0) -> np.ndarray:
     """Clusters samples by their joint code, the probabilities of all segments side by side.
 
     This is k-means on the square roots of the probabilities, whose Euclidean distance is the
@@ -249,8 +247,7 @@ def joint_clusters(
     Args:
       probabilities: Probabilities, [samples, segments, units].
       num_clusters: Number of clusters.
-      num_starts: Number of random starts, the best of which is taken by the criterion of k-means.
-      seed: Seed of the starts.
+      seed: Seed of the ten random starts, of which the best by the criterion of k-means is taken.
 
     Returns:
       int32 [samples], in [0, num_clusters); fewer clusters if fewer codes differ.
@@ -259,7 +256,7 @@ def joint_clusters(
     from sklearn.exceptions import ConvergenceWarning
 
     roots = np.sqrt(np.asarray(probabilities, np.float32)).reshape(len(probabilities), -1)
-    kmeans = KMeans(num_clusters, n_init=num_starts, random_state=seed)
+    kmeans = KMeans(num_clusters, n_init=10, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer codes than clusters
         return kmeans.fit_predict(roots).astype(np.int32)

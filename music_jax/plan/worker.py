@@ -10,6 +10,7 @@ from ml_collections import config_dict
 
 from music_jax.config import from_json
 from music_jax.distributed.mesh import check_divisible
+from music_jax.distributed.progress import log_to_stdout
 from music_jax.distributed.signals import end_with_parent
 from music_jax.plan.compiling import StepCost, measure, open_slice
 from music_jax.plan.report import Plan
@@ -39,6 +40,7 @@ class Task:
 def begin() -> None:
     """Prepares a worker process; silences compilers, which warn that there is no TPU or GPU."""
     end_with_parent()
+    log_to_stdout()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 

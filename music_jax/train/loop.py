@@ -56,6 +56,9 @@ def train_and_evaluate(
 ) -> TrainState:
     """Pre-trains, resuming if the workdir has a checkpoint, then probes the backbone.
 
+    Messages go to the logger `music_jax`; `music_jax.distributed.progress.log_to_stdout` prints
+    them.
+
     Args:
       config: Config with the fields of `music_jax.config.default_config`.
       workdir: Directory of checkpoints, logs and results; may be a `gs://` one.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import config_dict
 
-from music_jax.config import from_json
+from music_jax.config import default_config, from_json
 from music_jax.data.augment import ViewAugmentation, view_augmentations
 from music_jax.models.network import Network, make_network
 from music_jax.objectives import (
@@ -25,6 +25,12 @@ from music_jax.optim import lars, matrices_only, warmup_cosine
 from music_jax.registry import BACKBONES, OBJECTIVES, OPTIMIZERS
 from music_jax.train.gradients import Metrics, Objective
 from music_jax.train.guards import Guards, make_guards
+
+# Groups of fields that no recipe depends on.
+_EVALUATION = (
+    *("checkpoint", "evaluation", "few_shot", "finetune", "knn", "linear_eval", "online_probe"),
+    "semi_supervised",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +74,14 @@ def make_recipe(config: config_dict.ConfigDict, steps_per_epoch: int) -> Recipe:
     """Returns the recipe that a config describes."""
     rate, shared = config.optimizer.base_learning_rate, config_dict.ConfigDict(config.to_dict())
     shared.update_from_flattened_dict({"seed": 0, "optimizer.base_learning_rate": 1.0})
+    default = default_config()
+    shared.update({name: default[name] for name in _EVALUATION})
     # The cache key includes the registered parts, since a name may be registered again.
-    parts = BACKBONES[config.backbone.name], OBJECTIVES[config.objective.name]
+    parts = (
+        BACKBONES[config.backbone.name],
+        OBJECTIVES[config.objective.name],
+        OPTIMIZERS[config.optimizer.name],
+    )
     recipe = _shared_recipe(json.dumps(shared.to_dict(), sort_keys=True), steps_per_epoch, parts)
     schedule, optimizer = recipe.at_base_learning_rate(rate)
     return dataclasses.replace(
@@ -85,17 +97,18 @@ def make_recipe(config: config_dict.ConfigDict, steps_per_epoch: int) -> Recipe:
 def _shared_recipe(config_json: str, steps_per_epoch: int, parts: tuple[Any, ...]) -> Recipe:
     """Returns the recipe of all seeds and base learning rates, which thus share one program."""
     config = from_json(json.loads(config_json))
+    _, make_objective, make_optimizer = parts
 
     def at_base_learning_rate(
         base: float | jax.Array,
     ) -> tuple[optax.Schedule, optax.GradientTransformation]:
         schedule = make_schedule(config, steps_per_epoch, base)
-        return schedule, OPTIMIZERS[config.optimizer.name](schedule, config.optimizer)
+        return schedule, make_optimizer(schedule, config.optimizer)
 
     schedule, optimizer = at_base_learning_rate(1.0)
     return Recipe(
         network=make_network(config),
-        objective=OBJECTIVES[config.objective.name](config.objective),
+        objective=make_objective(config.objective),
         guards=make_guards(config),
         optimizer=optimizer,
         schedule=schedule,

@@ -185,6 +185,10 @@ def _jit_step(recipe: Recipe, state: TrainState, mesh: Mesh) -> jax.stages.Wrapp
         recipe, seed=0, base_learning_rate=1.0, schedule=_UNUSED, optimizer=_UNUSED
     )
     shapes, structure = jax.tree.flatten(jax.tree.map(jax.typeof, state))
+    try:
+        hash(shared)
+    except TypeError:  # such as an objective that is a mutable object: no program is shared
+        return _jit_shared_step.__wrapped__(shared, structure, tuple(shapes), mesh)
     return _jit_shared_step(shared, structure, tuple(shapes), mesh)
 
 

@@ -10,6 +10,7 @@ from sklearn.metrics import normalized_mutual_info_score
 
 from music_jax.claims import run_cell
 from music_jax.claims.run_cell import CellTask
+from music_jax.data.datasets import EvaluationSources
 from music_jax.data.sources import Source
 from music_jax.errors import DivergedError
 from music_jax.evaluation.features import SplitFeatures
@@ -125,7 +126,7 @@ class _Run:
             arrays = {"features": features.astype(np.float32)}
             self._splits.append(SplitFeatures(arrays, labels["label"], np.arange(samples)))
             sources.append(_source(labels))
-        self.sources = run_cell.runner.EvaluationSources(*sources)
+        self.sources = EvaluationSources(*sources)
 
     def evaluation_sources(self):
         return self.sources
@@ -156,3 +157,47 @@ def test_each_label_has_a_probe_and_shares_information_with_each_segment(tmp_pat
     np.testing.assert_allclose(np.diag(expected[:2]), 1)
     run.config.objective.name = "vicreg"
     assert set(run_cell._measure_factors(run, 0.99)) == {"factors", "factor_linear_top1"}
+
+
+def test_each_measure_of_a_cell_is_the_one_it_is_named_after(monkeypatch):
+    found = {
+        "linear": {"top1": 0.11},
+        "knn": {"top1": 0.12},
+        "fewshot": {"top1_by_shots": {"1": {"top1": 0.13}, "10": {"top1": 0.14}}},
+        "label_free": {"features": {"rankme": 15.0}, "embeddings": {"rankme": 16.0}},
+        "segments": {
+            "mutual_information": {"mean": 0.5},
+            "log_units": 2.0,
+            "usage_entropy_share": 0.17,
+            "confidence": {"mean": 0.18},
+            "dead_units": 3,
+            "num_units": 12,
+        },
+        "clustering": {
+            "segments": [{"nmi": 0.2}, {"nmi": 0.4}],
+            "chosen_segment": {"accuracy": 0.21, "purity": 0.22},
+            "joint_code": {"accuracy": 0.23, "nmi": 0.24},
+        },
+    }
+    monkeypatch.setattr(run_cell, "run_protocols", lambda run, names: found)
+    monkeypatch.setattr(run_cell, "_measure_factors", lambda run, linear_top1: {})
+    measured = run_cell.measure(None)
+    assert measured.pop("segments_label_nmi") == [0.2, 0.4]
+    assert measured == pytest.approx(
+        {
+            "linear_top1": 0.11,
+            "knn_top1": 0.12,
+            "ten_shot_top1": 0.14,
+            "rankme": 15.0,
+            "embedding_rankme": 16.0,
+            "segment_information": 0.25,
+            "usage_entropy": 0.17,
+            "confidence": 0.18,
+            "dead_units": 0.25,
+            "segment_accuracy": 0.21,
+            "segment_purity": 0.22,
+            "joint_code_accuracy": 0.23,
+            "joint_code_nmi": 0.24,
+            "segments_label_nmi_mean": 0.3,
+        }
+    )

@@ -116,7 +116,6 @@ def test_a_config_is_validated_without_the_packages_that_use_it():
     done = subprocess.run(
         [sys.executable, "-c", _ALONE], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert "jax" not in done.stdout.replace("music_jax", "").split()
     assert done.stdout.endswith(" False\n")
     for package in ("models", "train", "data", "evaluation", "workdir"):
         assert f"music_jax.{package}" not in done.stdout

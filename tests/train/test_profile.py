@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import pytest
 from etils import epath
@@ -61,3 +62,17 @@ profile.close()
     said = subprocess.run(run, capture_output=True, text=True, check=True).stdout
     assert said.count("saved the profile in ") == 1
     assert len(list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))) == 1
+
+
+def test_the_first_and_the_last_step_are_recorded(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: seen.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: seen.append("stop"))
+    profile = Profile(epath.Path(tmp_path), (2, 4), num_steps=9)
+    profile.start(0)
+    for step in range(1, 7):
+        profile.before(step, jnp.zeros(()))
+        seen.append(step)
+        profile.after(step, jnp.zeros(()))
+    profile.close()
+    assert seen == [1, "start", 2, 3, 4, "stop", 5, 6]

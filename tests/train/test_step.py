@@ -11,6 +11,7 @@ import pytest
 from music_jax.config import default_config, set_views
 from music_jax.data.augment import ViewAugmentation, augment_views
 from music_jax.distributed.mesh import batch_sharding, make_data_mesh
+from music_jax.registry import OBJECTIVES
 from music_jax.train import step as step_module
 from music_jax.train.guards import init_guard_state
 from music_jax.train.recipe import make_recipe
@@ -278,5 +279,5 @@ def test_seeds_and_learning_rates_share_a_program_and_registered_parts_do_not(mo
     assert float(others["loss"]) != float(metrics["loss"])
 
     name = config.objective.name
-    monkeypatch.setitem(step_module.OBJECTIVES, name, lambda _: lambda a, b: (jnp.sum(a), {}))
+    monkeypatch.setitem(OBJECTIVES, name, lambda _: lambda a, b: (jnp.sum(a), {}))
     assert make_recipe(config, steps_per_epoch=4).objective is not other.objective
