@@ -58,7 +58,7 @@ def _in_bucket(module, *arguments, env):
 
 
 @pytest.mark.slow
-def test_a_run_in_a_bucket_is_killed_and_goes_on_as_on_a_disk(bucket, tmp_path):
+def test_a_run_in_a_bucket_resumes_after_a_kill_as_on_a_disk(bucket, tmp_path):
     address, env = bucket
     run_of_digits = (DIGITS, *SMALL, f"--config.dataset.data_dir={tmp_path / 'tfds'}")
     arguments = (*run_of_digits, "--workdir=gs://bucket/runs/digits")

@@ -43,7 +43,7 @@ def _figures(workdir, protocols=_FEATURES):
 
 
 @pytest.mark.slow
-def test_each_protocol_leaves_its_figures_alike_on_one_and_two_devices(finished):
+def test_each_protocol_writes_the_same_metrics_on_one_and_two_devices(finished):
     found = []
     for devices in (1, 2):
         out = _evaluate(finished, _FEATURES, "--force", devices=devices)
@@ -90,7 +90,7 @@ def _close(a, b, path=""):
 
 
 @pytest.mark.slow
-def test_what_was_measured_is_not_measured_again_unless_the_protocol_differs(finished):
+def test_results_are_reused_unless_the_protocol_differs(finished):
     _evaluate(finished, "knn")
     before = (finished / "knn.json").stat().st_mtime_ns
     assert "using the existing result" in _evaluate(finished, "knn")

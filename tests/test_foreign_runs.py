@@ -8,7 +8,7 @@ from processes import ROOT
 
 
 @pytest.mark.slow
-def test_no_command_obeys_a_foreign_run():
+def test_no_command_trusts_a_foreign_run():
     campaign = [sys.executable, str(ROOT / "tests" / "foreign_runs.py"), "--count=12", "--seed=7"]
     result = subprocess.run(campaign, capture_output=True, text=True, check=False, timeout=900)
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]

@@ -46,7 +46,7 @@ _QUICK = sorted(set(TARGETS) - {"tfds", "checkpoint", "archives", "weights"})
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(seed=st.integers(0, 2**32 - 1))
-def test_hostile_input_is_accepted_or_told_of(tmp_path_factory, target, seed):
+def test_hostile_input_is_accepted_or_a_clear_error(tmp_path_factory, target, seed):
     base = tmp_path_factory.mktemp("fuzz")
     (base / "outside").mkdir()
     (base / "outside" / "secret.png").write_bytes(b"secret")
@@ -123,7 +123,7 @@ def _png(height, width, **options):
 
 
 @pytest.mark.parametrize("scale", [(0.08, 1.0), (1.0, 1.0)])
-def test_a_png_that_its_exif_turns_is_cut_within_what_it_is(scale):
+def test_a_png_rotated_by_exif_is_cropped_within_its_borders(scale):
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = _png(2, 200, exif=exif)
@@ -161,7 +161,7 @@ def test_a_workdir_whose_links_lead_out_is_refused_before_anything_is_written(tm
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_a_log_whose_last_line_lacks_its_end_goes_on_with_a_new_line(tmp_path):
+def test_a_log_with_a_partial_last_line_continues_on_a_new_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
     log = MetricsLog(epath.Path(tmp_path), 2)
     log.write({"step": 3})

@@ -114,7 +114,7 @@ def test_arguments_directory_and_exit_code_pass_through(clone, tmp_path):
     assert called["pid"] == process.pid
 
 
-def test_second_run_installs_nothing_and_says_nothing(clone):
+def test_second_run_installs_and_prints_nothing(clone):
     first = clone.run()
     second = clone.run()
 
@@ -124,7 +124,7 @@ def test_second_run_installs_nothing_and_says_nothing(clone):
     assert len(clone.installations) == 1
 
 
-def test_changed_requirements_make_the_environment_anew(clone):
+def test_changed_requirements_recreate_the_environment(clone):
     clone.run()
     left_over = clone.root / ".venv/left-over"
     left_over.touch()
@@ -209,7 +209,7 @@ def test_interpreter_that_is_found_but_does_not_run_is_passed_over(clone, tmp_pa
     assert len(clone.installations) == 1
 
 
-def test_environment_of_someone_else_is_left_alone(clone):
+def test_a_foreign_environment_is_not_changed(clone):
     (clone.root / ".venv").mkdir()
     (clone.root / ".venv/pyvenv.cfg").write_text("home = elsewhere\n")
 
@@ -284,7 +284,7 @@ def test_pins_agree_with_each_other_and_with_setup_cfg():
 
 
 @pytest.mark.slow
-def test_package_builds_with_everything_in_it(tmp_path):
+def test_package_builds_with_all_files(tmp_path):
     source = tmp_path / "source"
     # What others compile meanwhile would be gone when its turn comes.
     ignored = shutil.ignore_patterns("__pycache__")

@@ -41,7 +41,7 @@ def test_wrong_use_is_one_clear_line_and_exit_code_2(arguments, message):
     assert result.stdout == ""
 
 
-def test_help_says_how_to_start_again():
+def test_help_describes_how_to_resume():
     assert "kubectl delete jobset NAME" in launch("gke.py", "--help").stdout
 
 
@@ -80,7 +80,7 @@ def test_arguments_arrive_at_main_as_they_were_given():
         ((*GPU, "--nodes=3", "--images=gs://bucket/a/b/"), 3, {"nvidia.com/gpu": 8}),
     ],
 )
-def test_gke_makes_a_jobset_whose_job_kubernetes_takes(arguments, nodes, limits):
+def test_gke_creates_a_jobset_with_a_job_that_is_valid_for_kubernetes(arguments, nodes, limits):
     whole = jobset(*arguments)
     assert (whole["apiVersion"], whole["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert whole["spec"].keys() == {"failurePolicy", "replicatedJobs"}
@@ -120,7 +120,7 @@ def test_gke_keeps_a_slice_on_one_node_pool(arguments, keeps_together):
     ("where", "options"),
     [("gs://images", "implicit-dirs"), ("gs://images/a/b/", "implicit-dirs,only-dir=a/b")],
 )
-def test_gke_mounts_the_images_to_be_read(arguments, where, options):
+def test_gke_mounts_the_images_read_only(arguments, where, options):
     template = one_job(jobset(*arguments, f"--images={where}"))["template"]
     assert template["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
     (volume,) = [v for v in template["spec"]["volumes"] if v["name"] == "images"]
@@ -135,7 +135,7 @@ def test_gke_mounts_the_images_to_be_read(arguments, where, options):
     assert ("/dev/shm" in mounted) == (arguments is GPU)
 
 
-def test_gke_mounts_nothing_unasked():
+def test_gke_mounts_nothing_by_default():
     template = one_job(jobset(*GKE))["template"]
     assert template.keys() == {"spec"}
     assert "volumes" not in template["spec"]

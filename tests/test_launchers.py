@@ -72,18 +72,18 @@ def test_tpu_vm_trains_again_after_preemption_until_it_is_done(cloud):
 
 
 @pytest.mark.parametrize("code", [2, 3])
-def test_tpu_vm_does_not_repeat_what_cannot_succeed(cloud, code):
+def test_tpu_vm_does_not_retry_permanent_failures(cloud, code):
     result, calls = train_on(cloud, describe=["ACTIVE"], run=[code])
     assert (result.returncode, calls) == (code, ["setup", "run"])
 
 
-def test_tpu_vm_gives_up_on_what_fails_again_and_again(cloud):
+def test_tpu_vm_stops_after_repeated_failures(cloud):
     result, calls = train_on(cloud, describe=["ACTIVE"], run=[1])
     assert (result.returncode, calls.count("run")) == (1, 3)
     assert "failed 3 times on an active slice" in result.stderr
 
 
-def test_tpu_vm_does_not_count_what_was_preempted(cloud):
+def test_tpu_vm_does_not_count_preemptions(cloud):
     # Each time ssh breaks, the slice still calls itself active for a while, and is then lost.
     preempted = ["ACTIVE", "ACTIVE", "SUSPENDED", "NOT_FOUND"]
     result, calls = train_on(
@@ -93,7 +93,7 @@ def test_tpu_vm_does_not_count_what_was_preempted(cloud):
     assert (calls.count("create"), calls.count("setup"), calls.count("run")) == (4, 5, 5)
 
 
-def test_tpu_vm_counts_no_failures_but_those_soon_after_the_start(cloud):
+def test_tpu_vm_counts_only_failures_soon_after_the_start(cloud):
     result, calls = train_on(cloud, long_seconds="0", describe=["ACTIVE"], run=[1, 1, 1, 1, 0])
     assert (result.returncode, calls.count("run")) == (0, 5), result.stderr
 
@@ -112,7 +112,7 @@ def test_tpu_vm_copies_the_images_to_every_new_slice(cloud):
 
 
 @pytest.mark.parametrize("command", ["train", "setup"])
-def test_tpu_vm_names_the_images_as_they_are(command):
+def test_tpu_vm_names_the_images_unchanged(command):
     options = (*TPU_VM, "--type=v6e-8", "--images=gs://bucket/a b", "--dry-run", "--", AWKWARD)
     result = launch("tpu_vm.sh", command, *options)
     assert result.returncode == 0, result.stderr
@@ -125,7 +125,7 @@ def test_tpu_vm_names_the_images_as_they_are(command):
     ]
 
 
-def test_tpu_vm_hands_the_arguments_over_unchanged(tmp_path):
+def test_tpu_vm_passes_the_arguments_unchanged(tmp_path):
     result = launch(
         "tpu_vm.sh",
         *("train", *TPU_VM, "--type=v6e-16", "--spot", "--project=p", "--dry-run"),
@@ -174,7 +174,7 @@ def test_help_is_no_error(script):
     assert "--dry-run" in result.stdout
 
 
-def test_xpk_hands_the_arguments_over_unchanged():
+def test_xpk_passes_the_arguments_unchanged():
     result = launch("xpk.sh", "--cluster=c", "--workload=w", "--dry-run", "--", AWKWARD)
     assert result.returncode == 0, result.stderr
     ((*xpk, command),) = commands(result.stdout)
@@ -247,14 +247,14 @@ def test_slurm_requeues_only_what_was_stopped_and_saved(slurm, code, state, requ
 
 
 @pytest.mark.parametrize(("given", "passed"), [({"SLURM_CPUS_PER_TASK": "12"}, "12"), ({}, "none")])
-def test_slurm_passes_the_cores_of_a_task_on(slurm, given, passed, tmp_path):
+def test_slurm_forwards_the_number_of_cores_per_task(slurm, given, passed, tmp_path):
     result = slurm("--config=c.py", SRUN_EXITS="0", STATE="RUNNING", **given)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "cpus").read_text() == f"{passed}\n"
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_slurm_dry_run_tells_all_and_runs_nothing(slurm, place):
+def test_slurm_dry_run_prints_the_command_and_runs_nothing(slurm, place):
     arguments = ["--config=c.py", "--workdir=a b"]
     result = slurm(*arguments[:place], "--dry-run", *arguments[place:])
     assert result.returncode == 0, result.stderr
@@ -295,7 +295,7 @@ def test_skypilot_recovers_from_a_stop_and_from_nothing_else():
         ),
     ],
 )
-def test_skypilot_tells_gpu_nodes_of_each_other(tmp_path, gpu, nodes, expected):
+def test_skypilot_passes_the_addresses_of_gpu_nodes(tmp_path, gpu, nodes, expected):
     task = yaml.safe_load((ROOT / "launch/skypilot.yaml").read_text())
     (tmp_path / "launch").mkdir()
     for path, body in (
@@ -326,7 +326,7 @@ def test_skypilot_tells_gpu_nodes_of_each_other(tmp_path, gpu, nodes, expected):
 
 
 @pytest.mark.parametrize("page", ["launch/README.md", "docs/how_to/tpu_pod.md"])
-def test_examples_are_taken_and_say_where_the_images_come_from(page):
+def test_examples_of_the_launchers_name_the_location_of_the_images(page):
     text = (ROOT / page).read_text().replace("BUCKET", "bucket")
     lines = text.replace("\\\n", " ").splitlines()
     starts = ("launch/tpu_vm.sh train", "launch/gke.py", "launch/xpk.sh", "sbatch --nodes")

@@ -35,7 +35,7 @@ def _copy(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_leaves_what_the_interface_names(finished):
+def test_a_run_writes_the_documented_files(finished):
     workdir, out = finished
     config = json.loads((workdir / "config.json").read_text())
     assert config["config"]["num_epochs"] == 2
@@ -68,7 +68,7 @@ def test_the_first_and_the_last_step_are_always_logged(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_running_again_trains_nothing_and_says_so(finished, data):
+def test_rerunning_trains_nothing_and_reports_it(finished, data):
     workdir, _ = finished
     before = (workdir / "metrics.jsonl").read_bytes()
     code, out, err = run(_MAIN, DIGITS, *SMALL, data, f"--workdir={workdir}")
@@ -80,7 +80,7 @@ def test_running_again_trains_nothing_and_says_so(finished, data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_stopped_run_goes_on_to_the_same_bits(
+def test_a_stopped_and_resumed_run_ends_with_the_same_bits(
     finished, data, tmp_path, number, own_compilation_cache
 ):
     workdir = tmp_path / "run"
@@ -117,7 +117,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 
 
 @pytest.mark.slow
-def test_linear_eval_repeats_the_figures_and_takes_another_protocol(finished, tmp_path):
+def test_linear_eval_repeats_the_metrics_and_accepts_other_settings(finished, tmp_path):
     workdir = _copy(finished, tmp_path)
     before = json.loads((workdir / "linear_eval.json").read_text())
     (workdir / "linear_eval.json").unlink()
@@ -157,7 +157,7 @@ def test_a_loss_that_is_not_finite_ends_with_3_and_names_the_step(data, tmp_path
 
 
 @pytest.mark.slow
-def test_one_and_two_devices_train_alike(data, tmp_path):
+def test_one_and_two_devices_train_the_same(data, tmp_path):
     low = "--config.optimizer.base_learning_rate=1e-5"
     losses = []
     for devices in (1, 2):

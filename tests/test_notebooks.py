@@ -26,7 +26,7 @@ def _pictures(notebook):
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
-def test_all_five_are_there():
+def test_all_five_notebooks_exist():
     assert {path.stem for path in _NOTEBOOKS} == {
         "first_steps",
         "loss_in_your_own_optax_loop",

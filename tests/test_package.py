@@ -44,7 +44,7 @@ except AttributeError:
 """
 
 
-def test_the_objectives_are_light():
+def test_importing_the_objectives_loads_few_packages():
     done = subprocess.run(
         [sys.executable, "-c", _USE], capture_output=True, text=True, cwd=_ROOT, check=True
     )

@@ -67,12 +67,12 @@ def _check_features(path):
     np.testing.assert_allclose([features.mean(), features.std()], [_MEAN, _DEVIATION], rtol=1e-4)
 
 
-def test_its_backbone_gives_the_same_features(workdir):
+def test_the_backbone_of_an_earlier_run_gives_the_same_features(workdir):
     _check_features(workdir)
 
 
 @pytest.mark.slow
-def test_every_command_takes_it(workdir, tmp_path):
+def test_every_command_accepts_a_run_of_an_earlier_version(workdir, tmp_path):
     env = {"TFDS_DATA_DIR": str(tmp_path / "tfds")}
 
     def run(command, *arguments):

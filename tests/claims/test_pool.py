@@ -9,7 +9,7 @@ from etils import epath
 from music_jax.claims import pool
 
 
-def test_a_worker_keeps_to_its_core_from_the_start(tmp_path):
+def test_a_worker_uses_only_its_core_from_the_start(tmp_path):
     before = os.sched_getaffinity(0)
     core = max(before)
     sweep = types.SimpleNamespace(directory=epath.Path(tmp_path))

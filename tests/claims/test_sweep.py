@@ -395,7 +395,7 @@ def test_the_mean_over_all_factors_is_shown_where_there_are_factors(tmp_path):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_batch_sizes_stand_beside_the_configs_own(tmp_path, name):
+def test_batch_sizes_are_compared_with_that_of_the_config(tmp_path, name):
     (claim,) = make_sweep(tmp_path, name, only=("4",)).claims
     sizes = [point.x for point in claim.points if point.series == "music"]
     assert load(name).batch_size in sizes

@@ -271,7 +271,7 @@ def test_half_of_the_views_are_mirrored_independently():
 
 
 @pytest.mark.parametrize("num_views", [1, 2])
-def test_boxes_and_flips_are_fixed_places_of_one_random_stream(num_views):
+def test_boxes_and_flips_use_fixed_positions_of_one_random_stream(num_views):
     """The last number of each view flips it, and no other does: the others place the box."""
     image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
     records = [{"image": cv2.imencode(".png", image)[1].tobytes(), "label": 0}] * 20

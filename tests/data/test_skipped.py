@@ -298,7 +298,7 @@ def test_skipped_images_of_all_processes_together_hold_to_the_share(directory, m
     assert "skipped*.jsonl" in str(caught.value)
 
 
-def test_what_is_skipped_is_soon_seen_in_a_bucket_though_nothing_more_is(bucket, monkeypatch):
+def test_skipped_images_soon_appear_in_a_bucket_even_if_no_more_follow(bucket, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
     source = Source("numbers", list(range(40)), "image", "label", 0)

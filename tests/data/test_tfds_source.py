@@ -104,13 +104,13 @@ def test_a_missing_split_is_an_error(data_dir):
         open_split(_dataset("digits", data_dir), "trian")
 
 
-def test_a_place_that_cannot_be_written_is_an_error(tmp_path):
+def test_an_unwritable_directory_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"dataset\.data_dir"):
         prepare(_dataset("digits", str(tmp_path / "file")))
 
 
-def test_a_dataset_that_needs_tensorflow_says_so_if_there_is_none(tmp_path, monkeypatch):
+def test_a_dataset_that_needs_tensorflow_is_an_error_without_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     with pytest.raises(UserError, match="preparing dataset 'cifar10' needs TensorFlow"):
         prepare(_dataset("cifar10", str(tmp_path)))

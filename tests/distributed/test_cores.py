@@ -36,6 +36,6 @@ def _arenas(**environment):
     return int(found.stdout)
 
 
-def test_all_threads_share_two_arenas_unless_the_user_says_otherwise():
+def test_all_threads_share_two_arenas_unless_the_user_sets_another_number():
     assert _arenas() <= 2
     assert _arenas(MALLOC_ARENA_MAX="8") > 2

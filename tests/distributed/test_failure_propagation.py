@@ -151,7 +151,7 @@ def test_several_processes_that_cannot_find_each_other_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_when_one_process_is_killed_the_other_says_so_and_ends(data, tmp_path):
+def test_when_one_process_is_killed_the_other_reports_it_and_ends(data, tmp_path):
     workdir = tmp_path / "run"
     first, second = processes = start_two(_flags, *_RUN, data, f"--workdir={workdir}")
     deadline = time.monotonic() + 600
@@ -192,7 +192,7 @@ def _joined(count):
     return processes
 
 
-def test_when_process_0_is_killed_the_others_say_so_at_once():
+def test_when_process_0_is_killed_the_others_report_it_at_once():
     processes = _joined(3)
     processes[0].kill()
     results = end(processes, timeout=60)
@@ -215,7 +215,7 @@ def test_another_abort_still_prints_the_tracebacks():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stopped", [0, 1])
-def test_when_one_process_is_suspended_the_others_say_so_and_end(stopped):
+def test_when_one_process_is_suspended_the_others_report_it_and_end(stopped):
     processes = _joined(3)
     processes[stopped].send_signal(signal.SIGSTOP)
     began = time.monotonic()
@@ -233,7 +233,7 @@ def test_when_one_process_is_suspended_the_others_say_so_and_end(stopped):
             process.communicate()
 
 
-def test_a_process_that_waits_for_the_others_says_so():
+def test_a_process_that_waits_for_the_others_reports_it():
     port = free_port()
     for index in (0, 1):
         process = subprocess.Popen(

@@ -163,7 +163,7 @@ def test_after_the_steps_a_signal_ends_at_once():
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_once_all_is_done_a_signal_is_ignored(number):
+def test_a_signal_after_the_end_is_ignored(number):
     process = start("done")
     time.sleep(0.2)
     process.send_signal(number)

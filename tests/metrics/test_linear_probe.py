@@ -95,7 +95,7 @@ def test_features_are_scaled_by_the_statistics_of_the_training_samples():
     assert np.mean(raw.predictions == scaled.predictions) > 0.995
 
 
-def test_learning_rates_do_not_influence_one_another():
+def test_learning_rates_do_not_influence_each_other():
     train, labels, _, _ = _digits()
     rates = (0.01, 0.3)
     both = _fit(ProbeRecipe(3, 100, rates, weight_decay=0.01), train, labels)

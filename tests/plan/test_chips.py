@@ -43,7 +43,7 @@ def test_peaks_of_h100_are_the_datasheets_without_sparsity():
         ("h100:2x4", "expected 1 to 8 GPUs"),
     ],
 )
-def test_what_cannot_be_a_topology_is_told(topology, expected):
+def test_malformed_topologies_are_errors(topology, expected):
     with pytest.raises(UserError, match=expected):
         chip_of(topology)
 
@@ -67,7 +67,7 @@ def test_what_cannot_be_a_topology_is_told(topology, expected):
         ("h100:2", 1, 450e9),
     ],
 )
-def test_the_network_is_that_of_the_chip_with_the_fewest_links(topology, links, published):
+def test_the_network_peak_is_that_of_the_chip_with_the_fewest_links(topology, links, published):
     assert network_peak(topology) == pytest.approx(links * published)
 
 
@@ -92,7 +92,7 @@ def test_this_machines_gpus_are_a_topology(tmp_path, monkeypatch):
         (("NVIDIA H200", "NVIDIA L4"), "are of 2 kinds: NVIDIA H200, NVIDIA L4"),
     ],
 )
-def test_gpus_that_are_not_there_or_not_known_are_told(tmp_path, monkeypatch, names, expected):
+def test_missing_or_unknown_gpus_are_errors(tmp_path, monkeypatch, names, expected):
     _with_gpus(tmp_path, monkeypatch, *names)
     with pytest.raises(UserError, match=expected):
         attached_topology()

@@ -22,7 +22,7 @@ from music_jax.plan.compiling import ENVIRONMENT
 _DIGITS = (processes.DIGITS, "--config.batch_size=64")
 
 
-def test_an_unknown_topology_is_told_in_one_line():
+def test_an_unknown_topology_is_an_error_of_one_line():
     code, _, err = processes.run("music_jax.plan", *_DIGITS, "--topology=v5e:4x8,v9:2x2")
     assert code == 2
     assert err.count("\n") == 1
@@ -30,7 +30,7 @@ def test_an_unknown_topology_is_told_in_one_line():
 
 
 @pytest.mark.slow
-def test_a_topology_that_libtpu_refuses_is_told_before_the_others_are_compiled():
+def test_an_invalid_topology_is_reported_before_the_others_are_compiled():
     code, out, err = processes.run(
         "music_jax.plan", *_DIGITS, "--num-images=1437", "--topology=v5e:2x2,v5e:3x5"
     )
@@ -47,7 +47,7 @@ def test_a_topology_that_libtpu_refuses_is_told_before_the_others_are_compiled()
         ("jax_plugins.xla_cuda", "h100:8", "pip install jax-cuda13-plugin=="),
     ],
 )
-def test_without_a_compiler_it_says_how_to_get_it(hidden, topology, expected):
+def test_a_missing_compiler_is_an_error_with_the_install_command(hidden, topology, expected):
     start = (
         "import importlib.util as u, runpy, sys; find = u.find_spec;"
         f"u.find_spec = lambda name, *a: None if name.startswith({hidden!r}) else find(name, *a);"
@@ -79,7 +79,7 @@ def test_an_interrupted_plan_ends_at_once_with_all_its_processes():
                 process.kill()
 
 
-def test_libtpu_beside_it_does_not_make_another_command_look_for_a_tpu():
+def test_an_installed_libtpu_does_not_make_other_commands_look_for_a_tpu():
     start = (
         "import jax; from music_jax.distributed.mesh import skip_absent_tpu;"
         "skip_absent_tpu(); print(jax.devices()[0].platform)"
@@ -108,14 +108,14 @@ def test_the_images_of_a_folder_are_counted_there(tmp_path):
         command._num_images(config)
 
 
-def test_of_a_dataset_that_is_not_prepared_the_number_is_asked_for(tmp_path):
+def test_the_number_of_images_is_required_for_an_unprepared_dataset(tmp_path):
     config = runpy.run_path(str(processes.ROOT / "configs" / "digits.py"))["get_config"]()
     config.dataset.data_dir = str(tmp_path)
     with pytest.raises(UserError, match=r"--num-images=N \(dataset 'digits' was not prepared"):
         command._num_images(config)
 
 
-def test_where_no_images_are_named_the_error_says_how_to_name_them():
+def test_a_config_without_images_is_an_error_that_names_the_flags():
     config = runpy.run_path(str(processes.ROOT / "configs" / "folder.py"))["get_config"]()
     with pytest.raises(UserError, match=r"--config\.dataset\.path=DIR.*--num-images=N") as caught:
         command._num_images(config)

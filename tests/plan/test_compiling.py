@@ -32,12 +32,12 @@ def test_a_slice_is_as_large_as_documented(topology, chips, devices, published_g
     assert 0.93 * published_gib * _GIB < usable <= published_gib * _GIB
 
 
-def test_a_slice_that_does_not_exist_is_told():
+def test_a_slice_that_does_not_exist_is_an_error():
     with pytest.raises(UserError, match=r"v5e:3x5.*such as v5e:4x8"):
         compiling.open_slice("v5e:3x5")
 
 
-def test_what_does_not_fit_is_a_figure_and_not_an_error(four_chips, monkeypatch):
+def test_a_step_that_does_not_fit_is_a_result_and_not_an_error(four_chips, monkeypatch):
     config = _small_config()
 
     def too_large(recipe, state, mesh, images_shape):
@@ -52,7 +52,7 @@ def test_what_does_not_fit_is_a_figure_and_not_an_error(four_chips, monkeypatch)
     assert found.flops is None
 
 
-def test_a_program_that_jax_cannot_read_leaves_what_xla_says(four_chips, monkeypatch):
+def test_an_unreadable_program_falls_back_to_the_counts_of_xla(four_chips, monkeypatch):
     config = _small_config()
 
     def product(recipe, state, mesh, images_shape):
@@ -74,7 +74,7 @@ def test_a_program_that_jax_cannot_read_leaves_what_xla_says(four_chips, monkeyp
     assert "cannot read" in found.estimates["received_bytes"]
 
 
-def test_a_batch_that_cannot_be_divided_is_told(four_chips):
+def test_a_batch_that_cannot_be_divided_is_an_error(four_chips):
     config = default_config()
     config.batch_size = 6
     with pytest.raises(UserError, match="batch_size = 6 cannot be divided over 4 devices"):

@@ -112,14 +112,14 @@ def _looping(body):
     return looped
 
 
-def test_collectives_in_a_loop_count_each_turn(four_chips):
+def test_collectives_in_a_loop_count_in_each_iteration(four_chips):
     body = _looping(lambda x: jnp.tanh(jax.lax.ppermute(x, "data", [(0, 1), (1, 2), (2, 3)])))
     compiled = _compile(_on_each(four_chips, body), four_chips, ((1024, 128), "float32", ("data",)))
     found = counts.collectives(compiling.read(compiled), range(4))
     assert found.by_kind == {"collective-permute": _TURNS * 131072}
 
 
-def test_a_loop_of_products_costs_all_its_turns(four_chips):
+def test_a_loop_of_products_counts_all_iterations(four_chips):
     body = _looping(lambda x: jnp.tanh(x @ x))
     compiled = _compile(body, four_chips, ((1024, 1024), "bfloat16", ()))
     products = 2 * 1024**3
@@ -130,7 +130,7 @@ def test_a_loop_of_products_costs_all_its_turns(four_chips):
 
 
 @pytest.mark.parametrize("dearest", [0, 1])
-def test_of_a_conditions_branches_the_dearest_alone_counts(four_chips, dearest):
+def test_only_the_most_expensive_branch_of_a_conditional_counts(four_chips, dearest):
     def one(x):
         return jnp.tanh(x @ x)
 

@@ -55,7 +55,7 @@ _ALL = "replica_groups={{0,1,2,3,4,5,6,7}}"
         ),
     ],
 )
-def test_what_enters_a_chip_from_other_chips(kind, result, groups, chips, received):
+def test_bytes_received_from_other_chips(kind, result, groups, chips, received):
     text = _COLLECTIVE.format(kind=kind, result=result + "{1,0}", groups=groups)
     found = counts.collectives(hlo.parse(text), chips)
     assert found.received == pytest.approx(received)
@@ -116,7 +116,7 @@ ENTRY %main (x: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
         (', backend_config={"known_trip_count":{"n":"7"}}', 7),
     ],
 )
-def test_a_loops_body_counts_once_a_trip(told, trips):
+def test_a_loop_body_counts_once_per_iteration(told, trips):
     program = hlo.parse(_LOOP.replace("TRIPS", told))
     work = counts.work(program)
     assert work.flops == trips * 2 * 8**3

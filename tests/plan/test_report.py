@@ -53,7 +53,7 @@ def test_times_at_the_published_peaks():
     assert written["seconds_per_run"] == pytest.approx(100)
 
 
-def test_what_is_not_known_is_left_blank():
+def test_unknown_values_are_blank():
     unread = {"received_bytes": None, "hbm_only_bytes": None, "objective_flops": None}
     unread = dataclasses.replace(_COST, **unread, collective_bytes={})
     plans = [_plan(_COST), _plan(unread)]
@@ -67,7 +67,7 @@ def test_what_is_not_known_is_left_blank():
     ("field", "value", "bound"),
     [("flops", 197e12, "compute"), ("received_bytes", 100e9, "network")],
 )
-def test_the_scarcest_resource_rules(field, value, bound):
+def test_the_slowest_resource_is_the_bottleneck(field, value, bound):
     figures = StepCost(**{**vars(_COST), field: value})
     assert _plan(figures).bound == bound
     assert _plan(figures).seconds_per_step == pytest.approx(1.0)
@@ -87,7 +87,7 @@ def test_json_has_the_documented_fields_whether_it_fits_or_not():
     json.dumps([fitting, not_fitting], allow_nan=False)
 
 
-def test_the_table_has_a_column_a_topology_and_says_what_does_not_fit():
+def test_the_table_has_a_column_per_topology_and_marks_those_that_do_not_fit():
     plans = [_plan(_COST), _plan(_TOO_LARGE, "v5e:2x2")]
     rows = {line.split("  ")[0]: line.split() for line in report.table(plans).splitlines()}
     assert rows["per chip and step"][-2:] == ["v5e:4x8", "v5e:2x2"]

@@ -15,7 +15,7 @@ from music_jax.plan.worker import largest_batch
 
 
 @pytest.mark.parametrize("accumulation_steps", [1, 4])
-def test_the_largest_batch_is_looked_for_from_the_configs_own(
+def test_the_search_for_the_largest_batch_starts_at_that_of_the_config(
     four_chips, monkeypatch, capsys, accumulation_steps
 ):
     def measure(config, slice_, *, steps_per_epoch, with_objective):
@@ -52,7 +52,7 @@ def test_the_largest_batch_is_looked_for_from_the_configs_own(
 
 
 @pytest.mark.slow
-def test_a_worker_ends_in_the_midst_of_its_work_when_its_parent_is_killed():
+def test_a_busy_worker_ends_when_its_parent_is_killed():
     start = (
         "import concurrent.futures as f, multiprocessing, os, time;"
         "from music_jax.plan import worker;"
@@ -104,7 +104,7 @@ def test_the_largest_that_fits_is_found_to_within_3_percent_in_few_steps(
     assert len(asked) == len(set(asked)) <= 20
 
 
-def test_a_linear_need_takes_few_compilations():
+def test_memory_linear_in_the_batch_takes_few_compilations():
     asked = []
 
     def memory_share(batch):

@@ -357,7 +357,7 @@ def _source(count=12):
 _CROP = Crop(12, (0.2, 0.9), (0.6, 1.7))
 
 
-def test_what_is_read_is_cut_as_described(config, calls):
+def test_images_are_cropped_as_described(config, calls):
     for module in (train_input, features, online_probe):
         calls.replace(module, "training_batches", lambda *given, **options: iter(()))
     calls.replace(features, "evaluation_batches", lambda *given, **options: iter(()))
@@ -390,7 +390,7 @@ def test_what_is_read_is_cut_as_described(config, calls):
     assert _some(options, *names) == (12, 15, 1, 6, 3)
 
 
-def test_images_come_from_where_the_config_says(config, calls):
+def test_images_come_from_the_location_in_the_config(config, calls):
     calls.replace(tfds_source, "prepare")
     calls.replace(tfds_source, "open_split", lambda dataset, split: _source())
     calls.replace(datasets, "open_path", lambda path: _source())
@@ -461,9 +461,7 @@ def run(config, tmp_path):
     )
 
 
-def test_the_linear_probe_is_trained_as_described_on_the_features_that_it_is_said_to_be_of(
-    run, calls
-):
+def test_the_linear_probe_is_trained_as_described_on_the_named_features(run, calls):
     def result(train, *given, **options):
         score = float(train[0, 0]) / 10
         return ProbeResult(score, score + 0.05, 0.24, 12, np.zeros(8, np.int32))

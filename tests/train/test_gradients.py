@@ -46,14 +46,14 @@ def _accumulated(embed, *batch):
     return jax.jit(function)(*batch)
 
 
-def test_without_normalization_it_is_the_gradient_of_the_whole_batch():
+def test_without_normalization_the_gradient_is_that_of_the_batch():
     embed, *batch = _problem(hidden_sizes=())
     found = _accumulated(embed, *batch)
     _check(found, batch_gradients(embed, _objective, *batch))
 
 
 @pytest.mark.parametrize("hidden_sizes", [(), (8,)])
-def test_it_is_the_gradient_of_the_whole_loss_of_microbatches_normalized_each_by_its_own(
+def test_the_gradient_is_that_of_the_batch_loss_with_microbatches_normalized_separately(
     hidden_sizes,
 ):
     embed, params, stats, images, index = _problem(hidden_sizes)

@@ -183,7 +183,7 @@ def test_a_batch_smaller_than_a_segment_is_no_collapse():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_on_four_devices_they_are_the_global_batchs_and_little_is_sent(dtype):
+def test_statistics_on_four_devices_are_those_of_the_global_batch_with_little_communication(dtype):
     z = jnp.asarray(_embeddings(30, dim=640), dtype)
     function = functools.partial(embedding_statistics, num_segments=10)
     expected = jax.jit(function)(z)

@@ -33,7 +33,7 @@ def nothing_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
 
-def test_without_tensorboardx_a_line_says_so(tmp_path, nothing_installed, capsys):
+def test_missing_tensorboardx_is_logged(tmp_path, nothing_installed, capsys):
     with MetricLogger(_config(tensorboard=True), epath.Path(tmp_path)) as logger:
         assert not logger.shows_images
     assert capsys.readouterr().out.count("pip install 'music_jax[tensorboard]'") == 1
@@ -74,7 +74,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume_and_a_rewind(tmp_path, 
     assert _read_events(tmp_path) == {"loss": [(1, 10.0), (2, 20.0)], "views": [(2, [4, 6])]}
 
 
-def test_wandb_that_is_asked_for_but_absent_is_an_error(tmp_path, nothing_installed):
+def test_enabling_wandb_without_its_package_is_an_error(tmp_path, nothing_installed):
     with pytest.raises(UserError, match=r"wandb_project = 'digits' needs .*pip install wandb"):
         MetricLogger(_config(wandb_project="digits"), epath.Path(tmp_path))
 
@@ -122,7 +122,7 @@ def test_a_run_that_ends_in_an_error_is_closed_as_failed(tmp_path):
 
 
 @pytest.mark.parametrize("damaged", ["{", '{"id": "../x"}', '{"id": 3}', "[]"])
-def test_damaged_id_of_a_run_is_replaced_and_a_good_one_kept(tmp_path, damaged, capsys):
+def test_a_damaged_run_id_is_replaced_and_a_valid_one_reused(tmp_path, damaged, capsys):
     (tmp_path / "wandb.json").write_text(damaged)
     writer = WeightsAndBiases(_config(wandb_project="x"), epath.Path(tmp_path))
     new = writer._run_id()
@@ -132,7 +132,7 @@ def test_damaged_id_of_a_run_is_replaced_and_a_good_one_kept(tmp_path, damaged, 
     assert capsys.readouterr().out == ""
 
 
-def test_wandb_takes_no_step_that_it_has(tmp_path):
+def test_wandb_rejects_repeated_steps(tmp_path):
     writer = WeightsAndBiases(_config(wandb_project="x"), epath.Path(tmp_path))
     logged = []
 

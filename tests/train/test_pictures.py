@@ -51,7 +51,7 @@ def test_heat_map_is_brightest_on_the_diagonal_of_a_perfect_code_and_even_elsewh
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 4])
-def test_a_training_is_drawn_as_the_step_sees_it(devices):
+def test_pictures_show_the_views_of_the_training_step(devices):
     config = small_config()
     config.batch_size = 16
     config.objective.update({"num_segments": 40, "units_per_segment": 20})  # 800: not all are shown

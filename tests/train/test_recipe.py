@@ -62,7 +62,7 @@ def _simclr(a, b):
 
 
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
-def test_each_field_is_used_for_what_it_is_called(name):
+def test_each_field_is_used_as_its_name_implies(name):
     a, b = 0.6 * np.random.default_rng(0).normal(size=(2, 10, 12))
     expected = {
         "music": _music,

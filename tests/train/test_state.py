@@ -133,6 +133,6 @@ def test_small_arrays_are_not_sharded(monkeypatch):
     assert state_lib.update_spec((512, 128), make_data_mesh(4)) == P(("fsdp", "data"))
 
 
-def test_fsdp_that_does_not_divide_the_devices():
+def test_fsdp_must_divide_the_number_of_devices():
     with pytest.raises(UserError, match="fsdp = 3 does not divide the 4 devices"):
         make_data_mesh(4, fsdp=3)
