@@ -1,4 +1,4 @@
-"""A bucket on this machine, in memory: gcp-storage-emulator, with what Orbax needs beyond it.
+"""Serves a bucket from memory with gcp-storage-emulator, extended by the requests of Orbax.
 
     python tests/bucket_server.py
 
@@ -15,7 +15,7 @@ _download = objects.download
 
 
 def _download_with_generation(request, response, storage, *args, **kwargs):
-    """As Cloud Storage does, tells which generation of an object was read."""
+    """Returns the generation of the object that was read, as Cloud Storage does."""
     with contextlib.suppress(NotFound):
         about = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
         response["x-goog-generation"] = about["generation"]

@@ -1,4 +1,4 @@
-"""Strictness that holds for every test: CPU only, four fake devices, no silent promotion."""
+"""Settings of all tests: CPU only, four simulated devices, no implicit promotion."""
 
 import os
 import pathlib
@@ -29,7 +29,7 @@ log_to_stdout()  # as the commands do: tests read messages with capsys
 
 @pytest.fixture
 def own_compilation_cache(monkeypatch, tmp_path):
-    """The directory where the processes that a test starts keep what they compile."""
+    """Sets the directory of the compilation cache of the processes that a test starts."""
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "music_jax" / "compiled"

@@ -1,4 +1,4 @@
-"""Ways to damage what a run has left behind."""
+"""Ways to damage the files of a run."""
 
 import pathlib
 import random
@@ -34,7 +34,7 @@ def remove(file: pathlib.Path, random: random.Random) -> None:
 
 
 def in_a_file(damage: Damage) -> Damage:
-    """Damages any file of a checkpoint but an empty one."""
+    """Damages any non-empty file of a checkpoint."""
 
     def damage_one(checkpoint: pathlib.Path, random: random.Random) -> None:
         files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
@@ -58,7 +58,7 @@ def empty(checkpoint: pathlib.Path, random: random.Random) -> None:
 
 
 def unfinish(checkpoint: pathlib.Path, random: random.Random) -> None:
-    """As if the run had been cut off in the midst of writing it."""
+    """Makes a checkpoint look as if the run had ended while writing it."""
     in_a_file(remove)(checkpoint, random)
     checkpoint.rename(checkpoint.with_name(checkpoint.name + ".orbax-checkpoint-tmp"))
 

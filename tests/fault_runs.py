@@ -1,4 +1,4 @@
-"""The runs that the campaign of faults does its faults to."""
+"""Runs to which the campaign of faults applies its faults."""
 
 import copy
 import itertools
@@ -34,7 +34,7 @@ PATIENCE = 1200  # seconds, for a run of some: the machine may be busy with othe
 
 
 class LostError(AssertionError):
-    """A fault was not survived."""
+    """A run did not recover from a fault."""
 
 
 def expect(condition: bool, otherwise: str) -> None:
@@ -92,7 +92,7 @@ class Run:
         return outputs[0]
 
     def finish(self, expected: int = 0) -> tuple[str, str]:
-        """Runs to the end; gives what it printed and what it complained of."""
+        """Runs to the end; returns standard output and standard error."""
         return self._end(self.start_all(), expected)
 
     def stop_at(self, step: int) -> None:
@@ -115,7 +115,7 @@ class Run:
 
 
 def reaches(run: Run, process: subprocess.Popen, step: int) -> bool:
-    """Waits until a step is logged; gives whether it was before the process ended."""
+    """Waits until a step is logged; returns False if the process ends before."""
     log = run.workdir / "metrics.jsonl"
     while process.poll() is None:
         if log.exists() and f'{{"step": {step},'.encode() in log.read_bytes():
@@ -125,14 +125,14 @@ def reaches(run: Run, process: subprocess.Popen, step: int) -> bool:
 
 
 def catches_signals(process: subprocess.Popen) -> bool:
-    """Whether the command has got so far that it, not Python, hears signals."""
+    """Returns whether the command has installed its own signal handlers."""
     status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
     caught = int(status.partition("SigCgt:")[2].split()[0], 16)
     return bool(caught >> 9 & 1)  # SIGUSR1, which Python leaves alone
 
 
 class Workshop:
-    """Makes runs that have what an undisturbed one has: the dataset, and what was compiled."""
+    """Makes runs that share a prepared dataset and compiled programs."""
 
     def __init__(self, directory: pathlib.Path, counts: dict[str, int]):
         self.directory, self.counts = directory, counts
@@ -157,7 +157,7 @@ class Workshop:
         expect(again.result() == self._results[1], "two undisturbed runs differ")
 
     def _once(self, name: str, *options: str, **where) -> Run:
-        """A run that is made once a campaign and kept."""
+        """Returns a run that is made once per campaign and cached."""
         with self._lock:
             if name not in self._made:
                 options = (self._data, *options)
@@ -170,7 +170,7 @@ class Workshop:
         return self._once("straight", SLOW_LEARNING)
 
     def stopped(self) -> Run:
-        """One that was stopped in the middle."""
+        """Returns a run that was stopped in the middle."""
         with self._lock:
             if "stopped" not in self._made:
                 run = Run(self.directory / "stopped", [self._data], self._programs)
@@ -180,7 +180,7 @@ class Workshop:
             return self._made["stopped"]
 
     def bench(self) -> "Workshop":
-        """The workshop as one of several faults at a time sees it."""
+        """Returns the workshop for one of several concurrent faults."""
         mine = copy.copy(self)
         mine._mine, mine.waited = [], None
         return mine
@@ -205,7 +205,7 @@ class Workshop:
             shutil.rmtree(workdir, ignore_errors=True)
 
     def judge(self, run: Run, missing_steps: set[int] = frozenset()) -> str:
-        """Runs to the end, compares with what nothing happened to; gives all that it printed."""
+        """Runs to the end, compares with an undisturbed run and returns the output."""
         out, err = run.finish()
         name = f"{run.processes} processes"
         if run.processes not in self._results:
@@ -219,7 +219,7 @@ class Workshop:
         return out + err
 
     def wait_for(self, run: Run, process, moment: str, rng: random.Random) -> bool:
-        """Waits for a moment in a run's life; gives whether the process still lives then."""
+        """Waits for a moment of a run; returns whether the process is still running."""
         delay = 0.0
         if moment == "start-up":
             while process.poll() is None and not catches_signals(process):

@@ -1,4 +1,4 @@
-"""A campaign of faults against real runs, and what survived it.
+"""Injects faults into real runs and reports which runs recovered.
 
     python tests/faults.py --kills=50 --seed=0
 
@@ -40,7 +40,7 @@ TOPOLOGIES = (  # devices, processes, before and after
 
 
 def kills(shop: Workshop, index: int, rng: random.Random) -> list[str]:
-    """SIGKILL to one run in each moment in turn, then on to the end."""
+    """Kills one run with SIGKILL at each moment in turn, then resumes it to the end."""
     run, survived = shop.new(), []
     for moment in MOMENTS[: shop.counts["kills"] - index * len(MOMENTS)]:
         process = run.start()
@@ -82,7 +82,7 @@ def stops(shop: Workshop, index: int, rng: random.Random) -> list[str]:
 
 
 def damages(shop: Workshop, index: int, rng: random.Random) -> list[str]:
-    """The newest checkpoint damaged, each kind in turn: found, reported, quarantined."""
+    """Damages the newest checkpoint in each way: it is detected, reported and quarantined."""
     kind = list(CHECKPOINT_DAMAGES)[index % len(CHECKPOINT_DAMAGES)]
     run = shop.copy_of(shop.stopped())
     newest = newest_checkpoint(run.workdir)
@@ -98,7 +98,7 @@ def damages(shop: Workshop, index: int, rng: random.Random) -> list[str]:
 
 
 def files(shop: Workshop, index: int, rng: random.Random) -> list[str]:
-    """Another file of the workdir damaged; every checkpoint damaged."""
+    """Damages another file of the workdir, or every checkpoint."""
     names = ("lock", "metrics.jsonl", "linear_eval.json", "all checkpoints", "compilation_cache")
     name = names[index % len(names)]
     kind = list(FILE_DAMAGES)[index % len(FILE_DAMAGES)]
@@ -132,7 +132,7 @@ def files(shop: Workshop, index: int, rng: random.Random) -> list[str]:
 
 
 def full_disks(shop: Workshop, index: int, rng: random.Random) -> list[str]:
-    """A disk that fills up at some step; later there is room again."""
+    """Fills the disk at some step, and frees it later."""
     goes_on = index % 2 == 1
     run = shop.new("--config.checkpoint.ignore_failed_saves" if goes_on else "")
     run.workdir.mkdir(parents=True)
@@ -169,7 +169,7 @@ def fill(filler: pathlib.Path) -> None:
 
 
 def topologies(shop: Workshop, index: int, rng: random.Random) -> list[str]:
-    """Stopped on some devices and processes, gone on with others: the same losses to 1e-5."""
+    """Stops a run and resumes it on other devices and processes: the losses agree to 1e-5."""
     before, after = TOPOLOGIES[index % len(TOPOLOGIES)]
     stop = rng.randrange(2, STEPS - 24)
     if before == "bfloat16":
@@ -196,7 +196,7 @@ def topologies(shop: Workshop, index: int, rng: random.Random) -> list[str]:
 
 
 def peers(shop: Workshop, index: int, rng: random.Random) -> list[str]:
-    """One of two processes killed: the other ends within two minutes, and both go on."""
+    """Kills one of two processes: the other ends within two minutes, and both resume."""
     victim = index % 2
     run = shop.new(processes=2)
     processes = run.start_all()
@@ -239,7 +239,7 @@ COUNTS = {
 
 
 def table(results: list[dict]) -> str:
-    """Each fault: times tried, survived, lost, and the longest wait for the processes to end."""
+    """Returns a table of the faults: tried, recovered, lost, and the longest wait for an end."""
     rows: dict[str, list[dict]] = {}
     for result in results:
         rows.setdefault(result["fault"], []).append(result)
@@ -253,7 +253,7 @@ def table(results: list[dict]) -> str:
 
 
 def try_fault(shop: Workshop, seed: int, kind: str, index: int) -> list[dict]:
-    """What became of one fault; of several, where one run takes several."""
+    """Applies one fault, or several to one run; returns the outcomes."""
     shop, why = shop.bench(), ""
     try:
         faults = FAULTS[kind](shop, index, random.Random(f"{seed}/{kind}/{index}"))
@@ -268,7 +268,7 @@ def try_fault(shop: Workshop, seed: int, kind: str, index: int) -> list[dict]:
 def run_campaign(
     directory: pathlib.Path, seed: int, counts: dict[str, int], jobs: int = 1
 ) -> list[dict]:
-    """Does what is not done yet, and gives the results of all."""
+    """Applies the missing faults and returns the results of all."""
     file = directory / "results.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     results = [json.loads(line) for line in lines]

@@ -1,4 +1,4 @@
-"""What somebody may have done to a run's directory, as `MUTATIONS`: name to `mutate(rng, place)`.
+"""Hostile changes of a run directory, as `MUTATIONS`: name to `mutate(rng, place)`.
 
 Each changes one copy of a real run. What lies beside it, in `place.outside`, belongs to the user.
 """
@@ -26,7 +26,7 @@ from music_jax.checkpoint.integrity import CHECKSUMS, write_checksums
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a case happens.
+    """The directories of a case.
 
     Attributes:
       run: A copy of a real run, which is changed.

@@ -1,4 +1,4 @@
-"""A campaign of run directories that somebody else prepared.
+"""Runs the commands on run directories from untrusted sources.
 
     python tests/foreign_runs.py --count=1000 --seed=0
     python tests/foreign_runs.py --case=12 --seed=0    (once more, with its tracebacks)
@@ -45,7 +45,7 @@ _events: list[str] = []
 
 
 def watch(base: pathlib.Path) -> None:
-    """Notes from now on what no command may do, in `_events`."""
+    """Records forbidden actions of commands in `_events` from now on."""
     run, outside = str(base / "run"), str(base / "outside")
     allowed = [str(base / name) for name in ("run", "output", "temporary", "cache")]
 
@@ -112,7 +112,7 @@ def listing(*folders: pathlib.Path) -> dict[str, tuple]:
 
 
 def prepare(base: pathlib.Path) -> None:
-    """Trains the run `real`, and writes what is the user's: `outside`, `home`, `tfds`, `images`."""
+    """Trains the run `real`, and writes files of the user: `outside`, `home`, `tfds`, `images`."""
     import cv2
     import numpy as np
     from processes import DIGITS, SMALL, run
@@ -225,7 +225,7 @@ class Cases:
         return outcome, told
 
     def guard(self) -> None:
-        """Goes once through everything, then limits the memory and watches."""
+        """Runs every command once, then limits the memory and records forbidden actions."""
         self.run(None)
         held = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
         limit = held * os.sysconf("SC_PAGESIZE") + MEMORY
@@ -264,7 +264,7 @@ def remove(path: pathlib.Path) -> None:
 
 
 def restore(base: pathlib.Path) -> None:
-    """Brings what is the user's back to what it was."""
+    """Restores the files of the user."""
     for name in ("outside", "home", "tfds", "images"):
         remove(base / name)
         shutil.copytree(base / "kept" / name, base / name)
@@ -345,7 +345,7 @@ class Worker:
 
 
 def campaign(base: pathlib.Path, count: int, seed: int) -> dict[str, collections.Counter]:
-    """Runs so many cases; prints each that is not as it must be."""
+    """Runs a number of cases and prints those that fail."""
     rows: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     worker = Worker(base, seed)
     for case in tqdm.trange(count, unit="run", mininterval=0.2 if sys.stderr.isatty() else 30):
@@ -371,7 +371,7 @@ def table(rows: dict[str, collections.Counter]) -> str:
 
 
 def without_network() -> None:
-    """Starts this program again where there is no network, if the system lets it."""
+    """Restarts this program without network access, if the system allows it."""
     enter = ["unshare", "-n", "true"]
     if "MUSIC_JAX_OFFLINE" in os.environ or not shutil.which("unshare"):
         return

@@ -85,7 +85,7 @@ class Cases:
         (self._outside / "secret.png").write_bytes(SECRET)
 
     def run(self, target: str, case: int, *, show: bool = False) -> tuple[str, str]:
-        """The outcome and what is to be told of it."""
+        """Returns the outcome and a message about it."""
         if self._guarded and target not in self._met:
             self._met.add(target)
             self.run(target, -1)  # imports, and makes what is kept
@@ -187,7 +187,7 @@ _TEMPORARY = tempfile.gettempdir()
 
 
 def campaign(cases: int, seed: int, targets: list[str]) -> dict[str, collections.Counter]:
-    """Runs so many cases, divided among the targets; prints each that is not as it must be."""
+    """Runs a number of cases, divided among the targets, and prints those that fail."""
     from hostile_files import SHARES
 
     whole = sum(SHARES[target] for target in targets)

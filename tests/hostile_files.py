@@ -1,4 +1,4 @@
-"""What each kind of untrusted input is done with, as `TARGETS`: name to `case(rng, directory)`.
+"""Test cases for each kind of untrusted input, as `TARGETS`: name to `case(rng, directory)`.
 
 A case writes hostile files into its empty directory, beside which `outside` lies with a secret that
 it must not reach, and reads them as the package does. It returns, or raises `MusicError`.
@@ -61,7 +61,7 @@ SECRET = b"not to be read or written"
 
 @functools.cache
 def _kept(name: str) -> pathlib.Path:
-    """A directory of this process for what is made once and copied by each case."""
+    """Returns a directory for files that are made once and copied by each case."""
     return pathlib.Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-"))
 
 

@@ -1,4 +1,4 @@
-"""Image files that somebody may have made to do harm, each from a random generator alone."""
+"""Hostile image files, each determined by a random generator."""
 
 import functools
 import io

@@ -1,4 +1,4 @@
-"""JSON that somebody may have made to do harm, each from a random generator alone."""
+"""Hostile JSON, each determined by a random generator."""
 
 import copy
 import json
@@ -15,7 +15,7 @@ _VALUES = (
 
 
 def hostile_value(rng: random.Random) -> object:
-    """A value that is seldom meant."""
+    """Returns an unusual value."""
     return copy.deepcopy(rng.choice(_VALUES))
 
 

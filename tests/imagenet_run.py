@@ -26,7 +26,7 @@ _MAIN = "music_jax.main"
 
 
 def train(folder: pathlib.Path, *more: str, stop_at: int = 6, timeout: float = 3600) -> dict:
-    """Prepares, trains, stops at a step, goes on and probes.
+    """Prepares, trains, stops at a step, resumes and probes.
 
     Args:
       folder: an empty one, for the tars, the dataset and the workdir `run`.

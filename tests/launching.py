@@ -1,4 +1,4 @@
-"""What the tests of the launchers share: running one, and reading what its dry run prints."""
+"""Functions for tests of the launchers: running one, and reading the output of its dry run."""
 
 import os
 import pathlib

@@ -10,7 +10,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 
 class HttpError(Exception):
-    """As gcsfs has it: no OSError."""
+    """An error of gcsfs, which is no OSError."""
 
 
 class _FailingReads(io.BytesIO):
@@ -73,7 +73,7 @@ def bucket_directory(monkeypatch):
 
 @contextlib.contextmanager
 def out_of_reach(failure=HttpError):
-    """Meanwhile whatever is asked of the bucket fails."""
+    """Opens a context in which all requests to the bucket fail."""
     Bucket.failure = failure
     try:
         yield
@@ -83,7 +83,7 @@ def out_of_reach(failure=HttpError):
 
 @contextlib.contextmanager
 def broken_connection(failure=HttpError):
-    """Meanwhile files can be opened, and reading them fails."""
+    """Opens a context in which files can be opened, but not read."""
     Bucket.failing_reads = failure
     try:
         yield

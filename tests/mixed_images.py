@@ -1,4 +1,4 @@
-"""Folders of image files of every kind that is read, some of them broken, as people have them."""
+"""Folders of image files of all supported formats, some of them broken."""
 
 import io
 import pathlib
@@ -116,6 +116,6 @@ def _odd_files(value: int, rng: np.random.Generator) -> dict[str, bytes | None]:
 
 
 def _promising(jpeg: bytes, side: int) -> bytes:
-    """A JPEG whose header says that it is larger."""
+    """Returns a JPEG whose header has a larger size."""
     at = jpeg.index(b"\xff\xc0") + 5
     return jpeg[:at] + struct.pack(">HH", side, side) + jpeg[at + 4 :]

@@ -1,4 +1,4 @@
-"""Mutation testing: changes one place of the code at a time and sees whether a test notices.
+"""Mutation testing: changes the code at one position at a time and checks that a test fails.
 
     pip install --no-deps --target=/tmp/mutation cosmic-ray parso
     export PYTHONPATH=/tmp/mutation
@@ -85,7 +85,7 @@ def nearest_tests(module: pathlib.Path) -> list[str]:
 
 
 class _WithoutMessages(ast.NodeTransformer):
-    """Leaves out what has no effect, or none but on the text of a message."""
+    """Removes code that has no effect except on the text of messages."""
 
     def visit_arg(self, node):
         node.annotation = None
@@ -117,7 +117,7 @@ class _WithoutMessages(ast.NodeTransformer):
 
 @functools.lru_cache(16)
 def _effect(source: str) -> str | None:
-    """What is compared of two sources; None for one that does not compile."""
+    """Returns the part of a source that is compared; None if it does not compile."""
     try:
         with warnings.catch_warnings(action="ignore"):
             compile(source, "mutant", "exec")
@@ -155,7 +155,7 @@ def places(module: pathlib.Path) -> list[tuple[pathlib.Path, int, str, int]]:
 
 
 def mutate(module: pathlib.Path, number: int, name: str, variant: int) -> dict | None:
-    """The mutant of a place; None if the change has no effect that a test should see."""
+    """Returns the mutant of a position; None if no test should detect the change."""
     import parso
     from cosmic_ray.ast import ast_nodes
 
@@ -248,7 +248,7 @@ def _child(mutant: dict, directory: str) -> None:
 
 
 def trial(mutant: dict, limit: float) -> dict:
-    """Whether the nearest tests kill a mutant, and how long they took."""
+    """Returns whether the nearest tests detect a mutant, and their time."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         pid = os.fork()

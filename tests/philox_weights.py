@@ -1,4 +1,4 @@
-"""Weights that follow from a tensor's name alone, so that no file need hold them."""
+"""Weights that are computed from the names of tensors, so that no file is needed."""
 
 import hashlib
 from collections.abc import Mapping, Sequence

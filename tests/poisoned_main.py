@@ -1,4 +1,4 @@
-"""`python -m tests.poisoned_main POISON ARGS`: `music_jax.main` in which some steps go wrong.
+"""`python -m tests.poisoned_main POISON ARGS`: `music_jax.main` in which some steps fail.
 
 POISON is KIND:STEP[,KIND:STEP...] on configs/digits.py at batch 128:
 nan, leap, flat: the step's embeddings become not finite, large, or all alike;

@@ -43,7 +43,7 @@ def start(module, *arguments, devices=1, env=None, **popen):
 
 
 def run(module, *arguments, devices=1, timeout=900):
-    """Runs a command to its end; gives exit code, standard output and standard error."""
+    """Runs a command to its end; returns exit code, standard output and standard error."""
     process = start(module, *arguments, devices=devices)
     try:
         out, err = process.communicate(timeout=timeout)
@@ -53,7 +53,7 @@ def run(module, *arguments, devices=1, timeout=900):
 
 
 def free_port():
-    """A port for processes to meet at, which nobody has.
+    """Returns a free port for the processes of a run.
 
     It is below those that Linux gives to whoever asks for any: it stays free until the first of the
     processes, seconds later, listens at it.
@@ -66,12 +66,12 @@ def free_port():
 
 
 def metrics(workdir):
-    """The lines of metrics.jsonl."""
+    """Returns the lines of metrics.jsonl."""
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def checkpoint(workdir, step):
-    """All arrays of a checkpoint, by their path."""
+    """Returns all arrays of a checkpoint, by their path."""
     path = workdir / "checkpoints" / str(step) / "state"
     with ocp.PyTreeCheckpointer() as checkpointer:
         shapes = checkpointer.metadata(path).item_metadata.tree

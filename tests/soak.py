@@ -56,7 +56,7 @@ def start(output: pathlib.Path, every_steps: int, core: int | None) -> subproces
 
 
 def sample(process: psutil.Process, workdir: pathlib.Path) -> dict[str, int]:
-    """What a process and all below it hold at this moment."""
+    """Returns the current memory, open files and threads of a process and its children."""
     children = process.children(recursive=True)
     found = {"rss": 0, "open_files": 0, "threads": 0, "children": len(children)}
     for each in (process, *children):
@@ -83,7 +83,7 @@ def _entries(workdir: pathlib.Path) -> int:
 
 
 def last_step(workdir: pathlib.Path) -> int:
-    """The last step that is logged; reads no more than the end of the file."""
+    """Returns the last logged step; reads only the end of the file."""
     try:
         with (workdir / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
@@ -93,7 +93,7 @@ def last_step(workdir: pathlib.Path) -> int:
 
 
 def judge(samples: list[dict], warm_up: float, tolerance: float) -> dict[str, dict]:
-    """For each quantity its growth after the warm-up and whether it is flat.
+    """Returns the growth of each quantity after the warm-up, and whether it is flat.
 
     Args:
       samples: with `seconds` and the quantities.

@@ -17,7 +17,7 @@ _SERVER = pathlib.Path(__file__).with_name("bucket_server.py")
 
 @pytest.fixture
 def bucket():
-    """The address of a bucket's server, and what tells the clients of it."""
+    """The address of a bucket server, and the environment for its clients."""
     with subprocess.Popen(
         [sys.executable, _SERVER],
         stdin=subprocess.PIPE,

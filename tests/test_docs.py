@@ -1,4 +1,4 @@
-"""What the documentation says of flags, fields, files and messages is true of the code."""
+"""Flags, fields, files and messages in the documentation exist in the code."""
 
 import ast
 import concurrent.futures

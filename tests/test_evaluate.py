@@ -75,7 +75,7 @@ def test_each_protocol_writes_the_same_metrics_on_one_and_two_devices(finished):
 
 
 def _close(a, b, path=""):
-    """All figures alike, but for the rounding that another division of the work brings."""
+    """Checks that all metrics are equal up to rounding."""
     if isinstance(a, dict):
         assert a.keys() == b.keys(), path
         for key in a:

@@ -1,4 +1,4 @@
-"""The campaign of faults in short; `python tests/faults.py --kills=50` is the whole of it."""
+"""A short campaign of faults; `python tests/faults.py --kills=50` is the full one."""
 
 import faults
 import pytest

@@ -1,4 +1,4 @@
-"""What somebody may have made to do harm: an error that is meant, or acceptance; never more.
+"""Hostile input is either accepted or a clear error.
 
 `tests/fuzz.py` tries a hundred thousand of them; here are a few of each, and those by name that
 once did harm.

@@ -1,4 +1,4 @@
-"""The shell scripts, run for real in a copy of the repository whose pip only takes notes."""
+"""The shell scripts, run in a copy of the repository whose pip only records its calls."""
 
 import ast
 import configparser
@@ -38,7 +38,7 @@ sys.exit(int(os.environ.get("MAIN_EXITS", "0")))
 
 
 class Clone:
-    """A copy of the scripts, with a stand-in for music_jax.main that says how it was called."""
+    """A copy of the scripts, with a substitute for music_jax.main that prints its arguments."""
 
     def __init__(self, tmp_path):
         self.root = tmp_path / "a clone"

@@ -1,4 +1,4 @@
-"""The launchers for clusters: what they would run, and that clusters take the files as they are."""
+"""The launchers for clusters: the commands that they run, and the validity of their files."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Training that goes wrong, as processes: it stops, or rewinds and leaves out what did it."""
+"""Failing training, as processes: it stops, or rewinds and skips the bad steps."""
 
 import json
 import random

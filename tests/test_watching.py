@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases and profiles of a run, read back by the programs that show them."""
+"""TensorBoard, Weights & Biases and profiles of a run, read by the programs that display them."""
 
 import json
 import os
@@ -51,7 +51,7 @@ print(json.dumps({"scalars": scalars, "images": images}))
 
 @pytest.fixture
 def wandb(tmp_path, monkeypatch):
-    """A package of this name; gives the file that it takes notes in."""
+    """Installs a fake `wandb` package; returns the file in which it records its calls."""
     package = tmp_path / "packages" / "wandb"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(_WANDB)

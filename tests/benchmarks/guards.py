@@ -1,4 +1,4 @@
-"""What the guards cost: a step with all of them, with those of the loss alone, and without any.
+"""Measures the cost of the guards: a step with all, with those of the loss alone, and with none.
 
     python tests/benchmarks/guards.py --config=configs/mnist5k.py --pairs=40
     python tests/benchmarks/guards.py --config=configs/mnist5k.py --segments=102 --units=80

@@ -1,4 +1,4 @@
-"""How long a save holds the training loop, beside a step and the bare copy off the devices.
+"""Measures how long a save blocks the training loop, compared with a step and a copy to the host.
 
     python tests/benchmarks/saving.py                      configs/mnist5k.py, 2 devices
     python tests/benchmarks/saving.py --config=imagenet --batch-size=4 --image-size=64

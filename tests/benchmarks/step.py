@@ -1,4 +1,4 @@
-"""A training step on the devices at hand, and how far it is from the published peaks.
+"""Measures a training step on the local devices, and compares it with the published peaks.
 
     python tests/benchmarks/step.py --config=configs/imagenet.py --batch=256,512 --json=step.json
 
@@ -34,7 +34,7 @@ STEPS_PER_EPOCH = 100
 
 
 def measure(config: Any, chip: str | None, steps: int, turns: int) -> dict[str, Any]:
-    """One row of the table."""
+    """Returns one row of the table."""
     mesh = make_data_mesh(fsdp=config.sharding.fsdp)
     recipe = make_recipe(config, STEPS_PER_EPOCH)
     side = config.crop.size
@@ -93,7 +93,7 @@ def measure(config: Any, chip: str | None, steps: int, turns: int) -> dict[str, 
 
 
 def chip_at_hand() -> str | None:
-    """The plan's name of the device, if it is one that it knows."""
+    """Returns the name of the local device in `plan`, or None if it is unknown."""
     kind = jax.devices()[0].device_kind.lower()
     return next((name for name in CHIPS if name in kind.replace(" ", "")), None)
 

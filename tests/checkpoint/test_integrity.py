@@ -1,4 +1,4 @@
-"""Damage of every kind is found, and what is whole is not accused."""
+"""Every kind of damage is detected, and valid checkpoints are accepted."""
 
 import json
 import os

@@ -48,7 +48,7 @@ def test_a_worker_runs_a_setting_that_no_other_worker_runs(tmp_path):
 
 
 def finish(sweep, cell, **result):
-    """What a run of the cell leaves."""
+    """Writes the files of a finished cell."""
     directory = sweep.directory / cell.name
     directory.mkdir(parents=True)
     write_config(directory, sweep.cell_config(cell))
@@ -56,7 +56,7 @@ def finish(sweep, cell, **result):
 
 
 def accuracy_of(cell):
-    """Best at 3e-3 for all but music, whose best is 1e-2; depth helps nobody."""
+    """Returns an accuracy that is best at 3e-3, or 1e-2 for music, whatever the depth."""
     best = 1e-2 if cell.setting.method == "music" else 3e-3
     noise = np.random.default_rng(cell.seed).normal(scale=0.001)
     return 0.97 - 0.01 * abs(np.log10(cell.learning_rate / best)) + noise
@@ -321,7 +321,7 @@ def test_the_report_names_what_is_missing_and_keeps_other_sections(tmp_path):
 
 
 def write_tables(path, directory, **options):
-    """What the command writes once everything that is asked for is trained."""
+    """Writes the files that the command writes once all cells are trained."""
     sweep = make_sweep(directory, **options)
     finish_all(sweep)
     shown = sweep.with_earlier(make_sweep(directory).claims)

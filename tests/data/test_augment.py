@@ -1,4 +1,4 @@
-"""The whole augmentation: what is drawn, for whom, and that nothing else plays a part."""
+"""The complete augmentation: its draws, what they depend on, and their effect."""
 
 import dataclasses
 import functools

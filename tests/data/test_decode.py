@@ -1,4 +1,4 @@
-"""Decoding what people have, against Pillow, and refusing what must not be decoded."""
+"""Decoding common files compared with Pillow, and refusing dangerous ones."""
 
 import contextlib
 import io

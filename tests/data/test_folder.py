@@ -1,4 +1,4 @@
-"""A folder of images: what is in it, in which order, and what is left out."""
+"""A folder of images: its contents, their order, and excluded files."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Packing: what comes out, that it is read like a folder, and that a kill harms nothing."""
+"""Packing: its output, reading it like a folder, and resuming after a kill."""
 
 import json
 import signal

@@ -40,7 +40,7 @@ def _open_all(path, processes):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """What the time is, in seconds."""
+    """The time, in seconds."""
     now = [100.0]
     monkeypatch.setattr(skipped.time, "monotonic", lambda: now[0])
     return now

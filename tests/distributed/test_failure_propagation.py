@@ -1,4 +1,4 @@
-"""Runs of two processes over loopback: found, stopped, resumed and ended together."""
+"""Runs of two processes over loopback: joining, stopping, resuming and ending together."""
 
 import json
 import signal
@@ -45,12 +45,12 @@ def _open_mpi(process, port):
 
 
 def _saved(workdir):
-    """The steps whose checkpoints are whole."""
+    """Returns the steps of the complete checkpoints."""
     return {path.name for path in workdir.glob("checkpoints/*") if path.name.isdigit()}
 
 
 def start_two(told, *arguments):
-    """Starts two processes that are told of each other in one way."""
+    """Starts two processes that find each other in one of the supported ways."""
     port = free_port()
     processes = []
     for i in range(2):
@@ -179,7 +179,7 @@ app.run(main)  # which has Python print the threads' tracebacks at an abort, as 
 
 
 def _joined(count):
-    """Processes of a run that do nothing but to belong to it."""
+    """Starts processes that only join a run."""
     address = f"127.0.0.1:{free_port()}"
     command = [sys.executable, "-c", _JOIN, address, str(count)]
     processes = [

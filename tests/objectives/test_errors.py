@@ -1,4 +1,4 @@
-"""Errors of all objectives: each says what was expected, what it got, and what to do."""
+"""Errors of all objectives: each has what was expected, what was given, and what to do."""
 
 import functools
 

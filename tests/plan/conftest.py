@@ -1,4 +1,4 @@
-"""libtpu is loaded once, to compile only, and says on standard error that it sits on no TPU."""
+"""Loads libtpu once, only to compile; it warns on standard error that there is no TPU."""
 
 import os
 
@@ -15,7 +15,7 @@ os.environ.update(
 
 @pytest.fixture(scope="session")
 def four_chips():
-    """Four TPU v5e chips that are not at hand."""
+    """Four absent TPU v5e chips."""
     return compiling.open_slice("v5e:2x2", fsdp=1)
 
 

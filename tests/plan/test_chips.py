@@ -72,7 +72,7 @@ def test_the_network_peak_is_that_of_the_chip_with_the_fewest_links(topology, li
 
 
 def _with_gpus(directory, monkeypatch, *names):
-    """A driver's command that tells of these GPUs."""
+    """Installs an `nvidia-smi` that lists these GPUs."""
     command = directory / "nvidia-smi"
     command.write_text("#!/bin/sh\n" + "".join(f"echo '{name}'\n" for name in names))
     command.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Slices that are not at hand, what fits into them, and the real step compiled for one."""
+"""Absent slices: their memory, and the real step compiled for one."""
 
 import jax
 import jax.numpy as jnp

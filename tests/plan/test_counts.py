@@ -1,4 +1,4 @@
-"""What is counted in a program's text, on programs that XLA has compiled for four TPU v5e chips."""
+"""Counts of programs that XLA has compiled for four TPU v5e chips."""
 
 import functools
 

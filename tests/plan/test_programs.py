@@ -1,4 +1,4 @@
-"""What is counted in a program, on small programs whose figures are summed by hand."""
+"""Counts of small programs, compared with sums by hand."""
 
 import numpy as np
 import pytest

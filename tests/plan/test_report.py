@@ -1,4 +1,4 @@
-"""What follows from a step's costs, against sums done by hand."""
+"""Estimates from the costs of a step, compared with sums by hand."""
 
 import dataclasses
 import json

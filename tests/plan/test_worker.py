@@ -1,4 +1,4 @@
-"""Looking for the largest batch, and ending with the process that started it."""
+"""The search for the largest batch, and ending with the parent process."""
 
 import runpy
 import subprocess

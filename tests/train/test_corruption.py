@@ -1,4 +1,4 @@
-"""Bits that differ between devices, or between two times of the same step."""
+"""Bits that differ between devices, or between two runs of the same step."""
 
 import dataclasses
 

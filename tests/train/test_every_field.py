@@ -1,4 +1,4 @@
-"""Every field of the config arrives where it is meant to, each with a value of its own.
+"""Every field of the config, each with a different value, reaches the function that uses it.
 
 No field has its default and no two of a kind have the same value; images are not square, and
 sample indices are not positions in the batch. Numbers that a step gives are computed a second time
@@ -223,7 +223,7 @@ def test_no_field_has_its_default_and_the_views_share_none(config):
 
 
 class _Calls:
-    """Records the calls of functions in place of which it stands."""
+    """Replaces functions and records their calls."""
 
     def __init__(self, monkeypatch):
         self.of, self._monkeypatch = {}, monkeypatch

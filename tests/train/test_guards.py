@@ -1,4 +1,4 @@
-"""What trips a guard and what does not, and what the statistics say of known embeddings."""
+"""Steps that trip a guard or do not, and the statistics of known embeddings."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""A run resumes with the images that it began with."""
+"""A run resumes only with the images that it began with."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A whole training in this process: what it leaves, and how it is stopped, resumed and rewound."""
+"""A complete training in this process: its files, and stopping, resuming and rewinding it."""
 
 import dataclasses
 import functools
@@ -51,7 +51,7 @@ def _lines(path):
 
 
 def _metrics(workdir):
-    """All that is logged but how fast it was."""
+    """Returns all logged values except for the speed."""
     lines = _lines(workdir / "metrics.jsonl")
     return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
 
@@ -218,7 +218,7 @@ def test_rewinds_are_counted_over_all_starts_of_a_run(config, tmp_path):
 
 
 class _Processes:
-    """Two processes that take turns: what the main one tells, the other one hears."""
+    """Two processes that alternate: the other one receives the values of the main one."""
 
     def __init__(self, monkeypatch):
         self._monkeypatch, self._told = monkeypatch, []

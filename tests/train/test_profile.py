@@ -1,4 +1,4 @@
-"""Which steps can be profiled, and what is said of those that cannot."""
+"""Steps that can be profiled, and the messages for those that cannot."""
 
 import subprocess
 import sys

@@ -124,7 +124,7 @@ def test_a_live_holder_on_another_host_keeps_the_lock(tmp_path):
 
 
 class _Clock:
-    """A clock that goes on as one sleeps, and what happens meanwhile."""
+    """A clock that `sleep` advances; each advance calls a function."""
 
     def __init__(self, each_second):
         self.seconds, self._each_second = 0.0, each_second

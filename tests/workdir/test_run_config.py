@@ -375,7 +375,7 @@ def _fields(config, prefix=""):
 
 
 def _save_without(tmp_path, config, field):
-    """Writes config.json as a version did that did not have the field yet."""
+    """Writes config.json as by a version without the field."""
     record = as_json(config)
     part = record
     *parents, last = field.split(".")

@@ -1,4 +1,4 @@
-"""Files that anyone may have written are read, or a ValueError says what is wrong."""
+"""Files that anyone may have written are read, or raise a ValueError with the reason."""
 
 import io
 import json
