@@ -69,7 +69,7 @@ def evaluate(
     """Evaluates a checkpoint of a run, writes the results and prints them.
 
     Args:
-      workdir: Directory of the run.
+      workdir: Workdir of the run.
       protocols: Names of protocols, as in `music_jax.evaluation.protocols.PROTOCOLS`.
       output: Directory for the results; the workdir by default.
       checkpoint: Step of the checkpoint, or its directory; the latest by default.

@@ -40,7 +40,7 @@ def linear_eval(
     """Evaluates a checkpoint of a run, writes linear_eval.json and knn.json and prints a table.
 
     Args:
-      workdir: Directory of the run.
+      workdir: Workdir of the run.
       output: Directory for the results; the workdir by default.
       checkpoint: Step of the checkpoint, or its directory; the latest by default.
       overrides: Config fields by dotted name that replace the run's own in the evaluation.

@@ -62,7 +62,7 @@ class Checkpoints:
         """Opens `workdir/checkpoints`.
 
         Args:
-          workdir: The run's directory.
+          workdir: Workdir of the run.
           max_to_keep: Number of checkpoints to keep, the newest.
           read_only: Whether to change nothing; otherwise the directory is created if needed.
           ignore_failed_saves: Whether to log a failed save and continue, instead of raising.

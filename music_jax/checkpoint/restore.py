@@ -29,7 +29,7 @@ def restore_network(
     """Restores the network of a run without changing the run.
 
     Args:
-      workdir: The run's directory, as an absolute path.
+      workdir: Workdir of the run, as an absolute path.
       config: The run's config.
       checkpoint: The checkpoint's step or directory; None for the latest valid one.
       mesh: The devices to restore onto.

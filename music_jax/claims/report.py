@@ -1,4 +1,4 @@
-"""Plots of the claims, and the section of RESULTS.md with tables and what they show."""
+"""Plots of the claims, and the section of RESULTS.md with tables and findings."""
 
 import re
 import shlex

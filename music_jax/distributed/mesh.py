@@ -292,7 +292,7 @@ def is_main_process() -> bool:
 
 
 def from_main_process(make: Callable[[], Any]) -> Any:
-    """Returns a value of the main process to all processes, so that they decide alike.
+    """Returns a value of the main process to all processes, so that they make the same decisions.
 
     What each process reads from shared storage may differ. All processes call this together.
 

@@ -16,7 +16,7 @@ _SHARE_BETWEEN_LINES = 0.05  # of the time since the bar began
 
 
 def escape_surrogates(text: str) -> str:
-    r"""Escapes what UTF-8 cannot encode, such as in the name of a file.
+    r"""Escapes characters that UTF-8 cannot encode, such as in the name of a file.
 
     Bytes of a name that are not UTF-8, which Python reads as surrogates, become `\xe9`.
     """

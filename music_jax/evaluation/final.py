@@ -32,7 +32,7 @@ class FinalEvaluation:
 
         Args:
           config: The run's config.
-          workdir: The run's directory.
+          workdir: Workdir of the run.
           source: The training images.
 
         Raises:

@@ -210,7 +210,7 @@ def _parse_transfer_set(spec: str) -> tuple[str, str]:
 
 
 def provenance(name: str, config: config_dict.ConfigDict, step: int) -> Result:
-    """Returns what a protocol's result depends on: data, hyperparameters, step and seed."""
+    """Returns the inputs of a protocol's result: data, hyperparameters, step and seed."""
     everything = as_json(config)
     dataset, evaluation = config.dataset, everything["evaluation"]
     own = normalize_path(dataset.path) or f"{dataset.name}:{dataset.train_split}"

@@ -34,7 +34,7 @@ _PERPLEXITY = 30
 
 
 class Sample(NamedTuple):
-    """The images that a report shows, and what the network computes from them."""
+    """The images that a report shows, and the outputs of the network for them."""
 
     source: str
     source_size: int

@@ -76,7 +76,7 @@ def check_same_images(workdir: epath.Path, source: Source, *, resuming: bool) ->
     resumes and gets one.
 
     Args:
-      workdir: The run's directory.
+      workdir: Workdir of the run.
       source: The images.
       resuming: Whether the run has a checkpoint.
 

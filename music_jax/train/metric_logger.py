@@ -118,7 +118,7 @@ class MetricLogger:
 
         Args:
           config: The run's config; `tensorboard` and `wandb_project` choose writers.
-          workdir: The run's directory.
+          workdir: Workdir of the run.
 
         Raises:
           UserError: Weights & Biases is enabled but not installed.

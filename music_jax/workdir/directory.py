@@ -1,4 +1,4 @@
-"""Run directories: opens and finds them, and locks them for one writer at a time."""
+"""Opens and finds workdirs, and locks them for one writer at a time."""
 
 import contextlib
 import datetime
@@ -34,7 +34,7 @@ _SETTLE_SECONDS = 2.0  # until one of two processes that lock at once can read t
 
 
 def open_workdir(path: str, *, create: bool = True) -> epath.Path:
-    """Creates a run directory if needed and checks that it can be written to.
+    """Creates a workdir if needed and checks that it can be written to.
 
     Also removes temporary files that killed processes left in it.
 
@@ -148,7 +148,7 @@ def check_utf8(path: str) -> None:
 
 
 def _check_entries(workdir: str) -> None:
-    """Checks that nothing written into a run directory ends up elsewhere or blocks.
+    """Checks that nothing written into a workdir ends up elsewhere or blocks.
 
     Only `checkpoints` may be a link to a directory elsewhere, whose entries are checked as well.
     Removes old temporary files.
@@ -189,7 +189,7 @@ def _check_link(path: str, root: str) -> None:
 
 
 class WorkdirLock:
-    """A context in which this process alone may write to a run directory.
+    """A context in which this process alone may write to a workdir.
 
     The file `lock` records the holder's host and pid, and a count that the holder increments while
     it runs. On the holder's host the operating system shows whether it has ended, so that a killed

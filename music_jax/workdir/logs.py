@@ -154,7 +154,7 @@ class MetricsLog(_JsonLines):
         Lines that cannot be read or that repeat a step are removed with a warning.
 
         Args:
-          workdir: Directory of the run.
+          workdir: Workdir of the run.
           start_step: Step from which the run resumes.
           ignore_failures: Whether a full disk causes a warning, and lines that are written when
             there is space again, in place of an OSError.
