@@ -1,4 +1,4 @@
-"""A linear classifier trained beside the pre-training, without an effect on it.
+"""A linear classifier, trained in parallel to the pre-training without an effect on it.
 
 It uses the backbone after every step, in inference mode, in a separate jitted step: the program of
 the pre-training, and so every bit of its result, is the same with and without it.
