@@ -44,7 +44,7 @@ def test_the_time_that_orbax_adds_is_no_damage(checkpoint):
         (lambda d: os.truncate(d / "state/d/abc", 4999), "state/d/abc has changed"),
         (lambda d: (d / "state/d/abc").unlink(), "state/d/abc is missing"),
         (lambda d: (d / "state/empty").unlink(), "state/empty is missing"),
-        (lambda d: (d / "state/extra").write_text("x"), "state/extra was not there"),
+        (lambda d: (d / "state/extra").write_text("x"), "state/extra was added after the save"),
         (lambda d: (d / "_CHECKPOINT_METADATA").unlink(), "cannot be read"),
         (lambda d: (d / "_CHECKPOINT_METADATA").write_text("{}"), "_CHECKPOINT_METADATA has chan"),
         (lambda d: (d / "_CHECKPOINT_METADATA").write_text("[]"), "cannot be read"),
