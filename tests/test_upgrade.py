@@ -56,7 +56,8 @@ _MEAN, _DEVIATION = 0.45250267, 0.6516516
 @pytest.fixture
 def workdir(tmp_path):
     with tarfile.open(_SAVED) as archive:
-        archive.extractall(tmp_path / "run", filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # not before 3.11.4
+        archive.extractall(tmp_path / "run")
     return tmp_path / "run"
 
 

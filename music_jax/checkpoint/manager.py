@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import logging
+import os
 import shutil
 import sys
 from typing import Any
@@ -341,8 +342,9 @@ def _ignore_late_errors() -> None:
         return
 
     def hook(unraisable: Any) -> None:
-        error = unraisable.exc_value
-        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        error, code = unraisable.exc_value, getattr(unraisable.object, "cr_code", None)
+        closed = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+        if not closed and f"{os.sep}orbax{os.sep}" not in getattr(code, "co_filename", ""):
             previous(unraisable)
 
     sys.unraisablehook = hook

@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import resource
+import subprocess
 import sys
 import threading
 import time
@@ -17,6 +19,7 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
+from processes import ROOT
 
 from music_jax.checkpoint import manager
 from music_jax.checkpoint.manager import Checkpoints
@@ -283,3 +286,41 @@ def test_only_late_errors_of_a_closed_event_loop_are_hidden(monkeypatch):
     for error in errors:
         sys.unraisablehook(types.SimpleNamespace(exc_value=error))
     assert [unraisable.exc_value for unraisable in shown] == list(errors[1:])
+
+
+_DAMAGED = """
+import random, sys
+from etils import epath
+from processes import ROOT
+from small_runs import save_run, small_config
+import music_jax
+from music_jax.checkpoint.integrity import write_checksums
+from music_jax.errors import UserError
+
+run = epath.Path(sys.argv[1])
+save_run(run, small_config())
+(step,) = (run / "checkpoints").iterdir()
+for path in sorted((step / "state").rglob("*")):
+    if path.is_file() and "METADATA" not in path.name:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+        path.write_bytes(content)
+write_checksums(step)
+try:
+    music_jax.load(run)
+except UserError as error:
+    print(f"error: {error}")
+"""
+
+
+def test_arrays_that_cannot_be_read_are_one_error_without_tracebacks(tmp_path):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-c", _DAMAGED, str(tmp_path / "run")],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("error: cannot restore step 3 of "), done.stdout
+    assert "Traceback" not in done.stderr
