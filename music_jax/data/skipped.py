@@ -4,6 +4,7 @@ import collections
 import contextlib
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -63,7 +64,7 @@ class SkippedImages:
         self._own = self.path if process_index == 0 else _part(directory, process_index)
         self._lock = threading.Lock()
         self._file: Appender | None = None  # open from the first image on
-        self._next_look = 0.0
+        self._next_read = 0.0
         self._listed: set[tuple[str, str]] = set()
         self._counts: collections.Counter[str] = collections.Counter()
         self._sizes: dict[str, int] = {}  # of the sources that are checked
@@ -93,15 +94,24 @@ class SkippedImages:
             self._check()
             started = time.monotonic()
             own_part = self._max_share * size / self._num_processes
-            if self._counts[source.name] > own_part and started >= self._next_look:
-                # A bucket's client may raise anything; the next read, or `merge`, covers the list.
-                with contextlib.suppress(Exception):
-                    for path in self._others():
-                        self._count(_read(path))
-                took = time.monotonic() - started
-                pause = max(_SECONDS_BETWEEN_READS, took / _LARGEST_SHARE)
-                self._next_look = started + took + pause
-                self._check()
+            if self._counts[source.name] <= own_part or started < self._next_read:
+                return
+            self._next_read = math.inf  # no other thread reads at the same time
+        self._count_others(started)
+
+    def _count_others(self, started: float) -> None:
+        """Counts the images that other processes have listed; decoding threads do not wait."""
+        found = []
+        # Whatever a bucket's client raises: the next time, or `merge`, reads the list.
+        with contextlib.suppress(Exception):
+            found += [_read(path) for path in self._others()]
+        took = time.monotonic() - started
+        pause = max(_SECONDS_BETWEEN_READS, took / _LARGEST_SHARE)
+        with self._lock:
+            for lines in found:
+                self._count(lines)
+            self._next_read = started + took + pause
+            self._check()
 
     def merge(self) -> None:
         """Joins the lists of all processes; called on process 0 when no process adds any more.
