@@ -288,7 +288,8 @@ def test_package_builds_with_all_files(tmp_path):
     source = tmp_path / "source"
     # What others compile meanwhile would be gone when its turn comes.
     ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "music_jax", source / "music_jax", ignore=ignored)
+    for name in ["music_jax", "configs"]:
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
     for name in ["setup.cfg", "pyproject.toml", "LICENSE"]:
         shutil.copy(ROOT / name, source)
     (source / "README.md").write_text("# music_jax\n")
@@ -306,5 +307,6 @@ def test_package_builds_with_all_files(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         files = set(archive.namelist())
     expected = {str(path.relative_to(ROOT)) for path in ROOT.glob("music_jax/**/*.py")}
+    expected |= {f"music_jax/{path.relative_to(ROOT)}" for path in ROOT.glob("configs/*.py")}
     assert expected | {"music_jax/py.typed"} <= files
     assert not any(name.startswith(("tests/", "configs/")) for name in files)

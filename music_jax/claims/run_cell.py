@@ -10,7 +10,7 @@ from etils import epath
 from sklearn.metrics import normalized_mutual_info_score
 
 from music_jax.claims.sweep import result_file
-from music_jax.config import from_json, get_field
+from music_jax.config import default_config, from_json, get_field
 from music_jax.data.sources import Source
 from music_jax.errors import DivergedError, UnusableDataError
 from music_jax.evaluation.features import SplitFeatures
@@ -47,7 +47,9 @@ def run_cell(task: CellTask) -> None:
     """Trains and measures a cell, resuming if it was interrupted, and writes its result.json."""
     started, cpu_started = time.monotonic(), time.process_time()
     config = from_json(task.config)
-    data = {field: get_field(config, field) for field in DATA_FIELDS}  # of the user, not of a run
+    default = default_config()
+    given = {field: get_field(config, field) for field in DATA_FIELDS}  # by the user, not by a run
+    data = {field: value for field, value in given.items() if value != get_field(default, field)}
     directory = open_workdir(task.directory)
     start_directory = directory / "start"
     result: dict[str, Any] = {"learning_rate": config.optimizer.base_learning_rate, "start": None}
