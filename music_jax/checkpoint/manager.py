@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import sys
+import traceback
 from typing import Any
 
 import jax
@@ -335,19 +336,28 @@ class Checkpoints:
 def _ignore_late_errors() -> None:
     """Hides errors of reads and writes that fail after a restore or a save has already failed.
 
-    Orbax's event loop is closed by then, and Python would print a traceback for each of them.
+    Nobody waits for them by then, so that Python and asyncio would print a traceback for each.
     """
     previous = sys.unraisablehook
     if getattr(previous, "__module__", None) == __name__:  # installed before
         return
 
     def hook(unraisable: Any) -> None:
-        error, code = unraisable.exc_value, getattr(unraisable.object, "cr_code", None)
-        closed = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
-        if not closed and f"{os.sep}orbax{os.sep}" not in getattr(code, "co_filename", ""):
+        if not _is_late(unraisable.exc_value):
             previous(unraisable)
 
     sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(
+        lambda record: not (record.exc_info and _is_late(record.exc_info[1]))
+    )
+
+
+def _is_late(error: BaseException | None) -> bool:
+    if error is None:
+        return False
+    closed = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+    frames = traceback.walk_tb(error.__traceback__)
+    return closed or any(f"{os.sep}orbax{os.sep}" in f.f_code.co_filename for f, _ in frames)
 
 
 def _make(directory: epath.Path) -> None:

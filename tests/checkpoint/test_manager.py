@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import re
 import resource
@@ -286,6 +287,16 @@ def test_only_late_errors_of_a_closed_event_loop_are_hidden(monkeypatch):
     for error in errors:
         sys.unraisablehook(types.SimpleNamespace(exc_value=error))
     assert [unraisable.exc_value for unraisable in shown] == list(errors[1:])
+
+
+@pytest.mark.parametrize(("file", "hidden"), [("/x/orbax/read.py", True), ("/x/mine.py", False)])
+def test_asyncio_does_not_report_late_errors_of_orbax(file, hidden, caplog):
+    manager._ignore_late_errors()
+    try:
+        exec(compile("raise ValueError", file, "exec"))
+    except ValueError:
+        logging.getLogger("asyncio").exception("Task exception was never retrieved")
+    assert (caplog.text == "") == hidden
 
 
 _DAMAGED = """
