@@ -16,6 +16,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
 import pytest
+from etils import epath
+from memory_bucket import bucket_directory
 
 from music_jax.distributed.progress import log_to_stdout
 
@@ -33,3 +35,29 @@ def own_compilation_cache(monkeypatch, tmp_path):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "music_jax" / "compiled"
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """A directory of a bucket in memory."""
+    with bucket_directory(monkeypatch) as directory:
+        yield directory
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def directory(request):
+    """A directory on disk, then one of a bucket."""
+    if request.param == "disk":
+        return epath.Path(request.getfixturevalue("tmp_path"))
+    return request.getfixturevalue("bucket")
+
+
+@pytest.fixture
+def outside(tmp_path):
+    """A file and a directory that nothing below `run` may touch."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "file").write_text("precious")
+    (tmp_path / "run").mkdir()
+    yield tmp_path / "outside" / "file"
+    assert os.listdir(tmp_path / "outside") == ["file"]
+    assert (tmp_path / "outside" / "file").read_text() == "precious"

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from etils import epath
 from jax.experimental import multihost_utils
-from memory_bucket import bucket_directory
 from processes import ROOT
 
 from music_jax.config import default_config
@@ -44,19 +43,6 @@ def clock(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(skipped.time, "monotonic", lambda: now[0])
     return now
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    with bucket_directory(monkeypatch) as directory:
-        yield directory
-
-
-@pytest.fixture(params=["disk", "bucket"])
-def directory(request):
-    if request.param == "disk":
-        return epath.Path(request.getfixturevalue("tmp_path"))
-    return request.getfixturevalue("bucket")
 
 
 def _images(path):

@@ -12,7 +12,7 @@ import time
 
 import pytest
 from etils import epath
-from memory_bucket import bucket_directory, out_of_reach
+from memory_bucket import out_of_reach
 from small_runs import save_run, small_config
 
 from music_jax.checkpoint.manager import Checkpoints
@@ -254,12 +254,6 @@ def test_check_utf8_refuses_other_names():
     check_utf8("/home/é")
     with pytest.raises(UserError, match=r"/home/\\xe9 is not UTF-8.*rename it"):
         check_utf8(os.fsdecode(b"/home/\xe9"))
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    with bucket_directory(monkeypatch) as directory:
-        yield directory
 
 
 @pytest.mark.parametrize(

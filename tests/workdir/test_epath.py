@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
-from memory_bucket import HttpError, broken_connection, bucket_directory, out_of_reach
+from memory_bucket import HttpError, broken_connection, out_of_reach
 
 from music_jax.checkpoint.integrity import find_damage, write_checksums
 from music_jax.checkpoint.manager import Checkpoints
@@ -34,13 +34,6 @@ from music_jax.workdir.files import (
 )
 from music_jax.workdir.run_config import as_json, check_same_run, read_config, write_config
 from music_jax.workdir.user_directories import cache_directory
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    with bucket_directory(monkeypatch) as directory:
-        yield directory
-
 
 ORDER = TrainingOrder(32, 16, 0)
 

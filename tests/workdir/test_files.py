@@ -95,17 +95,6 @@ def test_new_path_gives_a_new_name_each_time(tmp_path):
     assert (tmp_path / "a").read_text() == "written"
 
 
-@pytest.fixture
-def outside(tmp_path):
-    """A file and a directory that nothing below `run` may touch."""
-    (tmp_path / "outside").mkdir()
-    (tmp_path / "outside" / "file").write_text("precious")
-    (tmp_path / "run").mkdir()
-    yield tmp_path / "outside" / "file"
-    assert os.listdir(tmp_path / "outside") == ["file"]
-    assert (tmp_path / "outside" / "file").read_text() == "precious"
-
-
 def test_skipped_images_are_not_listed_through_a_link(outside, tmp_path):
     source = Source("photos", range(9), "image", "label", 0)
     os.symlink(outside, tmp_path / "run" / "skipped.jsonl")

@@ -7,24 +7,11 @@ import resource
 
 import pytest
 from etils import epath
-from memory_bucket import bucket_directory, out_of_reach
+from memory_bucket import out_of_reach
 
 from music_jax.errors import UserError
 from music_jax.workdir import logs
 from music_jax.workdir.logs import EventsLog, MetricsLog, open_to_append
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    with bucket_directory(monkeypatch) as directory:
-        yield directory
-
-
-@pytest.fixture(params=["disk", "bucket"])
-def directory(request):
-    if request.param == "disk":
-        return epath.Path(request.getfixturevalue("tmp_path"))
-    return request.getfixturevalue("bucket")
 
 
 def test_lines_are_appended(directory):
@@ -155,17 +142,6 @@ def test_logs_in_an_unreachable_bucket_are_written_later_with_a_warning(bucket, 
     with out_of_reach(), pytest.raises(OSError, match="503"):
         strict.write({"step": 2})
     strict.close()
-
-
-@pytest.fixture
-def outside(tmp_path):
-    """A file and a directory that nothing below `run` may touch."""
-    (tmp_path / "outside").mkdir()
-    (tmp_path / "outside" / "file").write_text("precious")
-    (tmp_path / "run").mkdir()
-    yield tmp_path / "outside" / "file"
-    assert os.listdir(tmp_path / "outside") == ["file"]
-    assert (tmp_path / "outside" / "file").read_text() == "precious"
 
 
 def test_nothing_is_appended_through_a_link(outside, tmp_path):
