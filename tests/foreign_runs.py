@@ -96,11 +96,21 @@ def watch(base: pathlib.Path) -> None:
     sys.addaudithook(hook)
 
 
+def paths(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder and all that lies below it, however deep; `rglob` recurses."""
+    remaining = [folder]
+    while remaining:
+        path = remaining.pop()
+        yield path
+        if path.is_dir() and not path.is_symlink():
+            remaining += path.iterdir()
+
+
 def listing(*folders: pathlib.Path) -> dict[str, tuple]:
     """Type, size, time and content of all that lies below some folders."""
     found = {}
     for folder in folders:
-        for path in (folder, *sorted(folder.rglob("*"))):
+        for path in paths(folder):
             status = path.lstat()
             content = ""
             if stat.S_ISREG(status.st_mode):
@@ -405,7 +415,8 @@ def main() -> None:
             print(json.dumps(cases.run(options.case, show=True), indent=1))
             return None
         rows = campaign(base, options.count, options.seed)
-        remove(base / "run")
+        for path in list(base.iterdir()):
+            remove(path)  # The removal of a temporary directory recurses.
     print(table(rows))
     sys.exit(any(rows[name]["wrong"] for name in COMMANDS))
 

@@ -79,13 +79,17 @@ class _Listener:
                 signal.signal(number, lambda number, frame: None)  # the thread handles it
 
     def close(self) -> None:
-        """Restores the previous handlers, and waits until all earlier signals are handled."""
-        for number, previous in self._previous.items():
-            if previous is not None:  # None: it was not installed from Python
-                signal.signal(number, previous)
+        """Waits until all earlier signals are handled; later ones are ignored until `restore`."""
+        ignore_signals()
         signal.set_wakeup_fd(self._outer, warn_on_full_buffer=False)
         os.close(self._writer)
         self._thread.join()
+
+    def restore(self) -> None:
+        """Restores the previous handlers."""
+        for number, previous in self._previous.items():
+            # None: it was not installed from Python.
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)
 
     def _listen(self, reader: int, handle: Callable[[int], None]) -> None:
         while number := os.read(reader, 1):
@@ -136,7 +140,8 @@ class Stop:
 class StopSignal(Stop):
     """A context in which the first signal requests a stop and a second one exits at once.
 
-    For commands, which own the process; use it on the main thread.
+    For commands, which own the process; use it on the main thread. After a stop, signals are
+    ignored: the process is about to exit.
 
     Several processes must agree on a stop. There the signal is left to JAX's coordination service,
     which receives SIGTERM and sends all processes the step at which to stop
@@ -182,6 +187,8 @@ class StopSignal(Stop):
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
         if self._listener is not None:
             self._listener.close()
+            if self._grace is None:  # After a stop, a signal would change the exit code.
+                self._listener.restore()
         if self._grace is not None:
             self._grace.cancel()
             self.received = True

@@ -59,6 +59,8 @@ try:
         print("ready", flush=True)
 except StoppedError as error:
     print(error, flush=True)
+    if stage == "leaving":
+        time.sleep(1)
     sys.exit(75)
 """
 
@@ -136,6 +138,20 @@ def test_the_two_signals_of_a_closed_terminal_count_once():
     assert (process.returncode, out) == (
         75,
         "saved at the last step; run the same command to finish\n",
+    )
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signals_between_the_stop_and_the_exit_do_not_change_the_exit_code(number):
+    process = start("leaving")
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "saving\n"
+    assert process.stdout.readline().startswith("saved at the last step")
+    process.send_signal(number)
+    assert end(process) == (
+        75,
+        "",
+        "\nstopping after this step; send the signal again to stop at once\n",
     )
 
 
