@@ -1,7 +1,6 @@
 """`python -m music_jax.plan`: estimate what a training step costs on chips that are not at hand."""
 
 import concurrent.futures
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -14,10 +13,9 @@ from ml_collections import config_dict
 from music_jax import cli
 from music_jax.distributed import usable_cores
 from music_jax.errors import UserError
-from music_jax.plan.chips import ATTACHED, CHIPS, attached_topology, check_plugin, chip_of
+from music_jax.plan.chips import ATTACHED, CHIPS, attached_topology, check_compilers
 
 if TYPE_CHECKING:
-    from music_jax.plan import worker
     from music_jax.plan.report import Plan
 
 _USAGE = """
@@ -44,13 +42,15 @@ _NUM_IMAGES = {("imagenet2012", "train"): 1_281_167}
 
 def main() -> None:
     """Reads the flags, compiles and reports."""
-    config, topologies = flags.FLAGS.config, _topologies()
-    _check_compilers(topologies)
-    for name in ("num-images", "decode-rate", "jobs"):
-        value = flags.FLAGS[name].value
-        if value is not None and value <= 0:
-            raise UserError(f"--{name} must be positive; got {value}")
-    output = _output()
+    if not flags.FLAGS.topology:
+        examples = ",".join(chip.example for chip in CHIPS.values())
+        raise UserError(f"--topology=NAME[,NAME...] is missing; examples: {examples}")
+    named = (attached_topology() if t == ATTACHED else t for t in flags.FLAGS.topology)
+    topologies = list(dict.fromkeys(named))
+    check_compilers(topologies)
+    output = pathlib.Path(flags.FLAGS.json).expanduser() if flags.FLAGS.json else None
+    if output and (output.is_dir() or not os.access(output.parent, os.W_OK)):
+        raise UserError(f"--json={output} cannot be written; name a file in an existing directory")
 
     from music_jax.config import validate
     from music_jax.plan import compiling
@@ -59,50 +59,14 @@ def main() -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    validate(config)
-    num_images = flags.FLAGS["num-images"].value or _num_images(config)
+    validate(flags.FLAGS.config)
     from music_jax.distributed import progress
     from music_jax.plan import report
 
-    plans = _make_plans(config, topologies, num_images)
-    progress.say("")
-    progress.say_lines(report.table(plans))
-    progress.say("")
-    progress.say_lines(report.notes(plans))
-    if output is not None:
-        output.write_text(json.dumps([plan.as_json() for plan in plans], indent=2) + "\n")
-
-
-def _topologies() -> list[str]:
-    topologies = flags.FLAGS.topology
-    if not topologies:
-        examples = ",".join(chip.example for chip in CHIPS.values())
-        raise UserError(f"--topology=NAME[,NAME...] is missing; examples: {examples}")
-    topologies = [attached_topology() if t == ATTACHED else t for t in topologies]
-    for topology in topologies:
-        chip_of(topology)
-    return list(dict.fromkeys(topologies))
-
-
-def _check_compilers(topologies: list[str]) -> None:
-    chips = [chip_of(topology) for topology in topologies]
-    if any(chip.gpu is not None for chip in chips):
-        check_plugin()
-    if any(chip.gpu is None for chip in chips) and importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            "planning for TPUs needs libtpu, their compiler; on Linux and x86-64: "
-            "pip install libtpu"
-        )
-
-
-def _output() -> pathlib.Path | None:
-    """Returns the file for the JSON after checking that it can be written."""
-    if not flags.FLAGS.json:
-        return None
-    path = pathlib.Path(flags.FLAGS.json).expanduser()
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"--json={path} cannot be written; name a file in a directory that exists")
-    return path
+    plans = _make_plans(flags.FLAGS.config, topologies)
+    progress.say_lines(f"\n{report.table(plans)}\n\n{report.notes(plans)}")
+    if output:
+        output.write_text(json.dumps(plans, indent=2) + "\n")
 
 
 def _num_images(config: config_dict.ConfigDict) -> int:
@@ -128,52 +92,57 @@ def _num_images(config: config_dict.ConfigDict) -> int:
         ) from error
 
 
-def _make_plans(
-    config: config_dict.ConfigDict, topologies: list[str], num_images: int
-) -> list["Plan"]:
-    from music_jax.plan import worker
+def _make_plans(config: config_dict.ConfigDict, topologies: list[str]) -> list["Plan"]:
+    from music_jax.distributed import progress
+    from music_jax.plan import compiling, report
+    from music_jax.workdir.run_config import as_json
 
     options: Any = flags.FLAGS
+    num_images = options["num-images"].value or _num_images(config)
     jobs = min(options.jobs or usable_cores(), len(topologies))
+    values = as_json(config)
     pool = concurrent.futures.ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), initializer=worker.begin
+        jobs, multiprocessing.get_context("spawn"), initializer=compiling.prepare_process
     )
-    tasks = [
-        worker.Task(
-            config=config.to_json(),
-            topology=topology,
-            num_images=num_images,
-            decode_rate=options["decode-rate"].value,
-            find_batch_size=options["find-batch-size"].value,
-        )
-        for topology in topologies
-    ]
     try:
         with pool:
-            return _compile(pool, tasks, jobs)
+            for topology in topologies:  # before minutes are spent
+                pool.submit(compiling.check, values, topology).result()
+            progress.say(
+                f"compiling for {', '.join(topologies)}, {jobs} at a time ... minutes each for "
+                "ResNet-50, unless cached"
+            )
+            running = {
+                pool.submit(
+                    compiling.run,
+                    values,
+                    topology,
+                    num_images=num_images,
+                    find_batch_size=options["find-batch-size"].value,
+                ): topology
+                for topology in topologies
+            }
+            for done in concurrent.futures.as_completed(running):
+                seconds = done.result()[0].compile_seconds
+                progress.say(f"{running[done]}: took {seconds:.0f} s to compile")
     except concurrent.futures.process.BrokenProcessPool as error:
         raise UserError(
             f"a compilation was killed, probably because memory ran out; use --jobs=1, not {jobs}"
         ) from error
-
-
-def _compile(
-    pool: concurrent.futures.Executor, tasks: list["worker.Task"], jobs: int
-) -> list["Plan"]:
-    from music_jax.distributed import progress
-    from music_jax.plan import worker
-
-    names = ", ".join(task.topology for task in tasks)
-    for task in tasks:  # before minutes are spent
-        pool.submit(worker.check, task).result()
-    progress.say(
-        f"compiling for {names}, {jobs} at a time ... minutes each for ResNet-50, unless cached"
-    )
-    running = {pool.submit(worker.run, task): task for task in tasks}
-    for done in concurrent.futures.as_completed(running):
-        seconds = done.result().cost.compile_seconds
-        progress.say(f"{running[done].topology}: took {seconds:.0f} s to compile")
-    return [done.result() for done in running]
+    plans = []
+    for done, topology in running.items():
+        cost, largest = done.result()
+        plans.append(
+            report.make_plan(
+                topology,
+                cost,
+                num_images=num_images,
+                num_epochs=config.num_epochs,
+                decode_rate=options["decode-rate"].value,
+                largest_batch_size=largest,
+            )
+        )
+    return plans
 
 
 if __name__ == "__main__":
@@ -193,12 +162,16 @@ if __name__ == "__main__":
         "num-images",
         None,
         "Number of images of the training split, if the dataset is not prepared here.",
+        lower_bound=1,
     )
     flags.DEFINE_float(
         "decode-rate",
         _DECODE_RATE,
         "Images that a core of the host decodes and crops twice in a second; measured by "
         "tests/benchmarks/input.py, by default on a cloud machine with JPEGs of 500 x 375 pixels.",
+        lower_bound=1.0,
     )
-    flags.DEFINE_integer("jobs", None, "Number of topologies to compile at a time. [one per core]")
+    flags.DEFINE_integer(
+        "jobs", None, "Number of topologies to compile at a time. [one per core]", lower_bound=1
+    )
     cli.run(main, _USAGE, config="file")

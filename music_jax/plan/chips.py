@@ -4,6 +4,8 @@ JAX's CUDA plugin compiles for a described GPU on a machine without one and with
 tune kernels of cuDNN and Triton there, and does not know the workspace of cuDNN's convolutions.
 """
 
+import collections
+import contextlib
 import dataclasses
 import difflib
 import importlib.metadata
@@ -11,6 +13,7 @@ import importlib.util
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 
 from music_jax.errors import UserError
 
@@ -138,16 +141,22 @@ def attached_topology() -> str:
     Raises:
       UserError: There are no GPUs, several kinds, or a kind whose peaks are not known here.
     """
-    names = attached_names()
-    kinds = sorted(set(names))
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    names = ""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # there is no driver
+        names = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=True
+        ).stdout
+    gpus = collections.Counter(name.strip() for name in names.splitlines())
     known = {chip.gpu.name: name for name, chip in CHIPS.items() if chip.gpu is not None}
-    if len(kinds) == 1 and kinds[0] in known:
-        return f"{known[kinds[0]]}:{len(names)}"
     found = "are not found by nvidia-smi"
-    if len(kinds) == 1:
-        found = f"are {kinds[0]}, whose peaks are not known here"
-    elif kinds:
-        found = f"are of {len(kinds)} kinds: {', '.join(kinds)}"
+    if len(gpus) == 1:
+        ((kind, count),) = gpus.items()
+        if kind in known:
+            return f"{known[kind]}:{count}"
+        found = f"are {kind}, whose peaks are not known here"
+    elif gpus:
+        found = f"are of {len(gpus)} kinds: {', '.join(sorted(gpus))}"
     raise UserError(
         f"--topology={ATTACHED}: this machine's GPUs {found}; name chips such as h100:8; known are "
         f"{', '.join(known)}"
@@ -202,28 +211,23 @@ def network_peak(topology: str) -> float:
     return chip.network_bytes_per_second * links / (2 * chip.axes)
 
 
-def attached_names() -> list[str]:
-    """Returns the names of this machine's GPUs; none without a driver."""
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [line.strip() for line in listed.stdout.splitlines() if line.strip()]
-
-
-def check_plugin() -> None:
-    """Checks that JAX's CUDA plugin, the compiler for GPUs, is installed.
+def check_compilers(topologies: Sequence[str]) -> None:
+    """Checks that the compilers for some topologies are installed.
 
     Raises:
-      UserError: The plugin is not installed; the message gives the command that installs it.
+      UserError: The topology is malformed, or libtpu or JAX's CUDA plugin is not installed.
     """
-    for cuda in _CUDA:
-        try:
-            if importlib.util.find_spec(f"jax_plugins.xla_cuda{cuda}") is not None:
-                return
-        except ModuleNotFoundError:
-            pass
+    gpus = [chip_of(topology).gpu is not None for topology in topologies]
+    if not all(gpus) and importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "planning for TPUs needs libtpu, their compiler; on Linux and x86-64: "
+            "pip install libtpu"
+        )
+    with contextlib.suppress(ModuleNotFoundError):  # no plugin at all
+        if not any(gpus) or any(
+            importlib.util.find_spec(f"jax_plugins.xla_cuda{cuda}") for cuda in _CUDA
+        ):
+            return
     version = importlib.metadata.version("jax")
     packages = f"jax-cuda{_CUDA[0]}-plugin=={version} jax-cuda{_CUDA[0]}-pjrt=={version}"
     raise UserError(

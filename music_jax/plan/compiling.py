@@ -1,14 +1,16 @@
 """Compiles the real training step for chips that are not at hand and reads its costs from XLA.
 
-libtpu compiles for TPUs and JAX's CUDA plugin for GPUs, as on the machines with the chips.
-Everything here needs `ENVIRONMENT` in the environment before JAX is imported.
+libtpu compiles for TPUs and JAX's CUDA plugin for GPUs, as on the machines with the chips. Each
+topology has a process of its own, which needs `ENVIRONMENT` in its environment.
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import pathlib
 import re
 import time
@@ -21,9 +23,12 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
+from music_jax.config import from_json
 from music_jax.distributed.mesh import batch_sharding, check_divisible, make_data_mesh
+from music_jax.distributed.progress import log_to_stdout
+from music_jax.distributed.signals import end_with_parent
 from music_jax.errors import UserError
-from music_jax.plan import counts, hlo
+from music_jax.plan import programs
 from music_jax.plan.chips import chip_of
 from music_jax.train.recipe import Recipe, make_recipe
 from music_jax.train.state import abstract_state
@@ -45,9 +50,33 @@ ENVIRONMENT = {
 _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt", "jax-cuda12-pjrt")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
 _SIZE = r"([\d.]+)([KMGTP]?)i?B?"
+_TOLERANCE = 1 / 32  # largest share by which the batch that is found is below the largest that fits
+
+# For GPUs, XLA gives the memory, but neither FLOPs nor bytes.
+_GPU_ESTIMATES = {
+    "hbm_available_bytes": "the share of the memory that JAX takes by default",
+    "temporary_bytes": "XLA's, without the workspaces of cuDNN",
+    "hbm_needed_bytes": "likewise",
+    "flops": "counted in XLA's program for this GPU: matrix products and convolutions alone",
+    "objective_flops": "likewise",
+    "hbm_traffic_bytes": "counted in XLA's program for this GPU: what each kernel reads and "
+    "writes, without caches",
+    "hbm_only_bytes": "likewise",
+}
+
+# For a program that this JAX cannot read.
+_NOT_KNOWN = "unknown: this JAX cannot read the program that libtpu compiles for this chip"
+_UNREAD_ESTIMATES = {
+    "flops": "XLA's, which counts the body of each loop once",
+    "hbm_traffic_bytes": "likewise",
+    "hbm_only_bytes": _NOT_KNOWN,
+    "received_bytes": _NOT_KNOWN,
+    "collective_bytes": _NOT_KNOWN,
+    "objective_flops": _NOT_KNOWN,
+}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class StepCost:
     """Memory, work and communication of one step, per chip.
 
@@ -87,30 +116,6 @@ class StepCost:
     estimates: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-# For GPUs, XLA gives the memory, but neither FLOPs nor bytes.
-_GPU_ESTIMATES = {
-    "hbm_available_bytes": "the share of the memory that JAX takes by default",
-    "temporary_bytes": "XLA's, without the workspaces of cuDNN",
-    "hbm_needed_bytes": "likewise",
-    "flops": "counted in XLA's program for this GPU: matrix products and convolutions alone",
-    "objective_flops": "likewise",
-    "hbm_traffic_bytes": "counted in XLA's program for this GPU: what each kernel reads and "
-    "writes, without caches",
-    "hbm_only_bytes": "likewise",
-}
-
-# For a program that this JAX cannot read.
-_NOT_KNOWN = "unknown: this JAX cannot read the program that libtpu compiles for this chip"
-_UNREAD_ESTIMATES = {
-    "flops": "XLA's, which counts the body of each loop once",
-    "hbm_traffic_bytes": "likewise",
-    "hbm_only_bytes": _NOT_KNOWN,
-    "received_bytes": _NOT_KNOWN,
-    "collective_bytes": _NOT_KNOWN,
-    "objective_flops": _NOT_KNOWN,
-}
-
-
 @dataclasses.dataclass(frozen=True)
 class Slice:
     """Chips to compile for.
@@ -125,9 +130,9 @@ class Slice:
 
     topology: str
     mesh: Mesh
-    chip_of_device: tuple[int, ...]
+    chip_of_device: list[int]
     hbm_bytes: float
-    estimates: dict[str, str] = dataclasses.field(default_factory=dict)
+    estimates: dict[str, str]
 
     @property
     def chips(self) -> int:
@@ -138,6 +143,92 @@ class Slice:
     def devices_per_chip(self) -> int:
         """Number of devices on each chip."""
         return self.mesh.size // self.chips
+
+
+def prepare_process() -> None:
+    """Prepares a worker process; silences compilers, which warn that there is no TPU or GPU."""
+    end_with_parent()
+    log_to_stdout()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def check(config: dict[str, Any], topology: str) -> None:
+    """Checks a topology within seconds, before others are compiled for minutes.
+
+    Args:
+      config: The config as JSON values.
+      topology: Name of the topology.
+
+    Raises:
+      UserError: There is no such topology, or the batch cannot be divided over it.
+    """
+    checked = from_json(config)
+    mesh = open_slice(topology, checked.sharding.fsdp).mesh
+    check_divisible(checked.batch_size, checked.accumulation_steps, mesh)
+
+
+def run(
+    config: dict[str, Any], topology: str, *, num_images: int, find_batch_size: bool
+) -> tuple[StepCost, int | None]:
+    """Compiles the step, and further ones to find the largest batch that fits.
+
+    Args:
+      config: The config as JSON values.
+      topology: Name of a topology that `check` has accepted.
+      num_images: Number of images of the training split.
+      find_batch_size: Whether to find the largest batch that fits.
+
+    Returns:
+      The costs of the config's step, and the largest batch size, None if it was not searched.
+    """
+    changed = from_json(config)
+    slice_, wanted = open_slice(topology, changed.sharding.fsdp), changed.batch_size
+
+    @functools.cache
+    def cost(batch_size: int) -> StepCost:
+        changed.batch_size = batch_size
+        steps_per_epoch = max(1, num_images // batch_size)
+        return measure(changed, slice_, steps_per_epoch, with_objective=batch_size == wanted)
+
+    def memory_share(batch_size: int) -> float:
+        found = cost(batch_size)
+        share = (found.hbm_needed_bytes or 0.0) / found.hbm_available_bytes
+        verdict = "fits" if found.fits else "does not fit"
+        _logger.info(f"{topology}: a batch of {batch_size:,} needs {share:.0%} and {verdict}")
+        return min(share, 1.0) if found.fits else max(share, 1.0 + 1e-9)
+
+    if not find_batch_size:
+        return cost(wanted), None
+    unit = slice_.mesh.size * changed.accumulation_steps
+    return cost(wanted), largest_batch(memory_share, unit, wanted)
+
+
+def largest_batch(memory_share: Callable[[int], float], unit: int, start: int) -> int:
+    """Returns the largest multiple of `unit` that fits, or up to 3 % less; 0 if none fits.
+
+    Memory grows almost linearly with the batch, so a line through two batches gives the first
+    guesses. Near the limit XLA saves memory, so bisection finds the rest.
+
+    Args:
+      memory_share: Function from a batch size to the share of the memory that it needs; it fits
+        up to 1.
+      unit: Number that divides every batch size.
+      start: First batch size to try, a multiple of `unit`.
+    """
+    shares, candidate = {0: 0.0}, start // unit  # by batch, in units
+    while True:
+        shares[candidate] = memory_share(candidate * unit)
+        low = max(n for n, share in shares.items() if share <= 1)
+        high = min((n for n, share in shares.items() if share > 1), default=None)
+        if high is not None and high - low <= max(1, int(low * _TOLERANCE)):
+            return low * unit
+        if high is not None and len(shares) > 4:
+            candidate = (low + high) // 2
+            continue
+        a, b = sorted(shares, key=lambda n: abs(shares[n] - 1))[:2]  # the nearest to the limit
+        slope = max((shares[a] - shares[b]) / (a - b), 1e-9)
+        limit = 8 * max(low, 1) if high is None else high - 1
+        candidate = min(max(int(a + (1 - shares[a]) / slope), low + 1), limit)
 
 
 def open_slice(topology: str, fsdp: int | None = None) -> Slice:
@@ -158,22 +249,22 @@ def open_slice(topology: str, fsdp: int | None = None) -> Slice:
             topology=f"1x1x{topology.partition(':')[2]}",  # GPUs of one machine
         )
         mesh = make_data_mesh(devices=description.devices, fsdp=fsdp)
-        return Slice(topology, mesh, tuple(range(mesh.size)), chip.gpu.usable_bytes, _GPU_ESTIMATES)
+        chips = list(range(mesh.size))
+        return Slice(topology, mesh, chips, chip.gpu.usable_bytes, _GPU_ESTIMATES)
     try:
         description = topologies.get_topology_desc(
             platform="tpu", topology_name=topology, chip_config_name=chip.configuration
         )
     except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(re.sub(r"^[A-Z_]+: ", "", str(error).splitlines()[0]).split())
         raise UserError(
-            f"--topology={topology}: {_sentence(error)}; the sizes must be those of a slice, such "
-            f"as {chip.example}"
+            f"--topology={topology}: {reason}; the sizes must be those of a slice, such as "
+            f"{chip.example}"
         ) from error
-    devices: Any = description.devices
-    mesh = make_data_mesh(devices=devices, fsdp=fsdp)
+    mesh = make_data_mesh(devices=description.devices, fsdp=fsdp)
     places: list[Any] = [tuple(device.coords) for device in mesh.devices.flat]
-    chips = list(dict.fromkeys(places))
-    chip_of_device = tuple(chips.index(place) for place in places)
-    return Slice(topology, mesh, chip_of_device, _hbm_of_device(mesh))
+    chips = [sorted(set(places)).index(place) for place in places]
+    return Slice(topology, mesh, chips, _hbm_of_device(mesh), {})
 
 
 def _hbm_of_device(mesh: Mesh) -> float:
@@ -204,145 +295,95 @@ def _out_of_memory(error: jax.errors.JaxRuntimeError) -> tuple[float, float] | N
 
 
 def measure(
-    config: config_dict.ConfigDict, slice_: Slice, *, steps_per_epoch: int, with_objective: bool
+    config: config_dict.ConfigDict, slice_: Slice, steps_per_epoch: int, *, with_objective: bool
 ) -> StepCost:
     """Returns the costs of the training step on a slice, from the cache if possible.
 
     Args:
-      config: The config.
+      config: The config, whose batch can be divided over the devices.
       slice_: The chips.
       steps_per_epoch: Steps per epoch of the learning-rate schedule.
       with_objective: Whether to compile the objective alone too, for its share of the FLOPs.
-
-    Raises:
-      UserError: The batch cannot be divided over the devices.
     """
-    mesh = slice_.mesh
-    check_divisible(config.batch_size, config.accumulation_steps, mesh)
     recipe = make_recipe(config, steps_per_epoch)
     state, side = abstract_state(config, recipe.optimizer), config.crop.size
     images = (config.batch_size, len(recipe.views), side, side, config.dataset.num_channels)
-    lowered = lower_step(recipe, state, mesh, images)
+    lowered = lower_step(recipe, state, slice_.mesh, images)
+
+    def compute() -> StepCost:
+        cost, program = _measure(lowered, slice_, config.batch_size)
+        if program and with_objective:
+            flops = _objective_flops(recipe, config.batch_size, slice_.mesh)
+            cost.objective_flops = flops * slice_.devices_per_chip
+        return cost
 
     key = cache_key(lowered.as_text(), f"{slice_.topology} objective={with_objective}")
-    return cached(
-        key, lambda: _measure(lowered, config, recipe, slice_, with_objective=with_objective)
-    )
+    return cached(key, compute)
 
 
 def _measure(
-    lowered: jax.stages.Lowered,
-    config: config_dict.ConfigDict,
-    recipe: Recipe,
-    slice_: Slice,
-    *,
-    with_objective: bool,
-) -> StepCost:
-    mesh, per_chip = slice_.mesh, slice_.devices_per_chip
-    cost = StepCost(
-        chips=slice_.chips,
-        batch_size=config.batch_size,
-        fits=False,
-        hbm_available_bytes=slice_.hbm_bytes * per_chip,
-    )
+    lowered: jax.stages.Lowered, slice_: Slice, batch_size: int
+) -> tuple[StepCost, programs.Computation | None]:
+    """Returns the costs without the objective's, and the program if it fits and can be read."""
+    per_chip = slice_.devices_per_chip
+    cost = StepCost(slice_.chips, batch_size, False, slice_.hbm_bytes * per_chip)
+    cost.estimates = slice_.estimates
     start = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        sizes = _out_of_memory(error)
-        if sizes is None:
+        if (sizes := _out_of_memory(error)) is None:
             raise
-        return dataclasses.replace(
-            cost,
-            hbm_needed_bytes=sizes[0] * per_chip,
-            compile_seconds=time.perf_counter() - start,
-        )
-    seconds = time.perf_counter() - start
+        cost.hbm_needed_bytes = sizes[0] * per_chip
+        return cost, None
+    finally:
+        cost.compile_seconds = time.perf_counter() - start
     memory: Any = compiled.memory_analysis()
-    peak = memory.peak_memory_in_bytes
-    cost = dataclasses.replace(
-        cost,
-        hbm_needed_bytes=peak * per_chip,
-        compile_seconds=seconds,
-        estimates=slice_.estimates,
-    )
-    if peak > slice_.hbm_bytes:  # for GPUs, XLA also compiles what does not fit
-        return cost
-    cost = dataclasses.replace(
-        cost,
-        fits=True,
-        argument_bytes=memory.argument_size_in_bytes * per_chip,
-        temporary_bytes=memory.temp_size_in_bytes * per_chip,
-    )
+    cost.hbm_needed_bytes = memory.peak_memory_in_bytes * per_chip
+    # For GPUs, XLA also compiles what does not fit.
+    cost.fits = memory.peak_memory_in_bytes <= slice_.hbm_bytes
+    if not cost.fits:
+        return cost, None
+    cost.argument_bytes = memory.argument_size_in_bytes * per_chip
+    cost.temporary_bytes = memory.temp_size_in_bytes * per_chip
     try:
-        program = read(compiled)
+        program = programs.read(compiled)
     except jax.errors.JaxRuntimeError:  # the compiler is newer than this JAX
         analysis: Any = compiled.cost_analysis()
-        return dataclasses.replace(
-            cost,
-            flops=analysis["flops"] * per_chip,
-            hbm_traffic_bytes=analysis["bytes accessed"] * per_chip,
-            estimates=slice_.estimates | _UNREAD_ESTIMATES,
-        )
-    flops, traffic = costs(compiled, program)
-    sent = counts.collectives(program, slice_.chip_of_device)
-    return dataclasses.replace(
-        cost,
-        flops=flops * per_chip,
-        hbm_traffic_bytes=traffic * per_chip,
-        hbm_only_bytes=counts.work(program).hbm_bytes * per_chip,
-        received_bytes=sent.received,
-        collective_bytes={kind: size * per_chip for kind, size in sent.by_kind.items()},
-        objective_flops=objective_flops(recipe, config, mesh) * per_chip
-        if with_objective
-        else None,
-    )
+        cost.flops = analysis["flops"] * per_chip
+        cost.hbm_traffic_bytes = analysis["bytes accessed"] * per_chip
+        cost.estimates = slice_.estimates | _UNREAD_ESTIMATES
+        return cost, None
+    flops, traffic = programs.costs(compiled, program)
+    sent = programs.collectives(program, slice_.chip_of_device)
+    cost.flops, cost.hbm_traffic_bytes = flops * per_chip, traffic * per_chip
+    cost.hbm_only_bytes = programs.work(program).hbm_bytes * per_chip
+    cost.received_bytes = sent.received
+    cost.collective_bytes = {kind: size * per_chip for kind, size in sent.by_kind.items()}
+    return cost, program
 
 
-def objective_flops(recipe: Recipe, config: config_dict.ConfigDict, mesh: Mesh) -> float:
+def _objective_flops(recipe: Recipe, batch_size: int, mesh: Mesh) -> float:
     """Returns the FLOPs per device of the objective and its gradient, compiled alone."""
 
     def loss(embeddings: jax.Array) -> jax.Array:
         return recipe.objective(embeddings[:, 0], embeddings[:, 1])[0]
 
-    shape = (config.batch_size, len(recipe.views), recipe.network.num_embedding)
+    shape = (batch_size, len(recipe.views), recipe.network.num_embedding)
     embeddings = jax.ShapeDtypeStruct(shape, recipe.dtype)
     batch = batch_sharding(mesh)
     step = jax.jit(jax.value_and_grad(loss), in_shardings=batch, out_shardings=(None, batch))
     with jax.set_mesh(mesh):
         compiled = step.lower(embeddings).compile()
-    return costs(compiled, read(compiled))[0]
+    return programs.costs(compiled, programs.read(compiled))[0]
 
 
-def read(compiled: jax.stages.Compiled) -> hlo.Program:
-    """Parses the program that XLA has compiled for one device."""
-    return hlo.parse(compiled.as_text() or "")
-
-
-def costs(compiled: jax.stages.Compiled, program: hlo.Program) -> tuple[float, float]:
-    """Returns the FLOPs and the bytes accessed per device.
-
-    XLA's cost analysis counts a loop's body once, so further iterations are counted here. It
-    gives no counts for absent GPUs, for which everything is counted here.
-    """
-    analysis: Any = compiled.cost_analysis()
-    all_iterations, one_iteration = counts.work(program), counts.work(program, loops_once=True)
-    if analysis is None:
-        return all_iterations.flops, all_iterations.bytes
-    flops = analysis["flops"] + all_iterations.flops - one_iteration.flops
-    return flops, analysis["bytes accessed"] + all_iterations.bytes - one_iteration.bytes
-
-
-def _sentence(error: BaseException) -> str:
-    return " ".join(re.sub(r"^[A-Z_]+: ", "", str(error).splitlines()[0]).split())
-
-
-def cached(key: str, make: Callable[[], StepCost]) -> StepCost:
+def cached(key: str, compute: Callable[[], StepCost]) -> StepCost:
     """Returns the costs from the user's cache, or computes and caches them."""
     try:
         return StepCost(**json.loads((cache_directory("plan") / f"{key}.json").read_text()))
     except (OSError, ValueError, TypeError):
-        cost = make()
+        cost = compute()
     try:
         content = json.dumps(dataclasses.asdict(cost)).encode()
         write_new(cache_directory("plan") / f"{key}.json", content)
@@ -353,12 +394,10 @@ def cached(key: str, make: Callable[[], StepCost]) -> StepCost:
 
 def cache_key(program: str, chips: str) -> str:
     """Returns a hash of all that costs depend on: program, chips, compilers, and this package."""
-    digest = hashlib.sha256()
-    for text in (program, chips, *(f"{name}={_version(name)}" for name in _COMPILERS)):
-        digest.update(text.encode() + b"\0")
-    for name in ("compiling", "counts", "hlo", "chips"):
-        digest.update((pathlib.Path(__file__).parent / f"{name}.py").read_bytes())
-    return digest.hexdigest()
+    parts = [program, chips, *(f"{name}={_version(name)}" for name in _COMPILERS)]
+    own = pathlib.Path(__file__).parent
+    parts += [(own / f"{name}.py").read_text() for name in ("chips", "compiling", "programs")]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def _version(package: str) -> str:

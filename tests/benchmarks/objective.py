@@ -37,7 +37,7 @@ import numpy as np
 
 from music_jax.distributed.mesh import batch_sharding
 from music_jax.objectives import music_loss
-from music_jax.plan import compiling, counts
+from music_jax.plan import compiling, programs
 
 # name: batch per device, segments, units
 SHAPES = {
@@ -183,9 +183,9 @@ def compile_for(topology: str, form: str, dtype: str) -> dict[str, Any]:
     step = jax.jit(jax.value_and_grad(functools.partial(loss, num_segments=segments), (0, 1)))
     start = time.perf_counter()
     compiled = step.lower(argument, argument).compile()
-    program = compiling.read(compiled)
-    flops, traffic = compiling.costs(compiled, program)
-    sent = counts.collectives(program, mesh.size)
+    program = programs.read(compiled)
+    flops, traffic = programs.costs(compiled, program)
+    sent = programs.collectives(program, range(mesh.size))
     floor = 3 * 2 * batch * dim**2 / mesh.size
     return {
         "topology": topology,

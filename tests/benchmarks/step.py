@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from music_jax.distributed.mesh import batch_sharding, make_data_mesh
-from music_jax.plan import compiling, counts
+from music_jax.plan import programs
 from music_jax.plan.chips import CHIPS
 from music_jax.train.recipe import make_recipe
 from music_jax.train.state import abstract_state, init_state
@@ -43,8 +43,8 @@ def measure(config: Any, chip: str | None, steps: int, turns: int) -> dict[str, 
     start = time.perf_counter()
     compiled = lowered.compile()
     compile_seconds = time.perf_counter() - start
-    program = compiling.read(compiled)
-    counted = counts.work(program)
+    program = programs.read(compiled)
+    counted = programs.work(program)
     memory = compiled.memory_analysis()
 
     rng = np.random.default_rng(0)
