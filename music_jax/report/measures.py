@@ -1,8 +1,11 @@
-"""Measures for the pictures of a report: images, segments, units, neighbors, maps, confusions."""
+"""Measures for the pictures of a report: images, segments, units, neighbors, maps, confusions.
+
+Most return values of the page's scripts: JSON values and arrays, by name.
+"""
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +20,7 @@ from music_jax.evaluation.features import extract_split, extract_views
 from music_jax.evaluation.results import Predictions
 from music_jax.evaluation.run import Run
 from music_jax.metrics.knn import nearest_neighbors, unit_length
-from music_jax.metrics.segments import SegmentMeasures, cluster_scores, measure_segments
+from music_jax.metrics.segments import cluster_scores, measure_segments
 from music_jax.objectives import joint_probability, segment_probabilities
 
 NEIGHBORS = 8
@@ -139,102 +142,98 @@ def _augmented_views(run: Run) -> np.ndarray:
     return np.concatenate([batch["images"][:, :1], pixels], axis=1)
 
 
-class Segments(NamedTuple):
-    """Measures of the segments on the images."""
+def measure_sample_segments(
+    sample: Sample, *, num_segments: int, temperature: float
+) -> dict[str, Any]:
+    """Measures the segments and their units on the images.
 
-    measures: SegmentMeasures
-    codes: np.ndarray  # int [images, segments], the most probable units
-    # [segments, units, TOP]: images with the highest probability of a unit among those whose most
-    # probable unit it is, or `NO_IMAGE`, and their probabilities.
-    top: np.ndarray
-    certainty: np.ndarray
-    counts: np.ndarray  # [segments, units], images whose most probable unit it is
-    label_nmi: np.ndarray | None  # [segments], mutual information with the labels, normalized
-    order: np.ndarray  # segments, the most informative first
-
-
-def measure_sample_segments(sample: Sample, *, num_segments: int, temperature: float) -> Segments:
-    """Measures the segments on the images."""
+    Returns:
+      Values by segment, and `order`: the segments, the most informative first about the labels or
+      else about the images. `top` has the images with the highest probability of a unit among those
+      whose most probable unit it is, or `NO_IMAGE`; `certainty` has these probabilities times 255;
+      both are [segments, units, images].
+    """
     p = np.asarray(
         segment_probabilities(
             jnp.asarray(sample.embeddings), num_segments=num_segments, temperature=temperature
         )
     )
-    measures, codes = measure_segments(p), p.argmax(axis=2)
-    units = p.shape[2]
-    top = np.full((num_segments, units, TOP), NO_IMAGE, np.uint16)
-    certainty = np.zeros((num_segments, units, TOP), np.float32)
-    counts = np.zeros((num_segments, units), np.uint16)
-    for s in range(num_segments):
-        for k in range(units):
-            members = np.flatnonzero(codes[:, s] == k)
-            best = members[np.argsort(-p[members, s, k], kind="stable")][:TOP]
-            counts[s, k] = len(members)
-            top[s, k, : len(best)] = best
-            certainty[s, k, : len(best)] = p[best, s, k]
+    measures, codes, units = measure_segments(p), p.argmax(axis=2), p.shape[2]
+    selected = codes[..., None] == np.arange(units)  # [images, segments, units]
+    probabilities = np.where(selected, p, -1)
+    ranked = np.argsort(-probabilities, axis=0, kind="stable")[:TOP]
+    certainty = np.take_along_axis(probabilities, ranked, axis=0)
+    top = np.where(certainty >= 0, ranked, NO_IMAGE)
     nmi, labeled = None, sample.labels >= 0
     labels = sample.labels[labeled]
     if len(np.unique(labels)) > 1:
-        scores = [cluster_scores(codes[labeled, s], labels) for s in range(num_segments)]
-        nmi = np.asarray([score.nmi for score in scores])
-    order = np.argsort(-(measures.information if nmi is None else nmi), kind="stable")
-    return Segments(measures, codes, top, certainty, counts, nmi, order)
+        nmi = [cluster_scores(codes[labeled, s], labels).nmi for s in range(num_segments)]
+    order = np.argsort(-(measures.information if nmi is None else np.asarray(nmi)), kind="stable")
+    return {
+        "count": num_segments,
+        "units": units,
+        "temperature": temperature,
+        "order": order.tolist(),
+        "usage": measures.usage.astype(np.float32),
+        "counts": selected.sum(axis=0).astype(np.uint16),
+        "codes": codes.astype(np.uint8 if units <= 256 else np.uint16),
+        "top": np.moveaxis(top, 0, -1).astype(np.uint16),
+        "certainty": np.moveaxis(np.round(255 * certainty.clip(0)), 0, -1).astype(np.uint8),
+        "labelNmi": nmi,
+        "entropy": measures.usage_entropy.tolist(),
+        "confidence": measures.confidence.tolist(),
+        "information": measures.mutual_information.astype(np.float32),
+    }
 
 
-class Joint(NamedTuple):
-    """Ratio of the joint probability of the units of two views to independence.
-
-    Level 0 is the ratio `10 ** low` or less, and level 255 is `10 ** high` or more.
-    """
-
-    segments: np.ndarray  # included segments, ascending
-    levels: np.ndarray  # uint8 [segments * units, segments * units]
-    low: float
-    high: float
-
-
-def joint_ratios(
-    sample: Sample, order: np.ndarray, *, num_segments: int, temperature: float, max_side: int
-) -> Joint:
-    """Returns the ratios for pairs of views of the images.
+def joint_ratios(sample: Sample, segments: dict[str, Any], *, max_side: int) -> dict[str, Any]:
+    """Returns the ratio of the joint probability of the units of two views to independence.
 
     Args:
       sample: Images.
-      order: Segments, those to include first.
-      num_segments: Number of segments of the embedding.
-      temperature: Softmax temperature.
+      segments: Result of `measure_sample_segments`.
       max_side: Largest side of the matrix; some segments are excluded if there are more units.
+
+    Returns:
+      The segments `shown`, ascending; the `levels` of the ratios of their units, uint8
+      [units, units], from 0 for `10 ** low` or less to 255 for `10 ** high` or more; and the number
+      of `pairs` of views.
     """
-    units = sample.view_pairs.shape[2] // num_segments
-    included = np.sort(order[: max(max_side // units, 2)])
-    pairs = sample.view_pairs.reshape(-1, 2, num_segments, units)[:, :, included]
+    units = segments["units"]
+    shown = np.sort(segments["order"][: max(max_side // units, 2)])
+    pairs = sample.view_pairs.reshape(-1, 2, segments["count"], units)[:, :, shown]
     pairs = pairs.reshape(len(pairs), 2, -1)
     p = joint_probability(
         jnp.asarray(pairs[:, 0]),
         jnp.asarray(pairs[:, 1]),
-        num_segments=len(included),
-        temperature=temperature,
+        num_segments=len(shown),
+        temperature=segments["temperature"],
     )
     low, high = math.log10(_MIN_RATIO), math.log10(units)
     ratio = np.log10(np.maximum(np.asarray(p, np.float64) * units**2, _MIN_RATIO))
-    levels = np.round(255 * np.clip((ratio - low) / (high - low), 0, 1))
-    return Joint(included, levels.astype(np.uint8), low, high)
+    levels = np.round(255 * np.clip((ratio - low) / (high - low), 0, 1)).astype(np.uint8)
+    return {
+        "shown": shown.tolist(),
+        "levels": levels,
+        "low": low,
+        "high": high,
+        "pairs": len(pairs),
+    }
 
 
-def neighbors(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def neighbors(features: np.ndarray) -> dict[str, Any]:
     """Finds each image's nearest other images by cosine similarity.
 
     Returns:
-      Rows and similarities, each [images, neighbors].
+      Their `rows`, and `similarity` times 1000, both [images, neighbors].
     """
     k = min(NEIGHBORS, len(features) - 1)
-    if k < 1:
-        return np.zeros((len(features), 0), np.int32), np.zeros((len(features), 0), np.float32)
     similarities, rows = nearest_neighbors(features, features, k=k + 1)
     others = rows != np.arange(len(rows))[:, None]
     others[others.all(axis=1), -1] = False  # duplicates of the image have displaced it
-    shape = (len(rows), k)
-    return rows[others].reshape(shape), similarities[others].reshape(shape)
+    rows, similarities = (x[others].reshape(len(rows), k) for x in (rows, similarities))
+    similarity = np.round(1000 * similarities).astype(np.int16)
+    return {"rows": rows.astype(np.uint16), "similarity": similarity}
 
 
 def tsne_map(vectors: np.ndarray) -> np.ndarray | None:

@@ -1,7 +1,6 @@
 """Writes the report: measurements, the plotting library and the scripts, in one HTML file."""
 
 import base64
-import contextlib
 import dataclasses
 import functools
 import gzip
@@ -9,13 +8,11 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator
 from importlib import resources
 from typing import Any
 
 import cv2
 import jinja2
-import markupsafe
 import numpy as np
 import plotly.offline
 from etils import epath
@@ -24,7 +21,7 @@ from music_jax.distributed.progress import escape_surrogates
 from music_jax.errors import MusicError, UserError
 from music_jax.evaluation.load_run import load_run
 from music_jax.report import measures, tables
-from music_jax.report.reading import RecordedRun, as_text, read_workdirs
+from music_jax.report.reading import RecordedRun, as_text, count_texts, read_workdirs
 from music_jax.version import __version__
 from music_jax.workdir.files import check_writable, write_new
 
@@ -42,17 +39,22 @@ _SCRIPTS = ("start.js", "charts.js", "curves.js", "segments.js", "images.js", "m
 class ReportedRun:
     """A run with the measurements that the report shows.
 
-    Without a checkpoint or images, `missing` is the reason, and what needs them is not measured.
+    Attributes:
+      recorded: Records of the run.
+      sample: Images and outputs of the network; None without a checkpoint or images.
+      missing: Reason why there is no sample.
+      confusion: Confusions of the linear probe, if there are predictions.
+      data: Values for the page's scripts that do not depend on the size of the pictures: arrays and
+        JSON values. `segments` is None and `maps` is empty if they are not shown.
+      num_training_images: Number of training images, if it is known.
     """
 
     recorded: RecordedRun
-    sample: measures.Sample | None = None
-    missing: str = ""
-    segments: measures.Segments | None = None
-    maps: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    neighbors: tuple[np.ndarray, np.ndarray] | None = None
-    confusion: measures.Confusion | None = None
-    num_training_images: int | None = None
+    sample: measures.Sample | None
+    missing: str
+    confusion: measures.Confusion | None
+    data: dict[str, Any]
+    num_training_images: int | None
 
 
 def write_report(
@@ -81,21 +83,14 @@ def write_report(
     path = epath.Path(output).expanduser() if output else recorded[0].path / "report.html"
     if path.is_dir():
         raise UserError(f"--output={output} is a directory; name a file in it")
-    with _writing(path):  # fail now, not after all computations
-        path.parent.mkdir(parents=True, exist_ok=True)
-        check_writable(path.parent)
-    html = render([measure_run(run, num_images, overrides) for run in recorded])
-    with _writing(path):
-        write_new(path, html)
-    return path, len(html)
-
-
-@contextlib.contextmanager
-def _writing(path: epath.Path) -> Iterator[None]:
     try:
-        yield
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path.parent)  # fail now, not after all computations
+        html = render([measure_run(run, num_images, overrides) for run in recorded])
+        write_new(path, html)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}; choose another --output") from error
+    return path, len(html)
 
 
 def measure_run(
@@ -114,37 +109,51 @@ def measure_run(
     except (MusicError, OSError) as error:
         missing = " ".join(str(error).split())
         _logger.warning(f"{recorded.name}: no images are shown: {missing}")
-        return ReportedRun(recorded, missing=missing, confusion=_confusion(recorded))
-    objective = run.config.objective
-    segments = recorded.segments and measures.measure_sample_segments(
-        sample, num_segments=objective.num_segments, temperature=objective.temperature
-    )
+        return measure_sample(recorded, missing=missing)
     _logger.info(f"{recorded.name}: map of {len(sample.indices):,} images")
-    maps = {
-        name: measures.tsne_map(vectors)
-        for name, vectors in (("embedding", sample.embeddings), ("features", sample.features))
-    }
     if run.sources is None:
         num_training_images: int | None = len(run.images)
     else:
         num_training_images = None if run.config.evaluation.train else len(run.sources.train)
-    return ReportedRun(
-        recorded,
-        sample=sample,
-        segments=segments,
-        maps={name: place for name, place in maps.items() if place is not None},
-        neighbors=measures.neighbors(sample.features),
-        confusion=_confusion(recorded, sample.class_names),
-        num_training_images=num_training_images,
-    )
+    return measure_sample(recorded, sample, num_training_images=num_training_images)
 
 
-def _confusion(
-    recorded: RecordedRun, class_names: tuple[str, ...] = ()
-) -> measures.Confusion | None:
-    names = [as_text(name, _MAX_NAME) for name in class_names]
-    found = recorded.predictions
-    return None if found is None else measures.count_confusions(found, names)
+def measure_sample(
+    recorded: RecordedRun,
+    sample: measures.Sample | None = None,
+    *,
+    missing: str = "",
+    num_training_images: int | None = None,
+) -> ReportedRun:
+    """Measures images of a run, if there are any; see `ReportedRun` for the arguments."""
+    class_names = [as_text(name, _MAX_NAME) for name in sample.class_names] if sample else []
+    found, confusion = recorded.predictions, None
+    data: dict[str, Any] = {"segments": None, "maps": {}, "confusion": None}
+    if found is not None:
+        confusion = measures.count_confusions(found, class_names)
+        data["confusion"] = {"names": confusion.names, "counts": confusion.counts.astype(np.uint32)}
+    if sample is not None:
+        data |= {
+            "images": {
+                "count": len(sample.indices),
+                "names": [as_text(name, _MAX_NAME) for name in sample.names],
+                "labels": sample.labels.astype(np.int16),
+                "predicted": measures.predictions_of(sample, found).astype(np.int16),
+            },
+            "classes": class_names or [str(i) for i in range(sample.num_classes)],
+            "neighbors": measures.neighbors(sample.features),
+        }
+        for name, vectors in (("embedding", sample.embeddings), ("features", sample.features)):
+            place = measures.tsne_map(vectors)
+            if place is not None:
+                data["maps"][name] = np.round(60000 * place).astype(np.uint16)
+        if recorded.segments:
+            data["segments"] = measures.measure_sample_segments(
+                sample,
+                num_segments=recorded.segments[0],
+                temperature=float(recorded.field("objective.temperature", 1.0)),
+            )
+    return ReportedRun(recorded, sample, missing, confusion, data, num_training_images)
 
 
 def render(runs: list[ReportedRun]) -> bytes:
@@ -165,31 +174,19 @@ def render(runs: list[ReportedRun]) -> bytes:
 
 def _page(runs: list[ReportedRun], *, tile: int, matrix: int) -> bytes:
     recorded = [run.recorded for run in runs]
-    curves, data = tables.curves(recorded), []
+    curves = tables.curves(recorded)
     sprites: dict[str, str] = {}  # style rules by class; runs may share images
-    for run in runs:
-        run_data = _picture_data(run, tile=tile, matrix=matrix, sprites=sprites)
-        points, bounds = tables.points(run.recorded), tables.bounds(run.recorded)
-        # Values are in the order of the charts: names from a file could be special keys.
-        run_data |= {
+    data = [
+        run.data
+        | _pictures(run, tile=tile, matrix=matrix, sprites=sprites)
+        | {
             "name": run.recorded.name,
-            "curves": {
-                "step": points["step"],
-                "epoch": points["epoch"],
-                "values": [points.get(curve.name) for curve in curves],
-            },
-            "bounds": [bounds.get(curve.name) for curve in curves],
+            "curves": tables.points(run.recorded, curves),
+            "bounds": [tables.bounds(run.recorded).get(curve.name) for curve in curves],
         }
-        data.append(run_data)
-    charts = [
-        {
-            **curve._asdict(),
-            "index": index,
-            "alt": tables.describe(curve, recorded),
-            "any_bound": any(curve.name in tables.bounds(run) for run in recorded),
-        }
-        for index, curve in enumerate(curves)
+        for run in runs
     ]
+    content = {"runs": data, "units": [curve.unit for curve in curves]}
     script = "\n".join(map(_read, _SCRIPTS))
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_read),
@@ -198,33 +195,24 @@ def _page(runs: list[ReportedRun], *, tile: int, matrix: int) -> bytes:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["text"] = as_text
     text = environment.get_template("report.html.jinja").render(
         runs=runs,
+        recorded=recorded,
         tables=tables,
+        count_texts=count_texts,
         title=" · ".join(run.name for run in recorded),
         facts=tables.facts(recorded, [run.num_training_images for run in runs]),
-        fields=tables.fields(recorded),
-        differing_fields=tables.differing_fields(recorded),
-        scores=tables.scores(recorded),
-        results=tables.results(recorded),
-        charts=charts,
-        thinned=any(map(tables.is_thinned, recorded)),
-        any_segments=any(run.segments for run in runs),
+        curves=curves,
+        bounded={name for run in recorded for name in tables.bounds(run)},
+        thinned=any(len(run.metrics) > tables.MAX_POINTS for run in recorded),
+        any_segments=any(run.data["segments"] for run in runs),
         version=__version__,
-        # Our own text, which is not escaped.
-        style=markupsafe.Markup("\n".join([_read("report.css"), *sprites.values()])),
-        script=markupsafe.Markup(script),
+        style="\n".join([_read("report.css"), *sprites.values()]),
+        script=script,
         hashes=" ".join(map(_policy_hash, (plotly.offline.get_plotlyjs(), script))),
-        library=markupsafe.Markup(_compressed_library()),
-        data=markupsafe.Markup(
-            _compress(
-                json.dumps(
-                    {"runs": data, "units": [curve.unit for curve in curves]},
-                    allow_nan=False,
-                    separators=(",", ":"),
-                )
-            )
-        ),
+        library=_compressed_library(),
+        data=_compress(json.dumps(content, allow_nan=False, default=_pack, separators=(",", ":"))),
     )
     return escape_surrogates(text).encode()
 
@@ -248,10 +236,10 @@ def _policy_hash(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
-def _picture_data(
+def _pictures(
     run: ReportedRun, *, tile: int, matrix: int, sprites: dict[str, str]
 ) -> dict[str, Any]:
-    """Returns the data of a run's pictures for the page's scripts, as JSON values.
+    """Returns the data of a run that depend on the size of the pictures.
 
     Args:
       run: Run.
@@ -259,78 +247,23 @@ def _picture_data(
       matrix: Largest side of the joint-probability matrix.
       sprites: Style rules of image files, to which those of the run are added.
     """
-    sample, segments, confusion = run.sample, run.segments, run.confusion
-    data: dict[str, Any] = {"confusion": None}
-    if confusion is not None:
-        counts = _pack(confusion.counts.astype(np.uint32))
-        data["confusion"] = {"names": confusion.names, "counts": counts}
+    sample, segments = run.sample, run.data["segments"]
     if sample is None:
-        return data
-    thumbs, data["thumbsClass"] = _sprite(sample.pixels, tile, sprites)
-    num_viewed, columns = sample.views.shape[:2]
-    flat_views = sample.views.reshape(-1, *sample.views.shape[2:])
-    views, data["viewsClass"] = _sprite(flat_views, 2 * tile, sprites, columns=columns)
-    predicted = measures.predictions_of(sample, run.recorded.predictions)
-    data |= {
-        "images": {
-            **thumbs,
-            "count": len(sample.indices),
-            "side": sample.pixels.shape[1],
-            "names": [as_text(name, _MAX_NAME) for name in sample.names],
-            "labels": _pack(sample.labels.astype(np.int16)),
-            "predicted": _pack(predicted.astype(np.int16)),
-        },
-        "classes": [as_text(name, _MAX_NAME) for name in sample.class_names]
-        or [str(i) for i in range(sample.num_classes)],
-        "views": {**views, "count": num_viewed, "pairs": (columns - 1) // 2},
-        "maps": {
-            name: _pack(np.round(60000 * place).astype(np.uint16))
-            for name, place in run.maps.items()
-        },
-        "segments": None,
+        return {}
+    count, columns = sample.views.shape[:2]
+    views = sample.views.reshape(-1, *sample.views.shape[2:])
+    return {
+        "images": run.data["images"] | _sprite(sample.pixels, tile, sprites),
+        "views": _sprite(views, 2 * tile, sprites, columns=columns)
+        | {"count": count, "pairs": (columns - 1) // 2},
+        "segments": segments
+        and segments | {"joint": measures.joint_ratios(sample, segments, max_side=matrix)},
     }
-    if run.neighbors is not None:
-        rows, similarities = run.neighbors
-        data["neighbors"] = {
-            "rows": _pack(rows.astype(np.uint16)),
-            "similarity": _pack(np.round(1000 * similarities).astype(np.int16)),
-        }
-    if segments is not None:
-        count, units = segments.counts.shape
-        joint = measures.joint_ratios(
-            sample,
-            segments.order,
-            num_segments=count,
-            temperature=float(run.recorded.field("objective.temperature", 1.0)),
-            max_side=matrix,
-        )
-        data["segments"] = {
-            "count": count,
-            "units": units,
-            "order": segments.order.tolist(),
-            "usage": _pack(segments.measures.usage.astype(np.float32)),
-            "counts": _pack(segments.counts),
-            "codes": _pack(segments.codes.astype(np.uint8 if units <= 256 else np.uint16)),
-            "top": _pack(segments.top),
-            "certainty": _pack(np.round(255 * segments.certainty).astype(np.uint8)),
-            "labelNmi": None if segments.label_nmi is None else segments.label_nmi.tolist(),
-            "entropy": segments.measures.usage_entropy.tolist(),
-            "confidence": segments.measures.confidence.tolist(),
-            "information": _pack(segments.measures.mutual_information.astype(np.float32)),
-            "joint": {
-                "shown": joint.segments.tolist(),
-                "levels": _pack(joint.levels),
-                "low": joint.low,
-                "high": joint.high,
-                "pairs": len(sample.view_pairs),
-            },
-        }
-    return data
 
 
 def _sprite(
     images: np.ndarray, max_side: int, sprites: dict[str, str], *, columns: int | None = None
-) -> tuple[dict[str, int], str]:
+) -> dict[str, Any]:
     """Packs square images into one WebP file, shrunk to a side of at most `max_side` pixels.
 
     Args:
@@ -340,7 +273,7 @@ def _sprite(
       columns: Number of columns; about the number of rows by default.
 
     Returns:
-      The layout, where `pitch` is the distance of two images, and the class.
+      The layout, where `pitch` is the distance of two images, and the class `sprite`.
     """
     count, side = len(images), min(max_side, images.shape[1])
     pitch = -(-side // 8) * 8  # whole blocks, so that lossy neighbors do not mix
@@ -362,7 +295,7 @@ def _sprite(
     name = f"sprite-{hashlib.sha256(content).hexdigest()[:12]}"
     url = f"data:image/webp;base64,{base64.b64encode(content).decode()}"
     sprites[name] = f".{name}{{background-image:url({url})}}"
-    return {"columns": columns, "rows": rows, "tile": side, "pitch": pitch}, name
+    return {"columns": columns, "rows": rows, "tile": side, "pitch": pitch, "sprite": name}
 
 
 def _pack(array: np.ndarray) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import collections
 import dataclasses
 import math
 import os
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from etils import epath
 
@@ -20,6 +20,7 @@ from music_jax.workdir.files import parse_json, read_json, read_text
 from music_jax.workdir.run_config import read_config
 
 Record = dict[str, Any]
+_Read = TypeVar("_Read")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,13 +116,6 @@ def _read(workdir: epath.Path, name: str) -> RecordedRun:
         step = record["step"]
         if type(step) is int and step > (metrics[-1]["step"] if metrics else 0):
             metrics.append(record)
-    rewinds: list[Record] = []
-    if (workdir / "rewinds.json").exists():
-        try:
-            entries = read_json(workdir / "rewinds.json")["rewinds"]
-            rewinds = [entry for entry in entries if isinstance(entry, dict)]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            notes.append(f"rewinds.json cannot be read: {error}")
     results = read_all_results(workdir)
     return RecordedRun(
         path=workdir,
@@ -133,22 +127,29 @@ def _read(workdir: epath.Path, name: str) -> RecordedRun:
         metrics=metrics,
         events=_read_lines(workdir / "events.jsonl", ("event",), notes),
         skipped=_read_lines(workdir / "skipped.jsonl", ("source", "image", "reason"), notes),
-        rewinds=rewinds,
+        rewinds=_try(_read_rewinds, workdir / "rewinds.json", notes) or [],
         results=results,
         predictions=_read_predictions(workdir, results.get("linear"), notes),
         notes=tuple(notes),
     )
 
 
+def _try(read: Callable[[epath.Path], _Read], path: epath.Path, notes: list[str]) -> _Read | None:
+    """Reads a file; returns None if there is none, or, with a note, if it cannot be read."""
+    try:
+        return read(path) if path.exists() else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        notes.append(f"{path.name} cannot be read: {error}")
+        return None
+
+
+def _read_rewinds(path: epath.Path) -> list[Record]:
+    return [entry for entry in read_json(path)["rewinds"] if isinstance(entry, dict)]
+
+
 def _read_lines(path: epath.Path, required: tuple[str, ...], notes: list[str]) -> list[Record]:
     """Returns the valid lines of a file that have the required keys."""
-    if not path.exists():
-        return []
-    try:
-        text = read_text(path)
-    except OSError as error:
-        notes.append(f"{path.name} cannot be read: {error}")
-        return []
+    text = _try(read_text, path, notes) or ""
     valid, damaged = [], 0
     lines = text.splitlines()
     for i, line in enumerate(lines):
@@ -168,17 +169,14 @@ def _read_lines(path: epath.Path, required: tuple[str, ...], notes: list[str]) -
 def _read_predictions(
     workdir: epath.Path, linear: Record | None, notes: list[str]
 ) -> Predictions | None:
-    try:
-        predictions = read_predictions(workdir)
-    except ValueError as error:
-        notes.append(f"linear_eval.npz cannot be read: {error}")
-        return None
+    path = workdir / "linear_eval.npz"
+    predictions = _try(lambda path: read_predictions(path.parent), path, notes)
     if predictions is None or linear is None:
         return None
     same_step = linear.get("step") == predictions.step
     if same_step and math.isclose(linear["top1"], predictions.top1, abs_tol=1e-6):
         return predictions
-    notes.append("linear_eval.npz does not belong to the probe of linear_eval.json")
+    notes.append(f"{path.name} does not belong to the probe of linear_eval.json")
     return None
 
 
@@ -197,6 +195,6 @@ def as_text(value: Any, max_length: int = 200) -> str:
     return text if len(text) <= max_length else text[: max_length - 1] + "…"
 
 
-def count_texts(values: Iterable[Any]) -> dict[str, int]:
-    """Counts values by their text, the most frequent first."""
-    return dict(collections.Counter(as_text(value, 80) for value in values).most_common())
+def count_texts(records: list[Record], key: str) -> dict[str, int]:
+    """Counts the values of a key by their text, the most frequent first."""
+    return dict(collections.Counter(as_text(record[key], 80) for record in records).most_common())

@@ -8,31 +8,29 @@ import numpy as np
 
 from music_jax.config import is_free
 from music_jax.evaluation.results import summary_rows
-from music_jax.report.reading import RecordedRun, as_number, as_text, count_texts
+from music_jax.report.reading import RecordedRun, as_number, as_text
 
 _MAX_EVENTS = 100
-_MAX_SKIPPED = 50
 _MAX_FIELDS = 400
-_MAX_POINTS = 1000  # per curve
+MAX_POINTS = 1000  # per curve
 _MAX_UNKNOWN_CURVES = 24
 
 
 class Row(NamedTuple):
     """A row of a table with a column for each run."""
 
-    name: str
-    values: tuple[str, ...]
-    differs: bool  # between the runs
+    name: Any
+    values: list[str]
+
+    @property
+    def differs(self) -> bool:
+        """Whether the values of the runs differ."""
+        return len(set(self.values)) > 1
 
 
-class Score(NamedTuple):
-    """Accuracies of a run or of one of its baselines, each in [0, 1] or None."""
-
-    run: int
-    name: str
-    linear_top1: float | None
-    linear_top5: float | None
-    knn_top1: float | None
+def _rows(columns: list[dict[Any, str]]) -> list[Row]:
+    names = dict.fromkeys(name for column in columns for name in column)
+    return [Row(name, [column.get(name, "–") for column in columns]) for name in names]
 
 
 class Curve(NamedTuple):
@@ -120,26 +118,20 @@ def curves(runs: list[RecordedRun]) -> list[Curve]:
     return known + [Curve(name, as_text(name, 80), "", "", "health") for name in unknown]
 
 
-def points(run: RecordedRun) -> dict[str, list[float | None]]:
-    """Returns `step`, `epoch` and each curve of a run, thinned; None for missing values."""
+def points(run: RecordedRun, curves: list[Curve]) -> dict[str, list[Any]]:
+    """Returns `step`, `epoch` and the `values` of each curve, thinned; None for missing values."""
     count = len(run.metrics)
-    thinned = np.unique(np.linspace(0, count - 1, min(count, _MAX_POINTS)).round().astype(int))
-    shown = [run.metrics[i] for i in thinned]
+    thinned = np.unique(np.linspace(0, count - 1, min(count, MAX_POINTS)).round().astype(int))
 
-    def values(name: str) -> list[float | None]:
-        return [as_number(record.get(name)) for record in shown]
+    def logged(name: str) -> list[float | None]:
+        return [as_number(run.metrics[i].get(name)) for i in thinned]
 
-    found = {name: values(name) for name in ("step", "epoch")}
-    for curve in curves([run]):
-        found[curve.name] = [
-            None if v is None else float(f"{curve.scale * v:.6g}") for v in values(curve.name)
-        ]
-    return found
-
-
-def is_thinned(run: RecordedRun) -> bool:
-    """Returns whether `points` excludes some of the logged steps."""
-    return len(run.metrics) > _MAX_POINTS
+    # In the order of the charts: names from a file could be special keys.
+    values = [
+        [None if v is None else float(f"{curve.scale * v:.6g}") for v in logged(curve.name)]
+        for curve in curves
+    ]
+    return {"step": logged("step"), "epoch": logged("epoch"), "values": values}
 
 
 def describe(curve: Curve, runs: list[RecordedRun]) -> str:
@@ -167,8 +159,7 @@ def facts(runs: list[RecordedRun], image_counts: list[int | None]) -> list[Row]:
       runs: Runs.
       image_counts: Number of training images of each run, or None.
     """
-    columns = [_facts(run, count) for run, count in zip(runs, image_counts, strict=True)]
-    return [_row(name, [column[name] for column in columns]) for name in columns[0]]
+    return _rows([_facts(run, count) for run, count in zip(runs, image_counts, strict=True)])
 
 
 def _facts(run: RecordedRun, num_images: int | None) -> dict[str, str]:
@@ -231,9 +222,7 @@ def state(run: RecordedRun) -> str:
 
 def fields(runs: list[RecordedRun]) -> list[Row]:
     """Returns the table of all config fields by dotted name."""
-    columns = [_flatten(run.config) for run in runs]
-    names = list(dict.fromkeys(name for column in columns for name in column))[:_MAX_FIELDS]
-    return [_row(name, [column.get(name, "–") for column in columns]) for name in names]
+    return _rows([_flatten(run.config) for run in runs])[:_MAX_FIELDS]
 
 
 def differing_fields(runs: list[RecordedRun]) -> list[str]:
@@ -250,12 +239,12 @@ def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _row(name: str, values: list[str]) -> Row:
-    return Row(name, tuple(values), len(set(values)) > 1)
+def scores(runs: list[RecordedRun]) -> list[tuple[int, str, list[float | None]]]:
+    """Returns the accuracies of each run, of its random backbone and of raw pixels.
 
-
-def scores(runs: list[RecordedRun]) -> list[Score]:
-    """Returns the accuracies of each run, of its random backbone and of raw pixels."""
+    Returns:
+      Run, name, and top-1 and top-5 of the linear probe and top-1 of kNN, in [0, 1] or None.
+    """
     found = []
     for i, run in enumerate(runs):
         linear, knn = run.results.get("linear", {}), run.results.get("knn", {})
@@ -264,10 +253,10 @@ def scores(runs: list[RecordedRun]) -> list[Score]:
             ("random_init_", "random initialization"),
             ("raw_pixels_", "raw pixels"),
         ):
-            values = (linear.get(f"{prefix}top1"), linear.get(f"{prefix}top5"))
-            score = Score(i, name, *map(as_number, (*values, knn.get(f"{prefix}top1"))))
-            if any(value is not None for value in score[2:]):
-                found.append(score)
+            top1, top5 = f"{prefix}top1", f"{prefix}top5"
+            values = [as_number(x) for x in (linear.get(top1), linear.get(top5), knn.get(top1))]
+            if values != [None] * 3:
+                found.append((i, name, values))
     return found
 
 
@@ -280,17 +269,9 @@ def stale_results(run: RecordedRun) -> str | None:
     return f"measured at step {measured}; the last logged step is {run.last_step:,}"
 
 
-def results(runs: list[RecordedRun]) -> list[tuple[str, Row]]:
-    """Returns all results by protocol, with a column for each run."""
-    columns = [
-        {(protocol, name): value for protocol, name, value in summary_rows(run.results)}
-        for run in runs
-    ]
-    keys = list(dict.fromkeys(key for column in columns for key in column))
-    return [
-        (protocol, _row(name, [column.get((protocol, name), "–") for column in columns]))
-        for protocol, name in keys
-    ]
+def results(runs: list[RecordedRun]) -> list[Row]:
+    """Returns all results, by protocol and metric, with a column for each run."""
+    return _rows([{row[:2]: row[2] for row in summary_rows(run.results)} for run in runs])
 
 
 def headline(run: RecordedRun) -> list[tuple[str, str, str]]:
@@ -314,9 +295,9 @@ def headline(run: RecordedRun) -> list[tuple[str, str, str]]:
     return found
 
 
-def history(run: RecordedRun) -> dict[str, Any]:
-    """Returns resumptions, rewinds and skipped images, in lists of limited length."""
-    events = [
+def events(run: RecordedRun) -> list[dict[str, str]]:
+    """Returns the last events: `time`, `event`, `step` and the `detail`."""
+    return [
         {
             "time": as_text(event.get("time", "")),
             "event": as_text(event["event"], 40),
@@ -329,21 +310,6 @@ def history(run: RecordedRun) -> dict[str, Any]:
         }
         for event in run.events[-_MAX_EVENTS:]
     ]
-    return {
-        "counts": count_texts(event["event"] for event in run.events),
-        "events": events,
-        "num_events": len(run.events),
-        "rewinds": [
-            {key: as_text(rewind.get(key, "")) for key in ("step", "what", "skipped")}
-            for rewind in run.rewinds[:_MAX_EVENTS]
-        ],
-        "skipped_by_source": count_texts(line["source"] for line in run.skipped),
-        "skipped": [
-            {key: as_text(line[key]) for key in ("source", "image", "reason")}
-            for line in run.skipped[:_MAX_SKIPPED]
-        ],
-        "num_skipped": len(run.skipped),
-    }
 
 
 def _detail(value: Any) -> str:

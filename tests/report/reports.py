@@ -9,7 +9,7 @@ import numpy as np
 
 from music_jax.config import default_config
 from music_jax.report import measures
-from music_jax.report.page import ReportedRun
+from music_jax.report.page import measure_sample
 from music_jax.report.reading import read_workdirs
 from music_jax.workdir.run_config import as_json
 
@@ -109,26 +109,11 @@ def make_sample(
     )
 
 
-def make_reported(path, sample=None, *, maps=True):
+def make_reported(path, sample=None):
     """Returns the run of a workdir like `page.measure_run`, with synthetic images."""
     (recorded,) = read_workdirs([str(path)])
-    names, predictions = list(sample.class_names) if sample else [], recorded.predictions
-    confusion = measures.count_confusions(predictions, names) if predictions else None
-    if sample is None:
-        return ReportedRun(recorded, missing=f"no checkpoint {HOSTILE}", confusion=confusion)
-    segments = recorded.segments and measures.measure_sample_segments(
-        sample, num_segments=recorded.segments[0], temperature=1.0
-    )
-    place = np.random.default_rng(0).random((len(sample.indices), 2))
-    return ReportedRun(
-        recorded,
-        sample=sample,
-        segments=segments,
-        maps={"embedding": place, "features": place[::-1]} if maps else {},
-        neighbors=measures.neighbors(sample.features),
-        confusion=confusion,
-        num_training_images=1000,
-    )
+    missing = "" if sample else f"no checkpoint {HOSTILE}"
+    return measure_sample(recorded, sample, missing=missing, num_training_images=1000)
 
 
 def data_of(html):

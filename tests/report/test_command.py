@@ -51,7 +51,7 @@ def test_runs_with_and_without_images_and_segments(tmp_path):
     assert vicreg["segments"] is None
     assert vicreg["neighbors"]["rows"].shape == (vicreg["images"]["count"], 8)
     assert "images" not in gone
-    assert music["thumbsClass"] == vicreg["thumbsClass"]
+    assert music["images"]["sprite"] == vicreg["images"]["sprite"]
 
 
 @pytest.mark.parametrize(

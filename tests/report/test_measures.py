@@ -54,10 +54,10 @@ def test_the_joint_probability_is_the_mean_product_of_the_views(drawn):
 
 def test_the_most_informative_segments_are_included():
     sample = make_sample()
-    order = np.asarray([4, 1, 0, 2, 3, 5])
-    found = measures.joint_ratios(sample, order, num_segments=6, temperature=1.0, max_side=15)
-    np.testing.assert_array_equal(found.segments, [0, 1, 4])
-    assert found.levels.shape == (15, 15)
+    segments = {"count": 6, "units": 5, "order": [4, 1, 0, 2, 3, 5], "temperature": 1.0}
+    found = measures.joint_ratios(sample, segments, max_side=15)
+    assert found["shown"] == [0, 1, 4]
+    assert found["levels"].shape == (15, 15)
 
 
 def test_neighbors_are_the_nearest_others(drawn):
@@ -71,7 +71,7 @@ def test_neighbors_are_the_nearest_others(drawn):
 
 
 def test_an_image_with_duplicates_is_not_its_own_neighbor():
-    rows, _ = measures.neighbors(np.ones((20, 4), np.float32))
+    rows = measures.neighbors(np.ones((20, 4), np.float32))["rows"]
     assert rows.shape == (20, measures.NEIGHBORS)
     assert not np.any(rows == np.arange(20)[:, None])
 

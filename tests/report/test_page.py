@@ -123,7 +123,7 @@ def test_text_from_the_run_is_escaped(finished):
         ),
         (
             lambda path: make_reported(
-                write_workdir(path / "run"), make_sample(labeled=False, images=4), maps=False
+                write_workdir(path / "run"), make_sample(labeled=False, images=4)
             ),
             ("there are too few images, or the network gives all of them the same output",),
         ),
@@ -145,8 +145,9 @@ def test_runs_side_by_side_share_images_and_list_their_differences(finished, tmp
     text = page.render([finished, other, third]).decode()
     runs = data_of(text)["runs"]
     assert [run["name"] for run in runs] == ["music", "other", "third"]
-    assert runs[0]["thumbsClass"] == runs[2]["thumbsClass"] != runs[1]["thumbsClass"]
-    assert text.count(f".{runs[0]['thumbsClass']}{{") == 1
+    sprites = [run["images"]["sprite"] for run in runs]
+    assert sprites[0] == sprites[2] != sprites[1]
+    assert text.count(f".{sprites[0]}{{") == 1
     assert "The training configs differ in" in text
     assert re.search(r"differ in [^<]*objective.name", text)
 

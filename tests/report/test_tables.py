@@ -11,10 +11,10 @@ def test_scores_are_in_the_rows_of_their_features():
     results = [{"linear": linear, "knn": knn}, {"knn": {"raw_pixels_top1": 0.17}}]
     runs = [types.SimpleNamespace(results=found) for found in results]
     assert tables.scores(runs) == [
-        (0, "trained backbone", 0.91, 0.98, 0.84),
-        (0, "random initialization", 0.32, None, 0.25),
-        (0, "raw pixels", 0.53, None, 0.46),
-        (1, "raw pixels", None, None, 0.17),
+        (0, "trained backbone", [0.91, 0.98, 0.84]),
+        (0, "random initialization", [0.32, None, 0.25]),
+        (0, "raw pixels", [0.53, None, 0.46]),
+        (1, "raw pixels", [None, None, 0.17]),
     ]
 
 

@@ -14,7 +14,7 @@ function curveFigure(runs, curve, unit, axis, colors) {
   const levels = new Set();
   runs.forEach((run, index) => {
     const y = run.curves.values[curve];
-    if (!y) return;
+    if (y.every((value) => value === null)) return;
     const few = y.filter((value) => value !== null).length <= 40;
     data.push({
       x: run.curves[axis],

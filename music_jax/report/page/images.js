@@ -12,10 +12,10 @@ function imageName(run, image) {
   return parts.join(", ");
 }
 
-function placeTile(element, spriteClass, sheet, index, side) {
+function placeTile(element, sheet, index, side) {
   const scale = side / sheet.tile;
   const [x, y] = [index % sheet.columns, Math.floor(index / sheet.columns)];
-  element.classList.add(spriteClass);
+  element.classList.add(sheet.sprite);
   if (scale > 1.4 && sheet.tile <= 40) element.classList.add("sharp");
   Object.assign(element.style, {
     width: `${side}px`, height: `${side}px`,
@@ -36,7 +36,7 @@ function thumb(run, image, side, { more = "", onClick } = {}) {
   } else {
     element.setAttribute("role", "img");
   }
-  return placeTile(element, run.thumbsClass, run.images, image, side);
+  return placeTile(element, run.images, image, side);
 }
 
 const NEIGHBOR_ROWS = 8;
@@ -203,7 +203,7 @@ function drawViews(run, panel) {
     const picture = make("div", { className: "thumb" });
     picture.setAttribute("role", "img");
     picture.setAttribute("aria-label", `image ${Math.floor(i / columns) + 1}, ${heads[i % columns]}`);
-    grid.append(placeTile(picture, run.viewsClass, run.views, i, side));
+    grid.append(placeTile(picture, run.views, i, side));
   }
 }
 
