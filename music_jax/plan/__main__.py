@@ -1,10 +1,11 @@
 """`python -m music_jax.plan`: estimate what a training step costs on chips that are not at hand."""
 
-import concurrent.futures
 import json
 import multiprocessing
 import os
 import pathlib
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -72,23 +73,14 @@ def main() -> None:
 def _num_images(config: config_dict.ConfigDict) -> int:
     from music_jax.data import datasets
 
-    dataset = config.dataset
-    published = _NUM_IMAGES.get((dataset.name, dataset.train_split))
-    if published and not dataset.path:
+    published = _NUM_IMAGES.get((config.dataset.name, config.dataset.train_split))
+    if published and not config.dataset.path:
         return published
-    if not (dataset.name or dataset.path):
-        raise UserError(
-            "the number of images is unknown, because the config names none; give them with "
-            "--config.dataset.path=DIR or --config.dataset.name=NAME, or their number with "
-            "--num-images=N"
-        )
     try:
         return len(datasets.training_source(config))
     except UserError as error:
-        name = dataset.path or f"{dataset.name}:{dataset.train_split}"
         raise UserError(
-            f"the number of images of {name} is unknown, because it cannot be opened here; give it "
-            f"with --num-images=N ({error})"
+            f"cannot count the training images: {error}; --num-images=N gives their number"
         ) from error
 
 
@@ -99,13 +91,11 @@ def _make_plans(config: config_dict.ConfigDict, topologies: list[str]) -> list["
 
     options: Any = flags.FLAGS
     num_images = options["num-images"].value or _num_images(config)
+    find_batch_size = options["find-batch-size"].value
     jobs = min(options.jobs or usable_cores(), len(topologies))
-    values = as_json(config)
-    pool = concurrent.futures.ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), initializer=compiling.prepare_process
-    )
+    values, spawn = as_json(config), multiprocessing.get_context("spawn")
     try:
-        with pool:
+        with ProcessPoolExecutor(jobs, spawn, initializer=compiling.prepare_process) as pool:
             for topology in topologies:  # before minutes are spent
                 pool.submit(compiling.check, values, topology).result()
             progress.say(
@@ -113,36 +103,26 @@ def _make_plans(config: config_dict.ConfigDict, topologies: list[str]) -> list["
                 "ResNet-50, unless cached"
             )
             running = {
-                pool.submit(
-                    compiling.run,
-                    values,
-                    topology,
-                    num_images=num_images,
-                    find_batch_size=options["find-batch-size"].value,
-                ): topology
+                pool.submit(compiling.run, values, topology, num_images, find_batch_size): topology
                 for topology in topologies
             }
-            for done in concurrent.futures.as_completed(running):
+            for done in as_completed(running):
                 seconds = done.result()[0].compile_seconds
                 progress.say(f"{running[done]}: took {seconds:.0f} s to compile")
-    except concurrent.futures.process.BrokenProcessPool as error:
+    except BrokenProcessPool as error:
         raise UserError(
             f"a compilation was killed, probably because memory ran out; use --jobs=1, not {jobs}"
         ) from error
-    plans = []
-    for done, topology in running.items():
-        cost, largest = done.result()
-        plans.append(
-            report.make_plan(
-                topology,
-                cost,
-                num_images=num_images,
-                num_epochs=config.num_epochs,
-                decode_rate=options["decode-rate"].value,
-                largest_batch_size=largest,
-            )
+    return [
+        report.make_plan(
+            topology,
+            *done.result(),
+            num_images=num_images,
+            num_epochs=config.num_epochs,
+            decode_rate=options["decode-rate"].value,
         )
-    return plans
+        for done, topology in running.items()
+    ]
 
 
 if __name__ == "__main__":

@@ -131,7 +131,6 @@ CHIPS = {
 # TPUs have two links per axis. Slices of v4, v5p and tpu7x that consist of complete cubes of
 # 4 x 4 x 4 chips are closed to rings along all axes, others along none; an axis of v3, v5e and v6e
 # is closed if it spans the pod, of 32 or 16 chips.
-_GPUS_OF_A_MACHINE = 8
 ATTACHED = "attached"  # the GPUs of this machine
 
 
@@ -178,18 +177,18 @@ def chip_of(topology: str) -> Chip:
             f"topologies: {known}"
         )
     chip = CHIPS[name]
-    if chip.gpu is not None:
-        if not re.fullmatch(r"[1-9]\d*", grid) or int(grid) > _GPUS_OF_A_MACHINE:
-            raise UserError(
-                f"--topology={topology}: expected 1 to {_GPUS_OF_A_MACHINE} GPUs after {name!r}, "
-                f"on one machine (networks between machines have no published peak), such as "
-                f"{chip.example}; got {grid!r}"
-            )
-        return chip
-    if not re.fullmatch(r"[1-9]\d{0,2}(x[1-9]\d{0,2})*", grid) or grid.count("x") + 1 != chip.axes:
+    if chip.gpu is None:
+        sizes = "x".join([r"[1-9]\d{0,2}"] * chip.axes)
+        expected = f"{chip.axes} sizes joined by x after {name!r}"
+    else:
+        sizes = "[1-8]"
+        expected = (
+            f"1 to 8 GPUs after {name!r}, on one machine (networks between machines have no "
+            "published peak)"
+        )
+    if not re.fullmatch(sizes, grid):
         raise UserError(
-            f"--topology={topology}: expected {chip.axes} sizes joined by x after {name!r}, such "
-            f"as {chip.example}; got {grid!r}"
+            f"--topology={topology}: expected {expected}, such as {chip.example}; got {grid!r}"
         )
     return chip
 

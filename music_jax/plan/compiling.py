@@ -49,7 +49,6 @@ ENVIRONMENT = {
 }
 _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt", "jax-cuda12-pjrt")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
-_SIZE = r"([\d.]+)([KMGTP]?)i?B?"
 _TOLERANCE = 1 / 32  # largest share by which the batch that is found is below the largest that fits
 
 # For GPUs, XLA gives the memory, but neither FLOPs nor bytes.
@@ -65,15 +64,13 @@ _GPU_ESTIMATES = {
 }
 
 # For a program that this JAX cannot read.
-_NOT_KNOWN = "unknown: this JAX cannot read the program that libtpu compiles for this chip"
 _UNREAD_ESTIMATES = {
     "flops": "XLA's, which counts the body of each loop once",
     "hbm_traffic_bytes": "likewise",
-    "hbm_only_bytes": _NOT_KNOWN,
-    "received_bytes": _NOT_KNOWN,
-    "collective_bytes": _NOT_KNOWN,
-    "objective_flops": _NOT_KNOWN,
-}
+} | dict.fromkeys(
+    ("hbm_only_bytes", "received_bytes", "collective_bytes", "objective_flops"),
+    "unknown: this JAX cannot read the program that libtpu compiles for this chip",
+)
 
 
 @dataclasses.dataclass
@@ -139,11 +136,6 @@ class Slice:
         """Number of chips."""
         return len(set(self.chip_of_device))
 
-    @property
-    def devices_per_chip(self) -> int:
-        """Number of devices on each chip."""
-        return self.mesh.size // self.chips
-
 
 def prepare_process() -> None:
     """Prepares a worker process; silences compilers, which warn that there is no TPU or GPU."""
@@ -162,13 +154,12 @@ def check(config: dict[str, Any], topology: str) -> None:
     Raises:
       UserError: There is no such topology, or the batch cannot be divided over it.
     """
-    checked = from_json(config)
-    mesh = open_slice(topology, checked.sharding.fsdp).mesh
-    check_divisible(checked.batch_size, checked.accumulation_steps, mesh)
+    mesh = open_slice(topology, config["sharding"]["fsdp"]).mesh
+    check_divisible(config["batch_size"], config["accumulation_steps"], mesh)
 
 
 def run(
-    config: dict[str, Any], topology: str, *, num_images: int, find_batch_size: bool
+    config: dict[str, Any], topology: str, num_images: int, find_batch_size: bool
 ) -> tuple[StepCost, int | None]:
     """Compiles the step, and further ones to find the largest batch that fits.
 
@@ -275,23 +266,18 @@ def _hbm_of_device(mesh: Mesh) -> float:
     try:
         jax.jit(lambda x: x @ x, out_shardings=whole).lower(too_large).compile()
     except jax.errors.JaxRuntimeError as error:
-        if (sizes := _out_of_memory(error)) is not None:
-            return sizes[1]
-        raise
+        return _out_of_memory(error)[1]
     raise RuntimeError("XLA compiled a product of 2 TB matrices; expected an out-of-memory error")
 
 
-def _out_of_memory(error: jax.errors.JaxRuntimeError) -> tuple[float, float] | None:
-    """Returns the bytes needed and available; None if the error is not about memory."""
-    text = str(error)
-    if "RESOURCE_EXHAUSTED" not in text:
-        return None
-    found = re.search(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)", text)
-    found = found or re.search(rf"Used {_SIZE} of {_SIZE} hbm", text)
+def _out_of_memory(error: jax.errors.JaxRuntimeError) -> list[float]:
+    """Returns the bytes needed and available; raises an error again that is not about memory."""
+    size = r"([\d.]+)([KMGTP]?)i?B?"
+    before, between = r"(?:\(|Used )", r"(?:\) exceeds available HBM \(| of )"
+    found = re.search(f"RESOURCE_EXHAUSTED.*?{before}{size}{between}{size}", str(error), re.DOTALL)
     if found is None:
-        return None
-    needed, unit, available, unit_available = found.groups()
-    return float(needed) * _UNITS[unit], float(available) * _UNITS[unit_available]
+        raise error
+    return [float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3)]
 
 
 def measure(
@@ -314,7 +300,7 @@ def measure(
         cost, program = _measure(lowered, slice_, config.batch_size)
         if program and with_objective:
             flops = _objective_flops(recipe, config.batch_size, slice_.mesh)
-            cost.objective_flops = flops * slice_.devices_per_chip
+            cost.objective_flops = flops * (slice_.mesh.size // slice_.chips)
         return cost
 
     key = cache_key(lowered.as_text(), f"{slice_.topology} objective={with_objective}")
@@ -325,16 +311,14 @@ def _measure(
     lowered: jax.stages.Lowered, slice_: Slice, batch_size: int
 ) -> tuple[StepCost, programs.Computation | None]:
     """Returns the costs without the objective's, and the program if it fits and can be read."""
-    per_chip = slice_.devices_per_chip
+    per_chip = slice_.mesh.size // slice_.chips
     cost = StepCost(slice_.chips, batch_size, False, slice_.hbm_bytes * per_chip)
     cost.estimates = slice_.estimates
     start = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if (sizes := _out_of_memory(error)) is None:
-            raise
-        cost.hbm_needed_bytes = sizes[0] * per_chip
+        cost.hbm_needed_bytes = _out_of_memory(error)[0] * per_chip
         return cost, None
     finally:
         cost.compile_seconds = time.perf_counter() - start
@@ -394,14 +378,10 @@ def cached(key: str, compute: Callable[[], StepCost]) -> StepCost:
 
 def cache_key(program: str, chips: str) -> str:
     """Returns a hash of all that costs depend on: program, chips, compilers, and this package."""
-    parts = [program, chips, *(f"{name}={_version(name)}" for name in _COMPILERS)]
-    own = pathlib.Path(__file__).parent
-    parts += [(own / f"{name}.py").read_text() for name in ("chips", "compiling", "programs")]
+    installed = importlib.metadata.distributions()
+    compilers = sorted(f"{d.name}={d.version}" for d in installed if d.name in _COMPILERS)
+    own = [
+        pathlib.Path(__file__).parent / f"{name}.py" for name in ("chips", "compiling", "programs")
+    ]
+    parts = [program, chips, *compilers, *(path.read_text() for path in own)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""

@@ -32,8 +32,10 @@ _FREE = {
 }  # fmt: skip
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) .*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*)$")
-_OPCODE = re.compile(r"\s([a-z][\w\-]*)\(")
+# Name, results, opcode, arguments, which may have brackets of their own, and attributes.
+_INSTRUCTION = re.compile(
+    r"^\s+(?:ROOT )?%([\w.\-]+) = (.*?)\s([a-z][\w\-]*)\(([^()]*(?:\([^()]*\)[^()]*)*)\)(.*)$"
+)
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^{}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(
@@ -109,26 +111,15 @@ def parse(text: str) -> Computation:
             current, arrays = found[2], {}
             entry = current if found[1] else entry
         elif found := _INSTRUCTION.match(line):
-            name, rest = found.groups()
-            opcode = _OPCODE.search(rest)
-            if opcode is None:
-                raise ValueError(f"cannot parse an instruction of XLA: {line[:200]}")
+            name, results, opcode, arguments, attributes = found.groups()
             arrays[name] = [
-                _array(dtype, shape, layout)
-                for dtype, shape, layout in _ARRAY.findall(rest[: opcode.start()])
-                if dtype in _BITS
+                _array(*parts) for parts in _ARRAY.findall(results) if parts[0] in _BITS
             ]
-            end = _closing_bracket(rest, opcode.end() - 1)
-            arguments, attributes = rest[opcode.end() : end], rest[end + 1 :]
+            operands = [arrays[operand] for operand in _NAME.findall(arguments)]
+            called = _NAME.findall(" ".join(_CALLED.findall(attributes)))
+            bodies = [computations[computation] for computation in called]
             computations[current].append(
-                Instruction(
-                    opcode[1],
-                    arrays[name],
-                    [arrays[operand] for operand in _NAME.findall(arguments)],
-                    arguments,
-                    attributes,
-                    [computations[n] for n in _NAME.findall(" ".join(_CALLED.findall(attributes)))],
-                )
+                Instruction(opcode, arrays[name], operands, arguments, attributes, bodies)
             )
     return computations[entry]
 
@@ -136,16 +127,6 @@ def parse(text: str) -> Computation:
 def _array(dtype: str, shape: str, layout: str) -> Array:
     sizes = tuple(int(n) for n in shape.split(",") if n)
     return Array(sizes, math.prod(sizes) * _BITS[dtype] // 8, "S(" not in layout)
-
-
-def _closing_bracket(text: str, start: int) -> int:
-    """Returns the position of the bracket that closes the one at `start`."""
-    depth = 0
-    for position in range(start, len(text)):
-        depth += (text[position] == "(") - (text[position] == ")")
-        if depth == 0:
-            return position
-    return len(text)
 
 
 def _runs(entry: Computation, *, loops_once: bool = False) -> dict[Instruction, int]:

@@ -22,21 +22,21 @@ _COUNTED = {
 def make_plan(
     topology: str,
     cost: StepCost,
+    largest_batch_size: int | None = None,
     *,
     num_images: int,
     num_epochs: int,
     decode_rate: float,
-    largest_batch_size: int | None = None,
 ) -> Plan:
     """Estimates times from the costs of a step and the chip's published peaks.
 
     Args:
       topology: Name of the topology.
       cost: Costs of a step.
+      largest_batch_size: Largest batch that fits, if it was searched.
       num_images: Number of images of the training split.
       num_epochs: Number of epochs of the run.
       decode_rate: Images that a core of the host decodes and crops in a second.
-      largest_batch_size: Largest batch that fits, if it was searched.
 
     Returns:
       JSON values, per chip: the fields of `cost`; the chip's `peaks_per_second`, FLOPs and bytes;

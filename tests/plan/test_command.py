@@ -111,15 +111,14 @@ def test_the_images_of_a_folder_are_counted_there(tmp_path):
 def test_the_number_of_images_is_required_for_an_unprepared_dataset(tmp_path):
     config = runpy.run_path(str(processes.ROOT / "configs" / "digits.py"))["get_config"]()
     config.dataset.data_dir = str(tmp_path)
-    with pytest.raises(UserError, match=r"--num-images=N \(dataset 'digits' was not prepared"):
+    with pytest.raises(UserError, match=r"dataset 'digits' was not prepared.*--num-images=N"):
         command._num_images(config)
 
 
 def test_a_config_without_images_is_an_error_that_names_the_flags():
     config = runpy.run_path(str(processes.ROOT / "configs" / "folder.py"))["get_config"]()
-    with pytest.raises(UserError, match=r"--config\.dataset\.path=DIR.*--num-images=N") as caught:
+    with pytest.raises(UserError, match=r"--config\.dataset\.path=.*--num-images=N"):
         command._num_images(config)
-    assert ":train" not in str(caught.value)
 
 
 @pytest.mark.slow
