@@ -81,31 +81,17 @@ H200 = dataclasses.replace(H100, name="NVIDIA H200", memory_bytes=151397597184)
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A kind of chip with its published peaks, each that of a complete chip.
+    """A kind of chip with its published peaks, each that of a complete chip."""
 
-    Attributes:
-      flops_per_second: Peak of matrix products in bfloat16.
-      hbm_bytes_per_second: Peak bandwidth of its main memory.
-      network_bytes_per_second: Peak bandwidth of all links to other chips, in one direction; for a
-        slice see `network_peak`.
-      axes: Number of dimensions of its topologies.
-      example: Example of a topology.
-      source: Publication of the peaks.
-      wraps: Number that divides the size of every axis that is closed to a ring; 0 if there are no
-        axes.
-      configuration: Name that libtpu gives to the configuration, if the chip has several.
-      gpu: Description for the compiler of GPUs; None for TPUs.
-    """
-
-    flops_per_second: float
-    hbm_bytes_per_second: float
-    network_bytes_per_second: float
-    axes: int
-    example: str
-    source: str
-    wraps: int = 0
-    configuration: str = "default"
-    gpu: Gpu | None = None
+    flops_per_second: float  # of matrix products in bfloat16
+    hbm_bytes_per_second: float  # of its main memory
+    network_bytes_per_second: float  # of all links to other chips, in one direction
+    axes: int  # number of dimensions of its topologies
+    example: str  # of a topology
+    source: str  # publication of the peaks
+    wraps: int = 0  # number that divides the size of every axis that is closed to a ring
+    configuration: str = "default"  # libtpu's name for it, if the chip has several
+    gpu: Gpu | None = None  # for the compiler of GPUs; None for TPUs
 
 
 # The peaks in bf16 and the bandwidths of HBM and links are from the documentation pages "TPU v3",

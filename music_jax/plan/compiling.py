@@ -115,21 +115,13 @@ class StepCost:
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Chips to compile for.
-
-    Attributes:
-      topology: Name of the topology.
-      mesh: Mesh of the devices.
-      chip_of_device: Index of the chip of each device of the mesh.
-      hbm_bytes: Memory of one device that XLA may use.
-      estimates: Origin of each value that XLA does not give for these chips.
-    """
+    """Chips to compile for."""
 
     topology: str
     mesh: Mesh
-    chip_of_device: list[int]
-    hbm_bytes: float
-    estimates: dict[str, str]
+    chip_of_device: list[int]  # index of the chip of each device of the mesh
+    hbm_bytes: float  # memory of one device that XLA may use
+    estimates: dict[str, str]  # origin of each value that XLA does not give for these chips
 
     @property
     def chips(self) -> int:

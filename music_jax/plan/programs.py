@@ -59,38 +59,23 @@ _WINDOW = re.compile(r"window=\{([^}]*)\}")
 
 
 class Array(NamedTuple):
-    """An array of one device.
-
-    Attributes:
-      shape: Shape.
-      size: Size in bytes, without the padding of its layout.
-      in_hbm: Whether it is in the device's main memory, not in its on-chip memory.
-    """
+    """An array of one device."""
 
     shape: tuple[int, ...]
-    size: int
-    in_hbm: bool
+    size: int  # in bytes, without the padding of its layout
+    in_hbm: bool  # in the device's main memory, not in its on-chip memory
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Instruction:
-    """An instruction of a computation.
-
-    Attributes:
-      opcode: Operation.
-      results: Results.
-      operands: Arrays of each operand.
-      arguments: Text in its brackets: names of its operands, or a constant's value.
-      attributes: Rest of the line.
-      called: Computations that it calls; of a loop, the condition and the body.
-    """
+    """An instruction of a computation."""
 
     opcode: str
     results: list[Array]
     operands: list[list[Array]]
-    arguments: str
-    attributes: str
-    called: list["Computation"]
+    arguments: str  # in its brackets: names of its operands, or the value of a constant
+    attributes: str  # the rest of its line
+    called: list["Computation"]  # of a loop, the condition and the body
 
 
 Computation = list[Instruction]
@@ -164,15 +149,10 @@ def _trip_count(loop: Instruction) -> int:
 
 
 class Collectives(NamedTuple):
-    """Bytes that the collectives of a program move in one run.
+    """Bytes that the collectives of a program move in one run."""
 
-    Attributes:
-      received: Bytes that enter a chip from other chips, for the chip that receives most.
-      by_kind: Bytes of the collectives' results on one device, by kind.
-    """
-
-    received: float
-    by_kind: dict[str, int]
+    received: float  # from other chips, by the chip that receives most
+    by_kind: dict[str, int]  # size of the results on one device
 
 
 class _Sent(NamedTuple):
@@ -269,17 +249,11 @@ def _received(sent: _Sent, chip_of_device: np.ndarray) -> np.ndarray:
 
 
 class Work(NamedTuple):
-    """Work of one device in one run of a program.
+    """Work of one device in one run of a program."""
 
-    Attributes:
-      flops: FLOPs of matrix products and convolutions.
-      bytes: Bytes that instructions read and write, in any memory.
-      hbm_bytes: Those in the device's main memory.
-    """
-
-    flops: int
-    bytes: int
-    hbm_bytes: int
+    flops: int  # of matrix products and convolutions
+    bytes: int  # that instructions read and write, in any memory
+    hbm_bytes: int  # those in the device's main memory
 
 
 def work(program: Computation, *, loops_once: bool = False) -> Work:

@@ -51,11 +51,7 @@ def make_plan(
         "hbm": chip.hbm_bytes_per_second,
         "network": network_peak(topology),
     }
-    needs = {
-        "compute": cost.flops,
-        "hbm": cost.hbm_traffic_bytes,
-        "network": cost.received_bytes,
-    }
+    needs = {"compute": cost.flops, "hbm": cost.hbm_traffic_bytes, "network": cost.received_bytes}
     seconds = {  # empty if it does not fit; a single chip has no network, and needs none
         name: need / peaks[name] if need else 0.0
         for name, need in needs.items()

@@ -50,10 +50,7 @@ def main() -> None:
     use_cores(batch_size=4)  # batches are padded
     use_compilation_cache()
     path, size = write_report(
-        workdirs,
-        output=flags.FLAGS.output,
-        num_images=num_images,
-        overrides=cli.config_overrides(),
+        workdirs, output=flags.FLAGS.output, num_images=num_images, overrides=cli.config_overrides()
     )
     progress.say(f"wrote {path} ({size / 1e6:.1f} MB); open it in a browser")
 

@@ -113,7 +113,7 @@ def _augmented_views(run: Run) -> np.ndarray:
     """Returns crops and training views of a few images as pictures; see `Sample.views`."""
     config, source = run.config, run.images
     count = min(_VIEWED, len(source))
-    batches = training_batches(
+    (batch,) = training_batches(
         source,
         TrainingOrder(len(source), count, config.seed),
         crop=Crop(config.crop.size, tuple(config.crop.scale), tuple(config.crop.aspect_ratio)),
@@ -124,7 +124,6 @@ def _augmented_views(run: Run) -> np.ndarray:
         skipped=run.skipped,
         num_threads=config.num_decode_threads,
     )
-    batch = next(batches)
     mean, std = tuple(config.dataset.mean), tuple(config.dataset.std)
     augment = jax.jit(
         functools.partial(
@@ -136,8 +135,7 @@ def _augmented_views(run: Run) -> np.ndarray:
         )
     )
     views = augment(batch["images"], batch["sample_index"], jax.random.key(config.seed))
-    pixels = np.asarray(views, np.float32) * np.asarray(std, np.float32)
-    pixels = np.clip(pixels + np.asarray(mean, np.float32), 0, 1)
+    pixels = np.clip(np.asarray(views, np.float32) * std + mean, 0, 1)
     pixels = np.round(255 * pixels).astype(np.uint8)
     return np.concatenate([batch["images"][:, :1], pixels], axis=1)
 
@@ -199,26 +197,18 @@ def joint_ratios(sample: Sample, segments: dict[str, Any], *, max_side: int) -> 
       [units, units], from 0 for `10 ** low` or less to 255 for `10 ** high` or more; and the number
       of `pairs` of views.
     """
-    units = segments["units"]
+    units, count = segments["units"], len(sample.view_pairs)
     shown = np.sort(segments["order"][: max(max_side // units, 2)])
-    pairs = sample.view_pairs.reshape(-1, 2, segments["count"], units)[:, :, shown]
-    pairs = pairs.reshape(len(pairs), 2, -1)
+    pairs = sample.view_pairs.reshape(count, 2, segments["count"], units)[:, :, shown]
     p = joint_probability(
-        jnp.asarray(pairs[:, 0]),
-        jnp.asarray(pairs[:, 1]),
+        *jnp.asarray(pairs.reshape(count, 2, -1)).swapaxes(0, 1),
         num_segments=len(shown),
         temperature=segments["temperature"],
     )
     low, high = math.log10(_MIN_RATIO), math.log10(units)
     ratio = np.log10(np.maximum(np.asarray(p, np.float64) * units**2, _MIN_RATIO))
     levels = np.round(255 * np.clip((ratio - low) / (high - low), 0, 1)).astype(np.uint8)
-    return {
-        "shown": shown.tolist(),
-        "levels": levels,
-        "low": low,
-        "high": high,
-        "pairs": len(pairs),
-    }
+    return {"shown": shown.tolist(), "levels": levels, "low": low, "high": high, "pairs": count}
 
 
 def neighbors(features: np.ndarray) -> dict[str, Any]:
@@ -240,21 +230,15 @@ def tsne_map(vectors: np.ndarray) -> np.ndarray | None:
     """Places vectors in the plane by t-SNE of their cosine similarity.
 
     Returns:
-      float64 [images, 2] in [0, 1]; None for too few vectors, or vectors that are all the same.
+      float32 [images, 2] in [0, 1]; None for too few vectors, or vectors that are all the same.
     """
-    from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
     unit = unit_length(vectors)
-    if len(unit) < 5 or not np.any(np.std(unit, axis=0) > 1e-4):
+    if len(unit) < 5 or unit.shape[1] < 2 or not np.any(np.std(unit, axis=0) > 1e-4):
         return None
-    size = min(50, len(unit) - 1, unit.shape[1])
-    reduced = PCA(size, random_state=0).fit_transform(unit)
-    placed = TSNE(
-        init=1e-4 * reduced[:, :2] / np.std(reduced[:, 0]) if size > 1 else "random",
-        perplexity=min(_PERPLEXITY, (len(unit) - 1) / 3),
-        random_state=0,
-    ).fit_transform(reduced.astype(np.float32))
+    perplexity = min(_PERPLEXITY, (len(unit) - 1) / 3)
+    placed = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(unit)
     placed = placed - placed.min(axis=0)
     return placed / np.maximum(placed.max(), 1e-9)
 
@@ -274,7 +258,7 @@ def count_confusions(found: Predictions, class_names: list[str]) -> Confusion:
     size = int(both.max()) + 1
     # Labels can be huge in a damaged file: of many classes, only those that occur.
     classes = np.arange(size) if size <= _MAX_CLASSES else np.unique(both)
-    labels, predictions = np.searchsorted(classes, both)
+    labels, predictions = ranks = np.searchsorted(classes, both)
     names = [class_names[i] if i < len(class_names) else str(i) for i in classes.tolist()]
     totals = np.bincount(labels, minlength=len(classes))
     wrong = labels != predictions
@@ -285,13 +269,11 @@ def count_confusions(found: Predictions, class_names: list[str]) -> Confusion:
         errors.append((names[i], names[j], int(times[cell]), int(totals[i])))
     num_others = max(len(classes) - _MAX_CLASSES, 0)
     if num_others:
-        mistaken = np.bincount(
-            np.stack([labels, predictions])[:, wrong].ravel(), minlength=len(classes)
-        )
+        mistaken = np.bincount(ranks[:, wrong].ravel(), minlength=len(classes))
         kept = np.sort(np.argsort(-mistaken, kind="stable")[:_MAX_CLASSES])
         place = np.full(len(classes), _MAX_CLASSES)
         place[kept] = np.arange(_MAX_CLASSES)
-        labels, predictions = place[labels], place[predictions]
+        labels, predictions = place[ranks]
         names = [names[i] for i in kept] + [f"{num_others} others"]
     counts = np.zeros((len(names), len(names)), np.int64)
     np.add.at(counts, (labels, predictions), 1)

@@ -37,23 +37,13 @@ _SCRIPTS = ("start.js", "charts.js", "curves.js", "segments.js", "images.js", "m
 
 @dataclasses.dataclass(frozen=True)
 class ReportedRun:
-    """A run with the measurements that the report shows.
-
-    Attributes:
-      recorded: Records of the run.
-      sample: Images and outputs of the network; None without a checkpoint or images.
-      missing: Reason why there is no sample.
-      confusion: Confusions of the linear probe, if there are predictions.
-      data: Values for the page's scripts that do not depend on the size of the pictures: arrays and
-        JSON values. `segments` is None and `maps` is empty if they are not shown.
-      num_training_images: Number of training images, if it is known.
-    """
+    """A run with the measurements that the report shows."""
 
     recorded: RecordedRun
-    sample: measures.Sample | None
-    missing: str
-    confusion: measures.Confusion | None
-    data: dict[str, Any]
+    sample: measures.Sample | None  # None without a checkpoint or images
+    missing: str  # reason why there is no sample
+    confusion: measures.Confusion | None  # of the linear probe, if there are predictions
+    data: dict[str, Any]  # of the page's scripts, apart from what depends on the pictures' size
     num_training_images: int | None
 
 
@@ -202,11 +192,10 @@ def _page(runs: list[ReportedRun], *, tile: int, matrix: int) -> bytes:
         tables=tables,
         count_texts=count_texts,
         title=" · ".join(run.name for run in recorded),
-        facts=tables.facts(recorded, [run.num_training_images for run in runs]),
+        facts=tables.rows([tables.facts(run.recorded, run.num_training_images) for run in runs]),
         curves=curves,
         bounded={name for run in recorded for name in tables.bounds(run)},
         thinned=any(len(run.metrics) > tables.MAX_POINTS for run in recorded),
-        any_segments=any(run.data["segments"] for run in runs),
         version=__version__,
         style="\n".join([_read("report.css"), *sprites.values()]),
         script=script,
@@ -239,14 +228,7 @@ def _policy_hash(script: str) -> str:
 def _pictures(
     run: ReportedRun, *, tile: int, matrix: int, sprites: dict[str, str]
 ) -> dict[str, Any]:
-    """Returns the data of a run that depend on the size of the pictures.
-
-    Args:
-      run: Run.
-      tile: Largest side of a thumbnail, in pixels.
-      matrix: Largest side of the joint-probability matrix.
-      sprites: Style rules of image files, to which those of the run are added.
-    """
+    """Returns the data of a run that depend on the size of the pictures; adds to `sprites`."""
     sample, segments = run.sample, run.data["segments"]
     if sample is None:
         return {}
@@ -264,16 +246,10 @@ def _pictures(
 def _sprite(
     images: np.ndarray, max_side: int, sprites: dict[str, str], *, columns: int | None = None
 ) -> dict[str, Any]:
-    """Packs square images into one WebP file, shrunk to a side of at most `max_side` pixels.
+    """Packs square images, uint8 [images, side, side, channels], into one WebP file.
 
-    Args:
-      images: uint8 [images, side, side, channels].
-      max_side: Largest side; smaller images keep theirs.
-      sprites: Style rules by class, to which that of the file is added.
-      columns: Number of columns; about the number of rows by default.
-
-    Returns:
-      The layout, where `pitch` is the distance of two images, and the class `sprite`.
+    They are shrunk to a side of at most `max_side` pixels. The style rule of the file is added to
+    `sprites`. Returns the layout, with the `pitch` from image to image, and the class `sprite`.
     """
     count, side = len(images), min(max_side, images.shape[1])
     pitch = -(-side // 8) * 8  # whole blocks, so that lossy neighbors do not mix

@@ -10,7 +10,6 @@ from music_jax.config import is_free
 from music_jax.evaluation.results import summary_rows
 from music_jax.report.reading import RecordedRun, as_number, as_text
 
-_MAX_EVENTS = 100
 _MAX_FIELDS = 400
 MAX_POINTS = 1000  # per curve
 _MAX_UNKNOWN_CURVES = 24
@@ -28,7 +27,8 @@ class Row(NamedTuple):
         return len(set(self.values)) > 1
 
 
-def _rows(columns: list[dict[Any, str]]) -> list[Row]:
+def rows(columns: list[dict[Any, str]]) -> list[Row]:
+    """Returns the rows of a table from the columns of the runs, by name."""
     names = dict.fromkeys(name for column in columns for name in column)
     return [Row(name, [column.get(name, "–") for column in columns]) for name in names]
 
@@ -53,31 +53,16 @@ _CURVES_BY_GROUP = {
     "terms": [
         ("diagonal", "Diagonal term", "nats", "Low if units are used equally and views agree."),
         ("cross_segment", "Cross-segment term", "nats", "Low if the segments are independent."),
-        (
-            "invariance",
-            "Invariance term",
-            "nats",
-            "0 if both views certainly select the same units.",
-        ),
+        ("invariance", "Invariance term", "nats", "0 if both views surely select the same units."),
     ],
     "training": [
         ("learning_rate", "Learning rate", "", "Warm-up, then cosine decay."),
         ("images_per_second", "Throughput", "images / s", "Since the previous logged step."),
-        (
-            "online_top1",
-            "Online probe, top-1",
-            "%",
-            "On images that it has not been trained on yet.",
-        ),
+        ("online_top1", "Online probe, top-1", "%", "On images it has not been trained on yet."),
     ],
     "health": [
         ("grad_norm", "Gradient norm", "", "Over all parameters."),
-        (
-            "usage_entropy",
-            "Usage entropy",
-            "share of log K",
-            "1 for equal use, 0 for collapsed units.",
-        ),
+        ("usage_entropy", "Usage entropy", "share of log K", "1 for equal use, 0 for a collapse."),
         ("dead_units", "Dead units", "share", "Units that almost no image uses."),
         ("embedding_std", "Spread of the embeddings", "share", "1 for all directions, 0 for one."),
         ("effective_rank", "Effective rank", "dimensions", "Dimensions in which embeddings vary."),
@@ -152,17 +137,8 @@ def describe(curve: Curve, runs: list[RecordedRun]) -> str:
     return f"Line chart. {curve.title}{unit}, over the training. {'; '.join(parts)}."
 
 
-def facts(runs: list[RecordedRun], image_counts: list[int | None]) -> list[Row]:
-    """Returns the table of the settings and the data of the runs.
-
-    Args:
-      runs: Runs.
-      image_counts: Number of training images of each run, or None.
-    """
-    return _rows([_facts(run, count) for run, count in zip(runs, image_counts, strict=True)])
-
-
-def _facts(run: RecordedRun, num_images: int | None) -> dict[str, str]:
+def facts(run: RecordedRun, num_images: int | None) -> dict[str, str]:
+    """Returns the settings and the data of a run, with the number of training images if known."""
     devices = run.devices
 
     def text(name: str, default: str = "?") -> str:
@@ -222,7 +198,7 @@ def state(run: RecordedRun) -> str:
 
 def fields(runs: list[RecordedRun]) -> list[Row]:
     """Returns the table of all config fields by dotted name."""
-    return _rows([_flatten(run.config) for run in runs])[:_MAX_FIELDS]
+    return rows([_flatten(run.config) for run in runs])[:_MAX_FIELDS]
 
 
 def differing_fields(runs: list[RecordedRun]) -> list[str]:
@@ -271,22 +247,22 @@ def stale_results(run: RecordedRun) -> str | None:
 
 def results(runs: list[RecordedRun]) -> list[Row]:
     """Returns all results, by protocol and metric, with a column for each run."""
-    return _rows([{row[:2]: row[2] for row in summary_rows(run.results)} for run in runs])
+    return rows([{row[:2]: row[2] for row in summary_rows(run.results)} for run in runs])
 
 
 def headline(run: RecordedRun) -> list[tuple[str, str, str]]:
     """Returns the main results: name, value, and the values to compare it with."""
     found = []
-    for title, protocol in (("linear probe, top-1", "linear"), ("kNN, top-1", "knn")):
-        result = run.results.get(protocol, {})
-        top1 = as_number(result.get("top1"))
-        if top1 is not None:
+    accuracies = {name: values for _, name, values in scores([run])}
+    top1 = accuracies.pop("trained backbone", [None] * 3)
+    for title, column in (("linear probe, top-1", 0), ("kNN, top-1", 2)):
+        if (value := top1[column]) is not None:
             baselines = [
-                f"{name} {100 * value:.1f} %"
-                for key, name in (("random_init", "random"), ("raw_pixels", "raw pixels"))
-                if (value := as_number(result.get(f"{key}_top1"))) is not None
+                f"{name} {100 * baseline:.1f} %"
+                for name, values in accuracies.items()
+                if (baseline := values[column]) is not None
             ]
-            found.append((title, f"{100 * top1:.1f} %", ", ".join(baselines)))
+            found.append((title, f"{100 * value:.1f} %", ", ".join(baselines)))
     loss = as_number(run.metrics[-1].get("loss")) if run.metrics else None
     if loss is not None:
         bound = bounds(run).get("loss")
@@ -295,21 +271,13 @@ def headline(run: RecordedRun) -> list[tuple[str, str, str]]:
     return found
 
 
-def events(run: RecordedRun) -> list[dict[str, str]]:
-    """Returns the last events: `time`, `event`, `step` and the `detail`."""
-    return [
-        {
-            "time": as_text(event.get("time", "")),
-            "event": as_text(event["event"], 40),
-            "step": as_text(event.get("step", "")),
-            "detail": "; ".join(
-                f"{as_text(key, 40)} {_detail(value)}"
-                for key, value in event.items()
-                if key not in ("time", "event", "step") and value not in (None, [], {}, False)
-            ),
-        }
-        for event in run.events[-_MAX_EVENTS:]
-    ]
+def event_details(event: dict[str, Any]) -> str:
+    """Returns an event's fields as text, apart from those with a column of their own."""
+    return "; ".join(
+        f"{as_text(key, 40)} {_detail(value)}"
+        for key, value in event.items()
+        if key not in ("time", "event", "step") and value not in (None, [], {}, False)
+    )
 
 
 def _detail(value: Any) -> str:

@@ -4,6 +4,7 @@ import base64
 import gzip
 import json
 import re
+from unittest import mock
 
 import numpy as np
 
@@ -110,10 +111,16 @@ def make_sample(
 
 
 def make_reported(path, sample=None):
-    """Returns the run of a workdir like `page.measure_run`, with synthetic images."""
+    """Returns the run of a workdir like `page.measure_run`, with synthetic images and maps."""
     (recorded,) = read_workdirs([str(path)])
     missing = "" if sample else f"no checkpoint {HOSTILE}"
-    return measure_sample(recorded, sample, missing=missing, num_training_images=1000)
+    rng = np.random.default_rng(0)
+    with mock.patch.object(
+        measures,
+        "tsne_map",
+        lambda vectors: rng.random((len(vectors), 2)) if len(vectors) > 4 else None,
+    ):
+        return measure_sample(recorded, sample, missing=missing, num_training_images=1000)
 
 
 def data_of(html):

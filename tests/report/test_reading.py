@@ -32,7 +32,7 @@ def test_damaged_lines_are_excluded_and_counted(tmp_path):
         assert part in notes
     points = tables.points(run, tables.curves([run]))
     assert points["values"][0][-1] is None
-    json.dumps([points, tables.events(run)], allow_nan=False)
+    json.dumps([points, tables.event_details(run.events[0])], allow_nan=False)
 
 
 def test_predictions_of_another_probe_are_ignored(tmp_path):

@@ -23,6 +23,6 @@ def test_the_headline_compares_results_with_their_baselines():
     knn = {"top1": 0.84, "random_init_top1": 0.25, "raw_pixels_top1": 0.46}
     run = types.SimpleNamespace(results={"linear": linear, "knn": knn}, metrics=[])
     assert tables.headline(run) == [
-        ("linear probe, top-1", "91.0 %", "random 32.0 %, raw pixels 53.0 %"),
-        ("kNN, top-1", "84.0 %", "random 25.0 %, raw pixels 46.0 %"),
+        ("linear probe, top-1", "91.0 %", "random initialization 32.0 %, raw pixels 53.0 %"),
+        ("kNN, top-1", "84.0 %", "random initialization 25.0 %, raw pixels 46.0 %"),
     ]
