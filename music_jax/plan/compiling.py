@@ -253,8 +253,7 @@ def open_slice(topology: str, fsdp: int | None = None) -> Slice:
 def _hbm_of_device(mesh: Mesh) -> float:
     """Returns the memory of a device, which XLA reports for a program that needs too much."""
     whole = NamedSharding(mesh, PartitionSpec())
-    side = 2**20
-    too_large = jax.ShapeDtypeStruct((side, side), jnp.bfloat16, sharding=whole)
+    too_large = jax.ShapeDtypeStruct((2**20, 2**20), jnp.bfloat16, sharding=whole)
     try:
         jax.jit(lambda x: x @ x, out_shardings=whole).lower(too_large).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -289,8 +288,8 @@ def measure(
     lowered = lower_step(recipe, state, slice_.mesh, images)
 
     def compute() -> StepCost:
-        cost, program = _measure(lowered, slice_, config.batch_size)
-        if program and with_objective:
+        cost = _measure(lowered, slice_, config.batch_size)
+        if with_objective and cost.received_bytes is not None:
             flops = _objective_flops(recipe, config.batch_size, slice_.mesh)
             cost.objective_flops = flops * (slice_.mesh.size // slice_.chips)
         return cost
@@ -299,19 +298,22 @@ def measure(
     return cached(key, compute)
 
 
-def _measure(
-    lowered: jax.stages.Lowered, slice_: Slice, batch_size: int
-) -> tuple[StepCost, programs.Computation | None]:
-    """Returns the costs without the objective's, and the program if it fits and can be read."""
+def _measure(lowered: jax.stages.Lowered, slice_: Slice, batch_size: int) -> StepCost:
+    """Returns all costs but those of the objective alone."""
     per_chip = slice_.mesh.size // slice_.chips
-    cost = StepCost(slice_.chips, batch_size, False, slice_.hbm_bytes * per_chip)
-    cost.estimates = slice_.estimates
+    cost = StepCost(
+        chips=slice_.chips,
+        batch_size=batch_size,
+        fits=False,
+        hbm_available_bytes=slice_.hbm_bytes * per_chip,
+        estimates=slice_.estimates,
+    )
     start = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         cost.hbm_needed_bytes = _out_of_memory(error)[0] * per_chip
-        return cost, None
+        return cost
     finally:
         cost.compile_seconds = time.perf_counter() - start
     memory: Any = compiled.memory_analysis()
@@ -319,7 +321,7 @@ def _measure(
     # For GPUs, XLA also compiles what does not fit.
     cost.fits = memory.peak_memory_in_bytes <= slice_.hbm_bytes
     if not cost.fits:
-        return cost, None
+        return cost
     cost.argument_bytes = memory.argument_size_in_bytes * per_chip
     cost.temporary_bytes = memory.temp_size_in_bytes * per_chip
     try:
@@ -329,14 +331,14 @@ def _measure(
         cost.flops = analysis["flops"] * per_chip
         cost.hbm_traffic_bytes = analysis["bytes accessed"] * per_chip
         cost.estimates = slice_.estimates | _UNREAD_ESTIMATES
-        return cost, None
+        return cost
     flops, traffic = programs.costs(compiled, program)
     sent = programs.collectives(program, slice_.chip_of_device)
     cost.flops, cost.hbm_traffic_bytes = flops * per_chip, traffic * per_chip
     cost.hbm_only_bytes = programs.work(program).hbm_bytes * per_chip
     cost.received_bytes = sent.received
     cost.collective_bytes = {kind: size * per_chip for kind, size in sent.by_kind.items()}
-    return cost, program
+    return cost
 
 
 def _objective_flops(recipe: Recipe, batch_size: int, mesh: Mesh) -> float:

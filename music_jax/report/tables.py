@@ -139,7 +139,6 @@ def describe(curve: Curve, runs: list[RecordedRun]) -> str:
 
 def facts(run: RecordedRun, num_images: int | None) -> dict[str, str]:
     """Returns the settings and the data of a run, with the number of training images if known."""
-    devices = run.devices
 
     def text(name: str, default: str = "?") -> str:
         return as_text(run.field(name, default))
@@ -156,7 +155,7 @@ def facts(run: RecordedRun, num_images: int | None) -> dict[str, str]:
     )
     rate, batch = as_number(run.field("optimizer.base_learning_rate")), run.size("batch_size")
     peak = f", peak {rate * batch / 256:.4g}" if rate and batch else ""
-    processes = devices.get("processes")
+    processes = run.devices.get("processes")
     return {
         "workdir": str(run.path),
         "state": state(run),
@@ -175,7 +174,7 @@ def facts(run: RecordedRun, num_images: int | None) -> dict[str, str]:
         "weight decay": text("optimizer.weight_decay"),
         "computed in": text("compute_dtype"),
         "seed": text("seed"),
-        "devices": f"{as_text(devices.get('count', '?'))} × {as_text(devices.get('kind', '?'))}"
+        "devices": " × ".join(as_text(run.devices.get(name, "?")) for name in ("count", "kind"))
         + (f" in {as_text(processes)} processes" if processes not in (None, 1) else ""),
         "software": ", ".join(
             f"{as_text(k, 40)} {as_text(v, 40)}" for k, v in run.versions.items()
