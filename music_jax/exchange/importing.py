@@ -27,9 +27,8 @@ from music_jax.exchange.weights import (
     unused_names,
 )
 from music_jax.models import BACKBONES
-from music_jax.models.layers import BATCH_NORM_EPSILON
 from music_jax.models.network import make_frozen_backbone
-from music_jax.models.resnet import STEMS, Bottleneck
+from music_jax.models.resnet import BATCH_NORM_EPSILON, STEMS, Bottleneck
 from music_jax.models.vision_transformer import EPSILON as LAYER_NORM_EPSILON
 from music_jax.train.guards import init_guard_state
 from music_jax.train.recipe import make_recipe

@@ -12,8 +12,7 @@ import numpy as np
 from music_jax.errors import require_extra
 from music_jax.exchange.backbone import TrainedBackbone
 from music_jax.models import BACKBONES
-from music_jax.models.layers import BATCH_NORM_EPSILON
-from music_jax.models.resnet import STEMS, Bottleneck, pooling_cells
+from music_jax.models.resnet import BATCH_NORM_EPSILON, STEMS, Bottleneck, pooling_cells
 from music_jax.models.vision_transformer import EPSILON as LAYER_NORM_EPSILON
 from music_jax.models.vision_transformer import sincos_positions
 
