@@ -171,7 +171,7 @@ def _load_file(path: epath.Path) -> TrainedBackbone:
             "import weights from elsewhere with python -m music_jax.import_weights"
         ) from error
     if layout == "torchvision":
-        tensors = from_torch(config, tensors, str(path))
+        return TrainedBackbone(config, step, from_torch(config, tensors, str(path)))
     trained = TrainedBackbone(config, step, tensors)
     expected = tensors_by_name(trained.backbone.params, trained.backbone.batch_stats)
     check_shapes(tensors, {name: x.shape for name, x in expected.items()}, str(path))

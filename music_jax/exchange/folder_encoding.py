@@ -43,12 +43,6 @@ def encode_folder(encoder: Encoder, source: Source, output: str, *, codes: bool 
     npy, the file of each row. Finished parts are kept in `OUTPUT.parts` until all are done; a
     repeated call resumes from them.
 
-    Args:
-      encoder: Encoder.
-      source: Images.
-      output: File to write, `.npy` or `.parquet`.
-      codes: Whether to write codes as well.
-
     Returns:
       A message about the result.
 
@@ -128,12 +122,7 @@ def _read_record(path: pathlib.Path) -> dict[str, Any]:
 def _compute_parts(
     encoder: Encoder, source: Source, directory: pathlib.Path, codes: bool
 ) -> tuple[list[pathlib.Path], list[str], list[tuple[str, str]]]:
-    """Computes the missing and damaged parts.
-
-    Returns:
-      The files of all parts in order, the names of the images that could be read, and the name and
-      the reason for each of the others.
-    """
+    """Computes missing and damaged parts; returns all paths, names, and images not read."""
     paths: list[pathlib.Path] = []
     files: list[str] = []
     broken: list[tuple[str, str]] = []

@@ -77,17 +77,7 @@ def write(
 ) -> tuple[epath.Path, epath.Path]:
     """Writes a backbone, and its model card; a reader finds old files or complete new ones.
 
-    Args:
-      trained: Backbone.
-      form: Key of `FORMATS`.
-      output: File, or for `orbax` a directory that does not exist yet.
-      num_classes: Number of classes of the classifier, which is zero, with `torchvision`; 0 for
-        none.
-      workdir: Workdir of the run, for its results; None if the backbone comes from a file.
-      license_name: License of the weights, if the user named one.
-
-    Returns:
-      Paths of the output and the card.
+    See `music_jax.export.export`. The card has results if there is a workdir.
 
     Raises:
       UserError: The format does not support the backbone, or the output cannot be written.
@@ -167,20 +157,15 @@ def _preprocessing(trained: TrainedBackbone) -> dict[str, Any]:
 
 def usage(trained: TrainedBackbone, form: str, name: str, num_classes: int) -> str:
     """Returns the lines of Markdown that show how to load an exported file."""
-    if form == "torchvision":
-        return _torchvision_usage(trained, name, num_classes)
-    return _USAGE[form].format(
-        name=name,
-        size=trained.config.crop.size,
-        channels=trained.config.dataset.num_channels,
-        platforms=", ".join(_PLATFORMS),
-    )
-
-
-def _torchvision_usage(trained: TrainedBackbone, name: str, num_classes: int) -> str:
-    backbone = trained.config.backbone
-    is_resnet = backbone.name in TORCHVISION_NAMES
-    theirs = TIMM_NAMES[backbone.name]
+    config = trained.config
+    if form != "torchvision":
+        return _USAGE[form].format(
+            name=name,
+            size=config.crop.size,
+            channels=config.dataset.num_channels,
+            platforms=", ".join(_PLATFORMS),
+        )
+    theirs, is_resnet = TIMM_NAMES[config.backbone.name], config.backbone.name in TORCHVISION_NAMES
     head = "fc" if is_resnet else "head"
     options = f"num_classes={num_classes}"
     lines = ["import safetensors.torch, timm, torch, torchvision", ""]
@@ -190,9 +175,9 @@ def _torchvision_usage(trained: TrainedBackbone, name: str, num_classes: int) ->
         lines += ["model.fc = torch.nn.Identity()"] if not num_classes else []
         lines += ["# or, with the same tensors:"]
     else:
-        options += f", img_size={trained.config.crop.size}"
-    if backbone.num_heads is not None:
-        options += f", num_heads={backbone.num_heads}"
+        options += f", img_size={config.crop.size}"
+    if config.backbone.num_heads is not None:
+        options += f", num_heads={config.backbone.num_heads}"
     lines += [f'model = timm.create_model("{theirs}", {options})']
     lines += ["model.load_state_dict(tensors, strict=True)"]
     if num_classes:
@@ -287,18 +272,15 @@ def _recipe(trained: TrainedBackbone) -> str:
         ("projector, hidden", ", ".join(map(str, config.projector.hidden_sizes)) or "none"),
         ("epochs", str(config.num_epochs)),
         ("batch", str(config.batch_size)),
-        (
-            "optimizer",
-            f"{_code(optimizer.name)}, base learning rate {optimizer.base_learning_rate} (times "
-            f"batch / 256), weight decay {optimizer.weight_decay}",
-        ),
+        ("optimizer", f"{_code(optimizer.name)}, weight decay {optimizer.weight_decay}"),
+        ("base learning rate", f"{optimizer.base_learning_rate} (times batch / 256)"),
         ("schedule", f"{optimizer.warmup_epochs} warm-up epochs, then cosine decay"),
         ("crops", f"{config.crop.size} px, scale {list(config.crop.scale)}"),
         ("seed", str(config.seed)),
     ]
-    defaults = dataclasses.asdict(ViewAugmentation())
+    defaults = vars(ViewAugmentation())
     for i, view in enumerate(view_augmentations(config), start=1):
-        changed = [f"{k} {v}" for k, v in dataclasses.asdict(view).items() if v != defaults[k]]
+        changed = [f"{k} {v}" for k, v in vars(view).items() if v != defaults[k]]
         rows += [(f"view {i}", ", ".join(changed).replace("_", " ") or "crop only")]
     return _table(("", ""), rows)
 
@@ -309,16 +291,13 @@ def _results(workdir: epath.Path | None, step: int) -> str:
         record = _read_json(workdir, file)
         if record.get("step") == step:
             values = (record.get(k) for k in ("top1", "random_init_top1", "raw_pixels_top1"))
-            rows.append((name, *map(_percent, values)))
+            known = (x if isinstance(x, float) and 0 <= x <= 1 else None for x in values)
+            rows.append((name, *("-" if x is None else f"{100 * x:.1f} %" for x in known)))
             tested_on.append(_tested_on(record))
     if not rows:
         return "This checkpoint has not been evaluated."
     table = _table(("", "this backbone", "random initialization", "raw pixels"), rows)
     return f"{table}\n\nOn {' and '.join(dict.fromkeys(tested_on))}; backbone frozen."
-
-
-def _percent(value: Any) -> str:
-    return f"{100 * value:.1f} %" if isinstance(value, float) and 0 <= value <= 1 else "-"
 
 
 def _tested_on(record: dict[str, Any]) -> str:

@@ -138,12 +138,8 @@ def name_children(tensors: Tensors) -> Tensors:
     }
 
 
-def detect_backbone(tensors: Tensors, source: str) -> str:
-    """Returns the name of the backbone that a state dict belongs to.
-
-    Raises:
-      UserError: It belongs to no supported backbone.
-    """
+def _detect_backbone(tensors: Tensors, source: str) -> str:
+    """Returns the name of the backbone that a state dict belongs to."""
     for name, axes in _LANDMARK_AXES.items():
         if name in tensors and tensors[name].ndim != axes:
             raise UserError(
@@ -206,9 +202,8 @@ def _excluded(
     used = set(torch_names(config).values())
     modules = [prefix + name.partition(".")[0] for name in unused_names(tensors, used)]
     depth = max(prefix.count("."), 1)
-    modules += [
-        ".".join(name.split(".")[:depth]) for name in sorted(found) if not name.startswith(prefix)
-    ]
+    others = (name for name in sorted(found) if not name.startswith(prefix))
+    modules += [".".join(name.split(".")[:depth]) for name in others]
     return dict(collections.Counter(modules))
 
 
@@ -234,11 +229,7 @@ def _assumed(config: config_dict.ConfigDict) -> str:
 
 
 def _num_heads(config: config_dict.ConfigDict, prefix: str, source: str) -> int | None:
-    """Returns the number of attention heads; None for a ResNet.
-
-    Raises:
-      UserError: Neither the config nor the file determines it.
-    """
+    """Returns the number of attention heads; None for a ResNet."""
     default = BACKBONES[config.backbone.name].make.keywords.get("num_heads")
     if default is None or config.backbone.num_heads is not None:
         return config.backbone.num_heads
@@ -256,7 +247,7 @@ def _config_for(
 ) -> config_dict.ConfigDict:
     """Returns the config with the detected backbone and an identity as projection head."""
     config = config.copy_and_resolve_references()
-    config.backbone.name = detect_backbone(tensors, source)
+    config.backbone.name = _detect_backbone(tensors, source)
     first = "patch_embed.proj.weight" if "cls_token" in tensors else "conv1.weight"
     channels, size = tensors[first].shape[1], tensors[first].shape[-1]
     if config.backbone.name not in TORCHVISION_NAMES:

@@ -21,12 +21,7 @@ _IR_VERSION = 8  # of ONNX 1.12, the first release with this opset
 
 
 def onnx_model(trained: TrainedBackbone, metadata: dict[str, str]) -> Any:
-    """Converts a backbone in inference mode to a checked `onnx.ModelProto`.
-
-    Args:
-      trained: Backbone.
-      metadata: Texts by name to store in the model.
-    """
+    """Converts a backbone in inference mode to a checked `onnx.ModelProto` with metadata."""
     with require_extra("export"):
         import onnx
     from onnx import TensorProto, helper

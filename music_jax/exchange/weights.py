@@ -6,7 +6,6 @@ convolutions are [out, in, y, x] and ours [y, x, in, out]; their matrices are [o
 [in, out].
 """
 
-import os
 import re
 from typing import Any
 
@@ -84,10 +83,9 @@ def read_safetensors(path: epath.Path) -> tuple[Tensors, dict[str, str]]:
         from safetensors import SafetensorError, safe_open
     try:
         check_is_file(path)
+        size = path.stat().length
         with path.open("rb") as file:
             start = file.read(2)
-            file.seek(0, os.SEEK_END)
-            size = file.tell()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     if start in (b"PK", b"\x80\x02"):
@@ -121,13 +119,7 @@ def read_safetensors(path: epath.Path) -> tuple[Tensors, dict[str, str]]:
 def check_shapes(
     tensors: Tensors, expected: dict[str, tuple[int, ...]], source: str, *, strict: bool = True
 ) -> None:
-    """Checks that tensors match an architecture.
-
-    Args:
-      tensors: Tensors by name.
-      expected: Shape of each tensor.
-      source: Name of the tensors' origin for messages.
-      strict: Whether other tensors are an error.
+    """Checks that tensors have the expected shapes and a floating-point type.
 
     Raises:
       UserError: A tensor is missing, has the wrong shape or type, or (if strict) is unknown.
@@ -231,7 +223,8 @@ def from_torch(config: config_dict.ConfigDict, tensors: Tensors, source: str) ->
     names = torch_names(config)
     backbone = make_frozen_backbone(config)
     ours = tensors_by_name(backbone.params, backbone.batch_stats)
-    shapes = {names[name]: _torch_shape(names[name], x.shape) for name, x in ours.items()}
+    like = {names[name]: np.broadcast_to(np.float32(0), x.shape) for name, x in ours.items()}
+    shapes = {theirs: _to_torch_axes(x, theirs).shape for theirs, x in like.items()}
     if "width" in BACKBONES[config.backbone.name].make.keywords:
         _check_positions(config, tensors, source)
     check_shapes(tensors, shapes, source, strict=False)
@@ -298,10 +291,6 @@ def _from_torch_axes(tensor: np.ndarray, theirs: str, shape: tuple[int, ...]) ->
     elif theirs != "cls_token":
         tensor = tensor.T
     return tensor.reshape(shape)
-
-
-def _torch_shape(theirs: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return _to_torch_axes(np.broadcast_to(np.float32(0), shape), theirs).shape
 
 
 def _positions(side: int, width: int) -> np.ndarray:

@@ -103,9 +103,11 @@ class VisionTransformer(nnx.Module):
     def __call__(self, images: jax.Array, *, train: bool, num_views: int = 1) -> jax.Array:
         """Maps images [batch * num_views, height, width, channels] to float32 features."""
         del train, num_views  # samples are independent
-        patches = _patches(images.astype(self.dtype), self.patch_size)
-        batch, rows, columns, _ = patches.shape
-        x = self.patches(patches.reshape(batch, rows * columns, -1))  # [batch, patches, width]
+        batch, height, width, _ = images.shape
+        size = self.patch_size
+        rows, columns = height // size, width // size
+        x = images.astype(self.dtype).reshape(batch, rows, size, columns, size, -1).swapaxes(2, 3)
+        x = self.patches(x.reshape(batch, rows * columns, -1))  # [batch, patches, width]
         positions = sincos_positions(rows, columns, self.num_features)
         x = x + jnp.asarray(positions, self.dtype)[None]
         token = jnp.broadcast_to(self.class_token[...].astype(self.dtype), (batch, 1, x.shape[-1]))
@@ -119,14 +121,6 @@ class VisionTransformer(nnx.Module):
 def _normalize(norm: nnx.LayerNorm, x: jax.Array) -> jax.Array:
     """Normalizes in float32 and returns the dtype of the input."""
     return norm(x.astype(jnp.float32)).astype(x.dtype)
-
-
-def _patches(images: jax.Array, size: int) -> jax.Array:
-    """Cuts images into patches [batch, rows, columns, size * size * channels]."""
-    batch, height, width, channels = images.shape
-    rows, columns = height // size, width // size
-    cut = images.reshape(batch, rows, size, columns, size, channels)
-    return cut.swapaxes(2, 3).reshape(batch, rows, columns, size * size * channels)
 
 
 def sincos_positions(rows: int, columns: int, width: int) -> np.ndarray:

@@ -159,7 +159,7 @@ def _check_entries(workdir: str) -> None:
     if os.path.islink(checkpoints) and os.path.isdir(checkpoints):
         roots.append(os.path.realpath(checkpoints))
     for root in roots:
-        folders = [root]
+        top, folders = os.path.realpath(root), [root]
         while folders:
             try:
                 entries = list(os.scandir(folders.pop()))
@@ -169,24 +169,21 @@ def _check_entries(workdir: str) -> None:
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)
                 elif entry.is_symlink():
-                    if entry.path != checkpoints or len(roots) == 1:
-                        _check_link(entry.path, root)
+                    target = os.path.realpath(entry.path)
+                    allowed = entry.path == checkpoints and os.path.isdir(target)
+                    inside = os.path.exists(target) and os.path.commonpath([top, target]) == top
+                    if not allowed and not inside:
+                        raise UserError(
+                            f"{entry.path} in the workdir is a link that leads out of it or to no "
+                            f"file, {target}; replace it by what it leads to, or give another "
+                            "--workdir"
+                        )
                 elif not entry.is_file(follow_symlinks=False) and os.path.lexists(entry.path):
                     raise UserError(f"{entry.path} in the workdir is a pipe or a device; remove it")
                 elif _TEMPORARY.fullmatch(entry.name):
                     with contextlib.suppress(OSError):
                         if time.time() - entry.stat().st_mtime > _TEMPORARY_SECONDS:
                             os.unlink(entry.path)
-
-
-def _check_link(path: str, root: str) -> None:
-    root = os.path.realpath(root)
-    target = os.path.realpath(path) if os.path.exists(path) else "nowhere"
-    if os.path.commonpath([root, os.path.abspath(target)]) != root:
-        raise UserError(
-            f"{path} in the workdir is a link that leads out of it, to {target}; replace it by "
-            "what it leads to, or give another --workdir"
-        )
 
 
 class WorkdirLock:

@@ -64,9 +64,9 @@ def bucket_errors(path: Any) -> Iterator[None]:
     """
     try:
         yield
-    except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError):
-        raise
     except (BucketError, ImportError):  # ImportError: the client is not installed
+        raise
+    except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError):
         raise
     except Exception as error:
         if not in_bucket(path):
