@@ -129,7 +129,7 @@ class SkippedImages:
                         self._write(line)
                 joined |= lines.keys()
                 if self._file is not None:
-                    self._file.flush(now=True)
+                    self._file.close()
                 self._count(lines)
                 part.unlink()
             self._check()

@@ -71,17 +71,14 @@ class Appender:
         if self._path is not None:
             self._pending += text
 
-    def flush(self, *, now: bool = False) -> None:
-        """Makes the text visible to others.
-
-        Args:
-          now: Whether to do so at once for an object in a bucket, too.
+    def flush(self) -> None:
+        """Makes the text visible to others; in a bucket some seconds later.
 
         Raises:
           OSError: The file cannot be written; the next flush tries again.
         """
         started = time.monotonic()
-        if not self._pending or (started < self._next_upload and not now):
+        if not self._pending or started < self._next_upload:
             return
         try:
             if self._uploaded is None:
@@ -102,8 +99,9 @@ class Appender:
         self._pending = ""
 
     def close(self) -> None:
-        """Makes the text visible to others; more may be appended later. Raises as `flush` does."""
-        self.flush(now=True)
+        """Makes the text visible to others at once; more may be appended later. See `flush`."""
+        self._next_upload = 0.0
+        self.flush()
 
     def _append_pending(self) -> None:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
