@@ -46,8 +46,7 @@ def load(path: str | os.PathLike[str], *, checkpoint: str | None = None) -> "Enc
     Raises:
       UserError: The run, checkpoint or file does not exist or is damaged.
     """
-    from music_jax.exchange.backbone import load_backbone
-    from music_jax.exchange.encoder import Encoder
+    from music_jax.exchange.encoder import Encoder, load_backbone
 
     return Encoder(load_backbone(os.fspath(path), checkpoint=checkpoint))
 

@@ -25,8 +25,7 @@ def main() -> None:
     from music_jax.data import datasets
     from music_jax.distributed import progress
     from music_jax.distributed.mesh import use_cores
-    from music_jax.exchange.backbone import load_backbone
-    from music_jax.exchange.encoder import Encoder
+    from music_jax.exchange.encoder import Encoder, load_backbone
     from music_jax.exchange.folder_encoding import encode_folder
 
     use_cores(batch_size=4)  # Batches are padded, so that each device gets a part of any of them.

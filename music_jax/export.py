@@ -64,35 +64,23 @@ def export(
       UserError: There is no such run or checkpoint, the format cannot hold this backbone, or the
         output cannot be written.
     """
-    from music_jax.distributed.progress import escape_surrogates
     from music_jax.exchange import formats
-    from music_jax.exchange.backbone import load_backbone
-    from music_jax.exchange.weights import check_exchangeable
-    from music_jax.workdir.files import write_new
+    from music_jax.exchange.encoder import load_backbone
 
     if form not in formats.FORMATS:
         raise UserError(f"--format must be one of {', '.join(formats.FORMATS)}; got {form!r}")
     if num_classes < 0:
         raise UserError(f"--num_classes must be 0 or more; got {num_classes}")
     trained = load_backbone(workdir, checkpoint=checkpoint)
-    if form == "torchvision":
-        check_exchangeable(trained.config)
-    path = formats.write(trained, form, output, num_classes=num_classes)
     where = epath.Path(workdir).expanduser()
-    card = path.with_name(path.name + ".md")
-    text = formats.model_card(
+    return formats.write(
         trained,
-        form=form,
-        file_name=path.name,
+        form,
+        output,
         num_classes=num_classes,
         workdir=where if where.is_dir() else None,
         license_name=license_name,
     )
-    try:
-        write_new(card, escape_surrogates(text).encode())
-    except OSError as error:
-        raise UserError(f"cannot write the model card {card}: {error}") from error
-    return path, card
 
 
 if __name__ == "__main__":

@@ -37,12 +37,11 @@ def main() -> None:
     from music_jax.distributed.mesh import use_cores, use_deterministic_gpu_operations
     from music_jax.distributed.signals import StopSignal
     from music_jax.train import train_and_evaluate
-    from music_jax.workdir.directory import check_reachable
-    from music_jax.workdir.user_directories import use_compilation_cache
+    from music_jax.workdir.directory import absolute_path, use_compilation_cache
 
     validate(config)
     use_cores(config.batch_size // config.accumulation_steps)
-    check_reachable(workdir)
+    absolute_path(workdir)  # checks it
     if config.deterministic:  # Before a log line can initialize the devices.
         use_deterministic_gpu_operations()
     use_compilation_cache()

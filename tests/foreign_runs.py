@@ -156,8 +156,7 @@ class Cases:
         from music_jax.data.datasets import open_path
         from music_jax.distributed.progress import log_to_stdout
         from music_jax.evaluate import evaluate
-        from music_jax.exchange.backbone import load_backbone
-        from music_jax.exchange.encoder import Encoder
+        from music_jax.exchange.encoder import Encoder, load_backbone
         from music_jax.exchange.folder_encoding import encode_folder
         from music_jax.export import export
         from music_jax.report.page import write_report

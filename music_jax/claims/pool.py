@@ -16,8 +16,8 @@ from music_jax.claims.sweep import Cell, Sweep
 from music_jax.distributed import progress
 from music_jax.distributed.signals import end_with_parent
 from music_jax.errors import UnusableDataError
+from music_jax.workdir.directory import use_compilation_cache
 from music_jax.workdir.run_config import as_json
-from music_jax.workdir.user_directories import use_compilation_cache
 
 _logger = logging.getLogger(__name__)
 

@@ -154,12 +154,11 @@ def begin_evaluation() -> tuple[str, dict[str, object]]:
     """
     workdir = flags.FLAGS.workdir
     from music_jax.distributed.mesh import use_cores
-    from music_jax.workdir.directory import check_reachable
-    from music_jax.workdir.user_directories import use_compilation_cache
+    from music_jax.workdir.directory import absolute_path, use_compilation_cache
 
     join_cluster()
     use_cores(batch_size=4)  # Batches are padded, so that each device gets a part of any of them.
-    check_reachable(workdir)
+    absolute_path(workdir)  # checks it
     use_compilation_cache()
     return workdir, config_overrides()
 

@@ -18,7 +18,7 @@ from ml_collections import config_dict
 from music_jax.data.sources import Source
 from music_jax.errors import UnusableDataError, UserError
 from music_jax.workdir.files import parse_json, read_text, write_new
-from music_jax.workdir.logs import Appender, open_to_append
+from music_jax.workdir.logs import Appender
 
 _logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class SkippedImages:
                         self._write(line)
                 joined |= lines.keys()
                 if self._file is not None:
-                    self._file.flush(now=True)
+                    self._file.close()
                 self._count(lines)
                 part.unlink()
             self._check()
@@ -183,10 +183,10 @@ class SkippedImages:
 
     def _write(self, line: dict[str, Any]) -> None:
         if self._file is None:
-            if not os.path.islink(self._own):  # `open_to_append` refuses a link
+            if not os.path.islink(self._own):  # `Appender` refuses a link
                 _drop_cut_off_line(self._own)
-            self._file = open_to_append(self._own)
-        self._file.write(json.dumps(line) + "\n")
+            self._file = Appender(self._own)
+        self._file.append(json.dumps(line) + "\n")
 
     def _others(self) -> list[epath.Path]:
         """Returns the existing lists of the other processes."""

@@ -1,23 +1,41 @@
-"""Maps images to features with a trained backbone."""
+"""Loads a trained backbone, and maps images to features with it."""
 
+import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
+from ml_collections import config_dict
 
+from music_jax.checkpoint.restore import restore_network
+from music_jax.config import from_json, validate
 from music_jax.data.augment import normalize_images
 from music_jax.data.crops import center_crop, central_view
 from music_jax.distributed import usable_cores
 from music_jax.distributed.mesh import make_data_mesh, to_devices
 from music_jax.errors import UndecodableError, UserError
-from music_jax.exchange.backbone import TrainedBackbone
+from music_jax.exchange.weights import (
+    Tensors,
+    check_shapes,
+    from_torch,
+    nested,
+    read_safetensors,
+    tensors_by_name,
+)
+from music_jax.models.network import FrozenBackbone, Network, make_frozen_backbone
 from music_jax.objectives import segment_codes, segment_probabilities
+from music_jax.workdir.directory import find_workdir
+from music_jax.workdir.files import parse_json
+from music_jax.workdir.run_config import read_config
+
+METADATA_KEY = "music_jax"  # key of the description in the metadata of a safetensors file
 
 # An array [height, width] or [height, width, channels], or an image file.
 Image = np.ndarray | str | os.PathLike[str]
@@ -25,7 +43,146 @@ Image = np.ndarray | str | os.PathLike[str]
 # Optional output besides the features; both need the projection head.
 SegmentOutput = Literal["codes", "probabilities"] | None
 
+NO_CODES = (
+    "the projection head of a run with the objective music; exported backbones and other "
+    "objectives have none"
+)
 _MAX_CROPS = 1024  # in memory at once
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainedBackbone:
+    """The weights of a backbone, in float32, and its config.
+
+    Attributes:
+      config: Config of the run; for a backbone from a file, only the fields of `description`.
+      step: Step of the checkpoint.
+      tensors: Parameters and running statistics by dotted name, such as `blocks.0.norm1.mean`.
+      network: Backbone with its projection head, or None if there are no weights for the head.
+      params: Parameters of the network, or None.
+      batch_stats: Running statistics of the network, or None.
+    """
+
+    config: config_dict.ConfigDict
+    step: int
+    tensors: Tensors
+    network: Network | None = None
+    params: Any = None
+    batch_stats: Any = None
+
+    @functools.cached_property
+    def backbone(self) -> FrozenBackbone:
+        """The backbone as a function of its weights."""
+        return make_frozen_backbone(self.config)
+
+    def backbone_arrays(self) -> tuple[Any, Any]:
+        """Returns the parameters and the running statistics as nested dictionaries."""
+        backbone = self.backbone
+        return nested(self.tensors, backbone.params), nested(self.tensors, backbone.batch_stats)
+
+    def description(self) -> dict[str, Any]:
+        """Returns the metadata that a file needs besides the tensors to be loaded, as JSON."""
+        config = self.config
+        fields = ("name", "stem", "num_heads")
+        return {
+            "version": 1,
+            "step": self.step,
+            "num_features": self.backbone.num_features,
+            "config": {
+                "backbone": {k: x for k in fields if (x := config.backbone[k]) is not None},
+                "crop": {"size": config.crop.size, "eval_resize": config.crop.eval_resize},
+                "dataset": {
+                    "num_channels": config.dataset.num_channels,
+                    "mean": list(config.dataset.mean),
+                    "std": list(config.dataset.std),
+                },
+            },
+        }
+
+    def encode(
+        self, arrays: tuple[Any, Any], images: jax.Array, *, extra: SegmentOutput = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Computes features, and optionally codes or probabilities, as a pure function.
+
+        Args:
+          arrays: Parameters and running statistics of the network, or of the backbone if there is
+            no network.
+          images: uint8 [batch, size, size, channels].
+          extra: Output to compute besides the features.
+
+        Returns:
+          The same as `Encoder.encode_crops`.
+        """
+        dataset, objective = self.config.dataset, self.config.objective
+        images = normalize_images(images, mean=tuple(dataset.mean), std=tuple(dataset.std))
+        empty = jnp.zeros((images.shape[0], 0), jnp.int32)
+        if self.network is None:
+            return self.backbone.features(*arrays, images), empty
+        features, embeddings = self.network.infer(*arrays, images)
+        if extra is None:
+            return features, empty
+        if extra == "codes":
+            return features, segment_codes(embeddings, num_segments=objective.num_segments)
+        return features, segment_probabilities(
+            embeddings, num_segments=objective.num_segments, temperature=objective.temperature
+        )
+
+
+def load_backbone(path: str, *, checkpoint: str | None = None) -> TrainedBackbone:
+    """Loads a backbone from a run's workdir or from an exported safetensors file.
+
+    Args:
+      path: Workdir or file.
+      checkpoint: Step or directory of a checkpoint in the workdir; None for the latest valid one.
+
+    Raises:
+      UserError: There is no workdir or file, or it cannot be read.
+    """
+    location = epath.Path(path).expanduser()
+    if location.is_dir():
+        return _load_run(path, checkpoint)
+    if not location.exists():
+        raise UserError(f"there is neither a workdir nor a file {path!r}")
+    if checkpoint is not None:
+        raise UserError(f"{path} is a file and has no checkpoints; omit --checkpoint")
+    return _load_file(location)
+
+
+def _load_run(path: str, checkpoint: str | None) -> TrainedBackbone:
+    workdir = find_workdir(path)
+    config = _inference_config(read_config(workdir))
+    step, network, *variables = restore_network(workdir, config, checkpoint, make_data_mesh())
+    params, batch_stats = jax.device_get(variables)
+    tensors = tensors_by_name(params["backbone"], batch_stats.get("backbone", {}))
+    return TrainedBackbone(config, step, tensors, network, params, batch_stats)
+
+
+def _load_file(path: epath.Path) -> TrainedBackbone:
+    tensors, metadata = read_safetensors(path)
+    try:
+        described = parse_json(metadata[METADATA_KEY])
+        step, layout = int(described["step"]), described["layout"]
+        if layout not in ("music_jax", "torchvision"):
+            raise ValueError("its description is from another version")
+        config = _inference_config(described["config"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} was not exported by music_jax.export ({type(error).__name__}: {error}); "
+            "import weights from elsewhere with python -m music_jax.import_weights"
+        ) from error
+    if layout == "torchvision":
+        return TrainedBackbone(config, step, from_torch(config, tensors, str(path)))
+    trained = TrainedBackbone(config, step, tensors)
+    expected = tensors_by_name(trained.backbone.params, trained.backbone.batch_stats)
+    check_shapes(tensors, {name: x.shape for name, x in expected.items()}, str(path))
+    return trained
+
+
+def _inference_config(saved: Any) -> config_dict.ConfigDict:
+    config = from_json(saved)
+    config.compute_dtype = "float32"
+    validate(config)
+    return config
 
 
 class Encoder:
@@ -59,13 +216,12 @@ class Encoder:
         self.channels = config.dataset.num_channels
         self._mesh = make_data_mesh()
         self.batch_size = -(-batch_size // self._mesh.size) * self._mesh.size
+        arrays = (trained.params, trained.batch_stats)
         if trained.network is None:
             arrays = trained.backbone_arrays()
-        else:
-            arrays = (trained.params, trained.batch_stats)
         replicated = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
         self._arrays = jax.device_put(arrays, replicated)
-        self._encode = jax.jit(functools.partial(encode_crops, trained), static_argnames=("extra",))
+        self._encode = jax.jit(trained.encode, static_argnames=("extra",))
 
     @property
     def has_codes(self) -> bool:
@@ -129,26 +285,18 @@ class Encoder:
             )
         if isinstance(images, str | os.PathLike):
             raise ValueError(f"images must be a list, such as [{os.fspath(images)!r}]; got a path")
-        outputs = []
         with ThreadPoolExecutor(usable_cores()) as pool:
-            for start in range(0, len(images), _MAX_CROPS):
-                crops = pool.map(self._crop, images[start : start + _MAX_CROPS])
-                while batch := list(itertools.islice(crops, self.batch_size)):
-                    outputs.append(self.encode_crops(np.stack(batch), extra))
-        if not outputs:
-            blank = np.zeros((1, self.size, self.size, self.channels), np.uint8)
-            features, extras = self.encode_crops(blank, extra)
-            return features[:0], extras[:0]
-        features, extras = (np.concatenate(parts) for parts in zip(*outputs, strict=True))
-        return features, extras
+            starts = range(0, len(images), _MAX_CROPS)
+            parts = (pool.map(self._crop, images[i : i + _MAX_CROPS]) for i in starts)
+            return self.encode_crops(itertools.chain.from_iterable(parts), extra)
 
     def encode_crops(
-        self, crops: np.ndarray, extra: SegmentOutput = None
+        self, crops: Iterable[np.ndarray], extra: SegmentOutput = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Computes features, and optionally codes or probabilities, of cropped images.
 
         Args:
-          crops: uint8 [images, size, size, channels], at most `batch_size` images.
+          crops: Images, uint8 [size, size, channels].
           extra: Output to compute besides the features.
 
         Returns:
@@ -159,17 +307,19 @@ class Encoder:
           UserError: There are no segments.
         """
         if extra and not self.has_codes:
-            raise UserError(
-                f"{extra} need the projection head of a run with the objective music; exported "
-                "backbones and other objectives have none"
-            )
-        # Padded to a power of two for each device, so that few programs are compiled.
-        share = -(-len(crops) // self._mesh.size)
-        rows = min(2 ** (share - 1).bit_length() * self._mesh.size, self.batch_size)
-        padded = np.zeros((rows, *crops.shape[1:]), np.uint8)
-        padded[: len(crops)] = crops
-        outputs = self._encode(self._arrays, to_devices(padded, rows, self._mesh), extra=extra)
-        features, extras = (np.asarray(x)[: len(crops)] for x in outputs)
+            raise UserError(f"{extra} need {NO_CODES}")
+        crops, outputs = iter(crops), list[list[np.ndarray]]()
+        # No crops are a batch too, whose outputs have the shapes and types.
+        while (batch := list(itertools.islice(crops, self.batch_size))) or not outputs:
+            # Padded to a power of two for each device, so that few programs are compiled.
+            share = max(1, -(-len(batch) // self._mesh.size))
+            rows = min(2 ** (share - 1).bit_length() * self._mesh.size, self.batch_size)
+            padded = np.zeros((rows, self.size, self.size, self.channels), np.uint8)
+            for i, crop in enumerate(batch):
+                padded[i] = crop
+            found = self._encode(self._arrays, to_devices(padded, rows, self._mesh), extra=extra)
+            outputs.append([np.asarray(x)[: len(batch)] for x in found])
+        features, extras = map(np.concatenate, zip(*outputs, strict=True))
         return features, extras
 
     def _crop(self, image: Image) -> np.ndarray:
@@ -190,8 +340,6 @@ class Encoder:
                 f"images must be [height, width, {self.channels}] for this backbone; got an array "
                 f"of shape {image.shape}"
             )
-        if image.shape[:2] == (self.size, self.size) and self.size == self.resize_shorter_side:
-            return image
         return center_crop(image, self.size, self.resize_shorter_side)
 
     def crop_file(self, encoded: bytes) -> np.ndarray:
@@ -209,40 +357,3 @@ class Encoder:
             resize_shorter_side=self.resize_shorter_side,
             channels=self.channels,
         )
-
-
-def encode_crops(
-    trained: TrainedBackbone,
-    arrays: tuple[Any, Any],
-    images: jax.Array,
-    *,
-    extra: SegmentOutput = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Computes features, and optionally codes or probabilities, as a pure function.
-
-    Args:
-      trained: Backbone, without its arrays.
-      arrays: Parameters and running statistics of the network, or of the backbone if `trained` has
-        no network.
-      images: uint8 [batch, size, size, channels].
-      extra: Output to compute besides the features.
-
-    Returns:
-      The same as `Encoder.encode_crops`.
-    """
-    config = trained.config
-    normalized = normalize_images(
-        images, mean=tuple(config.dataset.mean), std=tuple(config.dataset.std)
-    )
-    empty = jnp.zeros((images.shape[0], 0), jnp.int32)
-    if trained.network is None:
-        return trained.backbone.features(*arrays, normalized), empty
-    features, embeddings = trained.network.infer(*arrays, normalized)
-    segments, temperature = config.objective.num_segments, config.objective.temperature
-    if extra is None:
-        return features, empty
-    if extra == "codes":
-        return features, segment_codes(embeddings, num_segments=segments)
-    return features, segment_probabilities(
-        embeddings, num_segments=segments, temperature=temperature
-    )

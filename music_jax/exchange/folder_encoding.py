@@ -1,7 +1,7 @@
 """Computes features of all images of a folder in parts, so that a stopped run can be resumed."""
 
+import contextlib
 import hashlib
-import itertools
 import json
 import logging
 import pathlib
@@ -16,8 +16,8 @@ from etils import epath
 from music_jax.data.sources import Source
 from music_jax.distributed import progress, usable_cores
 from music_jax.errors import UndecodableError, UnusableDataError, UserError, require_extra
-from music_jax.exchange.encoder import Encoder
-from music_jax.workdir.files import new_file, parse_json, read_json, read_npz, write_new
+from music_jax.exchange.encoder import NO_CODES, Encoder
+from music_jax.workdir.files import new_file, parse_json, read_npz, read_record, write_new
 
 _logger = logging.getLogger(__name__)
 
@@ -43,12 +43,6 @@ def encode_folder(encoder: Encoder, source: Source, output: str, *, codes: bool 
     npy, the file of each row. Finished parts are kept in `OUTPUT.parts` until all are done; a
     repeated call resumes from them.
 
-    Args:
-      encoder: Encoder.
-      source: Images.
-      output: File to write, `.npy` or `.parquet`.
-      codes: Whether to write codes as well.
-
     Returns:
       A message about the result.
 
@@ -64,10 +58,7 @@ def encode_folder(encoder: Encoder, source: Source, output: str, *, codes: bool 
         with require_extra("export"):
             import pyarrow.parquet  # noqa: F401  (fail now, not after hours)
     if codes and not encoder.has_codes:
-        raise UserError(
-            "--codes needs the projection head of a run with the objective music; exported "
-            "backbones and other objectives have none"
-        )
+        raise UserError(f"--codes: {NO_CODES}")
     record: dict[str, Any] = {
         "backbone": encoder.trained.config.backbone.name,
         "step": encoder.trained.step,
@@ -85,18 +76,12 @@ def encode_folder(encoder: Encoder, source: Source, output: str, *, codes: bool 
         )
     try:
         directory = _open_parts(path, record)
-        parts = _compute_parts(encoder, source, directory, codes)
-        files: list[str] = []
-        broken: list[dict[str, str]] = []
-        for part in map(_read_part, parts):
-            files += part.files
-            broken += [{"file": name, "reason": reason} for name, reason in part.broken]
+        parts, files, broken = _compute_parts(encoder, source, directory, codes)
         if not files:
             raise UnusableDataError(
-                f"none of the {len(broken):,} images can be read, such as {broken[0]['file']}: "
-                f"{broken[0]['reason']}"
+                f"none of the {len(broken):,} images can be read, such as {': '.join(broken[0])}"
             )
-        record["broken"] = broken
+        record["broken"] = [{"file": name, "reason": reason} for name, reason in broken]
         _write_output(path, listing, parts, files, record)
         shutil.rmtree(directory)
     except OSError as error:
@@ -131,76 +116,63 @@ def _open_parts(path: pathlib.Path, record: dict[str, Any]) -> pathlib.Path:
 
 
 def _read_record(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        record = read_json(epath.Path(path), max_bytes=_MAX_LISTING_BYTES)
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
+    return read_record(epath.Path(path), max_bytes=_MAX_LISTING_BYTES)
 
 
 def _compute_parts(
     encoder: Encoder, source: Source, directory: pathlib.Path, codes: bool
-) -> list[pathlib.Path]:
-    """Computes the missing and damaged parts and returns the files of all, in order."""
-    files = []
+) -> tuple[list[pathlib.Path], list[str], list[tuple[str, str]]]:
+    """Computes missing and damaged parts; returns all paths, names, and images not read."""
+    paths: list[pathlib.Path] = []
+    files: list[str] = []
+    broken: list[tuple[str, str]] = []
     with progress.bar(len(source), unit="img", description="encoding") as bar:
         for start in range(0, len(source), PART_SIZE):
             indices = range(start, min(start + PART_SIZE, len(source)))
-            file = directory / f"{start // PART_SIZE:08d}.npz"
+            path = directory / f"{start // PART_SIZE:08d}.npz"
             try:
-                _read_part(file)
+                part = _read_part(path)
                 bar.initial += len(indices)  # excluded from the rate
                 bar.update(len(indices))
             except (OSError, ValueError):
-                _write_part(file, _compute_part(encoder, source, indices, codes, bar))
-            files.append(file)
-    return files
+                part = _compute_part(encoder, source, indices, codes, bar)
+                names = json.dumps({"files": part.files, "broken": part.broken}).encode()
+                raw = np.frombuffer(names, np.uint8)
+                with new_file(path) as file:
+                    np.savez(file, features=part.features, codes=part.codes, names=raw)
+            paths.append(path)
+            files += part.files
+            broken += part.broken
+    return paths, files, broken
 
 
 def _compute_part(encoder: Encoder, source: Source, indices: range, codes: bool, bar: Any) -> _Part:
+    files: list[str] = []
+    broken: list[tuple[str, str]] = []
+
     def crop(index: int) -> tuple[str, np.ndarray | str]:
         try:
             return source.record_name(index), encoder.crop_file(source.example(index)[0])
         except UndecodableError as error:
             return source.record_name(index), str(error)
 
-    width = encoder.trained.config.objective.num_segments if codes else 0
-    part = _Part(
-        [], np.zeros((0, encoder.num_features), np.float32), np.zeros((0, width), np.int32), []
-    )
-    features, all_codes = [part.features], [part.codes]
+    def readable(results: Iterable[tuple[str, np.ndarray | str]]) -> Iterator[np.ndarray]:
+        for name, found in results:
+            bar.update()
+            if isinstance(found, str):
+                broken.append((name, found))
+            else:
+                files.append(name)
+                yield found
+
     with ThreadPoolExecutor(usable_cores()) as pool:
-        results = pool.map(crop, indices)
-        while batch := list(itertools.islice(results, encoder.batch_size)):
-            crops = [x for _, x in batch if not isinstance(x, str)]
-            part.files.extend(name for name, x in batch if not isinstance(x, str))
-            part.broken.extend((name, x) for name, x in batch if isinstance(x, str))
-            if crops:
-                outputs = encoder.encode_crops(np.stack(crops), "codes" if codes else None)
-                features.append(outputs[0])
-                all_codes.append(outputs[1])
-            bar.update(len(batch))
-    return part._replace(features=np.concatenate(features), codes=np.concatenate(all_codes))
-
-
-def _write_part(file: pathlib.Path, part: _Part) -> None:
-    names = json.dumps({"files": part.files, "broken": part.broken}).encode()
-    with new_file(file) as opened:
-        np.savez(
-            opened,
-            features=part.features,
-            codes=part.codes,
-            names=np.frombuffer(names, np.uint8),
-        )
+        crops = readable(pool.map(crop, indices))
+        outputs = encoder.encode_crops(crops, "codes" if codes else None)
+    return _Part(files, *outputs, broken)
 
 
 def _read_part(file: pathlib.Path) -> _Part:
-    """Reads a part.
-
-    Raises:
-      OSError: It is missing.
-      ValueError: It is damaged.
-    """
+    """Reads a part; raises OSError if it is missing, and ValueError if it is damaged."""
     arrays = read_npz(file)
     try:
         names = parse_json(arrays["names"].tobytes().decode())
@@ -220,29 +192,27 @@ def _write_output(
     record: dict[str, Any],
 ) -> None:
     """Writes the output, with one part in memory at a time; the requested file appears last."""
+    codes = record["codes"]
     if path.suffix == ".npy":
         record = record | {"files": files}
-        if record["codes"]:
+        if codes:
             with new_file(path.with_suffix(".codes.npy")) as file:
                 _write_npy(file, len(files), (_read_part(part).codes for part in parts))
     with new_file(path) as file:
         if path.suffix == ".npy":
             _write_npy(file, len(files), (_read_part(part).features for part in parts))
         else:
-            _write_parquet(file, map(_read_part, parts), bool(record["codes"]))
+            _write_parquet(file, map(_read_part, parts), codes)
         write_new(listing, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def _write_npy(file: IO[bytes], count: int, arrays: Iterator[np.ndarray]) -> None:
     for i, array in enumerate(arrays):
         if i == 0:
-            header = {
-                "descr": np.lib.format.dtype_to_descr(array.dtype),
-                "fortran_order": False,
-                "shape": (count, array.shape[1]),
-            }
+            header = np.lib.format.header_data_from_array_1_0(array)
+            header["shape"] = (count, array.shape[1])
             np.lib.format.write_array_header_1_0(file, header)
-        file.write(np.ascontiguousarray(array).tobytes())
+        file.write(array.tobytes())
 
 
 def _write_parquet(file: IO[bytes], parts: Iterable[_Part], codes: bool) -> None:
@@ -252,11 +222,10 @@ def _write_parquet(file: IO[bytes], parts: Iterable[_Part], codes: bool) -> None
     def rows(array: np.ndarray) -> Any:
         return pa.FixedSizeListArray.from_arrays(pa.array(array.ravel()), array.shape[1])
 
-    writer = None
-    for part in parts:
-        columns = {"file": pa.array(part.files, pa.string()), "features": rows(part.features)}
-        table = pa.table(columns | ({"codes": rows(part.codes)} if codes else {}))
-        writer = writer or pq.ParquetWriter(file, table.schema)
-        writer.write_table(table)
-    if writer is not None:
-        writer.close()
+    with contextlib.ExitStack() as stack:
+        writer = None
+        for part in parts:
+            columns = {"file": pa.array(part.files, pa.string()), "features": rows(part.features)}
+            table = pa.table(columns | ({"codes": rows(part.codes)} if codes else {}))
+            writer = writer or stack.enter_context(pq.ParquetWriter(file, table.schema))
+            writer.write_table(table)

@@ -10,20 +10,20 @@ import jax.export
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.traverse_util import unflatten_dict
 
 from music_jax.data.augment import ViewAugmentation, view_augmentations
+from music_jax.distributed.progress import escape_surrogates
 from music_jax.errors import UserError, require_extra
-from music_jax.exchange.backbone import METADATA_KEY, TrainedBackbone
-from music_jax.exchange.encoder import encode_crops
+from music_jax.exchange.encoder import METADATA_KEY, TrainedBackbone
 from music_jax.exchange.onnx_graph import onnx_model
-from music_jax.exchange.weights import TIMM_NAMES, TORCHVISION_NAMES, to_torch
+from music_jax.exchange.weights import TIMM_NAMES, TORCHVISION_NAMES, tensors_by_name, to_torch
 from music_jax.version import __version__
 from music_jax.workdir.directory import check_checkpoint_path
-from music_jax.workdir.files import read_json, write_new
+from music_jax.workdir.files import read_record, write_new
 
 IMPORTED_FILE = "imported.json"  # in the workdir of imported weights
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-
 
 # Titles of the formats in the model card.
 FORMATS = {
@@ -67,19 +67,17 @@ The checkpoint holds `params` and `batch_stats` as nested dictionaries, named as
 
 
 def write(
-    trained: TrainedBackbone, form: str, output: str, *, num_classes: int = 1000
-) -> epath.Path:
-    """Writes a backbone; a reader finds either the old file or the complete new one.
+    trained: TrainedBackbone,
+    form: str,
+    output: str,
+    *,
+    num_classes: int = 1000,
+    workdir: epath.Path | None = None,
+    license_name: str | None = None,
+) -> tuple[epath.Path, epath.Path]:
+    """Writes a backbone, and its model card; a reader finds old files or complete new ones.
 
-    Args:
-      trained: Backbone.
-      form: Key of `FORMATS`.
-      output: File, or for `orbax` a directory that does not exist yet.
-      num_classes: Number of classes of the classifier, which is zero, with `torchvision`; 0 for
-        none.
-
-    Returns:
-      Path of the output.
+    See `music_jax.export.export`. The card has results if there is a workdir.
 
     Raises:
       UserError: The format does not support the backbone, or the output cannot be written.
@@ -89,26 +87,26 @@ def write(
         path = epath.Path(path.parent.resolve()) / path.name
     if path.is_dir() or (form == "orbax" and path.exists()):
         raise UserError(f"--output={output} already exists; choose another path")
+    card = path.with_name(path.name + ".md")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if form == "orbax":
             _write_orbax(trained, path)
         else:
             write_new(path, _file_content(trained, form, num_classes))
+        text = _model_card(trained, form, path.name, num_classes, workdir, license_name)
+        write_new(card, escape_surrogates(text).encode())
     except OSError as error:
         raise UserError(f"cannot write --output={output}: {error}") from error
-    return path
+    return path, card
 
 
 def _write_orbax(trained: TrainedBackbone, path: epath.Path) -> None:
     check_checkpoint_path(path)
-
-    def with_text_keys(tree: Any) -> Any:
-        if not isinstance(tree, dict):
-            return tree
-        return {str(key): with_text_keys(value) for key, value in tree.items()}
-
-    params, batch_stats = map(with_text_keys, trained.backbone_arrays())
+    params, batch_stats = (
+        unflatten_dict({name: trained.tensors[name] for name in tensors_by_name(x)}, sep=".")
+        for x in (trained.backbone.params, trained.backbone.batch_stats)
+    )
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, {"params": params, "batch_stats": batch_stats})
 
@@ -139,7 +137,7 @@ def _exported_program(trained: TrainedBackbone) -> jax.export.Exported:
     (batch,) = jax.export.symbolic_shape("batch")
     size, channels = trained.config.crop.size, trained.config.dataset.num_channels
     images = jax.ShapeDtypeStruct((batch, size, size, channels), np.uint8)
-    program = jax.jit(lambda images: encode_crops(backbone, arrays, images)[0])
+    program = jax.jit(lambda images: backbone.encode(arrays, images)[0])
     return jax.export.export(program, platforms=_PLATFORMS)(images)
 
 
@@ -159,20 +157,15 @@ def _preprocessing(trained: TrainedBackbone) -> dict[str, Any]:
 
 def usage(trained: TrainedBackbone, form: str, name: str, num_classes: int) -> str:
     """Returns the lines of Markdown that show how to load an exported file."""
-    if form == "torchvision":
-        return _torchvision_usage(trained, name, num_classes)
-    return _USAGE[form].format(
-        name=name,
-        size=trained.config.crop.size,
-        channels=trained.config.dataset.num_channels,
-        platforms=", ".join(_PLATFORMS),
-    )
-
-
-def _torchvision_usage(trained: TrainedBackbone, name: str, num_classes: int) -> str:
-    backbone = trained.config.backbone
-    is_resnet = backbone.name in TORCHVISION_NAMES
-    theirs = TIMM_NAMES[backbone.name]
+    config = trained.config
+    if form != "torchvision":
+        return _USAGE[form].format(
+            name=name,
+            size=config.crop.size,
+            channels=config.dataset.num_channels,
+            platforms=", ".join(_PLATFORMS),
+        )
+    theirs, is_resnet = TIMM_NAMES[config.backbone.name], config.backbone.name in TORCHVISION_NAMES
     head = "fc" if is_resnet else "head"
     options = f"num_classes={num_classes}"
     lines = ["import safetensors.torch, timm, torch, torchvision", ""]
@@ -182,9 +175,9 @@ def _torchvision_usage(trained: TrainedBackbone, name: str, num_classes: int) ->
         lines += ["model.fc = torch.nn.Identity()"] if not num_classes else []
         lines += ["# or, with the same tensors:"]
     else:
-        options += f", img_size={trained.config.crop.size}"
-    if backbone.num_heads is not None:
-        options += f", num_heads={backbone.num_heads}"
+        options += f", img_size={config.crop.size}"
+    if config.backbone.num_heads is not None:
+        options += f", num_heads={config.backbone.num_heads}"
     lines += [f'model = timm.create_model("{theirs}", {options})']
     lines += ["model.load_state_dict(tensors, strict=True)"]
     if num_classes:
@@ -193,80 +186,79 @@ def _torchvision_usage(trained: TrainedBackbone, name: str, num_classes: int) ->
     return "\n".join(f"    {line}".rstrip() for line in lines)
 
 
-def model_card(
+def _model_card(
     trained: TrainedBackbone,
-    *,
     form: str,
     file_name: str,
     num_classes: int,
     workdir: epath.Path | None,
     license_name: str | None,
 ) -> str:
-    """Returns the model card of an exported backbone, in Markdown.
-
-    Args:
-      trained: Backbone.
-      form: Key of `FORMATS`.
-      file_name: Name of the exported file.
-      num_classes: Number of classes of the classifier in the file, if it has one.
-      workdir: Workdir of the run, for its results; None if the backbone comes from a file.
-      license_name: License of the weights, if the user named one.
-    """
-    config = trained.config
+    """Returns the model card of an exported backbone, in Markdown."""
+    config, steps = trained.config, _preprocessing(trained)
     imported = _read_json(workdir, IMPORTED_FILE)
-    size = sum(x.size for x in trained.tensors.values())
-    steps, side = _preprocessing(trained), config.crop.size
-    license_line = [f"license: {json.dumps(license_name)}"] if license_name else []
-    front_matter = [
-        "---",
-        "library_name: music_jax",
-        "pipeline_tag: image-feature-extraction",
-        *license_line,
-        "tags: [self-supervised-learning, image-feature-extraction, jax]",
-        "---",
-    ]
-    sections = [
-        "\n".join(front_matter),
-        f"# {_code(config.backbone.name)}, "
-        + ("imported" if imported else f"pre-trained with {_code(config.objective.name)}"),
-        f"A backbone with {size / 1e6:.2f} M parameters and statistics that maps an image to "
-        f"{trained.backbone.num_features:,} features, in float32. Format: {FORMATS[form]}, in "
-        f"{_code(file_name)}.",
-        "## Use",
-        usage(trained, form, file_name, num_classes),
-        "## Preprocessing",
-        f"1. {'three channels, RGB' if steps['channels'] == 3 else 'one channel, gray'}, values "
-        "from 0 to 255\n"
-        f"2. shorter side resized to {steps['resize_shorter_side']} px (area averaging to shrink, "
-        f"bilinear to enlarge), central crop of {side} x {side} px\n"
-        f"3. divided by 255; minus {steps['mean']}, divided by {steps['std']}",
-    ]
-    if imported:
-        sections += [
-            "## Origin",
-            f"Weights from {_code(imported.get('file', '?'))} (SHA-256 "
-            f"{_code(imported.get('sha256', '?'))}), in the layout of torchvision and timm. They "
-            "were trained elsewhere; the recipe in config.json is not theirs. Assumptions that the "
-            f"file does not confirm: {_code(imported.get('assumed', '?'))}.",
-        ]
-    elif workdir is not None:
-        dataset = config.dataset
-        data = f"The split {_code(dataset.train_split)} of {_code(dataset.name)} (TFDS); no labels."
-        if dataset.path:
-            data = f"The images of the folder {_code(dataset.path.rstrip('/').rpartition('/')[2])}."
-        sections += ["## Data", data, "## Recipe", _recipe(trained)]
-    else:
-        sections += ["## Data and recipe", "Not recorded in the file that was exported."]
+    size = sum(x.size for x in trained.tensors.values()) / 1e6
+    origin = "imported" if imported else f"pre-trained with {_code(config.objective.name)}"
+    license_line = f"license: {json.dumps(license_name)}\n" if license_name else ""
     named = f"Weights: {license_name}." if license_name else "No license was named (`--license=`)."
-    sections += [
-        "## Results",
-        _results(workdir, trained.step),
-        "## License",
-        f"{named} The training images have their own terms.",
-        f"Written by music_jax {__version__} with jax {jax.__version__}, from the checkpoint of "
-        f"step {trained.step:,}.",
-    ]
-    return "\n\n".join(sections) + "\n"
+    colors = "three channels, RGB" if steps["channels"] == 3 else "one channel, gray"
+    return f"""\
+---
+library_name: music_jax
+pipeline_tag: image-feature-extraction
+{license_line}tags: [self-supervised-learning, image-feature-extraction, jax]
+---
+
+# {_code(config.backbone.name)}, {origin}
+
+A backbone with {size:.2f} M parameters and statistics that maps an image to \
+{trained.backbone.num_features:,} features, in float32. Format: {FORMATS[form]}, in \
+{_code(file_name)}.
+
+## Use
+
+{usage(trained, form, file_name, num_classes)}
+
+## Preprocessing
+
+1. {colors}, values from 0 to 255
+2. shorter side resized to {steps["resize_shorter_side"]} px (area averaging to shrink, bilinear \
+to enlarge), central crop of {config.crop.size} x {config.crop.size} px
+3. divided by 255; minus {steps["mean"]}, divided by {steps["std"]}
+
+{_training(trained, workdir, imported)}
+
+## Results
+
+{_results(workdir, trained.step)}
+
+## License
+
+{named} The training images have their own terms.
+
+Written by music_jax {__version__} with jax {jax.__version__}, from the checkpoint of step \
+{trained.step:,}.
+"""
+
+
+def _training(
+    trained: TrainedBackbone, workdir: epath.Path | None, imported: dict[str, Any]
+) -> str:
+    """Returns the sections on the origin of the weights."""
+    if imported:
+        file, sha256, assumed = (_code(imported.get(k, "?")) for k in ("file", "sha256", "assumed"))
+        return (
+            f"## Origin\n\nWeights from {file} (SHA-256 {sha256}), in the layout of torchvision "
+            "and timm. They were trained elsewhere; the recipe in config.json is not theirs. "
+            f"Assumptions that the file does not confirm: {assumed}."
+        )
+    if workdir is None:
+        return "## Data and recipe\n\nNot recorded in the file that was exported."
+    dataset = trained.config.dataset
+    data = f"The split {_code(dataset.train_split)} of {_code(dataset.name)} (TFDS); no labels."
+    if dataset.path:
+        data = f"The images of the folder {_code(_last_part(dataset.path))}."
+    return f"## Data\n\n{data}\n\n## Recipe\n\n{_recipe(trained)}"
 
 
 def _recipe(trained: TrainedBackbone) -> str:
@@ -280,18 +272,15 @@ def _recipe(trained: TrainedBackbone) -> str:
         ("projector, hidden", ", ".join(map(str, config.projector.hidden_sizes)) or "none"),
         ("epochs", str(config.num_epochs)),
         ("batch", str(config.batch_size)),
-        (
-            "optimizer",
-            f"{_code(optimizer.name)}, base learning rate {optimizer.base_learning_rate} (times "
-            f"batch / 256), weight decay {optimizer.weight_decay}",
-        ),
+        ("optimizer", f"{_code(optimizer.name)}, weight decay {optimizer.weight_decay}"),
+        ("base learning rate", f"{optimizer.base_learning_rate} (times batch / 256)"),
         ("schedule", f"{optimizer.warmup_epochs} warm-up epochs, then cosine decay"),
         ("crops", f"{config.crop.size} px, scale {list(config.crop.scale)}"),
         ("seed", str(config.seed)),
     ]
-    defaults = dataclasses.asdict(ViewAugmentation())
+    defaults = vars(ViewAugmentation())
     for i, view in enumerate(view_augmentations(config), start=1):
-        changed = [f"{k} {v}" for k, v in dataclasses.asdict(view).items() if v != defaults[k]]
+        changed = [f"{k} {v}" for k, v in vars(view).items() if v != defaults[k]]
         rows += [(f"view {i}", ", ".join(changed).replace("_", " ") or "crop only")]
     return _table(("", ""), rows)
 
@@ -300,40 +289,32 @@ def _results(workdir: epath.Path | None, step: int) -> str:
     rows, tested_on = [], []
     for name, file in (("linear probe, top-1", "linear_eval.json"), ("kNN, top-1", "knn.json")):
         record = _read_json(workdir, file)
-        if record.get("step") != step:
-            continue
-        values = [record.get(k) for k in ("top1", "random_init_top1", "raw_pixels_top1")]
-        rows.append((name, *map(_percent, values)))
-        tested_on.append(_tested_on(record))
+        if record.get("step") == step:
+            values = (record.get(k) for k in ("top1", "random_init_top1", "raw_pixels_top1"))
+            known = (x if isinstance(x, float) and 0 <= x <= 1 else None for x in values)
+            rows.append((name, *("-" if x is None else f"{100 * x:.1f} %" for x in known)))
+            tested_on.append(_tested_on(record))
     if not rows:
         return "This checkpoint has not been evaluated."
-    header = ("", "this backbone", "random initialization", "raw pixels")
-    return (
-        f"{_table(header, rows)}\n\nOn {' and '.join(dict.fromkeys(tested_on))}; backbone frozen."
-    )
-
-
-def _percent(value: Any) -> str:
-    return f"{100 * value:.1f} %" if isinstance(value, float) and 0 <= value <= 1 else "-"
+    table = _table(("", "this backbone", "random initialization", "raw pixels"), rows)
+    return f"{table}\n\nOn {' and '.join(dict.fromkeys(tested_on))}; backbone frozen."
 
 
 def _tested_on(record: dict[str, Any]) -> str:
     data, count = record.get("data"), record.get("num_test")
     test = data.get("test") if isinstance(data, dict) else None
-    if not isinstance(test, str) or not test:
-        test = "?"
-    elif ":" not in test:  # a folder, whose parent directories are private
-        test = test.rstrip("/").rpartition("/")[2]
+    test = test if isinstance(test, str) and test else "?"
+    if ":" not in test:  # a folder, whose parent directories are private
+        test = _last_part(test)
     return f"{_code(test)}, {count if isinstance(count, int) else '?'} test images"
 
 
+def _last_part(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]
+
+
 def _read_json(workdir: epath.Path | None, name: str) -> dict[str, Any]:
-    """Returns a JSON object from the workdir; {} if it is missing or invalid."""
-    try:
-        record = read_json(workdir / name) if workdir is not None else {}
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
+    return {} if workdir is None else read_record(workdir / name)
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -1,14 +1,15 @@
 """Imports external weights as a run, so that they can be evaluated like one."""
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import re
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import config_dict
 
 from music_jax.checkpoint.manager import Checkpoints
@@ -22,14 +23,14 @@ from music_jax.exchange.weights import (
     TORCHVISION_NAMES,
     Tensors,
     from_torch,
+    nested,
     read_safetensors,
     torch_names,
     unused_names,
 )
 from music_jax.models import BACKBONES
-from music_jax.models.layers import BATCH_NORM_EPSILON
 from music_jax.models.network import make_frozen_backbone
-from music_jax.models.resnet import STEMS, Bottleneck
+from music_jax.models.resnet import BATCH_NORM_EPSILON, STEMS, BasicBlock, Bottleneck
 from music_jax.models.vision_transformer import EPSILON as LAYER_NORM_EPSILON
 from music_jax.train.guards import init_guard_state
 from music_jax.train.recipe import make_recipe
@@ -90,11 +91,7 @@ def import_backbone(
     """
     source = epath.Path(weights).expanduser()
     found, _ = read_safetensors(source)
-    if prefix is None:
-        prefix = _find_prefix(found, weights)
-    elif prefix:
-        prefix = prefix.removesuffix(".") + "."
-    tensors = _select(found, prefix, weights)
+    prefix, tensors = _select(found, prefix, weights)
     config = _config_for(tensors, config, weights)
     ours = from_torch(config, tensors, weights)
     config.backbone.num_heads = _num_heads(config, prefix, weights)
@@ -104,24 +101,14 @@ def import_backbone(
     if read_config(directory) is not None or (directory / "checkpoints").exists():
         raise UserError(f"{workdir} already holds a run; choose another --workdir or remove it")
     order = TrainingOrder(config.batch_size, config.batch_size, config.seed)
-    checkpoints = Checkpoints(directory)
-    try:
+    with contextlib.closing(Checkpoints(directory)) as checkpoints:
         save_state(checkpoints, 0, _initial_state(config, ours), order)
         checkpoints.wait()
-    finally:
-        checkpoints.close()
     with source.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    write_json(
-        directory / IMPORTED_FILE,
-        {
-            "file": source.name,
-            "sha256": sha256,
-            "prefix": prefix,
-            "assumed": imported.assumed,
-            "excluded": imported.excluded,
-        },
-    )
+    record = {"file": source.name, "sha256": sha256, "prefix": prefix}
+    record |= {"assumed": imported.assumed, "excluded": imported.excluded}
+    write_json(directory / IMPORTED_FILE, record)
     write_config(directory, config)
     return imported
 
@@ -151,71 +138,61 @@ def name_children(tensors: Tensors) -> Tensors:
     }
 
 
-def detect_backbone(tensors: Tensors, source: str) -> dict[str, str]:
-    """Returns `name` and, for a ResNet, `stem` of the backbone that a state dict belongs to.
-
-    Raises:
-      UserError: It belongs to no supported backbone.
-    """
+def _detect_backbone(tensors: Tensors, source: str) -> str:
+    """Returns the name of the backbone that a state dict belongs to."""
     for name, axes in _LANDMARK_AXES.items():
         if name in tensors and tensors[name].ndim != axes:
             raise UserError(
                 f"{source} fits no backbone: {name} has shape {tensors[name].shape}, expected "
                 f"{axes} axes"
             )
-    sizes: object = None
+    sizes: dict[str, Any] = {}
     if "cls_token" in tensors and "patch_embed.proj.weight" in tensors:
-        sizes = (tensors["cls_token"].shape[-1], _count(tensors, r"blocks\.(\d+)\."))
-        for name, spec in BACKBONES.items():
-            if (spec.make.keywords.get("width"), spec.make.keywords.get("depth")) == sizes:
-                return {"name": name}
+        sizes = {"width": tensors["cls_token"].shape[-1], "depth": _count(tensors, "blocks")}
     elif "conv1.weight" in tensors:
-        stages = tuple(_count(tensors, rf"layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
-        bottleneck = "layer1.0.conv3.weight" in tensors
-        sizes = (stages, "bottleneck" if bottleneck else "basic")
-        for name in TORCHVISION_NAMES:
-            keywords = BACKBONES[name].make.keywords
-            is_bottleneck = keywords["block"] is Bottleneck
-            if keywords["stage_sizes"] == stages and is_bottleneck == bottleneck:
-                stem = "imagenet" if tensors["conv1.weight"].shape[-1] == 7 else "cifar"
-                return {"name": name, "stem": stem}
+        stages = tuple(_count(tensors, f"layer{stage}") for stage in (1, 2, 3, 4))
+        block = Bottleneck if "layer1.0.conv3.weight" in tensors else BasicBlock
+        sizes = {"stage_sizes": stages, "block": block}
+    for name in TIMM_NAMES if sizes else ():
+        if sizes.items() <= BACKBONES[name].make.keywords.items():
+            return name
+    described = [f"{name} {getattr(size, '__name__', size)}" for name, size in sizes.items()]
     raise UserError(
         f"{source} holds none of the supported backbones ({', '.join(TIMM_NAMES)}); found "
-        + (f"{sizes}" if sizes else f"{len(tensors)} tensors such as {sorted(tensors)[:3]}")
+        + (", ".join(described) or f"{len(tensors)} tensors such as {sorted(tensors)[:3]}")
     )
 
 
-def _count(tensors: Tensors, pattern: str) -> int:
-    return len({match[1] for name in tensors if (match := re.match(pattern, name))})
+def _count(tensors: Tensors, module: str) -> int:
+    parts = (name.split(".") for name in tensors)
+    return len({part[1] for part in parts if part[0] == module and part[1].isdigit()})
 
 
-def _find_prefix(tensors: Tensors, source: str) -> str:
-    prefixes = backbone_prefixes(tensors)
-    if len(prefixes) > 1:
-        raise UserError(
-            f"{source} holds several backbones; choose one with --prefix=: "
-            + ", ".join(repr(prefix) for prefix in prefixes[:8])
-        )
-    if not prefixes:
-        raise UserError(
-            f"{source} holds no backbone in the layout of torchvision or timm; expected "
-            "layer1.0.conv1.weight (or 4.0.conv1.weight, in a Sequential) or cls_token, got "
-            f"{', '.join(sorted(tensors)[:3]) or 'no tensors'}"
-        )
-    return prefixes[0]
-
-
-def _select(tensors: Tensors, prefix: str, source: str) -> Tensors:
-    """Returns the tensors with a prefix, by the names of torchvision and timm."""
-    selected = {
-        name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)
-    }
+def _select(tensors: Tensors, prefix: str | None, source: str) -> tuple[str, Tensors]:
+    """Returns a backbone's prefix and its tensors by the names of torchvision and timm."""
+    examples = ", ".join(sorted(tensors)[:3]) or "none"
+    if prefix is None:
+        prefixes = backbone_prefixes(tensors)
+        if len(prefixes) > 1:
+            raise UserError(
+                f"{source} holds several backbones; choose one with --prefix=: "
+                + ", ".join(repr(prefix) for prefix in prefixes[:8])
+            )
+        if not prefixes:
+            raise UserError(
+                f"{source} holds no backbone in the layout of torchvision or timm; expected "
+                "layer1.0.conv1.weight (or 4.0.conv1.weight, in a Sequential) or cls_token, got "
+                f"the tensors {examples}"
+            )
+        prefix = prefixes[0]
+    elif prefix:
+        prefix = prefix.removesuffix(".") + "."
+    selected = {x.removeprefix(prefix): tensors[x] for x in tensors if x.startswith(prefix)}
     if not selected:
-        examples = ", ".join(repr(name) for name in sorted(tensors)[:3]) or "none"
         raise UserError(
             f"no tensor of {source} begins with --prefix={prefix}; its tensors: {examples}"
         )
-    return name_children(selected)
+    return prefix, name_children(selected)
 
 
 def _excluded(
@@ -225,9 +202,8 @@ def _excluded(
     used = set(torch_names(config).values())
     modules = [prefix + name.partition(".")[0] for name in unused_names(tensors, used)]
     depth = max(prefix.count("."), 1)
-    modules += [
-        ".".join(name.split(".")[:depth]) for name in sorted(found) if not name.startswith(prefix)
-    ]
+    others = (name for name in sorted(found) if not name.startswith(prefix))
+    modules += [".".join(name.split(".")[:depth]) for name in others]
     return dict(collections.Counter(modules))
 
 
@@ -253,11 +229,7 @@ def _assumed(config: config_dict.ConfigDict) -> str:
 
 
 def _num_heads(config: config_dict.ConfigDict, prefix: str, source: str) -> int | None:
-    """Returns the number of attention heads; None for a ResNet.
-
-    Raises:
-      UserError: Neither the config nor the file determines it.
-    """
+    """Returns the number of attention heads; None for a ResNet."""
     default = BACKBONES[config.backbone.name].make.keywords.get("num_heads")
     if default is None or config.backbone.num_heads is not None:
         return config.backbone.num_heads
@@ -275,18 +247,20 @@ def _config_for(
 ) -> config_dict.ConfigDict:
     """Returns the config with the detected backbone and an identity as projection head."""
     config = config.copy_and_resolve_references()
-    detected = detect_backbone(tensors, source)
-    # A 3 x 3 stem may be `cifar` or, if the config says so, `strided`.
-    if detected.get("stem") != "cifar" or config.backbone.stem in (None, "imagenet"):
-        config.backbone.stem = detected.get("stem")
-    config.backbone.name = detected["name"]
+    config.backbone.name = _detect_backbone(tensors, source)
+    first = "patch_embed.proj.weight" if "cls_token" in tensors else "conv1.weight"
+    channels, size = tensors[first].shape[1], tensors[first].shape[-1]
+    if config.backbone.name not in TORCHVISION_NAMES:
+        config.backbone.stem = None
+    elif size == 7:
+        config.backbone.stem = "imagenet"
+    elif config.backbone.stem != "strided":  # which only the config can tell from `cifar`
+        config.backbone.stem = "cifar"
     config.backbone.zero_init_residual = None
     config.projector.hidden_sizes = ()
     config.projector.output_size = make_frozen_backbone(config).num_features
     config.objective.name = _OBJECTIVE
     validate(config)
-    first = "patch_embed.proj.weight" if "cls_token" in tensors else "conv1.weight"
-    channels = tensors[first].shape[1]
     if channels != config.dataset.num_channels:
         raise UserError(
             f"{source} takes images of {channels} channels; config.dataset.num_channels is "
@@ -301,10 +275,7 @@ def _initial_state(config: config_dict.ConfigDict, tensors: Tensors) -> TrainSta
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     for tree in (state.params, state.batch_stats):
         if "backbone" in tree:
-            paths = flatten_dict(tree["backbone"])
-            tree["backbone"] = unflatten_dict(
-                {path: tensors[".".join(map(str, path))] for path in paths}
-            )
+            tree["backbone"] = nested(tensors, tree["backbone"])
     head = state.params["projector"]["output"]
     head["kernel"] = np.eye(*head["kernel"].shape, dtype=np.float32)
     state = dataclasses.replace(state, guard=init_guard_state())

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from music_jax.errors import require_extra
-from music_jax.exchange.backbone import TrainedBackbone
+from music_jax.exchange.encoder import TrainedBackbone
 from music_jax.models import BACKBONES
-from music_jax.models.layers import BATCH_NORM_EPSILON
-from music_jax.models.resnet import STEMS, Bottleneck, pooling_cells
+from music_jax.models.resnet import BATCH_NORM_EPSILON, STEMS, pooling_cells
 from music_jax.models.vision_transformer import EPSILON as LAYER_NORM_EPSILON
 from music_jax.models.vision_transformer import sincos_positions
 
@@ -22,12 +21,7 @@ _IR_VERSION = 8  # of ONNX 1.12, the first release with this opset
 
 
 def onnx_model(trained: TrainedBackbone, metadata: dict[str, str]) -> Any:
-    """Converts a backbone in inference mode to a checked `onnx.ModelProto`.
-
-    Args:
-      trained: Backbone.
-      metadata: Texts by name to store in the model.
-    """
+    """Converts a backbone in inference mode to a checked `onnx.ModelProto` with metadata."""
     with require_extra("export"):
         import onnx
     from onnx import TensorProto, helper
@@ -40,10 +34,10 @@ def onnx_model(trained: TrainedBackbone, metadata: dict[str, str]) -> Any:
         graph.vision_transformer(size)
     images, features = (
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape])
-        for name, shape in (
-            ("images", (channels, size, size)),
-            ("features", (trained.backbone.num_features,)),
-        )
+        for name, shape in {
+            "images": (channels, size, size),
+            "features": (trained.backbone.num_features,),
+        }.items()
     )
     model = helper.make_model(
         helper.make_graph(graph.nodes, "backbone", [images], [features], graph.initializers),
@@ -69,88 +63,83 @@ class _Graph:
         self._constants: set[str] = set()
 
     def resnet(self, size: int) -> None:
-        kernel, stride, pools = STEMS[self._stem]
+        _, stride, pools = STEMS[self._stem]
         x = self._conv("images", "conv", stride)
-        size = _convolved(size, kernel, stride)
-        x = self._node("Relu", [self._batch_norm(x, "norm")])
+        x = self._node("Relu", self._batch_norm(x, "norm"))
         if pools:
-            x = self._node("MaxPool", [x], kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
-            size = _convolved(size, 3, 2)
+            x = self._node("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
+            stride *= 2
         block = 0
         for stage, count in enumerate(self.sizes["stage_sizes"]):
             first = self.sizes.get("first_stride", 1) if stage == 0 else 2
-            for stride in (first, *(1,) * (count - 1)):
-                x = self._block(x, f"blocks.{block}", stride)
-                size = _convolved(size, 3, stride)
+            for i in range(count):
+                x = self._block(x, f"blocks.{block}", first if i == 0 else 1)
                 block += 1
-        self._pool(x, size, self.sizes.get("pool_grid", 1))
+            stride *= first
+        self._pool(x, -(-size // stride), self.sizes.get("pool_grid", 1))
 
     def _block(self, x: str, name: str, stride: int) -> str:
-        # A bottleneck has its stride in the 3 x 3 convolution.
-        strides = (1, stride, 1) if self.sizes["block"] is Bottleneck else (stride, 1)
-        y = x
+        y, strides = x, self.sizes["block"].strides(stride)
         for i, step in enumerate(strides, start=1):
             y = self._batch_norm(self._conv(y, f"{name}.conv{i}", step), f"{name}.norm{i}")
             if i < len(strides):
-                y = self._node("Relu", [y])
+                y = self._node("Relu", y)
         if f"{name}.shortcut.conv.kernel" in self._tensors:
             x = self._conv(x, f"{name}.shortcut.conv", stride)
             x = self._batch_norm(x, f"{name}.shortcut.norm")
-        return self._node("Relu", [self._node("Add", [y, x])])
+        return self._node("Relu", self._node("Add", y, x))
 
     def _pool(self, x: str, size: int, grid: int) -> None:
         if grid == 1:
-            self._node("Flatten", [self._node("GlobalAveragePool", [x])], output="features")
+            self._node("Flatten", self._node("GlobalAveragePool", x), output="features")
             return
-        means = []
-        for top, bottom in pooling_cells(size, grid):
-            for left, right in pooling_cells(size, grid):
-                window = [self._integers(v) for v in ((top, left), (bottom, right), (2, 3))]
-                cell = self._node("Slice", [x, *window])
-                means.append(self._node("ReduceMean", [cell], axes=[2, 3], keepdims=0))
-        self._node("Concat", means, axis=1, output="features")
+        means = np.zeros((size, grid), np.float32)
+        for i, (start, end) in enumerate(pooling_cells(size, grid)):
+            means[start:end, i] = 1 / (end - start)
+        x = self._node("Reshape", x, self._integers((0, 0, size * size)))
+        x = self._node("MatMul", x, self._constant("means", np.kron(means, means)))
+        x = self._node("Transpose", x, perm=[0, 2, 1])  # [batch, cells, channels]
+        self._node("Flatten", x, output="features")
 
     def vision_transformer(self, size: int) -> None:
         width, patch = self.sizes["width"], self.sizes["patch_size"]
         rows = size // patch
         kernel = self._tensors["patches.kernel"].reshape(patch, patch, -1, width)
-        weights = [
-            self._constant("patches.kernel", kernel.transpose(3, 2, 0, 1)),
-            self._weight("patches.bias"),
-        ]
-        x = self._node("Conv", ["images", *weights], strides=[patch, patch])
-        x = self._node("Reshape", [x, self._integers((0, width, rows * rows))])
-        x = self._node("Transpose", [x], perm=[0, 2, 1])
+        weights = self._constant("patches.kernel", kernel.transpose(3, 2, 0, 1))
+        (bias,) = self._weights("patches", "bias")
+        x = self._node("Conv", "images", weights, bias, strides=[patch, patch])
+        x = self._node("Reshape", x, self._integers((0, width, rows * rows)))
+        x = self._node("Transpose", x, perm=[0, 2, 1])
         positions = self._constant("positions", sincos_positions(rows, rows, width)[None])
-        x = self._node("Add", [x, positions])
+        x = self._node("Add", x, positions)
         token = self._constant("class_token", self._tensors["class_token"].reshape(1, 1, width))
-        batch = self._node("Slice", [self._node("Shape", [x]), *map(self._integers, ([0], [1]))])
-        shape = self._node("Concat", [batch, self._integers((1, width))], axis=0)
-        x = self._node("Concat", [self._node("Expand", [token, shape]), x], axis=1)
+        batch = self._node("Slice", self._node("Shape", x), *map(self._integers, ([0], [1])))
+        shape = self._node("Concat", batch, self._integers((1, width)), axis=0)
+        x = self._node("Concat", self._node("Expand", token, shape), x, axis=1)
         for i in range(self.sizes["depth"]):
             x = self._transformer_block(x, f"blocks.{i}", width)
-        first = self._node("Gather", [x, self._constant("index0", np.int64(0))], axis=1)
+        first = self._node("Gather", x, self._constant("index0", np.int64(0)), axis=1)
         self._layer_norm(first, "norm", output="features")
 
     def _transformer_block(self, x: str, name: str, width: int) -> str:
         heads = self._num_heads
         y = self._linear(self._layer_norm(x, f"{name}.norm1"), f"{name}.attention.qkv")
-        y = self._node("Reshape", [y, self._integers((0, 0, 3, heads, width // heads))])
-        y = self._node("Transpose", [y], perm=[2, 0, 3, 1, 4])  # [3, batch, heads, tokens, size]
+        y = self._node("Reshape", y, self._integers((0, 0, 3, heads, width // heads)))
+        y = self._node("Transpose", y, perm=[2, 0, 3, 1, 4])  # [3, batch, heads, tokens, size]
         query, key, value = (
-            self._node("Gather", [y, self._constant(f"index{i}", np.int64(i))], axis=0)
+            self._node("Gather", y, self._constant(f"index{i}", np.int64(i)), axis=0)
             for i in range(3)
         )
-        key = self._node("Transpose", [key], perm=[0, 1, 3, 2])
+        key = self._node("Transpose", key, perm=[0, 1, 3, 2])
         scale = self._constant("scale", np.float32((width // heads) ** -0.5))
-        scores = self._node("Mul", [self._node("MatMul", [query, key]), scale])
-        y = self._node("MatMul", [self._node("Softmax", [scores], axis=-1), value])
-        y = self._node("Transpose", [y], perm=[0, 2, 1, 3])
-        y = self._node("Reshape", [y, self._integers((0, 0, width))])
-        x = self._node("Add", [x, self._linear(y, f"{name}.attention.output")])
+        scores = self._node("Mul", self._node("MatMul", query, key), scale)
+        y = self._node("MatMul", self._node("Softmax", scores, axis=-1), value)
+        y = self._node("Transpose", y, perm=[0, 2, 1, 3])
+        y = self._node("Reshape", y, self._integers((0, 0, width)))
+        x = self._node("Add", x, self._linear(y, f"{name}.attention.output"))
         y = self._linear(self._layer_norm(x, f"{name}.norm2"), f"{name}.mlp_in")
         y = self._linear(self._gelu(y), f"{name}.mlp_out")
-        return self._node("Add", [x, y])
+        return self._node("Add", x, y)
 
     def _gelu(self, x: str) -> str:
         # x / 2 * (1 + erf(x / sqrt 2)): opset 17 has no operator for it.
@@ -158,35 +147,29 @@ class _Graph:
             self._constant(name, np.float32(value))
             for name, value in (("root", 2**-0.5), ("one", 1), ("half", 0.5))
         )
-        cdf = self._node("Add", [self._node("Erf", [self._node("Mul", [x, root])]), one])
-        return self._node("Mul", [self._node("Mul", [x, half]), cdf])
+        cdf = self._node("Add", self._node("Erf", self._node("Mul", x, root)), one)
+        return self._node("Mul", self._node("Mul", x, half), cdf)
 
     def _conv(self, x: str, name: str, stride: int) -> str:
         kernel = self._tensors[f"{name}.kernel"].transpose(3, 2, 0, 1)
-        return self._node(
-            "Conv",
-            [x, self._constant(f"{name}.kernel", kernel)],
-            kernel_shape=list(kernel.shape[2:]),
-            strides=[stride, stride],
-            pads=4 * [kernel.shape[2] // 2],
-        )
+        pads, weights = [kernel.shape[2] // 2] * 4, self._constant(f"{name}.kernel", kernel)
+        return self._node("Conv", x, weights, strides=[stride, stride], pads=pads)
 
     def _batch_norm(self, x: str, name: str) -> str:
-        weights = [self._weight(f"{name}.{leaf}") for leaf in ("scale", "bias", "mean", "var")]
-        return self._node("BatchNormalization", [x, *weights], epsilon=BATCH_NORM_EPSILON)
+        weights = self._weights(name, "scale", "bias", "mean", "var")
+        return self._node("BatchNormalization", x, *weights, epsilon=BATCH_NORM_EPSILON)
 
-    def _layer_norm(self, x: str, name: str, **options: Any) -> str:
-        weights = [self._weight(f"{name}.{leaf}") for leaf in ("scale", "bias")]
-        return self._node(
-            "LayerNormalization", [x, *weights], axis=-1, epsilon=LAYER_NORM_EPSILON, **options
-        )
+    def _layer_norm(self, x: str, name: str, output: str = "") -> str:
+        weights = self._weights(name, "scale", "bias")
+        options: dict[str, Any] = {"axis": -1, "epsilon": LAYER_NORM_EPSILON}
+        return self._node("LayerNormalization", x, *weights, output=output, **options)
 
     def _linear(self, x: str, name: str) -> str:
-        product = self._node("MatMul", [x, self._weight(f"{name}.kernel")])
-        return self._node("Add", [product, self._weight(f"{name}.bias")])
+        kernel, bias = self._weights(name, "kernel", "bias")
+        return self._node("Add", self._node("MatMul", x, kernel), bias)
 
-    def _weight(self, name: str) -> str:
-        return self._constant(name, self._tensors[name])
+    def _weights(self, name: str, *leaves: str) -> list[str]:
+        return [self._constant(f"{name}.{x}", self._tensors[f"{name}.{x}"]) for x in leaves]
 
     def _integers(self, values: Sequence[int]) -> str:
         return self._constant("i" + "_".join(map(str, values)), np.asarray(values, np.int64))
@@ -200,14 +183,9 @@ class _Graph:
             self.initializers.append(numpy_helper.from_array(np.array(value, order="C"), name))
         return name
 
-    def _node(self, kind: str, inputs: list[str], *, output: str = "", **attributes: Any) -> str:
+    def _node(self, kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:
         from onnx import helper
 
         output = output or f"{kind.lower()}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
+        self.nodes.append(helper.make_node(kind, list(inputs), [output], name=output, **attributes))
         return output
-
-
-def _convolved(size: int, kernel: int, stride: int) -> int:
-    """Returns the side of the output of a convolution padded by half its kernel."""
-    return (size + 2 * (kernel // 2) - kernel) // stride + 1

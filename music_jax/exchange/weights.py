@@ -6,13 +6,12 @@ convolutions are [out, in, y, x] and ours [y, x, in, out]; their matrices are [o
 [in, out].
 """
 
-import os
 import re
 from typing import Any
 
 import numpy as np
 from etils import epath
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import config_dict
 from ml_dtypes import bfloat16
 
@@ -45,25 +44,28 @@ TIMM_NAMES = {
     "vit_b16": "vit_base_patch16_224",
 }
 
-_LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
+# Regular expressions for parts of our names and what replaces them in theirs, in this order.
+_RESNET_PARTS = {
+    r"^conv\.": "conv1.",
+    r"^norm\.": "bn1.",
+    r"\bshortcut\.conv\b": "downsample.0",
+    r"\bshortcut\.norm\b": "downsample.1",
+    r"\bnorm(\d)\b": r"bn\1",
 }
-_TRANSFORMER_MODULES = {
-    "patches": "patch_embed.proj",
-    "attention.qkv": "attn.qkv",
-    "attention.output": "attn.proj",
-    "mlp_in": "mlp.fc1",
-    "mlp_out": "mlp.fc2",
+_TRANSFORMER_PARTS = {
+    r"^class_token$": "cls_token",
+    r"^patches\b": "patch_embed.proj",
+    r"\battention\.qkv\b": "attn.qkv",
+    r"\battention\.output\b": "attn.proj",
+    r"\bmlp_in\b": "mlp.fc1",
+    r"\bmlp_out\b": "mlp.fc2",
 }
+_LEAVES = {r"\.(kernel|scale)$": ".weight", r"\.(mean|var)$": r".running_\1"}
 _POSITIONS = "pos_embed"
 
 # Unused tensors with these names would change the features.
-_RESNET_PARTS = re.compile(r"(conv|bn|layer|stem|downsample|[0-7]\.)")
-_TRANSFORMER_PARTS = re.compile(
+_RESNET_TENSORS = re.compile(r"(conv|bn|layer|stem|downsample|[0-7]\.)")
+_TRANSFORMER_TENSORS = re.compile(
     r"(blocks|patch|pos_|cls_|dist_token|reg(ister)?_token|storage_token|norm|fc_norm|ln_|rope)"
 )
 
@@ -81,10 +83,9 @@ def read_safetensors(path: epath.Path) -> tuple[Tensors, dict[str, str]]:
         from safetensors import SafetensorError, safe_open
     try:
         check_is_file(path)
+        size = path.stat().length
         with path.open("rb") as file:
             start = file.read(2)
-            file.seek(0, os.SEEK_END)
-            size = file.tell()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     if start in (b"PK", b"\x80\x02"):
@@ -118,29 +119,20 @@ def read_safetensors(path: epath.Path) -> tuple[Tensors, dict[str, str]]:
 def check_shapes(
     tensors: Tensors, expected: dict[str, tuple[int, ...]], source: str, *, strict: bool = True
 ) -> None:
-    """Checks that tensors match an architecture.
-
-    Args:
-      tensors: Tensors by name.
-      expected: Shape of each tensor.
-      source: Name of the tensors' origin for messages.
-      strict: Whether other tensors are an error.
+    """Checks that tensors have the expected shapes and a floating-point type.
 
     Raises:
       UserError: A tensor is missing, has the wrong shape or type, or (if strict) is unknown.
     """
-    wrong = [f"no {name}" for name in expected if name not in tensors]
-    present = {name: tensors[name] for name in expected if name in tensors}
-    wrong += [
-        f"{name} has shape {x.shape}, expected {expected[name]}"
-        for name, x in present.items()
-        if x.shape != expected[name]
-    ]
-    wrong += [
-        f"{name} has type {x.dtype}, expected a floating-point type"
-        for name, x in present.items()
-        if x.dtype != np.float32
-    ]
+    wrong = []
+    for name, shape in expected.items():
+        x = tensors.get(name)
+        if x is None:
+            wrong.append(f"no {name}")
+        elif x.shape != shape:
+            wrong.append(f"{name} has shape {x.shape}, expected {shape}")
+        elif x.dtype != np.float32:
+            wrong.append(f"{name} has type {x.dtype}, expected a floating-point type")
     if strict:
         wrong += [f"unknown tensor {name}" for name in tensors if name not in expected]
     if wrong:
@@ -155,6 +147,11 @@ def tensors_by_name(*trees: Any) -> dict[str, Any]:
         for tree in trees
         for path, leaf in flatten_dict(tree).items()
     }
+
+
+def nested(tensors: Tensors, tree: Any) -> Any:
+    """Returns the tensors with the names in a tree as a tree; inverts `tensors_by_name`."""
+    return unflatten_dict({path: tensors[".".join(map(str, path))] for path in flatten_dict(tree)})
 
 
 def check_exchangeable(config: config_dict.ConfigDict) -> None:
@@ -226,7 +223,8 @@ def from_torch(config: config_dict.ConfigDict, tensors: Tensors, source: str) ->
     names = torch_names(config)
     backbone = make_frozen_backbone(config)
     ours = tensors_by_name(backbone.params, backbone.batch_stats)
-    shapes = {names[name]: _torch_shape(names[name], x.shape) for name, x in ours.items()}
+    like = {names[name]: np.broadcast_to(np.float32(0), x.shape) for name, x in ours.items()}
+    shapes = {theirs: _to_torch_axes(x, theirs).shape for theirs, x in like.items()}
     if "width" in BACKBONES[config.backbone.name].make.keywords:
         _check_positions(config, tensors, source)
     check_shapes(tensors, shapes, source, strict=False)
@@ -253,8 +251,8 @@ def check_no_other_parts(tensors: Tensors, used: set[str], source: str) -> None:
     Raises:
       UserError: An unused tensor would.
     """
-    part = _TRANSFORMER_PARTS if "cls_token" in tensors else _RESNET_PARTS
-    unknown = [name for name in unused_names(tensors, used) if part.match(name)]
+    changing = _TRANSFORMER_TENSORS if "cls_token" in tensors else _RESNET_TENSORS
+    unknown = [name for name in unused_names(tensors, used) if changing.match(name)]
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise UserError(
@@ -266,36 +264,17 @@ def check_no_other_parts(tensors: Tensors, used: set[str], source: str) -> None:
 def torch_names(config: config_dict.ConfigDict) -> dict[str, str]:
     """Returns the name in torchvision and timm of each tensor of a backbone."""
     backbone = make_frozen_backbone(config)
-    ours = tensors_by_name(backbone.params, backbone.batch_stats)
-    keywords = BACKBONES[config.backbone.name].make.keywords
-    if "stage_sizes" not in keywords:
-        return {name: _transformer_name(name) for name in ours}
-    blocks = [
-        f"layer{stage + 1}.{block}"
-        for stage, size in enumerate(keywords["stage_sizes"])
-        for block in range(size)
-    ]
-    return {name: _resnet_name(name, blocks) for name in ours}
-
-
-def _resnet_name(ours: str, blocks: list[str]) -> str:
-    *parts, leaf = ours.split(".")
-    if parts[0] != "blocks":
-        module = {"conv": "conv1", "norm": "bn1"}[parts[0]]
-    else:
-        inner = ".".join(parts[2:])
-        inner = {"shortcut.conv": "downsample.0", "shortcut.norm": "downsample.1"}.get(inner, inner)
-        module = f"{blocks[int(parts[1])]}.{inner.replace('norm', 'bn')}"
-    return f"{module}.{_LEAVES[leaf]}"
-
-
-def _transformer_name(ours: str) -> str:
-    if ours == "class_token":
-        return "cls_token"
-    *parts, leaf = ours.split(".")
-    block = parts[:2] if parts[0] == "blocks" else []
-    module = ".".join(parts[len(block) :])
-    return ".".join([*block, _TRANSFORMER_MODULES.get(module, module), _LEAVES[leaf]])
+    stages = BACKBONES[config.backbone.name].make.keywords.get("stage_sizes", ())
+    blocks = [f"layer{i}.{block}" for i, size in enumerate(stages, 1) for block in range(size)]
+    parts = {rf"^blocks\.{i}\b": block for i, block in enumerate(blocks)}
+    parts |= (_RESNET_PARTS if stages else _TRANSFORMER_PARTS) | _LEAVES
+    names = {}
+    for name in tensors_by_name(backbone.params, backbone.batch_stats):
+        theirs = name
+        for ours, replacement in parts.items():
+            theirs = re.sub(ours, replacement, theirs)
+        names[name] = theirs
+    return names
 
 
 def _to_torch_axes(tensor: np.ndarray, theirs: str) -> np.ndarray:
@@ -312,10 +291,6 @@ def _from_torch_axes(tensor: np.ndarray, theirs: str, shape: tuple[int, ...]) ->
     elif theirs != "cls_token":
         tensor = tensor.T
     return tensor.reshape(shape)
-
-
-def _torch_shape(theirs: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return _to_torch_axes(np.broadcast_to(np.float32(0), shape), theirs).shape
 
 
 def _positions(side: int, width: int) -> np.ndarray:

@@ -5,6 +5,9 @@ dictionaries of arrays.
 """
 
 import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,12 +17,51 @@ from ml_collections import config_dict
 
 from music_jax.config import embedding_size
 from music_jax.models import BACKBONES, Backbone
-from music_jax.models.layers import Projector
+from music_jax.models.resnet import BatchNorm
 
 Tree = Any  # a nested dictionary of arrays
 
 # Compiler options for `init_network`, which runs once: compilation takes longer than execution.
 INIT_COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
+
+# Uniform in +-1 / sqrt(fan_in): a variance of 1 / (3 fan_in).
+_LINEAR_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class Projector(nnx.Module):
+    """Hidden layers of Linear, batch normalization and ReLU, then Linear without bias."""
+
+    def __init__(
+        self,
+        num_features: int,
+        hidden_sizes: Sequence[int],
+        output_size: int,
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        """Builds the projection head.
+
+        Args:
+          num_features: Size of the backbone's features.
+          hidden_sizes: Sizes of the hidden layers; may be empty.
+          output_size: Size of the embedding.
+          dtype: Dtype of the products; parameters and statistics are float32.
+          rngs: Random number generator of the initial weights.
+        """
+        sizes = (num_features, *hidden_sizes)
+        linear = functools.partial(nnx.Linear, dtype=dtype, kernel_init=_LINEAR_INIT, rngs=rngs)
+        self.hidden = nnx.List([linear(a, b) for a, b in itertools.pairwise(sizes)])
+        self.norms = nnx.List([BatchNorm(size) for size in hidden_sizes])
+        self.output = linear(sizes[-1], output_size, use_bias=False)
+        self.dtype = dtype
+
+    def __call__(self, features: jax.Array, *, train: bool, num_views: int = 1) -> jax.Array:
+        """Maps features [batch * num_views, num_features] to embeddings of the head's dtype."""
+        x = features.astype(self.dtype)
+        for linear, norm in zip(self.hidden, self.norms, strict=True):
+            x = nnx.relu(norm(linear(x), train=train, num_views=num_views))
+        return self.output(x)
 
 
 class _Modules(nnx.Module):

@@ -4,18 +4,98 @@ Padding and strides are torchvision's (the 3 x 3 convolution of a bottleneck has
 that weights can be exchanged.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from music_jax.models.layers import BatchNorm, apply_block
-
 # Stems by name: size and stride of the convolution, and whether max-pooling follows.
 STEMS = {"imagenet": (7, 2, True), "cifar": (3, 1, False), "strided": (3, 2, False)}
 
+BATCH_NORM_EPSILON = 1e-5
+
 _KERNEL_INIT = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalization over all but the channel axis, by the statistics of each view.
+
+    The batch holds the views of each sample side by side: row `n * num_views + v` is view `v` of
+    sample `n`. One pass of the network thus serves all views, and a batch sharded over a mesh keeps
+    its sharding. Under `jax.jit` the statistics are those of the global batch. They are computed in
+    float32, and the running statistics are updated once per view, in the order of the views.
+
+    Attributes:
+      scale: Scale [channels], float32.
+      bias: Bias [channels], float32.
+      mean: Running mean [channels], float32.
+      var: Running variance [channels], biased as in Flax, float32.
+    """
+
+    def __init__(self, channels: int, *, momentum: float = 0.9, zero_scale: bool = False):
+        """Initializes the parameters and running statistics.
+
+        Args:
+          channels: Size of the last axis.
+          momentum: Decay of the running statistics.
+          zero_scale: Whether the scale starts at 0 instead of 1.
+        """
+        self.momentum = momentum
+        self.scale = nnx.Param(jnp.zeros(channels) if zero_scale else jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+        self.mean = nnx.BatchStat(jnp.zeros(channels))
+        self.var = nnx.BatchStat(jnp.ones(channels))
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        train: bool,
+        num_views: int,
+        max_pool: Callable[[jax.Array], jax.Array] | None = None,
+    ) -> jax.Array:
+        """Normalizes the input, and optionally pools the result.
+
+        Args:
+          x: Input [batch * num_views, ..., channels].
+          train: Whether to use and track the statistics of the batch instead of the running ones.
+          num_views: Number of views per sample.
+          max_pool: Max-pooling to apply to the result.
+
+        Returns:
+          An array of the type and shape of `x`, or of the shape that `max_pool` returns.
+        """
+        scale = self.scale[...]
+        sign = jnp.ones_like(scale)
+        # A maximum commutes with an increasing function. Pooling the input instead of the result
+        # avoids a normalized array at full resolution: compiled for TPU v5e, ResNet-50's step
+        # accesses 3 % fewer bytes by XLA's count. A channel with a negative scale is negated first.
+        if max_pool is not None:
+            sign = jnp.where(scale < 0, -1.0, 1.0)
+            x = x * sign.astype(x.dtype).reshape((1,) * (x.ndim - 1) + scale.shape)
+        num_views = num_views if train else 1
+        views = x.reshape(-1, num_views, *x.shape[1:])  # [batch, views, ..., channels]
+        wide = views.astype(jnp.float32)
+        if train:
+            axes = (0, *range(2, wide.ndim - 1))
+            mean = jnp.mean(wide, axis=axes)  # [views, channels]
+            var = jnp.maximum(jnp.mean(jnp.square(wide), axis=axes) - jnp.square(mean), 0.0)
+            decay = self.momentum
+            for v in range(num_views):
+                self.mean[...] = decay * self.mean[...] + (1 - decay) * mean[v] * sign
+                self.var[...] = decay * self.var[...] + (1 - decay) * var[v]
+        else:
+            mean, var = (self.mean[...] * sign)[None], self.var[...][None]
+        factor = (scale * sign)[None] * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)  # [views, channels]
+        offset = self.bias[...][None] - mean * factor
+        if max_pool is not None:
+            x = max_pool(x)
+            wide = x.reshape(-1, num_views, *x.shape[1:]).astype(jnp.float32)
+        shape = (1, num_views) + (1,) * (wide.ndim - 3) + scale.shape
+        normalized = wide * factor.reshape(shape) + offset.reshape(shape)
+        return normalized.astype(x.dtype).reshape(x.shape)
 
 
 def _conv(
@@ -35,66 +115,57 @@ def _conv(
 
 
 class _Shortcut(nnx.Module):
-    """The identity, or a projection if the shape changes."""
+    """A projection to another shape."""
 
     def __init__(self, c_in: int, c_out: int, stride: int, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.changes = stride != 1 or c_in != c_out
-        if self.changes:
-            self.conv = _conv(c_in, c_out, 1, stride, dtype, rngs)
-            self.norm = BatchNorm(c_out)
+        self.conv = _conv(c_in, c_out, 1, stride, dtype, rngs)
+        self.norm = BatchNorm(c_out)
 
     def __call__(self, x: jax.Array, *, train: bool, num_views: int) -> jax.Array:
-        if not self.changes:
-            return x
         return self.norm(self.conv(x), train=train, num_views=num_views)
 
 
 class BasicBlock(nnx.Module):
     """A residual block of two 3 x 3 convolutions."""
 
+    kernels: tuple[int, ...] = (3, 3)
     expansion = 1
 
     def __init__(
         self, c_in: int, width: int, stride: int, zero_init: bool, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
-        """Builds a block from `c_in` to `width` channels."""
-        self.conv1 = _conv(c_in, width, 3, stride, dtype, rngs)
-        self.norm1 = BatchNorm(width)
-        self.conv2 = _conv(width, width, 3, 1, dtype, rngs)
-        self.norm2 = BatchNorm(width, zero_scale=zero_init)
-        self.shortcut = _Shortcut(c_in, width, stride, dtype, rngs)
+        """Builds a block from `c_in` to `expansion * width` channels."""
+        c_out, last = self.expansion * width, len(self.kernels) - 1
+        sizes = itertools.pairwise([c_in, *[width] * last, c_out])
+        for i, (before, after) in enumerate(sizes):
+            conv = _conv(before, after, self.kernels[i], self.strides(stride)[i], dtype, rngs)
+            setattr(self, f"conv{i + 1}", conv)
+            setattr(self, f"norm{i + 1}", BatchNorm(after, zero_scale=zero_init and i == last))
+        projects = stride != 1 or c_in != c_out
+        self.shortcut = _Shortcut(c_in, c_out, stride, dtype, rngs) if projects else None
+
+    @classmethod
+    def strides(cls, stride: int) -> list[int]:
+        """Returns the stride of each convolution; the first 3 x 3 one has that of the block."""
+        return [stride if i == cls.kernels.index(3) else 1 for i in range(len(cls.kernels))]
 
     def __call__(self, x: jax.Array, *, train: bool, num_views: int) -> jax.Array:
         """Applies the block to a feature map [batch * num_views, height, width, c_in]."""
-        y = nnx.relu(self.norm1(self.conv1(x), train=train, num_views=num_views))
-        y = self.norm2(self.conv2(y), train=train, num_views=num_views)
-        return nnx.relu(y + self.shortcut(x, train=train, num_views=num_views))
+        y = x
+        for i in range(1, len(self.kernels) + 1):
+            y = nnx.relu(y) if i > 1 else y
+            y = getattr(self, f"conv{i}")(y)
+            y = getattr(self, f"norm{i}")(y, train=train, num_views=num_views)
+        if self.shortcut is not None:
+            x = self.shortcut(x, train=train, num_views=num_views)
+        return nnx.relu(y + x)
 
 
-class Bottleneck(nnx.Module):
+class Bottleneck(BasicBlock):
     """A residual block of 1 x 1, 3 x 3 and 1 x 1 convolutions."""
 
+    kernels = (1, 3, 1)
     expansion = 4
-
-    def __init__(
-        self, c_in: int, width: int, stride: int, zero_init: bool, dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
-        """Builds a block from `c_in` to `4 * width` channels."""
-        c_out = self.expansion * width
-        self.conv1 = _conv(c_in, width, 1, 1, dtype, rngs)
-        self.norm1 = BatchNorm(width)
-        self.conv2 = _conv(width, width, 3, stride, dtype, rngs)
-        self.norm2 = BatchNorm(width)
-        self.conv3 = _conv(width, c_out, 1, 1, dtype, rngs)
-        self.norm3 = BatchNorm(c_out, zero_scale=zero_init)
-        self.shortcut = _Shortcut(c_in, c_out, stride, dtype, rngs)
-
-    def __call__(self, x: jax.Array, *, train: bool, num_views: int) -> jax.Array:
-        """Applies the block to a feature map [batch * num_views, height, width, c_in]."""
-        y = nnx.relu(self.norm1(self.conv1(x), train=train, num_views=num_views))
-        y = nnx.relu(self.norm2(self.conv2(y), train=train, num_views=num_views))
-        y = self.norm3(self.conv3(y), train=train, num_views=num_views)
-        return nnx.relu(y + self.shortcut(x, train=train, num_views=num_views))
 
 
 class ResNet(nnx.Module):
@@ -107,7 +178,7 @@ class ResNet(nnx.Module):
     def __init__(
         self,
         *,
-        block: type[BasicBlock] | type[Bottleneck],
+        block: type[BasicBlock],
         stage_sizes: Sequence[int],
         widths: Sequence[int],
         channels: int,
@@ -162,8 +233,12 @@ class ResNet(nnx.Module):
         x = self.conv(images.astype(self.dtype))
         max_pool = _max_pool if self.pools else None
         x = nnx.relu(self.norm(x, train=train, num_views=num_views, max_pool=max_pool))
+
+        def apply(block: BasicBlock, x: jax.Array) -> jax.Array:
+            return block(x, train=train, num_views=num_views)
+
         for block in self.blocks:
-            x = apply_block(block, x, remat=self.remat, train=train, num_views=num_views)
+            x = (nnx.remat(apply) if self.remat else apply)(block, x)
         return _grid_mean(x.astype(jnp.float32), self.pool_grid)
 
 

@@ -6,12 +6,12 @@ the position embedding is a fixed two-dimensional sine-cosine embedding, which h
 fits images of any size, and the features are the class token after the last normalization.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-
-from music_jax.models.layers import apply_block
 
 EPSILON = 1e-6
 
@@ -39,17 +39,14 @@ class _Attention(nnx.Module):
 class TransformerBlock(nnx.Module):
     """Self-attention and a perceptron with one hidden layer, each with a residual connection."""
 
-    def __init__(
-        self, width: int, num_heads: int, mlp_width: int, dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
+    def __init__(self, width: int, num_heads: int, dtype: jnp.dtype, rngs: nnx.Rngs):
         """Builds a block for tokens [batch, tokens, width]."""
+        linear = functools.partial(nnx.Linear, dtype=dtype, kernel_init=_KERNEL_INIT, rngs=rngs)
         self.norm1 = nnx.LayerNorm(width, epsilon=EPSILON, rngs=rngs)
         self.attention = _Attention(width, num_heads, dtype, rngs)
         self.norm2 = nnx.LayerNorm(width, epsilon=EPSILON, rngs=rngs)
-        self.mlp_in = nnx.Linear(width, mlp_width, dtype=dtype, kernel_init=_KERNEL_INIT, rngs=rngs)
-        self.mlp_out = nnx.Linear(
-            mlp_width, width, dtype=dtype, kernel_init=_KERNEL_INIT, rngs=rngs
-        )
+        self.mlp_in = linear(width, 4 * width)
+        self.mlp_out = linear(4 * width, width)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies the block to tokens [batch, tokens, width]."""
@@ -73,7 +70,6 @@ class VisionTransformer(nnx.Module):
         depth: int,
         num_heads: int,
         patch_size: int = 16,
-        mlp_ratio: int = 4,
         channels: int,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
@@ -86,7 +82,6 @@ class VisionTransformer(nnx.Module):
           depth: Number of blocks.
           num_heads: Number of attention heads.
           patch_size: Side of a patch in pixels.
-          mlp_ratio: Ratio of the perceptron's hidden units to the width.
           channels: Number of image channels.
           dtype: Dtype of the computation; parameters, softmax and normalization are float32.
           rngs: Random number generator of the initial weights.
@@ -101,39 +96,31 @@ class VisionTransformer(nnx.Module):
         )
         self.class_token = nnx.Param(1e-6 * jax.random.normal(rngs.params(), (width,)))
         self.blocks = nnx.List(
-            [
-                TransformerBlock(width, num_heads, mlp_ratio * width, dtype, rngs)
-                for _ in range(depth)
-            ]
+            [TransformerBlock(width, num_heads, dtype, rngs) for _ in range(depth)]
         )
         self.norm = nnx.LayerNorm(width, epsilon=EPSILON, rngs=rngs)
 
     def __call__(self, images: jax.Array, *, train: bool, num_views: int = 1) -> jax.Array:
         """Maps images [batch * num_views, height, width, channels] to float32 features."""
         del train, num_views  # samples are independent
-        patches = _patches(images.astype(self.dtype), self.patch_size)
-        batch, rows, columns, _ = patches.shape
-        x = self.patches(patches.reshape(batch, rows * columns, -1))  # [batch, patches, width]
+        batch, height, width, _ = images.shape
+        size = self.patch_size
+        rows, columns = height // size, width // size
+        x = images.astype(self.dtype).reshape(batch, rows, size, columns, size, -1).swapaxes(2, 3)
+        x = self.patches(x.reshape(batch, rows * columns, -1))  # [batch, patches, width]
         positions = sincos_positions(rows, columns, self.num_features)
         x = x + jnp.asarray(positions, self.dtype)[None]
         token = jnp.broadcast_to(self.class_token[...].astype(self.dtype), (batch, 1, x.shape[-1]))
         x = jnp.concatenate([token, x], axis=1)  # [batch, 1 + patches, width]
+        apply = TransformerBlock.__call__
         for block in self.blocks:
-            x = apply_block(block, x, remat=self.remat)
+            x = (nnx.remat(apply) if self.remat else apply)(block, x)
         return self.norm(x[:, 0].astype(jnp.float32))
 
 
 def _normalize(norm: nnx.LayerNorm, x: jax.Array) -> jax.Array:
     """Normalizes in float32 and returns the dtype of the input."""
     return norm(x.astype(jnp.float32)).astype(x.dtype)
-
-
-def _patches(images: jax.Array, size: int) -> jax.Array:
-    """Cuts images into patches [batch, rows, columns, size * size * channels]."""
-    batch, height, width, channels = images.shape
-    rows, columns = height // size, width // size
-    cut = images.reshape(batch, rows, size, columns, size, channels)
-    return cut.swapaxes(2, 3).reshape(batch, rows, columns, size * size * channels)
 
 
 def sincos_positions(rows: int, columns: int, width: int) -> np.ndarray:

@@ -33,8 +33,8 @@ from music_jax.plan.chips import chip_of
 from music_jax.train.recipe import Recipe, make_recipe
 from music_jax.train.state import abstract_state
 from music_jax.train.step import lower_step
+from music_jax.workdir.directory import user_directory
 from music_jax.workdir.files import write_new
-from music_jax.workdir.user_directories import cache_directory
 
 _logger = logging.getLogger(__name__)
 
@@ -359,12 +359,12 @@ def _objective_flops(recipe: Recipe, batch_size: int, mesh: Mesh) -> float:
 def cached(key: str, compute: Callable[[], StepCost]) -> StepCost:
     """Returns the costs from the user's cache, or computes and caches them."""
     try:
-        return StepCost(**json.loads((cache_directory("plan") / f"{key}.json").read_text()))
+        return StepCost(**json.loads((user_directory("cache", "plan") / f"{key}.json").read_text()))
     except (OSError, ValueError, TypeError):
         cost = compute()
     try:
         content = json.dumps(dataclasses.asdict(cost)).encode()
-        write_new(cache_directory("plan") / f"{key}.json", content)
+        write_new(user_directory("cache", "plan") / f"{key}.json", content)
     except OSError as error:
         _logger.info(f"the costs of this step are not cached: {error}")
     return cost

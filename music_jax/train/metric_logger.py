@@ -201,7 +201,7 @@ class MetricLogger:
 
     def flush(self) -> None:
         """Writes out everything that was logged."""
-        self._file.flush(now=True)
+        self._file.close()
         self._each(lambda writer: writer.flush())
 
     def _each(self, action: Callable[[Any], None]) -> None:

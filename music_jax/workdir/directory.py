@@ -1,4 +1,4 @@
-"""Opens and finds workdirs, and locks them for one writer at a time."""
+"""Directories: workdirs, which are locked for one writer at a time, and the user's own."""
 
 import contextlib
 import datetime
@@ -6,13 +6,17 @@ import fcntl
 import json
 import logging
 import os
+import pathlib
 import re
 import socket
+import stat
 import sys
 import threading
 import time
+import warnings
 from typing import IO, Any
 
+import jax
 from etils import epath
 
 from music_jax.distributed.progress import escape_surrogates, printable
@@ -26,11 +30,17 @@ _GLOB_CHARACTERS = "*?[]"
 _TEMPORARY = re.compile(re.escape(PREFIX) + "[0-9a-f]{16}")
 _TEMPORARY_SECONDS = 86_400.0  # age of a temporary file that a killed process has left
 
-_MAX_RECORD_CHARACTERS = 4096  # what a holder writes is far shorter
-_RECORD_WIDTH = 511
+_RECORD_WIDTH = 511  # of what a holder writes
 _HEARTBEAT_SECONDS = 10.0
 _SILENT_SECONDS = 40.0  # without an update, after which a holder on another host counts as ended
 _SETTLE_SECONDS = 2.0  # until one of two processes that lock at once can read the other's record
+
+# Loading a program takes some tens of milliseconds: faster compilations are not worth a file.
+_MIN_COMPILE_SECONDS = 0.1
+# JAX's own limit, `jax_compilation_cache_max_size`, needs one more package, `filelock`.
+_MAX_CACHE_BYTES = 4 << 30
+
+_FAILED = re.compile(r"Error (reading|writing) persistent compilation cache entry for '([^']*)'")
 
 
 def open_workdir(path: str, *, create: bool = True) -> epath.Path:
@@ -39,12 +49,11 @@ def open_workdir(path: str, *, create: bool = True) -> epath.Path:
     Also removes temporary files that killed processes left in it.
 
     Raises:
-      UserError: The directory cannot be created or written to, does not exist (without `create`),
-        or holds a pipe, a device or a link (other than `checkpoints`) that leads out of it.
+      UserError: `absolute_path` rejects the path, the directory cannot be created or written to,
+        does not exist (without `create`), or holds a pipe, a device or a link (other than
+        `checkpoints`) that leads out of it.
     """
     workdir = absolute_path(path)
-    check_checkpoint_path(workdir)
-    check_reachable(path)
     if not create and not workdir.exists():
         raise UserError(f"the workdir {path} does not exist")
     if not in_bucket(path):
@@ -65,7 +74,6 @@ def find_workdir(path: str) -> epath.Path:
     Raises:
       UserError: The directory does not exist or does not hold a run.
     """
-    check_reachable(path)
     workdir = absolute_path(path)
     if not workdir.exists():
         raise UserError(f"the workdir {path} does not exist")
@@ -75,40 +83,33 @@ def find_workdir(path: str) -> epath.Path:
 
 
 def absolute_path(path: str) -> epath.Path:
-    """Returns the absolute path of a directory, or the address of one in a bucket as it is.
+    """Returns the absolute path of a workdir, or the address of one in a bucket as it is.
 
     Raises:
-      UserError: The kind of bucket is unknown, or `epath` takes the directory for a bucket.
-    """
-    if in_bucket(path):
-        try:
-            return epath.Path(path)
-        except KeyError as error:
-            raise UserError(
-                f"the workdir {path} is in an unknown kind of bucket; give a directory or "
-                "gs://BUCKET/NAME"
-            ) from error
-    # POSIX lets a path begin with two slashes, and TensorStore does not.
-    found = epath.Path("/" + os.path.abspath(os.path.expanduser(path)).lstrip("/"))
-    if in_bucket(found):
-        raise UserError(f"{path} is taken for the bucket {found}; give it by another name")
-    return found
-
-
-def check_reachable(path: str) -> None:
-    """Checks that the bucket of a directory, if it is in one, can be reached.
-
-    Raises:
-      UserError: It cannot; the message gives the reason, and a package that is missing.
+      UserError: Checkpoints cannot be stored below it, the kind of bucket is unknown, the bucket
+        cannot be reached, or `epath` takes the directory for a bucket.
     """
     if not in_bucket(path):
-        return
+        # POSIX lets a path begin with two slashes, and TensorStore does not.
+        found = epath.Path("/" + os.path.abspath(os.path.expanduser(path)).lstrip("/"))
+        if in_bucket(found):
+            raise UserError(f"{path} is taken for the bucket {found}; give it by another name")
+        check_checkpoint_path(found)
+        return found
     try:
-        absolute_path(path).exists()
+        found = epath.Path(path)
+        check_checkpoint_path(found)
+        found.exists()
+    except KeyError as error:
+        raise UserError(
+            f"the workdir {path} is in an unknown kind of bucket; give a directory or "
+            "gs://BUCKET/NAME"
+        ) from error
     except (ImportError, OSError) as error:
         missing = "; buckets need one more package: pip install gcsfs for gs://, s3fs for s3://"
         todo = missing if isinstance(error, ImportError) else ""
         raise UserError(f"cannot reach the workdir {path}: {error}{todo}") from error
+    return found
 
 
 def check_checkpoint_path(path: epath.Path) -> None:
@@ -158,7 +159,7 @@ def _check_entries(workdir: str) -> None:
     if os.path.islink(checkpoints) and os.path.isdir(checkpoints):
         roots.append(os.path.realpath(checkpoints))
     for root in roots:
-        folders = [root]
+        top, folders = os.path.realpath(root), [root]
         while folders:
             try:
                 entries = list(os.scandir(folders.pop()))
@@ -168,24 +169,21 @@ def _check_entries(workdir: str) -> None:
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)
                 elif entry.is_symlink():
-                    if entry.path != checkpoints or len(roots) == 1:
-                        _check_link(entry.path, root)
+                    target = os.path.realpath(entry.path)
+                    allowed = entry.path == checkpoints and os.path.isdir(target)
+                    inside = os.path.exists(target) and os.path.commonpath([top, target]) == top
+                    if not allowed and not inside:
+                        raise UserError(
+                            f"{entry.path} in the workdir is a link that leads out of it or to no "
+                            f"file, {target}; replace it by what it leads to, or give another "
+                            "--workdir"
+                        )
                 elif not entry.is_file(follow_symlinks=False) and os.path.lexists(entry.path):
                     raise UserError(f"{entry.path} in the workdir is a pipe or a device; remove it")
                 elif _TEMPORARY.fullmatch(entry.name):
                     with contextlib.suppress(OSError):
                         if time.time() - entry.stat().st_mtime > _TEMPORARY_SECONDS:
                             os.unlink(entry.path)
-
-
-def _check_link(path: str, root: str) -> None:
-    root = os.path.realpath(root)
-    target = os.path.realpath(path) if os.path.exists(path) else "nowhere"
-    if os.path.commonpath([root, os.path.abspath(target)]) != root:
-        raise UserError(
-            f"{path} in the workdir is a link that leads out of it, to {target}; replace it by "
-            "what it leads to, or give another --workdir"
-        )
 
 
 class WorkdirLock:
@@ -218,13 +216,12 @@ class WorkdirLock:
         """
         try:
             has_os_lock = self._take_os_lock()
-            holder = _read(self._path)
-            if holder and not self._has_ended(holder, has_os_lock):
+            if (holder := self._other()) and not self._has_ended(holder, has_os_lock):
                 raise self._is_held(holder)
             self._write()
             if not has_os_lock:
                 time.sleep(_SETTLE_SECONDS)
-                if (holder := _read(self._path)) and not self._is_own(holder):
+                if holder := self._other():
                     raise self._is_held(holder)
         except BaseException as error:
             self._close()
@@ -277,7 +274,7 @@ class WorkdirLock:
     def _send_heartbeats(self) -> None:
         while not self._released.wait(_HEARTBEAT_SECONDS):
             with contextlib.suppress(OSError):  # the disk is full, or the bucket does not answer
-                if (holder := _read(self._path)) and not self._is_own(holder):
+                if holder := self._other():
                     message = printable(
                         f"error: {self._workdir} was taken over by {_describe(holder)} while this "
                         "process was suspended"
@@ -295,14 +292,14 @@ class WorkdirLock:
         # One write of fixed length, since others take an empty file for a released lock.
         content = f"{record:{_RECORD_WIDTH}}\n".encode()
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o666)
-        try:
-            os.pwrite(descriptor, content, 0)
-            os.ftruncate(descriptor, len(content))
-        finally:
-            os.close(descriptor)
+        with open(descriptor, "wb", buffering=0) as file:
+            file.write(content)
+            file.truncate()
 
-    def _is_own(self, holder: dict[str, Any]) -> bool:
-        return self._own.items() <= holder.items()
+    def _other(self) -> dict[str, Any] | None:
+        """Returns the record of another holder; None if there is none."""
+        holder = _read(self._path)
+        return None if holder is None or self._own.items() <= holder.items() else holder
 
     def _is_held(self, holder: dict[str, Any] | None) -> UserError:
         return UserError(
@@ -318,7 +315,7 @@ def _read(path: epath.Path) -> dict[str, Any] | None:
       OSError: The file cannot be read.
     """
     try:
-        record = parse_json(read_text(path)[:_MAX_RECORD_CHARACTERS])
+        record = parse_json(read_text(path))
         return record if {"host", "pid", "started"} <= record.keys() else None
     except (FileNotFoundError, ValueError, AttributeError):
         return None
@@ -340,3 +337,91 @@ def _is_running(pid: Any) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def user_directory(kind: str, name: str = "", *, create: bool = True) -> pathlib.Path:
+    """Returns `music_jax/NAME` in one of this user's own directories, outside any run.
+
+    Args:
+      kind: `cache` (`$XDG_CACHE_HOME`, by default `~/.cache`) or `state` (`$XDG_STATE_HOME`, by
+        default `~/.local/state`).
+      name: Name of the directory.
+      create: Whether to create it.
+
+    Raises:
+      OSError: It cannot be created or (without `create`) does not exist, or others can write to it.
+    """
+    variable = f"XDG_{kind.upper()}_HOME"
+    default = {"cache": "~/.cache", "state": "~/.local/state"}[kind]
+    base = pathlib.Path(os.environ.get(variable) or os.path.expanduser(default))
+    if not base.is_absolute():
+        raise OSError(f"{base} is not an absolute path; set HOME or {variable}")
+    own = base / "music_jax"
+    if create:
+        own.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (own / name).mkdir(mode=0o700, exist_ok=True)
+    for directory in (own, own / name):
+        status = directory.stat()
+        if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise OSError(f"others can write to {directory}; chmod go-w {directory}")
+    return own / name
+
+
+def use_compilation_cache() -> None:
+    """Caches compiled programs in `~/.cache/music_jax/compiled` for later processes.
+
+    Call it before anything is compiled. JAX_COMPILATION_CACHE_DIR names another directory. A
+    program is found by its text, the compiler's version and the devices. A damaged file is replaced
+    with a warning; a file that cannot be written causes a warning. Beyond 4 GiB, the programs that
+    were not used for the longest time are removed.
+
+    The process runs these programs, so they are never read from a run's directory or from one that
+    others can write to. Several processes of a run compile some programs together, so that all of
+    them must find a program or none: they use a cache only if JAX_COMPILATION_CACHE_DIR names a
+    directory that they share.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.distributed.is_initialized():
+        return
+    try:
+        directory = user_directory("cache", "compiled")
+    except OSError as error:
+        _logger.warning(f"compiled programs are not cached: {error}")
+        return
+    with contextlib.suppress(OSError):  # another process may remove files at the same time
+        _remove_oldest(directory)
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
+    _condense_warnings(directory)
+
+
+def _remove_oldest(directory: pathlib.Path) -> None:
+    files = [(path.stat(), path) for path in directory.iterdir() if path.is_file()]
+    excess = sum(status.st_size for status, _ in files) - _MAX_CACHE_BYTES
+    for status, path in sorted(files, key=lambda file: max(file[0].st_atime, file[0].st_mtime)):
+        if excess <= 0:
+            return
+        path.unlink(missing_ok=True)
+        excess -= status.st_size
+
+
+def _condense_warnings(directory: pathlib.Path) -> None:
+    """Replaces JAX's warning for each unusable file by one for all, and removes damaged files."""
+    original, warned = warnings.showwarning, set()
+
+    def show(message: Any, *context: Any, **options: Any) -> None:
+        failed = _FAILED.match(str(message))
+        if failed is None:
+            original(message, *context, **options)
+            return
+        action, program = failed.groups()
+        consequence = "compiled programs are not cached"
+        if action == "reading":
+            consequence = "compiling again"
+            for damaged in directory.glob(f"{program}-*"):  # which JAX does not overwrite
+                damaged.unlink(missing_ok=True)
+        if action not in warned:
+            warned.add(action)
+            reason = " ".join(str(message).split())[:200]
+            _logger.warning(f"{action} {directory} failed: {consequence}. {reason}")
+
+    warnings.showwarning = show

@@ -40,7 +40,6 @@ _CHUNK_BYTES = 1 << 18
 _MAX_JSON_DEPTH = 32
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _MAX_ARRAYS = 64
-_ARRAY_CHUNK_BYTES = 1 << 24
 _ZIP_ENTRY = b"PK\x01\x02"  # begins each entry of a zip file's directory
 
 _Path = TypeVar("_Path", pathlib.Path, epath.Path)
@@ -65,9 +64,9 @@ def bucket_errors(path: Any) -> Iterator[None]:
     """
     try:
         yield
-    except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError):
-        raise
     except (BucketError, ImportError):  # ImportError: the client is not installed
+        raise
+    except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError):
         raise
     except Exception as error:
         if not in_bucket(path):
@@ -126,11 +125,7 @@ def check_is_file(path: pathlib.Path | epath.Path) -> None:
 
 
 def read_bytes(path: pathlib.Path | epath.Path, *, max_bytes: int = _MAX_BYTES) -> bytes:
-    """Reads a file that is expected to be small.
-
-    Args:
-      path: File on a disk or in a bucket.
-      max_bytes: Largest size that is read, so that a file cannot fill the memory.
+    """Reads a file of at most `max_bytes`, so that it cannot fill the memory.
 
     Raises:
       OSError: The file cannot be read, is larger, or is a pipe or a device, which could block
@@ -142,9 +137,7 @@ def read_bytes(path: pathlib.Path | epath.Path, *, max_bytes: int = _MAX_BYTES) 
         while chunk := file.read(_CHUNK_BYTES):
             content += chunk
             if len(content) > max_bytes:
-                raise OSError(
-                    f"{path} is larger than the {max_bytes / 2**20:.0f} MiB that it may have"
-                )
+                raise OSError(f"{path} is larger than the {max_bytes >> 20} MiB that it may have")
     return bytes(content)
 
 
@@ -195,37 +188,40 @@ def read_json(path: epath.Path, *, max_bytes: int = _MAX_BYTES) -> Any:
     return parse_json(decode_text(read_bytes(path, max_bytes=max_bytes)))
 
 
+def read_record(path: epath.Path, *, max_bytes: int = _MAX_BYTES) -> dict[str, Any]:
+    """Reads a JSON object that anyone may have written; {} if it is missing or damaged."""
+    try:
+        record = read_json(path, max_bytes=max_bytes)
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
 def read_npz(
     path: pathlib.Path | epath.Path, *, max_bytes: int = _MAX_BYTES
 ) -> dict[str, np.ndarray]:
-    """Reads all arrays of numbers of an .npz file as `np.savez` writes it, by name.
+    """Reads all arrays of numbers of an .npz file by name.
 
     The file may come from anyone: its arrays take no more memory than the file itself.
 
-    Args:
-      path: File on a disk or in a bucket.
-      max_bytes: Largest size of the file.
-
     Raises:
-      OSError: The file cannot be read, is larger, or is a pipe or a device.
+      OSError: The file cannot be read, is larger than `max_bytes`, or is a pipe or a device.
       ValueError: The file is damaged or not an .npz file.
     """
     content = read_bytes(path, max_bytes=max_bytes)
+    arrays: dict[str, np.ndarray] = {}
     try:
         if content.count(_ZIP_ENTRY) > _MAX_ARRAYS:
             raise ValueError(f"it has more than {_MAX_ARRAYS} arrays")
-        arrays = {}
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("its arrays are compressed")
-            if sum(entry.file_size for entry in archive.infolist()) > len(content):
-                raise ValueError("its arrays are larger than the file")
+            left = len(content)
             for entry in archive.infolist():
                 with archive.open(entry) as file:
-                    name = entry.filename.removesuffix(".npy")
-                    arrays[name] = read_npy(file, max_bytes=entry.file_size)
+                    array = read_npy(file, max_bytes=left)
+                arrays[entry.filename.removesuffix(".npy")] = array
+                left -= array.nbytes
         return arrays
-    except Exception as error:  # zipfile and NumPy raise many kinds
+    except Exception as error:  # zipfile raises many kinds
         raise ValueError(f"it is not a valid .npz file: {_one_line(error)}") from error
 
 
@@ -233,7 +229,7 @@ def read_npy(file: IO[bytes], *, max_bytes: int) -> np.ndarray:
     """Reads an array of numbers from an .npy file.
 
     Args:
-      file: File, open for binary reading.
+      file: File, open for binary reading, at its start.
       max_bytes: Largest size of the array; a larger one is refused before it takes memory.
 
     Raises:
@@ -243,25 +239,17 @@ def read_npy(file: IO[bytes], *, max_bytes: int) -> np.ndarray:
     try:
         if np.lib.format.read_magic(file) != (1, 0):
             raise ValueError("its header is not of version 1.0")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype.kind not in "biuf" or not dtype.isnative or min(shape, default=0) < 0:
+            raise ValueError("it is not an array of numbers")
+        if (size := math.prod(shape) * dtype.itemsize) > max_bytes:
+            raise ValueError(f"its {size:,} bytes are more than the {max_bytes:,} expected")
+        file.seek(0)
+        return np.lib.format.read_array(file)
     except OSError:
         raise
     except Exception as error:  # Python literals: SyntaxError, MemoryError and others
         raise ValueError(f"it is not a valid .npy file: {_one_line(error)}") from error
-    size = math.prod(shape) * dtype.itemsize
-    if dtype.kind not in "biuf" or not dtype.isnative or min(shape, default=0) < 0:
-        raise ValueError("it is not an array of numbers")
-    if size > max_bytes:
-        raise ValueError(f"its array of {size:,} bytes is larger than the {max_bytes:,} expected")
-    array = np.empty(shape, dtype, order="F" if fortran else "C")
-    content, done = array.reshape(-1, order="A").view(np.uint8), 0
-    while done < size:  # the files of some buckets have no `readinto`
-        part = np.frombuffer(file.read(min(size - done, _ARRAY_CHUNK_BYTES)), np.uint8)
-        if not len(part):
-            raise ValueError("it ends early")
-        content[done : done + len(part)] = part
-        done += len(part)
-    return array
 
 
 def _one_line(error: Exception) -> str:
@@ -274,13 +262,7 @@ def new_file(path: pathlib.Path | epath.Path) -> Iterator[IO[bytes]]:
 
     A reader finds either the old file or the complete new one, however many processes write at
     once. If `path` is a link, the link is replaced and its target stays as it is. If the block
-    raises, `path` stays as it is.
-
-    Args:
-      path: File on a disk or in a bucket; its directory exists.
-
-    Yields:
-      The file, open for binary writing.
+    raises, `path` stays as it is. Its directory must exist.
     """
     with new_path(path) as temporary, temporary.open("wb") as file:
         yield file
@@ -288,12 +270,7 @@ def new_file(path: pathlib.Path | epath.Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def new_path(path: _Path) -> Iterator[_Path]:
-    """Provides a file that replaces `path` when the block ends, for a library that opens it itself.
-
-    See `new_file`.
-
-    Args:
-      path: File on a disk or in a bucket; its directory exists.
+    """Provides the path of a file that replaces `path` when the block ends; see `new_file`.
 
     Yields:
       Path of an empty file with an unpredictable name in the same directory; for a bucket, path of

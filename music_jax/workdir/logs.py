@@ -24,12 +24,39 @@ _MAX_UPLOAD_SHARE = 0.05  # of the time, that uploads may take
 
 
 class Appender:
-    """A text file on a disk to which text is appended; it is open only while it is written to."""
+    """A text file to which text is appended.
 
-    def __init__(self, path: epath.Path):
-        """Checks the path; see `open_to_append`."""
-        self._path = path
+    A file on a disk is open only while it is written to. A file with several hard links is first
+    replaced by a copy, so that only this one grows.
+
+    An object in a bucket (`gs://`) cannot grow, so it is uploaded completely: at most every ten
+    seconds, when it is closed, and when Python exits. A process that is killed loses what was
+    written since the last upload.
+    """
+
+    def __init__(self, path: epath.Path | None, *, ignore_failures: bool = False):
+        """Checks the path.
+
+        Args:
+          path: File; None to drop the text.
+          ignore_failures: Whether a full disk or an unreachable bucket causes a warning, and text
+            that is written later, in place of an OSError.
+
+        Raises:
+          UserError: The path is a link, a pipe or the like.
+        """
+        self._path: Any = path
+        self._ignore_failures = ignore_failures
+        self._has_failed = False
         self._pending = ""
+        self._uploaded: str | None = None  # content of an object in a bucket
+        self._next_upload = 0.0
+        if path is None:
+            return
+        if in_bucket(path):
+            self._uploaded = path.read_text() if path.exists() else ""
+            atexit.register(self.close)
+            return
         with contextlib.suppress(FileNotFoundError):
             status = os.lstat(path)
             if not stat.S_ISREG(status.st_mode):
@@ -39,114 +66,59 @@ class Appender:
             if status.st_nlink > 1:
                 write_new(path, path.read_bytes())
 
-    def write(self, text: str) -> None:
+    def append(self, text: str) -> None:
         """Appends text, which `flush` writes to the file."""
-        self._pending += text
+        if self._path is not None:
+            self._pending += text
 
-    def flush(self, *, now: bool = False) -> None:
-        """Makes the text visible to others.
-
-        Args:
-          now: Whether to do so at once for an object in a bucket, too.
+    def flush(self) -> None:
+        """Makes the text visible to others; in a bucket some seconds later.
 
         Raises:
           OSError: The file cannot be written; the next flush tries again.
         """
-        if not self._pending:
-            return
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-        descriptor = os.open(self._path, flags, 0o666)
-        try:
-            size = os.fstat(descriptor).st_size
-            rest = memoryview(self._pending.encode())
-            try:
-                while rest:
-                    rest = rest[os.write(descriptor, rest) :]
-            except OSError:
-                with contextlib.suppress(OSError):
-                    os.ftruncate(descriptor, size)  # leaves no partial line
-                raise
-        finally:
-            os.close(descriptor)
-        self._pending = ""
-
-    def close(self) -> None:
-        """Makes the text visible to others; more may be written later. Raises as `flush` does."""
-        self.flush(now=True)
-
-
-class _BucketAppender(Appender):
-    """A text object in a bucket, which is uploaded completely at intervals."""
-
-    def __init__(self, path: epath.Path):
-        self._path = path
-        self._text = path.read_text() if path.exists() else ""
-        self._uploaded = len(self._text)
-        self._next_upload = 0.0
-        atexit.register(self.close)
-
-    def write(self, text: str) -> None:
-        self._text += text
-
-    def flush(self, *, now: bool = False) -> None:
         started = time.monotonic()
-        if self._uploaded == len(self._text) or not (now or started >= self._next_upload):
-            return
-        self._path.write_text(self._text)
-        self._uploaded, ended = len(self._text), time.monotonic()
-        pause = max(_SECONDS_BETWEEN_UPLOADS, (ended - started) / _MAX_UPLOAD_SHARE)
-        self._next_upload = ended + pause
-
-
-def open_to_append(path: epath.Path) -> Appender:
-    """Opens a text file to append to it.
-
-    A file with several hard links is first replaced by a copy, so that only this one grows.
-
-    An object in a bucket (`gs://`) cannot grow, so it is uploaded completely: at most every ten
-    seconds, when it is closed, and when Python exits. A process that is killed loses what was
-    written since the last upload.
-
-    Raises:
-      UserError: The path is a link, a pipe or the like.
-    """
-    return _BucketAppender(path) if in_bucket(path) else Appender(path)
-
-
-class _JsonLines:
-    """A log of JSON lines, which the main process alone writes."""
-
-    def __init__(self, path: epath.Path, *, ignore_failures: bool):
-        self._name = path.name
-        self._ignore_failures = ignore_failures
-        self._has_failed = False
-        self._file = open_to_append(path) if is_main_process() else None
-
-    def _add(self, record: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
-            self.flush()
-
-    def flush(self, *, now: bool = False) -> None:
-        """Makes the lines visible to others; in a bucket some seconds later, or `now`."""
-        if self._file is None:
+        if not self._pending or started < self._next_upload:
             return
         try:
-            self._file.flush(now=now)
+            if self._uploaded is None:
+                self._append_pending()
+            else:
+                self._path.write_text(self._uploaded + self._pending)
+                self._uploaded += self._pending
+                ended = time.monotonic()
+                pause = max(_SECONDS_BETWEEN_UPLOADS, (ended - started) / _MAX_UPLOAD_SHARE)
+                self._next_upload = ended + pause
         except OSError as error:
             if not self._ignore_failures:
                 raise
             if not self._has_failed:
                 self._has_failed = True
-                _logger.warning(f"{self._name} is behind: {error}")
+                _logger.warning(f"{self._path.name} is behind: {error}")
+            return
+        self._pending = ""
 
     def close(self) -> None:
-        """Makes all lines visible to others; more may be added later."""
-        self.flush(now=True)
+        """Makes the text visible to others at once; more may be appended later. See `flush`."""
+        self._next_upload = 0.0
+        self.flush()
+
+    def _append_pending(self) -> None:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        with open(os.open(self._path, flags, 0o666), "wb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            rest = memoryview(self._pending.encode())
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    file.truncate(size)  # leaves no partial line
+                raise
 
 
-class MetricsLog(_JsonLines):
-    """metrics.jsonl: one line for each logged step; each step occurs once."""
+class MetricsLog(Appender):
+    """metrics.jsonl: one line for each logged step, written by the main process alone."""
 
     def __init__(self, workdir: epath.Path, start_step: int, *, ignore_failures: bool = False):
         """Opens the file and removes what an interrupted run logged after `start_step`.
@@ -156,20 +128,20 @@ class MetricsLog(_JsonLines):
         Args:
           workdir: Workdir of the run.
           start_step: Step from which the run resumes.
-          ignore_failures: Whether a full disk causes a warning, and lines that are written when
-            there is space again, in place of an OSError.
+          ignore_failures: See `Appender`.
         """
         path = workdir / "metrics.jsonl"
         if is_main_process():
             _repair(path, start_step)
-        super().__init__(path, ignore_failures=ignore_failures)
+        super().__init__(path if is_main_process() else None, ignore_failures=ignore_failures)
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds a line."""
-        self._add(record)
+        self.append(json.dumps(record) + "\n")
+        self.flush()
 
 
-class EventsLog(_JsonLines):
+class EventsLog(Appender):
     """events.jsonl: one line for each resume, tripped guard, rewind, skip or failed save.
 
     Unlike metrics.jsonl it covers every attempt, and nothing is ever removed. Every process may
@@ -179,15 +151,16 @@ class EventsLog(_JsonLines):
 
     def __init__(self, workdir: epath.Path):
         """Opens the file and completes a partial last line."""
-        path = workdir / "events.jsonl"
+        path = workdir / "events.jsonl" if is_main_process() else None
         super().__init__(path, ignore_failures=True)
-        if self._file is not None and path.exists() and not path.read_bytes().endswith(b"\n"):
-            self._file.write("\n")
+        if path is not None and path.exists() and not path.read_bytes().endswith(b"\n"):
+            self.append("\n")
 
     def write(self, event: str, **fields: Any) -> None:
         """Adds a line; numbers that are not finite become text."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self._add({"event": event, "time": now} | _finite(fields))
+        self.append(json.dumps({"event": event, "time": now} | _finite(fields)) + "\n")
+        self.flush()
 
 
 def _repair(path: epath.Path, start_step: int) -> None:

@@ -4,6 +4,7 @@ A data location that only the run's own files name is used only if this user's `
 config, which a signature proves, or if the user names it on the command line.
 """
 
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -26,11 +27,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import config_dict
 
-from music_jax.config import default_config, differences, from_json
+from music_jax.config import default_config, differences, from_json, get_field
 from music_jax.errors import UserError
 from music_jax.version import __version__
-from music_jax.workdir.files import read_json, write_json
-from music_jax.workdir.user_directories import state_directory
+from music_jax.workdir.directory import user_directory
+from music_jax.workdir.files import read_bytes, read_json, write_json
 
 _logger = logging.getLogger(__name__)
 
@@ -191,7 +192,7 @@ def _locations(config: config_dict.ConfigDict) -> dict[str, Any]:
     """Returns the data locations that a config names, by field."""
     found = {}
     for field, default in _defaults().items():
-        value = functools.reduce(getattr, field.split("."), config)
+        value = get_field(config, field)
         if value != default and not (field == "dataset.name" and _TFDS_NAME.fullmatch(value)):
             found[field] = value
     return found
@@ -200,7 +201,7 @@ def _locations(config: config_dict.ConfigDict) -> dict[str, Any]:
 @functools.cache
 def _defaults() -> dict[str, Any]:
     config = default_config()
-    return {field: functools.reduce(getattr, field.split("."), config) for field in DATA_FIELDS}
+    return {field: get_field(config, field) for field in DATA_FIELDS}
 
 
 def _quote(value: Any) -> str:
@@ -220,24 +221,18 @@ def _key(*, create: bool) -> bytes:
     Raises:
       OSError: It cannot be read, or others can read it.
     """
-    path = state_directory(create=create) / "key"
+    path = user_directory("state", create=create) / "key"
     if create and not path.exists():
         temporary = path.with_name(f"key.{secrets.token_hex(8)}")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(secrets.token_bytes(_KEY_BYTES))
+        temporary.touch(mode=0o600, exist_ok=False)
+        temporary.write_bytes(secrets.token_bytes(_KEY_BYTES))
+        with contextlib.suppress(FileExistsError):
             os.link(temporary, path)  # never replaces the key of a process that was faster
-        except FileExistsError:
-            pass
-        finally:
-            temporary.unlink()
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with open(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
-        if status.st_uid != os.getuid() or status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-            raise OSError(f"others can read {path}; remove it, and a new one is made")
-        key = file.read()
+        temporary.unlink()
+    status = path.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise OSError(f"others can read {path}; remove it, and a new one is made")
+    key = read_bytes(path)
     if len(key) != _KEY_BYTES:
         raise OSError(f"{path} is damaged; remove it, and a new one is made")
     return key

@@ -12,8 +12,7 @@ from small_runs import save_run, small_config
 import music_jax
 from music_jax.data.augment import normalize_images
 from music_jax.errors import UserError
-from music_jax.exchange.backbone import load_backbone
-from music_jax.exchange.encoder import Encoder
+from music_jax.exchange.encoder import Encoder, load_backbone
 from music_jax.models.network import make_network
 from music_jax.objectives import segment_codes, segment_probabilities
 

@@ -18,7 +18,7 @@ from small_runs import save_run, small_config
 import music_jax
 from music_jax.errors import UserError
 from music_jax.evaluation.protocols import provenance
-from music_jax.exchange.backbone import TrainedBackbone
+from music_jax.exchange.encoder import TrainedBackbone
 from music_jax.exchange.formats import _results, usage
 from music_jax.exchange.weights import tensors_by_name
 from music_jax.export import export

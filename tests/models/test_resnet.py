@@ -1,4 +1,4 @@
-"""ResNets compared with numpy in float64, on images that are not square."""
+"""ResNets compared with numpy in float64, on images that are not square, and their layers."""
 
 import functools
 import math
@@ -10,9 +10,16 @@ import pytest
 from flax import nnx
 from numpy.lib.stride_tricks import sliding_window_view
 
+from music_jax.distributed.mesh import batch_sharding, make_data_mesh
 from music_jax.models import BACKBONES
 from music_jax.models.network import INIT_COMPILER_OPTIONS
-from music_jax.models.resnet import BasicBlock, Bottleneck, ResNet
+from music_jax.models.resnet import BasicBlock, BatchNorm, Bottleneck, ResNet
+from music_jax.models.vision_transformer import VisionTransformer
+
+_RESNET = functools.partial(
+    ResNet, block=BasicBlock, stage_sizes=(3,), widths=(8,), stem="cifar", zero_init_residual=False
+)
+_VIT = functools.partial(VisionTransformer, width=24, depth=3, num_heads=3, patch_size=4)
 
 
 def _windows(x, size, stride):
@@ -152,3 +159,115 @@ def test_the_small_resnets_pool_a_grid_of_4_at_a_quarter_of_the_stems_resolution
     assert sizes == parameters
     assert (model.num_features, model.pool_grid) == (16 * width, 4)
     assert [block.conv1.strides for block in model.blocks] == [2, 2]
+
+
+def _input(shape=(6, 2, 5, 5, 3)):
+    scale = jnp.asarray([1.0, 3.0]).reshape(1, 2, 1, 1, 1)
+    return scale * jax.random.normal(jax.random.key(0), shape) + scale
+
+
+def test_batch_norm_of_two_views_matches_two_passes_of_flax():
+    x = _input()
+    ours = BatchNorm(3)
+    theirs = nnx.BatchNorm(3, momentum=0.9, epsilon=1e-5, rngs=nnx.Rngs(0))
+    y = ours(x.reshape(12, 5, 5, 3), train=True, num_views=2).reshape(x.shape)
+    for view in range(2):
+        expected = theirs(x[:, view], use_running_average=False)
+        np.testing.assert_allclose(y[:, view], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(ours.mean[...], theirs.mean[...], rtol=1e-5)
+    np.testing.assert_allclose(ours.var[...], theirs.var[...], rtol=1e-5)
+
+
+def test_a_constant_channel_has_no_negative_variance():
+    norm = BatchNorm(2)
+    norm.bias[...] = jnp.asarray([0.25, -0.5])
+    x = jnp.broadcast_to(jnp.asarray([1234.567, -4321.123]), (37, 2))
+    y = norm(x, train=True, num_views=1)
+    assert jnp.isfinite(y).all()
+    assert (norm.var[...] >= 0.9).all()  # 0.9 * 1 + 0.1 * the batch's
+
+
+def test_inference_uses_the_running_statistics():
+    norm = BatchNorm(3)
+    x = _input().reshape(12, 5, 5, 3)
+    for _ in range(200):
+        norm(x, train=True, num_views=1)
+    y = norm(x, train=False, num_views=1)
+    np.testing.assert_allclose(jnp.mean(y, (0, 1, 2)), 0.0, atol=1e-4)
+    np.testing.assert_allclose(jnp.var(y, (0, 1, 2)), 1.0, atol=1e-3)
+
+
+def test_statistics_of_bfloat16_inputs_are_float32():
+    norm = BatchNorm(3)
+    y = norm(_input().reshape(12, 5, 5, 3).astype(jnp.bfloat16), train=True, num_views=2)
+    assert y.dtype == jnp.bfloat16
+    assert norm.mean[...].dtype == norm.var[...].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_statistics_are_those_of_the_global_batch(devices):
+    x = _input((8, 2, 5, 5, 3)).reshape(16, 5, 5, 3)
+    graph, params, stats = nnx.split(BatchNorm(3), nnx.Param, nnx.BatchStat)
+
+    @jax.jit
+    def apply(x):
+        norm = nnx.merge(graph, params, stats, copy=True)
+        return norm(x, train=True, num_views=2)
+
+    mesh = make_data_mesh(devices)
+    sharded = apply(jax.device_put(x, batch_sharding(mesh)))
+    np.testing.assert_allclose(sharded, apply(x), rtol=1e-5, atol=1e-6)
+    assert sharded.sharding.is_equivalent_to(batch_sharding(mesh), sharded.ndim)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_fused_pooling_matches_pooling_the_result(train):
+    def pool(x):
+        return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+    def step(scale, x, together):
+        norm = BatchNorm(4)
+        norm.scale[...], norm.bias[...] = scale, jnp.asarray([0.1, -0.2, 0.3, 0.0])
+        if together:
+            y = norm(x, train=train, num_views=2, max_pool=pool)
+        else:
+            y = pool(norm(x, train=train, num_views=2))
+        return jnp.sum(jnp.sin(y)), (y, norm.mean[...], norm.var[...])
+
+    scale = jnp.asarray([1.5, -0.7, 0.3, -2.0])  # a negative scale makes it a decreasing function
+    x = _input((6, 2, 8, 8, 4)).reshape(12, 8, 8, 4)
+    gradient = jax.value_and_grad(step, (0, 1), has_aux=True)
+    expected, found = (gradient(scale, x, together) for together in (False, True))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def _loss(make, remat):
+    """Returns a loss that also gives the new running statistics, and its parameters."""
+    model = make(channels=3, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0), remat=remat)
+    graph, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    images = jax.random.normal(jax.random.key(0), (8, 16, 16, 3))
+
+    def loss_of(params):
+        model = nnx.merge(graph, params, stats, copy=True)
+        features = model(images, train=True, num_views=2)
+        return jnp.sum(jnp.sin(features)), nnx.state(model, nnx.BatchStat)
+
+    return loss_of, params
+
+
+def _bytes_kept(loss_of, params):
+    """Returns the size of the residuals of the gradient."""
+    pullback = jax.eval_shape(lambda params: jax.vjp(loss_of, params, has_aux=True)[1], params)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pullback))
+
+
+@pytest.mark.parametrize("make", [_RESNET, _VIT], ids=["resnet", "vit"])
+def test_remat_gives_the_same_gradient_with_smaller_residuals(make):
+    found, expected = (
+        jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
+        for loss_of, params in (_loss(make, remat) for remat in (True, False))
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+    assert _bytes_kept(*_loss(make, True)) < 0.5 * _bytes_kept(*_loss(make, False))

@@ -16,8 +16,8 @@ from music_jax.config import default_config
 from music_jax.distributed.mesh import check_divisible
 from music_jax.errors import UserError
 from music_jax.plan import compiling, programs
+from music_jax.workdir.directory import user_directory
 from music_jax.workdir.run_config import as_json
-from music_jax.workdir.user_directories import cache_directory
 
 _GIB = 2**30
 
@@ -129,7 +129,7 @@ def test_results_of_another_compiler_are_not_taken(monkeypatch):
 @pytest.mark.parametrize("damage", ["", "{", '{"size": 1}', "[1]", "\0"])
 def test_a_damaged_cache_file_is_replaced(damage):
     _cached(size=1)
-    (file,) = cache_directory("plan").iterdir()
+    (file,) = user_directory("cache", "plan").iterdir()
     file.write_text(damage)
     assert _cached(size=2) == (2, True)
     assert _cached(size=3) == (2, False)

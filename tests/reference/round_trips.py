@@ -49,8 +49,7 @@ def main():
 
     import music_jax
     from music_jax.errors import UserError
-    from music_jax.exchange.backbone import TrainedBackbone
-    from music_jax.exchange.encoder import Encoder
+    from music_jax.exchange.encoder import Encoder, TrainedBackbone
     from music_jax.exchange.importing import import_backbone
     from music_jax.exchange.weights import TIMM_NAMES, TORCHVISION_NAMES
     from music_jax.export import export

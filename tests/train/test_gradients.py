@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from music_jax.models.layers import Projector
+from music_jax.models.network import Projector
 from music_jax.objectives import vicreg_loss
 from music_jax.train.gradients import accumulated_gradients, batch_gradients
 

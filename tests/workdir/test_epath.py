@@ -23,7 +23,7 @@ from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import UserError
 from music_jax.train.guards import init_guard_state
 from music_jax.train.state import TrainState, restore_state, save_state, state_shardings
-from music_jax.workdir.directory import open_workdir
+from music_jax.workdir.directory import open_workdir, user_directory
 from music_jax.workdir.files import (
     BucketError,
     bucket_errors,
@@ -33,7 +33,6 @@ from music_jax.workdir.files import (
     write_new,
 )
 from music_jax.workdir.run_config import as_json, check_same_run, read_config, write_config
-from music_jax.workdir.user_directories import cache_directory
 
 ORDER = TrainingOrder(32, 16, 0)
 
@@ -119,7 +118,7 @@ def test_a_user_without_a_home_directory_must_name_a_data_directory(monkeypatch)
         tfds_source.prepare(dataset)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     with pytest.raises(OSError, match="not an absolute path; set HOME or XDG_CACHE_HOME"):
-        cache_directory("plan")
+        user_directory("cache", "plan")
 
 
 def test_errors_of_a_bucket_are_os_errors(bucket):

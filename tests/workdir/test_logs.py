@@ -11,13 +11,13 @@ from memory_bucket import out_of_reach
 
 from music_jax.errors import UserError
 from music_jax.workdir import logs
-from music_jax.workdir.logs import EventsLog, MetricsLog, open_to_append
+from music_jax.workdir.logs import Appender, EventsLog, MetricsLog
 
 
 def test_lines_are_appended(directory):
     for line in ("one\n", "two\n"):
-        file = open_to_append(directory / "log")
-        file.write(line)
+        file = Appender(directory / "log")
+        file.append(line)
         file.close()
     assert (directory / "log").read_text() == "one\ntwo\n"
 
@@ -25,10 +25,10 @@ def test_lines_are_appended(directory):
 def test_a_bucket_receives_the_first_flush_and_then_one_every_ten_seconds(bucket, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
-    file = open_to_append(bucket / "log")
+    file = Appender(bucket / "log")
     seen = []
     for i in range(12):
-        file.write(f"{i}\n")
+        file.append(f"{i}\n")
         file.flush()
         seen.append((bucket / "log").read_text().count("\n"))
         now[0] += 2.0
@@ -148,11 +148,11 @@ def test_nothing_is_appended_through_a_link(outside, tmp_path):
     path = epath.Path(tmp_path / "run" / "events.jsonl")
     os.symlink(outside, path)
     with pytest.raises(UserError, match="is a link"):
-        open_to_append(path)
+        Appender(path)
     path.unlink()
-    log = open_to_append(path)
+    log = Appender(path)
     os.symlink(outside, path)  # made since
-    log.write("line\n")
+    log.append("line\n")
     with pytest.raises(OSError, match="symbolic links"):
         log.flush()
     path.unlink()
@@ -163,8 +163,8 @@ def test_nothing_is_appended_through_a_link(outside, tmp_path):
 def test_a_log_with_two_hard_links_grows_under_one_name(outside, tmp_path):
     path = epath.Path(tmp_path / "run" / "events.jsonl")
     os.link(outside, path)
-    log = open_to_append(path)
-    log.write(" line\n")
+    log = Appender(path)
+    log.append(" line\n")
     log.close()
     assert path.read_text() == "precious line\n"
 
@@ -172,4 +172,4 @@ def test_a_log_with_two_hard_links_grows_under_one_name(outside, tmp_path):
 def test_a_pipe_is_refused_as_a_log(tmp_path):
     os.mkfifo(tmp_path / "events.jsonl")
     with pytest.raises(UserError, match="or not a file"):
-        open_to_append(epath.Path(tmp_path / "events.jsonl"))
+        Appender(epath.Path(tmp_path / "events.jsonl"))

@@ -159,7 +159,7 @@ def test_archives_larger_than_their_file_are_refused_before_reading(kind, tmp_pa
             )
         if kind == "repeated":  # several entries that are the same bytes of the file
             archive.filelist *= 30
-    with pytest.raises(ValueError, match=r"compressed|larger than the file|more than 64 arrays"):
+    with pytest.raises(ValueError, match=r"bytes are more than|more than 64 arrays"):
         read_npz(tmp_path / "a.npz")
 
 
@@ -176,5 +176,5 @@ def test_an_array_is_read_from_a_file_with_short_reads():
     np.lib.format.write_array(content, np.arange(100.0))
     array = read_npy(Slow(content.getvalue()), max_bytes=800)
     np.testing.assert_array_equal(array, np.arange(100.0))
-    with pytest.raises(ValueError, match="ends early"):
+    with pytest.raises(ValueError, match="EOF: reading array data"):
         read_npy(Slow(content.getvalue()[:-1]), max_bytes=800)
