@@ -10,6 +10,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import config_dict
 
+from music_jax import registry
 from music_jax.checkpoint.restore import restore_network
 from music_jax.config import from_json, validate
 from music_jax.distributed.mesh import make_data_mesh
@@ -71,6 +72,7 @@ class TrainedBackbone:
         config = self.config
         fields = ("name", "stem", "num_heads")
         backbone = {k: config.backbone[k] for k in fields if config.backbone[k] is not None}
+        backbone |= {"options": options} if (options := registry.options(config.backbone)) else {}
         return {
             "version": 1,
             "step": self.step,
@@ -114,7 +116,7 @@ def _load_run(path: str, checkpoint: str | None) -> TrainedBackbone:
         raise UserError(f"{path} holds no run: it has no config.json")
     config = from_json(saved)
     config.compute_dtype = "float32"
-    validate(config)
+    validate(config, training=False)
     step, network, *variables = restore_network(workdir, config, checkpoint, make_data_mesh())
     params, batch_stats = jax.device_get(variables)
     tensors = tensors_by_name(params["backbone"], batch_stats.get("backbone", {}))
@@ -136,7 +138,7 @@ def _load_file(path: epath.Path) -> TrainedBackbone:
     try:
         config = from_json(saved)
         config.compute_dtype = "float32"
-        validate(config)
+        validate(config, training=False)
         np.asarray((config.dataset.mean, config.dataset.std), np.float32)
     except (TypeError, ValueError) as error:
         raise UserError(f"the description in {path} is not a valid config: {error}") from error

@@ -13,6 +13,7 @@ import numpy as np
 
 from music_jax.data.augment import normalize_images
 from music_jax.data.crops import center_crop, central_view
+from music_jax.data.decode import EncodedImage
 from music_jax.distributed import usable_cores
 from music_jax.distributed.mesh import make_data_mesh, to_devices
 from music_jax.errors import UndecodableError, UserError
@@ -194,7 +195,7 @@ class Encoder:
             return image
         return center_crop(image, self.size, self.resize_shorter_side)
 
-    def crop_file(self, encoded: bytes) -> np.ndarray:
+    def crop_file(self, encoded: EncodedImage) -> np.ndarray:
         """Decodes the bytes of an image file and returns its central square.
 
         Returns:

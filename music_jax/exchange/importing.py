@@ -167,14 +167,14 @@ def detect_backbone(tensors: Tensors, source: str) -> dict[str, str]:
     if "cls_token" in tensors and "patch_embed.proj.weight" in tensors:
         sizes = (tensors["cls_token"].shape[-1], _count(tensors, r"blocks\.(\d+)\."))
         for name, spec in BACKBONES.items():
-            if (spec.make.keywords.get("width"), spec.make.keywords.get("depth")) == sizes:
+            if (spec.sizes.get("width"), spec.sizes.get("depth")) == sizes:
                 return {"name": name}
     elif "conv1.weight" in tensors:
         stages = tuple(_count(tensors, rf"layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
         bottleneck = "layer1.0.conv3.weight" in tensors
         sizes = (stages, "bottleneck" if bottleneck else "basic")
         for name in TORCHVISION_NAMES:
-            keywords = BACKBONES[name].make.keywords
+            keywords = BACKBONES[name].sizes
             is_bottleneck = keywords["block"] is Bottleneck
             if keywords["stage_sizes"] == stages and is_bottleneck == bottleneck:
                 stem = "imagenet" if tensors["conv1.weight"].shape[-1] == 7 else "cifar"
@@ -258,7 +258,7 @@ def _num_heads(config: config_dict.ConfigDict, prefix: str, source: str) -> int 
     Raises:
       UserError: Neither the config nor the file determines it.
     """
-    default = BACKBONES[config.backbone.name].make.keywords.get("num_heads")
+    default = BACKBONES[config.backbone.name].sizes.get("num_heads")
     if default is None or config.backbone.num_heads is not None:
         return config.backbone.num_heads
     if _MOCO_V3.fullmatch(prefix) or default == _MOCO_V3_HEADS:

@@ -168,14 +168,15 @@ def check_exchangeable(config: config_dict.ConfigDict) -> None:
     reason = None
     if name not in TIMM_NAMES:
         reason = f"they have no {name}; supported are {', '.join(TIMM_NAMES)}"
-    elif stem not in (None, "imagenet"):
+    elif (stem or "imagenet") != "imagenet":
         reason = f"their {name} has the stem 'imagenet', not {stem!r}"
     elif channels != 3:
         reason = f"their {name} takes 3 channels, not {channels}"
     if reason:
         raise UserError(
-            f"torchvision and timm cannot load this backbone: {reason}. Use --format=onnx, "
-            "stablehlo, safetensors or orbax"
+            f"torchvision and timm cannot load this backbone: {reason}. Use --format="
+            + ("" if BACKBONES[name].is_registered else "onnx, ")
+            + "stablehlo, safetensors or orbax"
         )
 
 
@@ -227,7 +228,7 @@ def from_torch(config: config_dict.ConfigDict, tensors: Tensors, source: str) ->
     backbone = make_frozen_backbone(config)
     ours = tensors_by_name(backbone.params, backbone.batch_stats)
     shapes = {names[name]: _torch_shape(names[name], x.shape) for name, x in ours.items()}
-    if "width" in BACKBONES[config.backbone.name].make.keywords:
+    if "width" in BACKBONES[config.backbone.name].sizes:
         _check_positions(config, tensors, source)
     check_shapes(tensors, shapes, source, strict=False)
     check_no_other_parts(tensors, set(names.values()), source)
@@ -267,7 +268,7 @@ def torch_names(config: config_dict.ConfigDict) -> dict[str, str]:
     """Returns the name in torchvision and timm of each tensor of a backbone."""
     backbone = make_frozen_backbone(config)
     ours = tensors_by_name(backbone.params, backbone.batch_stats)
-    keywords = BACKBONES[config.backbone.name].make.keywords
+    keywords = BACKBONES[config.backbone.name].sizes
     if "stage_sizes" not in keywords:
         return {name: _transformer_name(name) for name in ours}
     blocks = [
@@ -329,7 +330,7 @@ def _check_positions(config: config_dict.ConfigDict, tensors: Tensors, source: s
     if found is None or found.ndim != 3 or found.shape[1] < 2:
         raise UserError(f"{source} has no {_POSITIONS} of shape (1, 1 + patches, width)")
     side = round((found.shape[1] - 1) ** 0.5)
-    expected = _positions(side, BACKBONES[config.backbone.name].make.keywords["width"])
+    expected = _positions(side, BACKBONES[config.backbone.name].sizes["width"])
     if found.shape != expected.shape or np.abs(found - expected).max() > 1e-3:
         raise UserError(
             f"the position embedding of {source} is learned or of another kind; only the fixed "

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from ml_collections import config_dict
 
+from music_jax import registry
 from music_jax.config import from_json
 from music_jax.distributed.mesh import check_divisible
 from music_jax.distributed.progress import log_to_stdout
@@ -41,6 +42,7 @@ def begin() -> None:
     """Prepares a worker process; silences compilers, which warn that there is no TPU or GPU."""
     end_with_parent()
     log_to_stdout()
+    registry.import_modules()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
