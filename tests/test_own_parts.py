@@ -68,10 +68,12 @@ def test_all_three_train_and_are_probed(workdir):
 @pytest.mark.slow
 def test_a_finished_run_is_not_trained_again(workdir, modules):
     code, out, err = _run(modules, "music_jax.main", IMPORT, *CONFIG, f"--workdir={workdir}")
-    assert code == 0 and "already" in out, (out, err)
+    assert code == 0, err
+    assert "is done: 6 steps trained and evaluated" in out
     wider = (*CONFIG, "--config.backbone.options={'width': 32}")
     code, _, err = _run(modules, "music_jax.main", IMPORT, *wider, f"--workdir={workdir}")
-    assert code == 2 and "backbone.options.width: 24 there, 32 now" in err
+    assert code == 2
+    assert "backbone.options.width: 24 there, 32 now" in err
 
 
 @pytest.mark.slow
@@ -95,7 +97,9 @@ def test_commands_need_the_module_and_say_so(command, arguments, workdir, module
     places = {"run": workdir, "new": tmp_path / "new", "images": tmp_path / "images"}
     arguments = [argument.format(**places) for argument in arguments]
     code, _, err = _run(modules, f"music_jax.{command}", *arguments)
-    assert code == 2 and "--import=MODULE" in err and "Traceback" not in err, err
+    assert code == 2, err
+    assert "--import=MODULE" in err
+    assert len(err.strip().splitlines()) == 1
     code, _, err = _run(modules, f"music_jax.{command}", IMPORT, *arguments)
     assert code == 0, err
 
@@ -134,7 +138,8 @@ def test_report_shows_what_needs_no_module(workdir, modules):
     assert code == 0, err
     assert "uniformity" in (workdir / "report.html").read_text()
     code, out, err = _run(modules, "music_jax.report", IMPORT, f"--workdir={workdir}")
-    assert code == 0 and "no images" not in out, (out, err)
+    assert code == 0, err
+    assert "no images" not in out
 
 
 def test_a_module_that_is_absent_or_fails_is_one_clear_error(modules, tmp_path):
@@ -143,7 +148,8 @@ def test_a_module_that_is_absent_or_fails_is_one_clear_error(modules, tmp_path):
         code, _, err = _run(
             f"{modules}:{tmp_path}", "music_jax.evaluate", f"--import={name}", "--workdir=x"
         )
-        assert code == 2 and expected in err and "Traceback" not in err, err
+        assert code == 2, err
+        assert expected in err
         assert len(err.strip().splitlines()) == 1
 
 
@@ -166,5 +172,6 @@ def test_training_says_in_one_line_what_is_wrong(arguments, expected, modules, t
     code, _, err = _run(
         modules, "music_jax.main", *CONFIG, *arguments, f"--workdir={tmp_path / 'run'}"
     )
-    assert code == 2 and expected in err, err
+    assert code == 2, err
+    assert expected in err
     assert len(err.strip().splitlines()) == 1

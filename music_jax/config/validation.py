@@ -216,6 +216,8 @@ def _check_options(config: config_dict.ConfigDict) -> None:
             )
         if make is None:
             continue
+        if isinstance(make, type):  # Flax's metaclass hides the signature.
+            make, positional = make.__init__, (None, *positional)
         try:
             inspect.signature(make).bind(*positional, **dict.fromkeys(named), **options)
         except TypeError as error:

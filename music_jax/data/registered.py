@@ -69,8 +69,10 @@ def _labels(records: Any, name: str) -> np.ndarray | None:
     elif "label" not in records[0]:
         return None
     else:
-        with progress.bar(len(records), unit="img", description=f"labels of {name}") as bar:
-            labels = np.empty(len(records), np.int64)
+        labels = np.empty(len(records), np.int64)
+        with progress.bar(
+            len(records), unit="img", description=f"labels of {name}", delay=1.0
+        ) as bar:
             for i in range(len(records)):
                 label = records[i].get("label")
                 labels[i] = -1 if label is None else label
