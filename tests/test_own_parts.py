@@ -151,27 +151,3 @@ def test_a_module_that_is_absent_or_fails_is_one_clear_error(modules, tmp_path):
         assert code == 2, err
         assert expected in err
         assert len(err.strip().splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ((), "--import=MODULE; got 'patches'"),
-        (("--import=my_backbone",), "--import=MODULE; got 'uniformity'"),
-        (("--import=my_backbone,my_objective",), "dataset 'stripes' is not registered"),
-        ((IMPORT, "--config.backbone.options={'depth': 2}"), "unexpected keyword argument 'depth'"),
-        (
-            (IMPORT, "--config.objective.name=vicreg"),
-            "config.objective.options is for a registered",
-        ),
-        ((IMPORT, "--config.backbone.stem=cifar"), "backbone.stem = 'cifar' is not supported by"),
-        ((IMPORT, "--config.dataset.train_split=validation"), "has no split 'validation'"),
-    ],
-)
-def test_training_says_in_one_line_what_is_wrong(arguments, expected, modules, tmp_path):
-    code, _, err = _run(
-        modules, "music_jax.main", *CONFIG, *arguments, f"--workdir={tmp_path / 'run'}"
-    )
-    assert code == 2, err
-    assert expected in err
-    assert len(err.strip().splitlines()) == 1

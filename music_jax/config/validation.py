@@ -216,7 +216,7 @@ def _check_options(config: config_dict.ConfigDict) -> None:
             )
         if make is None:
             continue
-        if isinstance(make, type):  # Flax's metaclass hides the signature.
+        if inspect.isclass(make):  # Flax's metaclass hides the signature.
             make, positional = make.__init__, (None, *positional)
         try:
             inspect.signature(make).bind(*positional, **dict.fromkeys(named), **options)
@@ -232,8 +232,9 @@ def _check_backbone(config: config_dict.ConfigDict) -> None:
     spec = registry.BACKBONES.get(backbone.name)
     if spec is None:
         return
-    for field in ("remat", "stem", "zero_init_residual", "num_heads"):
-        if field not in spec.fields and backbone[field] not in (None, False, ""):
+    unset = {"remat": False, "stem": None, "zero_init_residual": None, "num_heads": None}
+    for field, default in unset.items():
+        if field not in spec.fields and backbone[field] not in (default, ""):
             raise UserError(
                 f"config.backbone.{field} = {backbone[field]!r} is not supported by "
                 f"{backbone.name}; leave it unset"

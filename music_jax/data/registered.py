@@ -37,12 +37,12 @@ def open_registered(dataset: config_dict.ConfigDict, split: str) -> Source | Non
         )
     if not len(records):
         raise UserError(f"{name} has no images")
-    if not isinstance(records[0], dict) or "image" not in records[0]:
+    first = records[0]
+    if not isinstance(first, dict) or "image" not in first:
         raise UserError(
-            f"the records of {name} must be dictionaries with the key 'image'; got "
-            f"{records[0]!r:.100}"
+            f"the records of {name} must be dictionaries with the key 'image'; got {first!r:.100}"
         )
-    labels = _labels(records, name)
+    labels = _labels(records, name, "label" in first)
     class_names = tuple(getattr(records, "class_names", ()))
     found = 0 if labels is None else int(labels.max()) + 1
     if class_names and found > len(class_names):
@@ -59,24 +59,25 @@ def open_registered(dataset: config_dict.ConfigDict, split: str) -> Source | Non
     )
 
 
-def _labels(records: Any, name: str) -> np.ndarray | None:
+def _labels(records: Any, name: str, in_records: bool) -> np.ndarray | None:
     """Returns the labels [images], -1 for images without one; None if no image has one.
 
     They are the attribute `labels` of the records, or else are read from each.
     """
     if hasattr(records, "labels"):
         labels = np.asarray(records.labels)
-    elif "label" not in records[0]:
+    elif not in_records:
         return None
     else:
-        labels = np.empty(len(records), np.int64)
+        found = []
         with progress.bar(
             len(records), unit="img", description=f"labels of {name}", delay=1.0
         ) as bar:
             for i in range(len(records)):
                 label = records[i].get("label")
-                labels[i] = -1 if label is None else label
+                found.append(-1 if label is None else label)
                 bar.update(1)
+        labels = np.asarray(found)
     if labels.shape != (len(records),) or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(
             f"the labels of {name} must be {len(records)} integers; got {labels.dtype} of shape "
