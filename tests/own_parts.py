@@ -28,7 +28,6 @@ def write_examples(folder):
 CONFIG = (
     "--config=digits",
     "--config.backbone.name=patches",
-    "--config.backbone.stem=",
     "--config.backbone.options={'width': 24}",
     "--config.objective.name=uniformity",
     "--config.objective.options={'temperature': 1.0}",

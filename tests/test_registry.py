@@ -51,7 +51,7 @@ def examples(folders, monkeypatch):
 
 def _config(**fields):
     config = from_file("digits")
-    config.backbone.update({"name": "patches", "stem": None})
+    config.backbone.name = "patches"
     config.dataset.update({"name": "stripes", "data_dir": None})
     config.objective.name = "uniformity"
     config.crop.size = config.crop.eval_resize = 16
@@ -77,8 +77,7 @@ def _config(**fields):
             "is for a registered objective",
         ),
         ({"dataset.options": {"size": 2}}, "does not fit the dataset 'stripes'"),
-        ({"backbone.stem": "cifar"}, "backbone.stem = 'cifar' is not supported by patches"),
-        ({"backbone.remat": True}, "backbone.remat = True is not supported by patches"),
+        ({"backbone.remat": True}, "config.backbone.remat is not supported by patches"),
     ],
 )
 def test_wrong_fields_are_one_clear_error(fields, expected):

@@ -80,8 +80,7 @@ def validate(config: config_dict.ConfigDict, *, training: bool = True) -> None:
         value = get_field(config, field)
         if field == "objective.name" and not training:
             continue
-        unset = value is None or (field == "backbone.stem" and not value)
-        if not unset and not isinstance(value, config_dict.ConfigDict):
+        if value is not None and not isinstance(value, config_dict.ConfigDict):
             _check_value(config, field, value)
     _check_options(config)
     _check_backbone(config)
@@ -163,7 +162,7 @@ def _check_value(config: config_dict.ConfigDict, field: str, value: Any) -> None
     known = _CHOICES.get(field) or tuple(_REGISTERED.get(field, ()))
     if known and value not in known:
         expected = f"be one of {', '.join(str(choice) for choice in known)}"
-        if field in _REGISTERED:
+        if field in ("backbone.name", "objective.name"):
             expected += ", or be registered by a module that is named with --import=MODULE"
         raise _wrong(config, field, expected)
     if _matches(field, _NOT_EMPTY) and not value:
@@ -198,23 +197,23 @@ def _check_options(config: config_dict.ConfigDict) -> None:
     backbone = registry.BACKBONES.get(config.backbone.name)
     objective = registry.OBJECTIVES.get(config.objective.name)
     open_dataset = registry.DATASETS.get(config.dataset.name)
-    registered: dict[str, tuple[Any, tuple[Any, ...], tuple[str, ...]]] = {}  # make, arguments
+    registered: list[tuple[str, Any, tuple[Any, ...], tuple[str, ...]]] = []  # with arguments
     if backbone is not None:
         make = backbone.make if backbone.is_registered else None
-        registered["backbone"] = make, (), ("channels", "dtype", "rngs")
+        registered.append(("backbone", make, (), ("channels", "dtype", "rngs")))
     if objective is not None:
         make = objective.make if isinstance(objective, registry.RegisteredObjective) else None
-        registered["objective"] = make, (), ()
+        registered.append(("objective", make, (), ()))
     if open_dataset is not None:
-        registered["dataset"] = open_dataset, ("train",), ()
-    for group, (make, positional, named) in registered.items():
+        registered.append(("dataset", open_dataset, ("train",), ()))
+    for group, make, positional, named in registered:
         options, name = registry.options(config[group]), config[group].name
-        if make is None and options:
-            raise UserError(
-                f"config.{group}.options is for a registered {group}; {name} is one of the "
-                "package: leave it empty"
-            )
         if make is None:
+            if options:
+                raise UserError(
+                    f"config.{group}.options is for a registered {group}; {name} is one of the "
+                    "package: leave it empty"
+                )
             continue
         if inspect.isclass(make):  # Flax's metaclass hides the signature.
             make, positional = make.__init__, (None, *positional)
@@ -232,9 +231,12 @@ def _check_backbone(config: config_dict.ConfigDict) -> None:
     spec = registry.BACKBONES.get(backbone.name)
     if spec is None:
         return
-    unset = {"remat": False, "stem": None, "zero_init_residual": None, "num_heads": None}
-    for field, default in unset.items():
-        if field not in spec.fields and backbone[field] not in (default, ""):
+    if spec.is_registered:  # The other fields are those of the recipe that it is tried in.
+        if backbone.remat:
+            raise UserError(f"config.backbone.remat is not supported by {backbone.name}")
+        return
+    for field in ("stem", "zero_init_residual", "num_heads"):
+        if field not in spec.fields and backbone[field] is not None:
             raise UserError(
                 f"config.backbone.{field} = {backbone[field]!r} is not supported by "
                 f"{backbone.name}; leave it unset"

@@ -168,7 +168,7 @@ def check_exchangeable(config: config_dict.ConfigDict) -> None:
     reason = None
     if name not in TIMM_NAMES:
         reason = f"they have no {name}; supported are {', '.join(TIMM_NAMES)}"
-    elif (stem or "imagenet") != "imagenet":
+    elif stem not in (None, "imagenet"):
         reason = f"their {name} has the stem 'imagenet', not {stem!r}"
     elif channels != 3:
         reason = f"their {name} takes 3 channels, not {channels}"

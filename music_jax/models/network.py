@@ -43,7 +43,7 @@ def _make_backbone(config: config_dict.ConfigDict, rngs: nnx.Rngs) -> Backbone:
         channels=config.dataset.num_channels,
         dtype=jnp.dtype(config.compute_dtype),
         rngs=rngs,
-        **{field: value for field, value in chosen.items() if value not in (None, "")},
+        **{field: value for field, value in chosen.items() if value is not None},
         **registry.options(config.backbone),
     )
 
