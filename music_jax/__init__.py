@@ -7,6 +7,7 @@ MUlti-Segmental Informational Coding, Niu & Wang, arXiv 2206.06461 (2022).
 
 import importlib
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,6 +26,63 @@ def _final_evaluation(*arguments: Any) -> Any:
 
 
 registry.final_evaluation = _final_evaluation
+
+
+def register_backbone(name: str, make: Callable[..., Any]) -> None:
+    """Registers a backbone as `config.backbone.name`.
+
+    Args:
+      name: Name of the backbone; a backbone that was registered before is replaced.
+      make: Function or class, called with the keyword arguments `channels` (of the images), `dtype`
+        (to compute in), `rngs` (`flax.nnx.Rngs`) and those of `config.backbone.options`. It returns
+        a `flax.nnx.Module` as `music_jax.models.Backbone` describes it.
+
+    Raises:
+      ValueError: The name is that of a backbone of music_jax, or is not valid.
+    """
+    from music_jax.models import BACKBONES
+
+    spec = registry.BackboneSpec(make, is_registered=True)
+    free = name not in BACKBONES or BACKBONES[name].is_registered
+    registry.register(BACKBONES, name, spec, replaceable=free)
+
+
+def register_objective(name: str, make: Callable[..., Any]) -> None:
+    """Registers an objective as `config.objective.name`.
+
+    Args:
+      name: Name of the objective; an objective that was registered before is replaced.
+      make: Function, called with the keyword arguments in `config.objective.options`. It returns a
+        function from the embeddings of two views, [batch, dim] each, of the global batch, to the
+        loss and a dictionary of scalars to log.
+
+    Raises:
+      ValueError: The name is that of an objective of music_jax, or is not valid.
+    """
+    from music_jax.train.recipe import OBJECTIVES
+
+    objective = registry.RegisteredObjective(make)
+    free = isinstance(OBJECTIVES.get(name, objective), registry.RegisteredObjective)
+    registry.register(OBJECTIVES, name, objective, replaceable=free)
+
+
+def register_dataset(name: str, open: Callable[..., Any]) -> None:
+    """Registers a dataset as `config.dataset.name`.
+
+    Args:
+      name: Name of the dataset; a dataset that was registered before is replaced.
+      open: Function, called with the name of a split and the keyword arguments in
+        `config.dataset.options`. It returns None if there is no such split, or else an object with
+        `len()` and `[index]`, which may be called by several threads. `[index]` returns a
+        dictionary: `image` is uint8 [height, width, channels] or the bytes of an image file, and
+        `label`, if there is one, an integer from 0. The object may have the attributes `labels`,
+        integers [images] with -1 for none, which saves reading all records for them, and
+        `class_names`.
+
+    Raises:
+      ValueError: The name is not valid.
+    """
+    registry.register(registry.DATASETS, name, open, replaceable=True)
 
 
 def load(path: str | os.PathLike[str], *, checkpoint: str | None = None) -> "Encoder":

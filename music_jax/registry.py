@@ -1,9 +1,15 @@
-"""Registries that upper packages fill for lower ones: choices of a config, final evaluation."""
+"""Registries: choices of a config, which upper packages and users fill, and final evaluation."""
 
 import dataclasses
+import importlib
+import json
+import os
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+
+from music_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,23 +17,102 @@ class BackboneSpec:
     """The constructor of a backbone, and the config fields that it supports.
 
     Attributes:
-      make: Class with its sizes; takes the keyword arguments `channels`, `dtype`, `rngs`,
-        `remat` and those of `fields`.
+      make: Class with its sizes; takes the keyword arguments `channels`, `dtype`, `rngs` and those
+        of `fields`.
       fields: Fields of `config.backbone` that the class takes; others must be unset.
       image_multiple: Number that divides the side of every image.
+      is_registered: Whether it was registered by a user, and takes `config.backbone.options`.
     """
 
-    make: partial[Any]
+    make: Callable[..., Any]
     fields: tuple[str, ...] = ()
     image_multiple: int = 1
+    is_registered: bool = False
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Arguments that distinguish the backbones of this package from others of their class."""
+        return self.make.keywords if isinstance(self.make, partial) else {}
+
+
+@dataclasses.dataclass(frozen=True)
+class RegisteredObjective:
+    """An objective that a user registered, with the interface of `OBJECTIVES`.
+
+    Attributes:
+      make: Function from options to an objective.
+    """
+
+    make: Callable[..., Callable[..., Any]]
+
+    def __call__(self, config: Any) -> Callable[..., Any]:
+        """Returns the objective for the group `objective` of a config."""
+        return self.make(**options(config))
 
 
 # Filled by music_jax.models.
 BACKBONES: dict[str, BackboneSpec] = {}
 # Filled by music_jax.train: from `config.objective` to a function of the embeddings of two views.
 OBJECTIVES: dict[str, Callable[[Any], Callable[..., Any]]] = {}
+# Filled by users: from a split and options to records, or None if there is no such split.
+DATASETS: dict[str, Callable[..., Any]] = {}
 # Filled by music_jax.train: from a schedule and `config.optimizer` to an optax transformation.
 OPTIMIZERS: dict[str, Callable[[Any, Any], Any]] = {}
+
+
+_IMPORT = "MUSIC_JAX_IMPORT"
+
+
+def import_modules(names: str = "") -> None:
+    """Imports modules that register parts, here and in all processes that this one starts.
+
+    Args:
+      names: Names of modules, separated by commas, besides those in the environment variable
+        `MUSIC_JAX_IMPORT`.
+
+    Raises:
+      UserError: There is no such module, or it raises an exception.
+    """
+    given = [*os.environ.get(_IMPORT, "").split(","), *names.split(",")]
+    modules = list(dict.fromkeys(name.strip() for name in given if name.strip()))
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            if isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]:
+                raise UserError(
+                    f"--import={name}: there is no such module; give its name without .py, and its "
+                    "folder in PYTHONPATH if it is not in the current one"
+                ) from error
+            raise UserError(
+                f"--import={name} fails with {type(error).__name__}: {error}"
+            ) from error
+    os.environ[_IMPORT] = ",".join(modules)
+
+
+def register(table: dict[str, Any], name: str, part: Any, *, replaceable: bool) -> None:
+    """Adds a part of a user to a table.
+
+    Args:
+      table: Table of this module.
+      name: Name of the part in configs.
+      part: Value in the table.
+      replaceable: Whether an existing part of this name, if any, may be replaced.
+
+    Raises:
+      ValueError: The name has other characters than letters, digits, `_`, `.` and `-`, or is taken.
+    """
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"a name consists of letters, digits, '_', '.' and '-'; got {name!r}")
+    if name in table and not replaceable:
+        raise ValueError(f"the name {name!r} is taken by a part of music_jax")
+    table[name] = part
+
+
+def options(group: Any) -> dict[str, Any]:
+    """Returns the field `options` of a group of the config with the types of JSON."""
+    return json.loads(json.dumps(group.options.to_dict()))
+
 
 # Called as (config, workdir, source) at the start of a training; returns an object like
 # `music_jax.evaluation.final.FinalEvaluation`, which evaluates the backbone at the end.

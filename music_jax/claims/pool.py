@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import jax
 
+from music_jax import registry
 from music_jax.claims.run_cell import CellTask, run_cell
 from music_jax.claims.sweep import Cell, Sweep
 from music_jax.distributed import progress
@@ -141,6 +142,7 @@ def _begin(log: str, num_devices: int | None) -> None:
     if num_devices is not None:
         jax.config.update("jax_num_cpu_devices", num_devices)
     progress.log_to_stdout()
+    registry.import_modules()
     use_compilation_cache()
 
 

@@ -15,6 +15,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from music_jax import registry
 from music_jax.cli import command_line
 from music_jax.distributed.progress import printable
 from music_jax.distributed.signals import end_on_signal, ignore_signals
@@ -73,6 +74,7 @@ def run(
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; every option starts with --")
             _prepare()
+            registry.import_modules(flags.FLAGS["import"].value or "")
             main()
         except Exception as error:
             if _is_closed_pipe(error):

@@ -23,6 +23,9 @@ _WIDTH = 100
 
 def define_shared(*, workdir: bool, processes: bool, config: ConfigUse | None) -> None:
     """Defines the flags that a command shares with others; see `music_jax.cli.run`."""
+    flags.DEFINE_string(
+        "import", "", "Modules that register backbones, objectives or datasets: MODULE[,MODULE]."
+    )
     if workdir:
         flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, logs, results.")
     if processes:

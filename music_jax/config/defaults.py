@@ -30,7 +30,8 @@ def default_config() -> config_dict.ConfigDict:
     config.wandb_project = ""
 
     config.objective = config_dict.ConfigDict()
-    config.objective.name = "music"  # music, barlow_twins, vicreg or simclr.
+    # music, barlow_twins, vicreg, simclr or a registered one.
+    config.objective.name = "music"
     config.objective.num_segments = 102  # Segments of the embedding.
     config.objective.units_per_segment = 80  # Units of each segment.
     config.objective.temperature = 1.0  # Temperature of the softmax over a segment's units.
@@ -42,13 +43,15 @@ def default_config() -> config_dict.ConfigDict:
     config.objective.variance_weight = 25.0  # VICReg.
     config.objective.covariance_weight = 1.0  # VICReg.
     config.objective.contrast_temperature = 0.1  # SimCLR.
+    config.objective.options = config_dict.ConfigDict()  # Arguments of a registered objective.
 
     config.dataset = config_dict.ConfigDict()
-    config.dataset.name = ""  # Name of a TFDS dataset.
+    config.dataset.name = ""  # Name of a TFDS dataset or of a registered one.
     # Folder of images, or output of music_jax.pack, to use instead of a TFDS dataset.
     config.dataset.path = ""
     config.dataset.train_split = "train"
     config.dataset.test_split = "test"
+    config.dataset.options = config_dict.ConfigDict()  # Arguments of a registered dataset.
     config.dataset.data_dir = config_dict.placeholder(str)  # None: the default of TFDS.
     # Files that TFDS cannot download itself. None: downloads/manual in data_dir.
     config.dataset.manual_dir = config_dict.placeholder(str)
@@ -94,7 +97,7 @@ def default_config() -> config_dict.ConfigDict:
     config.augmentation.view_2 = config_dict.ConfigDict(view.to_dict())
 
     config.backbone = config_dict.ConfigDict()
-    # small_resnet, tiny_resnet, resnet18, resnet34, resnet50, vit_s16 or vit_b16.
+    # small_resnet, tiny_resnet, resnet18, resnet34, resnet50, vit_s16, vit_b16 or a registered one.
     config.backbone.name = "resnet50"
     config.backbone.remat = False  # Computes each block's activations twice to save memory.
     config.backbone.stem = config_dict.placeholder(str)  # ResNets: imagenet, cifar or strided.
@@ -102,6 +105,7 @@ def default_config() -> config_dict.ConfigDict:
     config.backbone.zero_init_residual = config_dict.placeholder(bool)
     # Vision transformers: attention heads. None: 6 for vit_s16, 12 for vit_b16. MoCo v3: 12.
     config.backbone.num_heads = config_dict.placeholder(int)
+    config.backbone.options = config_dict.ConfigDict()  # Arguments of a registered backbone.
 
     config.projector = config_dict.ConfigDict()
     config.projector.hidden_sizes = (8192,)  # (): a linear projector.
@@ -224,7 +228,10 @@ def default_config() -> config_dict.ConfigDict:
     config.online_probe.learning_rate = 0.03
     config.online_probe.momentum = 0.9
     config.online_probe.weight_decay = 1e-3
-    return config.lock()
+    config.lock()
+    for group in (config.backbone, config.dataset, config.objective):
+        group.options.unlock()
+    return config
 
 
 def set_views(config: config_dict.ConfigDict, **augmentation: Any) -> None:

@@ -2,6 +2,8 @@
 
 import difflib
 import fnmatch
+import inspect
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ from music_jax import registry
 from music_jax.config.defaults import default_config
 from music_jax.errors import UserError
 
+_OPTIONS = "options"  # field of a registered part, a dictionary of JSON values
 _MAX_NUMBER = 2**32  # Larger numbers overflow in some field and are never intended.
 _KINDS = {
     str: "a text without a zero byte",
@@ -59,7 +62,7 @@ _PAIRS = "crop.scale crop.aspect_ratio augmentation.*.scale *.blur_sigma"
 _NOT_EMPTY = "linear_eval.base_learning_rates few_shot.shots semi_supervised.fractions"
 
 
-def validate(config: config_dict.ConfigDict) -> None:
+def validate(config: config_dict.ConfigDict, *, training: bool = True) -> None:
     """Checks a config, as far as this is possible without devices and data.
 
     The names of backbones, objectives and optimizers are checked once the packages that register
@@ -67,6 +70,7 @@ def validate(config: config_dict.ConfigDict) -> None:
 
     Args:
       config: The config.
+      training: Whether the objective is going to be used, which must be known then.
 
     Raises:
       UserError: A field has a value that cannot be used; the message names the field.
@@ -74,8 +78,11 @@ def validate(config: config_dict.ConfigDict) -> None:
     check_values(config)
     for field in field_names(config):
         value = get_field(config, field)
+        if field == "objective.name" and not training:
+            continue
         if value is not None and not isinstance(value, config_dict.ConfigDict):
             _check_value(config, field, value)
+    _check_options(config)
     _check_backbone(config)
     _check_batch(config)
     _check_embedding(config)
@@ -121,6 +128,11 @@ def check_values(config: config_dict.ConfigDict) -> None:
         )
         if expected:
             raise _wrong(config, field, expected)
+        if name == _OPTIONS:
+            try:
+                json.dumps(get_field(config, field).to_dict(), allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise _wrong(config, field, f"hold values of JSON ({error})") from error
 
 
 def _expected_type(
@@ -149,7 +161,10 @@ def _check_value(config: config_dict.ConfigDict, field: str, value: Any) -> None
     """Checks one field against the tables above."""
     known = _CHOICES.get(field) or tuple(_REGISTERED.get(field, ()))
     if known and value not in known:
-        raise _wrong(config, field, f"be one of {', '.join(str(choice) for choice in known)}")
+        expected = f"be one of {', '.join(str(choice) for choice in known)}"
+        if field in ("backbone.name", "objective.name"):
+            expected += ", or be registered by a module that is named with --import=MODULE"
+        raise _wrong(config, field, expected)
     if _matches(field, _NOT_EMPTY) and not value:
         raise _wrong(config, field, "have at least one entry")
     if _matches(field, _PAIRS) and (len(value) != 2 or value[0] > value[1]):
@@ -177,11 +192,48 @@ def _is_in(interval: str, number: float) -> bool:
     return above and (number <= high if interval[-1] == "]" else number < high)
 
 
+def _check_options(config: config_dict.ConfigDict) -> None:
+    """Checks that the options of registered parts fit them, and that other parts have none."""
+    backbone = registry.BACKBONES.get(config.backbone.name)
+    objective = registry.OBJECTIVES.get(config.objective.name)
+    open_dataset = registry.DATASETS.get(config.dataset.name)
+    registered: list[tuple[str, Any, tuple[Any, ...], tuple[str, ...]]] = []  # with arguments
+    if backbone is not None:
+        make = backbone.make if backbone.is_registered else None
+        registered.append(("backbone", make, (), ("channels", "dtype", "rngs")))
+    if objective is not None:
+        make = objective.make if isinstance(objective, registry.RegisteredObjective) else None
+        registered.append(("objective", make, (), ()))
+    if open_dataset is not None:
+        registered.append(("dataset", open_dataset, ("train",), ()))
+    for group, make, positional, named in registered:
+        options, name = registry.options(config[group]), config[group].name
+        if make is None:
+            if options:
+                raise UserError(
+                    f"config.{group}.options is for a registered {group}; {name} is one of the "
+                    "package: leave it empty"
+                )
+            continue
+        if inspect.isclass(make):  # Flax's metaclass hides the signature.
+            make, positional = make.__init__, (None, *positional)
+        try:
+            inspect.signature(make).bind(*positional, **dict.fromkeys(named), **options)
+        except TypeError as error:
+            raise UserError(
+                f"config.{group}.options = {options!r} does not fit the {group} {name!r}: {error}"
+            ) from error
+
+
 def _check_backbone(config: config_dict.ConfigDict) -> None:
     """Checks that the backbone supports the options that are set, and the size of the crops."""
     backbone = config.backbone
     spec = registry.BACKBONES.get(backbone.name)
     if spec is None:
+        return
+    if spec.is_registered:  # The other fields are those of the recipe that it is tried in.
+        if backbone.remat:
+            raise UserError(f"config.backbone.remat is not supported by {backbone.name}")
         return
     for field in ("stem", "zero_init_residual", "num_heads"):
         if field not in spec.fields and backbone[field] is not None:
@@ -189,7 +241,7 @@ def _check_backbone(config: config_dict.ConfigDict) -> None:
                 f"config.backbone.{field} = {backbone[field]!r} is not supported by "
                 f"{backbone.name}; leave it unset"
             )
-    width, heads = spec.make.keywords.get("width"), backbone.num_heads
+    width, heads = spec.sizes.get("width"), backbone.num_heads
     if heads is not None and (heads < 1 or width % heads):
         raise _wrong(config, "backbone.num_heads", f"divide {backbone.name}'s width, {width}")
     multiple = spec.image_multiple
@@ -248,7 +300,7 @@ def set_fields(config: config_dict.ConfigDict, fields: Mapping[str, Any]) -> Non
         if field not in known:
             raise UserError(unknown_field_message(field, known))
         group, _, name = field.rpartition(".")
-        if isinstance(get_field(config, field), config_dict.ConfigDict):
+        if isinstance(get_field(config, field), config_dict.ConfigDict) and name != _OPTIONS:
             if not isinstance(value, Mapping | config_dict.ConfigDict):
                 inner = next(iter(get_field(config, field)))
                 raise UserError(
@@ -265,11 +317,14 @@ def set_fields(config: config_dict.ConfigDict, fields: Mapping[str, Any]) -> Non
 
 
 def field_names(config: config_dict.ConfigDict, prefix: str = "") -> list[str]:
-    """Returns the dotted names of all groups and fields, each group before its fields."""
+    """Returns the dotted names of all groups and fields, each group before its fields.
+
+    The options of registered parts count as one field.
+    """
     names = []
     for key, value in config.to_dict().items():
         names.append(prefix + key)
-        if isinstance(value, dict):
+        if isinstance(value, dict) and key != _OPTIONS:
             names += field_names(config[key], f"{prefix}{key}.")
     return names
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from music_jax.data.decode import decode, largest_reduction, read_header
+from music_jax.data.decode import EncodedImage, decode, largest_reduction, read_header
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ def cut(image: np.ndarray, box: Box, out: np.ndarray, *, reduction: int = 1) -> 
 
 
 def central_view(
-    encoded: bytes, *, size: int, resize_shorter_side: int, channels: int
+    encoded: EncodedImage, *, size: int, resize_shorter_side: int, channels: int
 ) -> np.ndarray:
     """Decodes an image file and cuts the view that is used for evaluation.
 

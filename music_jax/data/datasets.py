@@ -10,11 +10,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 from ml_collections import config_dict
 
+from music_jax import registry
 from music_jax.config import normalize_path
 from music_jax.data import tfds_source
 from music_jax.data.folder import open_folder
 from music_jax.data.loader import evaluation_batches
 from music_jax.data.packed import is_packed, open_packed
+from music_jax.data.registered import open_registered
 from music_jax.data.sources import Source
 from music_jax.errors import NotMeasurableError, UserError
 
@@ -81,18 +83,19 @@ def prepare(config: config_dict.ConfigDict, fields: Collection[str] = _FIELDS) -
     if "dataset.name" in fields and not config.dataset.path:
         named.append((config.dataset, ""))
     for dataset in {found[0].name: found[0] for found in named if found}.values():
-        tfds_source.prepare(dataset)
+        if not _is_registered(dataset):
+            tfds_source.prepare(dataset)
 
 
 def training_source(config: config_dict.ConfigDict) -> Source:
-    """Opens the images to train on: those in `dataset.path`, or a split of a TFDS dataset.
+    """Opens the images to train on: those in `dataset.path`, or a split of a dataset.
 
     Raises:
       UserError: They do not exist or cannot be used.
     """
     if config.dataset.path:
         return open_path(config.dataset.path)
-    return tfds_source.open_split(config.dataset, config.dataset.train_split)
+    return _open_split(config.dataset, config.dataset.train_split)
 
 
 def evaluation_sources(
@@ -158,9 +161,39 @@ def _test_source(config: config_dict.ConfigDict) -> Source | None:
         )
     if dataset.path or not dataset.test_split:
         return None
-    if dataset.test_split == _TEST_SPLIT and not tfds_source.has_split(dataset, _TEST_SPLIT):
+    if dataset.test_split == _TEST_SPLIT and not _has_split(dataset, _TEST_SPLIT):
         return None
-    return tfds_source.open_split(dataset, dataset.test_split)
+    return _open_split(dataset, dataset.test_split)
+
+
+def _is_registered(dataset: config_dict.ConfigDict) -> bool:
+    """Returns whether a dataset is registered.
+
+    Raises:
+      UserError: It is not, but has options.
+    """
+    if dataset.name not in registry.DATASETS and dataset.options:
+        raise UserError(
+            f"dataset {dataset.name!r} is not registered; name the module that registers it with "
+            "--import=MODULE"
+        )
+    return dataset.name in registry.DATASETS
+
+
+def _has_split(dataset: config_dict.ConfigDict, split: str) -> bool:
+    if _is_registered(dataset):
+        return registry.DATASETS[dataset.name](split, **registry.options(dataset)) is not None
+    return tfds_source.has_split(dataset, split)
+
+
+def _open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
+    """Opens a split of a registered dataset or of a TFDS dataset."""
+    if not _is_registered(dataset):
+        return tfds_source.open_split(dataset, split)
+    source = open_registered(dataset, split)
+    if source is None:
+        raise UserError(f"the dataset {dataset.name!r} has no split {split!r}")
+    return source
 
 
 def _missing_labels(source: Source, classes: int) -> str:
@@ -188,7 +221,7 @@ def open_path(path: str) -> Source:
 
 
 def open_named(config: config_dict.ConfigDict, name: str, *, prepare: bool = False) -> Source:
-    """Opens a folder, or a split of a TFDS dataset: `NAME:SPLIT`, or with a config and a version.
+    """Opens a folder, or a split of a dataset: `NAME:SPLIT`, or with a config and a version.
 
     Args:
       config: Config, whose group `dataset` has the directory of TFDS's files and the feature names.
@@ -199,9 +232,9 @@ def open_named(config: config_dict.ConfigDict, name: str, *, prepare: bool = Fal
       UserError: There is no such folder or split.
     """
     found = _tfds_split(config, name)
-    if found and prepare:
+    if found and prepare and not _is_registered(found[0]):
         tfds_source.prepare(found[0])
-    return tfds_source.open_split(*found) if found else open_path(name)
+    return _open_split(*found) if found else open_path(name)
 
 
 def _tfds_split(
@@ -213,6 +246,8 @@ def _tfds_split(
         return None
     dataset = config_dict.ConfigDict(config.dataset.to_dict())
     dataset.name = ":".join(first)
+    if dataset.name != config.dataset.name:
+        dataset.options = {}  # They are those of the other dataset.
     return dataset, split
 
 

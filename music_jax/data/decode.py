@@ -17,6 +17,8 @@ import simplejpeg
 
 from music_jax.errors import UndecodableError
 
+EncodedImage = bytes | np.ndarray  # content of a file, or uint8 [height, width, channels]
+
 # The caller reports images that cannot be decoded, by name.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
@@ -98,14 +100,14 @@ def use_one_thread() -> None:
     cv2.setNumThreads(0)
 
 
-def read_header(encoded: bytes) -> Header:
-    """Reads the size of a JPEG, PNG, WebP, BMP or GIF file.
+def read_header(encoded: EncodedImage) -> Header:
+    """Reads the size of a JPEG, PNG, WebP, BMP or GIF file, or of an image that is an array.
 
     Raises:
       UndecodableError: The file has another format, is damaged, or has more than `MAX_PIXELS`.
     """
     try:
-        header = _parse(encoded)
+        header = Header(*encoded.shape[:2]) if isinstance(encoded, np.ndarray) else _parse(encoded)
     except (struct.error, IndexError) as error:
         raise UndecodableError("its header is cut off") from error
     if header.height <= 0 or header.width <= 0:
@@ -129,7 +131,7 @@ def largest_reduction(header: Header, factor: float) -> int:
 
 
 def decode(
-    encoded: bytes,
+    encoded: EncodedImage,
     channels: int,
     *,
     header: Header | None = None,
@@ -137,10 +139,10 @@ def decode(
     quick: bool = False,
     rows: int | None = None,
 ) -> np.ndarray:
-    """Decodes an image file.
+    """Decodes an image file, or returns an image that is an array already.
 
     Args:
-      encoded: Content of the file.
+      encoded: Content of the file, or uint8 [height, width, channels].
       channels: 1 (gray) or 3 (RGB).
       header: Result of `read_header`, if it was called before.
       reduction: 1; or 2, 4 or 8 to decode a JPEG at that fraction of its size.
@@ -159,6 +161,10 @@ def decode(
       UndecodableError: The file is damaged, too large, or of an unknown format.
     """
     header = header or read_header(encoded)
+    if isinstance(encoded, np.ndarray):
+        if encoded.shape[2] != channels:
+            raise UndecodableError(f"it has {encoded.shape[2]} channels, not {channels}")
+        return encoded
     size = _reduced(header.height, reduction), _reduced(header.width, reduction)
     image = None
     if header.is_plain and channels == 3:

@@ -19,7 +19,14 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 from music_jax.data.crops import NUMBERS_PER_BOX, Box, Crop, central_view, cut, draw_boxes
-from music_jax.data.decode import Header, decode, largest_reduction, read_header, use_one_thread
+from music_jax.data.decode import (
+    EncodedImage,
+    Header,
+    decode,
+    largest_reduction,
+    read_header,
+    use_one_thread,
+)
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed import usable_cores
@@ -168,7 +175,7 @@ def evaluation_batches(
 class _Sample(NamedTuple):
     """A sample that was read but not decoded; with an error, its other fields are unused."""
 
-    encoded: bytes
+    encoded: EncodedImage
     label: int
     header: Header
     error: UndecodableError | None = None

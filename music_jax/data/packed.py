@@ -25,7 +25,13 @@ from etils import epath
 
 from music_jax.config import normalize_path
 from music_jax.data.crops import resize
-from music_jax.data.decode import decode, largest_reduction, read_header, use_one_thread
+from music_jax.data.decode import (
+    EncodedImage,
+    decode,
+    largest_reduction,
+    read_header,
+    use_one_thread,
+)
 from music_jax.data.folder import MAX_FILE_BYTES
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
@@ -374,7 +380,7 @@ def _make_records(
         yield waiting.popleft().result()
 
 
-def shrink(encoded: bytes, packing: Packing) -> bytes:
+def shrink(encoded: EncodedImage, packing: Packing) -> bytes:
     """Decodes an image file, shrinks the image and encodes it.
 
     Raises:
@@ -384,7 +390,7 @@ def shrink(encoded: bytes, packing: Packing) -> bytes:
     factor = min(header[:2]) / packing.shorter_side
     reduction = largest_reduction(header, factor)
     image = decode(encoded, packing.channels, header=header, reduction=reduction)
-    if factor <= 1 and packing.encoding == "jpeg":
+    if factor <= 1 and packing.encoding == "jpeg" and isinstance(encoded, bytes):
         return encoded  # decoded only to check it
     ratio = packing.shorter_side / min(image.shape[:2])
     if ratio < 1:

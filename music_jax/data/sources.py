@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from music_jax.data.decode import EncodedImage
 from music_jax.distributed import progress
 from music_jax.errors import UndecodableError
 
@@ -21,10 +22,10 @@ class Source:
 
     Attributes:
       name: Name of the dataset and the split, for messages.
-      records: Object with `len()` and `[index]`, which gives dictionaries of the encoded image and
-        the label. It may have a method `record_name(index)`, the name of an image, and an array
-        `labels`, the labels if they are known without reading records.
-      image_key: Key of the encoded image's bytes in a record.
+      records: Object with `len()` and `[index]`, which gives dictionaries of the image, encoded or
+        as an array, and the label. It may have a method `record_name(index)`, the name of an image,
+        and an array `labels`, the labels if they are known without reading records.
+      image_key: Key of the image in a record.
       label_key: Key of the integer label.
       num_classes: Number of classes; 0 if the images have no labels.
       class_names: Names of the classes, if they have any.
@@ -83,7 +84,7 @@ class Source:
         digest.update(len(self).to_bytes(8, "little"))
         for index in np.unique(np.linspace(0, len(self) - 1, _FINGERPRINTED, dtype=np.int64)):
             try:
-                content = self.example(int(index))[0]
+                content = bytes(self.example(int(index))[0])
             except UndecodableError:
                 content = b"unreadable"
             digest.update(hashlib.sha256(content).digest())
@@ -103,7 +104,7 @@ class Source:
             reason = " ".join(str(error).split())[:300]
             raise UndecodableError(f"its record cannot be read: {reason}") from error
 
-    def example(self, index: int) -> tuple[bytes, int]:
+    def example(self, index: int) -> tuple[EncodedImage, int]:
         """Returns the encoded image and its label, -1 if it has none.
 
         Raises:
@@ -112,8 +113,13 @@ class Source:
         record = self.record(index)
         label = self._label_of(record)
         encoded = record.get(self.image_key)
+        if isinstance(encoded, np.ndarray) and encoded.dtype == np.uint8 and encoded.ndim == 3:
+            return encoded, label
         if not isinstance(encoded, bytes):
-            raise UndecodableError("its record holds no encoded image")
+            raise UndecodableError(
+                "its record holds neither an encoded image nor a uint8 array [height, width, "
+                "channels]"
+            )
         return encoded, label
 
     def count_classes(self, at_most: int) -> int:

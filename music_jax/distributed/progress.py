@@ -89,7 +89,7 @@ def log_to_stdout() -> None:
     logger.handlers = [_Printer()]
 
 
-def bar(total: int, *, unit: str, description: str, done: int = 0) -> Any:
+def bar(total: int, *, unit: str, description: str, done: int = 0, delay: float = 0.0) -> Any:
     """Creates a progress bar that shows the rate and the time left.
 
     In a terminal and below a notebook's cell it is redrawn in place. In a log it is a line every
@@ -100,6 +100,7 @@ def bar(total: int, *, unit: str, description: str, done: int = 0) -> Any:
       unit: Name of an item.
       description: Text before the bar.
       done: Number of items that were done before.
+      delay: Seconds before which nothing is shown.
 
     Returns:
       A `tqdm` bar.
@@ -114,6 +115,7 @@ def bar(total: int, *, unit: str, description: str, done: int = 0) -> Any:
         unit=unit,
         unit_scale=total >= 10_000,
         desc=printable(description),
+        delay=delay,
         file=file,
         ncols=100 if unknown else None,
         nrows=20 if unknown else None,

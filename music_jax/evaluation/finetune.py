@@ -187,8 +187,9 @@ def train_classifier(
     trained, batch_stats = replicate((initial, run.batch_stats), run.mesh)
     opt_state = jax.jit(optimizer.init)(trained)
     step = jax.jit(functools.partial(_step, run, optimizer), donate_argnums=2)
-    for images, labels in batches:
-        trained, batch_stats, opt_state = step(trained, batch_stats, opt_state, images, labels)
+    for i, (images, labels) in enumerate(batches):
+        key = jax.random.fold_in(jax.random.key(run.config.seed), i)
+        trained, batch_stats, opt_state = step(trained, batch_stats, opt_state, images, labels, key)
         if shares_cores(run.mesh):
             jax.block_until_ready(trained["head"])
         after_step()
@@ -204,10 +205,11 @@ def _step(
     opt_state: optax.OptState,
     images: jax.Array,
     labels: jax.Array,
+    key: jax.Array,
 ) -> tuple[Tree, Tree, optax.OptState]:
     def loss(trained: Tree) -> tuple[jax.Array, Tree]:
         features, new_stats = run.network.train_features(
-            trained["backbone"], batch_stats, normalize(images, run.config)
+            trained["backbone"], batch_stats, normalize(images, run.config), key
         )
         kernel, bias = trained["head"]
         logits = features.astype(jnp.float32) @ kernel + bias[None]

@@ -60,7 +60,7 @@ def load_run(
     config = from_json(saved)
     own = is_signed(config, read_signature(directory))
     _override(config, given)
-    validate(config)
+    validate(config, training=False)
     if not own:
         exclude_foreign_data(config, given, workdir, labels=labels, images=images)
     if read_only:

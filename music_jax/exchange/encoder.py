@@ -14,10 +14,12 @@ import numpy as np
 from etils import epath
 from ml_collections import config_dict
 
+from music_jax import registry
 from music_jax.checkpoint.restore import restore_network
 from music_jax.config import from_json, validate
 from music_jax.data.augment import normalize_images
 from music_jax.data.crops import center_crop, central_view
+from music_jax.data.decode import EncodedImage
 from music_jax.distributed import usable_cores
 from music_jax.distributed.mesh import make_data_mesh, to_devices
 from music_jax.errors import UndecodableError, UserError
@@ -84,12 +86,14 @@ class TrainedBackbone:
         """Returns the metadata that a file needs besides the tensors to be loaded, as JSON."""
         config = self.config
         fields = ("name", "stem", "num_heads")
+        backbone = {k: x for k in fields if (x := config.backbone[k]) is not None}
+        backbone |= {"options": x} if (x := registry.options(config.backbone)) else {}
         return {
             "version": 1,
             "step": self.step,
             "num_features": self.backbone.num_features,
             "config": {
-                "backbone": {k: x for k in fields if (x := config.backbone[k]) is not None},
+                "backbone": backbone,
                 "crop": {"size": config.crop.size, "eval_resize": config.crop.eval_resize},
                 "dataset": {
                     "num_channels": config.dataset.num_channels,
@@ -181,7 +185,7 @@ def _load_file(path: epath.Path) -> TrainedBackbone:
 def _inference_config(saved: Any) -> config_dict.ConfigDict:
     config = from_json(saved)
     config.compute_dtype = "float32"
-    validate(config)
+    validate(config, training=False)
     return config
 
 
@@ -342,7 +346,7 @@ class Encoder:
             )
         return center_crop(image, self.size, self.resize_shorter_side)
 
-    def crop_file(self, encoded: bytes) -> np.ndarray:
+    def crop_file(self, encoded: EncodedImage) -> np.ndarray:
         """Decodes the bytes of an image file and returns its central square.
 
         Returns:

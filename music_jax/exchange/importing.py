@@ -154,7 +154,7 @@ def _detect_backbone(tensors: Tensors, source: str) -> str:
         block = Bottleneck if "layer1.0.conv3.weight" in tensors else BasicBlock
         sizes = {"stage_sizes": stages, "block": block}
     for name in TIMM_NAMES if sizes else ():
-        if sizes.items() <= BACKBONES[name].make.keywords.items():
+        if sizes.items() <= BACKBONES[name].sizes.items():
             return name
     described = [f"{name} {getattr(size, '__name__', size)}" for name, size in sizes.items()]
     raise UserError(
@@ -230,7 +230,7 @@ def _assumed(config: config_dict.ConfigDict) -> str:
 
 def _num_heads(config: config_dict.ConfigDict, prefix: str, source: str) -> int | None:
     """Returns the number of attention heads; None for a ResNet."""
-    default = BACKBONES[config.backbone.name].make.keywords.get("num_heads")
+    default = BACKBONES[config.backbone.name].sizes.get("num_heads")
     if default is None or config.backbone.num_heads is not None:
         return config.backbone.num_heads
     if _MOCO_V3.fullmatch(prefix) or default == _MOCO_V3_HEADS:

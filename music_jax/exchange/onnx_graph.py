@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from music_jax.errors import require_extra
+from music_jax.errors import UserError, require_extra
 from music_jax.exchange.encoder import TrainedBackbone
 from music_jax.models import BACKBONES
 from music_jax.models.resnet import BATCH_NORM_EPSILON, STEMS, pooling_cells
@@ -21,7 +21,21 @@ _IR_VERSION = 8  # of ONNX 1.12, the first release with this opset
 
 
 def onnx_model(trained: TrainedBackbone, metadata: dict[str, str]) -> Any:
-    """Converts a backbone in inference mode to a checked `onnx.ModelProto` with metadata."""
+    """Converts a backbone in inference mode to a checked `onnx.ModelProto`.
+
+    Args:
+      trained: Backbone.
+      metadata: Texts by name to store in the model.
+
+    Raises:
+      UserError: The backbone is a registered one, whose layers are unknown.
+    """
+    name = trained.config.backbone.name
+    if BACKBONES[name].is_registered:
+        raise UserError(
+            f"a registered backbone such as {name} cannot be exported as ONNX; use "
+            "--format=stablehlo, safetensors or orbax"
+        )
     with require_extra("export"):
         import onnx
     from onnx import TensorProto, helper
@@ -56,7 +70,7 @@ class _Graph:
     def __init__(self, trained: TrainedBackbone):
         self.nodes: list[Any] = []
         self.initializers: list[Any] = []
-        self.sizes = BACKBONES[trained.config.backbone.name].make.keywords
+        self.sizes = BACKBONES[trained.config.backbone.name].sizes
         self._num_heads: int = trained.config.backbone.num_heads or self.sizes.get("num_heads", 0)
         self._stem = trained.config.backbone.stem or "imagenet"
         self._tensors = trained.tensors

@@ -171,8 +171,9 @@ def check_exchangeable(config: config_dict.ConfigDict) -> None:
         reason = f"their {name} takes 3 channels, not {channels}"
     if reason:
         raise UserError(
-            f"torchvision and timm cannot load this backbone: {reason}. Use --format=onnx, "
-            "stablehlo, safetensors or orbax"
+            f"torchvision and timm cannot load this backbone: {reason}. Use --format="
+            + ("" if BACKBONES[name].is_registered else "onnx, ")
+            + "stablehlo, safetensors or orbax"
         )
 
 
@@ -225,7 +226,7 @@ def from_torch(config: config_dict.ConfigDict, tensors: Tensors, source: str) ->
     ours = tensors_by_name(backbone.params, backbone.batch_stats)
     like = {names[name]: np.broadcast_to(np.float32(0), x.shape) for name, x in ours.items()}
     shapes = {theirs: _to_torch_axes(x, theirs).shape for theirs, x in like.items()}
-    if "width" in BACKBONES[config.backbone.name].make.keywords:
+    if "width" in BACKBONES[config.backbone.name].sizes:
         _check_positions(config, tensors, source)
     check_shapes(tensors, shapes, source, strict=False)
     check_no_other_parts(tensors, set(names.values()), source)
@@ -264,7 +265,7 @@ def check_no_other_parts(tensors: Tensors, used: set[str], source: str) -> None:
 def torch_names(config: config_dict.ConfigDict) -> dict[str, str]:
     """Returns the name in torchvision and timm of each tensor of a backbone."""
     backbone = make_frozen_backbone(config)
-    stages = BACKBONES[config.backbone.name].make.keywords.get("stage_sizes", ())
+    stages = BACKBONES[config.backbone.name].sizes.get("stage_sizes", ())
     blocks = [f"layer{i}.{block}" for i, size in enumerate(stages, 1) for block in range(size)]
     parts = {rf"^blocks\.{i}\b": block for i, block in enumerate(blocks)}
     parts |= (_RESNET_PARTS if stages else _TRANSFORMER_PARTS) | _LEAVES
@@ -304,7 +305,7 @@ def _check_positions(config: config_dict.ConfigDict, tensors: Tensors, source: s
     if found is None or found.ndim != 3 or found.shape[1] < 2:
         raise UserError(f"{source} has no {_POSITIONS} of shape (1, 1 + patches, width)")
     side = round((found.shape[1] - 1) ** 0.5)
-    expected = _positions(side, BACKBONES[config.backbone.name].make.keywords["width"])
+    expected = _positions(side, BACKBONES[config.backbone.name].sizes["width"])
     if found.shape != expected.shape or np.abs(found - expected).max() > 1e-3:
         raise UserError(
             f"the position embedding of {source} is learned or of another kind; only the fixed "

@@ -8,14 +8,16 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from ml_collections import config_dict
 
+from music_jax import registry
 from music_jax.config import embedding_size
+from music_jax.errors import UserError
 from music_jax.models import BACKBONES, Backbone
 from music_jax.models.resnet import BatchNorm
 
@@ -83,9 +85,61 @@ def _make_backbone(config: config_dict.ConfigDict, rngs: nnx.Rngs) -> Backbone:
         channels=config.dataset.num_channels,
         dtype=jnp.dtype(config.compute_dtype),
         rngs=rngs,
-        remat=config.backbone.remat,
         **{field: value for field, value in chosen.items() if value is not None},
+        **registry.options(config.backbone),
     )
+
+
+def _check_features(config: config_dict.ConfigDict, backbone: Backbone) -> None:
+    """Checks that the backbone's features have the shape and the type of its description."""
+    size, channels = config.crop.size, config.dataset.num_channels
+    images = jax.ShapeDtypeStruct((4, size, size, channels), jnp.dtype(config.compute_dtype))
+    features = nnx.eval_shape(
+        lambda backbone, x: backbone(x, train=True, num_views=2), backbone, images
+    )
+    expected = (4, backbone.num_features)
+    if features.shape != expected or features.dtype != jnp.float32:
+        raise UserError(
+            f"backbone {config.backbone.name!r} must return features of shape {expected}, float32, "
+            f"for images of shape {images.shape}; got {features.shape}, {features.dtype}"
+        )
+
+
+class _Graph(NamedTuple):
+    """Modules without their arrays; hashable.
+
+    Attributes:
+      definition: Graph of Flax NNX.
+      rngs: Shapes of the state of random layers, such as dropout.
+      structure: Structure of this state.
+    """
+
+    definition: Any
+    rngs: tuple[jax.ShapeDtypeStruct, ...]
+    structure: Any
+
+
+def _split(module: Any) -> tuple[_Graph, Tree, Tree]:
+    """Returns the graph, the parameters and all other arrays except the state of random layers."""
+    definition, *states = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    params, rngs, others = states
+    leaves, structure = jax.tree.flatten(rngs)
+    shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
+    graph = _Graph(definition, shapes, structure)
+    return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(others)
+
+
+def _merge(graph: _Graph, params: Tree, others: Tree, key: jax.Array | None = None) -> Any:
+    """Returns the modules; their random layers draw from `key`."""
+    key = jax.random.key(0) if key is None else key
+    rngs = [
+        jax.random.split(jax.random.fold_in(key, i), x.shape)
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        else jnp.zeros(x.shape, x.dtype)
+        for i, x in enumerate(graph.rngs)
+    ]
+    state = jax.tree.unflatten(graph.structure, rngs)
+    return nnx.merge(graph.definition, params, others, state, copy=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +157,7 @@ class Network:
     num_embedding: int
 
     def embed(
-        self, params: Tree, batch_stats: Tree, views: jax.Array
+        self, params: Tree, batch_stats: Tree, views: jax.Array, key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, Tree]:
         """Embeds views in training mode: each view is normalized by its own batch statistics.
 
@@ -111,12 +165,13 @@ class Network:
           params: Parameters.
           batch_stats: Running statistics of the normalization layers.
           views: Normalized images [batch, views, height, width, channels].
+          key: Random key of layers such as dropout.
 
         Returns:
           The features [batch, views, features], the embeddings [batch, views, dim] and the new
           running statistics.
         """
-        modules = nnx.merge(self.graph, params, batch_stats, copy=True)
+        modules = _merge(self.graph, params, batch_stats, key)
         batch, num_views = views.shape[:2]
         images = views.reshape(batch * num_views, *views.shape[2:])
         features = modules.backbone(images, train=True, num_views=num_views)
@@ -124,16 +179,16 @@ class Network:
         return (
             features.reshape(batch, num_views, -1),
             embeddings.reshape(batch, num_views, -1),
-            nnx.to_pure_dict(nnx.state(modules, nnx.BatchStat)),
+            _split(modules)[2],
         )
 
     def train_features(
-        self, params: Tree, batch_stats: Tree, images: jax.Array
+        self, params: Tree, batch_stats: Tree, images: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, Tree]:
         """Returns features in training mode, [batch, features], and the new running statistics."""
-        modules = nnx.merge(self.graph, params, batch_stats, copy=True)
+        modules = _merge(self.graph, params, batch_stats, key)
         features = modules.backbone(images, train=True, num_views=1)
-        return features, nnx.to_pure_dict(nnx.state(modules, nnx.BatchStat))
+        return features, _split(modules)[2]
 
     def features(self, params: Tree, batch_stats: Tree, images: jax.Array) -> jax.Array:
         """Returns features in inference mode, [batch, features]."""
@@ -143,7 +198,7 @@ class Network:
         self, params: Tree, batch_stats: Tree, images: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Returns features [batch, features] and embeddings [batch, dim] in inference mode."""
-        modules = nnx.merge(self.graph, params, batch_stats, copy=True)
+        modules = _merge(self.graph, params, batch_stats)
         features = modules.backbone(images, train=False, num_views=1)
         return features, modules.projector(features, train=False, num_views=1)
 
@@ -151,18 +206,15 @@ class Network:
 def make_network(config: config_dict.ConfigDict) -> Network:
     """Returns the network of a config, without allocating its arrays."""
     modules = nnx.eval_shape(lambda: _Modules(config, nnx.Rngs(0)))
-    graph = nnx.split(modules, nnx.Param, nnx.BatchStat)[0]
-    return Network(graph, modules.backbone.num_features, embedding_size(config))
+    if BACKBONES[config.backbone.name].is_registered:
+        _check_features(config, modules.backbone)
+    return Network(_split(modules)[0], modules.backbone.num_features, embedding_size(config))
 
 
 def init_network(config: config_dict.ConfigDict, key: jax.Array) -> tuple[Tree, Tree]:
     """Returns initial parameters and batch statistics; to be called under `jax.jit`."""
-    return _arrays(_Modules(config, nnx.Rngs(key)))
-
-
-def _arrays(module: Any) -> tuple[Tree, Tree]:
-    params, batch_stats = nnx.state(module, nnx.Param), nnx.state(module, nnx.BatchStat)
-    return nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
+    _, params, batch_stats = _split(_Modules(config, nnx.Rngs(key)))
+    return params, batch_stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,12 +235,12 @@ class FrozenBackbone:
 
     def features(self, params: Tree, batch_stats: Tree, images: jax.Array) -> jax.Array:
         """Returns features in inference mode, [batch, features]."""
-        backbone = nnx.merge(self.graph, params, batch_stats, copy=True)
+        backbone = _merge(self.graph, params, batch_stats)
         return backbone(images, train=False, num_views=1)
 
 
 def make_frozen_backbone(config: config_dict.ConfigDict) -> FrozenBackbone:
     """Returns the backbone of a config without projection head, and without allocating arrays."""
     module = nnx.eval_shape(lambda: _make_backbone(config, nnx.Rngs(0)))
-    graph = nnx.split(module, nnx.Param, nnx.BatchStat)[0]
-    return FrozenBackbone(graph, module.num_features, *_arrays(module))
+    graph, params, batch_stats = _split(module)
+    return FrozenBackbone(graph, module.num_features, params, batch_stats)

@@ -23,6 +23,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
+from music_jax import registry
 from music_jax.config import from_json
 from music_jax.distributed.mesh import batch_sharding, check_divisible, make_data_mesh
 from music_jax.distributed.progress import log_to_stdout
@@ -133,6 +134,7 @@ def prepare_process() -> None:
     """Prepares a worker process; silences compilers, which warn that there is no TPU or GPU."""
     end_with_parent()
     log_to_stdout()
+    registry.import_modules()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 

@@ -19,7 +19,8 @@ from music_jax.train.recipe import Recipe
 from music_jax.train.state import TrainState, gather, shard_for_update, state_shardings
 
 _UNUSED: Any = None
-_AUGMENTATION_STREAM = 1  # separates the augmentations' randomness from the initial weights'
+# Separate the randomness of augmentations and of layers from that of the initial weights.
+_AUGMENTATION_STREAM, _LAYER_STREAM = 1, 2
 
 StepFunction = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]
 
@@ -110,7 +111,10 @@ def _embed(
     """Returns embeddings [batch, views, dim] of a batch's crops and the new running statistics."""
     views = augmented_views(recipe, images, sample_index)
     gathered = gather(params, mesh, recipe.dtype)
-    _, embeddings, batch_stats = recipe.network.embed(gathered, batch_stats, views)
+    # The first sample tells apart steps and microbatches, on any number of devices.
+    key = jax.random.fold_in(jax.random.key(recipe.seed), _LAYER_STREAM)
+    key = jax.random.fold_in(key, sample_index[0])
+    _, embeddings, batch_stats = recipe.network.embed(gathered, batch_stats, views, key)
     return embeddings, batch_stats
 
 

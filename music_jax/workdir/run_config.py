@@ -40,6 +40,7 @@ _logger = logging.getLogger(__name__)
 DATA_FIELDS = (
     "dataset.name",
     "dataset.path",
+    "dataset.options",
     "dataset.data_dir",
     "dataset.manual_dir",
     "evaluation.train",
@@ -192,7 +193,7 @@ def _locations(config: config_dict.ConfigDict) -> dict[str, Any]:
     """Returns the data locations that a config names, by field."""
     found = {}
     for field, default in _defaults().items():
-        value = get_field(config, field)
+        value = _value(config, field)
         if value != default and not (field == "dataset.name" and _TFDS_NAME.fullmatch(value)):
             found[field] = value
     return found
@@ -201,7 +202,12 @@ def _locations(config: config_dict.ConfigDict) -> dict[str, Any]:
 @functools.cache
 def _defaults() -> dict[str, Any]:
     config = default_config()
-    return {field: get_field(config, field) for field in DATA_FIELDS}
+    return {field: _value(config, field) for field in DATA_FIELDS}
+
+
+def _value(config: config_dict.ConfigDict, field: str) -> Any:
+    value = get_field(config, field)
+    return value.to_dict() if isinstance(value, config_dict.ConfigDict) else value
 
 
 def _quote(value: Any) -> str:

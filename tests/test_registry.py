@@ -1,0 +1,266 @@
+"""Parts that a user registers, in this process."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from own_parts import write_examples
+
+import music_jax
+import music_jax.train
+from music_jax import config as config_lib
+from music_jax import registry
+from music_jax.config import from_file, validate
+from music_jax.data.datasets import evaluation_sources, open_named, training_source
+from music_jax.data.loader import evaluation_batches
+from music_jax.errors import NotMeasurableError, UserError
+from music_jax.models.network import init_network, make_network
+
+_TABLES = (registry.BACKBONES, registry.DATASETS, registry.OBJECTIVES)
+
+
+@pytest.fixture(autouse=True)
+def _own_tables():
+    """Restores the tables after each test."""
+    kept = [dict(table) for table in _TABLES]
+    yield
+    for table, entries in zip(_TABLES, kept, strict=True):
+        table.clear()
+        table.update(entries)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return write_examples(tmp_path_factory.mktemp("modules")).split(":")
+
+
+@pytest.fixture
+def examples(folders, monkeypatch):
+    """Imports the examples of the documentation as `--import` does."""
+    monkeypatch.setenv("MUSIC_JAX_IMPORT", "my_backbone")
+    for folder in folders:
+        monkeypatch.syspath_prepend(folder)
+    for name in ("my_backbone", "my_objective", "my_dataset"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    registry.import_modules("my_objective, my_dataset")
+
+
+def _config(**fields):
+    config = from_file("digits")
+    config.backbone.name = "patches"
+    config.dataset.update({"name": "stripes", "data_dir": None})
+    config.objective.name = "uniformity"
+    config.crop.size = config.crop.eval_resize = 16
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+@pytest.mark.usefixtures("examples")
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"backbone.name": "patch"}, "--import=MODULE; got 'patch'"),
+        ({"objective.name": "unity"}, "--import=MODULE; got 'unity'"),
+        ({"backbone.options": {"depth": 2}}, "unexpected keyword argument 'depth'"),
+        (
+            {"backbone.options": {"width": {1, 2}}},
+            "config.backbone.options must hold values of JSON",
+        ),
+        ({"backbone.options": {"width": float("nan")}}, "must hold values of JSON"),
+        ({"objective.options": {"power": 2}}, "does not fit the objective 'uniformity'"),
+        (
+            {"objective.name": "vicreg", "objective.options": {"a": 1}},
+            "is for a registered objective",
+        ),
+        ({"dataset.options": {"size": 2}}, "does not fit the dataset 'stripes'"),
+        ({"backbone.remat": True}, "config.backbone.remat is not supported by patches"),
+    ],
+)
+def test_wrong_fields_are_one_clear_error(fields, expected):
+    validate(_config())
+    with pytest.raises(UserError, match=expected.replace("(", r"\(")):
+        validate(_config(**fields))
+
+
+@pytest.mark.usefixtures("examples")
+def test_an_objective_need_not_be_known_except_to_train():
+    validate(_config(**{"objective.name": "of another process"}), training=False)
+
+
+@pytest.mark.usefixtures("examples")
+def test_options_survive_the_record_of_a_run():
+    config = _config(**{"backbone.options": {"width": 8, "sizes": (1, 2), "a": {"b": None}}})
+    saved = config_lib.from_json(json.loads(config.to_json()))
+    assert registry.options(saved.backbone) == {"width": 8, "sizes": [1, 2], "a": {"b": None}}
+    assert registry.options(config.backbone) == registry.options(saved.backbone)
+
+
+def test_names_of_this_package_are_taken():
+    for register, name in (
+        (music_jax.register_backbone, "resnet50"),
+        (music_jax.register_objective, "music"),
+    ):
+        with pytest.raises(ValueError, match=f"'{name}' is taken"):
+            register(name, dict)
+        register("mine", dict)
+        register("mine", dict)  # as a cell of a notebook does that is run again
+    with pytest.raises(ValueError, match="consists of letters"):
+        music_jax.register_dataset("a:b", dict)
+
+
+class _Noisy(nnx.Module):
+    """Returns a constant in training mode, with dropout."""
+
+    def __init__(self, *, channels, dtype, rngs):
+        self.num_features = 64
+        self.scale = nnx.Param(jnp.ones(64))
+        self.seen = nnx.Variable(jnp.zeros((), jnp.int32))
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, images, *, train, num_views):
+        self.seen[...] = self.seen[...] + 1
+        features = jnp.ones((len(images), 64)) * self.scale[...][None]
+        return self.dropout(features, deterministic=not train)
+
+
+def test_random_layers_depend_on_the_key_alone_and_variables_are_kept():
+    music_jax.register_backbone("noisy", _Noisy)
+    config = _config(
+        **{"backbone.name": "noisy", "dataset.name": "digits", "objective.name": "music"}
+    )
+    network = make_network(config)
+    assert hash(network) == hash(make_network(config))  # one compiled step serves both
+    params, stats = init_network(config, jax.random.key(0))
+    assert set(params["backbone"]) == {"scale"}
+    views = jnp.zeros((2, 2, 16, 16, 1))
+    one, again, other = (
+        network.embed(params, stats, views, jax.random.key(k))[0] for k in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(one, again)
+    assert 0.2 < np.mean(one != other) < 0.8
+    assert 0.2 < np.mean(one == 0) < 0.8
+    assert network.embed(params, stats, views)[2]["backbone"] == {"seen": 1}
+    np.testing.assert_array_equal(network.features(params, stats, views[:, 0]), np.ones((2, 64)))
+
+
+def test_features_of_another_shape_are_one_clear_error():
+    class Wrong(_Noisy):
+        def __call__(self, images, *, train, num_views):
+            return jnp.ones((len(images), 3))
+
+    music_jax.register_backbone("wrong", Wrong)
+    with pytest.raises(UserError, match=r"features of shape \(4, 64\), float32.*got \(4, 3\)"):
+        make_network(_config(**{"backbone.name": "wrong"}))
+
+
+class _Images:
+    """A dataset whose records are counted."""
+
+    def __init__(self, images, given=None, **attributes):
+        self.images, self.given, self.reads = images, given, 0
+        self.__dict__.update(attributes)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        self.reads += 1
+        record = {"image": self.images[index]}
+        return record if self.given is None else record | {"label": self.given[index]}
+
+
+def _source(records, config=None):
+    music_jax.register_dataset("mine", lambda split: records if split == "train" else None)
+    config = config or _config(**{"dataset.name": "mine"})
+    return training_source(config)
+
+
+def test_arrays_are_read_as_they_are_and_files_are_decoded():
+    import cv2
+
+    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 1), np.uint8)
+    files = [cv2.imencode(".png", image)[1].tobytes() for image in images]
+    for records in (list(images), files):
+        source = _source(_Images(records, [0, None, 1, -1]))
+        assert (source.num_classes, source.labels().tolist()) == (2, [0, -1, 1, -1])
+        (batch,) = evaluation_batches(
+            source,
+            size=16,
+            resize_shorter_side=16,
+            channels=1,
+            batch_size=4,
+            positions=np.arange(4),
+        )
+        np.testing.assert_array_equal(batch["images"], images)
+        assert batch["label"].tolist() == [0, -1, 1, -1]
+
+
+def test_labels_as_an_attribute_save_reading_the_records():
+    images, labels = np.zeros((50, 8, 8, 1), np.uint8), np.arange(50) % 7 - 1
+    source = _source(_Images(images, labels=labels, class_names="abcdef"))
+    assert source.num_classes == 6
+    assert source.class_names == tuple("abcdef")
+    assert source.records._records.reads == 1
+
+
+@pytest.mark.parametrize(
+    ("records", "expected"),
+    [
+        (7, "must give an object with len"),
+        ([], "has no images"),
+        (["a"], "must be dictionaries with the key 'image'"),
+        ([{"image": b"", "label": 0.5}] * 2, "must be 2 integers"),
+        (_Images([b""], labels=[0, 1]), "must be 1 integers"),
+        (_Images([b""], labels=[3], class_names=("a", "b")), "has the label 3, but 2 class names"),
+    ],
+)
+def test_wrong_records_are_one_clear_error(records, expected):
+    with pytest.raises(UserError, match=expected):
+        _source(records)
+
+
+def test_arrays_that_are_no_images_are_told():
+    source = _source(_Images([np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.float32)]))
+    with pytest.raises(Exception, match="3 channels, not 1"):
+        list(
+            evaluation_batches(
+                source,
+                size=8,
+                resize_shorter_side=8,
+                channels=1,
+                batch_size=1,
+                positions=np.arange(1),
+            )
+        )
+    with pytest.raises(Exception, match="neither an encoded image nor a uint8 array"):
+        source.example(1)
+
+
+def test_splits_that_are_absent():
+    _source(_Images(np.zeros((5, 8, 8, 1), np.uint8), [0, 1, 0, 1, 0]))
+    config = _config(**{"dataset.name": "mine"})
+    with pytest.raises(NotMeasurableError, match="mine has no split 'test'"):
+        evaluation_sources(config)
+    config.evaluation.test = "mine:train"
+    assert evaluation_sources(config).test.name == "mine:train"
+    config.dataset.test_split = config.dataset.train_split = "validation"
+    with pytest.raises(UserError, match="the dataset 'mine' has no split 'validation'"):
+        training_source(config)
+    assert len(open_named(config, "mine:train")) == 5
+
+
+def test_a_dataset_of_another_process_names_the_flag():
+    config = _config(**{"dataset.name": "elsewhere", "dataset.options": {"a": 1}})
+    with pytest.raises(UserError, match=r"'elsewhere' is not registered.*--import=MODULE"):
+        training_source(config)
+
+
+def test_images_that_change_have_another_fingerprint():
+    images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 1), np.uint8)
+    first = _source(_Images(images)).fingerprint(times=False)
+    assert _source(_Images(images.copy())).fingerprint(times=True) == first
+    assert _source(_Images(images[::-1])).fingerprint(times=False) != first
