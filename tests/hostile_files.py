@@ -73,7 +73,7 @@ def images(rng: random.Random, directory: pathlib.Path) -> None:
         order = loader.TrainingOrder(1, 1, rng.randrange(100))
         crop = rng.choice((Crop(16), Crop(16, (1.0, 1.0), (1.0, 1.0))))
         batches = loader._TrainingBatches(
-            source, order, crop, channels, np.arange(1), 1, 2, True, None
+            source, order, crop, channels, np.arange(1), 2, True, None
         )
         batch = batches.new(0)
         batches.fill(0, batch, range(1))

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import grain
@@ -19,7 +19,7 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 from music_jax.data.crops import NUMBERS_PER_BOX, Box, Crop, central_view, cut, draw_boxes
-from music_jax.data.decode import Header, decode, largest_reduction, read_header, use_one_thread
+from music_jax.data.decode import Header, decode, largest_reduction, read_header
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed import usable_cores
@@ -38,6 +38,9 @@ _BATCHES_AHEAD = 3
 
 # Broken images in a row, each drawn at random from the dataset, after which training stops.
 _MAX_TRIES = 100
+
+_Batch = dict[str, np.ndarray]
+_Cut = tuple[Box, bool]  # the box of a view, and whether it is mirrored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,11 +126,8 @@ def training_batches(
     Raises:
       UnusableDataError: While iterating, if images cannot be decoded and must not be skipped.
     """
-    use_one_thread()
-    batches = _TrainingBatches(
-        source, order, crop, channels, positions, num_steps, num_views, flip, skipped
-    )
-    return _read(batches, start_step, num_threads)
+    batches = _TrainingBatches(source, order, crop, channels, positions, num_views, flip, skipped)
+    return _read(batches.new, batches.fill, len(positions), start_step, num_steps, num_threads)
 
 
 def evaluation_batches(
@@ -158,11 +158,35 @@ def evaluation_batches(
       Dictionaries of `images`, uint8 [positions, size, size, channels]; `label`, int32 [positions],
       -1 for images without a label; `decoded`, bool [positions], False for black images.
     """
-    use_one_thread()
-    batches = _EvaluationBatches(
-        source, size, resize_shorter_side, channels, batch_size, positions, skipped
-    )
-    return _read(batches, 0, num_threads)
+    count = len(positions)
+
+    def new(k: int) -> _Batch:
+        del k
+        return {
+            "images": np.zeros((count, size, size, channels), np.uint8),
+            "label": np.full(count, -1, np.int32),
+            "decoded": np.zeros(count, bool),
+        }
+
+    def fill(k: int, batch: _Batch, rows: range) -> None:
+        for row in rows:
+            key = k * batch_size + int(positions[row])
+            if key >= len(source):  # padding
+                return
+            try:
+                encoded, label = source.example(key)
+                batch["images"][row] = central_view(
+                    encoded,
+                    size=size,
+                    resize_shorter_side=resize_shorter_side,
+                    channels=channels,
+                )
+            except UndecodableError as error:
+                _skip(skipped, source, key, error)
+            else:
+                batch["label"][row], batch["decoded"][row] = label, True
+
+    return _read(new, fill, count, 0, -(-len(source) // batch_size), num_threads)
 
 
 class _Sample(NamedTuple):
@@ -174,9 +198,6 @@ class _Sample(NamedTuple):
     error: UndecodableError | None = None
 
 
-_Cut = tuple[Box, bool]  # the box of a view, and whether it is mirrored
-
-
 @dataclasses.dataclass(frozen=True)
 class _TrainingBatches:
     """This process's share of the batch of each step; see `training_batches`."""
@@ -186,27 +207,22 @@ class _TrainingBatches:
     crop: Crop
     channels: int
     positions: np.ndarray
-    num_steps: int
     num_views: int
     flip: bool
     skipped: SkippedImages | None
 
-    def __len__(self) -> int:
-        return self.num_steps
-
-    def new(self, step: int) -> dict[str, np.ndarray]:
+    def new(self, step: int) -> _Batch:
         """Returns a batch whose images and labels are not filled in yet."""
         count, size = len(self.positions), self.crop.size
-        indices = self._indices(step, range(count))
         return {
             "images": np.empty((count, self.num_views, size, size, self.channels), np.uint8),
-            "sample_index": np.asarray([i % 2**32 for i in indices], np.uint32),
+            "sample_index": (self._indices(step) % 2**32).astype(np.uint32),
             "label": np.empty(count, np.int32),
         }
 
-    def fill(self, step: int, batch: dict[str, np.ndarray], rows: range) -> None:
+    def fill(self, step: int, batch: _Batch, rows: range) -> None:
         """Fills in some rows of a batch."""
-        indices = self._indices(step, rows)
+        indices = self._indices(step)[rows.start : rows.stop].tolist()
         keys = [self.order.record_key(index) for index in indices]
         samples = [self._read(key) for key in keys]
         cuts = self._draw(indices, samples)
@@ -214,9 +230,8 @@ class _TrainingBatches:
             views = batch["images"][row]
             batch["label"][row] = self._fill(indices[i], keys[i], samples[i], cuts[i], views)
 
-    def _indices(self, step: int, rows: range) -> list[int]:
-        first = self.order.sample_index(step, 0)
-        return [first + position for position in self.positions[rows.start : rows.stop].tolist()]
+    def _indices(self, step: int) -> np.ndarray:
+        return self.order.sample_index(step, 0) + self.positions.astype(np.int64)
 
     def _read(self, key: int) -> _Sample:
         try:
@@ -266,7 +281,6 @@ class _TrainingBatches:
             header=header,
             reduction=reduction,
             quick=True,
-            rows=max(box.top + box.height for box, _ in cuts),
         )
         if not header.is_jpeg and image.shape[:2] != header[:2]:  # a rotated PNG, for example
             actual = sample._replace(header=Header(*image.shape[:2]))
@@ -293,51 +307,6 @@ def _uniform(seed: int, sample_indices: list[int], count: int) -> np.ndarray:
     return numbers[:, :count]
 
 
-@dataclasses.dataclass(frozen=True)
-class _EvaluationBatches:
-    """This process's share of each batch of a split; see `evaluation_batches`."""
-
-    source: Source
-    size: int
-    resize_shorter_side: int
-    channels: int
-    batch_size: int
-    positions: np.ndarray
-    skipped: SkippedImages | None
-
-    def __len__(self) -> int:
-        return -(-len(self.source) // self.batch_size)
-
-    def new(self, k: int) -> dict[str, np.ndarray]:
-        """Returns a batch of black images."""
-        del k
-        count = len(self.positions)
-        return {
-            "images": np.zeros((count, self.size, self.size, self.channels), np.uint8),
-            "label": np.full(count, -1, np.int32),
-            "decoded": np.zeros(count, bool),
-        }
-
-    def fill(self, k: int, batch: dict[str, np.ndarray], rows: range) -> None:
-        """Fills in some rows of a batch, up to the end of the split."""
-        for row in rows:
-            key = k * self.batch_size + int(self.positions[row])
-            if key >= len(self.source):
-                return
-            try:
-                encoded, label = self.source.example(key)
-                batch["images"][row] = central_view(
-                    encoded,
-                    size=self.size,
-                    resize_shorter_side=self.resize_shorter_side,
-                    channels=self.channels,
-                )
-            except UndecodableError as error:
-                _skip(self.skipped, self.source, key, error)
-            else:
-                batch["label"][row], batch["decoded"][row] = label, True
-
-
 def _skip(skipped: SkippedImages | None, source: Source, key: int, error: UndecodableError) -> None:
     if skipped is None:
         name = source.record_name(key)
@@ -345,55 +314,41 @@ def _skip(skipped: SkippedImages | None, source: Source, key: int, error: Undeco
     skipped.add(source, key, str(error))
 
 
-_Batches = _TrainingBatches | _EvaluationBatches
-
-
-class _Parts:
-    """Items for Grain's threads, each of which fills in some rows of a batch in place.
-
-    All threads thus work on a few batches at a time, and samples need not be passed on and stacked.
-    """
-
-    def __init__(self, batches: _Batches, size: int):
-        self._batches, self._size = batches, size
-        self.per_batch = -(-len(batches.positions) // size)
-        self._started: dict[int, dict[str, np.ndarray]] = {}
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._batches) * self.per_batch
-
-    def __getitem__(self, item: int) -> int:
-        k, part = divmod(int(item), self.per_batch)
-        with self._lock:
-            if k not in self._started:
-                self._started[k] = self._batches.new(k)
-            batch = self._started[k]
-        stop = min((part + 1) * self._size, len(self._batches.positions))
-        self._batches.fill(k, batch, range(part * self._size, stop))
-        return k
-
-    def take(self, k: int) -> dict[str, np.ndarray]:
-        """Returns a batch whose parts have all been read, and releases it."""
-        with self._lock:
-            return self._started.pop(k)
-
-
 def _read(
-    batches: _Batches, start: int, num_threads: int | None
+    new: Callable[[int], _Batch],
+    fill: Callable[[int, _Batch, range], None],
+    num_rows: int,
+    start: int,
+    stop: int,
+    num_threads: int | None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields batches from `start` on, decoded by several threads ahead of their use."""
+    """Yields the batches `start` to `stop - 1`, decoded by several threads ahead of their use.
+
+    Each thread fills in some rows of a batch in place. All threads thus work on a few batches at a
+    time, and samples need not be passed on and stacked.
+    """
     threads = num_threads or usable_cores()
     # Small batches are divided into smaller parts, so that all threads have one.
-    share = -(-_BATCHES_AHEAD * len(batches.positions) // threads)
-    parts = _Parts(batches, min(_PART_SIZE, share))
+    size = min(_PART_SIZE, -(-_BATCHES_AHEAD * num_rows // threads))
+    num_parts = -(-num_rows // size)
+    started: dict[int, _Batch] = {}
+    lock = threading.Lock()
+
+    def fill_part(item: int) -> int:
+        k, part = divmod(item, num_parts)
+        with lock:
+            if k not in started:
+                started[k] = new(k)
+        fill(k, started[k], range(part * size, min((part + 1) * size, num_rows)))
+        return item
+
     options = grain.ReadOptions(
         num_threads=threads,
-        prefetch_buffer_size=max(threads + 1, _BATCHES_AHEAD * parts.per_batch),
+        prefetch_buffer_size=max(threads + 1, _BATCHES_AHEAD * num_parts),
     )
-    dataset = grain.MapDataset.source(parts)[start * parts.per_batch :]
-    read = iter(dataset.to_iter_dataset(options))
-    for k in range(start, len(batches)):
-        for _ in range(parts.per_batch):
-            next(read)
-        yield parts.take(k)
+    parts = grain.MapDataset.range(start * num_parts, stop * num_parts).map(fill_part)
+    filled = iter(parts.to_iter_dataset(options))
+    for k in range(start, stop):
+        for _ in range(num_parts):
+            next(filled)
+        yield started.pop(k)

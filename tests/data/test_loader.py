@@ -16,7 +16,6 @@ from PIL import Image
 
 from music_jax.data import loader
 from music_jax.data.crops import NUMBERS_PER_BOX, Box, Crop, cut, draw_boxes
-from music_jax.data.decode import decode
 from music_jax.data.loader import TrainingOrder, evaluation_batches, training_batches
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
@@ -458,38 +457,6 @@ def test_views_of_a_jpeg_decoded_smaller_match_those_of_the_full_size(height, wi
     difference = views(jpeg)["images"].astype(int) - views(bmp)["images"]
     assert np.abs(difference).mean() < 3
     assert np.abs(difference).max() < 30
-
-
-def test_views_of_a_jpeg_decoded_in_part_are_those_of_the_whole_image(
-    monkeypatch,
-):
-    noise = np.random.default_rng(0).integers(0, 256, (240, 180, 3), np.uint8)
-    jpeg = cv2.imencode(".jpg", noise)[1].tobytes()
-
-    class One(_Records):
-        def __getitem__(self, i):
-            return {"image": jpeg, "label": 0}
-
-    def views():
-        source = Source("one", One(16), "image", "label", 1)
-        order, crop = TrainingOrder(16, 16, 0), Crop(64, (0.1, 0.5))
-        return _batches(source, order, num_steps=1, crop=crop, channels=3)[0]["images"]
-
-    heights = []
-
-    def decode_in_part(*args, **kwargs):
-        image = decode(*args, **kwargs)
-        heights.append(len(image))
-        return image
-
-    def decode_whole(*args, rows, **kwargs):
-        return decode(*args, **kwargs)
-
-    monkeypatch.setattr(loader, "decode", decode_in_part)
-    found = views()
-    assert min(heights) < 200
-    monkeypatch.setattr(loader, "decode", decode_whole)
-    np.testing.assert_array_equal(found, views())
 
 
 def test_views_of_a_rotated_png_are_cut_after_the_rotation():
