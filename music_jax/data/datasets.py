@@ -269,23 +269,6 @@ def _parts(spec: str) -> list[str]:
     return re.split(r":(?![^\[]*\])", spec)
 
 
-class _Relabeled:
-    """Records whose labels are mapped by a table."""
-
-    def __init__(self, source: Source, table: np.ndarray):
-        self._source, self._table = source, table
-        self.record_name = source.record_name
-        known = source.known_labels
-        self.labels = None if known is None else np.where(known >= 0, table[known], -1)
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> dict:
-        encoded, label = self._source.example(index)
-        return {"image": encoded, "label": self._table[label] if label >= 0 else -1}
-
-
 def _with_classes(test: Source, train: Source) -> Source:
     """Returns the test source with the training source's numbers for classes of the same names.
 
@@ -304,14 +287,11 @@ def _with_classes(test: Source, train: Source) -> Source:
             + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
             + "; give the classes of both the same names"
         )
-    table = np.asarray([numbers[name] for name in test_names], np.int32)
     return dataclasses.replace(
         test,
-        records=_Relabeled(test, table),
-        image_key="image",
-        label_key="label",
         num_classes=train.num_classes,
         class_names=train.class_names,
+        numbers=np.asarray([numbers[name] for name in test_names], np.int32),
     )
 
 
