@@ -1,4 +1,6 @@
-"""Decodes image files on the host: JPEG, PNG, WebP, BMP, and the first frame of a GIF.
+"""Decodes image files on the host, and cuts the view for evaluation out of them.
+
+The formats are JPEG, PNG, WebP, BMP, and the first frame of a GIF.
 
 `read_header` checks the format and the size before anything is decoded, in loops that are bounded
 for any input. simplejpeg decodes ordinary color JPEGs, OpenCV decodes everything else. The upper
@@ -198,6 +200,54 @@ def _decode_any(encoded: bytes, channels: int, header: Header, reduction: int) -
     if header.orientation > 1:
         image = _TURNS[header.orientation](image)
     return image[..., None] if channels == 1 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+
+
+def central_view(
+    encoded: bytes, *, size: int, resize_shorter_side: int, channels: int
+) -> np.ndarray:
+    """Decodes an image file and cuts the view that is used for evaluation.
+
+    Args:
+      encoded: Content of the file.
+      size: Side of the view, in pixels.
+      resize_shorter_side: Length to which the shorter side is resized first, at least `size`.
+      channels: 1 (gray) or 3 (RGB).
+
+    Returns:
+      uint8 [size, size, channels].
+
+    Raises:
+      UndecodableError: The file is damaged, too large, or of an unknown format.
+    """
+    header = read_header(encoded)
+    reduction = largest_reduction(header, min(header[:2]) / resize_shorter_side)
+    image = decode(encoded, channels, header=header, reduction=reduction)
+    return center_crop(image, size, resize_shorter_side)
+
+
+def center_crop(image: np.ndarray, size: int, resize_shorter_side: int) -> np.ndarray:
+    """Resizes the shorter side of uint8 [height, width, channels], then cuts the central square."""
+    for axis in (0, 1):  # enlarging a long strip completely could fill the memory
+        longer, shorter = image.shape[axis], image.shape[1 - axis]
+        if longer > 16 * shorter:
+            cut_off = (longer - 4 * shorter) // 2
+            image = image.take(range(cut_off, longer - cut_off), axis)
+    height, width = image.shape[:2]
+    ratio = resize_shorter_side / min(height, width)
+    new_height, new_width = max(round(height * ratio), size), max(round(width * ratio), size)
+    image = resize(image, new_height, new_width)
+    top, left = (new_height - size) // 2, (new_width - size) // 2
+    return image[top : top + size, left : left + size]
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes uint8 [h, w, channels], by area where it shrinks (no aliasing), else bilinearly."""
+    if image.shape[:2] == (height, width):
+        return image
+    shrinks = image.shape[0] * image.shape[1] > height * width
+    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    resized = cv2.resize(image, (width, height), interpolation=method)
+    return resized.reshape(height, width, image.shape[2])
 
 
 def without_texts(encoded: bytes) -> bytes:

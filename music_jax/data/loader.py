@@ -10,16 +10,17 @@ depend on the seed and this index, never on a worker, a process, or where a run 
 import dataclasses
 import functools
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import cv2
 import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
-from music_jax.data.crops import NUMBERS_PER_BOX, Box, Crop, central_view, cut, draw_boxes
-from music_jax.data.decode import Header, decode, largest_reduction, read_header
+from music_jax.data.decode import Header, central_view, decode, largest_reduction, read_header
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed import usable_cores
@@ -39,8 +40,10 @@ _BATCHES_AHEAD = 3
 # Broken images in a row, each drawn at random from the dataset, after which training stops.
 _MAX_TRIES = 100
 
+_TRIES = 10  # at drawing a box
+NUMBERS_PER_BOX = 2 * _TRIES + 2  # area and aspect ratio of each try, then top and left
+
 _Batch = dict[str, np.ndarray]
-_Cut = tuple[Box, bool]  # the box of a view, and whether it is mirrored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +90,33 @@ def _shuffle_key(seed: int, epoch: int) -> int:
     epochs each. Then one epoch of a run has the order of one epoch of another.
     """
     return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """Settings of the random crops of training views.
+
+    Attributes:
+      size: Side of the square view, in pixels.
+      scale: Range of the crop's share of the image's area; (1, 1) takes the entire image.
+      aspect_ratio: Range of the crop's width divided by its height.
+    """
+
+    size: int
+    scale: tuple[float, float] = (0.08, 1.0)
+    aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+
+class Box(NamedTuple):
+    """A rectangle of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+_Cut = tuple[Box, bool]  # the box of a view, and whether it is mirrored
 
 
 def training_batches(
@@ -289,6 +319,71 @@ class _TrainingBatches:
             cut(image, box, view, reduction=reduction)
             if flip:
                 view[:] = view[:, ::-1].copy()
+
+
+def draw_boxes(
+    heights: np.ndarray, widths: np.ndarray, crop: Crop, numbers: np.ndarray
+) -> np.ndarray:
+    """Draws a random box in each of many images, as torchvision's `RandomResizedCrop` does.
+
+    Area and aspect ratio are drawn up to ten times. If no box fits, the largest centered box within
+    the range of aspect ratios is taken.
+
+    Args:
+      heights: Heights of the images, [n].
+      widths: Widths of the images, [n].
+      crop: Ranges to draw from.
+      numbers: Uniform numbers in [0, 1), [n, NUMBERS_PER_BOX]; each row gives one box.
+
+    Returns:
+      int64 [n, 4], the fields of `Box`.
+    """
+    low, high = crop.scale
+    log_low, log_high = (math.log(r) for r in crop.aspect_ratio)
+    h, w = heights[:, None], widths[:, None]
+    areas = h * w * (low + (high - low) * numbers[:, :_TRIES])
+    ratios = np.exp(log_low + (log_high - log_low) * numbers[:, _TRIES : 2 * _TRIES])
+    tried_w, tried_h = np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
+    fits = (tried_w > 0) & (tried_w <= w) & (tried_h > 0) & (tried_h <= h)  # [n, tries]
+    first = fits.argmax(axis=1)[:, None]
+    any_fits = fits.any(axis=1)
+    ratio = np.clip(widths / heights, *crop.aspect_ratio)
+    largest_w = np.minimum(widths, np.maximum(1, np.rint(heights * ratio)))
+    largest_h = np.minimum(heights, np.maximum(1, np.rint(widths / ratio)))
+    box_w = np.where(any_fits, np.take_along_axis(tried_w, first, axis=1)[:, 0], largest_w)
+    box_h = np.where(any_fits, np.take_along_axis(tried_h, first, axis=1)[:, 0], largest_h)
+    top = np.where(any_fits, (heights - box_h + 1) * numbers[:, -2], (heights - box_h) // 2)
+    left = np.where(any_fits, (widths - box_w + 1) * numbers[:, -1], (widths - box_w) // 2)
+    return np.stack([top, left, box_h, box_w], axis=1).astype(np.int64)
+
+
+def cut(image: np.ndarray, box: Box, out: np.ndarray, *, reduction: int = 1) -> None:
+    """Cuts a box out of an image and resizes it to a square, fast enough for training.
+
+    Halves the box, each pixel the mean of four, while it is at least twice as large as the square,
+    then interpolates bilinearly. Averaging over all pixels at once, as `resize` does, takes five
+    to ten times as long; the mean difference is one gray level.
+
+    Args:
+      image: uint8 [height, width, channels].
+      box: Box, in pixels of the image at full size.
+      out: uint8 [size, size, channels], contiguous; receives the square.
+      reduction: Factor by which decoding has reduced the image.
+    """
+    top, left, height, width = box
+    if reduction > 1:
+        height = -(-(top + height) // reduction) - top // reduction
+        width = -(-(left + width) // reduction) - left // reduction
+        top, left = top // reduction, left // reduction
+    part = image[top : top + height, left : left + width]
+    size = out.shape[0]
+    while height >= 2 * size and width >= 2 * size:
+        height, width = height // 2, width // 2
+        part = cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA)
+    if (height, width) == (size, size):
+        out[:] = part.reshape(out.shape)
+    else:
+        cv2.resize(part, (size, size), dst=out, interpolation=cv2.INTER_LINEAR)
 
 
 def _uniform(seed: int, sample_indices: list[int], count: int) -> np.ndarray:

@@ -27,8 +27,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 from music_jax.config import normalize_path
-from music_jax.data.crops import resize
-from music_jax.data.decode import decode, largest_reduction, read_header
+from music_jax.data.decode import decode, largest_reduction, read_header, resize
 from music_jax.data.folder import MAX_FILE_BYTES
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from music_jax.data.augment import normalize_images
-from music_jax.data.crops import center_crop, central_view
+from music_jax.data.decode import center_crop, central_view
 from music_jax.distributed import usable_cores
 from music_jax.distributed.mesh import make_data_mesh, to_devices
 from music_jax.errors import UndecodableError, UserError
