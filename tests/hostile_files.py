@@ -75,7 +75,7 @@ def images(rng: random.Random, directory: pathlib.Path) -> None:
         batches = loader._TrainingBatches(
             source, order, crop, channels, np.arange(1), 2, True, None
         )
-        batch = batches.new(0)
+        batch = batches.new()
         batches.fill(0, batch, range(1))
         assert batch["images"].shape == (1, 2, 16, 16, channels)
     elif use == 1:

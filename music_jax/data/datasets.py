@@ -238,30 +238,25 @@ def parse_pair(spec: str) -> tuple[str, str] | None:
     if not all(parts):
         return None
     pairs = [(":".join(parts[:i]), ":".join(parts[i:])) for i in range(1, len(parts))]
-    for pair in pairs:
-        if all(map(_exists, pair)):
-            return pair
     *first, train, test = parts if len(parts) > 2 else ["", ""]
-    if _is_split([*first, train]) and _is_split([*first, test]):
-        return ":".join([*first, train]), ":".join([*first, test])
-    for pair in pairs:
-        if all(_exists(name) or _is_split(_parts(name)) for name in pair):
-            return pair
-    return None
+    dataset = ":".join([*first, train]), ":".join([*first, test])
+    found = [pair for pair in pairs if all(map(_exists, pair))]
+    found += [dataset] * all(map(_is_split, dataset))
+    found += [pair for pair in pairs if all(_exists(x) or _is_split(x) for x in pair)]
+    return found[0] if found else None
 
 
 def _exists(path: str) -> bool:
     return os.path.exists(os.path.expanduser(path))
 
 
-def _is_split(parts: list[str]) -> bool:
-    """Returns whether these can be the parts of `NAME:SPLIT` or `NAME:VERSION:SPLIT`."""
-    if not 2 <= len(parts) <= 3 or parts[0][:1] in ("", ".", "/", "~"):
+def _is_split(name: str) -> bool:
+    """Returns whether this can be `NAME:SPLIT` or `NAME:VERSION:SPLIT`."""
+    parts = _parts(name)
+    if not 2 <= len(parts) <= 3 or name[0] in ":./~" or "/" in parts[-1]:
         return False
-    *version, split = parts[1:]
-    if "/" in split or _VERSION.fullmatch(split):
-        return False
-    return all(map(_VERSION.fullmatch, version))
+    *version, split = (_VERSION.fullmatch(part) for part in parts[1:])
+    return all(version) and not split
 
 
 def _parts(spec: str) -> list[str]:

@@ -91,8 +91,6 @@ def open_folder(path: str) -> Source:
     return Source(
         name=name,
         records=files,
-        image_key="image",
-        label_key="label",
         num_classes=len(class_names),
         class_names=class_names,
         identity=files.identity,
@@ -166,13 +164,9 @@ def _examine(entry: os.DirEntry) -> os.stat_result | str:
 def _kind(name: str) -> str:
     """Returns the kind under which an excluded file is counted."""
     extension = os.path.splitext(name)[1].lower()
-    if len(extension) > _LONGEST_EXTENSION:
-        return "other files"
-    if not name.startswith("."):
-        return extension or "files without an extension"
-    if extension:
-        return f"hidden {extension}"
-    return name if name == ".DS_Store" else "hidden files"
+    if not extension or len(extension) > _LONGEST_EXTENSION:
+        extension = "files without an extension"
+    return f"hidden {extension}" if name.startswith(".") else extension
 
 
 def _holds(folder: str, path: str) -> bool:

@@ -190,8 +190,7 @@ def evaluation_batches(
     """
     count = len(positions)
 
-    def new(k: int) -> _Batch:
-        del k
+    def new() -> _Batch:
         return {
             "images": np.zeros((count, size, size, channels), np.uint8),
             "label": np.full(count, -1, np.int32),
@@ -241,27 +240,26 @@ class _TrainingBatches:
     flip: bool
     skipped: SkippedImages | None
 
-    def new(self, step: int) -> _Batch:
-        """Returns a batch whose images and labels are not filled in yet."""
+    def new(self) -> _Batch:
+        """Returns a batch that is not filled in yet."""
         count, size = len(self.positions), self.crop.size
         return {
             "images": np.empty((count, self.num_views, size, size, self.channels), np.uint8),
-            "sample_index": (self._indices(step) % 2**32).astype(np.uint32),
+            "sample_index": np.empty(count, np.uint32),
             "label": np.empty(count, np.int32),
         }
 
     def fill(self, step: int, batch: _Batch, rows: range) -> None:
         """Fills in some rows of a batch."""
-        indices = self._indices(step)[rows.start : rows.stop].tolist()
+        positions = self.positions[rows.start : rows.stop].tolist()
+        indices = [self.order.sample_index(step, position) for position in positions]
         keys = [self.order.record_key(index) for index in indices]
         samples = [self._read(key) for key in keys]
         cuts = self._draw(indices, samples)
         for i, row in enumerate(rows):
             views = batch["images"][row]
+            batch["sample_index"][row] = indices[i] % 2**32
             batch["label"][row] = self._fill(indices[i], keys[i], samples[i], cuts[i], views)
-
-    def _indices(self, step: int) -> np.ndarray:
-        return self.order.sample_index(step, 0) + self.positions.astype(np.int64)
 
     def _read(self, key: int) -> _Sample:
         try:
@@ -305,13 +303,8 @@ class _TrainingBatches:
         header = sample.header
         smallest = min(min(box.height, box.width) for box, _ in cuts)
         reduction = largest_reduction(header, smallest / self.crop.size)
-        image = decode(
-            sample.encoded,
-            self.channels,
-            header=header,
-            reduction=reduction,
-            quick=True,
-        )
+        encoded, channels = sample.encoded, self.channels
+        image = decode(encoded, channels, header=header, reduction=reduction, quick=True)
         if not header.is_jpeg and image.shape[:2] != header[:2]:  # a rotated PNG, for example
             actual = sample._replace(header=Header(*image.shape[:2]))
             (cuts,) = self._draw([index], [actual])
@@ -410,7 +403,7 @@ def _skip(skipped: SkippedImages | None, source: Source, key: int, error: Undeco
 
 
 def _read(
-    new: Callable[[int], _Batch],
+    new: Callable[[], _Batch],
     fill: Callable[[int, _Batch, range], None],
     num_rows: int,
     start: int,
@@ -433,7 +426,7 @@ def _read(
         k, part = divmod(item, num_parts)
         with lock:
             if k not in started:
-                started[k] = new(k)
+                started[k] = new()
         fill(k, started[k], range(part * size, min((part + 1) * size, num_rows)))
         return item
 

@@ -84,8 +84,6 @@ def open_packed(path: str) -> Source:
     return Source(
         name=escape_surrogates(normalize_path(path)),
         records=records,
-        image_key="image",
-        label_key="label",
         num_classes=len(names),
         class_names=names,
         identity=lambda times: json.dumps([*content, stamps] if times else content).encode(),

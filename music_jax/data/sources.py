@@ -38,9 +38,9 @@ class Source:
 
     name: str
     records: Any
-    image_key: str
-    label_key: str
-    num_classes: int
+    image_key: str = "image"
+    label_key: str = "label"
+    num_classes: int = 0
     class_names: tuple[str, ...] = ()
     no_classes: str = ""
     identity: Callable[[bool], bytes] = lambda _: b""
