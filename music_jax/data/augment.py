@@ -84,12 +84,6 @@ class ViewAugmentation:
                     raise ValueError(f"expected {field.name} in [0, {high:g}{closing}, got {value}")
 
     @property
-    def jitters(self) -> bool:
-        """Whether the color jitter can change anything."""
-        strengths = (self.brightness, self.contrast, self.saturation, self.hue)
-        return self.jitter_probability > 0 and any(strengths)
-
-    @property
     def warps(self) -> bool:
         """Whether the affine warp can change anything."""
         strengths = (self.rotation_degrees, self.translation, self.shear_degrees)
@@ -202,7 +196,7 @@ def augment_views(
     if any(view.flip_probability for view in views):
         planes = transforms.flip_left_right(planes, random.flag(_Draw.FLIP))
     planes = _to_unit(planes)
-    if any(view.jitters for view in views):
+    if any(view.jitter_probability for view in views):
         planes = transforms.color_jitter(planes, **_draw_jitter(random))
     if channels == 3 and any(view.grayscale_probability for view in views):
         planes = transforms.grayscale(planes, random.flag(_Draw.GRAYSCALE))
@@ -282,16 +276,16 @@ def _warp_views(planes: transforms.Planes, matrices: jax.Array) -> transforms.Pl
 def _draw_jitter(random: _Randomness) -> dict[str, jax.Array]:
     """Draws factors and shifts, 1 and 0 where no jitter is drawn, for what any view changes."""
     apply = random.flag(_Draw.JITTER)
-    drawn = {}
+    drawn: dict[str, jax.Array] = {}
     for name in ("brightness", "contrast", "saturation", "hue"):
         number, strength = _Draw[name.upper()], random.option(name)
+        if not any(getattr(view, name) for view in random.views):
+            continue
         if name == "hue":
-            values = jnp.where(apply, random.symmetric(number, strength), 0.0)
+            drawn[name] = jnp.where(apply, random.symmetric(number, strength), 0.0)
         else:
             factor = random.between(number, jnp.maximum(0.0, 1.0 - strength), 1.0 + strength)
-            values = jnp.where(apply, factor, 1.0)
-        if any(getattr(view, name) for view in random.views):
-            drawn[name] = values
+            drawn[name] = jnp.where(apply, factor, 1.0)
     return drawn
 
 
@@ -327,23 +321,15 @@ def _check_arguments(
 ) -> None:
     _check_uint8(images)
     if images.ndim != 5 or images.shape[-1] not in (1, 3):
-        raise ValueError(
-            "expected images of shape [batch, views, height, width, 1 or 3 channels], "
-            f"got {images.shape}"
-        )
-    if len(views) != images.shape[1]:
-        raise ValueError(
-            f"expected one ViewAugmentation for each of {images.shape[1]} views, got {len(views)}"
-        )
-    if sample_indices.shape != images.shape[:1] or not jnp.issubdtype(
-        sample_indices.dtype, jnp.integer
-    ):
-        raise ValueError(
-            f"expected integer sample_indices of shape {images.shape[:1]}, "
-            f"got {sample_indices.dtype} of shape {sample_indices.shape}"
-        )
+        layout = "[batch, views, height, width, 1 or 3 channels]"
+        raise ValueError(f"expected images of shape {layout}, got {images.shape}")
+    batch, num_views = images.shape[:2]
+    if len(views) != num_views:
+        raise ValueError(f"expected augmentations of each of {num_views} views, got {len(views)}")
+    is_integer = jnp.issubdtype(sample_indices.dtype, jnp.integer)
+    if not is_integer or sample_indices.shape != (batch,):
+        got = f"{sample_indices.dtype} of shape {sample_indices.shape}"
+        raise ValueError(f"expected integer sample_indices of shape {(batch,)}, got {got}")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape != ():
-        raise ValueError(
-            f"expected one typed key, as jax.random.key(seed) gives, got {key.dtype} of shape "
-            f"{key.shape}"
-        )
+        got = f"{key.dtype} of shape {key.shape}"
+        raise ValueError(f"expected one typed key, as jax.random.key(seed) gives, got {got}")

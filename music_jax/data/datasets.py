@@ -67,11 +67,7 @@ def load_images(
 
 
 def prepare(config: config_dict.ConfigDict, fields: Collection[str] = _FIELDS) -> None:
-    """Prepares the TFDS datasets that a config names.
-
-    Args:
-      config: Config.
-      fields: Fields whose datasets are prepared.
+    """Prepares the TFDS datasets that some fields of a config name.
 
     Raises:
       UserError: A dataset is unknown or cannot be prepared.
@@ -100,10 +96,8 @@ def evaluation_sources(
 ) -> EvaluationSources:
     """Opens the images to evaluate the backbone with.
 
-    Args:
-      config: Config, whose group `evaluation` names the sources.
-      training: Result of `training_source`, if it was called before. Otherwise the images to train
-        on are opened only if `evaluation.train` does not name others.
+    If `evaluation.train` names no others, these are the images to train on: `training`, or else
+    the result of `training_source`.
 
     Raises:
       NotMeasurableError: There are no images to test with, or too few labels.
@@ -190,10 +184,8 @@ def open_path(path: str) -> Source:
 def open_named(config: config_dict.ConfigDict, name: str, *, prepare: bool = False) -> Source:
     """Opens a folder, or a split of a TFDS dataset: `NAME:SPLIT`, or with a config and a version.
 
-    Args:
-      config: Config, whose group `dataset` has the directory of TFDS's files and the feature names.
-      name: Folder, or dataset and split.
-      prepare: Whether to prepare a TFDS dataset first.
+    The config has TFDS's directory and the names of the features. With `prepare`, the TFDS dataset
+    is prepared first.
 
     Raises:
       UserError: There is no such folder or split.

@@ -205,13 +205,7 @@ def _decode_any(encoded: bytes, channels: int, header: Header, reduction: int) -
 def central_view(
     encoded: bytes, *, size: int, resize_shorter_side: int, channels: int
 ) -> np.ndarray:
-    """Decodes an image file and cuts the view that is used for evaluation.
-
-    Args:
-      encoded: Content of the file.
-      size: Side of the view, in pixels.
-      resize_shorter_side: Length to which the shorter side is resized first, at least `size`.
-      channels: 1 (gray) or 3 (RGB).
+    """Decodes an image file, and cuts the central view for evaluation as `center_crop` does.
 
     Returns:
       uint8 [size, size, channels].
@@ -226,7 +220,13 @@ def central_view(
 
 
 def center_crop(image: np.ndarray, size: int, resize_shorter_side: int) -> np.ndarray:
-    """Resizes the shorter side of uint8 [height, width, channels], then cuts the central square."""
+    """Resizes the shorter side of uint8 [height, width, channels], then cuts the central square.
+
+    Args:
+      image: Image.
+      size: Side of the square, in pixels.
+      resize_shorter_side: Length to which the shorter side is resized, at least `size`.
+    """
     for axis in (0, 1):  # enlarging a long strip completely could fill the memory
         longer, shorter = image.shape[axis], image.shape[1 - axis]
         if longer > 16 * shorter:
@@ -358,7 +358,7 @@ def _check_scans(encoded: bytes, at: int, pixels: int) -> None:
 def _orientation(exif: bytes) -> int:
     """Reads the orientation, 1 to 8, from the first directory of Exif data, as Pillow does.
 
-    Missing or damaged data give 1, without the warnings that Pillow prints.
+    Missing or damaged data give 1.
     """
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
     if order is None:

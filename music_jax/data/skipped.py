@@ -235,9 +235,7 @@ def open_skipped(workdir: epath.Path, config: config_dict.ConfigDict) -> Skipped
 def join_skipped(skipped: SkippedImages, source: Source | None = None) -> None:
     """Joins the lists of all processes in skipped.jsonl; all processes call this together.
 
-    Args:
-      skipped: List of this process.
-      source: Images of which those that earlier runs skipped count as well.
+    Of a `source` that is given, the images that earlier runs skipped count as well.
 
     Raises:
       UnusableDataError: On process 0, if all processes together skip more of a source's images than

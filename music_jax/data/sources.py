@@ -31,7 +31,6 @@ class Source:
       no_classes: Reason why the images have no labels, or "".
       identity: Function that returns bytes which distinguish the records without reading them, such
         as the names and sizes of files; with `True` also their modification times.
-      subset_of: Number of images of the split that these are a part of; None if they are all.
       numbers: Number of the class that each label in the records stands for; None if it is the
         label itself.
     """
@@ -44,7 +43,6 @@ class Source:
     class_names: tuple[str, ...] = ()
     no_classes: str = ""
     identity: Callable[[bool], bytes] = lambda _: b""
-    subset_of: int | None = None
     numbers: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -56,13 +54,12 @@ class Source:
             self,
             records=_Selected(self.records, indices),
             identity=lambda times: self.identity(times) + np.asarray(indices, np.int64).tobytes(),
-            subset_of=self.split_size,
         )
 
     @property
     def split_size(self) -> int:
-        """Number of images in the whole split."""
-        return len(self) if self.subset_of is None else self.subset_of
+        """Number of images in the whole split, of which these may be a part."""
+        return getattr(self.records, "split_size", len(self))
 
     @property
     def known_labels(self) -> np.ndarray | None:
@@ -184,6 +181,7 @@ class _Selected:
 
     def __init__(self, records: Any, indices: np.ndarray):
         self._records, self._indices = records, indices
+        self.split_size = getattr(records, "split_size", len(records))
         labels = getattr(records, "labels", None)
         self.labels = None if labels is None else labels[indices]
 

@@ -64,23 +64,25 @@ def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
     }
     try:
         records = builder.as_data_source(split=split, decoders=decoders)
-    except NotImplementedError as error:  # the format has no random access
-        raise UserError(
-            f"{dataset.name!r} was prepared at {builder.data_path} in a format without random "
-            "access; prepare it again elsewhere with --config.dataset.data_dir=DIR, which writes "
-            "array_record files"
-        ) from error
     except Exception as error:  # whatever TFDS raises on an unknown split or damaged metadata
-        if not builder.is_prepared():
-            raise UserError(
+        if isinstance(error, NotImplementedError):  # the format has no random access
+            problem = (
+                f"{dataset.name!r} was prepared at {builder.data_path} in a format without random "
+                "access; prepare it again elsewhere with --config.dataset.data_dir=DIR, which "
+                "writes array_record files"
+            )
+        elif not builder.is_prepared():
+            problem = (
                 f"dataset {dataset.name!r} was not prepared in {builder.data_path}; name it with "
                 f"--config.dataset.name={dataset.name} to prepare it, or give the directory where "
                 "it was prepared with --config.dataset.data_dir=DIR"
-            ) from error
-        raise UserError(
-            f"cannot read split {split!r} of {dataset.name!r}, which has the splits "
-            f"{sorted(builder.info.splits)}: {_one_line(error)}"
-        ) from error
+            )
+        else:
+            problem = (
+                f"cannot read split {split!r} of {dataset.name!r}, which has the splits "
+                f"{sorted(builder.info.splits)}: {_one_line(error)}"
+            )
+        raise UserError(problem) from error
     shards = [[s.name, s.num_bytes, list(s.shard_lengths)] for s in builder.info.splits.values()]
     return Source(
         name=f"{dataset.name}:{split}",
