@@ -35,10 +35,10 @@ from music_jax.checkpoint.manager import Checkpoints
 from music_jax.cli import command_line
 from music_jax.config import default_config, differences, field_names, from_json, validate
 from music_jax.data import loader, sources, tfds_source
-from music_jax.data.crops import Crop, center_crop
 from music_jax.data.datasets import open_path
-from music_jax.data.decode import decode, largest_reduction, read_header
+from music_jax.data.decode import center_crop, decode, largest_reduction, read_header
 from music_jax.data.folder import open_folder
+from music_jax.data.loader import Crop
 from music_jax.data.packed import Packing, pack, shrink
 from music_jax.data.skipped import SkippedImages
 from music_jax.distributed.mesh import make_data_mesh
@@ -73,9 +73,9 @@ def images(rng: random.Random, directory: pathlib.Path) -> None:
         order = loader.TrainingOrder(1, 1, rng.randrange(100))
         crop = rng.choice((Crop(16), Crop(16, (1.0, 1.0), (1.0, 1.0))))
         batches = loader._TrainingBatches(
-            source, order, crop, channels, np.arange(1), 1, 2, True, None
+            source, order, crop, channels, np.arange(1), 2, True, None
         )
-        batch = batches.new(0)
+        batch = batches.new()
         batches.fill(0, batch, range(1))
         assert batch["images"].shape == (1, 2, 16, 16, channels)
     elif use == 1:

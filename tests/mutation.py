@@ -46,7 +46,7 @@ NEAREST = {
     "claims/results": ("claims/test_sweep.py",),
     "claims/sweep": ("claims/test_sweep.py",),
     "claims/__main__": ("claims/test_command.py",),
-    "data/augment": ("data/test_crops.py",),
+    "data/augment": ("data/test_transforms.py",),
     "evaluation/feature_protocols": ("evaluation", "train/test_every_field.py"),
     "evaluation/finetune": ("evaluation", "train/test_every_field.py"),
     "evaluation/protocols": ("test_evaluate.py",),

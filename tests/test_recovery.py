@@ -11,8 +11,7 @@ from processes import DIGITS, checkpoint, free_port, metrics, start
 
 from music_jax import config as config_lib
 from music_jax.data import datasets
-from music_jax.data.crops import Crop
-from music_jax.data.loader import TrainingOrder, training_batches
+from music_jax.data.loader import Crop, TrainingOrder, training_batches
 
 STEPS = 22
 

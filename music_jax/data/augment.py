@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from ml_collections import config_dict
 
-from music_jax.data import color, geometry
+from music_jax.data import transforms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ViewAugmentation:
         shear_degrees: Largest shear along x in either direction.
         flip_probability: Probability of a left-right flip.
         jitter_probability: Probability of a color jitter: brightness, contrast, saturation, hue,
-            in this order (torchvision's is random; see `color.color_jitter`).
+            in this order (torchvision's is random; see `transforms.color_jitter`).
         brightness: Strength s of a factor drawn in [max(0, 1 - s), 1 + s].
         contrast: Strength of a factor, likewise.
         saturation: Strength of a factor, likewise; no effect on one channel.
@@ -84,12 +84,6 @@ class ViewAugmentation:
                     raise ValueError(f"expected {field.name} in [0, {high:g}{closing}, got {value}")
 
     @property
-    def jitters(self) -> bool:
-        """Whether the color jitter can change anything."""
-        strengths = (self.brightness, self.contrast, self.saturation, self.hue)
-        return self.jitter_probability > 0 and any(strengths)
-
-    @property
     def warps(self) -> bool:
         """Whether the affine warp can change anything."""
         strengths = (self.rotation_degrees, self.translation, self.shear_degrees)
@@ -133,8 +127,12 @@ class _Randomness:
         self._noise_keys = split[..., 1]
 
     def option(self, name: str) -> jax.Array:
-        """Returns a field of every view, float32 [1, views]."""
+        """Returns a field of every view, float32 [1, views], or [1, views, 2] for a range."""
         return jnp.asarray([[getattr(view, name) for view in self.views]], jnp.float32)
+
+    def ends(self, name: str) -> tuple[jax.Array, jax.Array]:
+        """Returns the ends of a range field of every view, each [1, views]."""
+        return self.option(name)[..., 0], self.option(name)[..., 1]
 
     def flag(self, draw: _Draw) -> jax.Array:
         """Returns bool [batch, views], True with the probability that each view sets."""
@@ -192,31 +190,31 @@ def augment_views(
     random = _Randomness(key, sample_indices, views)
     channels = images.shape[-1]
 
-    planes = color.split_planes(images)
+    planes = transforms.split_planes(images)
     if any(view.warps for view in views):
         planes = _warp_views(planes, _draw_affine(random, *images.shape[2:4]))
     if any(view.flip_probability for view in views):
-        planes = geometry.flip_left_right(planes, random.flag(_Draw.FLIP))
+        planes = transforms.flip_left_right(planes, random.flag(_Draw.FLIP))
     planes = _to_unit(planes)
-    if any(view.jitters for view in views):
-        planes = color.color_jitter(planes, _draw_jitter(random))
+    if any(view.jitter_probability for view in views):
+        planes = transforms.color_jitter(planes, **_draw_jitter(random))
     if channels == 3 and any(view.grayscale_probability for view in views):
-        planes = color.grayscale(planes, random.flag(_Draw.GRAYSCALE))
+        planes = transforms.grayscale(planes, random.flag(_Draw.GRAYSCALE))
     if any(view.blur_probability for view in views):
-        sigma = random.between(_Draw.BLUR_SIGMA, *_option_range(views, "blur_sigma"))
-        blurred = geometry.gaussian_blur(color.join_planes(planes).astype(dtype), sigma)
-        apply = color.per_pixel(random.flag(_Draw.BLUR))
+        sigma = random.between(_Draw.BLUR_SIGMA, *random.ends("blur_sigma"))
+        blurred = transforms.gaussian_blur(transforms.join_planes(planes).astype(dtype), sigma)
+        apply = transforms.per_pixel(random.flag(_Draw.BLUR))
         planes = tuple(
             jnp.where(apply, jnp.clip(new.astype(jnp.float32), 0.0, 1.0), old)
-            for new, old in zip(color.split_planes(blurred), planes, strict=True)
+            for new, old in zip(transforms.split_planes(blurred), planes, strict=True)
         )
     if any(view.solarize_probability for view in views):
-        planes = color.solarize(planes, random.flag(_Draw.SOLARIZE))
+        planes = transforms.solarize(planes, random.flag(_Draw.SOLARIZE))
     if any(view.noise_probability and view.noise_std for view in views):
         std_here = jnp.where(random.flag(_Draw.NOISE), random.option("noise_std"), 0.0)
-        noise = color.split_planes(random.normal(images.shape[2:]))
+        noise = transforms.split_planes(random.normal(images.shape[2:]))
         planes = tuple(
-            jnp.clip(plane + color.per_pixel(std_here) * extra, 0.0, 1.0)
+            jnp.clip(plane + transforms.per_pixel(std_here) * extra, 0.0, 1.0)
             for plane, extra in zip(planes, noise, strict=True)
         )
     return _standardize(planes, mean, std, dtype)
@@ -244,29 +242,26 @@ def normalize_images(
         ValueError: The images are not uint8, or mean or std do not match the channels.
     """
     _check_uint8(images)
-    return _standardize(_to_unit(color.split_planes(images)), mean, std, dtype)
+    return _standardize(_to_unit(transforms.split_planes(images)), mean, std, dtype)
 
 
 def _draw_affine(random: _Randomness, height: int, width: int) -> jax.Array:
     """Draws matrices [batch, views, 2, 3], the identity where no warp is drawn."""
     apply = random.flag(_Draw.AFFINE)
-    translation = random.option("translation")
-    degree = math.pi / 180
-    scale = random.between(_Draw.SCALE, *_option_range(random.views, "scale"))
-    rotation = random.symmetric(_Draw.ROTATION, random.option("rotation_degrees") * degree)
-    shear = random.symmetric(_Draw.SHEAR, random.option("shear_degrees") * degree)
-    shift_x = random.symmetric(_Draw.TRANSLATION_X, translation * width)
-    shift_y = random.symmetric(_Draw.TRANSLATION_Y, translation * height)
-    return geometry.affine_matrices(
-        rotation=jnp.where(apply, rotation, 0.0),
-        translation_x=jnp.where(apply, shift_x, 0.0),
-        translation_y=jnp.where(apply, shift_y, 0.0),
-        scale=jnp.where(apply, scale, 1.0),
-        shear=jnp.where(apply, shear, 0.0),
+
+    def draw(number: _Draw, option: str, unit: float) -> jax.Array:
+        return jnp.where(apply, random.symmetric(number, random.option(option) * unit), 0.0)
+
+    return transforms.affine_matrices(
+        rotation=draw(_Draw.ROTATION, "rotation_degrees", math.pi / 180),
+        translation_x=draw(_Draw.TRANSLATION_X, "translation", width),
+        translation_y=draw(_Draw.TRANSLATION_Y, "translation", height),
+        scale=jnp.where(apply, random.between(_Draw.SCALE, *random.ends("scale")), 1.0),
+        shear=draw(_Draw.SHEAR, "shear_degrees", math.pi / 180),
     )
 
 
-def _warp_views(planes: color.Planes, matrices: jax.Array) -> color.Planes:
+def _warp_views(planes: transforms.Planes, matrices: jax.Array) -> transforms.Planes:
     """Warps one view after the other.
 
     The loop writes its result to memory. Otherwise XLA on CPU fuses the sampling into the color
@@ -274,44 +269,33 @@ def _warp_views(planes: color.Planes, matrices: jax.Array) -> color.Planes:
     """
     swap = functools.partial(jnp.swapaxes, axis1=0, axis2=1)  # [batch, views] <-> [views, batch]
     views_first = jax.tree.map(swap, (planes, matrices))
-    warped = jax.lax.map(lambda view: geometry.warp_affine(*view), views_first)
+    warped = jax.lax.map(lambda view: transforms.warp_affine(*view), views_first)
     return jax.tree.map(swap, warped)
 
 
-def _draw_jitter(random: _Randomness) -> color.ColorJitter:
-    """Draws factors and shifts, 1 and 0 where no jitter is drawn."""
+def _draw_jitter(random: _Randomness) -> dict[str, jax.Array]:
+    """Draws factors and shifts, 1 and 0 where no jitter is drawn, for what any view changes."""
     apply = random.flag(_Draw.JITTER)
-
-    def factor(draw: _Draw) -> jax.Array:
-        strength = random.option(draw.name.lower())
-        drawn = random.between(draw, jnp.maximum(0.0, 1.0 - strength), 1.0 + strength)
-        return jnp.where(apply, drawn, 1.0)
-
-    def has(name: str) -> bool:
-        return any(getattr(view, name) for view in random.views)
-
-    hue = random.symmetric(_Draw.HUE, random.option("hue"))
-    return color.ColorJitter(
-        brightness=factor(_Draw.BRIGHTNESS) if has("brightness") else None,
-        contrast=factor(_Draw.CONTRAST) if has("contrast") else None,
-        saturation=factor(_Draw.SATURATION) if has("saturation") else None,
-        hue=jnp.where(apply, hue, 0.0) if has("hue") else None,
-    )
+    drawn: dict[str, jax.Array] = {}
+    for name in ("brightness", "contrast", "saturation", "hue"):
+        number, strength = _Draw[name.upper()], random.option(name)
+        if not any(getattr(view, name) for view in random.views):
+            continue
+        if name == "hue":
+            drawn[name] = jnp.where(apply, random.symmetric(number, strength), 0.0)
+        else:
+            factor = random.between(number, jnp.maximum(0.0, 1.0 - strength), 1.0 + strength)
+            drawn[name] = jnp.where(apply, factor, 1.0)
+    return drawn
 
 
-def _option_range(views: tuple[ViewAugmentation, ...], name: str) -> tuple[jax.Array, jax.Array]:
-    """Returns the ends of a range field of every view, each [1, views]."""
-    low, high = zip(*(getattr(view, name) for view in views), strict=True)
-    return jnp.asarray([low], jnp.float32), jnp.asarray([high], jnp.float32)
-
-
-def _to_unit(planes: color.Planes) -> color.Planes:
+def _to_unit(planes: transforms.Planes) -> transforms.Planes:
     """Converts values of 0 to 255, uint8 or float32, to float32 in [0, 1]."""
     return tuple(plane.astype(jnp.float32) / 255.0 for plane in planes)
 
 
 def _standardize(
-    planes: color.Planes, mean: Sequence[float], std: Sequence[float], dtype: DTypeLike
+    planes: transforms.Planes, mean: Sequence[float], std: Sequence[float], dtype: DTypeLike
 ) -> jax.Array:
     """Returns `(planes - mean) / std`, computed in float32, rounded to dtype once, and joined."""
     for name, numbers in (("mean", mean), ("std", std)):
@@ -321,7 +305,7 @@ def _standardize(
                 f"got {tuple(numbers)}"
             )
     triples = zip(planes, mean, std, strict=True)
-    return color.join_planes(tuple(((p - m) / s).astype(dtype) for p, m, s in triples))
+    return transforms.join_planes(tuple(((p - m) / s).astype(dtype) for p, m, s in triples))
 
 
 def _check_uint8(images: jax.Array) -> None:
@@ -337,23 +321,15 @@ def _check_arguments(
 ) -> None:
     _check_uint8(images)
     if images.ndim != 5 or images.shape[-1] not in (1, 3):
-        raise ValueError(
-            "expected images of shape [batch, views, height, width, 1 or 3 channels], "
-            f"got {images.shape}"
-        )
-    if len(views) != images.shape[1]:
-        raise ValueError(
-            f"expected one ViewAugmentation for each of {images.shape[1]} views, got {len(views)}"
-        )
-    if sample_indices.shape != images.shape[:1] or not jnp.issubdtype(
-        sample_indices.dtype, jnp.integer
-    ):
-        raise ValueError(
-            f"expected integer sample_indices of shape {images.shape[:1]}, "
-            f"got {sample_indices.dtype} of shape {sample_indices.shape}"
-        )
+        layout = "[batch, views, height, width, 1 or 3 channels]"
+        raise ValueError(f"expected images of shape {layout}, got {images.shape}")
+    batch, num_views = images.shape[:2]
+    if len(views) != num_views:
+        raise ValueError(f"expected augmentations of each of {num_views} views, got {len(views)}")
+    is_integer = jnp.issubdtype(sample_indices.dtype, jnp.integer)
+    if not is_integer or sample_indices.shape != (batch,):
+        got = f"{sample_indices.dtype} of shape {sample_indices.shape}"
+        raise ValueError(f"expected integer sample_indices of shape {(batch,)}, got {got}")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape != ():
-        raise ValueError(
-            f"expected one typed key, as jax.random.key(seed) gives, got {key.dtype} of shape "
-            f"{key.shape}"
-        )
+        got = f"{key.dtype} of shape {key.shape}"
+        raise ValueError(f"expected one typed key, as jax.random.key(seed) gives, got {got}")

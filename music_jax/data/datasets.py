@@ -69,11 +69,7 @@ def load_images(
 
 
 def prepare(config: config_dict.ConfigDict, fields: Collection[str] = _FIELDS) -> None:
-    """Prepares the TFDS datasets that a config names.
-
-    Args:
-      config: Config.
-      fields: Fields whose datasets are prepared.
+    """Prepares the TFDS datasets that some fields of a config name.
 
     Raises:
       UserError: A dataset is unknown or cannot be prepared.
@@ -103,10 +99,8 @@ def evaluation_sources(
 ) -> EvaluationSources:
     """Opens the images to evaluate the backbone with.
 
-    Args:
-      config: Config, whose group `evaluation` names the sources.
-      training: Result of `training_source`, if it was called before. Otherwise the images to train
-        on are opened only if `evaluation.train` does not name others.
+    If `evaluation.train` names no others, these are the images to train on: `training`, or else
+    the result of `training_source`.
 
     Raises:
       NotMeasurableError: There are no images to test with, or too few labels.
@@ -223,10 +217,8 @@ def open_path(path: str) -> Source:
 def open_named(config: config_dict.ConfigDict, name: str, *, prepare: bool = False) -> Source:
     """Opens a folder, or a split of a dataset: `NAME:SPLIT`, or with a config and a version.
 
-    Args:
-      config: Config, whose group `dataset` has the directory of TFDS's files and the feature names.
-      name: Folder, or dataset and split.
-      prepare: Whether to prepare a TFDS dataset first.
+    The config has TFDS's directory and the names of the features. With `prepare`, the TFDS dataset
+    is prepared first.
 
     Raises:
       UserError: There is no such folder or split.
@@ -273,52 +265,30 @@ def parse_pair(spec: str) -> tuple[str, str] | None:
     if not all(parts):
         return None
     pairs = [(":".join(parts[:i]), ":".join(parts[i:])) for i in range(1, len(parts))]
-    for pair in pairs:
-        if all(map(_exists, pair)):
-            return pair
     *first, train, test = parts if len(parts) > 2 else ["", ""]
-    if _is_split([*first, train]) and _is_split([*first, test]):
-        return ":".join([*first, train]), ":".join([*first, test])
-    for pair in pairs:
-        if all(_exists(name) or _is_split(_parts(name)) for name in pair):
-            return pair
-    return None
+    dataset = ":".join([*first, train]), ":".join([*first, test])
+    found = [pair for pair in pairs if all(map(_exists, pair))]
+    found += [dataset] * all(map(_is_split, dataset))
+    found += [pair for pair in pairs if all(_exists(x) or _is_split(x) for x in pair)]
+    return found[0] if found else None
 
 
 def _exists(path: str) -> bool:
     return os.path.exists(os.path.expanduser(path))
 
 
-def _is_split(parts: list[str]) -> bool:
-    """Returns whether these can be the parts of `NAME:SPLIT` or `NAME:VERSION:SPLIT`."""
-    if not 2 <= len(parts) <= 3 or parts[0][:1] in ("", ".", "/", "~"):
+def _is_split(name: str) -> bool:
+    """Returns whether this can be `NAME:SPLIT` or `NAME:VERSION:SPLIT`."""
+    parts = _parts(name)
+    if not 2 <= len(parts) <= 3 or name[0] in ":./~" or "/" in parts[-1]:
         return False
-    *version, split = parts[1:]
-    if "/" in split or _VERSION.fullmatch(split):
-        return False
-    return all(map(_VERSION.fullmatch, version))
+    *version, split = (_VERSION.fullmatch(part) for part in parts[1:])
+    return all(version) and not split
 
 
 def _parts(spec: str) -> list[str]:
     """Splits a text at colons outside brackets such as `train[:90%]`."""
     return re.split(r":(?![^\[]*\])", spec)
-
-
-class _Relabeled:
-    """Records whose labels are mapped by a table."""
-
-    def __init__(self, source: Source, table: np.ndarray):
-        self._source, self._table = source, table
-        self.record_name = source.record_name
-        known = source.known_labels
-        self.labels = None if known is None else np.where(known >= 0, table[known], -1)
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> dict:
-        encoded, label = self._source.example(index)
-        return {"image": encoded, "label": self._table[label] if label >= 0 else -1}
 
 
 def _with_classes(test: Source, train: Source) -> Source:
@@ -339,14 +309,11 @@ def _with_classes(test: Source, train: Source) -> Source:
             + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
             + "; give the classes of both the same names"
         )
-    table = np.asarray([numbers[name] for name in test_names], np.int32)
     return dataclasses.replace(
         test,
-        records=_Relabeled(test, table),
-        image_key="image",
-        label_key="label",
         num_classes=train.num_classes,
         class_names=train.class_names,
+        numbers=np.asarray([numbers[name] for name in test_names], np.int32),
     )
 
 

@@ -1,4 +1,6 @@
-"""Decodes image files on the host: JPEG, PNG, WebP, BMP, and the first frame of a GIF.
+"""Decodes image files on the host, and cuts the view for evaluation out of them.
+
+The formats are JPEG, PNG, WebP, BMP, and the first frame of a GIF.
 
 `read_header` checks the format and the size before anything is decoded, in loops that are bounded
 for any input. simplejpeg decodes ordinary color JPEGs, OpenCV decodes everything else. The upper
@@ -19,7 +21,8 @@ from music_jax.errors import UndecodableError
 
 EncodedImage = bytes | np.ndarray  # content of a file, or uint8 [height, width, channels]
 
-# The caller reports images that cannot be decoded, by name.
+# The callers decode on threads of their own, and report images that cannot be decoded by name.
+cv2.setNumThreads(0)
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 # 134 million pixels, 400 MB decoded. Pillow warns at 89 million and refuses 178 million.
@@ -30,9 +33,7 @@ _MAX_JPEG_SEGMENTS = 4096
 # coding conditions.
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _SEQUENTIAL = frozenset((0xC0, 0xC1, 0xC9))
-_START_OF_SCAN, _END_OF_IMAGE, _RESTART_INTERVAL, _APP1 = 0xDA, 0xD9, 0xDD, 0xE1
-_MAX_JPEG_HEIGHT = 65_500  # libjpeg's
-_ROWS_PER_BLOCK = 16  # encoded together in most JPEGs
+_START_OF_SCAN, _END_OF_IMAGE, _APP1 = 0xDA, 0xD9, 0xE1
 # A marker that a segment follows: all but stuffed and fill bytes, TEM, RST0 to RST7 and SOI.
 _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)
 _UINT16 = struct.Struct(">H")
@@ -62,16 +63,6 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # by Exif orientation
     7: lambda image: cv2.rotate(cv2.transpose(image), cv2.ROTATE_180),
     8: lambda image: cv2.rotate(image, cv2.ROTATE_90_COUNTERCLOCKWISE),
 }
-_FLAGS = {  # by channels and reduction
-    (1, 1): cv2.IMREAD_GRAYSCALE,
-    (1, 2): cv2.IMREAD_REDUCED_GRAYSCALE_2,
-    (1, 4): cv2.IMREAD_REDUCED_GRAYSCALE_4,
-    (1, 8): cv2.IMREAD_REDUCED_GRAYSCALE_8,
-    (3, 1): cv2.IMREAD_COLOR_RGB,
-    (3, 2): cv2.IMREAD_REDUCED_COLOR_2,  # these three give BGR
-    (3, 4): cv2.IMREAD_REDUCED_COLOR_4,
-    (3, 8): cv2.IMREAD_REDUCED_COLOR_8,
-}
 
 
 class Header(NamedTuple):
@@ -83,8 +74,7 @@ class Header(NamedTuple):
       is_jpeg: Whether the file can be decoded at 1/2, 1/4 or 1/8 of its size.
       is_plain: Whether it is a JPEG of eight bits and three components with orientation 1.
       orientation: Exif orientation of a JPEG, 1 to 8.
-      height_at: Position of the height in a JPEG whose upper rows can be decoded alone: a plain one
-        with a single scan and no restart markers. 0 in any other file.
+      has_one_scan: Whether it is a sequential JPEG with all components in one scan.
     """
 
     height: int
@@ -92,12 +82,7 @@ class Header(NamedTuple):
     is_jpeg: bool = False
     is_plain: bool = False
     orientation: int = 1
-    height_at: int = 0
-
-
-def use_one_thread() -> None:
-    """Keeps OpenCV from starting threads of its own."""
-    cv2.setNumThreads(0)
+    has_one_scan: bool = False
 
 
 def read_header(encoded: EncodedImage) -> Header:
@@ -137,7 +122,6 @@ def decode(
     header: Header | None = None,
     reduction: int = 1,
     quick: bool = False,
-    rows: int | None = None,
 ) -> np.ndarray:
     """Decodes an image file, or returns an image that is an array already.
 
@@ -149,13 +133,10 @@ def decode(
       quick: Whether to decode most JPEGs about a tenth faster, with libjpeg-turbo's fast cosine
         transform and without interpolation of the colors. The mean difference is one or two gray
         levels, of which one is common to all pixels (red and blue are darker).
-      rows: Number of upper rows, before the reduction, that are needed; by default all. With
-        `quick` the rest is not decoded where that saves time, and damage in it passes unnoticed.
 
     Returns:
       uint8 [height, width, channels]. The sides of a JPEG are those of the header divided by
-      `reduction`, rounded up, unless lower rows are not decoded. Other formats may be rotated, or
-      differ in size from their header.
+      `reduction`, rounded up. Other formats may be rotated, or differ in size from their header.
 
     Raises:
       UndecodableError: The file is damaged, too large, or of an unknown format.
@@ -165,19 +146,10 @@ def decode(
         if encoded.shape[2] != channels:
             raise UndecodableError(f"it has {encoded.shape[2]} channels, not {channels}")
         return encoded
-    size = _reduced(header.height, reduction), _reduced(header.width, reduction)
+    size = -(-header.height // reduction), -(-header.width // reduction)
     image = None
     if header.is_plain and channels == 3:
-        if quick and rows is not None and header.height_at:
-            image = _decode_upper(encoded, header, rows, reduction)
-            if image is not None:
-                return image
-        image = np.empty((*size, 3), np.uint8)
-        try:
-            _decode_plain(encoded, image, reduction, quick)
-        except ValueError as error:
-            if not _is_decoded(encoded, header, str(error)):
-                image = None  # OpenCV decodes it or refuses it
+        image = _decode_plain(encoded, header, size, reduction, quick)
     if image is None:
         image = _decode_any(encoded, channels, header, reduction)
     if header.is_jpeg and image.shape[:2] != size:
@@ -187,61 +159,42 @@ def decode(
     return image
 
 
-def _reduced(side: int, reduction: int) -> int:
-    return -(-side // reduction)
+def _decode_plain(
+    encoded: bytes, header: Header, size: tuple[int, int], reduction: int, quick: bool
+) -> np.ndarray | None:
+    """Decodes a plain JPEG; returns None for damage that is left to OpenCV to decode or refuse.
 
-
-def _decode_upper(encoded: bytes, header: Header, rows: int, reduction: int) -> np.ndarray | None:
-    """Decodes the upper rows of a plain JPEG; returns None if all are needed or one is damaged.
-
-    The header is changed to a smaller height, so that the decoder skips the rest of the file.
+    If libjpeg-turbo decodes all rows and only warns, OpenCV gives the same pixels but prints the
+    warning on standard error at every read. Files that OpenCV may refuse are left to it: those that
+    are cut off, or may be so between two scans.
     """
-    rows = _ROWS_PER_BLOCK * -(-rows // _ROWS_PER_BLOCK)
-    if rows >= header.height:
-        return None
-    at = header.height_at
-    encoded = b"".join((encoded[:at], _UINT16.pack(rows), encoded[at + _UINT16.size :]))
-    image = np.empty((_reduced(rows, reduction), _reduced(header.width, reduction), 3), np.uint8)
-    try:
-        _decode_plain(encoded, image, reduction, True)
-    except ValueError as error:
-        if not str(error).endswith(_DAMAGED_END):
-            return None
-    return image
-
-
-def _decode_plain(encoded: bytes, out: np.ndarray, reduction: int, quick: bool) -> None:
-    """Decodes a plain JPEG to RGB; raises ValueError if anything in it is damaged."""
-    simplejpeg.decode_jpeg(
-        encoded,
-        "RGB",
-        fastdct=quick,
-        fastupsample=quick,
-        min_height=out.shape[0],
-        min_width=out.shape[1],
-        min_factor=reduction,
-        buffer=out,
-    )
-
-
-def _is_decoded(encoded: bytes, header: Header, error: str) -> bool:
-    """Returns whether libjpeg-turbo decoded all rows and only warned of damaged data.
-
-    OpenCV gives the same pixels, but prints the warning on standard error at every read. Files that
-    OpenCV may refuse are left to it: those that are cut off, or may be so between two scans.
-    """
-    if not (error.startswith("Corrupt JPEG data: ") and encoded.endswith(b"\xff\xd9")):
-        return False
-    if not (header.height_at or error.endswith(_DAMAGED_END)):
-        return False
-    try:  # a problem before the data is reported without decoding them
-        return simplejpeg.decode_jpeg_header(encoded)[:2] == (header.height, header.width)
-    except ValueError:
-        return False
+    image = np.empty((*size, 3), np.uint8)
+    for strict in (True, False):
+        try:
+            simplejpeg.decode_jpeg(
+                encoded,
+                "RGB",
+                fastdct=quick,
+                fastupsample=quick,
+                min_height=size[0],
+                min_width=size[1],
+                min_factor=reduction,
+                buffer=image,
+                strict=strict,
+            )
+            return image
+        except ValueError as error:
+            is_warning = str(error).startswith("Corrupt JPEG data: ")
+            is_complete = header.has_one_scan or str(error).endswith(_DAMAGED_END)
+            if not (is_warning and is_complete and encoded.endswith(b"\xff\xd9")):
+                break
+    return None
 
 
 def _decode_any(encoded: bytes, channels: int, header: Header, reduction: int) -> np.ndarray:
-    flags = _FLAGS[channels, reduction]
+    flags = cv2.IMREAD_COLOR if channels == 3 else cv2.IMREAD_GRAYSCALE
+    if reduction > 1:  # IMREAD_REDUCED_COLOR_2 and so on
+        flags |= 8 * reduction
     if header.is_jpeg:  # rotated below: OpenCV and Pillow differ on unusual Exif data
         flags |= cv2.IMREAD_IGNORE_ORIENTATION
     try:
@@ -252,9 +205,55 @@ def _decode_any(encoded: bytes, channels: int, header: Header, reduction: int) -
         raise UndecodableError(f"its {len(encoded):,} bytes cannot be decoded")
     if header.orientation > 1:
         image = _TURNS[header.orientation](image)
-    if channels == 1:
-        return image[..., None]
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image) if reduction > 1 else image
+    return image[..., None] if channels == 1 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+
+
+def central_view(
+    encoded: EncodedImage, *, size: int, resize_shorter_side: int, channels: int
+) -> np.ndarray:
+    """Decodes an image file, and cuts the central view for evaluation as `center_crop` does.
+
+    Returns:
+      uint8 [size, size, channels].
+
+    Raises:
+      UndecodableError: The file is damaged, too large, or of an unknown format.
+    """
+    header = read_header(encoded)
+    reduction = largest_reduction(header, min(header[:2]) / resize_shorter_side)
+    image = decode(encoded, channels, header=header, reduction=reduction)
+    return center_crop(image, size, resize_shorter_side)
+
+
+def center_crop(image: np.ndarray, size: int, resize_shorter_side: int) -> np.ndarray:
+    """Resizes the shorter side of uint8 [height, width, channels], then cuts the central square.
+
+    Args:
+      image: Image.
+      size: Side of the square, in pixels.
+      resize_shorter_side: Length to which the shorter side is resized, at least `size`.
+    """
+    for axis in (0, 1):  # enlarging a long strip completely could fill the memory
+        longer, shorter = image.shape[axis], image.shape[1 - axis]
+        if longer > 16 * shorter:
+            cut_off = (longer - 4 * shorter) // 2
+            image = image.take(range(cut_off, longer - cut_off), axis)
+    height, width = image.shape[:2]
+    ratio = resize_shorter_side / min(height, width)
+    new_height, new_width = max(round(height * ratio), size), max(round(width * ratio), size)
+    image = resize(image, new_height, new_width)
+    top, left = (new_height - size) // 2, (new_width - size) // 2
+    return image[top : top + size, left : left + size]
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes uint8 [h, w, channels], by area where it shrinks (no aliasing), else bilinearly."""
+    if image.shape[:2] == (height, width):
+        return image
+    shrinks = image.shape[0] * image.shape[1] > height * width
+    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    resized = cv2.resize(image, (width, height), interpolation=method)
+    return resized.reshape(height, width, image.shape[2])
 
 
 def without_texts(encoded: bytes) -> bytes:
@@ -297,33 +296,30 @@ def _parse(encoded: bytes) -> Header:
 
 
 def _webp_size(encoded: bytes) -> tuple[int, int]:
-    if len(encoded) < 30:
-        raise UndecodableError("its header is cut off")
-    kind = encoded[12:16]
-    if kind == b"VP8X":  # three bytes for each side minus one
-        width, height = (int.from_bytes(encoded[at : at + 3], "little") + 1 for at in (24, 27))
-    elif kind == b"VP8 ":
-        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", encoded, 26))
-    elif kind == b"VP8L":  # fourteen bits for each side minus one
-        (bits,) = struct.unpack_from("<I", encoded, 21)
-        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    else:
-        raise UndecodableError("its header gives no size")
-    return width, height
+    match encoded[12:16]:
+        case b"VP8X":  # three bytes for each side minus one
+            bits = int.from_bytes(encoded[24:30], "little")
+            return (bits & 0xFFFFFF) + 1, (bits >> 24) + 1
+        case b"VP8 ":
+            width, height = struct.unpack_from("<HH", encoded, 26)
+            return width & 0x3FFF, height & 0x3FFF
+        case b"VP8L":  # fourteen bits for each side minus one
+            (bits,) = struct.unpack_from("<I", encoded, 21)
+            return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    raise UndecodableError("its header gives no size")
 
 
 def _parse_jpeg(encoded: bytes) -> Header:
-    at, frame, frame_at, exif, has_restarts = 2, None, 0, [], False
+    at, frame, frame_at, exif = 2, None, 0, bytearray()
     for _ in range(_MAX_JPEG_SEGMENTS):
         marker, at = _next_segment(encoded, at)
-        if marker in (None, _START_OF_SCAN, _END_OF_IMAGE):
+        if marker in (_START_OF_SCAN, _END_OF_IMAGE):
             break
         (length,) = _UINT16.unpack_from(encoded, at)
         if marker in _START_OF_FRAME and frame is None:
             frame, frame_at = marker, at
         elif marker == _APP1 and encoded[at + 2 : at + 8] == _EXIF:
-            exif.append(encoded[at + 8 : at + length])  # more than 64 kB take several segments
-        has_restarts |= marker == _RESTART_INTERVAL
+            exif += encoded[at + 8 : at + length]  # more than 64 kB take several segments
         at += length
     if frame is None:
         raise UndecodableError("its header gives no size")
@@ -335,18 +331,17 @@ def _parse_jpeg(encoded: bytes) -> Header:
     )
     if not has_one_scan:
         _check_scans(encoded, frame_at + length, height * width)
-    orientation = _orientation(b"".join(exif))
+    orientation = _orientation(bytes(exif))
     if orientation >= 5:
         height, width = width, height
     is_plain = (bits, components, orientation) == (8, 3, 1)
-    is_divisible = is_plain and has_one_scan and not has_restarts and height <= _MAX_JPEG_HEIGHT
-    return Header(height, width, True, is_plain, orientation, frame_at + 3 if is_divisible else 0)
+    return Header(height, width, True, is_plain, orientation, has_one_scan)
 
 
-def _next_segment(encoded: bytes, at: int) -> tuple[int | None, int]:
-    """Returns the next marker, or None at the end, and the position of its segment's length."""
+def _next_segment(encoded: bytes, at: int) -> tuple[int, int]:
+    """Returns the next marker and the position of its segment's length."""
     found = _MARKER.search(encoded, at)  # decoders skip bytes between segments
-    return (None, at) if found is None else (found[1][0], found.end())
+    return (_END_OF_IMAGE, at) if found is None else (found[1][0], found.end())
 
 
 def _check_scans(encoded: bytes, at: int, pixels: int) -> None:
@@ -357,7 +352,7 @@ def _check_scans(encoded: bytes, at: int, pixels: int) -> None:
     scans = 0
     for _ in range(_MAX_JPEG_SEGMENTS):
         marker, at = _next_segment(encoded, at)
-        if marker in (None, _END_OF_IMAGE):  # scans that follow the image are not decoded
+        if marker == _END_OF_IMAGE:  # scans that follow the image are not decoded
             return
         scans += marker == _START_OF_SCAN
         if scans > most:
@@ -369,7 +364,7 @@ def _check_scans(encoded: bytes, at: int, pixels: int) -> None:
 def _orientation(exif: bytes) -> int:
     """Reads the orientation, 1 to 8, from the first directory of Exif data, as Pillow does.
 
-    Missing or damaged data give 1, without the warnings that Pillow prints.
+    Missing or damaged data give 1.
     """
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
     if order is None:

@@ -4,6 +4,7 @@ import array
 import collections
 import errno
 import hashlib
+import heapq
 import logging
 import os
 import stat
@@ -61,146 +62,111 @@ def open_folder(path: str) -> Source:
     if "\0" in root or not os.path.isdir(root):
         raise UserError(f"there is no folder {name!r}")
     started = time.monotonic()
-    listing = _Listing(root)
     try:
-        listing.walk()
+        names, states, excluded = _list_images(root)
     except OSError as error:
         where = escape_surrogates(os.path.relpath(os.fsdecode(error.filename or root), root))
         raise UserError(
             f"cannot list the folder {name!r}: {error.strerror}: {where[:100]!r}"
         ) from error
-    excluded = listing.excluded()
-    if not listing.names:
+    kinds = sorted(excluded.items(), key=lambda item: (-item[1], item[0]))
+    parts = [f"{count:,} {escape_surrogates(kind)}" for kind, count in kinds[:_KINDS_IN_MESSAGE]]
+    if len(kinds) > _KINDS_IN_MESSAGE:
+        parts.append(f"{sum(count for _, count in kinds[_KINDS_IN_MESSAGE:]):,} others")
+    message = f"excluded: {', '.join(parts)}" if parts else ""
+    if not names:
         raise UserError(
             f"the folder {name!r} holds no image ({', '.join(EXTENSIONS)})"
-            + (f"; excluded: {excluded}" if excluded else "")
+            + (f"; {message}" if message else "")
         )
-    files = _Files(root, listing)
+    files = _Files(root, names, states)
     class_names = tuple(map(escape_surrogates, files.class_names))
     _logger.info(
         f"{name}: {len(files):,} images, "
         + (f"{len(class_names):,} classes" if class_names else "no labels")
         + f", listed in {time.monotonic() - started:.1f} s"
     )
-    if excluded:
-        _logger.info(f"{name}: excluded: {excluded}")
+    if message:
+        _logger.info(f"{name}: {message}")
     return Source(
         name=name,
         records=files,
-        image_key="image",
-        label_key="label",
         num_classes=len(class_names),
         class_names=class_names,
         identity=files.identity,
     )
 
 
-class _Listing:
-    """The image files in a folder, in no particular order."""
+def _list_images(root: str) -> tuple[list[str], np.ndarray, collections.Counter[str]]:
+    """Lists the images of a folder in no particular order; raises OSError if it cannot be listed.
 
-    def __init__(self, root: str):
-        self.names: list[str] = []  # relative paths, with `/`
-        self.sizes, self.times = array.array("q"), array.array("q")  # bytes; nanoseconds
-        self.is_link = bytearray()  # whether each file is a link
-        self._excluded: collections.Counter[str] = collections.Counter()
-        self._root = root
-        self._real_root = os.path.realpath(root)
-        self._listed: set[str] = set()  # real paths of folders
-        self._last_line = time.monotonic()
-
-    def walk(self) -> None:
-        """Lists all images; raises OSError if a folder cannot be listed."""
-        links = [("", self._real_root)]
-        while links:
-            found = []
-            for name, target in links:
-                if target in self._listed:
-                    self._excluded["links to folders that are listed already"] += 1
-                found += self._walk_below(name, target)
-            links = sorted(found)
-
-    def excluded(self) -> str:
-        """Returns the numbers of excluded files by extension, folder or reason, or ""."""
-        kinds = sorted(self._excluded.items(), key=lambda item: (-item[1], item[0]))
-        parts = [f"{count:,} {escape_surrogates(kind)}" for kind, count in kinds]
-        if len(kinds) > _KINDS_IN_MESSAGE:
-            others = sum(count for _, count in kinds[_KINDS_IN_MESSAGE:])
-            parts[_KINDS_IN_MESSAGE:] = [f"{others:,} others"]
-        return ", ".join(parts)
-
-    def _walk_below(self, prefix: str, real: str) -> list[tuple[str, str]]:
-        """Lists a folder and those in it; returns the links to folders, with their targets."""
-        links: list[tuple[str, str]] = []
-        waiting = [(prefix, real)]
-        while waiting:
-            prefix, real = waiting.pop()
-            if real in self._listed:
-                continue
-            self._listed.add(real)
-            with os.scandir(real) as entries:
-                for entry in entries:
-                    self._add(entry, prefix, real, waiting, links)
-            if time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
-                self._last_line = time.monotonic()
-                root = escape_surrogates(self._root)
-                _logger.info(f"listing {root}: {len(self.names):,} images so far")
-        return links
-
-    def _add(
-        self,
-        entry: os.DirEntry,
-        prefix: str,
-        real: str,
-        folders: list[tuple[str, str]],
-        links: list[tuple[str, str]],
-    ) -> None:
-        """Adds an entry of a folder to the images, the folders or the links, or excludes it."""
-        name, is_link = entry.name, entry.is_symlink()
-        is_folder = entry.is_dir(follow_symlinks=False)
-        is_image = name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-        if not (is_folder or is_link or is_image):
-            self._excluded[_kind(name)] += 1
-            return
-        try:
-            status = entry.stat() if not is_folder else None
-        except OSError as error:
-            if is_link:  # to nothing, to itself, or to what may not be read
-                self._excluded["links that cannot be followed"] += 1
-            elif not isinstance(error, FileNotFoundError):  # else it has just been removed
-                raise
-            return
-        if status is None or stat.S_ISDIR(status.st_mode):
-            if name.startswith(".") or name.lower() in _SYSTEM_FOLDERS:
-                self._excluded[f"{name}/"] += 1
-            elif not is_link:
-                folders.append((f"{prefix}{name}/", f"{real}/{name}"))
-            else:
-                target = os.path.realpath(f"{real}/{name}")
-                if _holds(target, real) or _holds(target, self._real_root):
-                    self._excluded["links to a folder that holds them"] += 1
+    Returns:
+      Relative paths, with `/`; int64 [images, 3] of sizes in bytes, modification times in
+      nanoseconds, and whether each is a link; and the numbers of excluded files by kind.
+    """
+    names: list[str] = []
+    states = array.array("q")
+    excluded: collections.Counter[str] = collections.Counter()
+    real_root, last_line = os.path.realpath(root), time.monotonic()
+    listed: set[str] = set()  # real paths of folders
+    # A heap of folders: number of links on the path, path, real path, whether it is a link itself.
+    waiting = [(0, "", real_root, False)]
+    while waiting:
+        num_links, prefix, real, is_link = heapq.heappop(waiting)
+        if real in listed:
+            excluded.update(["links to folders that are listed already"] * is_link)
+            continue
+        listed.add(real)
+        with os.scandir(real) as entries:
+            for entry in entries:
+                state, path = _examine(entry), f"{prefix}{entry.name}"
+                if isinstance(state, str):
+                    excluded[state] += 1
+                elif not stat.S_ISDIR(state.st_mode):
+                    names.append(path)
+                    states.extend((state.st_size, state.st_mtime_ns, entry.is_symlink()))
+                elif not entry.is_symlink():
+                    heapq.heappush(waiting, (num_links, f"{path}/", f"{real}/{entry.name}", False))
                 else:
-                    links.append((f"{prefix}{name}/", target))
-        elif not is_image:
-            self._excluded[_kind(name)] += 1
-        elif not stat.S_ISREG(status.st_mode):
-            self._excluded["pipes or devices"] += 1
-        else:
-            self.names.append(prefix + name)
-            self.sizes.append(status.st_size)
-            self.times.append(status.st_mtime_ns)
-            self.is_link.append(is_link)
+                    target = os.path.realpath(f"{real}/{entry.name}")
+                    if _holds(target, real) or _holds(target, real_root):
+                        excluded["links to a folder that holds them"] += 1
+                    else:
+                        heapq.heappush(waiting, (num_links + 1, f"{path}/", target, True))
+        if time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
+            last_line = time.monotonic()
+            _logger.info(f"listing {escape_surrogates(root)}: {len(names):,} images so far")
+    return names, np.asarray(states).reshape(-1, 3), excluded
+
+
+def _examine(entry: os.DirEntry) -> os.stat_result | str:
+    """Returns the state of an image or a folder, or else the kind under which to exclude it."""
+    name, is_link = entry.name, entry.is_symlink()
+    is_image = name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+    if not (is_image or is_link or entry.is_dir(follow_symlinks=False)):
+        return _kind(name)
+    try:
+        state = entry.stat()
+    except OSError as error:
+        if is_link:  # to nothing, to itself, or to what may not be read
+            return "links that cannot be followed"
+        if isinstance(error, FileNotFoundError):
+            return "files that have just been removed"
+        raise
+    if stat.S_ISDIR(state.st_mode):
+        is_hidden = name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
+        return f"{name}/" if is_hidden else state
+    if not is_image:
+        return _kind(name)
+    return state if stat.S_ISREG(state.st_mode) else "pipes or devices"
 
 
 def _kind(name: str) -> str:
     """Returns the kind under which an excluded file is counted."""
     extension = os.path.splitext(name)[1].lower()
-    if len(extension) > _LONGEST_EXTENSION:
-        return "other files"
-    if not name.startswith("."):
-        return extension or "files without an extension"
-    if extension:
-        return f"hidden {extension}"
-    return name if name == ".DS_Store" else "hidden files"
+    if not extension or len(extension) > _LONGEST_EXTENSION:
+        extension = "files without an extension"
+    return f"hidden {extension}" if name.startswith(".") else extension
 
 
 def _holds(folder: str, path: str) -> bool:
@@ -210,17 +176,15 @@ def _holds(folder: str, path: str) -> bool:
 class _Files:
     """Records of a folder, each read on access."""
 
-    def __init__(self, root: str, listing: _Listing):
-        order = sorted(range(len(listing.names)), key=listing.names.__getitem__)
+    def __init__(self, root: str, names: list[str], states: np.ndarray):
+        order = sorted(range(len(names)), key=names.__getitem__)
         self._root = root
-        self._names = [listing.names[i] for i in order]
+        self._names = [names[i] for i in order]
+        self._sizes, self._times, self._is_link = states[order].T
         classes = [name.partition("/")[0] if "/" in name else "" for name in self._names]
         self.class_names = () if "" in classes else tuple(sorted(set(classes)))
         numbers = {name: number for number, name in enumerate(self.class_names)}
         self.labels = np.asarray([numbers.get(name, -1) for name in classes], np.int32)
-        self._sizes = np.asarray(listing.sizes)[order]
-        self._times = np.asarray(listing.times)[order]
-        self._is_link = np.frombuffer(listing.is_link, np.bool_)[order]
 
     def __len__(self) -> int:
         return len(self._names)

@@ -10,22 +10,23 @@ depend on the seed and this index, never on a worker, a process, or where a run 
 import dataclasses
 import functools
 import itertools
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import cv2
 import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
-from music_jax.data.crops import NUMBERS_PER_BOX, Box, Crop, central_view, cut, draw_boxes
 from music_jax.data.decode import (
     EncodedImage,
     Header,
+    central_view,
     decode,
     largest_reduction,
     read_header,
-    use_one_thread,
 )
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
@@ -45,6 +46,11 @@ _BATCHES_AHEAD = 3
 
 # Broken images in a row, each drawn at random from the dataset, after which training stops.
 _MAX_TRIES = 100
+
+_TRIES = 10  # at drawing a box
+NUMBERS_PER_BOX = 2 * _TRIES + 2  # area and aspect ratio of each try, then top and left
+
+_Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +99,33 @@ def _shuffle_key(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
 
 
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """Settings of the random crops of training views.
+
+    Attributes:
+      size: Side of the square view, in pixels.
+      scale: Range of the crop's share of the image's area; (1, 1) takes the entire image.
+      aspect_ratio: Range of the crop's width divided by its height.
+    """
+
+    size: int
+    scale: tuple[float, float] = (0.08, 1.0)
+    aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+
+class Box(NamedTuple):
+    """A rectangle of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+_Cut = tuple[Box, bool]  # the box of a view, and whether it is mirrored
+
+
 def training_batches(
     source: Source,
     order: TrainingOrder,
@@ -130,11 +163,8 @@ def training_batches(
     Raises:
       UnusableDataError: While iterating, if images cannot be decoded and must not be skipped.
     """
-    use_one_thread()
-    batches = _TrainingBatches(
-        source, order, crop, channels, positions, num_steps, num_views, flip, skipped
-    )
-    return _read(batches, start_step, num_threads)
+    batches = _TrainingBatches(source, order, crop, channels, positions, num_views, flip, skipped)
+    return _read(batches.new, batches.fill, len(positions), start_step, num_steps, num_threads)
 
 
 def evaluation_batches(
@@ -165,11 +195,34 @@ def evaluation_batches(
       Dictionaries of `images`, uint8 [positions, size, size, channels]; `label`, int32 [positions],
       -1 for images without a label; `decoded`, bool [positions], False for black images.
     """
-    use_one_thread()
-    batches = _EvaluationBatches(
-        source, size, resize_shorter_side, channels, batch_size, positions, skipped
-    )
-    return _read(batches, 0, num_threads)
+    count = len(positions)
+
+    def new() -> _Batch:
+        return {
+            "images": np.zeros((count, size, size, channels), np.uint8),
+            "label": np.full(count, -1, np.int32),
+            "decoded": np.zeros(count, bool),
+        }
+
+    def fill(k: int, batch: _Batch, rows: range) -> None:
+        for row in rows:
+            key = k * batch_size + int(positions[row])
+            if key >= len(source):  # padding
+                return
+            try:
+                encoded, label = source.example(key)
+                batch["images"][row] = central_view(
+                    encoded,
+                    size=size,
+                    resize_shorter_side=resize_shorter_side,
+                    channels=channels,
+                )
+            except UndecodableError as error:
+                _skip(skipped, source, key, error)
+            else:
+                batch["label"][row], batch["decoded"][row] = label, True
+
+    return _read(new, fill, count, 0, -(-len(source) // batch_size), num_threads)
 
 
 class _Sample(NamedTuple):
@@ -181,9 +234,6 @@ class _Sample(NamedTuple):
     error: UndecodableError | None = None
 
 
-_Cut = tuple[Box, bool]  # the box of a view, and whether it is mirrored
-
-
 @dataclasses.dataclass(frozen=True)
 class _TrainingBatches:
     """This process's share of the batch of each step; see `training_batches`."""
@@ -193,37 +243,30 @@ class _TrainingBatches:
     crop: Crop
     channels: int
     positions: np.ndarray
-    num_steps: int
     num_views: int
     flip: bool
     skipped: SkippedImages | None
 
-    def __len__(self) -> int:
-        return self.num_steps
-
-    def new(self, step: int) -> dict[str, np.ndarray]:
-        """Returns a batch whose images and labels are not filled in yet."""
+    def new(self) -> _Batch:
+        """Returns a batch that is not filled in yet."""
         count, size = len(self.positions), self.crop.size
-        indices = self._indices(step, range(count))
         return {
             "images": np.empty((count, self.num_views, size, size, self.channels), np.uint8),
-            "sample_index": np.asarray([i % 2**32 for i in indices], np.uint32),
+            "sample_index": np.empty(count, np.uint32),
             "label": np.empty(count, np.int32),
         }
 
-    def fill(self, step: int, batch: dict[str, np.ndarray], rows: range) -> None:
+    def fill(self, step: int, batch: _Batch, rows: range) -> None:
         """Fills in some rows of a batch."""
-        indices = self._indices(step, rows)
+        positions = self.positions[rows.start : rows.stop].tolist()
+        indices = [self.order.sample_index(step, position) for position in positions]
         keys = [self.order.record_key(index) for index in indices]
         samples = [self._read(key) for key in keys]
         cuts = self._draw(indices, samples)
         for i, row in enumerate(rows):
             views = batch["images"][row]
+            batch["sample_index"][row] = indices[i] % 2**32
             batch["label"][row] = self._fill(indices[i], keys[i], samples[i], cuts[i], views)
-
-    def _indices(self, step: int, rows: range) -> list[int]:
-        first = self.order.sample_index(step, 0)
-        return [first + position for position in self.positions[rows.start : rows.stop].tolist()]
 
     def _read(self, key: int) -> _Sample:
         try:
@@ -267,14 +310,8 @@ class _TrainingBatches:
         header = sample.header
         smallest = min(min(box.height, box.width) for box, _ in cuts)
         reduction = largest_reduction(header, smallest / self.crop.size)
-        image = decode(
-            sample.encoded,
-            self.channels,
-            header=header,
-            reduction=reduction,
-            quick=True,
-            rows=max(box.top + box.height for box, _ in cuts),
-        )
+        encoded, channels = sample.encoded, self.channels
+        image = decode(encoded, channels, header=header, reduction=reduction, quick=True)
         if not header.is_jpeg and image.shape[:2] != header[:2]:  # a rotated PNG, for example
             actual = sample._replace(header=Header(*image.shape[:2]))
             (cuts,) = self._draw([index], [actual])
@@ -282,6 +319,71 @@ class _TrainingBatches:
             cut(image, box, view, reduction=reduction)
             if flip:
                 view[:] = view[:, ::-1].copy()
+
+
+def draw_boxes(
+    heights: np.ndarray, widths: np.ndarray, crop: Crop, numbers: np.ndarray
+) -> np.ndarray:
+    """Draws a random box in each of many images, as torchvision's `RandomResizedCrop` does.
+
+    Area and aspect ratio are drawn up to ten times. If no box fits, the largest centered box within
+    the range of aspect ratios is taken.
+
+    Args:
+      heights: Heights of the images, [n].
+      widths: Widths of the images, [n].
+      crop: Ranges to draw from.
+      numbers: Uniform numbers in [0, 1), [n, NUMBERS_PER_BOX]; each row gives one box.
+
+    Returns:
+      int64 [n, 4], the fields of `Box`.
+    """
+    low, high = crop.scale
+    log_low, log_high = (math.log(r) for r in crop.aspect_ratio)
+    h, w = heights[:, None], widths[:, None]
+    areas = h * w * (low + (high - low) * numbers[:, :_TRIES])
+    ratios = np.exp(log_low + (log_high - log_low) * numbers[:, _TRIES : 2 * _TRIES])
+    tried_w, tried_h = np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
+    fits = (tried_w > 0) & (tried_w <= w) & (tried_h > 0) & (tried_h <= h)  # [n, tries]
+    first = fits.argmax(axis=1)[:, None]
+    any_fits = fits.any(axis=1)
+    ratio = np.clip(widths / heights, *crop.aspect_ratio)
+    largest_w = np.minimum(widths, np.maximum(1, np.rint(heights * ratio)))
+    largest_h = np.minimum(heights, np.maximum(1, np.rint(widths / ratio)))
+    box_w = np.where(any_fits, np.take_along_axis(tried_w, first, axis=1)[:, 0], largest_w)
+    box_h = np.where(any_fits, np.take_along_axis(tried_h, first, axis=1)[:, 0], largest_h)
+    top = np.where(any_fits, (heights - box_h + 1) * numbers[:, -2], (heights - box_h) // 2)
+    left = np.where(any_fits, (widths - box_w + 1) * numbers[:, -1], (widths - box_w) // 2)
+    return np.stack([top, left, box_h, box_w], axis=1).astype(np.int64)
+
+
+def cut(image: np.ndarray, box: Box, out: np.ndarray, *, reduction: int = 1) -> None:
+    """Cuts a box out of an image and resizes it to a square, fast enough for training.
+
+    Halves the box, each pixel the mean of four, while it is at least twice as large as the square,
+    then interpolates bilinearly. Averaging over all pixels at once, as `resize` does, takes five
+    to ten times as long; the mean difference is one gray level.
+
+    Args:
+      image: uint8 [height, width, channels].
+      box: Box, in pixels of the image at full size.
+      out: uint8 [size, size, channels], contiguous; receives the square.
+      reduction: Factor by which decoding has reduced the image.
+    """
+    top, left, height, width = box
+    if reduction > 1:
+        height = -(-(top + height) // reduction) - top // reduction
+        width = -(-(left + width) // reduction) - left // reduction
+        top, left = top // reduction, left // reduction
+    part = image[top : top + height, left : left + width]
+    size = out.shape[0]
+    while height >= 2 * size and width >= 2 * size:
+        height, width = height // 2, width // 2
+        part = cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA)
+    if (height, width) == (size, size):
+        out[:] = part.reshape(out.shape)
+    else:
+        cv2.resize(part, (size, size), dst=out, interpolation=cv2.INTER_LINEAR)
 
 
 def _uniform(seed: int, sample_indices: list[int], count: int) -> np.ndarray:
@@ -300,51 +402,6 @@ def _uniform(seed: int, sample_indices: list[int], count: int) -> np.ndarray:
     return numbers[:, :count]
 
 
-@dataclasses.dataclass(frozen=True)
-class _EvaluationBatches:
-    """This process's share of each batch of a split; see `evaluation_batches`."""
-
-    source: Source
-    size: int
-    resize_shorter_side: int
-    channels: int
-    batch_size: int
-    positions: np.ndarray
-    skipped: SkippedImages | None
-
-    def __len__(self) -> int:
-        return -(-len(self.source) // self.batch_size)
-
-    def new(self, k: int) -> dict[str, np.ndarray]:
-        """Returns a batch of black images."""
-        del k
-        count = len(self.positions)
-        return {
-            "images": np.zeros((count, self.size, self.size, self.channels), np.uint8),
-            "label": np.full(count, -1, np.int32),
-            "decoded": np.zeros(count, bool),
-        }
-
-    def fill(self, k: int, batch: dict[str, np.ndarray], rows: range) -> None:
-        """Fills in some rows of a batch, up to the end of the split."""
-        for row in rows:
-            key = k * self.batch_size + int(self.positions[row])
-            if key >= len(self.source):
-                return
-            try:
-                encoded, label = self.source.example(key)
-                batch["images"][row] = central_view(
-                    encoded,
-                    size=self.size,
-                    resize_shorter_side=self.resize_shorter_side,
-                    channels=self.channels,
-                )
-            except UndecodableError as error:
-                _skip(self.skipped, self.source, key, error)
-            else:
-                batch["label"][row], batch["decoded"][row] = label, True
-
-
 def _skip(skipped: SkippedImages | None, source: Source, key: int, error: UndecodableError) -> None:
     if skipped is None:
         name = source.record_name(key)
@@ -352,55 +409,41 @@ def _skip(skipped: SkippedImages | None, source: Source, key: int, error: Undeco
     skipped.add(source, key, str(error))
 
 
-_Batches = _TrainingBatches | _EvaluationBatches
-
-
-class _Parts:
-    """Items for Grain's threads, each of which fills in some rows of a batch in place.
-
-    All threads thus work on a few batches at a time, and samples need not be passed on and stacked.
-    """
-
-    def __init__(self, batches: _Batches, size: int):
-        self._batches, self._size = batches, size
-        self.per_batch = -(-len(batches.positions) // size)
-        self._started: dict[int, dict[str, np.ndarray]] = {}
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._batches) * self.per_batch
-
-    def __getitem__(self, item: int) -> int:
-        k, part = divmod(int(item), self.per_batch)
-        with self._lock:
-            if k not in self._started:
-                self._started[k] = self._batches.new(k)
-            batch = self._started[k]
-        stop = min((part + 1) * self._size, len(self._batches.positions))
-        self._batches.fill(k, batch, range(part * self._size, stop))
-        return k
-
-    def take(self, k: int) -> dict[str, np.ndarray]:
-        """Returns a batch whose parts have all been read, and releases it."""
-        with self._lock:
-            return self._started.pop(k)
-
-
 def _read(
-    batches: _Batches, start: int, num_threads: int | None
+    new: Callable[[], _Batch],
+    fill: Callable[[int, _Batch, range], None],
+    num_rows: int,
+    start: int,
+    stop: int,
+    num_threads: int | None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields batches from `start` on, decoded by several threads ahead of their use."""
+    """Yields the batches `start` to `stop - 1`, decoded by several threads ahead of their use.
+
+    Each thread fills in some rows of a batch in place. All threads thus work on a few batches at a
+    time, and samples need not be passed on and stacked.
+    """
     threads = num_threads or usable_cores()
     # Small batches are divided into smaller parts, so that all threads have one.
-    share = -(-_BATCHES_AHEAD * len(batches.positions) // threads)
-    parts = _Parts(batches, min(_PART_SIZE, share))
+    size = min(_PART_SIZE, -(-_BATCHES_AHEAD * num_rows // threads))
+    num_parts = -(-num_rows // size)
+    started: dict[int, _Batch] = {}
+    lock = threading.Lock()
+
+    def fill_part(item: int) -> int:
+        k, part = divmod(item, num_parts)
+        with lock:
+            if k not in started:
+                started[k] = new()
+        fill(k, started[k], range(part * size, min((part + 1) * size, num_rows)))
+        return item
+
     options = grain.ReadOptions(
         num_threads=threads,
-        prefetch_buffer_size=max(threads + 1, _BATCHES_AHEAD * parts.per_batch),
+        prefetch_buffer_size=max(threads + 1, _BATCHES_AHEAD * num_parts),
     )
-    dataset = grain.MapDataset.source(parts)[start * parts.per_batch :]
-    read = iter(dataset.to_iter_dataset(options))
-    for k in range(start, len(batches)):
-        for _ in range(parts.per_batch):
-            next(read)
-        yield parts.take(k)
+    parts = grain.MapDataset.range(start * num_parts, stop * num_parts).map(fill_part)
+    filled = iter(parts.to_iter_dataset(options))
+    for k in range(start, stop):
+        for _ in range(num_parts):
+            next(filled)
+        yield started.pop(k)

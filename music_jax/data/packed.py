@@ -6,32 +6,28 @@ in progress, `complete` is false in the index.
 """
 
 import bisect
-import collections
-import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import logging
 import os
+import re
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import cv2
+import grain
 import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 from music_jax.config import normalize_path
-from music_jax.data.crops import resize
-from music_jax.data.decode import (
-    EncodedImage,
-    decode,
-    largest_reduction,
-    read_header,
-    use_one_thread,
-)
+from music_jax.data.decode import EncodedImage, decode, largest_reduction, read_header, resize
 from music_jax.data.folder import MAX_FILE_BYTES
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
@@ -45,7 +41,7 @@ _logger = logging.getLogger(__name__)
 
 _INDEX_FILE = "index.json"
 _FORMAT = "music_jax packed images, version 1"
-_SUFFIX = ".array_record"
+_SHARD = re.compile(r"images-\d+-of-\d+\.array_record")
 _LABEL = struct.Struct("<i")
 _IMAGES_PER_THREAD = 64  # packed ahead of the writer
 
@@ -66,34 +62,28 @@ def open_packed(path: str) -> Source:
     Raises:
       UserError: Packing was not finished, or the files are damaged.
     """
-    from array_record.python.array_record_data_source import ArrayRecordDataSource
-
     index = _read_index(epath.Path(path).expanduser())
     if not index["complete"]:
         raise UserError(f"{path!r} is not fully packed; rerun music_jax.pack to finish it")
     root = os.path.expanduser(path)
     check_utf8(root)
     files = [os.path.join(root, shard["file"]) for shard in index["shards"]]
-    stamps = []
     try:
-        for name in files:
-            status = os.lstat(name)
-            if not stat.S_ISREG(status.st_mode):
-                raise ValueError(f"{os.path.basename(name)} is a link or no file")
-            stamps.append((status.st_size, status.st_mtime_ns))
-        records = _Records(files, [ArrayRecordDataSource([name]) for name in files])
+        states = [os.lstat(file) for file in files]
+        if not all(stat.S_ISREG(state.st_mode) for state in states):
+            raise ValueError("one of them is a link or no file")
+        records = _Records(files, [ArrayRecordDataSource([file]) for file in files])
         if len(records) != index["num_images"]:
             raise ValueError(f"they hold {len(records)} images, not {index['num_images']}")
     except Exception as error:  # whatever the reader raises on damage
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"cannot read the shards of {path!r}: {reason}") from error
     names = tuple(index["class_names"])
-    content = [index["shards"], index["class_names"], [size for size, _ in stamps]]
+    content = [index["shards"], index["class_names"], [state.st_size for state in states]]
+    stamps = [(state.st_size, state.st_mtime_ns) for state in states]
     return Source(
         name=escape_surrogates(normalize_path(path)),
         records=records,
-        image_key="image",
-        label_key="label",
         num_classes=len(names),
         class_names=names,
         identity=lambda times: json.dumps([*content, stamps] if times else content).encode(),
@@ -111,18 +101,11 @@ def _read_index(directory: epath.Path) -> dict[str, Any]:
         index = read_json(file)
         if index["format"] != _FORMAT:
             raise ValueError(f"its format is {index['format']!r}, not {_FORMAT!r}")
-        shards = [str(shard["file"]) for shard in index["shards"]]
-        for name in shards:
-            if "/" in name or name.startswith(".") or not name.isprintable():
-                raise ValueError("a shard is in another directory")
-            if not name.endswith(_SUFFIX):
-                raise ValueError(f"a shard's name does not end with {_SUFFIX}")
-        if len(set(shards)) < len(shards):
-            raise ValueError("a shard is named twice")
+        if not all(_SHARD.fullmatch(shard["file"]) for shard in index["shards"]):
+            raise ValueError("a shard has another name than those that are written")
         if not all(isinstance(name, str) for name in index["class_names"]):
             raise ValueError("a class has no name")
-        if not isinstance(index["complete"], bool):
-            raise ValueError("'complete' is neither true nor false")
+        index["complete"] = bool(index["complete"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is no index of packed images: {error!r}") from error
     return index
@@ -133,33 +116,33 @@ def _write_index(directory: epath.Path, index: dict[str, Any]) -> None:
 
 
 class _Records:
-    """Records of all shards; a shard with a record that is larger than any image is not read."""
+    """Records of all shards; each shard is checked before one of its records is read."""
 
     def __init__(self, files: list[str], shards: list[Any]):
         self._files, self._shards = files, shards
         self._ends = list(itertools.accumulate(map(len, shards)))
-        self._problems: list[str | None] = [None] * len(shards)  # None: not checked yet
+        self._check = functools.cache(_check_shard)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         shard = bisect.bisect_right(self._ends, index)
-        if self._problems[shard] is None:
-            self._problems[shard] = self._find_problem(self._files[shard])
-        if self._problems[shard]:
-            raise UndecodableError(f"its shard {self._problems[shard]}")
+        self._check(self._files[shard])
         record = self._shards[shard][index - self._ends[shard] + len(self._shards[shard])]
         return {"image": record[_LABEL.size :], "label": _LABEL.unpack_from(record)[0]}
 
-    def _find_problem(self, file: str) -> str:
-        try:
-            size = largest_chunk(file)
-        except (OSError, ValueError) as error:
-            return f"cannot be read: {error}"
-        if size > MAX_FILE_BYTES + _LABEL.size:
-            return f"has a record of {size:,} bytes, and images have {MAX_FILE_BYTES:,} at most"
-        return ""
+
+def _check_shard(file: str) -> None:
+    """Raises UndecodableError if a shard has a record that is larger than any image."""
+    try:
+        size = largest_chunk(file)
+    except (OSError, ValueError) as error:
+        raise UndecodableError(f"its shard cannot be read: {error}") from error
+    if size > MAX_FILE_BYTES + _LABEL.size:
+        raise UndecodableError(
+            f"its shard has a record of {size:,} bytes, and images have {MAX_FILE_BYTES:,} at most"
+        )
 
 
 def largest_chunk(path: str) -> int:
@@ -175,9 +158,8 @@ def largest_chunk(path: str) -> int:
         size = os.fstat(descriptor).st_size
         while offset < size:
             header = os.pread(descriptor, _CHUNK_HEADER.size + _BLOCK_HEADER, offset)
-            before = min(-offset % _BLOCK, _CHUNK_HEADER.size)  # bytes up to the next block
-            if before < _CHUNK_HEADER.size:
-                header = header[:before] + header[before + _BLOCK_HEADER :]
+            before = -offset % _BLOCK  # bytes up to the next block
+            header = header[:before] + header[before + _BLOCK_HEADER :]
             if len(header) < _CHUNK_HEADER.size:
                 raise ValueError("it ends early")
             _, encoded, _, records, decoded = _CHUNK_HEADER.unpack(header[: _CHUNK_HEADER.size])
@@ -256,7 +238,6 @@ def pack(
       UserError: The directory holds something else, or cannot be written to.
       UnusableDataError: Too many images cannot be decoded.
     """
-    use_one_thread()
     index = {
         "format": _FORMAT,
         "complete": False,
@@ -273,21 +254,27 @@ def pack(
     skipped = SkippedImages(directory, max_share=max_skipped_share)
     num_shards = -(-len(source) // packing.shard_size)
     threads = num_threads or usable_cores()
+    options = grain.ReadOptions(threads, prefetch_buffer_size=threads * _IMAGES_PER_THREAD)
+
+    def make_record(key: int) -> bytes | None:  # Grain leaves out None
+        try:
+            encoded, label = source.example(key)
+            return _LABEL.pack(label) + shrink(encoded, packing)
+        except UndecodableError as error:
+            skipped.add(source, key, str(error))
+            return None
+
     shards: list[dict[str, Any]] = []
-    with (
-        concurrent.futures.ThreadPoolExecutor(threads) as pool,
-        progress.bar(len(source), unit="img", description="packing") as bar,
-    ):
+    with progress.bar(len(source), unit="img", description="packing") as bar:
         for k in range(num_shards):
-            name = f"images-{k:05d}-of-{num_shards:05d}{_SUFFIX}"
-            first = k * packing.shard_size
-            keys = range(first, min(first + packing.shard_size, len(source)))
+            name = f"images-{k:05d}-of-{num_shards:05d}.array_record"
+            stop = min((k + 1) * packing.shard_size, len(source))
             count = _count_images(directory / name)
             if count is None:
-                ahead = threads * _IMAGES_PER_THREAD
-                records = _make_records(pool, source, keys, packing, skipped, ahead)
+                keys = grain.MapDataset.range(k * packing.shard_size, stop)
+                records = keys.map(make_record).to_iter_dataset(options)
                 count = _write_shard(directory / name, records, bar)
-            bar.update(keys.stop - bar.n)
+            bar.update(stop - bar.n)
             shards.append({"file": name, "images": count})
     num_images = sum(shard["images"] for shard in shards)
     index |= {"complete": True, "num_images": num_images, "shards": shards}
@@ -344,40 +331,11 @@ def _normalize(source: Any) -> str | None:
 
 def _count_images(shard: epath.Path) -> int | None:
     """Returns the number of images in a finished shard; None if there is none."""
-    from array_record.python.array_record_data_source import ArrayRecordDataSource
-
     if not shard.exists():
         return None
     with contextlib.suppress(Exception):  # whatever the reader raises on damage
         return len(ArrayRecordDataSource([os.fspath(shard)]))
     return None
-
-
-def _make_records(
-    pool: concurrent.futures.Executor,
-    source: Source,
-    keys: range,
-    packing: Packing,
-    skipped: SkippedImages,
-    ahead: int,
-) -> Iterator[bytes | None]:
-    """Yields the record of each image in order, None for one that cannot be decoded."""
-
-    def make_record(key: int) -> bytes | None:
-        try:
-            encoded, label = source.example(key)
-            return _LABEL.pack(label) + shrink(encoded, packing)
-        except UndecodableError as error:
-            skipped.add(source, key, str(error))
-            return None
-
-    waiting: collections.deque[concurrent.futures.Future[bytes | None]] = collections.deque()
-    for key in keys:
-        waiting.append(pool.submit(make_record, key))
-        if len(waiting) >= ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def shrink(encoded: EncodedImage, packing: Packing) -> bytes:
@@ -406,19 +364,16 @@ def shrink(encoded: EncodedImage, packing: Packing) -> bytes:
     return packed.tobytes()
 
 
-def _write_shard(path: epath.Path, records: Iterator[bytes | None], bar: Any) -> int:
+def _write_shard(path: epath.Path, records: Iterable[bytes], bar: Any) -> int:
     """Writes a shard that appears only when it is complete; returns its number of images."""
-    from array_record.python.array_record_module import ArrayRecordWriter
-
     count = 0
     with new_path(path) as temporary:
         writer = ArrayRecordWriter(os.fspath(temporary), "group_size:1")  # for random access
         try:
             for record in records:
-                if record is not None:
-                    writer.write(record)
-                    count += 1
+                writer.write(record)
                 bar.update(1)
+                count += 1
         finally:
             writer.close()
     return count

@@ -4,7 +4,6 @@ import collections
 import contextlib
 import json
 import logging
-import math
 import os
 import threading
 import time
@@ -94,24 +93,15 @@ class SkippedImages:
             self._check()
             started = time.monotonic()
             own_part = self._max_share * size / self._num_processes
-            if self._counts[source.name] <= own_part or started < self._next_read:
-                return
-            self._next_read = math.inf  # no other thread reads at the same time
-        self._count_others(started)
-
-    def _count_others(self, started: float) -> None:
-        """Counts the images that other processes have listed; decoding threads do not wait."""
-        found = []
-        # Whatever a bucket's client raises: the next time, or `merge`, reads the list.
-        with contextlib.suppress(Exception):
-            found += [_read(path) for path in self._others()]
-        took = time.monotonic() - started
-        pause = max(_SECONDS_BETWEEN_READS, took / _LARGEST_SHARE)
-        with self._lock:
-            for lines in found:
-                self._count(lines)
-            self._next_read = started + took + pause
-            self._check()
+            if self._counts[source.name] > own_part and started >= self._next_read:
+                # Whatever a bucket's client raises: the next time, or `merge`, reads the list.
+                with contextlib.suppress(Exception):
+                    for path in self._others():
+                        self._count(_read(path))
+                ended = time.monotonic()
+                pause = max(_SECONDS_BETWEEN_READS, (ended - started) / _LARGEST_SHARE)
+                self._next_read = ended + pause
+                self._check()
 
     def merge(self) -> None:
         """Joins the lists of all processes; called on process 0 when no process adds any more.
@@ -121,13 +111,13 @@ class SkippedImages:
             which an image was skipped since this was opened.
         """
         with self._lock:
-            joined = set(_read(self.path))
+            joined = _read(self.path)
             for part in self._parts():
                 lines = _read(part)
-                for image, line in lines.items():
+                for image in lines:
                     if image not in joined:
-                        self._write(line)
-                joined |= lines.keys()
+                        self._write(lines[image])
+                joined |= lines
                 if self._file is not None:
                     self._file.close()
                 self._count(lines)
@@ -183,9 +173,10 @@ class SkippedImages:
 
     def _write(self, line: dict[str, Any]) -> None:
         if self._file is None:
-            if not os.path.islink(self._own):  # `Appender` refuses a link
-                _drop_cut_off_line(self._own)
-            self._file = Appender(self._own)
+            text = _text(self._own)
+            if text and not text.endswith("\n") and not os.path.islink(self._own):
+                write_new(self._own, text[: text.rfind("\n") + 1].encode())
+            self._file = Appender(self._own)  # refuses a link
         self._file.append(json.dumps(line) + "\n")
 
     def _others(self) -> list[epath.Path]:
@@ -211,14 +202,12 @@ def _read(path: epath.Path) -> _Lines:
     """Reads a list without its damaged lines, whose images are listed again once encountered."""
     found = {}
     for text in _text(path).splitlines():
-        try:
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
             record = parse_json(text)
             line = {key: record[key] for key in _KEYS[:3]}
-            size = record.get("source_images")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue
-        if all(isinstance(value, str) for value in line.values()):
-            if type(size) is int and size > 0:
+            if not all(isinstance(value, str) for value in line.values()):
+                continue
+            if type(size := record.get("source_images")) is int and size > 0:
                 line["source_images"] = size
             found[line["source"], line["image"]] = line
     return found
@@ -231,12 +220,6 @@ def _text(path: epath.Path) -> str:
         return ""
     except OSError as error:
         raise UserError(f"cannot read {path}: {error}; remove it and rerun the command") from error
-
-
-def _drop_cut_off_line(path: epath.Path) -> None:
-    text = _text(path)
-    if text and not text.endswith("\n"):
-        write_new(path, text[: text.rfind("\n") + 1].encode())
 
 
 def open_skipped(workdir: epath.Path, config: config_dict.ConfigDict) -> SkippedImages:
@@ -252,16 +235,14 @@ def open_skipped(workdir: epath.Path, config: config_dict.ConfigDict) -> Skipped
 def join_skipped(skipped: SkippedImages, source: Source | None = None) -> None:
     """Joins the lists of all processes in skipped.jsonl; all processes call this together.
 
-    Args:
-      skipped: List of this process.
-      source: Images of which those that earlier runs skipped count as well.
+    Of a `source` that is given, the images that earlier runs skipped count as well.
 
     Raises:
       UnusableDataError: On process 0, if all processes together skip more of a source's images than
         allowed; the other processes then wait until its failure reaches them.
     """
     skipped.close()
-    _wait_for_all("skipped images noted")
+    multihost_utils.sync_global_devices("skipped images noted")
     if jax.process_index() == 0:
         try:
             skipped.merge()
@@ -269,7 +250,7 @@ def join_skipped(skipped: SkippedImages, source: Source | None = None) -> None:
             skipped.close()
         if source is not None:
             skipped.check(source)
-    _wait_for_all("skipped images joined")
+    multihost_utils.sync_global_devices("skipped images joined")
 
 
 def report_skipped(skipped: SkippedImages) -> None:
@@ -281,8 +262,3 @@ def report_skipped(skipped: SkippedImages) -> None:
     join_skipped(skipped)
     if jax.process_index() == 0 and len(skipped):
         _logger.warning(skipped.summary())
-
-
-def _wait_for_all(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

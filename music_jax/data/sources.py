@@ -32,18 +32,19 @@ class Source:
       no_classes: Reason why the images have no labels, or "".
       identity: Function that returns bytes which distinguish the records without reading them, such
         as the names and sizes of files; with `True` also their modification times.
-      subset_of: Number of images of the split that these are a part of; None if they are all.
+      numbers: Number of the class that each label in the records stands for; None if it is the
+        label itself.
     """
 
     name: str
     records: Any
-    image_key: str
-    label_key: str
-    num_classes: int
+    image_key: str = "image"
+    label_key: str = "label"
+    num_classes: int = 0
     class_names: tuple[str, ...] = ()
     no_classes: str = ""
     identity: Callable[[bool], bytes] = lambda _: b""
-    subset_of: int | None = None
+    numbers: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -52,20 +53,22 @@ class Source:
         """Returns the images at some indices, in this order."""
         return dataclasses.replace(
             self,
-            records=_Selected(self, indices),
+            records=_Selected(self.records, indices),
             identity=lambda times: self.identity(times) + np.asarray(indices, np.int64).tobytes(),
-            subset_of=self.split_size,
         )
 
     @property
     def split_size(self) -> int:
-        """Number of images in the whole split."""
-        return len(self) if self.subset_of is None else self.subset_of
+        """Number of images in the whole split, of which these may be a part."""
+        return getattr(self.records, "split_size", len(self))
 
     @property
     def known_labels(self) -> np.ndarray | None:
         """Labels of all images if they are known without reading records, else None."""
-        return getattr(self.records, "labels", None)
+        labels = getattr(self.records, "labels", None)
+        if labels is None or self.numbers is None:
+            return labels
+        return np.where(labels >= 0, self.numbers[labels], -1)
 
     def record_name(self, index: int) -> str:
         """Returns the name of an image: its path in a folder, else its index."""
@@ -124,13 +127,13 @@ class Source:
 
     def count_classes(self, at_most: int) -> int:
         """Returns how many classes have images; reading stops once `at_most` are found."""
-        if self.known_labels is not None:
-            return min(len(np.unique(self.known_labels[self.known_labels >= 0])), at_most)
+        labels: Iterable[int] | None = self.known_labels
         found: set[int] = set()
-        for index in range(len(self) if self.num_classes else 0):
+        for label in map(self._read_label, range(len(self))) if labels is None else labels:
+            if label >= 0:
+                found.add(int(label))
             if len(found) >= at_most:
                 break
-            found.update(label for label in self._read_labels([index]) if label >= 0)
         return len(found)
 
     def labels(self) -> np.ndarray:
@@ -152,7 +155,7 @@ class Source:
             concurrent.futures.ThreadPoolExecutor() as pool,
             progress.bar(len(self), unit="img", description=f"labels of {self.name}") as bar,
         ):
-            for labels in pool.map(self._read_labels, parts):
+            for labels in pool.map(lambda part: [*map(self._read_label, part)], parts):
                 found += labels
                 bar.update(len(labels))
         return np.asarray(found, np.int32)
@@ -166,34 +169,33 @@ class Source:
             raise UndecodableError(
                 f"its record lacks a label: {type(error).__name__}: {error}"
             ) from error
-        if not -1 <= label < self.num_classes:
-            raise UndecodableError(f"its label {label} is none of {self.num_classes} classes")
-        return label
+        num_classes = self.num_classes if self.numbers is None else len(self.numbers)
+        if not -1 <= label < num_classes:
+            raise UndecodableError(f"its label {label} is none of {num_classes} classes")
+        return label if self.numbers is None or label < 0 else int(self.numbers[label])
 
-    def _read_labels(self, indices: Iterable[int]) -> list[int]:
-        """Returns the labels of some images, as `labels` does."""
-        found = []
-        for index in indices:
-            try:
-                found.append(self._label_of(self.record(int(index))))
-            except UndecodableError:
-                found.append(-2)
-        return found
+    def _read_label(self, index: int) -> int:
+        """Returns the label of an image, as `labels` does."""
+        try:
+            return self._label_of(self.record(int(index)))
+        except UndecodableError:
+            return -2
 
 
 class _Selected:
     """Some of the records of a source."""
 
-    def __init__(self, source: Source, indices: np.ndarray):
-        self._source, self._indices = source, indices
-        known = source.known_labels
-        self.labels = None if known is None else known[indices]
+    def __init__(self, records: Any, indices: np.ndarray):
+        self._records, self._indices = records, indices
+        self.split_size = getattr(records, "split_size", len(records))
+        labels = getattr(records, "labels", None)
+        self.labels = None if labels is None else labels[indices]
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> Any:
-        return self._source.records[int(self._indices[index])]
+        return self._records[int(self._indices[index])]
 
     def record_name(self, index: int) -> str:
-        return self._source.record_name(int(self._indices[index]))
+        return getattr(self._records, "record_name", str)(int(self._indices[index]))

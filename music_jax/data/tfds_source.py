@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import json
 import os
 import threading
@@ -49,10 +50,10 @@ def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
             f"one of {sorted(features)} that is, with --config.dataset.image_key="
         )
     label, names, no_classes = features.get(dataset.label_key), (), ""
-    if label is None:
-        no_classes = f"{dataset.name} has no feature {dataset.label_key!r}"
-    elif isinstance(label, tfds.features.ClassLabel):
+    if isinstance(label, tfds.features.ClassLabel):
         names = tuple(label.names)
+    elif label is None:
+        no_classes = f"{dataset.name} has no feature {dataset.label_key!r}"
     else:
         kind = type(label).__name__
         no_classes = f"its feature {dataset.label_key!r} is a {kind}, not a ClassLabel"
@@ -63,23 +64,25 @@ def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
     }
     try:
         records = builder.as_data_source(split=split, decoders=decoders)
-    except NotImplementedError as error:  # the format has no random access
-        raise UserError(
-            f"{dataset.name!r} was prepared at {builder.data_path} in a format without random "
-            "access; prepare it again elsewhere with --config.dataset.data_dir=DIR, which writes "
-            "array_record files"
-        ) from error
     except Exception as error:  # whatever TFDS raises on an unknown split or damaged metadata
-        if not builder.is_prepared():
-            raise UserError(
+        if isinstance(error, NotImplementedError):  # the format has no random access
+            problem = (
+                f"{dataset.name!r} was prepared at {builder.data_path} in a format without random "
+                "access; prepare it again elsewhere with --config.dataset.data_dir=DIR, which "
+                "writes array_record files"
+            )
+        elif not builder.is_prepared():
+            problem = (
                 f"dataset {dataset.name!r} was not prepared in {builder.data_path}; name it with "
                 f"--config.dataset.name={dataset.name} to prepare it, or give the directory where "
                 "it was prepared with --config.dataset.data_dir=DIR"
-            ) from error
-        raise UserError(
-            f"cannot read split {split!r} of {dataset.name!r}, which has the splits "
-            f"{sorted(builder.info.splits)}: {_one_line(error)}"
-        ) from error
+            )
+        else:
+            problem = (
+                f"cannot read split {split!r} of {dataset.name!r}, which has the splits "
+                f"{sorted(builder.info.splits)}: {_one_line(error)}"
+            )
+        raise UserError(problem) from error
     shards = [[s.name, s.num_bytes, list(s.shard_lengths)] for s in builder.info.splits.values()]
     return Source(
         name=f"{dataset.name}:{split}",
@@ -98,16 +101,13 @@ class _Cached:
 
     def __init__(self, records: Any):
         self._records = records
-        self._cache: dict[int, dict] = {}
+        self._read = functools.cache(records.__getitem__)
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict:
-        record = self._cache.get(index)
-        if record is None:
-            record = self._cache[index] = self._records[index]
-        return record
+        return self._read(index)
 
 
 def has_split(dataset: config_dict.ConfigDict, split: str) -> bool:
@@ -132,35 +132,37 @@ def prepare(dataset: config_dict.ConfigDict) -> None:
     if builder.is_prepared():
         return
     if not type(builder).__module__.startswith("music_jax.data."):
-        try:
-            import_tensorflow()  # most other datasets import it, with the accelerators in sight
+        try:  # most other datasets import it
+            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+            import tensorflow as tf
+
+            for kind in ("GPU", "TPU"):  # hides them: TensorFlow would reserve their memory
+                with contextlib.suppress(RuntimeError):  # TensorFlow is in use already
+                    tf.config.set_visible_devices([], kind)
         except ImportError as error:
             raise UserError(
                 f"preparing dataset {dataset.name!r} needs TensorFlow once; `pip install "
                 "tensorflow`, or put array_record files prepared elsewhere into "
                 "--config.dataset.data_dir"
             ) from error
-    manual_dir = _expanded(dataset.manual_dir)
+    options = tfds.download.DownloadConfig(
+        try_download_gcs=dataset.try_gcs,
+        manual_dir=os.path.expanduser(dataset.manual_dir or "") or None,
+    )
     try:
-        builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(
-                try_download_gcs=dataset.try_gcs, manual_dir=manual_dir
-            ),
-            file_format="array_record",
-        )
+        builder.download_and_prepare(download_config=options, file_format="array_record")
     except UserError:
         raise
     except Exception as error:  # whatever TFDS raises on missing or damaged files
         if _builder(dataset).is_prepared():  # by another process in the meantime
             return
         if isinstance(error, OSError):
-            raise UserError(
-                f"cannot prepare dataset {dataset.name!r} in {builder.data_path}: {error}; choose "
-                "another place with --config.dataset.data_dir=DIR"
-            ) from error
+            advice = "choose another place with --config.dataset.data_dir=DIR"
+        else:
+            advice = "another place for such files is --config.dataset.manual_dir=DIR"
         raise UserError(
-            f"cannot prepare dataset {dataset.name!r}: {_one_line(error)}; another place for such "
-            "files is --config.dataset.manual_dir=DIR"
+            f"cannot prepare dataset {dataset.name!r} in {builder.data_path}: {_one_line(error)}; "
+            f"{advice}"
         ) from error
 
 
@@ -180,18 +182,14 @@ def _builder(dataset: config_dict.ConfigDict) -> Any:
             "with --config.dataset.data_dir=DIR"
         )
     try:
-        if (
-            ":" in dataset.name
-            and tfds.core.naming.parse_builder_name_kwargs(dataset.name)[0].namespace
-        ):
+        if tfds.core.naming.parse_builder_name_kwargs(dataset.name)[0].namespace:
             raise UserError(
                 f"dataset {dataset.name!r} is a community dataset of TFDS, whose code would be "
                 "downloaded and run; give the name of one that TFDS itself has"
             )
         with _known_features_only():
-            builder = tfds.builder(
-                dataset.name, data_dir=_expanded(dataset.data_dir), file_format="array_record"
-            )
+            data_dir = os.path.expanduser(dataset.data_dir or "") or None
+            builder = tfds.builder(dataset.name, data_dir=data_dir, file_format="array_record")
             _ = builder.info.features  # a dataset without code reads them from its files here
             return builder
     except UserError:
@@ -230,27 +228,6 @@ def _known_features_only() -> Iterator[None]:
             yield
         finally:
             connector.cls_from_name = original
-
-
-def import_tensorflow() -> Any:
-    """Imports TensorFlow, which takes about nine seconds, and returns it.
-
-    Hides the accelerators from TensorFlow, which would reserve their memory.
-
-    Raises:
-      ImportError: TensorFlow is not installed.
-    """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import tensorflow as tf
-
-    for kind in ("GPU", "TPU"):
-        with contextlib.suppress(RuntimeError):  # TensorFlow is in use already
-            tf.config.set_visible_devices([], kind)
-    return tf
-
-
-def _expanded(directory: str | None) -> str | None:
-    return os.path.expanduser(directory) if directory else None
 
 
 def _one_line(error: Exception) -> str:

@@ -12,8 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
 from music_jax.data.augment import augment_views, normalize_images, view_augmentations
-from music_jax.data.crops import Crop
-from music_jax.data.loader import TrainingOrder, evaluation_batches, training_batches
+from music_jax.data.loader import Crop, TrainingOrder, evaluation_batches, training_batches
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed import progress

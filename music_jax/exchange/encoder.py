@@ -18,8 +18,7 @@ from music_jax import registry
 from music_jax.checkpoint.restore import restore_network
 from music_jax.config import from_json, validate
 from music_jax.data.augment import normalize_images
-from music_jax.data.crops import center_crop, central_view
-from music_jax.data.decode import EncodedImage
+from music_jax.data.decode import EncodedImage, center_crop, central_view
 from music_jax.distributed import usable_cores
 from music_jax.distributed.mesh import make_data_mesh, to_devices
 from music_jax.errors import UndecodableError, UserError

@@ -13,8 +13,7 @@ import numpy as np
 from ml_collections import config_dict
 
 from music_jax.data.augment import augment_views, view_augmentations
-from music_jax.data.crops import Crop
-from music_jax.data.loader import TrainingOrder, training_batches
+from music_jax.data.loader import Crop, TrainingOrder, training_batches
 from music_jax.errors import UserError
 from music_jax.evaluation.features import extract_split, extract_views
 from music_jax.evaluation.results import Predictions

@@ -10,8 +10,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
-from music_jax.data.crops import Crop
-from music_jax.data.loader import TrainingOrder, training_batches
+from music_jax.data.loader import Crop, TrainingOrder, training_batches
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed.mesh import local_positions, to_devices

@@ -19,9 +19,8 @@ from ml_collections import config_dict
 from music_jax.checkpoint.manager import Checkpoints
 from music_jax.data import datasets
 from music_jax.data.augment import normalize_images
-from music_jax.data.crops import Crop
 from music_jax.data.datasets import EvaluationSources
-from music_jax.data.loader import TrainingOrder, training_batches
+from music_jax.data.loader import Crop, TrainingOrder, training_batches
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed.mesh import Placing, shares_cores

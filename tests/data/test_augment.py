@@ -450,7 +450,7 @@ def test_mismatched_arguments_are_errors():
         run(images.astype(jnp.float32), indices, key)
     with pytest.raises(ValueError, match="expected images of shape"):
         run(images[..., :2], indices, key)
-    with pytest.raises(ValueError, match="for each of 2 views, got 1"):
+    with pytest.raises(ValueError, match="of each of 2 views, got 1"):
         run(images, indices, key, views=(NOTHING,))
     with pytest.raises(ValueError, match="expected integer sample_indices of shape"):
         run(images, indices[:3], key)

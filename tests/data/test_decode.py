@@ -1,4 +1,4 @@
-"""Decoding common files compared with Pillow, and refusing dangerous ones."""
+"""Decoding common files compared with Pillow, refusing dangerous ones, and the central view."""
 
 import contextlib
 import io
@@ -11,7 +11,16 @@ import pytest
 import skimage
 from PIL import Image, ImageOps
 
-from music_jax.data.decode import MAX_PIXELS, Header, decode, largest_reduction, read_header
+from music_jax.data import decode as decode_module
+from music_jax.data.decode import (
+    MAX_PIXELS,
+    Header,
+    center_crop,
+    decode,
+    largest_reduction,
+    read_header,
+    resize,
+)
 from music_jax.errors import UndecodableError
 
 _ORIENTATION = 0x0112
@@ -184,96 +193,19 @@ def _photo_as_jpeg(**options) -> bytes:
     return _save(Image.fromarray(_photo(120, 176)), "JPEG", quality=95, **options)
 
 
-def _with_sampling(factor: int) -> bytes:
-    options = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, factor]
-    return cv2.imencode(".jpg", _photo(120, 176), options)[1].tobytes()
-
-
-@pytest.mark.parametrize(
-    "jpeg",
-    [_photo_as_jpeg(subsampling=name) for name in ("4:4:4", "4:2:2", "4:2:0")]
-    + [
-        _with_sampling(factor)
-        for factor in (cv2.IMWRITE_JPEG_SAMPLING_FACTOR_411, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_440)
-    ],
-    ids=["444", "422", "420", "411", "440"],
-)
-@pytest.mark.parametrize("reduction", [1, 2, 4, 8])
-def test_the_upper_rows_of_a_jpeg_alone_are_those_of_the_whole_image(jpeg, reduction):
-    whole = decode(jpeg, 3, reduction=reduction, quick=True)
-    for rows in (1, 9, 16, 50, 104, 112, 113, 120):
-        upper = decode(jpeg, 3, reduction=reduction, quick=True, rows=rows)
-        assert rows <= len(upper) * reduction
-        assert len(upper) < len(whole) or rows > 112  # all of the last row of blocks
-        np.testing.assert_array_equal(upper, whole[: len(upper)])
-
-
-def test_the_upper_rows_of_images_of_a_few_pixels_are_those_of_the_whole_image():
-    for width in (1, 2, 5, 64):
-        jpeg = _save(Image.fromarray(_photo(40, width)), "JPEG", subsampling="4:4:4")
-        for reduction in (1, 2, 4, 8):
-            whole = decode(jpeg, 3, reduction=reduction, quick=True)
-            for rows in (1, 2, 3, 5):
-                upper = decode(jpeg, 3, reduction=reduction, quick=True, rows=rows)
-                np.testing.assert_array_equal(upper, whole[: len(upper)])
-
-
-@pytest.mark.parametrize("name", _CASES)
-def test_all_images_have_their_upper_rows(name):
-    whole = decode(_CASES[name], 3, quick=True)
-    upper = decode(_CASES[name], 3, quick=True, rows=5)
-    np.testing.assert_array_equal(upper[:5], whole[:5])
-
-
-def _with_a_restart_interval_before_the_frame(jpeg: bytes) -> bytes:
-    """As Pillow writes it after the frame."""
-    frame, interval = jpeg.index(b"\xff\xc0"), jpeg.index(b"\xff\xdd")
-    segment = jpeg[interval : interval + 6]
-    return jpeg[:frame] + segment + jpeg[frame:interval] + jpeg[interval + 6 :]
-
-
-_RESTARTS = _photo_as_jpeg(restart_marker_rows=1)
-
-
-@pytest.mark.parametrize(
-    "jpeg",
-    [
-        _RESTARTS,
-        _with_a_restart_interval_before_the_frame(_RESTARTS),
-        _photo_as_jpeg(progressive=True),
-    ],
-    ids=["restarts", "restarts_before_the_frame", "progressive"],
-)
-def test_jpegs_whose_upper_rows_cannot_be_decoded_alone_are_decoded_as_a_whole(jpeg):
-    assert read_header(jpeg).height_at == 0
-    np.testing.assert_array_equal(decode(jpeg, 3, quick=True, rows=16), decode(jpeg, 3, quick=True))
-
-
-def test_a_jpeg_that_is_too_high_is_refused_whatever_rows_are_needed():
+def test_a_jpeg_that_is_too_high_is_refused():
     jpeg = bytearray(_save(Image.fromarray(_photo(65_500, 8)), "JPEG"))
     frame = jpeg.index(b"\xff\xc0")
     jpeg[frame + 5 : frame + 7] = struct.pack(">H", 65_520)
-    for rows in (None, 16):
-        with pytest.raises(UndecodableError):
-            decode(bytes(jpeg), 3, quick=True, rows=rows)
+    with pytest.raises(UndecodableError):
+        decode(bytes(jpeg), 3, quick=True)
 
 
-def test_a_jpeg_that_is_cut_off_below_the_rows_that_are_needed_is_refused():
+def test_a_jpeg_that_is_cut_off_near_its_end_is_refused():
     jpeg = _photo_as_jpeg()
     for left in (len(jpeg) - 100, len(jpeg) - 2):
         with pytest.raises(UndecodableError):
-            decode(jpeg[:left], 3, quick=True, rows=32)
-
-
-def test_other_damage_is_treated_as_in_a_whole_image():
-    jpeg = _photo_as_jpeg()
-    scan = jpeg.index(b"\xff\xda") + 14
-    ended = bytearray(jpeg)
-    ended[scan + 200 : scan + 202] = b"\xff\xd9"  # an end in the first rows
-    commented = jpeg[:-2] + b"\xff\xfe\0\4ab" + jpeg[-2:]  # a comment between the data and the end
-    for damaged in (bytes(ended), commented):
-        whole = decode(damaged, 3, quick=True)
-        np.testing.assert_array_equal(decode(damaged, 3, quick=True, rows=64), whole)
+            decode(jpeg[:left], 3, quick=True)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -296,8 +228,7 @@ def test_headers_give_the_size_without_decoding(name):
 def test_a_jpeg_with_a_thumbnail_and_fill_bytes_has_its_own_size():
     jpeg, thumbnail = _CASES["jpeg"], _save(_RGB.resize((8, 6)), "JPEG")
     segment = b"\xff\xff\xff\xe2" + struct.pack(">H", 2 + len(thumbnail)) + thumbnail
-    found, own = read_header(jpeg[:2] + segment + jpeg[2:]), read_header(jpeg)
-    assert found == own._replace(height_at=own.height_at + len(segment))
+    assert read_header(jpeg[:2] + segment + jpeg[2:]) == read_header(jpeg)
 
 
 @pytest.mark.parametrize("name", ["jpeg", "jpeg_progressive", "webp", "bmp", "gif", "png"])
@@ -445,3 +376,39 @@ def test_a_jpeg_decoded_smaller_is_the_jpeg_averaged(reduction, orientation, cha
 )
 def test_the_reduction_never_exceeds_the_factor(header, factor, expected):
     assert largest_reduction(header, factor) == expected
+
+
+def test_center_crop_takes_the_center():
+    image = np.zeros((40, 80, 1), np.uint8)
+    image[:, 30:50] = 255  # the central quarter
+    cut = center_crop(image, size=20, resize_shorter_side=20)
+    assert cut.shape == (20, 20, 1)
+    assert np.all(cut[:, 6:14] == 255)
+    assert not np.any(cut[:, [0, 1, 2, -3, -2, -1]])
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_only_the_middle_of_a_long_strip_is_enlarged(axis, monkeypatch):
+    strip = np.random.default_rng(0).integers(0, 256, (161, 10, 3), np.uint8)
+    middle, shorter = strip[60:101], strip[:160]  # 40 rows, and one to keep the center
+    if axis == 1:
+        strip, middle, shorter = (x.swapaxes(0, 1) for x in (strip, middle, shorter))
+    enlarged = []
+    monkeypatch.setattr(
+        decode_module, "resize", lambda image, h, w: enlarged.append(image) or image
+    )
+    for image in (strip, shorter):
+        center_crop(image, 20, 20)
+    np.testing.assert_array_equal(enlarged[0], middle)
+    np.testing.assert_array_equal(enlarged[1], shorter)
+
+
+def test_center_crop_of_an_image_of_that_size_is_the_image():
+    image = _photo(28, 28)
+    np.testing.assert_array_equal(center_crop(image, 28, 28), image)
+
+
+def test_shrinking_averages_so_that_fine_patterns_do_not_alias():
+    checks = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)[..., None]
+    small = resize(checks, 16, 16)
+    assert np.all(np.abs(small.astype(int) - 128) <= 1)

@@ -109,9 +109,9 @@ def test_excluded_files_are_counted_on_one_line(tmp_path, capsys):
     assert (_names(source), source.class_names) == (["a/1.png"], ("a",))
     lines = [line for line in capsys.readouterr().out.splitlines() if ": excluded: " in line]
     assert lines == [
-        f"{tmp_path}: excluded: 3 .tif, 2 @eaDir/, 2 links that cannot be followed, "
-        "1 $RECYCLE.BIN/, 1 .DS_Store, 1 .db, 1 .git/, 1 .heic, 1 System Volume Information/, "
-        "1 __MACOSX/, 5 others"
+        f"{tmp_path}: excluded: 3 .tif, 2 @eaDir/, 2 hidden files without an extension, "
+        "2 links that cannot be followed, 1 $RECYCLE.BIN/, 1 .db, 1 .git/, 1 .heic, "
+        "1 System Volume Information/, 1 __MACOSX/, 4 others"
     ]
     open_folder(str(tmp_path / "a"))
     (tmp_path / "a/1.png").unlink()

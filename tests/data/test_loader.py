@@ -15,9 +15,16 @@ from etils import epath
 from PIL import Image
 
 from music_jax.data import loader
-from music_jax.data.crops import NUMBERS_PER_BOX, Box, Crop, cut, draw_boxes
-from music_jax.data.decode import decode
-from music_jax.data.loader import TrainingOrder, evaluation_batches, training_batches
+from music_jax.data.loader import (
+    NUMBERS_PER_BOX,
+    Box,
+    Crop,
+    TrainingOrder,
+    cut,
+    draw_boxes,
+    evaluation_batches,
+    training_batches,
+)
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed import usable_cores
@@ -460,38 +467,6 @@ def test_views_of_a_jpeg_decoded_smaller_match_those_of_the_full_size(height, wi
     assert np.abs(difference).max() < 30
 
 
-def test_views_of_a_jpeg_decoded_in_part_are_those_of_the_whole_image(
-    monkeypatch,
-):
-    noise = np.random.default_rng(0).integers(0, 256, (240, 180, 3), np.uint8)
-    jpeg = cv2.imencode(".jpg", noise)[1].tobytes()
-
-    class One(_Records):
-        def __getitem__(self, i):
-            return {"image": jpeg, "label": 0}
-
-    def views():
-        source = Source("one", One(16), "image", "label", 1)
-        order, crop = TrainingOrder(16, 16, 0), Crop(64, (0.1, 0.5))
-        return _batches(source, order, num_steps=1, crop=crop, channels=3)[0]["images"]
-
-    heights = []
-
-    def decode_in_part(*args, **kwargs):
-        image = decode(*args, **kwargs)
-        heights.append(len(image))
-        return image
-
-    def decode_whole(*args, rows, **kwargs):
-        return decode(*args, **kwargs)
-
-    monkeypatch.setattr(loader, "decode", decode_in_part)
-    found = views()
-    assert min(heights) < 200
-    monkeypatch.setattr(loader, "decode", decode_whole)
-    np.testing.assert_array_equal(found, views())
-
-
 def test_views_of_a_rotated_png_are_cut_after_the_rotation():
     file = io.BytesIO()
     wide = Image.fromarray(np.tile(np.arange(90, dtype=np.uint8), (20, 1)))  # brighter to the right
@@ -544,3 +519,191 @@ def test_evaluation_takes_every_image_once_in_order_and_marks_the_padding():
     np.testing.assert_array_equal(labels, [*range(23), *[-1] * 7])
     images = np.concatenate([b["images"] for b in batches])
     np.testing.assert_array_equal(images[:23, 0, 0, 0], np.arange(23))
+
+
+def _boxes(height, width, crop, count, seed=0):
+    numbers = np.random.default_rng(seed).random((count, NUMBERS_PER_BOX))
+    boxes = draw_boxes(np.full(count, height), np.full(count, width), crop, numbers)
+    return [Box(*box) for box in boxes.tolist()]
+
+
+def _gradient(height, width):
+    """Red grows downwards by 1 a row, green to the right by 1 a column."""
+    image = np.zeros((height, width, 3), np.uint8)
+    image[..., 0] = np.arange(height)[:, None]
+    image[..., 1] = np.arange(width)[None, :]
+    return image
+
+
+def test_crop_areas_and_ratios_stay_in_their_ranges():
+    crop = Crop(size=128, scale=(0.2, 0.6), aspect_ratio=(0.75, 1.25))
+    areas, ratios = [], []
+    for box in _boxes(128, 128, crop, 300):
+        assert 0 <= box.top <= 128 - box.height
+        assert 0 <= box.left <= 128 - box.width
+        areas.append(box.height * box.width / 128**2)
+        ratios.append(box.width / box.height)
+    # One pixel of rounding at each side.
+    assert min(areas) > 0.18
+    assert max(areas) < 0.63
+    assert min(ratios) > 0.71
+    assert max(ratios) < 1.31
+    np.testing.assert_allclose(np.mean(areas), 0.4, atol=0.02)
+
+
+def test_areas_are_uniform_and_aspect_ratios_log_uniform():
+    crop = Crop(size=8, scale=(0.04, 0.2), aspect_ratio=(1 / 4, 4))
+    numbers = np.zeros((4, NUMBERS_PER_BOX))
+    numbers[:, :10] = np.asarray([0, 0.5, 1, 0])[:, None]  # the area
+    numbers[:, 10:20] = np.asarray([0.5, 0.5, 0.75, 0])[:, None]  # the ratio: 1, 1, 2, 1 / 4
+    numbers[:, 20:] = (0.25, 0.5)  # top and left
+    boxes = draw_boxes(np.full(4, 800), np.full(4, 1250), crop, numbers)
+    areas = np.asarray([0.04, 0.12, 0.2, 0.04]) * 1_000_000
+    ratios = np.asarray([1, 1, 2, 1 / 4])  # width over height
+    height, width = np.rint(np.sqrt(areas / ratios)), np.rint(np.sqrt(areas * ratios))
+    top, left = (801 - height) * 0.25, (1251 - width) * 0.5
+    np.testing.assert_array_equal(boxes, np.stack([top, left, height, width], 1).astype(int))
+
+
+def test_positions_of_boxes_are_uniform():
+    crop = Crop(size=8, scale=(0.25, 0.25), aspect_ratio=(1.0, 1.0))
+    boxes = np.asarray(_boxes(10, 10, crop, 600))
+    for side in (0, 1):  # top and left are 0 to 5
+        counts = np.bincount(boxes[:, side], minlength=6)
+        assert len(counts) == 6
+        assert counts.min() > 60  # 100 expected, deviation 9
+
+
+def test_a_box_as_high_or_as_wide_as_the_image_fits():
+    crop = Crop(size=8, scale=(0.25, 0.25), aspect_ratio=(1.0, 1.0))
+    numbers = np.full((1, NUMBERS_PER_BOX), 0.99)
+    for shape, box in (((50, 200), (0, 149, 50, 50)), ((200, 50), (149, 0, 50, 50))):
+        height, width = np.asarray([shape]).T
+        assert draw_boxes(height, width, crop, numbers).tolist() == [list(box)]
+
+
+def test_each_box_depends_on_its_own_numbers_and_image_alone():
+    crop = Crop(size=16, scale=(0.1, 0.9))
+    numbers = np.random.default_rng(0).random((50, NUMBERS_PER_BOX))
+    heights, widths = np.random.default_rng(1).integers(5, 300, (2, 50))
+    together = draw_boxes(heights, widths, crop, numbers)
+    one = [
+        draw_boxes(heights[i : i + 1], widths[i : i + 1], crop, numbers[i : i + 1])
+        for i in range(50)
+    ]
+    np.testing.assert_array_equal(together, np.concatenate(one))
+
+
+@pytest.mark.parametrize("shape", [(375, 500), (200, 900), (40, 41)])
+def test_boxes_are_distributed_as_torchvisions(shape):
+    # Its algorithm, written anew with its own calls: areas, tries and the last resort.
+    height, width = shape
+    crop = Crop(size=8, scale=(0.08, 1.0))
+    rng = np.random.default_rng(3)
+
+    def one():
+        for _ in range(10):
+            area = height * width * rng.uniform(*crop.scale)
+            ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+            w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                return rng.integers(0, height - h + 1), rng.integers(0, width - w + 1), h, w
+        ratio = width / height
+        h = height if ratio > 4 / 3 else round(width / (3 / 4)) if ratio < 3 / 4 else height
+        w = round(height * 4 / 3) if ratio > 4 / 3 else width
+        return (height - h) // 2, (width - w) // 2, h, w
+
+    expected = np.asarray([one() for _ in range(4000)])
+    found = np.asarray(_boxes(height, width, crop, 4000))
+    for quantile in (0.1, 0.5, 0.9):
+        a, b = (np.quantile(boxes, quantile, axis=0) for boxes in (expected, found))
+        np.testing.assert_allclose(a, b, atol=0.03 * max(shape))
+
+
+def test_a_crop_of_everything_takes_the_whole_of_a_square_image():
+    crop = Crop(size=8, scale=(1.0, 1.0), aspect_ratio=(1.0, 1.0))
+    for side in range(1, 200):
+        assert set(_boxes(side, side, crop, 5)) == {Box(0, 0, side, side)}
+
+
+@pytest.mark.parametrize(
+    ("shape", "box"),
+    [((40, 101), (0, 24, 40, 53)), ((101, 40), (24, 0, 53, 40))],  # 53: 40 * 4 / 3
+)
+def test_if_no_box_fits_the_largest_central_one_is_taken(shape, box):
+    assert set(_boxes(*shape, Crop(size=8, scale=(0.9, 1.0)), 5)) == {Box(*box)}
+
+
+@pytest.mark.parametrize(
+    ("shape", "aspect_ratio"),
+    [
+        ((1, 1), (3 / 4, 4 / 3)),
+        ((1, 500), (3 / 4, 4 / 3)),
+        ((700, 2), (3 / 4, 4 / 3)),
+        ((1, 500), (1 / 4, 1 / 3)),  # of one row, no column is narrow enough
+        ((500, 1), (3.0, 4.0)),
+    ],
+)
+def test_images_too_narrow_for_any_box_are_still_cut(shape, aspect_ratio):
+    image = np.full((*shape, 3), 7, np.uint8)
+    (box,) = _boxes(*shape, Crop(size=8, scale=(0.9, 1.0), aspect_ratio=aspect_ratio), 1)
+    np.testing.assert_array_equal(_cut(image, box, 8), np.full((8, 8, 3), 7))
+
+
+def _cut(image, box, size, **kwargs):
+    out = np.full((size, size, image.shape[2]), 99, np.uint8)
+    cut(image, box, out, **kwargs)
+    return out
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_box_of_the_size_of_the_view_is_not_resized(channels):
+    image = _gradient(50, 60)[..., :channels]
+    np.testing.assert_array_equal(_cut(image, Box(5, 7, 28, 28), 28), image[5:33, 7:35])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("box", [(3, 5, 40, 30), (0, 0, 150, 200), (10, 0, 101, 99)])
+def test_a_view_matches_pillows_resize(box, channels):
+    noise = np.random.default_rng(0).random((150, 200, 3))
+    smooth = cv2.GaussianBlur(noise, (0, 0), 4)
+    image = cv2.normalize(smooth, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)[..., :channels]
+    top, left, height, width = box
+    expected = Image.fromarray(image.squeeze()).resize(
+        (48, 48), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height)
+    )
+    found = _cut(image, Box(*box), 48)
+    difference = np.abs(found.squeeze().astype(int) - np.asarray(expected))
+    assert difference.mean() < 2
+
+
+def test_a_large_box_is_averaged_so_that_fine_patterns_do_not_alias():
+    checks = (np.indices((256, 256)).sum(axis=0) % 2 * 255).astype(np.uint8)[..., None]
+    assert np.all(np.abs(_cut(checks, Box(0, 0, 256, 256), 60).astype(int) - 128) <= 1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 48), (48, 90), (90, 48)])
+def test_a_box_twice_as_large_as_the_view_is_averaged_over_two_by_two_pixels(height, width):
+    image = np.random.default_rng(0).integers(0, 256, (100, 110, 3), np.uint8)
+    found = _cut(image, Box(3, 7, height, width), 24)
+    part = image[3 : 3 + height, 7 : 7 + width]
+    means = part.reshape(height // 2, 2, width // 2, 2, 3).mean(axis=(1, 3))
+    expected = cv2.resize(means, (24, 24), interpolation=cv2.INTER_LINEAR)
+    assert np.abs(found - expected).max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(47, 110), (110, 47)])
+def test_a_box_that_is_long_on_one_side_alone_is_not_averaged(shape):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    expected = cv2.resize(image, (24, 24), interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_array_equal(_cut(image, Box(0, 0, *shape), 24), expected)
+
+
+@pytest.mark.parametrize("reduction", [2, 4])
+def test_a_box_of_an_image_that_was_decoded_smaller_is_the_same_part(reduction):
+    image = cv2.GaussianBlur(_gradient(256, 248), (0, 0), 2)
+    side = (248 // reduction, 256 // reduction)
+    reduced = cv2.resize(image, side, interpolation=cv2.INTER_AREA)
+    box = Box(61, 40, 150, 131)
+    whole, smaller = _cut(image, box, 32), _cut(reduced, box, 32, reduction=reduction)
+    assert np.abs(whole.astype(int) - smaller.astype(int)).max() <= reduction
