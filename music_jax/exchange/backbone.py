@@ -10,7 +10,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import config_dict
 
-from music_jax.checkpoint.restore import restore_network
+from music_jax.checkpoint.manager import restore_network
 from music_jax.config import from_json, validate
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import UserError

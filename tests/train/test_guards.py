@@ -6,16 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import config_dict
 
 from music_jax.config import default_config
 from music_jax.distributed.mesh import batch_sharding, make_data_mesh
+from music_jax.train.failures import read_trip
 from music_jax.train.guards import (
     STATISTICS,
     embedding_statistics,
     init_guard_state,
-    make_guards,
-    read_trip,
     watch,
+    with_statistics,
 )
 
 _HEALTHY = {
@@ -26,11 +27,10 @@ _HEALTHY = {
 }
 
 
-def _guards(objective="music", **fields):
+def _guards(**fields):
     config = default_config()
-    config.objective.name = objective
     config.guards.update(fields)
-    return make_guards(config)
+    return config_dict.FrozenConfigDict(config.guards)
 
 
 def _watched(losses, *, guards=None, grad_norm=1.0, statistics=_HEALTHY, state=None):
@@ -124,7 +124,7 @@ def test_a_collapse_trips_once_it_has_lasted(name, value, what):
 
 def test_baselines_have_no_usage():
     statistics = {name: v for name, v in _HEALTHY.items() if name != "usage_entropy"}
-    assert all(_watched(np.ones(200), guards=_guards("vicreg"), statistics=statistics)[1])
+    assert all(_watched(np.ones(200), statistics=statistics)[1])
 
 
 def _embeddings(rank, batch=512, dim=200, seed=0):
@@ -145,6 +145,20 @@ def test_effective_rank_is_that_of_the_eigenvalues(rank, dim):
     np.testing.assert_allclose(
         found, expected, rtol=1e-4 if dim == 40 else 0.01 if rank == 1 else 0.15
     )
+
+
+@pytest.mark.parametrize(("name", "num_segments"), [("music", 25), ("vicreg", None)])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_an_objective_reports_the_statistics_of_its_first_view(name, num_segments, enabled):
+    config = default_config()
+    config.objective.update({"name": name, "num_segments": 25, "temperature": 0.5})
+    config.guards.enabled = enabled
+    a, b = jnp.asarray(_embeddings(30)), jnp.asarray(_embeddings(30, seed=1))
+    loss, metrics = with_statistics(lambda a, b: (jnp.sum(b), {"x": a}), config)(a, b)
+    expected = embedding_statistics(a, num_segments=num_segments, temperature=0.5)
+    assert loss == jnp.sum(b)
+    assert metrics.pop("x") is a
+    assert metrics == (expected if enabled else {})
 
 
 def test_deviation_and_usage_are_those_of_numpy():
