@@ -170,11 +170,8 @@ class Checkpoints:
                 shutil.move(self._directory / str(step), kept)
             message += f"; it was moved to {kept}"
         _logger.warning(message)
-        self._write_event("damaged", step, wrong)
-
-    def _write_event(self, event: str, step: int | None, reason: str) -> None:
         if self._events is not None:
-            self._events.write(event, step=step, reason=reason)
+            self._events.write("damaged", step=step, reason=wrong)
 
     def save(self, step: int, input_position: dict[str, int], **trees: Any) -> None:
         """Copies trees of arrays off the devices and writes them in the background.
@@ -241,14 +238,15 @@ class Checkpoints:
         intact = f"step {max(kept)} is intact" if kept else "there is no earlier checkpoint"
         reason = _shorten(error)
         message = f"could not save step {step} in {self._directory}: {reason}; {intact}"
-        self._write_event("save_failed", step, reason)
+        if self._events is not None:
+            self._events.write("save_failed", step=step, reason=reason)
         if self._ignore_failed_saves and not (self._stuck or required):
             _logger.warning(f"{message}; continuing, since checkpoint.ignore_failed_saves is set")
             return
-        advice = "Free some space or give write permission, and rerun the command"
+        message += ". Free some space or give write permission, and rerun the command"
         if not required and not self._ignore_failed_saves:
-            advice += " (--config.checkpoint.ignore_failed_saves continues without)"
-        raise UserError(f"{message}. {advice}") from error
+            message += " (--config.checkpoint.ignore_failed_saves continues without)"
+        raise UserError(message) from error
 
     def _write_checksums(self) -> None:
         """Writes checksums while a checkpoint still has its temporary name."""
@@ -272,13 +270,7 @@ class Checkpoints:
         return from_main_process(lambda: (self._directory / str(step) / name).exists())
 
     def restore(
-        self,
-        step: int,
-        target: Any,
-        shardings: Any,
-        *,
-        name: str = "state",
-        partial: bool = False,
+        self, step: int, target: Any, shardings: Any, *, name: str = "state", partial: bool = False
     ) -> Any:
         """Restores a tree of arrays, from any number of devices onto any other.
 

@@ -70,26 +70,6 @@ def init_guard_state() -> GuardState:
     return GuardState(minus_one, zero, minus_one, zero, zero, nothing, nothing, seen)
 
 
-def with_statistics(objective: Objective, config: config_dict.ConfigDict) -> Objective:
-    """Adds the statistics of the first view's embeddings to an objective's metrics.
-
-    Args:
-      objective: Objective of the config.
-      config: Config, whose groups `guards` and `objective` are used.
-    """
-    segments = config.objective.num_segments if config.objective.name == "music" else None
-
-    def reporting(a: jax.Array, b: jax.Array) -> tuple[jax.Array, Metrics]:
-        loss, metrics = objective(a, b)
-        if not config.guards.enabled:
-            return loss, metrics
-        z, temperature = jax.lax.stop_gradient(a), config.objective.temperature
-        statistics = embedding_statistics(z, num_segments=segments, temperature=temperature)
-        return loss, metrics | statistics
-
-    return reporting
-
-
 def embedding_statistics(
     embeddings: jax.Array, *, num_segments: int | None = None, temperature: float = 1.0
 ) -> Metrics:

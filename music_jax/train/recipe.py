@@ -23,7 +23,7 @@ from music_jax.objectives import (
 )
 from music_jax.optim import lars, matrices_only, warmup_cosine
 from music_jax.registry import BACKBONES, OBJECTIVES, OPTIMIZERS
-from music_jax.train.guards import Metrics, Objective, with_statistics
+from music_jax.train.guards import Metrics, Objective, embedding_statistics
 
 # Groups of fields that no recipe depends on.
 _EVALUATION = (
@@ -38,7 +38,8 @@ class Recipe:
 
     Attributes:
       network: Backbone and projection head.
-      objective: Loss of the embeddings of the two views, with statistics if guards are enabled.
+      objective: Loss of the embeddings of the two views.
+      statistics: Statistics of the embeddings of one view, for the guards.
       guards: `config.guards`, the limits that stop a failed training.
       schedule_of: Function from a learning rate at a batch of 256 to the schedule.
       optimizer_of: Function from a schedule to the optimizer.
@@ -53,6 +54,7 @@ class Recipe:
 
     network: Network
     objective: Objective
+    statistics: Callable[[jax.Array], Metrics]
     guards: config_dict.FrozenConfigDict
     schedule_of: Callable[[float | jax.Array], optax.Schedule]
     optimizer_of: Callable[[optax.Schedule], optax.GradientTransformation]
@@ -94,9 +96,15 @@ def _shared_recipe(config_json: str, steps_per_epoch: int, parts: tuple[Any, ...
     """Returns the recipe of all seeds and base learning rates, which thus share one program."""
     config = from_json(json.loads(config_json))
     _, make_objective, make_optimizer = parts
+    is_music = config.objective.name == "music"
     return Recipe(
         network=make_network(config),
-        objective=with_statistics(make_objective(config.objective), config),
+        objective=functools.partial(make_objective(config.objective)),  # hashable in any case
+        statistics=functools.partial(
+            embedding_statistics,
+            num_segments=config.objective.num_segments if is_music else None,
+            temperature=config.objective.temperature,
+        ),
         guards=config_dict.FrozenConfigDict(config.guards),
         schedule_of=functools.partial(_make_schedule, config, steps_per_epoch),
         optimizer_of=lambda schedule: make_optimizer(schedule, config.optimizer),

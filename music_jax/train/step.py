@@ -42,9 +42,16 @@ def training_step(
       The state after the step and scalars to log. If a guard trips, now or in an earlier step, the
       parameters do not change and `guard` holds the first such step.
     """
+
+    def objective(a: jax.Array, b: jax.Array) -> tuple[jax.Array, Metrics]:
+        loss, metrics = recipe.objective(a, b)
+        if recipe.guards.enabled:
+            metrics = metrics | recipe.statistics(jax.lax.stop_gradient(a))
+        return loss, metrics
+
     loss, metrics, grads, batch_stats = batch_gradients(
         functools.partial(_embed, recipe, mesh),
-        recipe.objective,
+        objective,
         state.params,
         state.batch_stats,
         images,

@@ -254,6 +254,7 @@ def test_the_recipe_has_every_field_that_a_step_needs(config):
     assert (recipe.mean, recipe.std, recipe.seed) == ((0.4,), (0.3,), 5)
     assert (recipe.dtype, recipe.accumulation_steps) == (jnp.bfloat16, 2)
     assert recipe.guards.to_dict() == _VALUES["guards"]
+    assert recipe.statistics.keywords == {"num_segments": 3, "temperature": 0.7}
     peak = 6.4 * 8 / 256  # of 3 steps of warm-up and 9 of a cosine
     for step, expected in [
         (0, 0),

@@ -16,7 +16,6 @@ from music_jax.train.guards import (
     embedding_statistics,
     init_guard_state,
     watch,
-    with_statistics,
 )
 
 _HEALTHY = {
@@ -145,20 +144,6 @@ def test_effective_rank_is_that_of_the_eigenvalues(rank, dim):
     np.testing.assert_allclose(
         found, expected, rtol=1e-4 if dim == 40 else 0.01 if rank == 1 else 0.15
     )
-
-
-@pytest.mark.parametrize(("name", "num_segments"), [("music", 25), ("vicreg", None)])
-@pytest.mark.parametrize("enabled", [True, False])
-def test_an_objective_reports_the_statistics_of_its_first_view(name, num_segments, enabled):
-    config = default_config()
-    config.objective.update({"name": name, "num_segments": 25, "temperature": 0.5})
-    config.guards.enabled = enabled
-    a, b = jnp.asarray(_embeddings(30)), jnp.asarray(_embeddings(30, seed=1))
-    loss, metrics = with_statistics(lambda a, b: (jnp.sum(b), {"x": a}), config)(a, b)
-    expected = embedding_statistics(a, num_segments=num_segments, temperature=0.5)
-    assert loss == jnp.sum(b)
-    assert metrics.pop("x") is a
-    assert metrics == (expected if enabled else {})
 
 
 def test_deviation_and_usage_are_those_of_numpy():
