@@ -3,31 +3,36 @@
 import concurrent.futures
 import contextlib
 import ctypes
+import itertools
 import logging
 import os
 import shutil
 import sys
 import traceback
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import config_dict
 
 from music_jax.checkpoint.integrity import find_damage, write_checksums
 from music_jax.distributed.mesh import from_main_process, is_main_process
 from music_jax.errors import UserError
-from music_jax.workdir.directory import check_checkpoint_path
+from music_jax.models.network import Network, Tree, init_network, make_network
+from music_jax.workdir.directory import absolute_path, check_checkpoint_path
+from music_jax.workdir.files import in_bucket
 from music_jax.workdir.logs import EventsLog
 
 _logger = logging.getLogger(__name__)
 
 _ITEMS = ("state", "input", "online_probe")
-_NONE_VALID = -1  # sent to the other processes if every checkpoint is damaged
 _POLL_SECONDS = 0.2
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of unfinished checkpoints
+_ORBAX = f"{os.sep}orbax{os.sep}"  # in the names of its files
 
 
 class _Manager(ocp.CheckpointManager):
@@ -83,8 +88,12 @@ class Checkpoints:
         self._writing: concurrent.futures.Future[None] | None = None
         self._saving: int | None = None  # the step that was saved last
         self._stuck = False  # whether Orbax waits for processes that have failed
-        if not read_only:
-            _make(self._directory)
+        if not read_only and is_main_process():
+            self._directory.mkdir(parents=True, exist_ok=True)
+            for path in _unfinished(self._directory):
+                _logger.info(f"removing {path}, which an interrupted run left unfinished")
+        if not read_only and jax.process_count() > 1:
+            multihost_utils.sync_global_devices("the directory of the checkpoints is made")
         verbosity = absl_logging.get_verbosity()
         if read_only:  # Orbax logs warnings about `read_only`
             absl_logging.set_verbosity(absl_logging.ERROR)
@@ -126,56 +135,43 @@ class Checkpoints:
         Raises:
           UserError: There are checkpoints, and all are damaged; they stay where they are.
         """
-        found, damage = None, {}
-        if is_main_process():
-            for step in reversed(self.all_steps()):
-                wrong = find_damage(self._directory / str(step))
-                if wrong is None:
-                    found = step
-                    break
-                damage[step] = wrong
-            if found is not None:
-                for step, wrong in damage.items():
-                    self._quarantine(step, wrong)
-            elif damage:
-                found = _NONE_VALID
-        found = from_main_process(lambda: found)
-        if found == _NONE_VALID:
-            details = "; ".join(f"step {step}: {wrong}" for step, wrong in damage.items())
+        found, damage = from_main_process(self._find_valid)
+        if found is None and damage:
+            details = "; ".join(f"step {step}: {wrong}" for step, wrong in damage)
             raise UserError(
-                f"no checkpoint in {self._directory} is valid{details and f' ({details})'}; "
-                "restore a copy of one, or remove them all to start from scratch"
+                f"no checkpoint in {self._directory} is valid ({details}); restore a copy of one, "
+                "or remove them all to start from scratch"
             )
         if not self._read_only:
             self._manager.reload()
         return found
 
-    def check_valid(self, step: int) -> None:
-        """Raises UserError if a checkpoint is damaged."""
-        if (wrong := find_damage(self._directory / str(step))) is not None:
-            raise UserError(f"the checkpoint of step {step} is damaged: {wrong}")
+    def _find_valid(self) -> tuple[int | None, list[tuple[int, str]]]:
+        """Returns the newest undamaged step, and the damage to newer ones."""
+        damage: list[tuple[int, str]] = []
+        for step in reversed(self.all_steps()):
+            if (wrong := find_damage(self._directory / str(step))) is None:
+                for newer, found in damage:
+                    self._quarantine(newer, found)
+                return step, damage
+            damage.append((step, wrong))
+        return None, damage
 
     def _quarantine(self, step: int, wrong: str) -> None:
         message = f"the checkpoint of step {step} is damaged ({wrong}); using an older one"
         if not self._read_only:
             parent = self._workdir / "damaged"
             parent.mkdir(parents=True, exist_ok=True)
-            if "://" in str(parent):  # a directory of a bucket exists once it holds a file
-                (parent / "README").write_text("Damaged checkpoints.\n")
-            taken = {path.name for path in parent.iterdir()}
-            names = [str(step), *(f"{step}-{n}" for n in range(1, len(taken) + 1))]
-            kept = parent / next(name for name in names if name not in taken)
-            if "://" in str(parent):
+            names = (f"{step}-{n}" if n else str(step) for n in itertools.count())
+            kept = next(parent / name for name in names if not (parent / name).exists())
+            if in_bucket(kept):
                 (self._directory / str(step)).rename(kept)
             else:  # copies if `checkpoints` is a link to another file system
                 shutil.move(self._directory / str(step), kept)
             message += f"; it was moved to {kept}"
         _logger.warning(message)
-        self._write_event("damaged", step, wrong)
-
-    def _write_event(self, event: str, step: int | None, reason: str) -> None:
         if self._events is not None:
-            self._events.write(event, step=step, reason=reason)
+            self._events.write("damaged", step=step, reason=wrong)
 
     def save(self, step: int, input_position: dict[str, int], **trees: Any) -> None:
         """Copies trees of arrays off the devices and writes them in the background.
@@ -192,9 +188,10 @@ class Checkpoints:
             saves are not ignored.
         """
         self.wait()
-        args: dict[str, Any] = {
-            name: ocp.args.StandardSave(_on_host(tree)) for name, tree in trees.items()
-        }
+        host = jax.tree.map(lambda x: x.sharding.with_memory_kind("pinned_host"), trees)
+        # A copy, since the next step reuses the devices' buffers.
+        trees = jax.block_until_ready(jax.device_put(trees, host, may_alias=False))
+        args: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         args["input"] = ocp.args.JsonSave(input_position)
         self._saving = step
         self._writing = self._writer.submit(self._write, step, ocp.args.Composite(**args))
@@ -202,7 +199,8 @@ class Checkpoints:
     def _write(self, step: int, args: ocp.args.Composite) -> None:
         self._manager.save(step, args=args, force=True)
         self._manager.wait_until_finished()
-        _trim_memory()
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed in a pool per thread
 
     def wait(self, *, required: bool = False) -> None:
         """Waits until the checkpoint that is being saved is on disk.
@@ -230,31 +228,25 @@ class Checkpoints:
         _logger.debug("could not save", exc_info=error)
         self._stuck = jax.process_count() > 1
         if not self._stuck:
-            self._reopen()
+            with contextlib.suppress(Exception):  # its error again, once on each thread
+                self._writer.submit(self._manager.close).result()
+            for path in _unfinished(self._directory):
+                with contextlib.suppress(OSError):
+                    path.rmtree()
+            self._manager = self._new_manager()
         kept = [saved for saved in self.all_steps() if saved != step]
         intact = f"step {max(kept)} is intact" if kept else "there is no earlier checkpoint"
         reason = _shorten(error)
         message = f"could not save step {step} in {self._directory}: {reason}; {intact}"
-        self._write_event("save_failed", step, reason)
+        if self._events is not None:
+            self._events.write("save_failed", step=step, reason=reason)
         if self._ignore_failed_saves and not (self._stuck or required):
             _logger.warning(f"{message}; continuing, since checkpoint.ignore_failed_saves is set")
             return
-        advice = "Free some space or give write permission, and rerun the command"
+        message += ". Free some space or give write permission, and rerun the command"
         if not required and not self._ignore_failed_saves:
-            advice += " (--config.checkpoint.ignore_failed_saves continues without)"
-        raise UserError(f"{message}. {advice}") from error
-
-    def _reopen(self) -> None:
-        """Removes an unfinished checkpoint and replaces the manager.
-
-        The manager raises its error again, but only once on each thread.
-        """
-        with contextlib.suppress(Exception):
-            self._writer.submit(self._manager.close).result()
-        for path in _unfinished(self._directory):
-            with contextlib.suppress(OSError):
-                path.rmtree()
-        self._manager = self._new_manager()
+            message += " (--config.checkpoint.ignore_failed_saves continues without)"
+        raise UserError(message) from error
 
     def _write_checksums(self) -> None:
         """Writes checksums while a checkpoint still has its temporary name."""
@@ -277,18 +269,26 @@ class Checkpoints:
         """Returns whether a checkpoint holds a tree of this name."""
         return from_main_process(lambda: (self._directory / str(step) / name).exists())
 
-    def restore(self, step: int, target: Any, *, name: str = "state", partial: bool = False) -> Any:
+    def restore(
+        self, step: int, target: Any, shardings: Any, *, name: str = "state", partial: bool = False
+    ) -> Any:
         """Restores a tree of arrays, from any number of devices onto any other.
 
         Args:
           step: The checkpoint's step.
-          target: The tree as `jax.ShapeDtypeStruct`s with shardings.
+          target: Tree of the same shapes and types, such as `jax.ShapeDtypeStruct`s.
+          shardings: Sharding of each array, or one for all.
           name: Name of the tree.
           partial: Whether the checkpoint may hold more than the target; only if `read_only`.
 
         Raises:
           UserError: There is no such checkpoint, or it does not fit the target.
         """
+        target = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            target,
+            jax.tree.broadcast(shardings, target),
+        )
         args: Any = ocp.args.StandardRestore(target)
         if partial:
             restore_args = ocp.checkpoint_utils.construct_restore_args(target)
@@ -352,25 +352,14 @@ def _ignore_late_errors() -> None:
 
 def _is_not_late(record: logging.LogRecord) -> bool:
     # The text of a task that was never awaited names the file of its coroutine.
-    named = f"{os.sep}orbax{os.sep}" in record.getMessage()
+    named = _ORBAX in record.getMessage()
     return not (named or (record.exc_info and _is_late(record.exc_info[1])))
 
 
 def _is_late(error: BaseException | None) -> bool:
-    if error is None:
-        return False
     closed = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
-    frames = traceback.walk_tb(error.__traceback__)
-    return closed or any(f"{os.sep}orbax{os.sep}" in f.f_code.co_filename for f, _ in frames)
-
-
-def _make(directory: epath.Path) -> None:
-    if is_main_process():
-        directory.mkdir(parents=True, exist_ok=True)
-        for path in _unfinished(directory):
-            _logger.info(f"removing {path}, which an interrupted run left unfinished")
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("the directory of the checkpoints is made")
+    frames = traceback.walk_tb(getattr(error, "__traceback__", None))
+    return closed or any(_ORBAX in frame.f_code.co_filename for frame, _ in frames)
 
 
 def _unfinished(directory: epath.Path) -> list[epath.Path]:
@@ -379,19 +368,61 @@ def _unfinished(directory: epath.Path) -> list[epath.Path]:
     return []
 
 
-def _on_host(tree: Any) -> Any:
-    """Copies a tree into the hosts' memory, since the next step reuses the devices' buffers."""
-    host = jax.tree.map(lambda x: x.sharding.with_memory_kind("pinned_host"), tree)
-    return jax.block_until_ready(jax.device_put(tree, host, may_alias=False))
-
-
-def _trim_memory() -> None:
-    """Returns freed memory, which glibc keeps in one pool per thread, to the operating system."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def _shorten(error: Exception) -> str:
     """Returns a message in one line, a long one without its middle: its end gives the reason."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"
+
+
+class RestoredNetwork(NamedTuple):
+    """A network with the variables of a checkpoint, replicated on every device."""
+
+    step: int
+    network: Network
+    params: Tree
+    batch_stats: Tree
+
+
+def restore_network(
+    workdir: epath.Path, config: config_dict.ConfigDict, checkpoint: str | None, mesh: Mesh
+) -> RestoredNetwork:
+    """Restores the network of a run without changing the run.
+
+    Args:
+      workdir: Workdir of the run, as an absolute path.
+      config: The run's config.
+      checkpoint: The checkpoint's step or directory; None for the latest valid one.
+      mesh: The devices to restore onto.
+
+    Raises:
+      UserError: There is no such checkpoint, or it is damaged.
+    """
+    shapes = jax.eval_shape(lambda: init_network(config, jax.random.key(0)))
+    target = dict(zip(("params", "batch_stats"), shapes, strict=True))
+    with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
+        if checkpoint is None:
+            step = checkpoints.latest_valid_step()
+            if step is None:
+                raise UserError(f"{workdir} has no checkpoint yet")
+        else:
+            step = _named_step(checkpoint, workdir, checkpoints.all_steps())
+            if (wrong := find_damage(workdir / "checkpoints" / str(step))) is not None:
+                raise UserError(f"the checkpoint of step {step} is damaged: {wrong}")
+        replicated = NamedSharding(mesh, PartitionSpec())
+        restored = checkpoints.restore(step, target, replicated, partial=True)
+    return RestoredNetwork(step, make_network(config), **restored)
+
+
+def _named_step(checkpoint: str, workdir: epath.Path, steps: list[int]) -> int:
+    name = checkpoint.rstrip("/").rpartition("/")[2]
+    if "/" in checkpoint:
+        parent = os.fspath(absolute_path(checkpoint.rstrip("/")).parent)
+        own = os.fspath(workdir / "checkpoints")
+        if not in_bucket(own):
+            parent, own = os.path.realpath(parent), os.path.realpath(own)
+        if parent != own:
+            raise UserError(f"--checkpoint={checkpoint} is not below {workdir}/checkpoints")
+    if not name.isdigit() or int(name) not in steps:
+        known = ", ".join(str(step) for step in sorted(steps)) or "none"
+        raise UserError(f"there is no checkpoint {checkpoint!r}; the run has the steps {known}")
+    return int(name)

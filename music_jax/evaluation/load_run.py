@@ -3,7 +3,7 @@
 from etils import epath
 from ml_collections import config_dict
 
-from music_jax.checkpoint.restore import restore_network
+from music_jax.checkpoint.manager import restore_network
 from music_jax.config import FREE_FIELDS, from_json, is_free, validate
 from music_jax.data import datasets
 from music_jax.data.skipped import SkippedImages, UnlistedImages, open_skipped

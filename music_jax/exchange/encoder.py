@@ -15,7 +15,7 @@ from etils import epath
 from ml_collections import config_dict
 
 from music_jax import registry
-from music_jax.checkpoint.restore import restore_network
+from music_jax.checkpoint.manager import restore_network
 from music_jax.config import from_json, validate
 from music_jax.data.augment import normalize_images
 from music_jax.data.decode import EncodedImage, center_crop, central_view

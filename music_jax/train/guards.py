@@ -5,8 +5,8 @@ the step that trips a guard on, the state rejects every update, so that the host
 when it logs.
 """
 
-import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,14 @@ import numpy as np
 from ml_collections import config_dict
 
 from music_jax.objectives import segment_probabilities
-from music_jax.train.gradients import Metrics, Objective
 
-# Lower limit of the standard deviation in which a spike is measured, as a share of the loss.
-_MIN_DEVIATION = 0.01
-# A unit is dead if its usage, or its deviation, is below this share of the average.
-_DEAD = 0.01
-# Number of random directions that estimate the effective rank.
-_DIRECTIONS = 64
+Metrics = dict[str, jax.Array]
+# Maps the embeddings of the two views, [batch, dim] each, to the loss and further metrics.
+Objective = Callable[[jax.Array, jax.Array], tuple[jax.Array, Metrics]]
+
+_MIN_DEVIATION = 0.01  # of the loss, as a share of it, for the measure of a spike
+_DEAD = 0.01  # share of the average usage, or deviation, below which a unit is dead
+_DIRECTIONS = 64  # random, to estimate the effective rank
 
 STATISTICS = ("usage_entropy", "dead_units", "embedding_std", "effective_rank")
 
@@ -34,29 +34,7 @@ REASONS = (
     "the embeddings hardly varied",
     "the embeddings varied along hardly any dimension",
 )
-_FIRST_COLLAPSE = 2  # the reasons from here on are collapses
-
-
-@dataclasses.dataclass(frozen=True)
-class Guards:
-    """Limits of the guards: the fields of `config.guards`.
-
-    Attributes:
-      num_segments: Number of segments of the embedding, None if the objective has none.
-      temperature: Softmax temperature of the objective.
-    """
-
-    enabled: bool
-    warmup_steps: int
-    loss_spike_deviations: float
-    loss_spike_window: int
-    collapse_steps: int
-    min_usage_entropy: float
-    max_dead_units: float
-    min_embedding_std: float
-    min_effective_rank: float
-    num_segments: int | None
-    temperature: float
+FIRST_COLLAPSE = 2  # the reasons from here on are collapses
 
 
 class GuardState(NamedTuple):
@@ -83,48 +61,13 @@ class GuardState(NamedTuple):
     seen: dict[str, jax.Array]
 
 
-def make_guards(config: config_dict.ConfigDict) -> Guards:
-    """Returns the guards that a config describes."""
-    fields = {field.name for field in dataclasses.fields(Guards)}
-    return Guards(
-        **{name: value for name, value in config.guards.items() if name in fields},
-        num_segments=config.objective.num_segments if config.objective.name == "music" else None,
-        temperature=config.objective.temperature,
-    )
-
-
 def init_guard_state() -> GuardState:
     """Returns the state before the first step."""
     minus_one, zero = jnp.full((), -1, jnp.int32), jnp.zeros((), jnp.int32)
     nothing = jnp.zeros((), jnp.float32)
     names = ("loss", "grad_norm", "loss_mean", "loss_deviation", *STATISTICS)
-    return GuardState(
-        tripped_step=minus_one,
-        reasons=zero,
-        suspect_since=minus_one,
-        skipped=zero,
-        losses=zero,
-        loss_mean=nothing,
-        loss_variance=nothing,
-        seen=dict.fromkeys(names, nothing),
-    )
-
-
-def with_statistics(objective: Objective, guards: Guards) -> Objective:
-    """Adds the statistics of the first view's embeddings to an objective's metrics."""
-    if not guards.enabled:
-        return objective
-
-    def reporting(a: jax.Array, b: jax.Array) -> tuple[jax.Array, Metrics]:
-        loss, metrics = objective(a, b)
-        statistics = embedding_statistics(
-            jax.lax.stop_gradient(a),
-            num_segments=guards.num_segments,
-            temperature=guards.temperature,
-        )
-        return loss, metrics | statistics
-
-    return reporting
+    seen = dict.fromkeys(names, nothing)
+    return GuardState(minus_one, zero, minus_one, zero, zero, nothing, nothing, seen)
 
 
 def embedding_statistics(
@@ -198,7 +141,7 @@ def _effective_rank(centered: jax.Array) -> jax.Array:
 
 
 def watch(
-    guards: Guards,
+    guards: config_dict.FrozenConfigDict,
     state: GuardState,
     step: jax.Array,
     loss: jax.Array,
@@ -208,12 +151,12 @@ def watch(
     """Checks one step; to be called under `jax.jit`.
 
     Args:
-      guards: The limits.
+      guards: The limits, `config.guards`.
       state: State before the step.
       step: Number of the step, from 1.
       loss: Loss of the step.
       grad_norm: Norm of its gradient.
-      metrics: Metrics that include the statistics.
+      metrics: Metrics, of which the statistics are checked.
 
     Returns:
       Whether the update is applied, and the state after the step. Once a guard has tripped, no
@@ -222,14 +165,19 @@ def watch(
     loss = loss.astype(jnp.float32)
     deviation = jnp.sqrt(state.loss_variance)
     difference = loss - state.loss_mean
-    warm = state.losses >= guards.warmup_steps
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     spike, collapsed = jnp.asarray(False), [jnp.asarray(False)] * 4
     if guards.enabled:
+        warm = state.losses >= guards.warmup_steps
         if guards.loss_spike_deviations:
             unit = jnp.maximum(deviation, _MIN_DEVIATION * jnp.abs(state.loss_mean))
             spike = warm & (difference > guards.loss_spike_deviations * unit)
-        collapsed = [warm & found for found in _collapsed(guards, metrics)]
+        collapsed = [
+            warm & (metrics.get("usage_entropy", np.inf) < guards.min_usage_entropy),
+            warm & (metrics.get("dead_units", 0.0) > guards.max_dead_units),
+            warm & (metrics.get("embedding_std", np.inf) < guards.min_embedding_std),
+            warm & (metrics.get("effective_rank", np.inf) < guards.min_effective_rank),
+        ]
     suspect = jnp.any(jnp.stack(collapsed))
     since = jnp.where(state.suspect_since < 0, step, state.suspect_since)
     since = jnp.where(suspect, since, -1)
@@ -237,15 +185,13 @@ def watch(
 
     fresh = state.tripped_step < 0
     tripped = ~finite | spike | long_enough
-    good = fresh & ~tripped
+    good, first = fresh & ~tripped, fresh & tripped
     reasons = jnp.stack([~finite, spike, *(long_enough & found for found in collapsed)])
     bits = jnp.sum(reasons.astype(jnp.int32) << jnp.arange(len(REASONS), dtype=jnp.int32))
-    now = {"loss": loss, "grad_norm": grad_norm.astype(jnp.float32)}
+    now = metrics | {"loss": loss, "grad_norm": grad_norm}
     now |= {"loss_mean": state.loss_mean, "loss_deviation": deviation}
-    now |= {name: metrics[name].astype(jnp.float32) for name in STATISTICS if name in metrics}
     weight = 1 / jnp.minimum(state.losses + 1, guards.loss_spike_window).astype(jnp.float32)
     variance = (1 - weight) * (state.loss_variance + weight * difference**2)
-    first = fresh & tripped
     return good, GuardState(
         tripped_step=jnp.where(first, step, state.tripped_step),
         reasons=jnp.where(first, bits, state.reasons),
@@ -255,54 +201,7 @@ def watch(
         loss_mean=jnp.where(good, state.loss_mean + weight * difference, state.loss_mean),
         loss_variance=jnp.where(good, variance, state.loss_variance),
         seen={
-            name: jnp.where(first, now[name], old) if name in now else old
+            name: jnp.where(first, now[name].astype(jnp.float32), old) if name in now else old
             for name, old in state.seen.items()
         },
-    )
-
-
-def _collapsed(guards: Guards, metrics: Metrics) -> list[jax.Array]:
-    """Returns whether each statistic is beyond its limit, in the order of `REASONS`."""
-    usage_entropy = metrics.get("usage_entropy", jnp.ones((), jnp.float32))
-    return [
-        usage_entropy < guards.min_usage_entropy,
-        metrics["dead_units"] > guards.max_dead_units,
-        metrics["embedding_std"] < guards.min_embedding_std,
-        metrics["effective_rank"] < guards.min_effective_rank,
-    ]
-
-
-@dataclasses.dataclass(eq=False)
-class TrainingFailure(Exception):  # noqa: N818
-    """A step failed; recovery decides whether the run stops or rewinds.
-
-    Attributes:
-      step: Step at which the failure was found.
-      first_step: First bad step: the step itself or, for a collapse, the first of the consecutive
-        steps that looked collapsed.
-      what: Description of the failure.
-      seen: Scalars of the step.
-      corrupted: Whether the hardware failed, so that the batch is not the cause.
-    """
-
-    step: int
-    first_step: int
-    what: str
-    seen: dict[str, float] = dataclasses.field(default_factory=dict)
-    corrupted: bool = False
-
-
-def read_trip(state: GuardState) -> TrainingFailure | None:
-    """Returns the failure for which a guard has tripped, or None; waits for the device."""
-    step = int(state.tripped_step)
-    if step < 0:
-        return None
-    on_host: Any = jax.device_get(state)
-    bits = [bit for bit in range(len(REASONS)) if int(on_host.reasons) >> bit & 1]
-    sudden = any(bit < _FIRST_COLLAPSE for bit in bits)
-    return TrainingFailure(
-        step=step,
-        first_step=step if sudden else int(on_host.suspect_since),
-        what=" and ".join(REASONS[bit] for bit in bits),
-        seen={name: float(value) for name, value in on_host.seen.items()},
     )

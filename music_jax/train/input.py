@@ -1,7 +1,6 @@
-"""Reads the batches of a training and puts them onto the mesh."""
+"""Reads the batches of a training onto the mesh, and checks the images."""
 
 import collections
-import itertools
 from collections.abc import Iterator
 
 import jax
@@ -13,15 +12,23 @@ from ml_collections import config_dict
 from music_jax.data.loader import Crop, TrainingOrder, training_batches
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
-from music_jax.distributed.mesh import local_positions, to_devices
+from music_jax.distributed.mesh import Placing
 from music_jax.errors import UserError
 from music_jax.workdir.files import read_json, write_json
 
 _BATCHES_AHEAD = 2  # transferred to the devices while a step runs
+_FEW_STEPS = 10  # per epoch
+_UNUSED_SHARE = 0.01  # of the images, that an epoch may omit without a warning
 
 
 class TrainingInput:
-    """The batches of a training from any step on."""
+    """The batches of a training from any step on.
+
+    Attributes:
+      order: Order of the images.
+      num_steps: Number of steps of the whole training.
+      placing: Function that puts this process's rows of a batch onto the mesh.
+    """
 
     def __init__(
         self,
@@ -32,12 +39,13 @@ class TrainingInput:
         skipped: SkippedImages,
     ):
         """Stores the arguments; no image is read yet."""
-        self._config, self._source, self._mesh, self._skipped = config, source, mesh, skipped
-        self.order = order
+        self._config, self._source, self._skipped = config, source, skipped
+        self.order, self.placing = order, Placing(order.batch_size, mesh)
         self.num_steps = config.num_epochs * order.steps_per_epoch
-        self.positions = local_positions(config.batch_size, mesh)
 
-    def on_host(self, start_step: int, num_steps: int) -> Iterator[dict[str, np.ndarray]]:
+    def on_host(
+        self, start_step: int, num_steps: int, *, num_views: int = 2
+    ) -> Iterator[dict[str, np.ndarray]]:
         """Yields this process's share of the batches of the steps after `start_step`."""
         config = self._config
         return training_batches(
@@ -45,27 +53,22 @@ class TrainingInput:
             self.order,
             crop=Crop(config.crop.size, tuple(config.crop.scale), tuple(config.crop.aspect_ratio)),
             channels=config.dataset.num_channels,
-            positions=self.positions,
+            positions=self.placing.positions,
             num_steps=num_steps,
             start_step=start_step,
+            num_views=num_views,
             skipped=self._skipped,
             num_threads=config.num_decode_threads,
         )
 
     def on_devices(self, start_step: int) -> Iterator[tuple[jax.Array, jax.Array]]:
         """Yields the global batches and their sample indices, transferred ahead of their use."""
-        size, mesh = self._config.batch_size, self._mesh
-        moving = (
-            (
-                to_devices(batch["images"], size, mesh),
-                to_devices(batch["sample_index"], size, mesh),
-            )
-            for batch in self.on_host(start_step, self.num_steps)
-        )
-        queue = collections.deque(itertools.islice(moving, _BATCHES_AHEAD))
-        while queue:
-            yield queue.popleft()
-            queue.extend(itertools.islice(moving, 1))
+        queue: collections.deque[tuple[jax.Array, jax.Array]] = collections.deque()
+        for batch in self.on_host(start_step, self.num_steps):
+            queue.append((self.placing(batch["images"]), self.placing(batch["sample_index"])))
+            if len(queue) == _BATCHES_AHEAD:
+                yield queue.popleft()
+        yield from queue
 
 
 def check_same_images(workdir: epath.Path, source: Source, *, resuming: bool) -> None:
@@ -74,27 +77,50 @@ def check_same_images(workdir: epath.Path, source: Source, *, resuming: bool) ->
     Their fingerprint is in images.json. A run of an earlier version, which has no such file,
     resumes and gets one.
 
-    Args:
-      workdir: Workdir of the run.
-      source: The images.
-      resuming: Whether the run has a checkpoint.
-
     Raises:
       UserError: Images were renamed, replaced, added or removed, or the file cannot be read.
     """
     path = workdir / "images.json"
     fingerprint = source.fingerprint(times=False)
-    if resuming and path.exists():
-        try:
-            same = read_json(path)["fingerprint"] == fingerprint
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"cannot read {path}: {error!r}; remove it to resume") from error
-        if not same:
-            raise UserError(
-                f"the images of {source.name} have changed since the run in {workdir} began: "
-                "files were renamed, replaced, added or removed. Put them back and rerun the "
-                "command, or train on the new images with another --workdir; to resume this run "
-                f"with the images as they are now, remove {path}"
-            )
+    if not (resuming and path.exists()):
+        write_json(path, {"source": source.name, "images": len(source), "fingerprint": fingerprint})
         return
-    write_json(path, {"source": source.name, "images": len(source), "fingerprint": fingerprint})
+    try:
+        same = read_json(path)["fingerprint"] == fingerprint
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {path}: {error!r}; remove it to resume") from error
+    if not same:
+        raise UserError(
+            f"the images of {source.name} have changed since the run in {workdir} began: files "
+            "were renamed, replaced, added or removed. Put them back and rerun the command, or "
+            "train on the new images with another --workdir; to resume this run with the images as "
+            f"they are now, remove {path}"
+        )
+
+
+def small_data_warnings(config: config_dict.ConfigDict, order: TrainingOrder) -> list[str]:
+    """Returns warnings about defaults that do not suit a small dataset, with fields to change."""
+    steps, images, log_every = order.steps_per_epoch, order.num_records, config.log_every_steps
+    unused = images - steps * config.batch_size
+    warnings = []
+    if steps < _FEW_STEPS:
+        warnings.append(
+            f"an epoch of {images} images has only {steps} step{'s' * (steps > 1)} with "
+            f"config.batch_size = {config.batch_size}; a smaller batch gives more steps"
+        )
+    if unused > _UNUSED_SHARE * images:
+        warnings.append(
+            f"each epoch omits {unused} of {images} images ({unused / images:.0%}), different ones "
+            "each time, since every batch is full; another config.batch_size omits fewer"
+        )
+    if log_every > config.num_epochs * steps:
+        warnings.append(
+            f"the run has fewer steps than config.log_every_steps = {log_every}: only the first "
+            "step, the last step and those of checkpoints are logged"
+        )
+    elif log_every > steps:
+        warnings.append(
+            f"metrics are logged once in {log_every / steps:.1f} epochs; a smaller "
+            "config.log_every_steps logs more often"
+        )
+    return warnings

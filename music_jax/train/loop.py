@@ -3,11 +3,11 @@
 import contextlib
 import dataclasses
 import logging
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from etils import epath
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import config_dict
@@ -19,6 +19,7 @@ from music_jax.data import datasets
 from music_jax.data.loader import TrainingOrder
 from music_jax.data.skipped import join_skipped, open_skipped, report_skipped
 from music_jax.data.sources import Source
+from music_jax.distributed import progress
 from music_jax.distributed.mesh import (
     check_divisible,
     is_main_process,
@@ -28,17 +29,15 @@ from music_jax.distributed.mesh import (
 )
 from music_jax.distributed.signals import Stop
 from music_jax.errors import StoppedError, UserError
-from music_jax.train.corruption import CorruptionChecks
-from music_jax.train.guards import TrainingFailure, read_trip
-from music_jax.train.input import TrainingInput, check_same_images
-from music_jax.train.metric_logger import MetricLogger, describe
+from music_jax.objectives import music_lower_bound
+from music_jax.train.failures import CheckedStep, Recovery, TrainingFailure, read_trip
+from music_jax.train.input import TrainingInput, check_same_images, small_data_warnings
+from music_jax.train.metric_logger import Draw, MetricLogger, make_draw
 from music_jax.train.online_probe import OnlineProbe, make_online_probe
-from music_jax.train.pictures import Draw, make_draw
 from music_jax.train.profile import Profile
-from music_jax.train.recipe import make_recipe
-from music_jax.train.recovery import Recovery
+from music_jax.train.recipe import Recipe, make_recipe
 from music_jax.train.state import TrainState, abstract_state, init_state, restore_state, save_state
-from music_jax.train.step import StepFunction, compile_skip, compile_step
+from music_jax.train.step import compile_skip, compile_step
 from music_jax.workdir.directory import WorkdirLock, open_workdir
 from music_jax.workdir.logs import EventsLog
 from music_jax.workdir.run_config import check_same_run, write_config
@@ -81,104 +80,81 @@ def train_and_evaluate(
         use_deterministic_gpu_operations()
     mesh = make_data_mesh(fsdp=config.sharding.fsdp)
     check_divisible(config.batch_size, config.accumulation_steps, mesh)
-    directory = open_workdir(workdir)
+    directory, stop = open_workdir(workdir), stop or Stop()
     check_same_run(directory, config)
     lock = WorkdirLock(directory) if is_main_process() else contextlib.nullcontext()
     with lock, MetricLogger(config, directory) as logger:
-        return _train_and_evaluate(
-            config, directory, mesh, logger, profile_steps, stop or Stop(), initial
-        )
-
-
-def _train_and_evaluate(
-    config: config_dict.ConfigDict,
-    workdir: epath.Path,
-    mesh: Mesh,
-    logger: MetricLogger,
-    profile_steps: tuple[int, int] | None,
-    stop: Stop,
-    initial: TrainState | None,
-) -> TrainState:
-    source = _open_source(config)
-    final = registry.final_evaluation(config, workdir, source)  # fails now, not after training
-    order = TrainingOrder(len(source), config.batch_size, config.seed)
-    num_steps = config.num_epochs * order.steps_per_epoch
-    profile = Profile(workdir / "profile", profile_steps, num_steps)
-    if is_main_process():
-        write_config(workdir, config)
-    skipped = open_skipped(workdir, config)
-    skipped.check(source)  # fails now, if an earlier run ended so
-
-    recipe = make_recipe(config, order.steps_per_epoch)
-    shapes = abstract_state(config, recipe.optimizer)
-    training = TrainingInput(config, source, order, mesh, skipped)
-    with (
-        contextlib.closing(EventsLog(workdir)) as events,
-        contextlib.closing(profile),
-        contextlib.closing(
-            Checkpoints(
-                workdir,
-                max_to_keep=config.checkpoint.max_to_keep,
-                ignore_failed_saves=config.checkpoint.ignore_failed_saves,
-                events=events,
-            )
-        ) as checkpoints,
-    ):
-        recovery = Recovery(config, workdir, training, events)
-        start_step = checkpoints.latest_valid_step() or 0
-        if start_step == num_steps and final.is_done(num_steps):
-            return restore_state(checkpoints, start_step, shapes, mesh)
+        source = _open_source(config)
+        # What cannot be evaluated, profiled or read fails now, not after the training.
+        final = registry.final_evaluation(config, directory, source)
+        order = TrainingOrder(len(source), config.batch_size, config.seed)
+        num_steps = config.num_epochs * order.steps_per_epoch
+        profile = Profile(directory / "profile", profile_steps, num_steps)
         if is_main_process():
-            check_same_images(workdir, source, resuming=start_step > 0)
-        describe(config, mesh, source, order, shapes, start_step)
-        run = _Run(
-            config=config,
-            training=training,
-            checkpoints=checkpoints,
-            recovery=recovery,
-            events=events,
-            step_function=_blocking(compile_step(recipe, shapes, mesh), mesh),
-            skip=compile_skip(shapes, mesh),
-            checks=CorruptionChecks(config, shapes, mesh),
-            probe=make_online_probe(config, final.sources, recipe, mesh, skipped),
-            logger=logger,
-            draw=make_draw(config, recipe, shapes, mesh) if logger.shows_images else None,
-            profile=profile,
-        )
-        with stop:
-            while True:  # a rewind is a resume from an older checkpoint
-                if start_step:
-                    state = restore_state(checkpoints, start_step, shapes, mesh, order)
-                    events.write("resumed", step=start_step)
-                else:
-                    state = init_state(config, recipe.optimizer, mesh)
-                    if initial is not None:
-                        # Copies, because the step donates its state's buffers.
-                        params, stats = jax.tree.map(
-                            jnp.copy, (initial.params, initial.batch_stats)
-                        )
-                        state = dataclasses.replace(state, params=params, batch_stats=stats)
-                try:
-                    state = _train(run, state, start_step, stop)
-                    break
-                except TrainingFailure as error:
-                    failure = error.with_traceback(None)  # whose frames hold the state
-                del state  # so that only one is in memory
-                recovery.recover(failure, checkpoints)
-                start_step = checkpoints.latest_valid_step() or 0
+            write_config(directory, config)
+        skipped = open_skipped(directory, config)
+        skipped.check(source)
 
-    join_skipped(skipped, source)
-    accuracies = final.run(
-        network=recipe.network,
-        params=state.params,
-        batch_stats=state.batch_stats,
-        step=num_steps,
-        mesh=mesh,
-        skipped=skipped,
-    )
-    logger.summary(num_steps, accuracies)
-    report_skipped(skipped)
-    return state
+        recipe = make_recipe(config, order.steps_per_epoch)
+        shapes = abstract_state(config, recipe.optimizer)
+        training = TrainingInput(config, source, order, mesh, skipped)
+        events = EventsLog(directory)
+        checkpoints = Checkpoints(
+            directory,
+            max_to_keep=config.checkpoint.max_to_keep,
+            ignore_failed_saves=config.checkpoint.ignore_failed_saves,
+            events=events,
+        )
+        closing = contextlib.closing
+        with closing(events), closing(profile), closing(checkpoints):
+            recovery = Recovery(config, directory, training, events)
+            start_step = checkpoints.latest_valid_step() or 0
+            if start_step == num_steps and final.is_done(num_steps):
+                return restore_state(checkpoints, start_step, shapes, mesh)
+            if is_main_process():
+                check_same_images(directory, source, resuming=start_step > 0)
+            _describe(config, mesh, source, order, shapes, start_step)
+            run = _Run(
+                config=config,
+                training=training,
+                checkpoints=checkpoints,
+                recovery=recovery,
+                events=events,
+                checked_step=CheckedStep(config, compile_step(recipe, shapes, mesh), shapes, mesh),
+                skip=compile_skip(shapes, mesh),
+                probe=make_online_probe(config, final.sources, recipe, mesh, skipped),
+                logger=logger,
+                draw=make_draw(config, recipe, shapes, mesh) if logger.shows_images else None,
+                profile=profile,
+            )
+            with stop:
+                while True:  # a rewind is a resume from an older checkpoint
+                    if start_step:
+                        state = restore_state(checkpoints, start_step, shapes, mesh, order)
+                        events.write("resumed", step=start_step)
+                    else:
+                        state = _first_state(config, recipe, mesh, initial)
+                    try:
+                        state = _train(run, state, start_step, stop)
+                        break
+                    except TrainingFailure as error:
+                        failure = error.with_traceback(None)  # whose frames hold the state
+                    del state  # so that only one is in memory
+                    recovery.recover(failure, checkpoints)
+                    start_step = checkpoints.latest_valid_step() or 0
+
+        join_skipped(skipped, source)
+        accuracies = final.run(
+            network=recipe.network,
+            params=state.params,
+            batch_stats=state.batch_stats,
+            step=num_steps,
+            mesh=mesh,
+            skipped=skipped,
+        )
+        logger.summary(num_steps, accuracies)
+        report_skipped(skipped)
+        return state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,9 +166,8 @@ class _Run:
     checkpoints: Checkpoints
     recovery: Recovery
     events: EventsLog
-    step_function: StepFunction
-    skip: Any
-    checks: CorruptionChecks
+    checked_step: CheckedStep
+    skip: Callable[[TrainState], TrainState]
     probe: OnlineProbe | None
     logger: MetricLogger
     draw: Draw | None
@@ -209,7 +184,6 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: Stop) -> TrainSt
     config, num_steps = run.config, run.training.num_steps
     if run.probe:
         run.probe.start(start_step, num_steps, run.checkpoints)
-    run.profile.start(start_step)
     with run.logger.steps(start_step, run.training):
         for step, batch in enumerate(run.training.on_devices(start_step), start=start_step + 1):
             metrics, wrong = None, None
@@ -218,7 +192,9 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: Stop) -> TrainSt
                 state = run.skip(state)
                 run.events.write("skipped", step=step)
             else:
-                state, metrics, wrong = run.checks.step(step, run.step_function, state, batch)
+                state, metrics, wrong = run.checked_step(step, state, batch)
+            if shares_cores(run.training.placing.mesh):
+                jax.block_until_ready(state)
             if run.probe:
                 run.probe.after_step(step, state.params, state.batch_stats)
             run.profile.after(step, state)
@@ -230,7 +206,7 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: Stop) -> TrainSt
             if stopping:
                 stop.agreed()
             saving = step % config.checkpoint.every_steps == 0 or last or stopping
-            wrong = wrong or run.checks.replicas(step, state, saving=saving)
+            wrong = wrong or run.checked_step.replicas(step, state, saving=saving)
             if wrong:
                 raise TrainingFailure(step, step, wrong, corrupted=True)
             if step % config.log_every_steps == 0 or step == start_step + 1 or saving:
@@ -241,7 +217,7 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: Stop) -> TrainSt
                     scalars = {name: float(value) for name, value in metrics.items()}
                     run.logger.write(step, scalars | (run.probe.metrics() if run.probe else {}))
             if run.draw and (saving or step == 1):
-                run.logger.images(step, run.draw(state, *batch))
+                run.logger.summary(step, run.draw(state, *batch))
             if saving:
                 run.logger.flush()  # first, so that no logged step before a checkpoint is lost
                 trees = {"online_probe": run.probe.state} if run.probe else {}
@@ -255,13 +231,6 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: Stop) -> TrainSt
     if not stop.received and run.checkpoints.reached_preemption(num_steps + 1):
         stop.agreed()
     return state
-
-
-def _blocking(step_function: StepFunction, mesh: Mesh) -> StepFunction:
-    """Waits for each step if the devices share the CPU's cores."""
-    if not shares_cores(mesh):
-        return step_function
-    return lambda *arguments: jax.block_until_ready(step_function(*arguments))
 
 
 def _open_source(config: config_dict.ConfigDict) -> Source:
@@ -278,3 +247,48 @@ def _open_source(config: config_dict.ConfigDict) -> Source:
             f"{len(source)} images; take at most {len(source)}"
         )
     return source
+
+
+def _first_state(
+    config: config_dict.ConfigDict, recipe: Recipe, mesh: Mesh, initial: TrainState | None
+) -> TrainState:
+    state = init_state(config, recipe.optimizer, mesh)
+    if initial is None:
+        return state
+    # Copies, because the step donates its state's buffers.
+    params, batch_stats = jax.tree.map(jnp.copy, (initial.params, initial.batch_stats))
+    return dataclasses.replace(state, params=params, batch_stats=batch_stats)
+
+
+def _describe(
+    config: config_dict.ConfigDict,
+    mesh: Mesh,
+    source: Source,
+    order: TrainingOrder,
+    state: TrainState,
+    start_step: int,
+) -> None:
+    """Logs the parameters, the devices, the batch arithmetic, the objective and warnings."""
+    from clu import parameter_overview
+
+    params = {"/".join(map(str, path)): x for path, x in flatten_dict(state.params).items()}
+    table = parameter_overview.get_parameter_overview(params, include_stats=False, max_lines=80)
+    progress.log_lines(_logger, table)
+    processes, objective = jax.process_count(), config.objective
+    units = objective.units_per_segment
+    lines = {
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind} in {processes} process(es)",
+        "batch": f"{config.batch_size} = {processes} process(es) x {mesh.size // processes} "
+        f"device(s) x {config.batch_size // mesh.size}",
+        "training": f"{config.num_epochs} epochs x {order.steps_per_epoch} steps of {source.name} "
+        f"({order.num_records} images), {config.compute_dtype}",
+        "objective": f"{objective.name}, {objective.num_segments} segments x {units} units",
+    }
+    if objective.name == "music":
+        lines["lower bound"] = f"-3 log {units} = {music_lower_bound(units):.4f}"
+    if start_step:
+        lines["resuming"] = f"after step {start_step}"
+    for name, value in lines.items():
+        _logger.info(f"{name:12s} {value}")
+    for warning in small_data_warnings(config, order):
+        _logger.warning(f"warning: {warning}")

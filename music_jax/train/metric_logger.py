@@ -1,4 +1,4 @@
-"""Logs a training: a summary, metrics.jsonl, a progress bar, TensorBoard and wandb."""
+"""Logs a training: metrics.jsonl, a progress bar, and TensorBoard and wandb with pictures."""
 
 import contextlib
 import importlib.util
@@ -7,104 +7,41 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
-from music_jax.data.loader import TrainingOrder
-from music_jax.data.sources import Source
 from music_jax.distributed import progress
-from music_jax.distributed.mesh import from_main_process, is_main_process
+from music_jax.distributed.mesh import batch_sharding, from_main_process, is_main_process
 from music_jax.errors import UserError
-from music_jax.objectives import music_lower_bound
+from music_jax.objectives import joint_probability
 from music_jax.train.guards import STATISTICS
 from music_jax.train.input import TrainingInput
-from music_jax.train.state import TrainState
-from music_jax.workdir.files import read_json, write_json
+from music_jax.train.recipe import Recipe
+from music_jax.train.state import TrainState, gather, state_shardings
+from music_jax.train.step import augmented_views
+from music_jax.workdir.files import in_bucket, read_json, write_json
 from music_jax.workdir.logs import MetricsLog
 from music_jax.workdir.run_config import as_json
 
 _logger = logging.getLogger(__name__)
 
+Value = float | np.ndarray  # a scalar, or a picture: uint8 [height, width, channels]
+# Draws pictures of a state and the batch of its last step, by name.
+Draw = Callable[[TrainState, jax.Array, jax.Array], dict[str, np.ndarray]]
+
 _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _NOT_IN_BAR = ("learning_rate", "grad_norm", *STATISTICS)
-_FEW_STEPS = 10  # per epoch
-_UNUSED_SHARE = 0.01  # of the images, that an epoch may omit without a warning
-
-
-def describe(
-    config: config_dict.ConfigDict,
-    mesh: Mesh,
-    source: Source,
-    order: TrainingOrder,
-    state: TrainState,
-    start_step: int,
-) -> None:
-    """Logs the parameters, the devices, the batch arithmetic, the objective and warnings."""
-    from clu import parameter_overview
-
-    table = parameter_overview.get_parameter_overview(
-        _with_text_keys(state.params), include_stats=False, max_lines=80
-    )
-    progress.log_lines(_logger, table)
-    processes, objective = jax.process_count(), config.objective
-    lines = {
-        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind} in {processes} process(es)",
-        "batch": f"{config.batch_size} = {processes} process(es) x {mesh.size // processes} "
-        f"device(s) x {config.batch_size // mesh.size}",
-        "training": f"{config.num_epochs} epochs x {order.steps_per_epoch} steps of {source.name} "
-        f"({order.num_records} images), {config.compute_dtype}",
-        "objective": f"{objective.name}, {objective.num_segments} segments x "
-        f"{objective.units_per_segment} units",
-    }
-    if objective.name == "music":
-        units = objective.units_per_segment
-        lines["lower bound"] = f"-3 log {units} = {music_lower_bound(units):.4f}"
-    if start_step:
-        lines["resuming"] = f"after step {start_step}"
-    for name, value in lines.items():
-        _logger.info(f"{name:12s} {value}")
-    for warning in small_data_warnings(config, order):
-        _logger.warning(f"warning: {warning}")
-
-
-def small_data_warnings(config: config_dict.ConfigDict, order: TrainingOrder) -> list[str]:
-    """Returns warnings about defaults that do not suit a small dataset, with fields to change."""
-    steps, images, log_every = order.steps_per_epoch, order.num_records, config.log_every_steps
-    unused = images - steps * config.batch_size
-    warnings = []
-    if steps < _FEW_STEPS:
-        warnings.append(
-            f"an epoch of {images} images has only {steps} step{'s' * (steps > 1)} with "
-            f"config.batch_size = {config.batch_size}; a smaller batch gives more steps"
-        )
-    if unused > _UNUSED_SHARE * images:
-        warnings.append(
-            f"each epoch omits {unused} of {images} images ({unused / images:.0%}), different ones "
-            "each time, since every batch is full; another config.batch_size omits fewer"
-        )
-    if log_every > config.num_epochs * steps:
-        warnings.append(
-            f"the run has fewer steps than config.log_every_steps = {log_every}: only the first "
-            "step, the last step and those of checkpoints are logged"
-        )
-    elif log_every > steps:
-        warnings.append(
-            f"metrics are logged once in {log_every / steps:.1f} epochs; a smaller "
-            "config.log_every_steps logs more often"
-        )
-    return warnings
-
-
-def _with_text_keys(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {str(key): _with_text_keys(value) for key, value in tree.items()}
-    return tree
+_SAMPLES_SHOWN = 8
+_MAX_EMBEDDED = 256  # samples that the joint probabilities are computed from
+_MAX_UNITS = 512  # shown, of the first segments
+_MIN_SIDE = 64  # pixels of a view as it is shown
 
 
 class MetricLogger:
@@ -114,11 +51,7 @@ class MetricLogger:
     """
 
     def __init__(self, config: config_dict.ConfigDict, workdir: epath.Path):
-        """Chooses the writers. Nothing is loaded or written before `steps`.
-
-        Args:
-          config: The run's config; `tensorboard` and `wandb_project` choose writers.
-          workdir: Workdir of the run.
+        """Chooses the writers; nothing is loaded or written before `steps`.
 
         Raises:
           UserError: Weights & Biases is enabled but not installed.
@@ -156,18 +89,10 @@ class MetricLogger:
         self._each(lambda writer: writer.start(start_step))
         self._steps_per_epoch = training.order.steps_per_epoch
         self._last_step, self._last_time = start_step, 0.0
-        self._file = MetricsLog(
-            self._workdir,
-            start_step,
-            ignore_failures=self._config.checkpoint.ignore_failed_saves,
-        )
-        batch_size = self._config.batch_size
-        self._bar = progress.bar(
-            training.num_steps * batch_size,
-            unit="img",
-            description="pre-training",
-            done=start_step * batch_size,
-        )
+        ignoring, batch_size = self._config.checkpoint.ignore_failed_saves, self._config.batch_size
+        self._file = MetricsLog(self._workdir, start_step, ignore_failures=ignoring)
+        total, done = training.num_steps * batch_size, start_step * batch_size
+        self._bar = progress.bar(total, unit="img", description="pre-training", done=done)
         try:
             yield
         finally:
@@ -176,13 +101,13 @@ class MetricLogger:
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Logs a step."""
-        record: dict[str, Any] = {"step": step, "epoch": step / self._steps_per_epoch, **scalars}
         # The first interval contains the compilation.
         now, num_images = time.monotonic(), (step - self._last_step) * self._config.batch_size
         rate = num_images / (now - self._last_time) if self._last_time else None
         self._last_step, self._last_time = step, now
-        self._file.write(record | {"images_per_second": rate})
-        self.summary(step, record | ({} if rate is None else {"images_per_second": rate}))
+        record = {"epoch": step / self._steps_per_epoch, **scalars, "images_per_second": rate}
+        self._file.write({"step": step} | record)
+        self.summary(step, {name: value for name, value in record.items() if value is not None})
         shown = {"loss": scalars["loss"]} | scalars
         self._bar.set_postfix(
             {name: f"{value:.3f}" for name, value in shown.items() if name not in _NOT_IN_BAR},
@@ -190,14 +115,9 @@ class MetricLogger:
         )
         self._bar.update(step * self._config.batch_size - self._bar.n)
 
-    def summary(self, step: int, values: dict[str, float]) -> None:
-        """Adds scalars to TensorBoard and Weights & Biases, but not to metrics.jsonl."""
-        values = {name: value for name, value in values.items() if name != "step"}
-        self._each(lambda writer: writer.scalars(step, values))
-
-    def images(self, step: int, images: dict[str, np.ndarray]) -> None:
-        """Adds pictures of a step, uint8 [height, width, channels] by name."""
-        self._each(lambda writer: writer.images(step, images))
+    def summary(self, step: int, values: Mapping[str, Value]) -> None:
+        """Adds scalars or pictures to TensorBoard and Weights & Biases, but to no file of ours."""
+        self._each(lambda writer: writer.write(step, values))
 
     def flush(self) -> None:
         """Writes out everything that was logged."""
@@ -234,19 +154,15 @@ class TensorBoard:
         self._num_files += 1
         self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Adds scalars of a step."""
+    def write(self, step: int, values: Mapping[str, Value]) -> None:
+        """Adds scalars and pictures of a step."""
         from tensorboardX import summary
 
         for name, value in values.items():
-            self._add(step, summary=summary.scalar(name, value))
-
-    def images(self, step: int, images: dict[str, np.ndarray]) -> None:
-        """Adds pictures of a step."""
-        from tensorboardX import summary
-
-        for name, image in images.items():
-            self._add(step, summary=summary.image(name, image, dataformats="HWC"))
+            if isinstance(value, np.ndarray):
+                self._add(step, summary=summary.image(name, value, dataformats="HWC"))
+            else:
+                self._add(step, summary=summary.scalar(name, value))
 
     def _add(self, step: int, **content: Any) -> None:
         from tensorboardX.proto.event_pb2 import Event
@@ -293,7 +209,7 @@ class WeightsAndBiases:
                 id=self._run_id(),
                 resume="allow",
                 name=self._workdir.name,
-                dir=None if "://" in str(self._workdir) else os.fspath(self._workdir),
+                dir=None if in_bucket(self._workdir) else os.fspath(self._workdir),
                 config=as_json(self._config),
             )
         except Exception as error:  # whatever wandb raises
@@ -302,14 +218,14 @@ class WeightsAndBiases:
                 "workdir, --config.wandb_project= not at all"
             ) from error
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Adds scalars of a step, unless a later step was logged."""
+    def write(self, step: int, values: Mapping[str, Value]) -> None:
+        """Adds scalars and pictures of a step, unless a later step was logged."""
         if step >= self._run.step:
+            values = {
+                k: self._wandb.Image(v) if isinstance(v, np.ndarray) else v
+                for k, v in values.items()
+            }
             self._run.log(values, step=step)
-
-    def images(self, step: int, images: dict[str, np.ndarray]) -> None:
-        """Adds pictures of a step, unless a later step was logged."""
-        self.scalars(step, {name: self._wandb.Image(image) for name, image in images.items()})
 
     def flush(self) -> None:
         """Does nothing: wandb writes in another process."""
@@ -321,14 +237,15 @@ class WeightsAndBiases:
 
     def _run_id(self) -> str:
         path = self._workdir / "wandb.json"
-        if path.exists():
-            try:
-                found = read_json(path)["id"]
-                if isinstance(found, str) and _RUN_ID.fullmatch(found):
-                    return found
-                raise ValueError(f"{found!r} is not an id")
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                _logger.warning(f"{path} is damaged ({error}): a new run at Weights & Biases")
+        try:
+            found = read_json(path)["id"]
+            if isinstance(found, str) and _RUN_ID.fullmatch(found):
+                return found
+            raise ValueError(f"{found!r} is not an id")
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            _logger.warning(f"{path} is damaged ({error}): a new run at Weights & Biases")
         new = uuid.uuid4().hex[:8]
         write_json(path, {"id": new})
         return new
@@ -336,3 +253,77 @@ class WeightsAndBiases:
 
 def _one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def make_draw(
+    config: config_dict.ConfigDict, recipe: Recipe, shapes: TrainState, mesh: Mesh
+) -> Draw:
+    """Returns a function that draws pictures of a step; all processes call it together.
+
+    It draws `views`, with a column for each of the first samples, and for MUSIC
+    `joint_probability`; see `_heat_map`. It is a separate program: that of the training, and so
+    every bit of its result, is the same with and without pictures.
+    """
+    objective, has_segments = config.objective, config.objective.name == "music"
+    units = objective.units_per_segment
+    segments = min(objective.num_segments, max(1, _MAX_UNITS // units))
+    at_once = min(config.batch_size // config.accumulation_steps, _MAX_EMBEDDED)
+    rows = max(at_once // mesh.size, 1) * mesh.size
+
+    def compute(
+        state: TrainState, images: jax.Array, sample_index: jax.Array
+    ) -> dict[str, jax.Array]:
+        views = augmented_views(recipe, images[:rows], sample_index[:rows])
+        shown = {"views": views[:_SAMPLES_SHOWN].astype(jnp.float32)}
+        if has_segments:
+            params = gather(state.params, mesh, recipe.dtype)
+            _, embeddings, _ = recipe.network.embed(params, state.batch_stats, views)
+            a, b = embeddings[:, 0, : segments * units], embeddings[:, 1, : segments * units]
+            shown["joint_probability"] = joint_probability(
+                a, b, num_segments=segments, temperature=objective.temperature
+            )
+        return shown
+
+    batch = batch_sharding(mesh)
+    jitted = jax.jit(
+        compute,
+        in_shardings=(state_shardings(shapes, mesh), batch, batch),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+    )
+
+    def draw(*arguments: Any) -> dict[str, np.ndarray]:
+        with jax.set_mesh(mesh):
+            drawn = jax.tree.map(np.asarray, jitted(*arguments))
+        drawn["views"] = _view_sheet(drawn["views"], recipe.mean, recipe.std)
+        if has_segments:
+            drawn["joint_probability"] = _heat_map(drawn["joint_probability"], units)
+        return drawn
+
+    return draw
+
+
+def _view_sheet(views: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """Arranges views [samples, views, height, width, channels] in a grid, a sample in a column."""
+    values = views * np.asarray(std, np.float32) + np.asarray(mean, np.float32)
+    sheet = np.concatenate(np.concatenate(values, axis=2), axis=0)  # first side by side
+    pixels = np.round(255 * np.clip(sheet, 0, 1)).astype(np.uint8)
+    return _enlarged(pixels, _MIN_SIDE, views.shape[2])
+
+
+def _heat_map(joint: np.ndarray, units_per_segment: int) -> np.ndarray:
+    """Colors joint probabilities [units, units], from black to yellow.
+
+    The scale is that of the square root and ends at 1/K, the value on the diagonal of a segment of
+    K units if all are used equally and the views agree. Two independent segments then have an even
+    color, at sqrt(1/K) of the scale.
+    """
+    from matplotlib import colormaps
+
+    shares = np.sqrt(np.clip(joint * units_per_segment, 0, 1))
+    colors = np.round(255 * colormaps["inferno"](shares)[..., :3]).astype(np.uint8)
+    return _enlarged(colors, _MAX_UNITS, len(joint))
+
+
+def _enlarged(image: np.ndarray, wanted: int, side: int) -> np.ndarray:
+    times = max(1, wanted // side)
+    return image.repeat(times, axis=0).repeat(times, axis=1)

@@ -20,12 +20,13 @@ from music_jax.checkpoint.manager import Checkpoints
 from music_jax.data import datasets
 from music_jax.data.augment import normalize_images
 from music_jax.data.datasets import EvaluationSources
-from music_jax.data.loader import Crop, TrainingOrder, training_batches
+from music_jax.data.loader import TrainingOrder
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
-from music_jax.distributed.mesh import Placing, shares_cores
+from music_jax.distributed.mesh import shares_cores
 from music_jax.errors import UserError
 from music_jax.models.network import Tree
+from music_jax.train.input import TrainingInput
 from music_jax.train.recipe import Recipe
 
 _logger = logging.getLogger(__name__)
@@ -52,51 +53,30 @@ class ProbeState(NamedTuple):
     seen: jax.Array
 
 
-def _optimizer(
-    learning_rate: float, momentum: float, weight_decay: float
-) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay, {"kernel": True, "bias": False}),
-        optax.sgd(learning_rate, momentum),
-    )
-
-
-def init_probe(num_features: int, num_classes: int) -> ProbeState:
+def _init_probe(
+    num_features: int, num_classes: int, settings: config_dict.ConfigDict
+) -> ProbeState:
     """Returns the state before the first step."""
     head = {"kernel": jnp.zeros((num_features, num_classes)), "bias": jnp.zeros(num_classes)}
-    return ProbeState(
-        head=head,
-        opt_state=_optimizer(0.0, 0.0, 0.0).init(head),
-        mean=jnp.zeros(num_features),
-        variance=jnp.ones(num_features),
-        correct=jnp.zeros(()),
-        seen=jnp.zeros(()),
-    )
+    opt_state = _optimizer(settings).init(head)
+    mean, variance = jnp.zeros(num_features), jnp.ones(num_features)
+    return ProbeState(head, opt_state, mean, variance, correct=jnp.zeros(()), seen=jnp.zeros(()))
 
 
-def probe_step(
-    probe: ProbeState,
-    features: jax.Array,
-    labels: jax.Array,
-    *,
-    learning_rate: float,
-    momentum: float,
-    weight_decay: float,
+def _optimizer(settings: config_dict.ConfigDict) -> optax.GradientTransformation:
+    decay = optax.add_decayed_weights(settings.weight_decay, {"kernel": True, "bias": False})
+    return optax.chain(decay, optax.sgd(settings.learning_rate, settings.momentum))
+
+
+def _probe_step(
+    probe: ProbeState, features: jax.Array, labels: jax.Array, settings: config_dict.ConfigDict
 ) -> ProbeState:
-    """Takes one step of SGD on features that are standardized by running statistics.
+    """Takes one step of SGD on features [batch, features], which get no gradient.
 
-    Args:
-      probe: State before the step.
-      features: Features [batch, features], which get no gradient.
-      labels: Labels, integers [batch].
-      learning_rate: Learning rate, constant since the features change until the end.
-      momentum: Momentum of SGD and of the running statistics.
-      weight_decay: Weight decay of the kernel.
-
-    Returns:
-      The state after the step. `correct` is counted with the head before the step.
+    The features are standardized by running statistics with the same momentum. The learning rate is
+    constant, since the features change until the end. `correct` is counted with the old head.
     """
-    features = jax.lax.stop_gradient(features.astype(jnp.float32))
+    momentum, features = settings.momentum, jax.lax.stop_gradient(features.astype(jnp.float32))
     mean = momentum * probe.mean + (1 - momentum) * jnp.mean(features, axis=0)
     variance = momentum * probe.variance + (1 - momentum) * jnp.var(features, axis=0)
     features = (features - mean[None]) * jax.lax.rsqrt(variance + 1e-6)[None]
@@ -109,8 +89,7 @@ def probe_step(
         return jnp.mean(losses), jnp.sum(jnp.sum(logits >= of_label, axis=1) == 1)
 
     grads, correct = jax.grad(loss, has_aux=True)(probe.head)
-    optimizer = _optimizer(learning_rate, momentum, weight_decay)
-    updates, opt_state = optimizer.update(grads, probe.opt_state, probe.head)
+    updates, opt_state = _optimizer(settings).update(grads, probe.opt_state, probe.head)
     return ProbeState(
         head=optax.apply_updates(probe.head, updates),
         opt_state=opt_state,
@@ -130,12 +109,7 @@ def make_online_probe(
 ) -> "OnlineProbe | None":
     """Returns the probe if a config enables it, or None.
 
-    Args:
-      config: The run's config; `online_probe` describes the probe.
-      sources: Labeled images of the final evaluation, or None.
-      recipe: Static inputs of the training step.
-      mesh: The devices.
-      skipped: Record of images that cannot be decoded.
+    It learns from the images of `config.online_probe.train`, or else of the final evaluation.
 
     Raises:
       UserError: The probe is enabled, but there are no labeled images to train it on.
@@ -150,18 +124,15 @@ def make_online_probe(
     else:
         raise UserError(f"config.online_probe.enabled needs labeled images; {advice}")
     if source.num_classes < 2:
-        raise UserError(
-            f"{source.name} has no labels for the online probe"
-            f"{source.no_classes and f' ({source.no_classes})'}; {advice}"
-        )
+        reason = source.no_classes and f" ({source.no_classes})"
+        raise UserError(f"{source.name} has no labels for the online probe{reason}; {advice}")
     rows = np.flatnonzero(source.labels() != -1)
     if len(rows) < 2:
         raise UserError(
             f"only {len(rows)} of the {len(source)} images of {source.name} have a label, too few "
             f"for the online probe; {advice}"
         )
-    if len(rows) < len(source):
-        unlabeled = len(source) - len(rows)
+    if unlabeled := len(source) - len(rows):
         _logger.info(f"online probe: {unlabeled:,} images without a label are ignored")
         source = source.subset(rows)
     return OnlineProbe(config, source, recipe, mesh, skipped)
@@ -175,6 +146,7 @@ class OnlineProbe:
     """
 
     state: ProbeState
+    _batches: Iterator[dict[str, np.ndarray]]
 
     def __init__(
         self,
@@ -185,72 +157,49 @@ class OnlineProbe:
         skipped: SkippedImages,
     ):
         """Prepares the probe's step; no image is read yet. See `make_online_probe`."""
-        self._config, self._source, self._skipped = config, source, skipped
-        self._every = config.online_probe.every_steps
-        self._batch_size = min(config.online_probe.batch_size, len(source))
-        self._placing = Placing(self._batch_size, mesh)
-        self._replicated = NamedSharding(mesh, PartitionSpec())
-        self._batches: Iterator[dict[str, np.ndarray]] | None = None
-        self._has_diverged = False
         settings, network = config.online_probe, recipe.network
-        self._init = functools.partial(init_probe, network.num_features, source.num_classes)
+        self._every = settings.every_steps
+        order = TrainingOrder(len(source), min(settings.batch_size, len(source)), config.seed)
+        self._input = TrainingInput(config, source, order, mesh, skipped)
+        self._has_diverged = False
+        self._replicated = replicated = NamedSharding(mesh, PartitionSpec())
+        sizes = network.num_features, source.num_classes
+        self._init = functools.partial(_init_probe, *sizes, settings)
 
         def step(
             probe: ProbeState, params: Tree, batch_stats: Tree, images: jax.Array, labels: jax.Array
         ) -> ProbeState:
-            params = jax.lax.with_sharding_constraint(params, self._replicated)
+            params = jax.lax.with_sharding_constraint(params, replicated)
             images = normalize_images(images, mean=recipe.mean, std=recipe.std, dtype=recipe.dtype)
-            return probe_step(
-                probe,
-                network.features(params, batch_stats, images),
-                labels,
-                learning_rate=settings.learning_rate,
-                momentum=settings.momentum,
-                weight_decay=settings.weight_decay,
-            )
+            features = network.features(params, batch_stats, images)
+            return _probe_step(probe, features, labels, settings)
 
-        self._step = jax.jit(step, donate_argnums=0, out_shardings=self._replicated)
+        self._step = jax.jit(step, donate_argnums=0, out_shardings=replicated)
 
     def start(self, step: int, num_steps: int, checkpoints: Checkpoints) -> None:
         """Restores the probe of a step's checkpoint, or initializes it if there is none."""
-        self.state, self._has_diverged = self._restored(step, checkpoints), False
-        crop = self._config.crop
-        self._batches = training_batches(
-            self._source,
-            TrainingOrder(len(self._source), self._batch_size, self._config.seed),
-            crop=Crop(crop.size, tuple(crop.scale), tuple(crop.aspect_ratio)),
-            channels=self._config.dataset.num_channels,
-            positions=self._placing.positions,
-            num_steps=num_steps // self._every,
-            start_step=step // self._every,
-            num_views=1,
-            skipped=self._skipped,
-            num_threads=self._config.num_decode_threads,
-        )
-
-    def _restored(self, step: int, checkpoints: Checkpoints) -> ProbeState:
-        if step and checkpoints.has(step, "online_probe"):
-            target = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._replicated),
-                jax.eval_shape(self._init),
-            )
+        self._has_diverged = False
+        # The identical zeros need separate buffers, since each is donated.
+        self.state = jax.device_put(self._init(), self._replicated, may_alias=False)
+        if step:
             try:
-                return checkpoints.restore(step, target, name="online_probe")
+                if not checkpoints.has(step, "online_probe"):
+                    raise UserError(f"step {step} has none saved")
+                like, sharding = self.state, self._replicated
+                self.state = checkpoints.restore(step, like, sharding, name="online_probe")
             except UserError as error:
                 _logger.warning(f"the online probe starts from scratch: {error}")
-        elif step:
-            _logger.warning(f"the online probe starts from scratch: step {step} has none saved")
-        # The identical zeros need separate buffers, since each is donated.
-        return jax.device_put(self._init(), self._replicated, may_alias=False)
+        start, stop = step // self._every, num_steps // self._every
+        self._batches = self._input.on_host(start, stop, num_views=1)
 
     def after_step(self, step: int, params: Tree, batch_stats: Tree) -> None:
         """Takes a step on the next labeled images, every `every_steps` steps of the training."""
-        if step % self._every or self._batches is None:
+        if step % self._every:
             return
-        batch = next(self._batches)
-        images, labels = self._placing(batch["images"][:, 0]), self._placing(batch["label"])
+        batch, placing = next(self._batches), self._input.placing
+        images, labels = placing(batch["images"][:, 0]), placing(batch["label"])
         self.state = self._step(self.state, params, batch_stats, images, labels)
-        if shares_cores(self._placing.mesh):
+        if shares_cores(placing.mesh):
             jax.block_until_ready(self.state)
 
     def metrics(self) -> dict[str, float]:

@@ -10,6 +10,7 @@ from etils import epath
 
 from music_jax.distributed.mesh import is_main_process
 from music_jax.errors import UserError
+from music_jax.workdir.files import in_bucket
 
 _logger = logging.getLogger(__name__)
 
@@ -33,12 +34,7 @@ class Profile:
     """Profiles process 0 and its devices from one step to another, both included."""
 
     def __init__(self, directory: epath.Path, steps: tuple[int, int] | None, num_steps: int):
-        """Chooses the steps.
-
-        Args:
-          directory: Directory of the profile.
-          steps: First and last step; None for no profile.
-          num_steps: Number of steps of the whole training.
+        """Chooses the first and the last step; None for no profile.
 
         Raises:
           UserError: The training does not have these steps.
@@ -50,48 +46,46 @@ class Profile:
             )
         self._directory = directory
         self._steps = steps if is_main_process() else None
-        self._local = ""  # where the profile is recorded, while it is
-
-    def start(self, step: int) -> None:
-        """Warns if the training resumes after the last of the steps."""
-        if self._steps and step >= self._steps[1]:
-            _logger.warning(
-                f"not profiled: the training resumes after step {step}, and steps "
-                f"{self._steps[0]} to {self._steps[1]} were taken before"
-            )
-            self._steps = None
+        self._local: epath.Path | None = None  # where the profile is recorded, while it is
 
     def before(self, step: int, state: Any) -> None:
         """Starts the profile before the first of the steps, once the previous step is done."""
-        if self._steps is None or self._local or step < self._steps[0]:
+        if not self._steps or self._local or step < self._steps[0]:
+            return
+        if step > self._steps[1]:
+            _logger.warning(
+                f"not profiled: the training resumes after step {step - 1}, and steps "
+                f"{self._steps[0]} to {self._steps[1]} were taken before"
+            )
+            self._steps = None
             return
         jax.block_until_ready(state)
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # `start_trace` has crashed while tracing Python's calls
-        self._local = os.fspath(self._directory)
-        if "://" in self._local:  # JAX cannot write to a bucket
-            self._local = tempfile.mkdtemp(prefix="music_jax-profile-")
-        jax.profiler.start_trace(self._local, profiler_options=options)
+        self._local = self._directory
+        if in_bucket(self._directory):  # to which JAX cannot write
+            self._local = epath.Path(tempfile.mkdtemp(prefix="music_jax-profile-"))
+        jax.profiler.start_trace(os.fspath(self._local), profiler_options=options)
 
     def after(self, step: int, state: Any) -> None:
         """Ends the profile after the last of the steps."""
-        if self._local and self._steps and step >= self._steps[1]:
+        if self._steps and step >= self._steps[1]:
             jax.block_until_ready(state)
             self.close()
 
     def close(self) -> None:
         """Ends the profile if it is being recorded, and saves what was recorded."""
-        if not self._local:
+        if self._local is None:
             return
-        local, self._local, self._steps = self._local, "", None
+        local, self._local, self._steps = self._local, None, None
         try:
             jax.profiler.stop_trace()
-            if local != os.fspath(self._directory):
-                for path in epath.Path(local).glob("plugins/profile/*/*"):
-                    target = self._directory / os.path.relpath(path, local)
+            if local != self._directory:
+                for path in local.glob("plugins/profile/*/*"):
+                    target = self._directory / path.relative_to(local)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     path.copy(target)
-                epath.Path(local).rmtree()
+                local.rmtree()
         except Exception as error:  # for example a full disk: the training continues
             _logger.warning(f"the profile could not be saved: {' '.join(str(error).split())[:300]}")
             return

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import config_dict
 
-from music_jax.config import default_config, from_json
+from music_jax.config import from_json
 from music_jax.data.augment import ViewAugmentation, view_augmentations
 from music_jax.models.network import Network, make_network
 from music_jax.objectives import (
@@ -23,8 +23,7 @@ from music_jax.objectives import (
 )
 from music_jax.optim import lars, matrices_only, warmup_cosine
 from music_jax.registry import BACKBONES, OBJECTIVES, OPTIMIZERS
-from music_jax.train.gradients import Metrics, Objective
-from music_jax.train.guards import Guards, make_guards
+from music_jax.train.guards import Metrics, Objective, embedding_statistics
 
 # Groups of fields that no recipe depends on.
 _EVALUATION = (
@@ -40,57 +39,56 @@ class Recipe:
     Attributes:
       network: Backbone and projection head.
       objective: Loss of the embeddings of the two views.
-      guards: Limits that stop a failed training.
-      optimizer: Optimizer of the parameters.
-      schedule: Learning rate of each step, for the log.
-      base_learning_rate: Learning rate at a batch of 256.
-      at_base_learning_rate: Function from a base learning rate to the schedule and the optimizer.
+      statistics: Statistics of the embeddings of one view, for the guards.
+      guards: `config.guards`, the limits that stop a failed training.
+      schedule_of: Function from a learning rate at a batch of 256 to the schedule.
+      optimizer_of: Function from a schedule to the optimizer.
       views: Augmentation of each view.
       mean: Mean of each channel, in [0, 1].
       std: Standard deviation of each channel.
       dtype: Type that the network computes in.
-      seed: Seed of the augmentations.
       accumulation_steps: Number of microbatches that a batch is split into.
+      seed: Seed of the augmentations.
+      base_learning_rate: Learning rate at a batch of 256.
     """
 
     network: Network
     objective: Objective
-    guards: Guards
-    optimizer: optax.GradientTransformation
-    schedule: optax.Schedule
-    base_learning_rate: float
-    at_base_learning_rate: Callable[
-        [float | jax.Array], tuple[optax.Schedule, optax.GradientTransformation]
-    ]
+    statistics: Callable[[jax.Array], Metrics]
+    guards: config_dict.FrozenConfigDict
+    schedule_of: Callable[[float | jax.Array], optax.Schedule]
+    optimizer_of: Callable[[optax.Schedule], optax.GradientTransformation]
     views: tuple[ViewAugmentation, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     dtype: jnp.dtype
-    seed: int | jax.Array
     accumulation_steps: int
+    seed: int | jax.Array = 0
+    base_learning_rate: float | jax.Array = 0.0
+
+    @property
+    def schedule(self) -> optax.Schedule:
+        """Learning rate of each step."""
+        return self.schedule_of(self.base_learning_rate)
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """Optimizer of the parameters."""
+        return self.optimizer_of(self.schedule)
 
 
 def make_recipe(config: config_dict.ConfigDict, steps_per_epoch: int) -> Recipe:
     """Returns the recipe that a config describes."""
-    rate, shared = config.optimizer.base_learning_rate, config_dict.ConfigDict(config.to_dict())
-    shared.update_from_flattened_dict({"seed": 0, "optimizer.base_learning_rate": 1.0})
-    default = default_config()
-    shared.update({name: default[name] for name in _EVALUATION})
+    fields = {name: value for name, value in config.to_dict().items() if name not in _EVALUATION}
+    seed, rate = fields.pop("seed"), fields["optimizer"].pop("base_learning_rate")
     # The cache key includes the registered parts, since a name may be registered again.
     parts = (
         BACKBONES[config.backbone.name],
         OBJECTIVES[config.objective.name],
         OPTIMIZERS[config.optimizer.name],
     )
-    recipe = _shared_recipe(json.dumps(shared.to_dict(), sort_keys=True), steps_per_epoch, parts)
-    schedule, optimizer = recipe.at_base_learning_rate(rate)
-    return dataclasses.replace(
-        recipe,
-        seed=config.seed,
-        base_learning_rate=rate,
-        schedule=schedule,
-        optimizer=optimizer,
-    )
+    recipe = _shared_recipe(json.dumps(fields, sort_keys=True), steps_per_epoch, parts)
+    return dataclasses.replace(recipe, seed=seed, base_learning_rate=rate)
 
 
 @functools.lru_cache(maxsize=4)
@@ -98,45 +96,29 @@ def _shared_recipe(config_json: str, steps_per_epoch: int, parts: tuple[Any, ...
     """Returns the recipe of all seeds and base learning rates, which thus share one program."""
     config = from_json(json.loads(config_json))
     _, make_objective, make_optimizer = parts
-
-    def at_base_learning_rate(
-        base: float | jax.Array,
-    ) -> tuple[optax.Schedule, optax.GradientTransformation]:
-        schedule = make_schedule(config, steps_per_epoch, base)
-        return schedule, make_optimizer(schedule, config.optimizer)
-
-    schedule, optimizer = at_base_learning_rate(1.0)
+    is_music = config.objective.name == "music"
     return Recipe(
         network=make_network(config),
-        objective=make_objective(config.objective),
-        guards=make_guards(config),
-        optimizer=optimizer,
-        schedule=schedule,
-        base_learning_rate=1.0,
-        at_base_learning_rate=at_base_learning_rate,
+        objective=functools.partial(make_objective(config.objective)),  # hashable in any case
+        statistics=functools.partial(
+            embedding_statistics,
+            num_segments=config.objective.num_segments if is_music else None,
+            temperature=config.objective.temperature,
+        ),
+        guards=config_dict.FrozenConfigDict(config.guards),
+        schedule_of=functools.partial(_make_schedule, config, steps_per_epoch),
+        optimizer_of=lambda schedule: make_optimizer(schedule, config.optimizer),
         views=view_augmentations(config),
         mean=tuple(config.dataset.mean),
         std=tuple(config.dataset.std),
         dtype=jnp.dtype(config.compute_dtype),
-        seed=0,
         accumulation_steps=config.accumulation_steps,
     )
 
 
-def make_schedule(
-    config: config_dict.ConfigDict,
-    steps_per_epoch: int,
-    base_learning_rate: float | jax.Array | None = None,
+def _make_schedule(
+    config: config_dict.ConfigDict, steps_per_epoch: int, base_learning_rate: float | jax.Array
 ) -> optax.Schedule:
-    """Returns the learning rate of each step of a whole training.
-
-    Args:
-      config: The config.
-      steps_per_epoch: Optimizer steps per epoch.
-      base_learning_rate: Learning rate at a batch of 256; the config's by default.
-    """
-    if base_learning_rate is None:
-        base_learning_rate = config.optimizer.base_learning_rate
     return warmup_cosine(
         base_learning_rate,
         batch_size=config.batch_size,

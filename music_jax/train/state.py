@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -62,7 +63,7 @@ def init_state(
     config: config_dict.ConfigDict, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """Returns the state before the first step, initialized on the mesh from `config.seed`."""
-    init = functools.partial(initial_state, config, optimizer)
+    init = functools.partial(_initial_state, config, optimizer)
     shardings = state_shardings(abstract_state(config, optimizer), mesh)
     compiled = jax.jit(init, out_shardings=shardings, compiler_options=INIT_COMPILER_OPTIONS)
     return compiled(jax.random.key(config.seed))
@@ -72,29 +73,22 @@ def abstract_state(
     config: config_dict.ConfigDict, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """Returns the state's shapes and types as `jax.ShapeDtypeStruct`s."""
-    init = functools.partial(initial_state, config, optimizer)
-    return jax.eval_shape(init, jax.random.key(config.seed))
+    return jax.eval_shape(lambda: _initial_state(config, optimizer, jax.random.key(0)))
 
 
-def initial_state(
+def _initial_state(
     config: config_dict.ConfigDict, optimizer: optax.GradientTransformation, key: jax.Array
 ) -> TrainState:
-    """Returns the state before the first step; to be called under `jax.jit`."""
     params, batch_stats = init_network(config, key)
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        batch_stats=batch_stats,
-        opt_state=optimizer.init(params),
-        guard=init_guard_state(),
-    )
+    step, opt_state = jnp.zeros((), jnp.int32), optimizer.init(params)
+    return TrainState(step, params, batch_stats, opt_state, init_guard_state())
 
 
 def save_state(
     checkpoints: Checkpoints, step: int, state: TrainState, order: TrainingOrder, **trees: Any
 ) -> None:
     """Starts saving a state with its position in the input; see `Checkpoints.save`."""
-    checkpoints.save(step, _input_position(step, order), state=_as_dict(state), **trees)
+    checkpoints.save(step, _input_position(step, order), state=vars(state), **trees)
 
 
 def restore_state(
@@ -117,12 +111,8 @@ def restore_state(
       UserError: There is no such checkpoint, it does not fit the state, or it was trained on
         another input.
     """
-    target = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        _as_dict(like),
-        _as_dict(state_shardings(like, mesh)),
-    )
-    state = TrainState(**checkpoints.restore(step, target))
+    shardings = state_shardings(like, mesh)
+    state = TrainState(**checkpoints.restore(step, vars(like), vars(shardings)))
     if order is not None:
         saved, now = checkpoints.input_position(step), _input_position(step, order)
         if isinstance(saved, dict) and "order" not in saved:
@@ -140,10 +130,6 @@ def restore_state(
     return state
 
 
-def _as_dict(state: TrainState) -> dict[str, Any]:
-    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-
-
 def _input_position(step: int, order: TrainingOrder) -> dict[str, int]:
     return {
         "next_sample_index": order.sample_index(step, 0),
@@ -156,14 +142,15 @@ def _input_position(step: int, order: TrainingOrder) -> dict[str, int]:
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     """Returns the sharding of each array of a state between steps."""
-    replicated = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), state)
     return dataclasses.replace(
-        replicated,
-        params=jax.tree.map(
-            lambda x: NamedSharding(mesh, parameter_spec(x.shape, mesh)), state.params
-        ),
-        opt_state=_update_shardings(state.opt_state, mesh),
+        jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), state),
+        params=_shardings(state.params, mesh, parameter_spec),
+        opt_state=_shardings(state.opt_state, mesh, update_spec),
     )
+
+
+def _shardings(tree: Any, mesh: Mesh, spec: Callable[..., PartitionSpec]) -> Any:
+    return jax.tree.map(lambda x: NamedSharding(mesh, spec(x.shape, mesh)), tree)
 
 
 def update_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -177,9 +164,12 @@ def update_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
       A spec that shards one axis: the largest that the devices divide, and the last only if no
       other can be, since a TPU pads shards of it to tiles of 128.
     """
+    last = len(shape) - 1
     for axes in (_UPDATE_AXES, _UPDATE_AXES[:1]):
-        axis = _axis_to_shard(shape, math.prod(mesh.shape[name] for name in axes))
-        if axis is not None:
+        parts = math.prod(mesh.shape[name] for name in axes)
+        divisible = [axis for axis, size in enumerate(shape) if size % parts == 0]
+        if divisible and math.prod(shape) >= MIN_ELEMENTS:
+            axis = max(divisible, key=lambda axis: (axis != last, shape[axis]))
             return PartitionSpec(*(None,) * axis, axes)
     return PartitionSpec()
 
@@ -191,7 +181,7 @@ def parameter_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 def shard_for_update(tree: Any, mesh: Mesh) -> Any:
     """Shards gradients or parameters as they are updated; to be called under `jax.jit`."""
-    return jax.lax.with_sharding_constraint(tree, _update_shardings(tree, mesh))
+    return jax.lax.with_sharding_constraint(tree, _shardings(tree, mesh, update_spec))
 
 
 def gather(params: Any, mesh: Mesh, dtype: jnp.dtype) -> Any:
@@ -207,15 +197,3 @@ def gather(params: Any, mesh: Mesh, dtype: jnp.dtype) -> Any:
         return jax.lax.with_sharding_constraint(x.astype(dtype) if sharded else x, replicated)
 
     return jax.tree.map(gathered, params)
-
-
-def _update_shardings(tree: Any, mesh: Mesh) -> Any:
-    return jax.tree.map(lambda x: NamedSharding(mesh, update_spec(x.shape, mesh)), tree)
-
-
-def _axis_to_shard(shape: tuple[int, ...], parts: int) -> int | None:
-    if math.prod(shape) < MIN_ELEMENTS:
-        return None
-    last = len(shape) - 1
-    divisible = [axis for axis, size in enumerate(shape) if size % parts == 0]
-    return max(divisible, key=lambda axis: (axis != last, shape[axis]), default=None)

@@ -1,4 +1,4 @@
-"""One step of pre-training, as a pure function."""
+"""One step of pre-training as a pure function, and the gradients of a batch in microbatches."""
 
 import dataclasses
 import functools
@@ -14,15 +14,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from music_jax.data.augment import augment_views
 from music_jax.distributed.mesh import batch_sharding
 from music_jax.train import guards
-from music_jax.train.gradients import Metrics, accumulated_gradients, batch_gradients
+from music_jax.train.guards import Metrics, Objective
 from music_jax.train.recipe import Recipe
 from music_jax.train.state import TrainState, gather, shard_for_update, state_shardings
 
-_UNUSED: Any = None
 # Separate the randomness of augmentations and of layers from that of the initial weights.
 _AUGMENTATION_STREAM, _LAYER_STREAM = 1, 2
 
 StepFunction = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]
+# Maps parameters, running statistics, images [batch, ...] and sample indices [batch] to embeddings
+# [batch, views, dim] and new running statistics.
+Embed = Callable[[Any, Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 def training_step(
@@ -41,19 +43,23 @@ def training_step(
       The state after the step and scalars to log. If a guard trips, now or in an earlier step, the
       parameters do not change and `guard` holds the first such step.
     """
-    embed = functools.partial(_embed, recipe, mesh)
-    objective = guards.with_statistics(recipe.objective, recipe.guards)
-    batch = (state.params, state.batch_stats, images, sample_index)
-    if recipe.accumulation_steps == 1:
-        loss, metrics, grads, batch_stats = batch_gradients(embed, objective, *batch)
-    else:
-        loss, metrics, grads, batch_stats = accumulated_gradients(
-            embed,
-            objective,
-            *batch,
-            steps=recipe.accumulation_steps,
-            place=functools.partial(shard_for_update, mesh=mesh),
-        )
+
+    def objective(a: jax.Array, b: jax.Array) -> tuple[jax.Array, Metrics]:
+        loss, metrics = recipe.objective(a, b)
+        if recipe.guards.enabled:
+            metrics = metrics | recipe.statistics(jax.lax.stop_gradient(a))
+        return loss, metrics
+
+    loss, metrics, grads, batch_stats = batch_gradients(
+        functools.partial(_embed, recipe, mesh),
+        objective,
+        state.params,
+        state.batch_stats,
+        images,
+        sample_index,
+        steps=recipe.accumulation_steps,
+        place=functools.partial(shard_for_update, mesh=mesh),
+    )
 
     # From here on each device updates its own shard.
     grads = shard_for_update(grads, mesh)
@@ -72,13 +78,87 @@ def training_step(
         opt_state=keep(opt_state, state.opt_state),
         guard=guard,
     )
-    learning_rate = recipe.schedule(state.step - state.guard.skipped)
-    metrics = metrics | {
-        "loss": loss,
-        "grad_norm": grad_norm,
-        "learning_rate": jnp.asarray(learning_rate, jnp.float32),
-    }
-    return new_state, metrics
+    rate = jnp.asarray(recipe.schedule(state.step - state.guard.skipped), jnp.float32)
+    return new_state, metrics | {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
+
+
+def batch_gradients(
+    embed: Embed,
+    objective: Objective,
+    params: Any,
+    batch_stats: Any,
+    images: jax.Array,
+    sample_index: jax.Array,
+    *,
+    steps: int = 1,
+    place: Callable[[Any], Any] = lambda grads: grads,
+) -> tuple[jax.Array, Metrics, Any, Any]:
+    """Computes the gradients of a batch, in microbatches if its activations do not fit.
+
+    The loss is that of the whole batch in any case. With microbatches, a first pass embeds them and
+    stores only their embeddings; the objective gives the loss and its gradient with respect to
+    these; a second pass embeds each microbatch again and propagates that gradient to the
+    parameters. This costs one more forward pass and needs memory for the activations of one
+    microbatch. Both passes augment the views identically, since their randomness is keyed by
+    sample.
+
+    BatchNorm normalizes over a microbatch (on all devices), so that the gradient differs from that
+    of one pass. The running statistics are updated once per microbatch, in the first pass.
+
+    Sample `n` is in microbatch `n % steps`: the same on any number of devices, and each device
+    keeps its samples.
+
+    Args:
+      embed: Network in training mode.
+      objective: Loss of the embeddings of two views.
+      params: Parameters.
+      batch_stats: Running statistics.
+      images: Images [batch, ...].
+      sample_index: Global index of each sample, [batch].
+      steps: Number of microbatches, a divisor of the batch size.
+      place: Function that shards gradients for their summation.
+
+    Returns:
+      The loss, the metrics, the gradients and the running statistics after the batch.
+
+    Reference:
+      Gao et al, `Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup
+      <https://arxiv.org/abs/2101.06983>`_, 2021
+    """
+
+    def loss_of(embeddings: jax.Array) -> tuple[jax.Array, Metrics]:
+        return objective(embeddings[:, 0], embeddings[:, 1])
+
+    def loss_in_one_pass(params: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
+        embeddings, new_stats = embed(params, batch_stats, images, sample_index)
+        loss, metrics = loss_of(embeddings)
+        return loss, (metrics, new_stats)
+
+    if steps == 1:
+        whole = jax.value_and_grad(loss_in_one_pass, has_aux=True)
+        (loss, (metrics, new_stats)), grads = whole(params)
+        return loss, metrics, grads, new_stats
+
+    def microbatch(x: jax.Array, i: jax.Array) -> jax.Array:  # [batch / steps, ...]
+        rows = x.reshape(-1, steps, *x.shape[1:])
+        return jax.lax.dynamic_index_in_dim(rows, i, axis=1, keepdims=False)
+
+    def first_pass(stats: Any, i: jax.Array) -> tuple[Any, jax.Array]:
+        embeddings, stats = embed(params, stats, microbatch(images, i), microbatch(sample_index, i))
+        return stats, embeddings
+
+    def second_pass(grads: Any, i: jax.Array) -> tuple[Any, None]:
+        part = microbatch(images, i), microbatch(sample_index, i)
+        _, pullback = jax.vjp(lambda params: embed(params, batch_stats, *part)[0], params)
+        (more,) = pullback(microbatch(cotangents, i))
+        return jax.tree.map(jnp.add, grads, place(more)), None
+
+    new_stats, parts = jax.lax.scan(first_pass, batch_stats, jnp.arange(steps))
+    embeddings = parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])  # [batch, views, dim]
+    (loss, metrics), cotangents = jax.value_and_grad(loss_of, has_aux=True)(embeddings)
+    zeros = place(jax.tree.map(jnp.zeros_like, params))
+    grads, _ = jax.lax.scan(second_pass, zeros, jnp.arange(steps))
+    return loss, metrics, grads, new_stats
 
 
 def augmented_views(recipe: Recipe, images: jax.Array, sample_index: jax.Array) -> jax.Array:
@@ -128,8 +208,7 @@ def compile_step(recipe: Recipe, state: TrainState, mesh: Mesh) -> StepFunction:
       state: The state, or its shapes.
       mesh: The devices; see `music_jax.distributed.mesh.make_data_mesh`.
     """
-    jitted = _jit_step(recipe, state, mesh)
-    values = np.uint32(recipe.seed), np.float32(recipe.base_learning_rate)
+    jitted, values = _jit_step(recipe, state, mesh), _values(recipe)
 
     def step(
         state: TrainState, images: jax.Array, sample_index: jax.Array
@@ -163,44 +242,33 @@ def lower_step(
 
     Args:
       recipe: Static inputs of the step.
-      state: The state, or its shapes.
+      state: The shapes of the state.
       mesh: The devices, for example those of a topology's description.
       images_shape: Shape of the global batch of crops, [batch, views, height, width, channels].
     """
-    batch = batch_sharding(mesh)
-    arguments = (
-        jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            state,
-            state_shardings(state, mesh),
-        ),
-        jax.ShapeDtypeStruct(images_shape, jnp.uint8, sharding=batch),
-        jax.ShapeDtypeStruct(images_shape[:1], jnp.uint32, sharding=batch),
-        jax.ShapeDtypeStruct((), jnp.uint32),
-        jax.ShapeDtypeStruct((), jnp.float32),
-    )
+    images = jax.ShapeDtypeStruct(images_shape, jnp.uint8)
+    sample_index = jax.ShapeDtypeStruct(images_shape[:1], jnp.uint32)
     with jax.set_mesh(mesh):
-        return _jit_step(recipe, state, mesh).lower(*arguments)
+        jitted = _jit_step(recipe, state, mesh)
+        return jitted.lower(state, images, sample_index, *_values(recipe))
+
+
+def _values(recipe: Recipe) -> tuple[np.uint32, np.float32]:
+    """Returns the inputs of the step that are arguments, so that all seeds share one program."""
+    return np.uint32(recipe.seed), np.float32(recipe.base_learning_rate)
 
 
 def _jit_step(recipe: Recipe, state: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
-    """Jits the step; seed and base learning rate are arguments, so that all share one program."""
-    shared = dataclasses.replace(
-        recipe, seed=0, base_learning_rate=1.0, schedule=_UNUSED, optimizer=_UNUSED
-    )
-    shapes, structure = jax.tree.flatten(jax.tree.map(jax.typeof, state))
-    try:
-        hash(shared)
-    except TypeError:  # such as an objective that is a mutable object: no program is shared
-        return _jit_shared_step.__wrapped__(shared, structure, tuple(shapes), mesh)
-    return _jit_shared_step(shared, structure, tuple(shapes), mesh)
+    shared = dataclasses.replace(recipe, seed=0, base_learning_rate=0.0)
+    shardings, structure = jax.tree.flatten(state_shardings(state, mesh))
+    return _jit_shared_step(shared, structure, tuple(shardings), mesh)
 
 
 @functools.lru_cache(maxsize=4)
 def _jit_shared_step(
-    recipe: Recipe, structure: Any, shapes: tuple[Any, ...], mesh: Mesh
+    recipe: Recipe, structure: Any, shardings: tuple[NamedSharding, ...], mesh: Mesh
 ) -> jax.stages.Wrapped:
-    states = state_shardings(jax.tree.unflatten(structure, shapes), mesh)
+    states = jax.tree.unflatten(structure, shardings)
     batch, replicated = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
 
     def step(
@@ -210,8 +278,7 @@ def _jit_shared_step(
         seed: jax.Array,
         base_learning_rate: jax.Array,
     ) -> tuple[TrainState, Metrics]:
-        schedule, optimizer = recipe.at_base_learning_rate(base_learning_rate)
-        own = dataclasses.replace(recipe, seed=seed, schedule=schedule, optimizer=optimizer)
+        own = dataclasses.replace(recipe, seed=seed, base_learning_rate=base_learning_rate)
         return training_step(state, images, sample_index, recipe=own, mesh=mesh)
 
     step.__name__ = training_step.__name__  # as profiles and the compilation cache show it

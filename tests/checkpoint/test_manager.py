@@ -23,8 +23,7 @@ from etils import epath
 from processes import ROOT
 
 from music_jax.checkpoint import manager
-from music_jax.checkpoint.manager import Checkpoints
-from music_jax.checkpoint.restore import _named_step
+from music_jax.checkpoint.manager import Checkpoints, _named_step
 from music_jax.data.loader import TrainingOrder
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import UserError
@@ -68,15 +67,16 @@ def test_a_part_of_a_state_is_restored_alone(tmp_path):
     save_state(checkpoints, 7, _on_one_device(_state()), TrainingOrder(32, 16, 0))
     checkpoints.close()
     checkpoints = Checkpoints(epath.Path(tmp_path), read_only=True)
-    array = jax.ShapeDtypeStruct((5,), np.float32, sharding=jnp.zeros(5).sharding)
-    found = checkpoints.restore(7, {"params": {"bias": array}}, partial=True)
+    sharding = jnp.zeros(5).sharding
+    array = jax.ShapeDtypeStruct((5,), np.float32)
+    found = checkpoints.restore(7, {"params": {"bias": array}}, sharding, partial=True)
     np.testing.assert_array_equal(found["params"].pop("bias"), np.arange(5.0))
     assert found == {"params": {}}
     with pytest.raises(UserError, match=r"cannot restore step 7 of .*arrays are missing"):
-        checkpoints.restore(7, {"params": {"other": array}}, partial=True)
-    wrong = jax.ShapeDtypeStruct((4,), np.float32, sharding=array.sharding)
+        checkpoints.restore(7, {"params": {"other": array}}, sharding, partial=True)
+    wrong = jax.ShapeDtypeStruct((4,), np.float32)
     with pytest.raises(UserError, match=r"cannot restore step 7 of .*not compatible"):
-        checkpoints.restore(7, {"params": {"bias": wrong}}, partial=True)
+        checkpoints.restore(7, {"params": {"bias": wrong}}, sharding, partial=True)
     checkpoints.close()
 
 

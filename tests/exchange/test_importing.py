@@ -217,7 +217,7 @@ def test_the_number_of_heads_reaches_the_network_and_divides_its_width():
     for given, expected in ((None, 6), (12, 12)):
         config.backbone.num_heads = given
         backbone = make_frozen_backbone(config)
-        module = nnx.merge(backbone.graph, backbone.params, backbone.batch_stats)
+        module = nnx.merge(backbone.graph.definition, backbone.params, backbone.batch_stats, {})
         assert {block.attention.num_heads for block in module.blocks} == {expected}
     for wrong in (0, 5, -6):
         config.backbone.num_heads = wrong

@@ -33,7 +33,6 @@ from music_jax.models.network import INIT_COMPILER_OPTIONS, init_network
 from music_jax.objectives import music_terms
 from music_jax.train import input as train_input
 from music_jax.train import online_probe
-from music_jax.train.guards import Guards
 from music_jax.train.input import TrainingInput
 from music_jax.train.recipe import make_recipe
 from music_jax.train.state import init_state
@@ -253,19 +252,8 @@ def test_the_recipe_has_every_field_that_a_step_needs(config):
     assert recipe.views == (ViewAugmentation(**_VIEW_1), ViewAugmentation(**_VIEW_2))
     assert (recipe.mean, recipe.std, recipe.seed) == ((0.4,), (0.3,), 5)
     assert (recipe.dtype, recipe.accumulation_steps) == (jnp.bfloat16, 2)
-    assert recipe.guards == Guards(
-        enabled=False,
-        warmup_steps=2,
-        loss_spike_deviations=5.5,
-        loss_spike_window=6,
-        collapse_steps=8,
-        min_usage_entropy=0.21,
-        max_dead_units=0.82,
-        min_embedding_std=0.023,
-        min_effective_rank=1.3,
-        num_segments=3,
-        temperature=0.7,
-    )
+    assert recipe.guards.to_dict() == _VALUES["guards"]
+    assert recipe.statistics.keywords == {"num_segments": 3, "temperature": 0.7}
     peak = 6.4 * 8 / 256  # of 3 steps of warm-up and 9 of a cosine
     for step, expected in [
         (0, 0),
@@ -357,7 +345,7 @@ _CROP = Crop(12, (0.2, 0.9), (0.6, 1.7))
 
 
 def test_images_are_cropped_as_described(config, calls):
-    for module in (train_input, features, online_probe):
+    for module in (train_input, features):
         calls.replace(module, "training_batches", lambda *given, **options: iter(()))
     calls.replace(features, "evaluation_batches", lambda *given, **options: iter(()))
     source, mesh, skipped = _source(), make_data_mesh(1), object()
@@ -417,17 +405,17 @@ def test_images_come_from_the_location_in_the_config(config, calls):
 
 
 def test_the_online_probe_learns_as_described(config, calls):
-    calls.replace(online_probe, "probe_step", lambda probe, *given, **options: probe)
+    calls.replace(online_probe, "_probe_step", lambda probe, *given, **options: probe)
     network = types.SimpleNamespace(
         num_features=6, features=lambda params, stats, images: jnp.zeros((len(images), 6))
     )
     recipe = dataclasses.replace(make_recipe(config, steps_per_epoch=3), network=network)
     probe = online_probe.OnlineProbe(config, _source(), recipe, make_data_mesh(1), None)
     images = jnp.zeros((5, 12, 12, 1), jnp.uint8)
-    state = online_probe.init_probe(6, 4)
+    state = online_probe._init_probe(6, 4, config.online_probe)
     probe._step(state, {}, {}, images, jnp.zeros(5, jnp.int32))
-    options = calls.options("probe_step")
-    assert _some(options, "learning_rate", "momentum", "weight_decay") == (0.51, 0.52, 0.53)
+    (((*_, settings), _),) = calls.of["_probe_step"]
+    assert _some(settings, "learning_rate", "momentum", "weight_decay") == (0.51, 0.52, 0.53)
 
 
 class _FakeFeatures(Run):

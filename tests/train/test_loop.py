@@ -18,7 +18,7 @@ from music_jax.data.loader import Crop, TrainingOrder, training_batches
 from music_jax.distributed import mesh
 from music_jax.distributed.signals import Stop
 from music_jax.errors import DivergedError, StoppedError
-from music_jax.train import loop, recovery, train_and_evaluate
+from music_jax.train import failures, loop, train_and_evaluate
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
@@ -250,7 +250,7 @@ def test_all_processes_get_the_value_of_the_main_one(monkeypatch, value):
 
 def test_the_main_process_alone_reads_the_skipped_steps(config, tmp_path, monkeypatch):
     def read():
-        return recovery.Recovery(config, epath.Path(tmp_path), None, None).skipped
+        return failures.Recovery(config, epath.Path(tmp_path), None, None).skipped
 
     processes = _Processes(monkeypatch)
     rewinds = {"rewinds": [{"step": 2, "what": "a leap", "skipped": [1, 2]}]}

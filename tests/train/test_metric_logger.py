@@ -1,25 +1,36 @@
-"""TensorBoard and Weights & Biases: enabled or not, installed or not, and failing."""
+"""TensorBoard and Weights & Biases, enabled or not, and failing; pictures, pixel by pixel."""
 
+import functools
 import importlib.util
 import json
 import os
 import types
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
+from small_runs import small_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from music_jax.config import default_config
+from music_jax.data.augment import normalize_images
 from music_jax.data.loader import TrainingOrder
+from music_jax.distributed.mesh import batch_sharding, make_data_mesh
 from music_jax.errors import UserError
+from music_jax.objectives import joint_probability
 from music_jax.train import metric_logger
 from music_jax.train.metric_logger import (
     MetricLogger,
     TensorBoard,
     WeightsAndBiases,
-    small_data_warnings,
+    _heat_map,
+    _view_sheet,
+    make_draw,
 )
+from music_jax.train.recipe import make_recipe
+from music_jax.train.state import abstract_state, init_state
+from music_jax.train.step import augmented_views
 
 
 def _config(**fields):
@@ -57,18 +68,18 @@ def test_tensorboard_shows_each_step_once_after_a_resume_and_a_rewind(tmp_path, 
     writer = TensorBoard(epath.Path(tmp_path))
     writer.start(0)
     for step in range(1, 6):
-        writer.scalars(step, {"loss": float(step)})
-        writer.images(step, {"views": np.zeros((6, 4, 1), np.uint8)})
+        writer.write(step, {"loss": float(step)})
+        writer.write(step, {"views": np.zeros((6, 4, 1), np.uint8)})
     writer.close(failed=True)
     monkeypatch.setattr(os, "getpid", lambda: 101)
     resumed = TensorBoard(epath.Path(tmp_path))
     resumed.start(3)
-    resumed.scalars(4, {"loss": 40.0})
+    resumed.write(4, {"loss": 40.0})
     resumed.start(0)
-    resumed.scalars(1, {"loss": 10.0})
+    resumed.write(1, {"loss": 10.0})
     resumed.start(1)
-    resumed.scalars(2, {"loss": 20.0})
-    resumed.images(2, {"views": np.zeros((6, 4, 3), np.uint8)})
+    resumed.write(2, {"loss": 20.0})
+    resumed.write(2, {"views": np.zeros((6, 4, 3), np.uint8)})
     resumed.close(failed=False)
     assert len(list(tmp_path.iterdir())) == 4
     assert _read_events(tmp_path) == {"loss": [(1, 10.0), (2, 20.0)], "views": [(2, [4, 6])]}
@@ -86,7 +97,7 @@ class _Failing:
     def start(self, step):
         self.seen.append(step)
 
-    def scalars(self, step, values):
+    def write(self, step, values):
         self.seen.append(step)
         if step == self.fails:
             raise OSError("No space left on device")
@@ -145,38 +156,67 @@ def test_wandb_rejects_repeated_steps(tmp_path):
 
     writer._run = Run
     for step in (4, 5, 6):
-        writer.scalars(step, {"loss": np.float32(1)})
+        writer.write(step, {"loss": np.float32(1)})
     assert logged == [5, 6]
 
 
-@pytest.mark.parametrize(
-    ("images", "batch_size", "epochs", "log_every_steps", "expected"),
-    [
-        (12_800, 256, 100, 50, []),  # 50 steps an epoch
-        (12_900, 256, 100, 50, []),  # 100 images are left out, 0.8 %
-        (
-            301,
-            256,
-            100,
-            50,
-            [
-                "an epoch of 301 images has only 1 step with config.batch_size = 256",
-                "each epoch omits 45 of 301 images (15%)",
-                "metrics are logged once in 50.0 epochs; a smaller config.log_every_steps",
-            ],
-        ),
-        (2304, 256, 100, 9, ["an epoch of 2304 images has only 9 steps with"]),
-        (2560, 256, 100, 10, []),
-        (2560, 256, 4, 41, ["the run has fewer steps than config.log_every_steps = 41"]),
-        (2560, 256, 4, 40, ["metrics are logged once in 4.0 epochs"]),
-        (1437, 128, 100, 11, ["each epoch omits 29 of 1437 images (2%)"]),
-    ],
-)
-def test_small_data_gives_warnings(images, batch_size, epochs, log_every_steps, expected):
-    config = default_config()
-    config.batch_size, config.num_epochs = batch_size, epochs
-    config.log_every_steps = log_every_steps
-    warnings = small_data_warnings(config, TrainingOrder(images, batch_size, 0))
-    assert len(warnings) == len(expected)
-    for warning, beginning in zip(warnings, expected, strict=True):
-        assert warning.startswith(beginning)
+@pytest.mark.parametrize(("side", "times"), [(8, 8), (48, 1), (224, 1)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sheet_shows_each_sample_above_its_other_view(side, times, channels):
+    rng = np.random.Generator(np.random.Philox(key=1))
+    images = rng.integers(0, 256, (3, 2, side, side, channels), np.uint8)
+    mean, std = (0.4, 0.5, 0.6)[:channels], (0.2, 0.3, 0.25)[:channels]
+    sheet = _view_sheet(np.asarray(normalize_images(images, mean=mean, std=std)), mean, std)
+    assert sheet.shape == (2 * side * times, 3 * side * times, channels)
+    for sample in range(3):
+        for view in range(2):
+            rows = slice(view * side * times, (view + 1) * side * times, times)
+            columns = slice(sample * side * times, (sample + 1) * side * times, times)
+            np.testing.assert_array_equal(sheet[rows, columns], images[sample, view])
+
+
+def test_heat_map_is_brightest_on_the_diagonal_of_a_perfect_code_and_even_elsewhere():
+    rng = np.random.Generator(np.random.Philox(key=2))
+    codes = np.stack([np.arange(64) // 8, np.arange(64) % 8], axis=1)  # two independent segments
+    embeddings = 60 * np.eye(8, dtype=np.float32)[codes].reshape(64, 16)
+    joint = np.asarray(joint_probability(*2 * [embeddings], num_segments=2))
+    image = _heat_map(joint, units_per_segment=8)
+    assert image.shape == (512, 512, 3)
+    light = image[::32, ::32].astype(int).sum(axis=-1)
+    within = np.kron(np.eye(2), np.ones((8, 8))) > 0
+    diagonal = np.eye(16, dtype=bool)
+    assert np.all(light[diagonal] == light.max())
+    assert np.all(light[within & ~diagonal] == light.min())
+    between = np.unique(light[~within])
+    assert len(between) == 1
+    assert light.min() < between[0] < light.max()
+    assert np.any(_heat_map(rng.random((16, 16)) / 16, 8) != image)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 4])
+def test_pictures_show_the_views_of_the_training_step(devices):
+    config = small_config()
+    config.batch_size = 16
+    config.objective.update({"num_segments": 40, "units_per_segment": 20})  # 800: not all are shown
+    config.augmentation.view_1.update({"noise_probability": 1.0, "noise_std": 0.2})
+    mesh, recipe = make_data_mesh(devices), make_recipe(config, steps_per_epoch=1)
+    rng = np.random.Generator(np.random.Philox(key=3))
+    images = rng.integers(0, 256, (16, 2, 28, 28, 1), np.uint8)
+    indices = np.arange(16, dtype=np.uint32)
+    state = init_state(config, recipe.optimizer, mesh)
+    pictures = make_draw(config, recipe, abstract_state(config, recipe.optimizer), mesh)
+    batch = jax.device_put((images, indices), batch_sharding(mesh))
+    drawn = pictures(state, *batch)
+
+    views = jax.jit(functools.partial(augmented_views, recipe))(images, indices)
+    params, batch_stats = jax.device_get((state.params, state.batch_stats))
+    _, z, _ = jax.jit(recipe.network.embed)(params, batch_stats, views)
+    z = z[:, :, : 25 * 20]
+    joint = np.asarray(joint_probability(z[:, 0], z[:, 1], num_segments=25))
+    np.testing.assert_array_equal(
+        drawn["views"], _view_sheet(np.asarray(views[:8]), recipe.mean, recipe.std)
+    )
+    assert drawn["joint_probability"].shape == (500, 500, 3)
+    difference = drawn["joint_probability"].astype(int) - _heat_map(joint, 20).astype(int)
+    assert np.abs(difference).max() <= 2

@@ -17,7 +17,7 @@ from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import UserError
-from music_jax.train.online_probe import init_probe, make_online_probe, probe_step
+from music_jax.train.online_probe import _init_probe, _probe_step, make_online_probe
 
 _PROBE = ("--config.online_probe.enabled=True", "--config.online_probe.batch_size=100")
 
@@ -26,14 +26,16 @@ def test_a_step_is_sgd_with_momentum_on_standardized_features():
     rng = np.random.default_rng(0)
     features = rng.normal(3, 2, size=(3, 50, 8)).astype(np.float32)
     labels = jnp.asarray(rng.integers(4, size=(3, 50)), jnp.int32)
-    step = jax.jit(probe_step, static_argnames=("learning_rate", "momentum", "weight_decay"))
-    probe = init_probe(8, 4)
+    settings = default_config().online_probe
+    settings.update({"learning_rate": 0.5, "momentum": 0.9, "weight_decay": 0.1})
+    step = jax.jit(lambda *arguments: _probe_step(*arguments, settings))
+    probe = _init_probe(8, 4, settings)
     mean, variance = np.zeros(8), np.ones(8)
     head = {"kernel": jnp.zeros((8, 4)), "bias": jnp.zeros(4)}
     velocity = dict(head)
     correct = 0
     for x, y in zip(features, labels, strict=True):
-        probe = step(probe, x, y, learning_rate=0.5, momentum=0.9, weight_decay=0.1)
+        probe = step(probe, x, y)
         mean = 0.9 * mean + 0.1 * np.mean(x, axis=0)
         variance = 0.9 * variance + 0.1 * np.var(x, axis=0)
         z = jnp.asarray((x - mean) / np.sqrt(variance + 1e-6), jnp.float32)
@@ -102,7 +104,8 @@ def _probe_of(tmp_path, labels, **fields):
 
 def test_images_without_a_label_are_ignored(tmp_path, capsys):
     probe = _probe_of(tmp_path, [3, -1, 5, -1, -1, 7])
-    assert [probe._source.record(i)["label"] for i in range(len(probe._source))] == [3, 5, 7]
+    source = probe._input._source
+    assert [source.record(i)["label"] for i in range(len(source))] == [3, 5, 7]
     assert "online probe: 3 images without a label are ignored" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"only 1 of the 3 images.*online_probe\.train="):
         _probe_of(tmp_path, [-1, -1, 4])

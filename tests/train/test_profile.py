@@ -28,7 +28,6 @@ def test_range_beyond_the_training_is_refused():
 
 def test_steps_that_were_taken_before_are_not_profiled(tmp_path, capsys):
     profile = Profile(epath.Path(tmp_path), (3, 4), num_steps=9)
-    profile.start(4)
     for step in range(5, 10):
         profile.before(step, jnp.zeros(()))
         profile.after(step, jnp.zeros(()))
@@ -51,7 +50,6 @@ from music_jax.train.profile import Profile
 
 log_to_stdout()
 profile = Profile(epath.Path(sys.argv[1]), (2, 9), num_steps=9)
-profile.start(0)
 for step in (1, 2, 3):
     profile.before(step, jnp.zeros(()))
     profile.after(step, jnp.ones(3) * step)
@@ -69,7 +67,6 @@ def test_the_first_and_the_last_step_are_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: seen.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: seen.append("stop"))
     profile = Profile(epath.Path(tmp_path), (2, 4), num_steps=9)
-    profile.start(0)
     for step in range(1, 7):
         profile.before(step, jnp.zeros(()))
         seen.append(step)

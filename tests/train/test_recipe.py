@@ -11,7 +11,7 @@ from ml_collections import config_dict
 
 from music_jax.config import default_config
 from music_jax.objectives import music_terms
-from music_jax.train.recipe import OBJECTIVES, OPTIMIZERS, make_schedule
+from music_jax.train.recipe import OBJECTIVES, OPTIMIZERS, _make_schedule
 
 # No two fields have the same value, and none its default.
 _CONFIG = config_dict.ConfigDict(
@@ -158,10 +158,9 @@ def test_the_sgd_of_a_run_saved_before_its_decay_was_masked_has_the_same_state()
 def test_the_schedule_is_that_of_the_config(step):
     config = default_config()
     config.batch_size, config.num_epochs = 96, 7
-    config.optimizer.base_learning_rate = 0.4
     config.optimizer.warmup_epochs = 3
     config.optimizer.final_scale = 0.02
     peak = 0.4 * 96 / 256
     cosine = 0.5 * (1 + math.cos(math.pi * (step - 15) / 20))
     expected = peak * step / 15 if step < 15 else peak * (0.02 + 0.98 * cosine)
-    assert make_schedule(config, 5)(step) == pytest.approx(expected, rel=1e-5)
+    assert _make_schedule(config, 5, 0.4)(step) == pytest.approx(expected, rel=1e-5)

@@ -15,8 +15,7 @@ from etils import epath
 from memory_bucket import out_of_reach
 from small_runs import save_run, small_config
 
-from music_jax.checkpoint.manager import Checkpoints
-from music_jax.checkpoint.restore import restore_network
+from music_jax.checkpoint.manager import Checkpoints, restore_network
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import UserError
 from music_jax.exchange import formats

@@ -10,7 +10,7 @@ import pytest
 
 from music_jax.config import default_config
 from music_jax.distributed.mesh import make_data_mesh
-from music_jax.train.corruption import CorruptionChecks, differing
+from music_jax.train.failures import CheckedStep, _differing
 from music_jax.train.guards import init_guard_state
 from music_jax.train.state import TrainState, state_shardings
 from tests.poisoned_main import flip_a_bit
@@ -31,11 +31,11 @@ def _state(mesh, dtype=jnp.float32):
     return jax.device_put(state, state_shardings(state, mesh))
 
 
-def _checks(state, mesh, *, replicas=2, determinism=3):
+def _checks(state, mesh, *, step_function=None, replicas=2, determinism=3):
     config = default_config()
     config.guards.check_replicas_every_steps = replicas
     config.guards.check_determinism_every_steps = determinism
-    return CorruptionChecks(config, state, mesh)
+    return CheckedStep(config, step_function, state, mesh)
 
 
 @pytest.mark.parametrize("fsdp", [1, 2])
@@ -55,16 +55,15 @@ def test_a_flipped_bit_on_one_device_is_found(fsdp, dtype):
 
 def test_devices_outside_the_majority_are_marked():
     checksums = np.array([[1, 1], [1, 2], [3, 1], [1, 2]], np.uint32)
-    groups = [[[0, 1, 2, 3]], [[0, 2], [1, 3]]]
-    assert np.argwhere(differing(checksums, groups)).tolist() == [[2, 0]]
-    tied = differing(checksums, [[[0, 1, 2, 3]], [[0, 1], [2, 3]]])
+    parts = np.array([["all", "a"], ["all", "b"], ["all", "a"], ["all", "b"]])
+    assert np.argwhere(_differing(checksums, parts)).tolist() == [[2, 0]]
+    tied = _differing(checksums, np.array([["all", "a"], ["all", "a"], ["all", "b"], ["all", "b"]]))
     assert np.argwhere(tied[:, 1]).ravel().tolist() == [0, 1, 2, 3]
 
 
 def test_a_step_that_gives_other_bits_when_repeated_is_found():
     mesh = make_data_mesh(2)
     state = _state(mesh)
-    checks = _checks(state, mesh)
     calls = []
 
     def step_function(state, *batch):
@@ -79,15 +78,16 @@ def test_a_step_that_gives_other_bits_when_repeated_is_found():
         )
         return dataclasses.replace(state, batch_stats={"mean": mean})
 
+    checked_step = _checks(state, mesh, step_function=step_function)
     batch = (jnp.zeros(2), jnp.zeros(2))
-    state, _, wrong = checks.step(3, step_function, state, batch)  # calls 1 and 2
+    state, _, wrong = checked_step(3, state, batch)  # calls 1 and 2
     assert wrong is None
     assert len(calls) == 2
-    state, _, wrong = checks.step(6, step_function, state, batch)  # 3 and 4
+    state, _, wrong = checked_step(6, state, batch)  # 3 and 4
     assert wrong == (
         "repeating the step gave other bits in batch_stats/mean on cpu:0 of process 0, "
         "cpu:1 of process 0"
     )
     assert int(state.step) == 9
-    checks.step(7, step_function, state, batch)
+    checked_step(7, state, batch)
     assert len(calls) == 5  # not due: once
