@@ -30,5 +30,5 @@ OBJECTIVES: dict[str, Callable[[Any], Callable[..., Any]]] = {}
 OPTIMIZERS: dict[str, Callable[[Any, Any], Any]] = {}
 
 # Called as (config, workdir, source) at the start of a training; returns an object like
-# `music_jax.evaluation.final.FinalEvaluation`, which evaluates the backbone at the end.
+# `music_jax.evaluation.protocols.FinalEvaluation`, which evaluates the backbone at the end.
 final_evaluation: Callable[..., Any]

@@ -9,33 +9,33 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 from ml_collections import config_dict
 
+from music_jax.checkpoint.restore import restore_network
+from music_jax.config import FREE_FIELDS, from_json, is_free, validate
+from music_jax.data import datasets
 from music_jax.data.datasets import EvaluationSources
-from music_jax.data.skipped import SkippedImages
+from music_jax.data.skipped import SkippedImages, UnlistedImages, open_skipped
 from music_jax.data.sources import Source
-from music_jax.distributed.mesh import from_main_process
+from music_jax.distributed.mesh import from_main_process, make_data_mesh
 from music_jax.errors import NotMeasurableError, UserError
 from music_jax.evaluation.cache import Expected, cached_arrays
-from music_jax.evaluation.features import (
-    Arrays,
-    Extractor,
-    SplitFeatures,
-    backbone_extractor,
-    extract_split,
-    extract_views,
-    pixel_extractor,
-    replicate,
-)
-from music_jax.models.network import INIT_COMPILER_OPTIONS, Network, init_network
+from music_jax.evaluation.features import Arrays, FrozenNetwork, Model, SplitFeatures
 from music_jax.objectives import segment_probabilities
-from music_jax.workdir.run_config import as_json
+from music_jax.workdir.directory import find_workdir, open_workdir
+from music_jax.workdir.run_config import (
+    DATA_FIELDS,
+    as_json,
+    exclude_foreign_data,
+    is_signed,
+    read_config,
+    read_signature,
+)
 
-Model = Literal["trained", "random_init", "raw_pixels"]
 Split = Literal["train", "test"]
 
 _PROBABILITIES_AT_ONCE = 4096  # samples
+_NO_IMAGES = Source("no images", (), "image", "label", 0)
 
 
 def agreed_fingerprint(source: Source) -> str:
@@ -47,37 +47,24 @@ def agreed_fingerprint(source: Source) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Run(FrozenNetwork):
     """The network of a run after some step, with the images that it is evaluated on.
 
-    Features are kept in memory and, except for raw pixels, cached in the output directory. Methods
-    with an argument `model` take `trained`, `random_init` (the backbone before training) or
-    `raw_pixels` (the normalized pixels as features).
+    Features are kept in memory and, except for raw pixels, cached in the output directory. See
+    `extractor` for the argument `model` of the methods.
 
     Attributes:
-      config: Config of the run.
       workdir: Directory for results: that of the run, or another one.
       sources: Training and test images with labels; None if there are none.
       images: Images for metrics without labels: the test images, or else the training images.
-      network: Network.
-      params: Trained parameters.
-      batch_stats: Trained running statistics.
       step: Step of the checkpoint.
-      mesh: Devices.
-      skipped: Record of images that cannot be decoded, which no metric includes.
       why_no_sources: Reason why there are no `sources`.
     """
 
-    config: config_dict.ConfigDict
     workdir: epath.Path
     sources: EvaluationSources | None
     images: Source
-    network: Network
-    params: dict
-    batch_stats: dict
     step: int
-    mesh: Mesh
-    skipped: SkippedImages
     why_no_sources: str = "there are no labeled images"
     _memory: dict[tuple, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
@@ -118,35 +105,28 @@ class Run:
         Raises:
           UserError: A feature is not finite.
         """
-        evaluation = self.config.evaluation
-        key = self._key(self.images, "trained") | {
-            "crop": as_json(self.config.crop),
-            "augmentation": as_json(self.config.augmentation),
-            "view_images": evaluation.view_images,
-            "views": evaluation.num_views,
-            "seed": self.config.seed,
-        }
+        images, evaluation = self.images, self.config.evaluation
 
         def compute() -> Arrays:
-            return extract_views(
-                self.network,
-                self.params,
-                self.batch_stats,
-                self.images,
-                self.config,
-                self.mesh,
-                skipped=self.skipped,
-                description=f"views of {self.images.name}",
+            return self.extract_views(
+                images,
+                num_images=evaluation.view_images,
+                num_views=evaluation.num_views,
+                description=f"views of {images.name}",
             )
 
         def read_or_compute() -> Arrays:
-            expected = self._expected(len(self.images), evaluation.num_views)
-            name = f"step_{self.step}-views"
-            return cached_arrays(self.workdir / "features", name, key, compute, expected=expected)
+            key = self._key(images, "trained") | {
+                "crop": as_json(self.config.crop),
+                "augmentation": as_json(self.config.augmentation),
+                "view_images": evaluation.view_images,
+                "views": evaluation.num_views,
+                "seed": self.config.seed,
+            }
+            expected = self._expected(len(images), evaluation.num_views)
+            return self._cached("views", key, compute, expected, f"views of {images.name}")
 
-        views = self._memoize(("views",), read_or_compute)
-        _check_finite(views, f"views of {self.images.name}")
-        return views
+        return self._memoize(("views",), read_or_compute)
 
     def probabilities(self) -> np.ndarray:
         """Returns the segments' probabilities of all `images`, [images, segments, units]."""
@@ -161,9 +141,9 @@ class Run:
         )
         starts = range(0, len(embeddings), _PROBABILITIES_AT_ONCE)
         blocks = (embeddings[start : start + _PROBABILITIES_AT_ONCE] for start in starts)
-        return np.concatenate([np.asarray(convert(block)) for block in blocks])
+        return np.concatenate([convert(block) for block in blocks])
 
-    def count_unlabeled(self, *splits: Split) -> dict[str, Any]:
+    def count_unlabeled(self, splits: tuple[Split, ...]) -> dict[str, Any]:
         """Returns the entry `without_label` of a result, which is missing if all have labels."""
         counts = {}
         for split in splits:
@@ -188,21 +168,6 @@ class Run:
             raise NotMeasurableError(self.why_no_sources)
         return self.sources
 
-    def extractor(self, model: Model, *, embeddings: bool = False) -> Extractor:
-        """Returns a function from images to features and, on request, embeddings."""
-        if model == "raw_pixels":
-            return pixel_extractor(self.config)
-        params, batch_stats = self.params, self.batch_stats
-        if model == "random_init":
-            initial = jax.jit(
-                functools.partial(init_network, self.config),
-                compiler_options=INIT_COMPILER_OPTIONS,
-            )
-            params, batch_stats = initial(jax.random.key(self.config.seed))
-        return backbone_extractor(
-            self.network, params, batch_stats, self.config, self.mesh, embeddings=embeddings
-        )
-
     def _labeled(self, split: Split, model: Model) -> SplitFeatures:
         source = getattr(self.evaluation_sources(), split)
         features = self._split(source, model).labeled()
@@ -215,32 +180,26 @@ class Run:
         embeddings = model == "trained" and (source is self.images or not training)
 
         def compute() -> Arrays:
-            found = extract_split(
-                self.extractor(model, embeddings=embeddings),
-                source,
-                self.config,
-                self.mesh,
-                skipped=self.skipped,
-                description=f"features of {source.name}, {model.replace('_', ' ')}",
-            )
+            extractor = self.extractor(model, embeddings=embeddings)
+            description = f"features of {source.name}, {model.replace('_', ' ')}"
+            found = self.extract(extractor, source, description)
             return found.arrays | {"labels": found.labels, "indices": found.indices}
 
         def read_or_compute() -> Arrays:
             if model == "raw_pixels":
                 return compute()
-            expected = self._expected(len(source)) | {
-                "labels": Expected((len(source),), np.int32, range(-1, max(source.num_classes, 1))),
-                "indices": Expected((len(source),), np.int64, range(len(source))),
+            size = len(source)
+            expected = self._expected(size) | {
+                "labels": Expected((size,), np.int32, range(-1, max(source.num_classes, 1))),
+                "indices": Expected((size,), np.int64, range(size)),
             }
             if not embeddings:
                 del expected["embeddings"]
             key = self._key(source, model) | {"embeddings": embeddings}
-            name = f"step_{self.step}-{model}"
-            return cached_arrays(self.workdir / "features", name, key, compute, expected=expected)
+            return self._cached(model, key, compute, expected, source.name)
 
         arrays = dict(self._memoize(("features", id(source), model), read_or_compute))
         labels, indices = arrays.pop("labels"), arrays.pop("indices")
-        _check_finite(arrays, source.name)
         return SplitFeatures(arrays, labels, indices)
 
     def _expected(self, *shape: int) -> dict[str, Expected]:
@@ -271,12 +230,27 @@ class Run:
     @functools.cached_property
     def _weights(self) -> int:
         """Checksum of the trained network, so that features of another run are never used."""
-        replicated = replicate((self.params, self.batch_stats), self.mesh)
         checksum = 0
-        for leaf in jax.tree.leaves(replicated):
-            content = np.ascontiguousarray(leaf.addressable_data(0)).reshape(-1)
-            checksum = zlib.crc32(content.view(np.uint8).data, checksum)
+        for leaf in jax.tree.leaves(self.replicate((self.params, self.batch_stats))):
+            checksum = zlib.crc32(np.asarray(leaf.addressable_data(0)).tobytes(), checksum)
         return checksum
+
+    def _cached(
+        self,
+        name: str,
+        key: dict[str, Any],
+        compute: Callable[[], Arrays],
+        expected: dict[str, Expected],
+        images: str,
+    ) -> Arrays:
+        directory, name = self.workdir / "features", f"step_{self.step}-{name}"
+        arrays = cached_arrays(directory, name, key, compute, expected=expected)
+        if not all(np.all(np.isfinite(array)) for array in arrays.values()):
+            raise UserError(
+                f"some features of {images} are not finite: the network has diverged; evaluate an "
+                "earlier checkpoint with --checkpoint=STEP"
+            )
+        return arrays
 
     def _memoize(self, key: tuple, compute: Callable[[], Any]) -> Any:
         if key not in self._memory:
@@ -293,9 +267,88 @@ def _check_classes(source: Source, labels: np.ndarray, split: Split) -> None:
         )
 
 
-def _check_finite(arrays: Arrays, images: str) -> None:
-    if not all(np.all(np.isfinite(array)) for array in arrays.values()):
-        raise UserError(
-            f"some features of {images} are not finite: the network has diverged; evaluate an "
-            "earlier checkpoint with --checkpoint=STEP"
-        )
+def load_run(
+    workdir: str,
+    *,
+    output: str | None = None,
+    read_only: bool = False,
+    checkpoint: str | None = None,
+    overrides: dict[str, object] | None = None,
+    labels: bool = True,
+    images: bool = True,
+) -> Run:
+    """Loads a checkpoint of a run, and opens the images that it is evaluated on.
+
+    Only images that are needed have to exist: the training images are opened if `evaluation.test`
+    or, for labels, `evaluation.train` names no others.
+
+    Args:
+      workdir: Workdir of the run. Nothing is written into it if `output` is given.
+      output: Directory for results; the workdir by default.
+      read_only: Whether to write nothing at all, not even the list of images that cannot be
+        decoded.
+      checkpoint: Step or directory of the checkpoint; the latest by default.
+      overrides: Config fields, by dotted name, that replace those of the run.
+      labels: Whether to open labeled images, if there are any.
+      images: Whether to open any images of the run.
+
+    Raises:
+      UserError: There is no such run or checkpoint, an override would change the training, or the
+        images are in a location that only the run's files name; see `music_jax.workdir.run_config`.
+    """
+    given = overrides or {}
+    directory = find_workdir(workdir)
+    saved = read_config(directory)
+    if saved is None:  # removed in the meantime
+        raise UserError(f"{workdir} holds no run: it has no config.json")
+    config = from_json(saved)
+    own = is_signed(config, read_signature(directory))
+    _override(config, given)
+    validate(config)
+    if not own:
+        exclude_foreign_data(config, given, workdir, labels=labels, images=images)
+    if read_only:
+        results = directory
+        skipped: SkippedImages = UnlistedImages(directory, max_share=1.0)
+    else:
+        try:
+            results = open_workdir(output or workdir, create=bool(output))
+        except UserError as error:
+            raise UserError(f"{error}; or name another directory with --output=DIR") from error
+        skipped = open_skipped(results, config)
+    sources, found, reason = None, _NO_IMAGES, Run.why_no_sources
+    if images:
+        datasets.prepare(config, given)
+        if labels:
+            try:
+                sources = datasets.evaluation_sources(config)
+            except NotMeasurableError as error:
+                reason = str(error)
+        found = sources.test if sources else datasets.evaluation_images(config)
+    mesh = make_data_mesh()
+    return Run(
+        config=config,
+        workdir=results,
+        sources=sources,
+        images=found,
+        mesh=mesh,
+        skipped=skipped,
+        why_no_sources=reason,
+        **restore_network(directory, config, checkpoint, mesh)._asdict(),
+    )
+
+
+def _override(config: config_dict.ConfigDict, overrides: dict[str, object]) -> None:
+    for field, value in overrides.items():
+        if field == "dataset.path":  # the training images may have been moved
+            if not config.dataset.path:
+                raise UserError(
+                    "config.dataset.path applies to runs trained on a folder; this one was trained "
+                    f"on {config.dataset.name}: use config.dataset.data_dir"
+                )
+        elif not is_free(field) and field not in DATA_FIELDS:
+            raise UserError(
+                f"config.{field} cannot change after training; use one of "
+                f"{', '.join((*DATA_FIELDS[:2], *FREE_FIELDS))}"
+            )
+        config.update_from_flattened_dict({field: value})

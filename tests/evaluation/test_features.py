@@ -6,23 +6,15 @@ from pixel_runs import digits_source, pixel_config, pixel_run
 from tfds_sets import IMAGES
 
 from music_jax.config import set_views
-from music_jax.evaluation.features import random_crop_batches
 
 
 @pytest.mark.parametrize("flips", [True, False])
 def test_crops_are_flipped_if_the_training_flips_views(flips, tmp_path):
     config = pixel_config()
     set_views(config, flip_probability=0.5 if flips else 0.0)
-    run = pixel_run(tmp_path, digits_source("train", range(64)), digits_source("test", range(3)))
-    batches = random_crop_batches(
-        run.sources.train,
-        config,
-        run.mesh,
-        batch_size=64,
-        num_epochs=2,
-        seed=0,
-        skipped=run.skipped,
-    )
+    train, test = digits_source("train", range(64)), digits_source("test", range(3))
+    run = pixel_run(tmp_path, train, test, config)
+    batches = run.random_crop_batches(train, batch_size=64, num_epochs=2)
     flipped = []
     for images, _ in batches:
         images = np.asarray(images)[..., 0]

@@ -25,6 +25,7 @@ from music_jax.evaluation.finetune import (
     semi_supervised,
     train_classifier,
 )
+from music_jax.evaluation.run import Run
 from music_jax.models.network import init_network, make_network
 
 
@@ -48,9 +49,9 @@ def test_logits_use_the_running_statistics(tmp_path):
     images = rng.integers(0, 256, (6, 28, 28, 1), dtype=np.uint8)
     kernel = rng.standard_normal((network.num_features, 3), np.float32)
     bias = np.asarray([0.5, -1.0, 2.0], np.float32)
-    classifier = Classifier(params, jnp.asarray(kernel), jnp.asarray(bias), batch_stats)
+    classifier = Classifier(params, (jnp.asarray(kernel), jnp.asarray(bias)))
     run = _run(tmp_path, params, num_classes=3, config=config, network=network)
-    extract = logit_extractor(run, classifier)
+    extract = logit_extractor(run, classifier, batch_stats)
     found = np.asarray(extract(images)["logits"])
     features = network.features(params, batch_stats, jnp.asarray(images, jnp.float32) / 255)
     np.testing.assert_allclose(found, np.asarray(features) @ kernel + bias, rtol=1e-4, atol=1e-4)
@@ -68,7 +69,7 @@ def test_steps_match_sgd_with_momentum_and_decay_in_plain_numpy(tmp_path):
     run = _run(tmp_path, {"scale": jnp.asarray(scale, jnp.float32)}, num_classes=3, seed=4)
     batches = [(jnp.asarray(x), jnp.asarray(y)) for x, y in zip(images, labels, strict=True)]
     with jax.numpy_dtype_promotion("standard"):
-        found = train_classifier(run, batches, recipe, num_steps=6)
+        found, _ = train_classifier(run, batches, recipe, num_steps=6)
     w = 0.01 * np.asarray(jax.random.normal(jax.random.key(4), (64, 3)), np.float64)
     b = np.zeros(3)
     m_scale, m_w, m_b = np.zeros(64), np.zeros((64, 3)), np.zeros(3)
@@ -81,9 +82,9 @@ def test_steps_match_sgd_with_momentum_and_decay_in_plain_numpy(tmp_path):
         m_b = 0.8 * m_b + error.sum(0) + 0.05 * b
         scale = scale - 40.0 * factor * m_scale
         w, b = w - 8.0 * factor * m_w, b - 8.0 * factor * m_b
-    np.testing.assert_allclose(found.params["scale"], scale, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found.kernel, w, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found.bias, b, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.backbone["scale"], scale, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.head[0], w, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.head[1], b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("devices", "waits"), [(1, 0), (2, 3)])
@@ -104,8 +105,8 @@ def test_fine_tuning_uses_labeled_images_and_reports_top_1_and_top_5(tmp_path, m
     ranks = np.asarray([0, 1, 4, 5, 9, 0, 3, 4], np.int32)  # of the labels: logits fall with them
     logits = -np.tile(np.arange(10.0), (8, 1))
     tested = SplitFeatures({"logits": logits}, ranks, np.arange(8))
-    monkeypatch.setattr(module, "train_classifier", lambda *_, **__: None)
-    monkeypatch.setattr(module, "extract_split", lambda *_, **__: tested)
+    monkeypatch.setattr(module, "train_classifier", lambda *_, **__: (None, None))
+    monkeypatch.setattr(Run, "extract", lambda *_: tested)
     monkeypatch.setattr(module, "rows_of_list", lambda *_: np.asarray([5, 3, 1]))
     config = pixel_config()
     config.semi_supervised.lists = ("list.txt",)
@@ -113,7 +114,6 @@ def test_fine_tuning_uses_labeled_images_and_reports_top_1_and_top_5(tmp_path, m
     run = pixel_run(tmp_path, train, digits_source("test", range(100, 108)), config)
     expected = {"top1": 2 / 8, "top5": 6 / 8, "num_test": 8}
     whole = full_finetune(run)
-    assert whole.pop("without_label")["train"] == 2
     assert whole == expected | {"num_train": 38, "batch_size": 16}
     few = semi_supervised(run)["by_share"]
     assert few == {"20 %": expected | {"num_train": 2, "batch_size": 2, "list": "list.txt"}}
