@@ -74,68 +74,49 @@ def _baselines(run: Run, top1: Callable[[Model], float | None]) -> Result:
 def _linear_probe(run: Run, model: Model) -> ProbeResult:
     settings = run.config.linear_eval
     recipe = ProbeRecipe(**{f.name: settings[f.name] for f in dataclasses.fields(ProbeRecipe)})
-    probe = random_crop_probe if settings.random_crops else _fixed_feature_probe
     description = f"linear probe, {model.replace('_', ' ')}"
     try:
-        return probe(run, model, recipe, description)
+        if settings.random_crops:
+            return random_crop_probe(run, model, recipe, description)
+        train, test = run.train(model), run.test(model)
+        total = linear_probe.num_steps(recipe, len(train), settings.validation_fraction)
+        with progress.bar(total, unit="step", description=description) as bar:
+            return linear_probe.linear_probe(
+                train.features,
+                train.labels,
+                test.features,
+                test.labels,
+                recipe,
+                num_classes=run.num_classes,
+                feature_scaling=settings.feature_scaling,
+                validation_fraction=settings.validation_fraction,
+                seed=run.config.seed,
+                after_step=bar.update,
+            )
     except DivergedError as error:
         raise DivergedError(
             f"{description}: training diverged; lower config.linear_eval.base_learning_rates"
         ) from error
 
 
-def _fixed_feature_probe(
-    run: Run, model: Model, recipe: ProbeRecipe, description: str
-) -> ProbeResult:
-    settings = run.config.linear_eval
-    train, test = run.train(model), run.test(model)
-    total = linear_probe.num_steps(recipe, len(train), settings.validation_fraction)
-    with progress.bar(total, unit="step", description=description) as bar:
-        return linear_probe.linear_probe(
-            train.features,
-            train.labels,
-            test.features,
-            test.labels,
-            recipe,
-            num_classes=run.num_classes,
-            feature_scaling=settings.feature_scaling,
-            validation_fraction=settings.validation_fraction,
-            seed=run.config.seed,
-            after_step=bar.update,
-        )
-
-
 def random_crop_probe(run: Run, model: Model, recipe: ProbeRecipe, description: str) -> ProbeResult:
-    """Trains a linear probe on new crops and flips in each epoch.
-
-    It is tested on the central views of all labeled test images.
-
-    Args:
-      run: Run.
-      model: Model whose features are used; see `Run.extractor`.
-      recipe: Hyperparameters.
-      description: Text of the progress bar.
-
-    Raises:
-      DivergedError: The training diverged with every learning rate.
-    """
-    settings, source = run.config.linear_eval, run.evaluation_sources().train
-    labeled = run.labeled_rows("train")
-    extract, test = run.extractor(model), run.test(model)
+    """Trains a linear probe on new crops in each epoch, and tests it on the central views."""
+    settings, test = run.config.linear_eval, run.test(model)
+    indices, extract = run.train().indices, run.extractor(model)
     scale = fit_scaling(settings.feature_scaling, lambda: run.train(model).features)
     scale_on_device = jax.jit(scale)
 
     def batches(recipe: ProbeRecipe, rows: np.ndarray) -> Iterator[tuple[jax.Array, jax.Array]]:
-        sizes = {"batch_size": recipe.batch_size, "num_epochs": recipe.num_epochs}
-        total = recipe.num_epochs * (len(rows) // recipe.batch_size)
-        with progress.bar(total, unit="step", description=description) as bar:
-            for images, labels in run.random_crop_batches(source.subset(labeled[rows]), **sizes):
-                yield scale_on_device(extract(images)["features"]), labels
-                bar.update()
+        crops = run.random_crop_batches(
+            run.evaluation_sources().train.subset(indices[rows]),
+            batch_size=recipe.batch_size,
+            num_epochs=recipe.num_epochs,
+            description=description,
+        )
+        return ((scale_on_device(extract(x)["features"]), labels) for x, labels in crops)
 
     def validation_samples(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        held_out = run.train(model)
-        held_out = held_out.select(np.flatnonzero(np.isin(held_out.indices, labeled[rows])))
+        held_out = run.train(model).select(rows)
         return scale(held_out.features), held_out.labels
 
     return linear_probe.train_and_test(
@@ -143,7 +124,7 @@ def random_crop_probe(run: Run, model: Model, recipe: ProbeRecipe, description: 
         validation_samples,
         (scale(test.features), test.labels),
         recipe,
-        num_train=len(labeled),
+        num_train=len(indices),
         num_classes=run.num_classes,
         validation_fraction=settings.validation_fraction,
         seed=run.config.seed,
@@ -311,7 +292,7 @@ def segments(run: Run) -> Result:
             "bias": (units - 1) ** 2 / (2 * samples),
             "share_of_usage_entropy": float(np.mean(between) / usage) if usage > 0 else None,
         },
-        "gap_to_bound": {**gap._asdict(), "num_images": len(views)},
+        "gap_to_bound": gap | {"num_images": len(views)},
         "by_segment": {name: getattr(measures, name).tolist() for name in by_segment},
         "mutual_information_matrix": measures.mutual_information.tolist(),
     }

@@ -1,13 +1,19 @@
-"""Extracts features of images with a frozen network."""
+"""Extracts features of images with a frozen network, and caches them on disk."""
 
 import dataclasses
 import functools
+import hashlib
+import json
+import logging
+import math
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
@@ -18,8 +24,11 @@ from music_jax.data.loader import TrainingOrder, evaluation_batches, training_ba
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed import progress
-from music_jax.distributed.mesh import Placing
+from music_jax.distributed.mesh import Placing, is_main_process
 from music_jax.models.network import INIT_COMPILER_OPTIONS, Network, Tree, init_network
+from music_jax.workdir.files import bucket_errors, check_is_file, new_file, read_npy
+
+_logger = logging.getLogger(__name__)
 
 Arrays = dict[str, np.ndarray]
 # From uint8 [batch, height, width, channels], on the mesh, to float32 arrays [batch, ...] by name.
@@ -28,6 +37,8 @@ Model = Literal["trained", "random_init", "raw_pixels"]
 
 _VIEWS_STREAM = 2  # separates the randomness of these views from that of the training
 _VIEWED_AT_ONCE = 64  # images, each with all its views
+_CACHE_FORMAT = 2
+_CACHE_OVERHEAD = 1 << 16  # bytes of a file besides its arrays, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,26 +221,22 @@ class FrozenNetwork:
             return _join(outputs, lambda: bar.update(step))
 
     def random_crop_batches(
-        self, source: Source, *, batch_size: int, num_epochs: int
+        self, source: Source, *, batch_size: int, num_epochs: int, description: str
     ) -> Iterator[tuple[jax.Array, jax.Array]]:
         """Yields randomly cropped images, uint8 [batch, height, width, channels], and labels.
 
-        Images are randomly flipped if the training flips its views.
+        Images are randomly flipped if the training flips its views. A bar shows the progress.
         """
         placing = Placing(batch_size, self.mesh)
         num_steps = num_epochs * (len(source) // batch_size)
         flip = any(view.flip_probability > 0 for view in view_augmentations(self.config))
-        for batch in self._random_crops(source, placing, num_steps, 1, flip=flip):
-            yield placing(batch["images"][:, 0]), placing(batch["label"])
+        with progress.bar(num_steps, unit="step", description=description) as bar:
+            for batch in self._random_crops(source, placing, num_steps, 1, flip):
+                yield placing(batch["images"][:, 0]), placing(batch["label"])
+                bar.update()
 
     def _random_crops(
-        self,
-        source: Source,
-        placing: Placing,
-        num_steps: int,
-        num_views: int,
-        *,
-        flip: bool = False,
+        self, source: Source, placing: Placing, num_steps: int, num_views: int, flip: bool = False
     ) -> Iterator[Arrays]:
         config, crop = self.config, self.config.crop
         return training_batches(
@@ -250,12 +257,87 @@ def _join(outputs: Iterable[dict[str, jax.Array]], after_batch: Callable[[], Any
     """Joins the outputs for all batches on every process."""
     parts = []
     for output in outputs:
-        parts.append({name: _gather(array) for name, array in output.items()})
+        parts.append(multihost_utils.process_allgather(output, tiled=True))
         after_batch()
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _gather(x: jax.Array) -> np.ndarray:
-    if jax.process_count() == 1 or x.is_fully_addressable or x.is_fully_replicated:
-        return np.asarray(x)
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+class Expected(NamedTuple):
+    """Accepted arrays of the cache: their largest shape, their type, and the range of integers."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    values: range | None = None
+
+    @property
+    def max_bytes(self) -> int:
+        """Size of the largest such array."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def check(self, array: np.ndarray) -> None:
+        """Raises ValueError unless the array is accepted, whatever the number of its rows."""
+        if array.dtype != self.dtype or array.ndim == 0 or array.shape[1:] != self.shape[1:]:
+            raise ValueError(f"expected {self.dtype} {self.shape}; got {array.dtype} {array.shape}")
+        if self.values is None or not array.size:
+            return
+        if array.min() < self.values.start or array.max() >= self.values.stop:
+            raise ValueError(f"expected integers in {self.values}")
+
+
+def cached_arrays(
+    directory: epath.Path,
+    name: str,
+    key: dict[str, Any],
+    compute: Callable[[], Arrays],
+    *,
+    expected: dict[str, Expected],
+) -> Arrays:
+    """Returns arrays from the cache, which may be deleted at any time, or computes and caches them.
+
+    Arrays of damaged files are computed again. If a file cannot be written, a warning is logged.
+
+    Args:
+      directory: Directory of the cache, created when needed.
+      name: First part of the file's name, for readability.
+      key: Everything that the arrays depend on, as JSON values.
+      compute: Function that returns the arrays, called by all processes of a run or by none.
+      expected: Accepted arrays, by name; all of them have the same number of rows.
+    """
+    text = json.dumps({"format": _CACHE_FORMAT, **key}, sort_keys=True)
+    path = directory / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.npz"
+    arrays = _read_cache(path, expected)
+    found = multihost_utils.process_allgather(np.asarray(arrays is not None))
+    if arrays is not None and np.all(found):
+        return arrays
+    arrays = compute()
+    if is_main_process():
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with new_file(path) as file:
+                np.savez(file, allow_pickle=False, **arrays)
+        except OSError as error:
+            _logger.warning(f"features are not cached: {error}")
+    return arrays
+
+
+def _read_cache(path: epath.Path, expected: dict[str, Expected]) -> Arrays | None:
+    """Reads a file array by array, so that only one copy is in memory; its CRCs are verified."""
+    if not path.exists():
+        return None
+    try:
+        check_is_file(path)
+        max_bytes = sum(like.max_bytes for like in expected.values()) + _CACHE_OVERHEAD
+        if path.stat().length > max_bytes:
+            raise ValueError("the file is larger than expected")
+        arrays = {}
+        with bucket_errors(path), path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            for name, like in expected.items():
+                with archive.open(f"{name}.npy") as member:
+                    arrays[name] = read_npy(member, max_bytes=like.max_bytes)
+                like.check(arrays[name])
+        if len({len(array) for array in arrays.values()}) > 1:
+            raise ValueError("the arrays differ in their number of rows")
+        return arrays
+    except Exception as error:  # zipfile raises many kinds
+        _logger.warning(f"the cached features {path} are damaged and computed again: {error}")
+        return None

@@ -3,7 +3,7 @@
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -27,26 +27,6 @@ from music_jax.workdir.files import decode_text
 _logger = logging.getLogger(__name__)
 
 
-class FinetuneRecipe(NamedTuple):
-    """Hyperparameters of fine-tuning.
-
-    Attributes:
-      num_epochs: Number of passes over the labeled images.
-      batch_size: Number of images per step.
-      backbone_learning_rate: Learning rate for a batch of 256, decayed to 0 by a cosine.
-      head_learning_rate: Learning rate of the linear classifier, likewise.
-      momentum: Momentum of SGD.
-      weight_decay: Weight decay of all parameters.
-    """
-
-    num_epochs: int
-    batch_size: int
-    backbone_learning_rate: float
-    head_learning_rate: float
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-
-
 class Classifier(NamedTuple):
     """The trained parameters of a backbone with a linear classifier.
 
@@ -68,12 +48,12 @@ def full_finetune(run: Run) -> Result:
     """Fine-tunes the backbone on all labeled training images."""
     settings = run.config.finetune
     rates = settings.backbone_learning_rate, settings.head_learning_rate
-    return _finetune_and_test(run, run.labeled_rows("train"), settings, rates, "fine-tuning")
+    return _finetune_and_test(run, run.train().indices, settings, rates, "fine-tuning")
 
 
 def semi_supervised(run: Run) -> Result:
     """Fine-tunes the backbone on a fraction of the labels: by default 1 % and 10 %."""
-    settings, source = run.config.semi_supervised, run.evaluation_sources().train
+    settings, train = run.config.semi_supervised, run.train()
     results = {}
     for fraction, path, backbone_rate, head_rate in zip(
         settings.fractions,
@@ -83,12 +63,11 @@ def semi_supervised(run: Run) -> Result:
         strict=False,
     ):
         if path:
-            rows = np.intersect1d(rows_of_list(source, path), run.labeled_rows("train"))
+            listed = rows_of_list(run.evaluation_sources().train, path)
+            rows = np.intersect1d(listed, train.indices)
         else:
-            train = run.train()
             rows = train.indices[stratified_subset(train.labels, fraction, seed=run.config.seed)]
-        name = f"{100 * fraction:g} %"
-        rates = backbone_rate, head_rate
+        name, rates = f"{100 * fraction:g} %", (backbone_rate, head_rate)
         result = _finetune_and_test(run, rows, settings, rates, f"fine-tuning on {name}")
         results[name] = result | {"list": path or "stratified"}
     return {"by_share": results}
@@ -98,29 +77,32 @@ def _finetune_and_test(
     run: Run,
     rows: np.ndarray,
     settings: config_dict.ConfigDict,
-    learning_rates: tuple[float, float],
+    base_learning_rates: tuple[float, float],
     description: str,
 ) -> Result:
     if len(rows) < 2:
         raise NotMeasurableError(f"{description} needs two images or more with a label")
     train, test = run.evaluation_sources()
-    recipe = FinetuneRecipe(
-        settings.num_epochs,
-        min(settings.batch_size, len(rows)),
-        *learning_rates,
+    batch_size = min(settings.batch_size, len(rows))
+    batches = run.random_crop_batches(
+        train.subset(rows),
+        batch_size=batch_size,
+        num_epochs=settings.num_epochs,
+        description=description,
+    )
+    classifier, batch_stats = train_classifier(
+        run,
+        batches,
+        num_steps=settings.num_epochs * (len(rows) // batch_size),
+        learning_rates=[rate * batch_size / 256 for rate in base_learning_rates],
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
     )
-    batches = run.random_crop_batches(
-        train.subset(rows), batch_size=recipe.batch_size, num_epochs=recipe.num_epochs
+    found = run.extract(
+        logit_extractor(run, classifier, batch_stats),
+        test.subset(run.test().indices),
+        f"{description}, test",
     )
-    steps = recipe.num_epochs * (len(rows) // recipe.batch_size)
-    with progress.bar(steps, unit="step", description=description) as bar:
-        trained = train_classifier(run, batches, recipe, num_steps=steps, after_step=bar.update)
-    labeled = test.subset(run.labeled_rows("test"))
-    found = run.extract(logit_extractor(run, *trained), labeled, f"{description}, test")
-    if not len(found):
-        raise NotMeasurableError(f"none of the images of {test.name} can be decoded")
     logits = found.arrays["logits"]
     if not np.all(np.isfinite(logits)):
         raise DivergedError(f"{description} diverged; lower its learning rates")
@@ -130,43 +112,44 @@ def _finetune_and_test(
         "top5": float(np.mean(rank < 5)),
         "num_train": len(rows),
         "num_test": len(found),
-        "batch_size": recipe.batch_size,
+        "batch_size": batch_size,
     }
 
 
 def train_classifier(
     run: Run,
     batches: Iterable[tuple[jax.Array, jax.Array]],
-    recipe: FinetuneRecipe,
     *,
     num_steps: int,
-    after_step: Callable[[], None] = lambda: None,
+    learning_rates: Sequence[float],
+    momentum: float,
+    weight_decay: float,
 ) -> tuple[Classifier, Tree]:
-    """Trains the backbone of a run together with a linear classifier.
+    """Trains a copy of the backbone of a run together with a linear classifier, by SGD.
 
     BatchNorm uses batch statistics. The kernel of the classifier is drawn from N(0, 0.01²).
 
     Args:
-      run: Run, whose parameters are not modified.
+      run: Run.
       batches: Images [batch, height, width, channels] and integer labels [batch] of each step.
-      recipe: Hyperparameters.
-      num_steps: Number of steps, for the schedule.
-      after_step: Function called after each step, such as the update of a progress bar.
+      num_steps: Number of steps, after which the learning rates have decayed to 0 by a cosine.
+      learning_rates: Initial learning rates of the backbone and of the classifier.
+      momentum: Momentum.
+      weight_decay: Weight decay of all parameters.
 
     Returns:
       The classifier and the running statistics of its backbone.
     """
 
-    def sgd(base_learning_rate: float) -> optax.GradientTransformation:
-        peak = base_learning_rate * recipe.batch_size / 256
+    def sgd(learning_rate: float) -> optax.GradientTransformation:
+        schedule = optax.cosine_decay_schedule(learning_rate, num_steps)
         return optax.chain(
-            optax.add_decayed_weights(recipe.weight_decay),
-            optax.sgd(optax.cosine_decay_schedule(peak, num_steps), momentum=recipe.momentum),
+            optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum=momentum)
         )
 
+    backbone_rate, head_rate = learning_rates
     optimizer = optax.multi_transform(
-        {"backbone": sgd(recipe.backbone_learning_rate), "head": sgd(recipe.head_learning_rate)},
-        Classifier("backbone", "head"),
+        {"backbone": sgd(backbone_rate), "head": sgd(head_rate)}, Classifier("backbone", "head")
     )
 
     @functools.partial(jax.jit, donate_argnums=2)
@@ -201,7 +184,6 @@ def train_classifier(
         )
         if shares_cores(run.mesh):
             jax.block_until_ready(classifier.head)
-        after_step()
     return classifier, batch_stats
 
 

@@ -26,6 +26,8 @@ from music_jax.workdir.run_config import as_json
 
 _logger = logging.getLogger(__name__)
 
+_Errors = dict[str, NotMeasurableError | DivergedError]
+
 
 class Protocol(NamedTuple):
     """An evaluation protocol.
@@ -135,12 +137,10 @@ def _log_excluded(name: str, result: Result) -> None:
         _logger.warning(f"{name} to {spec} was not measured: {reason}")
 
 
-def _transfer_runs(
-    run: Run, transfer_sets: Sequence[str]
-) -> tuple[dict[str, Run], dict[str, NotMeasurableError | DivergedError]]:
+def _transfer_runs(run: Run, transfer_sets: Sequence[str]) -> tuple[dict[str, Run], _Errors]:
     """Returns the run with the images of each dataset, or the reason why these cannot be used."""
     runs: dict[str, Run] = {}
-    errors: dict[str, NotMeasurableError | DivergedError] = {}
+    errors: _Errors = {}
     for spec in transfer_sets:
         config = config_dict.ConfigDict(run.config.to_dict())
         config.evaluation.train, config.evaluation.test = _parse_transfer_set(spec)
@@ -154,9 +154,7 @@ def _transfer_runs(
     return runs, errors
 
 
-def _transfer(
-    runs: dict[str, Run], errors: dict[str, NotMeasurableError | DivergedError]
-) -> Result:
+def _transfer(runs: dict[str, Run], errors: _Errors) -> Result:
     """Runs the linear probe and kNN on each dataset; those that cannot be measured are skipped."""
     results = {}
     for spec, run in runs.items():
@@ -304,14 +302,14 @@ class FinalEvaluation:
 
     def is_done(self, step: int) -> bool:
         """Returns whether there is nothing to evaluate at a step; logs the results if so."""
-        results = None
+        results: dict[str, Result] | None = {}
         if self.sources is not None:
             fingerprints = [agreed_fingerprint(source) for source in self.sources]
             results = from_main_process(
                 lambda: read_final_results(self._config, self._workdir, step, fingerprints)
             )
-            if results is None:
-                return False
+        if results is None:
+            return False
         done = "trained and evaluated" if results else "trained"
         _logger.info(f"{self._workdir} is done: {step} steps {done}")
         if results:

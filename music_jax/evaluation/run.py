@@ -19,8 +19,14 @@ from music_jax.data.skipped import SkippedImages, UnlistedImages, open_skipped
 from music_jax.data.sources import Source
 from music_jax.distributed.mesh import from_main_process, make_data_mesh
 from music_jax.errors import NotMeasurableError, UserError
-from music_jax.evaluation.cache import Expected, cached_arrays
-from music_jax.evaluation.features import Arrays, FrozenNetwork, Model, SplitFeatures
+from music_jax.evaluation.features import (
+    Arrays,
+    Expected,
+    FrozenNetwork,
+    Model,
+    SplitFeatures,
+    cached_arrays,
+)
 from music_jax.objectives import segment_probabilities
 from music_jax.workdir.directory import find_workdir, open_workdir
 from music_jax.workdir.run_config import (
@@ -81,20 +87,6 @@ class Run(FrozenNetwork):
         """Returns features of the labeled test images; raises the same errors as `train`."""
         return self._labeled("test", model)
 
-    def labeled_rows(self, split: Split) -> np.ndarray:
-        """Returns the indices of a split's labeled images, after reading all labels once.
-
-        Only protocols that read the images themselves need this, since features come with labels.
-        Images of damaged records are included: they are skipped when they are read.
-
-        Raises:
-          NotMeasurableError: See `train`.
-        """
-        source = getattr(self.evaluation_sources(), split)
-        labels = self._memoize(("labels", id(source)), source.labels)
-        _check_classes(source, labels, split)
-        return np.flatnonzero(labels != -1)
-
     def unlabeled(self) -> SplitFeatures:
         """Returns `features` and `embeddings` of all `images`, with or without a label."""
         return self._split(self.images, "trained")
@@ -105,52 +97,42 @@ class Run(FrozenNetwork):
         Raises:
           UserError: A feature is not finite.
         """
-        images, evaluation = self.images, self.config.evaluation
+        evaluation = self.config.evaluation
 
         def compute() -> Arrays:
             return self.extract_views(
-                images,
+                self.images,
                 num_images=evaluation.view_images,
                 num_views=evaluation.num_views,
-                description=f"views of {images.name}",
+                description=f"views of {self.images.name}",
             )
 
-        def read_or_compute() -> Arrays:
-            key = self._key(images, "trained") | {
-                "crop": as_json(self.config.crop),
-                "augmentation": as_json(self.config.augmentation),
-                "view_images": evaluation.view_images,
-                "views": evaluation.num_views,
-                "seed": self.config.seed,
-            }
-            expected = self._expected(len(images), evaluation.num_views)
-            return self._cached("views", key, compute, expected, f"views of {images.name}")
-
-        return self._memoize(("views",), read_or_compute)
+        key = self._key(self.images, "trained") | {
+            "crop": as_json(self.config.crop),
+            "augmentation": as_json(self.config.augmentation),
+            "view_images": evaluation.view_images,
+            "views": evaluation.num_views,
+            "seed": self.config.seed,
+        }
+        expected = self._expected(len(self.images), evaluation.num_views)
+        return self._cached("views", self.images, key, expected, compute)
 
     def probabilities(self) -> np.ndarray:
         """Returns the segments' probabilities of all `images`, [images, segments, units]."""
         objective = self.config.objective
         embeddings = self.unlabeled().arrays["embeddings"]
-        convert = jax.jit(
-            functools.partial(
-                segment_probabilities,
-                num_segments=objective.num_segments,
-                temperature=objective.temperature,
-            )
-        )
-        starts = range(0, len(embeddings), _PROBABILITIES_AT_ONCE)
-        blocks = (embeddings[start : start + _PROBABILITIES_AT_ONCE] for start in starts)
+        options = {"num_segments": objective.num_segments, "temperature": objective.temperature}
+        convert = jax.jit(functools.partial(segment_probabilities, **options))
+        blocks = np.array_split(embeddings, len(embeddings) // _PROBABILITIES_AT_ONCE + 1)
         return np.concatenate([convert(block) for block in blocks])
 
     def count_unlabeled(self, splits: tuple[Split, ...]) -> dict[str, Any]:
         """Returns the entry `without_label` of a result, which is missing if all have labels."""
-        counts = {}
-        for split in splits:
-            source = getattr(self.evaluation_sources(), split)
-            labels = self._memory.get(("labels", id(source)))  # features need not exist
-            labels = self._split(source, "trained").labels if labels is None else labels
-            counts[split] = int(np.sum(labels < 0))
+        sources = {split: getattr(self.evaluation_sources(), split) for split in splits}
+        counts = {
+            split: int(np.sum(self._split(source, "trained").labels < 0))
+            for split, source in sources.items()
+        }
         return {"without_label": counts} if any(counts.values()) else {}
 
     @property
@@ -170,8 +152,13 @@ class Run(FrozenNetwork):
 
     def _labeled(self, split: Split, model: Model) -> SplitFeatures:
         source = getattr(self.evaluation_sources(), split)
-        features = self._split(source, model).labeled()
-        _check_classes(source, features.labels, split)
+        features, needed = self._split(source, model).labeled(), 2 if split == "train" else 1
+        classes = len(np.unique(features.labels))
+        if classes < needed:
+            raise NotMeasurableError(
+                f"the images of {source.name} that can be decoded have labels of {classes} "
+                f"classes; at least {needed} are needed"
+            )
         return features
 
     def _split(self, source: Source, model: Model) -> SplitFeatures:
@@ -185,9 +172,9 @@ class Run(FrozenNetwork):
             found = self.extract(extractor, source, description)
             return found.arrays | {"labels": found.labels, "indices": found.indices}
 
-        def read_or_compute() -> Arrays:
-            if model == "raw_pixels":
-                return compute()
+        if model == "raw_pixels":
+            arrays = dict(self._memoize(model, source, compute))
+        else:
             size = len(source)
             expected = self._expected(size) | {
                 "labels": Expected((size,), np.int32, range(-1, max(source.num_classes, 1))),
@@ -196,9 +183,7 @@ class Run(FrozenNetwork):
             if not embeddings:
                 del expected["embeddings"]
             key = self._key(source, model) | {"embeddings": embeddings}
-            return self._cached(model, key, compute, expected, source.name)
-
-        arrays = dict(self._memoize(("features", id(source), model), read_or_compute))
+            arrays = dict(self._cached(model, source, key, expected, compute))
         labels, indices = arrays.pop("labels"), arrays.pop("indices")
         return SplitFeatures(arrays, labels, indices)
 
@@ -211,9 +196,7 @@ class Run(FrozenNetwork):
     def _key(self, source: Source, model: Model) -> dict[str, Any]:
         """Returns everything that features depend on."""
         config = as_json(self.config)
-        _, fingerprint = self._memoize(  # cached with the source, so that its id stays unique
-            ("fingerprint", id(source)), lambda: (source, agreed_fingerprint(source))
-        )
+        fingerprint = self._memoize("fingerprint", source, lambda: agreed_fingerprint(source))
         return {
             "network": model,
             "step": self.step,
@@ -238,33 +221,31 @@ class Run(FrozenNetwork):
     def _cached(
         self,
         name: str,
+        source: Source,
         key: dict[str, Any],
-        compute: Callable[[], Arrays],
         expected: dict[str, Expected],
-        images: str,
+        compute: Callable[[], Arrays],
     ) -> Arrays:
-        directory, name = self.workdir / "features", f"step_{self.step}-{name}"
-        arrays = cached_arrays(directory, name, key, compute, expected=expected)
-        if not all(np.all(np.isfinite(array)) for array in arrays.values()):
-            raise UserError(
-                f"some features of {images} are not finite: the network has diverged; evaluate an "
-                "earlier checkpoint with --checkpoint=STEP"
-            )
-        return arrays
+        """Returns arrays from memory or from the cache on disk, or computes them."""
 
-    def _memoize(self, key: tuple, compute: Callable[[], Any]) -> Any:
+        def read_or_compute() -> Arrays:
+            directory, file = self.workdir / "features", f"step_{self.step}-{name}"
+            arrays = cached_arrays(directory, file, key, compute, expected=expected)
+            if not all(np.all(np.isfinite(array)) for array in arrays.values()):
+                raise UserError(
+                    f"some features of {source.name} are not finite: the network has diverged; "
+                    "evaluate an earlier checkpoint with --checkpoint=STEP"
+                )
+            return arrays
+
+        return self._memoize(name, source, read_or_compute)
+
+    def _memoize(self, name: str, source: Source, compute: Callable[[], Any]) -> Any:
+        """Computes something of a source once; the source is kept, so that its id stays unique."""
+        key = name, id(source)
         if key not in self._memory:
-            self._memory[key] = compute()
-        return self._memory[key]
-
-
-def _check_classes(source: Source, labels: np.ndarray, split: Split) -> None:
-    classes, needed = len(np.unique(labels[labels >= 0])), 2 if split == "train" else 1
-    if classes < needed:
-        raise NotMeasurableError(
-            f"the images of {source.name} that can be decoded have labels of {classes} classes; at "
-            f"least {needed} are needed"
-        )
+            self._memory[key] = source, compute()
+        return self._memory[key][1]
 
 
 def load_run(

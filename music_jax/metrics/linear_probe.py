@@ -17,7 +17,6 @@ FEATURE_SCALINGS = ("none", "standardize", "whiten")
 
 Features = Any  # an array of NumPy or of JAX
 
-_INIT_STD = 0.01
 _INIT_STREAM = 2**33  # separates the initial kernel's randomness from the batches'
 _WHITENING_FLOOR = 0.1  # share of the mean variance, added to that of every direction
 _BLOCK = 4096  # samples processed at once
@@ -152,21 +151,9 @@ def train_and_test(
     """Selects the learning rate on held-out training samples, then trains on all and tests.
 
     With a single learning rate, nothing is held out. Test samples never influence the selection.
-
-    Args:
-      batches: Function that returns the batches of some rows: scaled features [batch, features] and
-        integer labels [batch] of each step. The batch size is at most the number of rows.
-      validation_samples: Function that returns scaled features and labels of some rows.
-      test_samples: Scaled features [test, features] and labels [test].
-      recipe: Hyperparameters.
-      num_train: Number of training samples.
-      num_classes: Number of classes.
-      validation_fraction: Fraction of the training samples that is held out.
-      seed: Seed of the initial kernel and of the held-out samples.
-
-    Raises:
-      DivergedError: The training diverged with every learning rate.
-      NotMeasurableError: There are no held-out samples.
+    Where `linear_probe` takes training samples, this takes functions of rows: `batches` returns
+    those of `fit`, for a recipe whose batch size is at most the number of rows, and
+    `validation_samples` returns scaled features and labels, as are `test_samples`.
     """
     features, labels = test_samples
 
@@ -212,18 +199,13 @@ def fit(
 ) -> Heads:
     """Trains one classifier per learning rate, all on the same batches.
 
-    Args:
-      batches: Features [batch, features] and integer labels [batch] of each step.
-      recipe: Hyperparameters.
-      num_features: Number of features.
-      num_classes: Number of classes.
-      steps_per_epoch: Number of steps per epoch, for the schedule.
-      seed: Seed of the initial kernel, drawn from N(0, 0.01²).
+    A batch has features [batch, features] and integer labels [batch]. The initial kernel is drawn
+    from N(0, 0.01²) by `seed`; `steps_per_epoch` sets the schedule.
     """
     num_rates = len(recipe.base_learning_rates)
     # Initialized on the host: on a small dataset, compiling this would take longer than training.
     draw = np.random.Generator(np.random.Philox(key=[seed, _INIT_STREAM]))
-    kernel = _INIT_STD * draw.standard_normal((num_features, num_classes), np.float32)
+    kernel = 0.01 * draw.standard_normal((num_features, num_classes), np.float32)
     heads = Heads(
         kernel=jnp.asarray(np.tile(kernel, (num_rates, 1, 1))),
         bias=jnp.asarray(np.zeros((num_rates, num_classes), np.float32)),

@@ -194,7 +194,7 @@ def test_segment_metrics_are_in_nats_and_as_shares(run):
     assert (found["num_images"], found["num_units"]) == (60, 30)
     views = run.views()["embeddings"]
     distances = gap_to_bound(views[:, 0], views[:, 1], num_segments=6, temperature=3.0)
-    assert found["gap_to_bound"] == pytest.approx({**distances._asdict(), "num_images": 60})
+    assert found["gap_to_bound"] == pytest.approx(distances | {"num_images": 60})
 
 
 _ROWS = 40  # to learn from

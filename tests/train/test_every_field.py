@@ -26,7 +26,6 @@ from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed.mesh import batch_sharding, make_data_mesh
 from music_jax.evaluation import feature_protocols, features, finetune
-from music_jax.evaluation.finetune import FinetuneRecipe
 from music_jax.evaluation.run import Run
 from music_jax.metrics.linear_probe import ProbeRecipe, ProbeResult
 from music_jax.models.network import INIT_COMPILER_OPTIONS, init_network
@@ -364,7 +363,7 @@ def test_images_are_cropped_as_described(config, calls):
     order = TrainingOrder(12, config.batch_size, config.seed)
     list(TrainingInput(config, source, order, mesh, skipped).on_host(2, 4))
     frozen = features.FrozenNetwork(config, None, {}, {}, mesh, skipped)
-    list(frozen.random_crop_batches(source, batch_size=5, num_epochs=3))
+    list(frozen.random_crop_batches(source, batch_size=5, num_epochs=3, description=""))
     recipe = types.SimpleNamespace(network=types.SimpleNamespace(num_features=6))
     probe = online_probe.OnlineProbe(config, source, recipe, mesh, skipped)
     probe.start(4, 11, types.SimpleNamespace(has=lambda step, name: False))
@@ -532,11 +531,16 @@ def test_fine_tuning_is_as_described(run, calls):
     found = finetune.full_finetune(run)
     assert (found["top1"], found["num_train"], found["batch_size"]) == (0.75, 60, 44)
     finetune.semi_supervised(run)
-    assert [given[2] for given, _ in calls.of["train_classifier"]] == [
-        FinetuneRecipe(43, 44, 0.41, 0.42, momentum=0.45, weight_decay=0.46),
-        FinetuneRecipe(35, 10, 0.31, 0.33, momentum=0.37, weight_decay=0.38),
-        FinetuneRecipe(35, 36, 0.32, 0.34, momentum=0.37, weight_decay=0.38),
+    names = ("num_steps", "learning_rates", "momentum", "weight_decay")
+    expected = [  # epochs times batches, rates of the backbone and the head for a batch of 256
+        (43 * 1, [0.41 * 44 / 256, 0.42 * 44 / 256], 0.45, 0.46),
+        (35 * 1, [0.31 * 10 / 256, 0.33 * 10 / 256], 0.37, 0.38),
+        (35 * 1, [0.32 * 36 / 256, 0.34 * 36 / 256], 0.37, 0.38),
     ]
+    assert [_some(options, *names) for _, options in calls.of["train_classifier"]] == expected
     assert [given[1] for given, _ in calls.of["rows_of_list"]] == ["first.txt"]
     cut = calls.of["random_crop_batches"]
-    assert [len(given[1]) for given, _ in cut] == [60, 10, 60]
+    sizes = [
+        (len(given[1]), options["batch_size"], options["num_epochs"]) for given, options in cut
+    ]
+    assert sizes == [(60, 44, 43), (10, 10, 35), (60, 36, 35)]
