@@ -20,7 +20,7 @@ from music_jax.version import __version__ as __version__
 
 
 def _final_evaluation(*arguments: Any) -> Any:
-    from music_jax.evaluation.final import FinalEvaluation
+    from music_jax.evaluation.protocols import FinalEvaluation
 
     return FinalEvaluation(*arguments)
 

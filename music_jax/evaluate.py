@@ -87,9 +87,9 @@ def evaluate(
     """
     from music_jax.data.skipped import report_skipped
     from music_jax.distributed import progress
-    from music_jax.evaluation.load_run import load_run
     from music_jax.evaluation.protocols import PROTOCOLS, check_protocols, run_protocols
     from music_jax.evaluation.results import summary_table
+    from music_jax.evaluation.run import load_run
 
     if transfer_sets and "transfer" not in protocols:
         protocols = (*protocols, "transfer")

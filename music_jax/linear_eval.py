@@ -50,9 +50,9 @@ def linear_eval(
     """
     from music_jax.data.skipped import report_skipped
     from music_jax.distributed import progress
-    from music_jax.evaluation.load_run import load_run
     from music_jax.evaluation.protocols import final_protocols, run_protocols
     from music_jax.evaluation.results import results_table
+    from music_jax.evaluation.run import load_run
 
     run = load_run(workdir, output=output, checkpoint=checkpoint, overrides=overrides)
     results = run_protocols(run, final_protocols(run.config), force=True)

@@ -115,5 +115,5 @@ def options(group: Any) -> dict[str, Any]:
 
 
 # Called as (config, workdir, source) at the start of a training; returns an object like
-# `music_jax.evaluation.final.FinalEvaluation`, which evaluates the backbone at the end.
+# `music_jax.evaluation.protocols.FinalEvaluation`, which evaluates the backbone at the end.
 final_evaluation: Callable[..., Any]

@@ -43,7 +43,7 @@ from music_jax.data.packed import Packing, pack, shrink
 from music_jax.data.skipped import SkippedImages
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import UndecodableError, UserError
-from music_jax.evaluation.cache import Expected, cached_arrays
+from music_jax.evaluation.features import Expected, cached_arrays
 from music_jax.evaluation.protocols import provenance, read_final_results
 from music_jax.evaluation.results import read_predictions, results_table
 from music_jax.exchange.importing import import_backbone

@@ -54,7 +54,6 @@ NEAREST = {
     "metrics/knn": ("metrics/test_extremes.py",),
     "metrics/label_free": ("metrics/test_extremes.py",),
     "metrics/linear_probe": ("metrics/test_extremes.py",),
-    "metrics/retrieval": ("metrics/test_extremes.py",),
     "metrics/segments": ("metrics/test_extremes.py",),
     "objectives/cross_segment": ("objectives/test_global_batch.py",),
     "objectives/baselines": ("objectives/test_global_batch.py",),

@@ -14,9 +14,8 @@ from music_jax.config import default_config, from_json, get_field
 from music_jax.data.sources import Source
 from music_jax.errors import DivergedError, UnusableDataError
 from music_jax.evaluation.features import SplitFeatures
-from music_jax.evaluation.load_run import load_run
 from music_jax.evaluation.protocols import read_final_results, run_protocols
-from music_jax.evaluation.run import Run
+from music_jax.evaluation.run import Run, load_run
 from music_jax.metrics.linear_probe import ProbeRecipe, linear_probe
 from music_jax.train import train_and_evaluate
 from music_jax.workdir.directory import open_workdir

@@ -3,22 +3,21 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 
 from music_jax.distributed import progress
 from music_jax.errors import DivergedError, NotMeasurableError
-from music_jax.evaluation.features import random_crop_batches
+from music_jax.evaluation.features import Model
 from music_jax.evaluation.results import Predictions, Result, write_predictions
-from music_jax.evaluation.run import Model, Run
+from music_jax.evaluation.run import Run
 from music_jax.metrics import linear_probe
-from music_jax.metrics.few_shot import few_shot
-from music_jax.metrics.knn import nearest_neighbors, weighted_vote
+from music_jax.metrics.few_shot import few_shot, mean_interval
+from music_jax.metrics.knn import average_precisions, knn_predict
 from music_jax.metrics.label_free import alignment, alpha_req, lidar, rankme, uniformity
-from music_jax.metrics.linear_probe import Heads, ProbeRecipe, ProbeResult, fit_scaling
-from music_jax.metrics.retrieval import average_precisions
+from music_jax.metrics.linear_probe import ProbeRecipe, ProbeResult, fit_scaling
 from music_jax.metrics.segments import (
     agreement_between_segments,
     cluster_scores,
@@ -64,7 +63,6 @@ def linear(run: Run, *, save_predictions: bool = False) -> Result:
         "num_classes": run.num_classes,
         "learning_rate": trained.base_learning_rate * settings.batch_size / 256,
         **_baselines(run, baseline),
-        **run.count_unlabeled("train", "test"),
     }
 
 
@@ -76,91 +74,58 @@ def _baselines(run: Run, top1: Callable[[Model], float | None]) -> Result:
 def _linear_probe(run: Run, model: Model) -> ProbeResult:
     settings = run.config.linear_eval
     recipe = ProbeRecipe(**{f.name: settings[f.name] for f in dataclasses.fields(ProbeRecipe)})
-    probe = random_crop_probe if settings.random_crops else _fixed_feature_probe
     description = f"linear probe, {model.replace('_', ' ')}"
     try:
-        return probe(run, model, recipe, description)
+        if settings.random_crops:
+            return random_crop_probe(run, model, recipe, description)
+        train, test = run.train(model), run.test(model)
+        total = linear_probe.num_steps(recipe, len(train), settings.validation_fraction)
+        with progress.bar(total, unit="step", description=description) as bar:
+            return linear_probe.linear_probe(
+                train.features,
+                train.labels,
+                test.features,
+                test.labels,
+                recipe,
+                num_classes=run.num_classes,
+                feature_scaling=settings.feature_scaling,
+                validation_fraction=settings.validation_fraction,
+                seed=run.config.seed,
+                after_step=bar.update,
+            )
     except DivergedError as error:
         raise DivergedError(
             f"{description}: training diverged; lower config.linear_eval.base_learning_rates"
         ) from error
 
 
-def _fixed_feature_probe(
-    run: Run, model: Model, recipe: ProbeRecipe, description: str
-) -> ProbeResult:
-    settings = run.config.linear_eval
-    train, test = run.train(model), run.test(model)
-    total = linear_probe.num_steps(recipe, len(train), settings.validation_fraction)
-    with progress.bar(total, unit="step", description=description) as bar:
-        return linear_probe.linear_probe(
-            train.features,
-            train.labels,
-            test.features,
-            test.labels,
-            recipe,
-            num_classes=run.num_classes,
-            feature_scaling=settings.feature_scaling,
-            validation_fraction=settings.validation_fraction,
-            seed=run.config.seed,
-            after_step=bar.update,
-        )
-
-
 def random_crop_probe(run: Run, model: Model, recipe: ProbeRecipe, description: str) -> ProbeResult:
-    """Trains a linear probe on new crops and flips in each epoch.
-
-    It is tested on the central views of all labeled test images.
-
-    Args:
-      run: Run.
-      model: Model whose features are used; see `Run`.
-      recipe: Hyperparameters.
-      description: Text of the progress bar.
-
-    Raises:
-      DivergedError: The training diverged with every learning rate.
-    """
-    settings, source = run.config.linear_eval, run.evaluation_sources().train
-    labeled = run.labeled_rows("train")
-    extract, test = run.extractor(model), run.test(model)
+    """Trains a linear probe on new crops in each epoch, and tests it on the central views."""
+    settings, test = run.config.linear_eval, run.test(model)
+    indices, extract = run.train().indices, run.extractor(model)
     scale = fit_scaling(settings.feature_scaling, lambda: run.train(model).features)
     scale_on_device = jax.jit(scale)
 
-    def train(recipe: ProbeRecipe, rows: np.ndarray) -> Heads:
-        batches = random_crop_batches(
-            source.subset(labeled[rows]),
-            run.config,
-            run.mesh,
+    def batches(recipe: ProbeRecipe, rows: np.ndarray) -> Iterator[tuple[jax.Array, jax.Array]]:
+        crops = run.random_crop_batches(
+            run.evaluation_sources().train.subset(indices[rows]),
             batch_size=recipe.batch_size,
             num_epochs=recipe.num_epochs,
-            seed=run.config.seed,
-            skipped=run.skipped,
+            description=description,
         )
-        steps_per_epoch = len(rows) // recipe.batch_size
-        total = recipe.num_epochs * steps_per_epoch
-        with progress.bar(total, unit="step", description=description) as bar:
-            return linear_probe.fit(
-                ((scale_on_device(extract(x)["features"]), labels) for x, labels in batches),
-                recipe,
-                num_features=test.features.shape[1],
-                num_classes=run.num_classes,
-                steps_per_epoch=steps_per_epoch,
-                seed=run.config.seed,
-                after_step=bar.update,
-            )
+        return ((scale_on_device(extract(x)["features"]), labels) for x, labels in crops)
 
     def validation_samples(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        held_out = run.train(model)
-        held_out = held_out.select(np.flatnonzero(np.isin(held_out.indices, labeled[rows])))
+        held_out = run.train(model).select(rows)
         return scale(held_out.features), held_out.labels
 
     return linear_probe.train_and_test(
-        train,
+        batches,
         validation_samples,
         (scale(test.features), test.labels),
         recipe,
-        num_train=len(labeled),
+        num_train=len(indices),
+        num_classes=run.num_classes,
         validation_fraction=settings.validation_fraction,
         seed=run.config.seed,
     )
@@ -173,18 +138,15 @@ def knn(run: Run) -> Result:
 
     def top1_by_k(model: Model) -> dict[int, float]:
         train, test = run.train(model), run.test(model)
-        similarities, nearest = nearest_neighbors(train.features, test.features, k=max(ks))
-
-        def top1(k: int) -> float:
-            predicted = weighted_vote(
-                similarities[:, :k],
-                train.labels[nearest[:, :k]],
-                num_classes=run.num_classes,
-                temperature=settings.temperature,
-            )
-            return float(np.mean(predicted == test.labels))
-
-        return {k: top1(k) for k in ks}
+        predicted = knn_predict(
+            train.features,
+            train.labels,
+            test.features,
+            num_classes=run.num_classes,
+            k=ks,
+            temperature=settings.temperature,
+        )
+        return dict(zip(ks, np.mean(predicted == test.labels, axis=1).tolist(), strict=True))
 
     trained = top1_by_k("trained")
     return {
@@ -195,7 +157,6 @@ def knn(run: Run) -> Result:
         "num_train": len(run.train()),
         "num_test": len(run.test()),
         **_baselines(run, lambda model: top1_by_k(model)[settings.k]),
-        **run.count_unlabeled("train", "test"),
     }
 
 
@@ -206,7 +167,7 @@ def fewshot(run: Run) -> Result:
     total = len(settings.shots) * settings.draws
     with progress.bar(total, unit="draw", description="few-shot") as bar:
         for shots in settings.shots:
-            result = few_shot(
+            accuracies = few_shot(
                 train.features,
                 train.labels,
                 test.features,
@@ -216,16 +177,13 @@ def fewshot(run: Run) -> Result:
                 seed=run.config.seed,
                 after_draw=bar.update,
             )
+            mean, half_width = mean_interval(accuracies)
             results[str(shots)] = {
-                "top1": result.top1.mean,
-                "interval": _finite(result.top1.half_width),
-                "draws": result.accuracies.tolist(),
+                "top1": mean,
+                "interval": _finite(half_width),
+                "draws": accuracies.tolist(),
             }
-    return {
-        "top1_by_shots": results,
-        "num_test": len(test),
-        **run.count_unlabeled("train", "test"),
-    }
+    return {"top1_by_shots": results, "num_test": len(test)}
 
 
 def retrieval(run: Run) -> Result:
@@ -240,7 +198,6 @@ def retrieval(run: Run) -> Result:
         "map": float(np.mean(precisions)) if len(precisions) else None,
         "num_gallery": len(train),
         "num_queries": len(precisions),
-        **run.count_unlabeled("train", "test"),
     }
 
 
@@ -275,7 +232,6 @@ def clustering(run: Run) -> Result:
             {"agreement": float(a), **score} for a, score in zip(agreement, scores, strict=True)
         ],
         "num_images": len(labels),
-        **run.count_unlabeled("test"),
     }
 
 
@@ -283,10 +239,10 @@ def label_free(run: Run) -> Result:
     """Computes metrics that need no labels, on one view of each image and on several."""
     _check_two_images(run)
     outputs, views = run.unlabeled().arrays, run.views()
-    result: Result = {}
-    for name in ("features", "embeddings"):
+
+    def measures(name: str) -> Result:
         one, several = outputs[name][:_MAX_RANKED], views[name]
-        result[name] = {
+        return {
             "rankme": _finite(rankme(one)),
             "lidar": _finite(lidar(several)),
             "alpha_req": _finite(alpha_req(one)),
@@ -294,9 +250,11 @@ def label_free(run: Run) -> Result:
             "alignment": alignment(several[:, 0], several[:, 1]),
             "size": one.shape[1],
         }
+
     num_viewed_images, num_views = views["features"].shape[:2]
     return {
-        **result,
+        "features": measures("features"),
+        "embeddings": measures("embeddings"),
         "num_images": len(outputs["features"][:_MAX_RANKED]),
         "num_viewed_images": num_viewed_images,
         "num_views": num_views,
@@ -334,7 +292,7 @@ def segments(run: Run) -> Result:
             "bias": (units - 1) ** 2 / (2 * samples),
             "share_of_usage_entropy": float(np.mean(between) / usage) if usage > 0 else None,
         },
-        "gap_to_bound": {**gap._asdict(), "num_images": len(views)},
+        "gap_to_bound": gap | {"num_images": len(views)},
         "by_segment": {name: getattr(measures, name).tolist() for name in by_segment},
         "mutual_information_matrix": measures.mutual_information.tolist(),
     }

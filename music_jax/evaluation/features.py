@@ -1,12 +1,19 @@
-"""Extracts features of images with a frozen backbone."""
+"""Extracts features of images with a frozen network, and caches them on disk."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import hashlib
+import json
+import logging
+import math
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
@@ -16,15 +23,21 @@ from music_jax.data.loader import Crop, TrainingOrder, evaluation_batches, train
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed import progress
-from music_jax.distributed.mesh import Placing, local_positions, to_devices
-from music_jax.models.network import Network
+from music_jax.distributed.mesh import Placing, is_main_process
+from music_jax.models.network import INIT_COMPILER_OPTIONS, Network, Tree, init_network
+from music_jax.workdir.files import bucket_errors, check_is_file, new_file, read_npy
+
+_logger = logging.getLogger(__name__)
 
 Arrays = dict[str, np.ndarray]
 # From uint8 [batch, height, width, channels], on the mesh, to float32 arrays [batch, ...] by name.
 Extractor = Callable[[jax.Array], dict[str, jax.Array]]
+Model = Literal["trained", "random_init", "raw_pixels"]
 
 _VIEWS_STREAM = 2  # separates the randomness of these views from that of the training
 _VIEWED_AT_ONCE = 64  # images, each with all its views
+_CACHE_FORMAT = 2
+_CACHE_OVERHEAD = 1 << 16  # bytes of a file besides its arrays, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,236 +73,270 @@ class SplitFeatures:
         return self if len(rows) == len(self) else self.select(rows)
 
 
-def backbone_extractor(
-    network: Network,
-    params: dict,
-    batch_stats: dict,
-    config: config_dict.ConfigDict,
-    mesh: Mesh,
-    *,
-    embeddings: bool = False,
-) -> Extractor:
-    """Returns an extractor of `features`, with the network in inference mode.
+@dataclasses.dataclass(frozen=True)
+class FrozenNetwork:
+    """A network in inference mode, with all that applying it to images takes.
 
-    Args:
+    Attributes:
+      config: Config, which sets how images are cropped and normalized.
       network: Network.
-      params: Parameters.
-      batch_stats: Running statistics.
-      config: Config, which sets how images are normalized.
+      params: Trained parameters.
+      batch_stats: Trained running statistics.
       mesh: Devices.
-      embeddings: Whether to extract `embeddings` of the projector as well.
+      skipped: Record of images that cannot be decoded.
     """
 
-    @jax.jit
-    def extract(params: dict, batch_stats: dict, images: jax.Array) -> dict[str, jax.Array]:
-        images = normalize(images, config)
-        if not embeddings:
-            return {"features": network.features(params, batch_stats, images).astype(jnp.float32)}
-        features, projected = network.infer(params, batch_stats, images)
-        outputs = {"features": features, "embeddings": projected}
+    config: config_dict.ConfigDict
+    network: Network
+    params: Tree
+    batch_stats: Tree
+    mesh: Mesh
+    skipped: SkippedImages
+
+    def extractor(self, model: Model, *, embeddings: bool = False) -> Extractor:
+        """Returns a function from images to `features` and, on request, `embeddings`.
+
+        Args:
+          model: `trained`, `random_init` (the backbone before training) or `raw_pixels` (the
+            normalized pixels as features).
+          embeddings: Whether to extract the embeddings of the projector as well.
+        """
+        if model == "raw_pixels":
+
+            @jax.jit
+            def pixels(images: jax.Array) -> dict[str, jax.Array]:
+                normalized = self.normalize(images).astype(jnp.float32)
+                return {"features": normalized.reshape(images.shape[0], -1)}
+
+            return pixels
+        variables = self.params, self.batch_stats
+        if model == "random_init":
+            init = functools.partial(init_network, self.config)
+            key = jax.random.key(self.config.seed)
+            variables = jax.jit(init, compiler_options=INIT_COMPILER_OPTIONS)(key)
+
+        @jax.jit
+        def extract(variables: tuple[Tree, Tree], images: jax.Array) -> dict[str, jax.Array]:
+            outputs = self._infer(variables, self.normalize(images))
+            return outputs if embeddings else {"features": outputs["features"]}
+
+        return functools.partial(extract, self.replicate(variables))
+
+    def _infer(self, variables: tuple[Tree, Tree], images: jax.Array) -> dict[str, jax.Array]:
+        features, embeddings = self.network.infer(*variables, images)
+        outputs = {"features": features, "embeddings": embeddings}
         return {name: array.astype(jnp.float32) for name, array in outputs.items()}
 
-    return functools.partial(extract, *replicate((params, batch_stats), mesh))
+    def replicate(self, tree: Any) -> Any:
+        """Copies arrays to every device."""
+        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
 
+    def normalize(self, images: jax.Array) -> jax.Array:
+        """Normalizes images, uint8 [batch, height, width, channels], for the backbone."""
+        return normalize_images(images, **self._normalization)
 
-def pixel_extractor(config: config_dict.ConfigDict) -> Extractor:
-    """Returns an extractor of the normalized pixels as `features`, for comparison."""
+    @property
+    def _normalization(self) -> dict[str, Any]:
+        dataset, dtype = self.config.dataset, jnp.dtype(self.config.compute_dtype)
+        return {"mean": tuple(dataset.mean), "std": tuple(dataset.std), "dtype": dtype}
 
-    @jax.jit
-    def extract(images: jax.Array) -> dict[str, jax.Array]:
-        pixels = normalize(images, config).astype(jnp.float32)
-        return {"features": pixels.reshape(images.shape[0], -1)}
+    def extract(self, extractor: Extractor, source: Source, description: str) -> SplitFeatures:
+        """Applies an extractor to the central view of every image of a split.
 
-    return extract
+        Args:
+          extractor: Function to apply.
+          source: Images of the split; those that cannot be decoded are excluded.
+          description: Text of the progress bar.
 
-
-def replicate(tree: tuple[dict, dict], mesh: Mesh) -> tuple[dict, dict]:
-    """Copies parameters and statistics to every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
-
-
-def normalize(images: jax.Array, config: config_dict.ConfigDict) -> jax.Array:
-    """Normalizes images, uint8 [batch, height, width, channels], for the backbone."""
-    return normalize_images(
-        images,
-        mean=tuple(config.dataset.mean),
-        std=tuple(config.dataset.std),
-        dtype=jnp.dtype(config.compute_dtype),
-    )
-
-
-def extract_split(
-    extractor: Extractor,
-    source: Source,
-    config: config_dict.ConfigDict,
-    mesh: Mesh,
-    *,
-    skipped: SkippedImages,
-    description: str,
-) -> SplitFeatures:
-    """Applies an extractor to the central view of every image of a split.
-
-    Args:
-      extractor: Function to apply.
-      source: Images of the split.
-      config: Config, which sets the size of the views and the number of channels.
-      mesh: Devices.
-      skipped: Record of images that cannot be decoded, which are excluded.
-      description: Text of the progress bar.
-
-    Returns:
-      The output for the whole split, on every process.
-    """
-    batch_size = -(-config.evaluation.batch_size // mesh.size) * mesh.size
-    batches = evaluation_batches(
-        source,
-        size=config.crop.size,
-        resize_shorter_side=config.crop.eval_resize,
-        channels=config.dataset.num_channels,
-        batch_size=batch_size,
-        positions=local_positions(batch_size, mesh),
-        skipped=skipped,
-        num_threads=config.num_decode_threads,
-    )
-    parts: list[Arrays] = []
-    with progress.bar(len(source), unit="img", description=description) as bar:
-        for batch in batches:
-            images, labels, decoded = (
-                to_devices(batch[name], batch_size, mesh) for name in ("images", "label", "decoded")
-            )
-            outputs = extractor(images) | {"label": labels, "decoded": decoded}
-            parts.append({name: _gather(array) for name, array in outputs.items()})
-            bar.update(min(batch_size, len(source) - bar.n))
-    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    indices = np.flatnonzero(arrays.pop("decoded"))
-    arrays = {name: array[indices] for name, array in arrays.items()}
-    return SplitFeatures(labels=arrays.pop("label"), arrays=arrays, indices=indices)
-
-
-def extract_views(
-    network: Network,
-    params: dict,
-    batch_stats: dict,
-    source: Source,
-    config: config_dict.ConfigDict,
-    mesh: Mesh,
-    *,
-    skipped: SkippedImages,
-    description: str,
-) -> Arrays:
-    """Extracts features and embeddings of several training views of random images.
-
-    `config.evaluation.view_images` images are drawn; each is cropped and augmented as in training,
-    `config.evaluation.num_views` times, with the augmentations of the two views in turn. The
-    network is in inference mode.
-
-    Args:
-      network: Network.
-      params: Parameters.
-      batch_stats: Running statistics.
-      source: Images to draw from.
-      config: Config of the run.
-      mesh: Devices.
-      skipped: Record of images that cannot be decoded; each is replaced by another one.
-      description: Text of the progress bar.
-
-    Returns:
-      `features` [images, views, features] and `embeddings` [images, views, dim], float32.
-    """
-    num_views = config.evaluation.num_views
-    num_images = min(config.evaluation.view_images, len(source))
-    batch_size = min(_VIEWED_AT_ONCE, num_images)
-    num_steps = num_images // batch_size
-    pair = view_augmentations(config)
-    augmentations = tuple(pair[i % 2] for i in range(num_views))
-    key = jax.random.fold_in(jax.random.key(config.seed), _VIEWS_STREAM)
-
-    @jax.jit
-    def extract(
-        params: dict,
-        batch_stats: dict,
-        images: jax.Array,
-        sample_index: jax.Array,
-        key: jax.Array,
-    ) -> dict[str, jax.Array]:
-        views = augment_views(
-            images,
-            sample_index,
-            key,
-            views=augmentations,
-            mean=tuple(config.dataset.mean),
-            std=tuple(config.dataset.std),
-            dtype=jnp.dtype(config.compute_dtype),
+        Returns:
+          The output for the whole split, on every process.
+        """
+        config, devices = self.config, self.mesh.size
+        placing = Placing(-(-config.evaluation.batch_size // devices) * devices, self.mesh)
+        batches = evaluation_batches(
+            source,
+            size=config.crop.size,
+            resize_shorter_side=config.crop.eval_resize,
+            channels=config.dataset.num_channels,
+            batch_size=placing.batch_size,
+            positions=placing.positions,
+            skipped=self.skipped,
+            num_threads=config.num_decode_threads,
         )
-        shape = views.shape[:2]
-        found = network.infer(params, batch_stats, views.reshape(-1, *views.shape[2:]))
-        return {
-            name: array.astype(jnp.float32).reshape(*shape, -1)
-            for name, array in zip(("features", "embeddings"), found, strict=True)
-        }
+        outputs = (
+            extractor(placing(batch["images"]))
+            | {name: placing(batch[name]) for name in ("label", "decoded")}
+            for batch in batches
+        )
+        with progress.bar(len(source), unit="img", description=description) as bar:
+            arrays = _join(
+                outputs, lambda: bar.update(min(placing.batch_size, len(source) - bar.n))
+            )
+        indices = np.flatnonzero(arrays.pop("decoded"))
+        arrays = {name: array[indices] for name, array in arrays.items()}
+        return SplitFeatures(labels=arrays.pop("label"), arrays=arrays, indices=indices)
 
-    placing = Placing(batch_size, mesh)
-    batches = training_batches(
-        source,
-        TrainingOrder(len(source), batch_size, config.seed),
-        crop=_crop(config),
-        channels=config.dataset.num_channels,
-        positions=placing.positions,
-        num_steps=num_steps,
-        num_views=num_views,
-        skipped=skipped,
-        num_threads=config.num_decode_threads,
-    )
-    params, batch_stats = replicate((params, batch_stats), mesh)
+    def extract_views(
+        self, source: Source, *, num_images: int, num_views: int, description: str
+    ) -> Arrays:
+        """Extracts features and embeddings of several training views of random images.
+
+        Each image is cropped and augmented as in training, with the augmentations of the two views
+        in turn.
+
+        Args:
+          source: Images to draw from; those that cannot be decoded are replaced by others.
+          num_images: Number of images to draw; all, if there are fewer.
+          num_views: Number of views of each image.
+          description: Text of the progress bar.
+
+        Returns:
+          `features` [images, views, features] and `embeddings` [images, views, dim], float32.
+        """
+        num_images = min(num_images, len(source))
+        placing = Placing(min(_VIEWED_AT_ONCE, num_images), self.mesh)
+        num_steps = num_images // placing.batch_size
+        pair = view_augmentations(self.config)
+        key = jax.random.fold_in(jax.random.key(self.config.seed), _VIEWS_STREAM)
+
+        @jax.jit
+        def extract(
+            variables: tuple[Tree, Tree], images: jax.Array, sample_index: jax.Array, key: jax.Array
+        ) -> dict[str, jax.Array]:
+            augmentations = tuple(pair[i % 2] for i in range(num_views))
+            views = augment_views(
+                images, sample_index, key, views=augmentations, **self._normalization
+            )
+            outputs = self._infer(variables, views.reshape(-1, *views.shape[2:]))
+            return {name: x.reshape(*views.shape[:2], -1) for name, x in outputs.items()}
+
+        variables = self.replicate((self.params, self.batch_stats))
+        outputs = (
+            extract(variables, placing(batch["images"]), placing(batch["sample_index"]), key)
+            for batch in self._random_crops(source, placing, num_steps, num_views)
+        )
+        step = placing.batch_size * num_views
+        with progress.bar(num_steps * step, unit="view", description=description) as bar:
+            return _join(outputs, lambda: bar.update(step))
+
+    def random_crop_batches(
+        self, source: Source, *, batch_size: int, num_epochs: int, description: str
+    ) -> Iterator[tuple[jax.Array, jax.Array]]:
+        """Yields randomly cropped images, uint8 [batch, height, width, channels], and labels.
+
+        Images are randomly flipped if the training flips its views. A bar shows the progress.
+        """
+        placing = Placing(batch_size, self.mesh)
+        num_steps = num_epochs * (len(source) // batch_size)
+        flip = any(view.flip_probability > 0 for view in view_augmentations(self.config))
+        with progress.bar(num_steps, unit="step", description=description) as bar:
+            for batch in self._random_crops(source, placing, num_steps, 1, flip):
+                yield placing(batch["images"][:, 0]), placing(batch["label"])
+                bar.update()
+
+    def _random_crops(
+        self, source: Source, placing: Placing, num_steps: int, num_views: int, flip: bool = False
+    ) -> Iterator[Arrays]:
+        config, crop = self.config, self.config.crop
+        return training_batches(
+            source,
+            TrainingOrder(len(source), placing.batch_size, config.seed),
+            crop=Crop(crop.size, tuple(crop.scale), tuple(crop.aspect_ratio)),
+            channels=config.dataset.num_channels,
+            positions=placing.positions,
+            num_steps=num_steps,
+            num_views=num_views,
+            flip=flip,
+            skipped=self.skipped,
+            num_threads=config.num_decode_threads,
+        )
+
+
+def _join(outputs: Iterable[dict[str, jax.Array]], after_batch: Callable[[], Any]) -> Arrays:
+    """Joins the outputs for all batches on every process."""
     parts = []
-    total = num_steps * batch_size * num_views
-    with progress.bar(total, unit="view", description=description) as bar:
-        for batch in batches:
-            images, index = placing(batch["images"]), placing(batch["sample_index"])
-            found = extract(params, batch_stats, images, index, key)
-            parts.append({name: _gather(array) for name, array in found.items()})
-            bar.update(batch_size * num_views)
+    for output in outputs:
+        parts.append(multihost_utils.process_allgather(output, tiled=True))
+        after_batch()
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def random_crop_batches(
-    source: Source,
-    config: config_dict.ConfigDict,
-    mesh: Mesh,
+class Expected(NamedTuple):
+    """Accepted arrays of the cache: their largest shape, their type, and the range of integers."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    values: range | None = None
+
+    @property
+    def max_bytes(self) -> int:
+        """Size of the largest such array."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def check(self, array: np.ndarray) -> None:
+        """Raises ValueError unless the array is accepted, whatever the number of its rows."""
+        if array.dtype != self.dtype or array.ndim == 0 or array.shape[1:] != self.shape[1:]:
+            raise ValueError(f"expected {self.dtype} {self.shape}; got {array.dtype} {array.shape}")
+        if self.values is None or not array.size:
+            return
+        if array.min() < self.values.start or array.max() >= self.values.stop:
+            raise ValueError(f"expected integers in {self.values}")
+
+
+def cached_arrays(
+    directory: epath.Path,
+    name: str,
+    key: dict[str, Any],
+    compute: Callable[[], Arrays],
     *,
-    batch_size: int,
-    num_epochs: int,
-    seed: int,
-    skipped: SkippedImages,
-) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Yields randomly cropped images, uint8 [batch, height, width, channels], and labels [batch].
+    expected: dict[str, Expected],
+) -> Arrays:
+    """Returns arrays from the cache, which may be deleted at any time, or computes and caches them.
 
-    Images are randomly flipped if the training flips its views.
+    Arrays of damaged files are computed again. If a file cannot be written, a warning is logged.
+
+    Args:
+      directory: Directory of the cache, created when needed.
+      name: First part of the file's name, for readability.
+      key: Everything that the arrays depend on, as JSON values.
+      compute: Function that returns the arrays, called by all processes of a run or by none.
+      expected: Accepted arrays, by name; all of them have the same number of rows.
     """
-    order = TrainingOrder(len(source), batch_size, seed)
-    placing = Placing(batch_size, mesh)
-    batches = training_batches(
-        source,
-        order,
-        crop=_crop(config),
-        channels=config.dataset.num_channels,
-        positions=placing.positions,
-        num_steps=num_epochs * order.steps_per_epoch,
-        num_views=1,
-        flip=any(view.flip_probability > 0 for view in view_augmentations(config)),
-        skipped=skipped,
-        num_threads=config.num_decode_threads,
-    )
-    for batch in batches:
-        yield placing(batch["images"][:, 0]), placing(batch["label"])
+    text = json.dumps({"format": _CACHE_FORMAT, **key}, sort_keys=True)
+    path = directory / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.npz"
+    arrays = _read_cache(path, expected)
+    found = multihost_utils.process_allgather(np.asarray(arrays is not None))
+    if arrays is not None and np.all(found):
+        return arrays
+    arrays = compute()
+    if is_main_process():
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with new_file(path) as file:
+                np.savez(file, allow_pickle=False, **arrays)
+        except OSError as error:
+            _logger.warning(f"features are not cached: {error}")
+    return arrays
 
 
-def _crop(config: config_dict.ConfigDict) -> Crop:
-    return Crop(config.crop.size, tuple(config.crop.scale), tuple(config.crop.aspect_ratio))
-
-
-def _gather(x: jax.Array) -> np.ndarray:
-    """Returns a sharded array on every process."""
-    if jax.process_count() == 1 or x.is_fully_addressable or x.is_fully_replicated:
-        return np.asarray(x)
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+def _read_cache(path: epath.Path, expected: dict[str, Expected]) -> Arrays | None:
+    """Reads a file array by array, so that only one copy is in memory; its CRCs are verified."""
+    if not path.exists():
+        return None
+    try:
+        check_is_file(path)
+        max_bytes = sum(like.max_bytes for like in expected.values()) + _CACHE_OVERHEAD
+        if path.stat().length > max_bytes:
+            raise ValueError("the file is larger than expected")
+        arrays = {}
+        with bucket_errors(path), path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            for name, like in expected.items():
+                with archive.open(f"{name}.npy") as member:
+                    arrays[name] = read_npy(member, max_bytes=like.max_bytes)
+                like.check(arrays[name])
+        if len({len(array) for array in arrays.values()}) > 1:
+            raise ValueError("the arrays differ in their number of rows")
+        return arrays
+    except Exception as error:  # zipfile raises many kinds
+        _logger.warning(f"the cached features {path} are damaged and computed again: {error}")
+        return None

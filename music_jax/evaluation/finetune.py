@@ -3,7 +3,7 @@
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,13 +16,7 @@ from music_jax.data.sources import Source
 from music_jax.distributed import progress
 from music_jax.distributed.mesh import shares_cores
 from music_jax.errors import DivergedError, NotMeasurableError, UndecodableError, UserError
-from music_jax.evaluation.features import (
-    Extractor,
-    extract_split,
-    normalize,
-    random_crop_batches,
-    replicate,
-)
+from music_jax.evaluation.features import Extractor
 from music_jax.evaluation.results import Result
 from music_jax.evaluation.run import Run
 from music_jax.metrics.few_shot import stratified_subset
@@ -33,109 +27,82 @@ from music_jax.workdir.files import decode_text
 _logger = logging.getLogger(__name__)
 
 
-class FinetuneRecipe(NamedTuple):
-    """Hyperparameters of fine-tuning.
-
-    Attributes:
-      num_epochs: Number of passes over the labeled images.
-      batch_size: Number of images per step.
-      backbone_learning_rate: Learning rate for a batch of 256, decayed to 0 by a cosine.
-      head_learning_rate: Learning rate of the linear classifier, likewise.
-      momentum: Momentum of SGD.
-      weight_decay: Weight decay of all parameters.
-    """
-
-    num_epochs: int
-    batch_size: int
-    backbone_learning_rate: float
-    head_learning_rate: float
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-
-
 class Classifier(NamedTuple):
-    """A backbone with a linear classifier.
+    """The trained parameters of a backbone with a linear classifier.
 
     Attributes:
-      params: Parameters of the network.
-      kernel: Weights of the classifier, [features, classes].
-      bias: Biases of the classifier, [classes].
-      batch_stats: Running statistics of the network.
+      backbone: Parameters of the network.
+      head: Weights and biases of the classifier, [features, classes] and [classes].
     """
 
-    params: Tree
-    kernel: jax.Array
-    bias: jax.Array
-    batch_stats: Tree
+    backbone: Tree
+    head: Tree
+
+    def logits(self, features: jax.Array) -> jax.Array:
+        """Returns the logits [batch, classes] of features [batch, features]."""
+        kernel, bias = self.head
+        return features.astype(jnp.float32) @ kernel + bias[None]
 
 
 def full_finetune(run: Run) -> Result:
     """Fine-tunes the backbone on all labeled training images."""
-    settings, rows = run.config.finetune, run.labeled_rows("train")
+    settings = run.config.finetune
     rates = settings.backbone_learning_rate, settings.head_learning_rate
-    result = _finetune_and_test(run, rows, settings, rates, "fine-tuning")
-    return result | run.count_unlabeled("train", "test")
+    return _finetune_and_test(run, run.train().indices, settings, rates, "fine-tuning")
 
 
 def semi_supervised(run: Run) -> Result:
     """Fine-tunes the backbone on a fraction of the labels: by default 1 % and 10 %."""
-    settings, source = run.config.semi_supervised, run.evaluation_sources().train
+    settings, train = run.config.semi_supervised, run.train()
     results = {}
-    for i, fraction in enumerate(settings.fractions):
-        if settings.lists[i]:
-            listed = rows_of_list(source, settings.lists[i])
-            rows = np.intersect1d(listed, run.labeled_rows("train"))
+    for fraction, path, backbone_rate, head_rate in zip(
+        settings.fractions,
+        settings.lists,
+        settings.backbone_learning_rates,
+        settings.head_learning_rates,
+        strict=False,
+    ):
+        if path:
+            listed = rows_of_list(run.evaluation_sources().train, path)
+            rows = np.intersect1d(listed, train.indices)
         else:
-            train = run.train()
             rows = train.indices[stratified_subset(train.labels, fraction, seed=run.config.seed)]
-        rates = settings.backbone_learning_rates[i], settings.head_learning_rates[i]
-        name = f"{100 * fraction:g} %"
-        results[name] = {
-            **_finetune_and_test(run, rows, settings, rates, f"fine-tuning on {name}"),
-            "list": settings.lists[i] or "stratified",
-        }
-    return {"by_share": results, **run.count_unlabeled("train", "test")}
+        name, rates = f"{100 * fraction:g} %", (backbone_rate, head_rate)
+        result = _finetune_and_test(run, rows, settings, rates, f"fine-tuning on {name}")
+        results[name] = result | {"list": path or "stratified"}
+    return {"by_share": results}
 
 
 def _finetune_and_test(
     run: Run,
     rows: np.ndarray,
     settings: config_dict.ConfigDict,
-    learning_rates: tuple[float, float],
+    base_learning_rates: tuple[float, float],
     description: str,
 ) -> Result:
     if len(rows) < 2:
         raise NotMeasurableError(f"{description} needs two images or more with a label")
     train, test = run.evaluation_sources()
-    recipe = FinetuneRecipe(
-        settings.num_epochs,
-        min(settings.batch_size, len(rows)),
-        *learning_rates,
+    batch_size = min(settings.batch_size, len(rows))
+    batches = run.random_crop_batches(
+        train.subset(rows),
+        batch_size=batch_size,
+        num_epochs=settings.num_epochs,
+        description=description,
+    )
+    classifier, batch_stats = train_classifier(
+        run,
+        batches,
+        num_steps=settings.num_epochs * (len(rows) // batch_size),
+        learning_rates=[rate * batch_size / 256 for rate in base_learning_rates],
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
     )
-    batches = random_crop_batches(
-        train.subset(rows),
-        run.config,
-        run.mesh,
-        batch_size=recipe.batch_size,
-        num_epochs=recipe.num_epochs,
-        seed=run.config.seed,
-        skipped=run.skipped,
+    found = run.extract(
+        logit_extractor(run, classifier, batch_stats),
+        test.subset(run.test().indices),
+        f"{description}, test",
     )
-    steps = recipe.num_epochs * (len(rows) // recipe.batch_size)
-    with progress.bar(steps, unit="step", description=description) as bar:
-        classifier = train_classifier(run, batches, recipe, num_steps=steps, after_step=bar.update)
-    found = extract_split(
-        logit_extractor(run, classifier),
-        test.subset(run.labeled_rows("test")),
-        run.config,
-        run.mesh,
-        skipped=run.skipped,
-        description=f"{description}, test",
-    )
-    if not len(found):
-        raise NotMeasurableError(f"none of the images of {test.name} can be decoded")
     logits = found.arrays["logits"]
     if not np.all(np.isfinite(logits)):
         raise DivergedError(f"{description} diverged; lower its learning rates")
@@ -145,94 +112,95 @@ def _finetune_and_test(
         "top5": float(np.mean(rank < 5)),
         "num_train": len(rows),
         "num_test": len(found),
-        "batch_size": recipe.batch_size,
+        "batch_size": batch_size,
     }
 
 
 def train_classifier(
     run: Run,
     batches: Iterable[tuple[jax.Array, jax.Array]],
-    recipe: FinetuneRecipe,
     *,
     num_steps: int,
-    after_step: Callable[[], None] = lambda: None,
-) -> Classifier:
-    """Trains the backbone of a run together with a linear classifier.
+    learning_rates: Sequence[float],
+    momentum: float,
+    weight_decay: float,
+) -> tuple[Classifier, Tree]:
+    """Trains a copy of the backbone of a run together with a linear classifier, by SGD.
 
     BatchNorm uses batch statistics. The kernel of the classifier is drawn from N(0, 0.01²).
 
     Args:
-      run: Run, whose parameters are not modified.
+      run: Run.
       batches: Images [batch, height, width, channels] and integer labels [batch] of each step.
-      recipe: Hyperparameters.
-      num_steps: Number of steps, for the schedule.
-      after_step: Function called after each step, such as the update of a progress bar.
+      num_steps: Number of steps, after which the learning rates have decayed to 0 by a cosine.
+      learning_rates: Initial learning rates of the backbone and of the classifier.
+      momentum: Momentum.
+      weight_decay: Weight decay of all parameters.
+
+    Returns:
+      The classifier and the running statistics of its backbone.
     """
 
-    def sgd(base_learning_rate: float) -> optax.GradientTransformation:
-        peak = base_learning_rate * recipe.batch_size / 256
-        schedule = optax.cosine_decay_schedule(peak, num_steps)
+    def sgd(learning_rate: float) -> optax.GradientTransformation:
+        schedule = optax.cosine_decay_schedule(learning_rate, num_steps)
         return optax.chain(
-            optax.add_decayed_weights(recipe.weight_decay),
-            optax.sgd(schedule, momentum=recipe.momentum),
+            optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum=momentum)
         )
 
+    backbone_rate, head_rate = learning_rates
     optimizer = optax.multi_transform(
-        {"backbone": sgd(recipe.backbone_learning_rate), "head": sgd(recipe.head_learning_rate)},
-        {"backbone": "backbone", "head": "head"},
+        {"backbone": sgd(backbone_rate), "head": sgd(head_rate)}, Classifier("backbone", "head")
     )
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    def step(
+        classifier: Classifier,
+        batch_stats: Tree,
+        opt_state: optax.OptState,
+        images: jax.Array,
+        labels: jax.Array,
+        key: jax.Array,
+    ) -> tuple[Classifier, Tree, optax.OptState]:
+        def loss(classifier: Classifier) -> tuple[jax.Array, Tree]:
+            features, new_stats = run.network.train_features(
+                classifier.backbone, batch_stats, run.normalize(images), key
+            )
+            losses = optax.losses.softmax_cross_entropy_with_integer_labels(
+                classifier.logits(features), labels
+            )
+            return jnp.mean(losses), new_stats
+
+        grads, new_stats = jax.grad(loss, has_aux=True)(classifier)
+        updates, opt_state = optimizer.update(grads, opt_state, classifier)
+        return optax.apply_updates(classifier, updates), new_stats, opt_state
+
     shape = run.network.num_features, run.num_classes
     kernel = 0.01 * jax.random.normal(jax.random.key(run.config.seed), shape)
-    initial = {"backbone": run.params, "head": (kernel, jnp.zeros(run.num_classes))}
-    trained, batch_stats = replicate((initial, run.batch_stats), run.mesh)
-    opt_state = jax.jit(optimizer.init)(trained)
-    step = jax.jit(functools.partial(_step, run, optimizer), donate_argnums=2)
+    initial = Classifier(run.params, (kernel, jnp.zeros(run.num_classes)))
+    classifier, batch_stats = run.replicate((initial, run.batch_stats))
+    opt_state = jax.jit(optimizer.init)(classifier)
     for i, (images, labels) in enumerate(batches):
         key = jax.random.fold_in(jax.random.key(run.config.seed), i)
-        trained, batch_stats, opt_state = step(trained, batch_stats, opt_state, images, labels, key)
-        if shares_cores(run.mesh):
-            jax.block_until_ready(trained["head"])
-        after_step()
-    kernel, bias = trained["head"]
-    return Classifier(trained["backbone"], kernel, bias, batch_stats)
-
-
-def _step(
-    run: Run,
-    optimizer: optax.GradientTransformation,
-    trained: Tree,
-    batch_stats: Tree,
-    opt_state: optax.OptState,
-    images: jax.Array,
-    labels: jax.Array,
-    key: jax.Array,
-) -> tuple[Tree, Tree, optax.OptState]:
-    def loss(trained: Tree) -> tuple[jax.Array, Tree]:
-        features, new_stats = run.network.train_features(
-            trained["backbone"], batch_stats, normalize(images, run.config), key
+        classifier, batch_stats, opt_state = step(
+            classifier, batch_stats, opt_state, images, labels, key
         )
-        kernel, bias = trained["head"]
-        logits = features.astype(jnp.float32) @ kernel + bias[None]
-        losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return jnp.mean(losses), new_stats
-
-    grads, new_stats = jax.grad(loss, has_aux=True)(trained)
-    updates, opt_state = optimizer.update(grads, opt_state, trained)
-    return optax.apply_updates(trained, updates), new_stats, opt_state
+        if shares_cores(run.mesh):
+            jax.block_until_ready(classifier.head)
+    return classifier, batch_stats
 
 
-def logit_extractor(run: Run, classifier: Classifier) -> Extractor:
+def logit_extractor(run: Run, classifier: Classifier, batch_stats: Tree) -> Extractor:
     """Returns an extractor of `logits` [batch, classes], which uses the running statistics."""
 
     @jax.jit
-    def extract(classifier: Classifier, images: jax.Array) -> dict[str, jax.Array]:
-        features = run.network.features(
-            classifier.params, classifier.batch_stats, normalize(images, run.config)
-        )
-        logits = features.astype(jnp.float32) @ classifier.kernel + classifier.bias[None]
-        return {"logits": logits}
+    def extract(
+        classifier: Classifier, batch_stats: Tree, images: jax.Array
+    ) -> dict[str, jax.Array]:
+        images = run.normalize(images)
+        features = run.network.features(classifier.backbone, batch_stats, images)
+        return {"logits": classifier.logits(features)}
 
-    return functools.partial(extract, classifier)
+    return functools.partial(extract, classifier, batch_stats)
 
 
 def rows_of_list(source: Source, path: str) -> np.ndarray:
@@ -260,18 +228,16 @@ def rows_of_list(source: Source, path: str) -> np.ndarray:
     wanted = {os.path.basename(line.strip()) for line in lines if line.strip()}
     if not wanted:
         raise UserError(f"the list of images {path!r} is empty")
-    rows, found, unreadable = [], set(), 0
+    names: list[str | None] = []  # None for records that cannot be read
     with progress.bar(len(source), unit="img", description="images on the list") as bar:
         for index in range(len(source)):
             try:
-                name = _file_name(source, index)
+                names.append(_file_name(source, index))
             except UndecodableError:
-                name, unreadable = "", unreadable + 1
-            if name in wanted:
-                rows.append(index)
-                found.add(name)
+                names.append(None)
             bar.update()
-    missing = sorted(wanted - found)
+    rows, unreadable = [i for i, name in enumerate(names) if name in wanted], names.count(None)
+    missing = sorted(wanted.difference(names))
     if missing and rows and len(missing) <= unreadable:
         _logger.warning(
             f"{len(missing)} images of the list {path!r} are excluded: {unreadable} records of "

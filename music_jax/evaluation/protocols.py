@@ -1,4 +1,4 @@
-"""Defines the evaluation protocols by name, and runs them on a checkpoint."""
+"""Defines the evaluation protocols by name, and runs them: on a checkpoint, and after training."""
 
 import dataclasses
 import difflib
@@ -6,23 +6,27 @@ import functools
 import logging
 import operator
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 from ml_collections import config_dict
 
 from music_jax.config import normalize_path
 from music_jax.data import datasets
+from music_jax.data.sources import Source
+from music_jax.distributed import progress
 from music_jax.distributed.mesh import from_main_process, is_main_process
 from music_jax.errors import DivergedError, NotMeasurableError, UserError
 from music_jax.evaluation import feature_protocols, finetune
 from music_jax.evaluation.feature_protocols import knn, linear
-from music_jax.evaluation.results import Result, read_result, result_path
-from music_jax.evaluation.run import Run, agreed_fingerprint
+from music_jax.evaluation.results import Result, read_result, result_path, results_table
+from music_jax.evaluation.run import Run, Split, agreed_fingerprint
 from music_jax.workdir.files import write_json
 from music_jax.workdir.run_config import as_json
 
 _logger = logging.getLogger(__name__)
+
+_Errors = dict[str, NotMeasurableError | DivergedError]
 
 
 class Protocol(NamedTuple):
@@ -31,13 +35,13 @@ class Protocol(NamedTuple):
     Attributes:
       measure: Function from the run to the result; None for `transfer`, which runs others.
       settings: Fields and groups of the config that it depends on, by dotted name.
-      labels: Whether it needs labeled images.
+      labels: Splits whose labels it needs; images without a label are excluded and counted.
       segments: Whether it needs the segments of the MUSIC objective.
     """
 
     measure: Callable[[Run], Result] | None
     settings: tuple[str, ...] = ()
-    labels: bool = True
+    labels: tuple[Split, ...] = ("train", "test")
     segments: bool = False
 
 
@@ -46,12 +50,12 @@ PROTOCOLS = {
     "knn": Protocol(knn, ("knn", "linear_eval.raw_pixels", "linear_eval.random_init")),
     "fewshot": Protocol(feature_protocols.fewshot, ("few_shot",)),
     "retrieval": Protocol(feature_protocols.retrieval),
-    "clustering": Protocol(feature_protocols.clustering, segments=True),
-    "label_free": Protocol(feature_protocols.label_free, labels=False),
-    "segments": Protocol(feature_protocols.segments, labels=False, segments=True),
+    "clustering": Protocol(feature_protocols.clustering, labels=("test",), segments=True),
+    "label_free": Protocol(feature_protocols.label_free, labels=()),
+    "segments": Protocol(feature_protocols.segments, labels=(), segments=True),
     "semi": Protocol(finetune.semi_supervised, ("semi_supervised",)),
     "finetune": Protocol(finetune.full_finetune, ("finetune",)),
-    "transfer": Protocol(None, ("linear_eval", "knn"), labels=False),
+    "transfer": Protocol(None, ("linear_eval", "knn"), labels=()),
 }
 
 
@@ -118,7 +122,7 @@ def _run_protocol(run: Run, name: str, transfer_sets: Sequence[str], force: bool
     if result is not None and about.items() <= result.items():
         _logger.info(f"{name}: using the existing result in {path}")
     else:
-        result = measure() | about
+        result = measure() | run.count_unlabeled(protocol.labels) | about
         if is_main_process():
             write_json(path, result)
     _log_excluded(name, result)
@@ -133,12 +137,10 @@ def _log_excluded(name: str, result: Result) -> None:
         _logger.warning(f"{name} to {spec} was not measured: {reason}")
 
 
-def _transfer_runs(
-    run: Run, transfer_sets: Sequence[str]
-) -> tuple[dict[str, Run], dict[str, NotMeasurableError | DivergedError]]:
+def _transfer_runs(run: Run, transfer_sets: Sequence[str]) -> tuple[dict[str, Run], _Errors]:
     """Returns the run with the images of each dataset, or the reason why these cannot be used."""
     runs: dict[str, Run] = {}
-    errors: dict[str, NotMeasurableError | DivergedError] = {}
+    errors: _Errors = {}
     for spec in transfer_sets:
         config = config_dict.ConfigDict(run.config.to_dict())
         config.evaluation.train, config.evaluation.test = _parse_transfer_set(spec)
@@ -152,20 +154,20 @@ def _transfer_runs(
     return runs, errors
 
 
-def _transfer(
-    runs: dict[str, Run], errors: dict[str, NotMeasurableError | DivergedError]
-) -> Result:
+def _transfer(runs: dict[str, Run], errors: _Errors) -> Result:
     """Runs the linear probe and kNN on each dataset; those that cannot be measured are skipped."""
     results = {}
     for spec, run in runs.items():
         _logger.info(f"transfer to {spec}")
         there = dataclasses.replace(run)  # a copy, whose features are freed before the next
         try:
-            results[spec] = {"linear": linear(there), "knn": knn(there)}
+            found = {"linear": linear(there), "knn": knn(there)}
         except (NotMeasurableError, DivergedError) as error:
             errors[spec] = error
             continue
-        _log_excluded(f"transfer to {spec}", results[spec]["linear"])
+        unlabeled = there.count_unlabeled(("train", "test"))
+        results[spec] = {name: result | unlabeled for name, result in found.items()}
+        _log_excluded(f"transfer to {spec}", unlabeled)
     reasons = {spec: str(error) for spec, error in errors.items()}
     if not results:
         diverged = any(isinstance(error, DivergedError) for error in errors.values())
@@ -261,3 +263,78 @@ def read_final_results(
             return None
         results[name] = result
     return results
+
+
+class FinalEvaluation:
+    """The linear probe and kNN at the end of a training, if there are labeled images.
+
+    Attributes:
+      sources: Labeled images to learn from and to test on, or None.
+    """
+
+    def __init__(self, config: config_dict.ConfigDict, workdir: epath.Path, source: Source):
+        """Opens the labeled images; all processes call this together.
+
+        Args:
+          config: The run's config.
+          workdir: Workdir of the run.
+          source: The training images.
+
+        Raises:
+          UserError: Images that `config.evaluation` names cannot be used, or only some of the
+            processes find images.
+        """
+        self._config, self._workdir = config, workdir
+        self.sources: datasets.EvaluationSources | None = None
+        self._why_not = ""
+        try:
+            self.sources = datasets.evaluation_sources(config, source)
+        except NotMeasurableError as error:
+            if config.evaluation.train or config.evaluation.test:
+                raise
+            self._why_not = str(error)
+            _logger.info(f"the backbone will not be probed: {error}")
+        if from_main_process(lambda: self.sources is None) != (self.sources is None):
+            raise UserError(
+                "the processes do not find the same images to evaluate with; this one: "
+                f"{self._why_not or 'there are some'}"
+            )
+
+    def is_done(self, step: int) -> bool:
+        """Returns whether there is nothing to evaluate at a step; logs the results if so."""
+        results: dict[str, Result] | None = {}
+        if self.sources is not None:
+            fingerprints = [agreed_fingerprint(source) for source in self.sources]
+            results = from_main_process(
+                lambda: read_final_results(self._config, self._workdir, step, fingerprints)
+            )
+        if results is None:
+            return False
+        done = "trained and evaluated" if results else "trained"
+        _logger.info(f"{self._workdir} is done: {step} steps {done}")
+        if results:
+            progress.log_lines(_logger, results_table(results))
+        return True
+
+    def run(self, **fields: Any) -> dict[str, float]:
+        """Evaluates a network, writes the results into the workdir and logs them.
+
+        Args:
+          **fields: `network`, `params`, `batch_stats`, `step`, `mesh` and `skipped`; see `Run`.
+
+        Returns:
+          The top-1 accuracies by name.
+        """
+        if self.sources is None:
+            _logger.info(f"not probed: {self._why_not}")
+            return {}
+        run = Run(
+            config=self._config,
+            workdir=self._workdir,
+            sources=self.sources,
+            images=self.sources.test,
+            **fields,
+        )
+        results = run_protocols(run, final_protocols(self._config), force=True)
+        progress.log_lines(_logger, results_table(results))
+        return {f"{name}_top1": result["top1"] for name, result in results.items()}

@@ -81,13 +81,7 @@ def write_predictions(workdir: epath.Path, found: Predictions) -> None:
         return
     try:
         with new_file(workdir / _PREDICTIONS) as file:
-            np.savez(
-                file,
-                indices=found.indices.astype(np.int64),
-                labels=found.labels.astype(np.int32),
-                predictions=found.predictions.astype(np.int32),
-                step=np.asarray(found.step, np.int64),
-            )
+            np.savez(file, allow_pickle=False, **found._asdict())
     except OSError as error:
         _logger.warning(f"the predictions of the linear probe are not saved: {error}")
 
@@ -103,15 +97,15 @@ def read_predictions(workdir: epath.Path) -> Predictions | None:
         return None
     try:
         arrays = read_npz(path)
-        indices, labels, predictions, step = (arrays[name] for name in Predictions._fields)
-        images = indices.shape
-        shapes = (images, images, images, ())
-        for array, shape in zip((indices, labels, predictions, step), shapes, strict=True):
-            if array.shape != shape or not np.issubdtype(array.dtype, np.integer):
+        *columns, step = (arrays[name] for name in Predictions._fields)
+        shapes = [(columns[0].size,)] * 3 + [()]
+        for array, shape in zip((*columns, step), shapes, strict=True):
+            if array.shape != shape or array.dtype.kind not in "iu":
                 raise ValueError("an array has an unexpected shape or type")
-        if len(images) != 1 or not images[0] or min(labels.min(), indices.min()) < 0:
+        indices, labels, predictions = columns
+        if not len(indices) or min(array.min() for array in columns) < 0:
             raise ValueError("there are no images, or images without a label")
-        if predictions.min() < 0 or max(labels.max(), predictions.max()) >= 2**31:
+        if max(labels.max(), predictions.max()) >= 2**31:
             raise ValueError("a prediction is not a label")
         return Predictions(indices, labels, predictions, int(step))
     except (OSError, KeyError) as error:
@@ -162,15 +156,10 @@ def _number(value: float | None) -> str:
 
 
 def _linear(result: Result) -> Rows:
-    return [
-        ("top-1", _percent(result["top1"])),
-        ("top-5", _percent(result["top5"])),
-        *(
-            (f"top-1, {label}", _percent(result[f"{key}_top1"]))
-            for key, label in _BASELINES
-            if result[f"{key}_top1"] is not None
-        ),
-    ]
+    scores = {"top-1": result["top1"], "top-5": result["top5"]}
+    baselines = {f"top-1, {label}": result[f"{key}_top1"] for key, label in _BASELINES}
+    scores |= {label: score for label, score in baselines.items() if score is not None}
+    return [(label, _percent(score)) for label, score in scores.items()]
 
 
 def _fewshot(result: Result) -> Rows:
@@ -187,14 +176,12 @@ def _clustering(result: Result) -> Rows:
         "chosen_segment": "segment chosen without labels",
         "oracle_segment": "best segment by the labels (oracle)",
     }
+    scores = [("accuracy", "accuracy", _percent), ("nmi", "NMI", _number)]
+    scores += [("adjusted_rand", "adjusted Rand", _number)]
     return [
-        row
+        (f"{label}: {score}", show(result[key][name]))
         for key, label in clusterings.items()
-        for row in (
-            (f"{label}: accuracy", _percent(result[key]["accuracy"])),
-            (f"{label}: NMI", _number(result[key]["nmi"])),
-            (f"{label}: adjusted Rand", _number(result[key]["adjusted_rand"])),
-        )
+        for name, score, show in scores
     ]
 
 
@@ -209,15 +196,14 @@ def _label_free(result: Result) -> Rows:
 
 
 def _segments(result: Result) -> Rows:
-    mean = {
-        name: _number(result[name]["mean"])
-        for name in ("usage_entropy", "confidence", "mutual_information")
-    }
+    def mean(name: str) -> str:
+        return _number(result[name]["mean"])
+
     return [
-        (f"usage entropy, at most log K = {result['log_units']:.3f}", mean["usage_entropy"]),
+        (f"usage entropy, at most log K = {result['log_units']:.3f}", mean("usage_entropy")),
         (f"dead units of {result['num_units']}", str(result["dead_units"])),
-        ("confidence", mean["confidence"]),
-        ("mutual information of two segments, in nats", mean["mutual_information"]),
+        ("confidence", mean("confidence")),
+        ("mutual information of two segments, in nats", mean("mutual_information")),
         *((f"gap to bound: {k}", _number(v)) for k, v in list(result["gap_to_bound"].items())[:4]),
     ]
 

@@ -9,33 +9,39 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 from ml_collections import config_dict
 
+from music_jax.checkpoint.manager import restore_network
+from music_jax.config import FREE_FIELDS, from_json, is_free, validate
+from music_jax.data import datasets
 from music_jax.data.datasets import EvaluationSources
-from music_jax.data.skipped import SkippedImages
+from music_jax.data.skipped import SkippedImages, UnlistedImages, open_skipped
 from music_jax.data.sources import Source
-from music_jax.distributed.mesh import from_main_process
+from music_jax.distributed.mesh import from_main_process, make_data_mesh
 from music_jax.errors import NotMeasurableError, UserError
-from music_jax.evaluation.cache import Expected, cached_arrays
 from music_jax.evaluation.features import (
     Arrays,
-    Extractor,
+    Expected,
+    FrozenNetwork,
+    Model,
     SplitFeatures,
-    backbone_extractor,
-    extract_split,
-    extract_views,
-    pixel_extractor,
-    replicate,
+    cached_arrays,
 )
-from music_jax.models.network import INIT_COMPILER_OPTIONS, Network, init_network
 from music_jax.objectives import segment_probabilities
-from music_jax.workdir.run_config import as_json
+from music_jax.workdir.directory import find_workdir, open_workdir
+from music_jax.workdir.run_config import (
+    DATA_FIELDS,
+    as_json,
+    exclude_foreign_data,
+    is_signed,
+    read_config,
+    read_signature,
+)
 
-Model = Literal["trained", "random_init", "raw_pixels"]
 Split = Literal["train", "test"]
 
 _PROBABILITIES_AT_ONCE = 4096  # samples
+_NO_IMAGES = Source("no images", (), "image", "label", 0)
 
 
 def agreed_fingerprint(source: Source) -> str:
@@ -47,37 +53,24 @@ def agreed_fingerprint(source: Source) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Run(FrozenNetwork):
     """The network of a run after some step, with the images that it is evaluated on.
 
-    Features are kept in memory and, except for raw pixels, cached in the output directory. Methods
-    with an argument `model` take `trained`, `random_init` (the backbone before training) or
-    `raw_pixels` (the normalized pixels as features).
+    Features are kept in memory and, except for raw pixels, cached in the output directory. See
+    `extractor` for the argument `model` of the methods.
 
     Attributes:
-      config: Config of the run.
       workdir: Directory for results: that of the run, or another one.
       sources: Training and test images with labels; None if there are none.
       images: Images for metrics without labels: the test images, or else the training images.
-      network: Network.
-      params: Trained parameters.
-      batch_stats: Trained running statistics.
       step: Step of the checkpoint.
-      mesh: Devices.
-      skipped: Record of images that cannot be decoded, which no metric includes.
       why_no_sources: Reason why there are no `sources`.
     """
 
-    config: config_dict.ConfigDict
     workdir: epath.Path
     sources: EvaluationSources | None
     images: Source
-    network: Network
-    params: dict
-    batch_stats: dict
     step: int
-    mesh: Mesh
-    skipped: SkippedImages
     why_no_sources: str = "there are no labeled images"
     _memory: dict[tuple, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
@@ -94,20 +87,6 @@ class Run:
         """Returns features of the labeled test images; raises the same errors as `train`."""
         return self._labeled("test", model)
 
-    def labeled_rows(self, split: Split) -> np.ndarray:
-        """Returns the indices of a split's labeled images, after reading all labels once.
-
-        Only protocols that read the images themselves need this, since features come with labels.
-        Images of damaged records are included: they are skipped when they are read.
-
-        Raises:
-          NotMeasurableError: See `train`.
-        """
-        source = getattr(self.evaluation_sources(), split)
-        labels = self._memoize(("labels", id(source)), source.labels)
-        _check_classes(source, labels, split)
-        return np.flatnonzero(labels != -1)
-
     def unlabeled(self) -> SplitFeatures:
         """Returns `features` and `embeddings` of all `images`, with or without a label."""
         return self._split(self.images, "trained")
@@ -119,6 +98,15 @@ class Run:
           UserError: A feature is not finite.
         """
         evaluation = self.config.evaluation
+
+        def compute() -> Arrays:
+            return self.extract_views(
+                self.images,
+                num_images=evaluation.view_images,
+                num_views=evaluation.num_views,
+                description=f"views of {self.images.name}",
+            )
+
         key = self._key(self.images, "trained") | {
             "crop": as_json(self.config.crop),
             "augmentation": as_json(self.config.augmentation),
@@ -126,51 +114,25 @@ class Run:
             "views": evaluation.num_views,
             "seed": self.config.seed,
         }
-
-        def compute() -> Arrays:
-            return extract_views(
-                self.network,
-                self.params,
-                self.batch_stats,
-                self.images,
-                self.config,
-                self.mesh,
-                skipped=self.skipped,
-                description=f"views of {self.images.name}",
-            )
-
-        def read_or_compute() -> Arrays:
-            expected = self._expected(len(self.images), evaluation.num_views)
-            name = f"step_{self.step}-views"
-            return cached_arrays(self.workdir / "features", name, key, compute, expected=expected)
-
-        views = self._memoize(("views",), read_or_compute)
-        _check_finite(views, f"views of {self.images.name}")
-        return views
+        expected = self._expected(len(self.images), evaluation.num_views)
+        return self._cached("views", self.images, key, expected, compute)
 
     def probabilities(self) -> np.ndarray:
         """Returns the segments' probabilities of all `images`, [images, segments, units]."""
         objective = self.config.objective
         embeddings = self.unlabeled().arrays["embeddings"]
-        convert = jax.jit(
-            functools.partial(
-                segment_probabilities,
-                num_segments=objective.num_segments,
-                temperature=objective.temperature,
-            )
-        )
-        starts = range(0, len(embeddings), _PROBABILITIES_AT_ONCE)
-        blocks = (embeddings[start : start + _PROBABILITIES_AT_ONCE] for start in starts)
-        return np.concatenate([np.asarray(convert(block)) for block in blocks])
+        options = {"num_segments": objective.num_segments, "temperature": objective.temperature}
+        convert = jax.jit(functools.partial(segment_probabilities, **options))
+        blocks = np.array_split(embeddings, len(embeddings) // _PROBABILITIES_AT_ONCE + 1)
+        return np.concatenate([convert(block) for block in blocks])
 
-    def count_unlabeled(self, *splits: Split) -> dict[str, Any]:
+    def count_unlabeled(self, splits: tuple[Split, ...]) -> dict[str, Any]:
         """Returns the entry `without_label` of a result, which is missing if all have labels."""
-        counts = {}
-        for split in splits:
-            source = getattr(self.evaluation_sources(), split)
-            labels = self._memory.get(("labels", id(source)))  # features need not exist
-            labels = self._split(source, "trained").labels if labels is None else labels
-            counts[split] = int(np.sum(labels < 0))
+        sources = {split: getattr(self.evaluation_sources(), split) for split in splits}
+        counts = {
+            split: int(np.sum(self._split(source, "trained").labels < 0))
+            for split, source in sources.items()
+        }
         return {"without_label": counts} if any(counts.values()) else {}
 
     @property
@@ -188,25 +150,15 @@ class Run:
             raise NotMeasurableError(self.why_no_sources)
         return self.sources
 
-    def extractor(self, model: Model, *, embeddings: bool = False) -> Extractor:
-        """Returns a function from images to features and, on request, embeddings."""
-        if model == "raw_pixels":
-            return pixel_extractor(self.config)
-        params, batch_stats = self.params, self.batch_stats
-        if model == "random_init":
-            initial = jax.jit(
-                functools.partial(init_network, self.config),
-                compiler_options=INIT_COMPILER_OPTIONS,
-            )
-            params, batch_stats = initial(jax.random.key(self.config.seed))
-        return backbone_extractor(
-            self.network, params, batch_stats, self.config, self.mesh, embeddings=embeddings
-        )
-
     def _labeled(self, split: Split, model: Model) -> SplitFeatures:
         source = getattr(self.evaluation_sources(), split)
-        features = self._split(source, model).labeled()
-        _check_classes(source, features.labels, split)
+        features, needed = self._split(source, model).labeled(), 2 if split == "train" else 1
+        classes = len(np.unique(features.labels))
+        if classes < needed:
+            raise NotMeasurableError(
+                f"the images of {source.name} that can be decoded have labels of {classes} "
+                f"classes; at least {needed} are needed"
+            )
         return features
 
     def _split(self, source: Source, model: Model) -> SplitFeatures:
@@ -215,32 +167,24 @@ class Run:
         embeddings = model == "trained" and (source is self.images or not training)
 
         def compute() -> Arrays:
-            found = extract_split(
-                self.extractor(model, embeddings=embeddings),
-                source,
-                self.config,
-                self.mesh,
-                skipped=self.skipped,
-                description=f"features of {source.name}, {model.replace('_', ' ')}",
-            )
+            extractor = self.extractor(model, embeddings=embeddings)
+            description = f"features of {source.name}, {model.replace('_', ' ')}"
+            found = self.extract(extractor, source, description)
             return found.arrays | {"labels": found.labels, "indices": found.indices}
 
-        def read_or_compute() -> Arrays:
-            if model == "raw_pixels":
-                return compute()
-            expected = self._expected(len(source)) | {
-                "labels": Expected((len(source),), np.int32, range(-1, max(source.num_classes, 1))),
-                "indices": Expected((len(source),), np.int64, range(len(source))),
+        if model == "raw_pixels":
+            arrays = dict(self._memoize(model, source, compute))
+        else:
+            size = len(source)
+            expected = self._expected(size) | {
+                "labels": Expected((size,), np.int32, range(-1, max(source.num_classes, 1))),
+                "indices": Expected((size,), np.int64, range(size)),
             }
             if not embeddings:
                 del expected["embeddings"]
             key = self._key(source, model) | {"embeddings": embeddings}
-            name = f"step_{self.step}-{model}"
-            return cached_arrays(self.workdir / "features", name, key, compute, expected=expected)
-
-        arrays = dict(self._memoize(("features", id(source), model), read_or_compute))
+            arrays = dict(self._cached(model, source, key, expected, compute))
         labels, indices = arrays.pop("labels"), arrays.pop("indices")
-        _check_finite(arrays, source.name)
         return SplitFeatures(arrays, labels, indices)
 
     def _expected(self, *shape: int) -> dict[str, Expected]:
@@ -252,9 +196,7 @@ class Run:
     def _key(self, source: Source, model: Model) -> dict[str, Any]:
         """Returns everything that features depend on."""
         config = as_json(self.config)
-        _, fingerprint = self._memoize(  # cached with the source, so that its id stays unique
-            ("fingerprint", id(source)), lambda: (source, agreed_fingerprint(source))
-        )
+        fingerprint = self._memoize("fingerprint", source, lambda: agreed_fingerprint(source))
         return {
             "network": model,
             "step": self.step,
@@ -271,31 +213,123 @@ class Run:
     @functools.cached_property
     def _weights(self) -> int:
         """Checksum of the trained network, so that features of another run are never used."""
-        replicated = replicate((self.params, self.batch_stats), self.mesh)
         checksum = 0
-        for leaf in jax.tree.leaves(replicated):
-            content = np.ascontiguousarray(leaf.addressable_data(0)).reshape(-1)
-            checksum = zlib.crc32(content.view(np.uint8).data, checksum)
+        for leaf in jax.tree.leaves(self.replicate((self.params, self.batch_stats))):
+            checksum = zlib.crc32(np.asarray(leaf.addressable_data(0)).tobytes(), checksum)
         return checksum
 
-    def _memoize(self, key: tuple, compute: Callable[[], Any]) -> Any:
+    def _cached(
+        self,
+        name: str,
+        source: Source,
+        key: dict[str, Any],
+        expected: dict[str, Expected],
+        compute: Callable[[], Arrays],
+    ) -> Arrays:
+        """Returns arrays from memory or from the cache on disk, or computes them."""
+
+        def read_or_compute() -> Arrays:
+            directory, file = self.workdir / "features", f"step_{self.step}-{name}"
+            arrays = cached_arrays(directory, file, key, compute, expected=expected)
+            if not all(np.all(np.isfinite(array)) for array in arrays.values()):
+                raise UserError(
+                    f"some features of {source.name} are not finite: the network has diverged; "
+                    "evaluate an earlier checkpoint with --checkpoint=STEP"
+                )
+            return arrays
+
+        return self._memoize(name, source, read_or_compute)
+
+    def _memoize(self, name: str, source: Source, compute: Callable[[], Any]) -> Any:
+        """Computes something of a source once; the source is kept, so that its id stays unique."""
+        key = name, id(source)
         if key not in self._memory:
-            self._memory[key] = compute()
-        return self._memory[key]
+            self._memory[key] = source, compute()
+        return self._memory[key][1]
 
 
-def _check_classes(source: Source, labels: np.ndarray, split: Split) -> None:
-    classes, needed = len(np.unique(labels[labels >= 0])), 2 if split == "train" else 1
-    if classes < needed:
-        raise NotMeasurableError(
-            f"the images of {source.name} that can be decoded have labels of {classes} classes; at "
-            f"least {needed} are needed"
-        )
+def load_run(
+    workdir: str,
+    *,
+    output: str | None = None,
+    read_only: bool = False,
+    checkpoint: str | None = None,
+    overrides: dict[str, object] | None = None,
+    labels: bool = True,
+    images: bool = True,
+) -> Run:
+    """Loads a checkpoint of a run, and opens the images that it is evaluated on.
+
+    Only images that are needed have to exist: the training images are opened if `evaluation.test`
+    or, for labels, `evaluation.train` names no others.
+
+    Args:
+      workdir: Workdir of the run. Nothing is written into it if `output` is given.
+      output: Directory for results; the workdir by default.
+      read_only: Whether to write nothing at all, not even the list of images that cannot be
+        decoded.
+      checkpoint: Step or directory of the checkpoint; the latest by default.
+      overrides: Config fields, by dotted name, that replace those of the run.
+      labels: Whether to open labeled images, if there are any.
+      images: Whether to open any images of the run.
+
+    Raises:
+      UserError: There is no such run or checkpoint, an override would change the training, or the
+        images are in a location that only the run's files name; see `music_jax.workdir.run_config`.
+    """
+    given = overrides or {}
+    directory = find_workdir(workdir)
+    saved = read_config(directory)
+    if saved is None:  # removed in the meantime
+        raise UserError(f"{workdir} holds no run: it has no config.json")
+    config = from_json(saved)
+    own = is_signed(config, read_signature(directory))
+    _override(config, given)
+    validate(config, training=False)
+    if not own:
+        exclude_foreign_data(config, given, workdir, labels=labels, images=images)
+    if read_only:
+        results = directory
+        skipped: SkippedImages = UnlistedImages(directory, max_share=1.0)
+    else:
+        try:
+            results = open_workdir(output or workdir, create=bool(output))
+        except UserError as error:
+            raise UserError(f"{error}; or name another directory with --output=DIR") from error
+        skipped = open_skipped(results, config)
+    sources, found, reason = None, _NO_IMAGES, Run.why_no_sources
+    if images:
+        datasets.prepare(config, given)
+        if labels:
+            try:
+                sources = datasets.evaluation_sources(config)
+            except NotMeasurableError as error:
+                reason = str(error)
+        found = sources.test if sources else datasets.evaluation_images(config)
+    mesh = make_data_mesh()
+    return Run(
+        config=config,
+        workdir=results,
+        sources=sources,
+        images=found,
+        mesh=mesh,
+        skipped=skipped,
+        why_no_sources=reason,
+        **restore_network(directory, config, checkpoint, mesh)._asdict(),
+    )
 
 
-def _check_finite(arrays: Arrays, images: str) -> None:
-    if not all(np.all(np.isfinite(array)) for array in arrays.values()):
-        raise UserError(
-            f"some features of {images} are not finite: the network has diverged; evaluate an "
-            "earlier checkpoint with --checkpoint=STEP"
-        )
+def _override(config: config_dict.ConfigDict, overrides: dict[str, object]) -> None:
+    for field, value in overrides.items():
+        if field == "dataset.path":  # the training images may have been moved
+            if not config.dataset.path:
+                raise UserError(
+                    "config.dataset.path applies to runs trained on a folder; this one was trained "
+                    f"on {config.dataset.name}: use config.dataset.data_dir"
+                )
+        elif not is_free(field) and field not in DATA_FIELDS:
+            raise UserError(
+                f"config.{field} cannot change after training; use one of "
+                f"{', '.join((*DATA_FIELDS[:2], *FREE_FIELDS))}"
+            )
+        config.update_from_flattened_dict({field: value})

@@ -2,23 +2,17 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import scipy.special
 from threadpoolctl import threadpool_limits
 
-from music_jax.metrics.knn import unit_length
+from music_jax.metrics.knn import check_samples, unit_length
 
 
-class Interval(NamedTuple):
-    """A mean and the half-width of its confidence interval, `mean ± half_width`."""
-
-    mean: float
-    half_width: float
-
-
-def mean_interval(values: Sequence[float] | np.ndarray, *, confidence: float = 0.95) -> Interval:
+def mean_interval(
+    values: Sequence[float] | np.ndarray, *, confidence: float = 0.95
+) -> tuple[float, float]:
     """Returns the mean of independent values with its Student-t confidence interval.
 
     Args:
@@ -41,23 +35,9 @@ def mean_interval(values: Sequence[float] | np.ndarray, *, confidence: float = 0
     if x.ndim != 1 or not len(x):
         raise ValueError(f"expected values [draws], at least one; got shape {x.shape}")
     if len(x) == 1:
-        return Interval(float(x[0]), float("nan"))
+        return float(x[0]), float("nan")
     quantile = scipy.special.stdtrit(len(x) - 1, (1 + confidence) / 2)
-    return Interval(float(x.mean()), float(quantile * x.std(ddof=1) / np.sqrt(len(x))))
-
-
-class FewShotResult(NamedTuple):
-    """Accuracies of few-shot classification.
-
-    Attributes:
-      shots: Number of labeled samples per class.
-      top1: Mean accuracy over the draws with its 95 % interval.
-      accuracies: Accuracy of each draw, [draws].
-    """
-
-    shots: int
-    top1: Interval
-    accuracies: np.ndarray
+    return float(x.mean()), float(quantile * x.std(ddof=1) / np.sqrt(len(x)))
 
 
 def few_shot(
@@ -70,7 +50,7 @@ def few_shot(
     draws: int = 20,
     seed: int = 0,
     after_draw: Callable[[], None] = lambda: None,
-) -> FewShotResult:
+) -> np.ndarray:
     """Evaluates logistic regression on a few samples per class, over several random draws.
 
     Features are scaled to unit length. The classifier is scikit-learn's, with an L2 penalty whose
@@ -88,7 +68,7 @@ def few_shot(
       after_draw: Function called after each draw, such as the update of a progress bar.
 
     Returns:
-      The accuracies on the whole test set.
+      The accuracies on the whole test set, float64 [draws]; see `mean_interval`.
 
     Raises:
       ValueError: The shapes do not match.
@@ -97,12 +77,7 @@ def few_shot(
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    if len(train_features) != len(train_labels) or len(test_features) != len(test_labels):
-        raise ValueError(
-            f"expected a label for each sample; got {len(train_features)} training features and "
-            f"{len(train_labels)} labels, {len(test_features)} test features and "
-            f"{len(test_labels)} labels"
-        )
+    check_samples(training=(train_features, train_labels), test=(test_features, test_labels))
     train, test = (unit_length(x, np.float64) for x in (train_features, test_features))
     accuracies = np.empty(draws)
     for draw in range(draws):
@@ -122,7 +97,7 @@ def few_shot(
                 predictions = classifier.fit(drawn, labels).predict(tested)
         accuracies[draw] = np.mean(predictions == test_labels)
         after_draw()
-    return FewShotResult(shots, mean_interval(accuracies), accuracies)
+    return accuracies
 
 
 def draw_shots(labels: np.ndarray, shots: int, *, seed: int, draw: int = 0) -> np.ndarray:
@@ -155,12 +130,7 @@ def stratified_subset(labels: np.ndarray, fraction: float, *, seed: int) -> np.n
 
     Returns:
       The rows of the samples, ascending.
-
-    Raises:
-      ValueError: The fraction is not in (0, 1].
     """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"expected a fraction in (0, 1]; got {fraction}")
     rng = np.random.Generator(np.random.Philox(key=[seed, 2**33]))
     rows = []
     for label in np.unique(labels):

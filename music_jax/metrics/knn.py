@@ -1,14 +1,15 @@
-"""Nearest neighbors, and classification by their weighted vote (Wu et al., arXiv 1805.01978)."""
+"""Metrics by cosine similarity: classification by the nearest neighbors, and retrieval."""
 
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-_BANK_BLOCK = 65_536  # training samples on the device at once
+_SIMILARITIES = 2**24  # of queries and a gallery, on the device at once
 
 
 def knn_predict(
@@ -17,9 +18,8 @@ def knn_predict(
     test_features: np.ndarray | jax.Array,
     *,
     num_classes: int,
-    k: int = 20,
+    k: int | Sequence[int] = 20,
     temperature: float = 0.07,
-    block_size: int = 256,
 ) -> np.ndarray:
     """Predicts labels by a weighted vote of the nearest training samples.
 
@@ -33,30 +33,35 @@ def knn_predict(
       train_labels: Training labels, integers [train].
       test_features: Test features, [test, features].
       num_classes: Number of classes.
-      k: Number of neighbors that vote; all training samples if there are fewer.
+      k: Number of neighbors that vote, all training samples if there are fewer; or several such
+        numbers, for which the neighbors are searched once.
       temperature: Temperature of the weights.
-      block_size: Number of queries compared at once.
 
     Returns:
-      Predicted labels, int32 [test].
+      Predicted labels, int32 [test], or [len(k), test] for several numbers of neighbors.
 
     Raises:
-      ValueError: The shapes do not match.
+      ValueError: The shapes do not match, or there are no training samples.
+
+    Reference:
+      Wu et al., `Unsupervised Feature Learning via Non-Parametric Instance-level Discrimination
+      <https://arxiv.org/abs/1805.01978>`_, 2018
     """
-    if train_features.shape[0] != train_labels.shape[0]:
-        raise ValueError(
-            f"expected one label for each of {train_features.shape[0]} training features; got "
-            f"{train_labels.shape[0]}"
-        )
-    similarities, nearest = nearest_neighbors(
-        train_features, test_features, k=k, block_size=block_size
-    )
-    return weighted_vote(
-        similarities,
-        np.asarray(train_labels)[nearest],
-        num_classes=num_classes,
-        temperature=temperature,
-    )
+    check_samples(training=(train_features, train_labels))
+    similarities, nearest = nearest_neighbors(train_features, test_features, k=np.max(k))
+    labels = np.asarray(train_labels)[nearest]
+    # Only ratios of weights matter. With the nearest neighbor's weight at 1, no temperature makes
+    # all weights 0.
+    exact = similarities.astype(np.float64)
+    with np.errstate(over="ignore"):  # to minus infinity, whose weight is 0
+        weights = np.exp((exact - exact.max(axis=1, keepdims=True)) / temperature)
+
+    def vote(k: int) -> np.ndarray:
+        votes = np.zeros((len(labels), num_classes))
+        np.add.at(votes, (np.arange(len(labels))[:, None], labels[:, :k]), weights[:, :k])
+        return np.argmax(votes, axis=1).astype(np.int32)
+
+    return vote(k) if isinstance(k, int) else np.stack([vote(number) for number in k])
 
 
 def nearest_neighbors(
@@ -65,7 +70,7 @@ def nearest_neighbors(
     *,
     k: int,
     block_size: int = 256,
-    bank_block_size: int = _BANK_BLOCK,
+    bank_block_size: int = 65_536,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Finds the samples of a bank with the largest cosine similarity to each query.
 
@@ -87,11 +92,7 @@ def nearest_neighbors(
     Raises:
       ValueError: The sizes of the features differ, or the bank is empty.
     """
-    if bank.shape[1] != queries.shape[1]:
-        raise ValueError(
-            "expected features of one size; got "
-            f"{bank.shape[1]} (training) and {queries.shape[1]} (test)"
-        )
+    _check_sizes(bank=bank, queries=queries)
     if not bank.shape[0]:
         raise ValueError("expected at least one training sample; got none")
     num_queries = queries.shape[0]
@@ -123,28 +124,78 @@ def _nearest(blocks: jax.Array, bank: jax.Array, k: int) -> tuple[jax.Array, jax
     )
 
 
-def weighted_vote(
-    similarities: np.ndarray, labels: np.ndarray, *, num_classes: int, temperature: float = 0.07
+def average_precisions(
+    gallery_features: np.ndarray,
+    gallery_labels: np.ndarray,
+    query_features: np.ndarray,
+    query_labels: np.ndarray,
 ) -> np.ndarray:
-    """Returns the label with the most votes, each weighing `exp(similarity / temperature)`.
+    r"""Returns the average precision of each query; their mean is the mAP.
+
+    .. math::
+
+      AP = \frac{1}{R} \sum_{i: \text{relevant}} \frac{\text{relevant up to rank}_i}{\text{rank}_i}
+
+    The gallery is ranked by cosine similarity; its R samples of the query's label are
+    relevant. Samples of equal similarity share the rank of the last of them, as in scikit-learn's
+    `average_precision_score`, so that constant features give the share of relevant samples.
 
     Args:
-      similarities: Cosine similarities of the neighbors, float [queries, k].
-      labels: Labels of the neighbors, integers [queries, k].
-      num_classes: Number of classes.
-      temperature: Temperature of the weights.
+      gallery_features: Features to search, [gallery, features].
+      gallery_labels: Labels of the gallery, integers [gallery].
+      query_features: Features to search for, [queries, features].
+      query_labels: Labels of the queries, integers [queries].
 
     Returns:
-      Predicted labels, int32 [queries]; the lowest label of those with equal votes.
+      float64 [queries], in [0, 1]; NaN if the gallery has no sample of the label.
+
+    Raises:
+      ValueError: The shapes do not match.
     """
-    exact = similarities.astype(np.float64)
-    # Only ratios of weights matter. With the nearest neighbor's weight at 1, no temperature makes
-    # all weights 0.
-    with np.errstate(over="ignore"):  # to minus infinity, whose weight is 0
-        weights = np.exp((exact - exact.max(axis=1, keepdims=True)) / temperature)
-    votes = np.zeros((len(labels), num_classes))
-    np.add.at(votes, (np.arange(len(labels))[:, None], labels), weights)
-    return np.argmax(votes, axis=1).astype(np.int32)
+    check_samples(
+        gallery=(gallery_features, gallery_labels), queries=(query_features, query_labels)
+    )
+    count = len(query_labels)
+    if not count or not len(gallery_labels):
+        return np.full(count, np.nan)
+    block_size = min(count, max(1, _SIMILARITIES // len(gallery_labels)))
+    padding = -count % block_size
+    precisions = _average_precisions(
+        jnp.asarray(unit_length(gallery_features)),
+        jnp.asarray(gallery_labels, jnp.int32),
+        jnp.asarray(np.pad(unit_length(query_features), ((0, padding), (0, 0)))),
+        jnp.asarray(np.pad(np.asarray(query_labels, np.int32), (0, padding))),
+        block_size,
+    )
+    return np.asarray(precisions, np.float64)[:count]
+
+
+@functools.partial(jax.jit, static_argnames="block_size")
+def _average_precisions(
+    gallery: jax.Array,
+    gallery_labels: jax.Array,
+    queries: jax.Array,
+    labels: jax.Array,
+    block_size: int,
+) -> jax.Array:
+    def precisions(block: tuple[jax.Array, jax.Array]) -> jax.Array:
+        features, wanted = block
+        similarities = jnp.matmul(features, gallery.T, precision=jax.lax.Precision.HIGHEST)
+        order = jnp.argsort(-similarities, axis=1)  # [block, gallery]
+        relevant = (gallery_labels[order] == wanted[:, None]).astype(jnp.float32)
+        ranked = jnp.take_along_axis(similarities, order, axis=1)
+        # Position of the last sample of the same similarity, [block, gallery].
+        positions = jnp.broadcast_to(jnp.arange(ranked.shape[1])[None], ranked.shape)
+        differs = ranked[:, :-1] != ranked[:, 1:]
+        is_last = jnp.pad(differs, ((0, 0), (0, 1)), constant_values=True)
+        ends = jnp.where(is_last, positions, positions.shape[1])
+        last = jax.lax.cummin(ends, axis=1, reverse=True)
+        found = jnp.take_along_axis(jnp.cumsum(relevant, axis=1), last, axis=1)
+        precision = found / (last + 1).astype(jnp.float32)
+        return jnp.sum(precision * relevant, axis=1) / jnp.sum(relevant, axis=1)
+
+    blocks = queries.reshape(-1, block_size, queries.shape[1]), labels.reshape(-1, block_size)
+    return jax.lax.map(precisions, blocks).reshape(-1)
 
 
 def unit_length(features: np.ndarray | jax.Array, dtype: Any = np.float32) -> np.ndarray:
@@ -162,3 +213,20 @@ def unit_length(features: np.ndarray | jax.Array, dtype: Any = np.float32) -> np
     x = x / np.ldexp(np.ones_like(largest), np.frexp(largest)[1] - 1)
     norms = np.linalg.norm(x, axis=1, keepdims=True)
     return (x / np.where(norms > 0, norms, 1)).astype(dtype, copy=False)
+
+
+def check_samples(**sets: tuple[np.ndarray | jax.Array, np.ndarray | jax.Array]) -> None:
+    """Raises ValueError unless sets of samples have as many labels as features, all of one size."""
+    for name, (features, labels) in sets.items():
+        if len(features) != len(labels):
+            raise ValueError(
+                f"expected a label for each sample; got {len(features)} {name} features but "
+                f"{len(labels)} labels"
+            )
+    _check_sizes(**{name: features for name, (features, _) in sets.items()})
+
+
+def _check_sizes(**features: np.ndarray | jax.Array) -> None:
+    sizes = {name: x.shape[1] for name, x in features.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"expected features of one size; got {sizes}")

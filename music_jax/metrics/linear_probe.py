@@ -11,12 +11,12 @@ import numpy as np
 import optax
 
 from music_jax.errors import DivergedError, NotMeasurableError
+from music_jax.metrics.knn import check_samples
 
 FEATURE_SCALINGS = ("none", "standardize", "whiten")
 
 Features = Any  # an array of NumPy or of JAX
 
-_INIT_STD = 0.01
 _INIT_STREAM = 2**33  # separates the initial kernel's randomness from the batches'
 _WHITENING_FLOOR = 0.1  # share of the mean variance, added to that of every direction
 _BLOCK = 4096  # samples processed at once
@@ -42,10 +42,6 @@ class ProbeRecipe:
     momentum: float = 0.9
     weight_decay: float = 0.0
     drop_epochs: tuple[int, ...] = ()
-
-    def for_samples(self, count: int) -> "ProbeRecipe":
-        """Returns the recipe with a batch no larger than the number of samples."""
-        return dataclasses.replace(self, batch_size=min(self.batch_size, count))
 
 
 class Heads(NamedTuple):
@@ -112,32 +108,22 @@ def linear_probe(
       DivergedError: The training diverged with every learning rate.
       ValueError: The shapes do not match.
     """
-    if len(train_features) != len(train_labels) or len(test_features) != len(test_labels):
-        raise ValueError(
-            f"expected a label for each sample; got {len(train_features)} training features and "
-            f"{len(train_labels)} labels, {len(test_features)} test features and "
-            f"{len(test_labels)} labels"
-        )
+    check_samples(training=(train_features, train_labels), test=(test_features, test_labels))
     scale = fit_scaling(feature_scaling, lambda: train_features)
     train_features, test_features = scale(train_features), scale(test_features)
 
-    def train(recipe: ProbeRecipe, rows: np.ndarray) -> Heads:
-        return fit(
-            shuffled_batches(train_features[rows], train_labels[rows], recipe, seed),
-            recipe,
-            num_features=train_features.shape[1],
-            num_classes=num_classes,
-            steps_per_epoch=len(rows) // recipe.batch_size,
-            seed=seed,
-            after_step=after_step,
-        )
+    def batches(recipe: ProbeRecipe, rows: np.ndarray) -> Iterator[tuple[jax.Array, jax.Array]]:
+        for batch in shuffled_batches(train_features[rows], train_labels[rows], recipe, seed):
+            yield batch
+            after_step()
 
     return train_and_test(
-        train,
+        batches,
         lambda rows: (train_features[rows], train_labels[rows]),
         (test_features, test_labels),
         recipe,
         num_train=len(train_labels),
+        num_classes=num_classes,
         validation_fraction=validation_fraction,
         seed=seed,
     )
@@ -148,47 +134,49 @@ def num_steps(recipe: ProbeRecipe, num_train: int, validation_fraction: float) -
     counts = [num_train]
     if len(recipe.base_learning_rates) > 1:
         counts.append(len(split_for_validation(num_train, validation_fraction, 0)[0]))
-    return sum(recipe.num_epochs * (n // recipe.for_samples(n).batch_size) for n in counts)
+    return sum(recipe.num_epochs * (n // min(recipe.batch_size, n)) for n in counts)
 
 
 def train_and_test(
-    train: Callable[[ProbeRecipe, np.ndarray], Heads],
+    batches: Callable[[ProbeRecipe, np.ndarray], Iterable[tuple[jax.Array, jax.Array]]],
     validation_samples: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
     test_samples: tuple[np.ndarray, np.ndarray],
     recipe: ProbeRecipe,
     *,
     num_train: int,
+    num_classes: int,
     validation_fraction: float,
     seed: int,
 ) -> ProbeResult:
     """Selects the learning rate on held-out training samples, then trains on all and tests.
 
     With a single learning rate, nothing is held out. Test samples never influence the selection.
-
-    Args:
-      train: Function that trains on some rows, with a batch size of at most their number.
-      validation_samples: Function that returns scaled features and labels of some rows.
-      test_samples: Scaled features [test, features] and labels [test].
-      recipe: Hyperparameters.
-      num_train: Number of training samples.
-      validation_fraction: Fraction of the training samples that is held out.
-      seed: Seed of the held-out samples.
-
-    Raises:
-      DivergedError: The training diverged with every learning rate.
-      NotMeasurableError: There are no held-out samples.
+    Where `linear_probe` takes training samples, this takes functions of rows: `batches` returns
+    those of `fit`, for a recipe whose batch size is at most the number of rows, and
+    `validation_samples` returns scaled features and labels, as are `test_samples`.
     """
+    features, labels = test_samples
+
+    def train(rates: tuple[float, ...], rows: np.ndarray) -> Heads:
+        batch_size = min(recipe.batch_size, len(rows))
+        chosen = dataclasses.replace(recipe, base_learning_rates=rates, batch_size=batch_size)
+        return fit(
+            batches(chosen, rows),
+            chosen,
+            num_features=features.shape[1],
+            num_classes=num_classes,
+            steps_per_epoch=len(rows) // batch_size,
+            seed=seed,
+        )
+
     rates = recipe.base_learning_rates
     if len(rates) > 1:
         rest, held_out = split_for_validation(num_train, validation_fraction, seed)
-        heads = train(recipe.for_samples(len(rest)), rest)
-        rates = (rates[best_rate(heads, *validation_samples(held_out))],)
-    recipe = dataclasses.replace(recipe, base_learning_rates=rates).for_samples(num_train)
-    heads = train(recipe, np.arange(num_train))
-    features, labels = test_samples
+        heads = train(rates, rest)
+        top1 = accuracies(heads, *validation_samples(held_out))[:, 0]
+        rates = (rates[np.nanargmax(top1)],)
+    heads = train(rates, np.arange(num_train))
     top1, top5 = accuracies(heads, features, labels)[0]
-    if np.isnan(top1):
-        raise DivergedError("the linear probe diverged; lower its learning rates")
     predictions = np.concatenate([scores[0].argmax(axis=1) for scores in _scores(heads, features)])
     return ProbeResult(float(top1), float(top5), rates[0], num_train, predictions.astype(np.int32))
 
@@ -208,28 +196,21 @@ def fit(
     num_classes: int,
     steps_per_epoch: int,
     seed: int,
-    after_step: Callable[[], None] = lambda: None,
 ) -> Heads:
     """Trains one classifier per learning rate, all on the same batches.
 
-    Args:
-      batches: Features [batch, features] and integer labels [batch] of each step.
-      recipe: Hyperparameters.
-      num_features: Number of features.
-      num_classes: Number of classes.
-      steps_per_epoch: Number of steps per epoch, for the schedule.
-      seed: Seed of the initial kernel, drawn from N(0, 0.01²).
-      after_step: Function called after each step, such as the update of a progress bar.
+    A batch has features [batch, features] and integer labels [batch]. The initial kernel is drawn
+    from N(0, 0.01²) by `seed`; `steps_per_epoch` sets the schedule.
     """
     num_rates = len(recipe.base_learning_rates)
     # Initialized on the host: on a small dataset, compiling this would take longer than training.
     draw = np.random.Generator(np.random.Philox(key=[seed, _INIT_STREAM]))
-    kernel = _INIT_STD * draw.standard_normal((num_features, num_classes), np.float32)
+    kernel = 0.01 * draw.standard_normal((num_features, num_classes), np.float32)
     heads = Heads(
         kernel=jnp.asarray(np.tile(kernel, (num_rates, 1, 1))),
         bias=jnp.asarray(np.zeros((num_rates, num_classes), np.float32)),
     )
-    velocity = jax.tree.map(lambda w: jnp.asarray(np.zeros(w.shape, np.float32)), heads)
+    velocity = jax.tree.map(jnp.zeros_like, heads)
     rates = np.asarray(recipe.base_learning_rates, np.float32) * recipe.batch_size / 256
     num_steps = recipe.num_epochs * steps_per_epoch
     if recipe.drop_epochs:
@@ -242,7 +223,6 @@ def fit(
         heads, velocity = _sgd_step(
             heads, velocity, features, labels, rates, scale, recipe.momentum, recipe.weight_decay
         )
-        after_step()
     return heads
 
 
@@ -290,34 +270,25 @@ def _take(features: jax.Array, labels: jax.Array, rows: jax.Array) -> tuple[jax.
     return features[rows], labels[rows]
 
 
-def best_rate(heads: Heads, features: np.ndarray, labels: np.ndarray) -> int:
-    """Returns the index of the most accurate classifier; one that diverged is the worst.
+def accuracies(heads: Heads, features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Returns the top-1 and top-5 accuracies of each classifier on all samples, in [0, 1].
+
+    Returns:
+      float64 [rates, 2]; NaN for a classifier with a score that is not finite.
 
     Raises:
-      DivergedError: All of them diverged.
+      DivergedError: All classifiers have such a score.
       NotMeasurableError: There are no samples.
     """
     if not len(labels):
         raise NotMeasurableError("no images are left to choose the learning rate by")
-    top1 = accuracies(heads, features, labels)[:, 0]
-    if np.all(np.isnan(top1)):
-        raise DivergedError("the linear probe diverged; lower its learning rates")
-    return int(np.nanargmax(top1))
-
-
-def accuracies(
-    heads: Heads, features: np.ndarray, labels: np.ndarray, *, top: tuple[int, ...] = (1, 5)
-) -> np.ndarray:
-    """Returns the top-k accuracies of each classifier on all samples, in [0, 1].
-
-    Returns:
-      float64 [rates, len(top)]; NaN for a classifier with a score that is not finite.
-    """
-    correct = np.zeros((heads.bias.shape[0], len(top)))
+    correct = np.zeros((heads.bias.shape[0], 2))
     for i, scores in enumerate(_scores(heads, features)):
         rank = ranks(scores, labels[i * _BLOCK : (i + 1) * _BLOCK])
-        correct += np.stack([np.sum(rank < k, axis=1) for k in top], axis=1)
+        correct += np.stack([np.sum(rank < k, axis=1) for k in (1, 5)], axis=1)
         correct[~np.all(np.isfinite(scores), axis=(1, 2))] = np.nan
+    if np.all(np.isnan(correct)):
+        raise DivergedError("the linear probe diverged; lower its learning rates")
     return correct / len(labels)
 
 
@@ -339,17 +310,15 @@ def ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.sum(~(scores < label_scores), axis=-1) - 1
 
 
+@jax.jit
 def logits(heads: Heads, features: jax.Array) -> jax.Array:
     """Returns the scores [rates, batch, classes] of features [batch, features]."""
     return jnp.einsum("bf,rfc->rbc", features, heads.kernel) + heads.bias[:, None, :]
 
 
-_jitted_logits = jax.jit(logits)
-
-
 def _scores(heads: Heads, features: np.ndarray) -> Iterator[np.ndarray]:
     for start in range(0, len(features), _BLOCK):
-        yield np.asarray(_jitted_logits(heads, features[start : start + _BLOCK]))
+        yield np.asarray(logits(heads, features[start : start + _BLOCK]))
 
 
 def fit_scaling(name: str, features: Callable[[], np.ndarray]) -> Callable[[Features], Features]:
@@ -398,8 +367,7 @@ def fit_scaling(name: str, features: Callable[[], np.ndarray]) -> Callable[[Feat
         centered = unscaled - mean[None]
         if factor.ndim == 1:
             return centered * factor[None]
-        if isinstance(centered, np.ndarray):
+        with jax.default_matmul_precision("highest"):  # not in bfloat16, as on TPUs
             return centered @ factor
-        return jnp.matmul(centered, factor, precision="highest")  # not in bfloat16, as on TPUs
 
     return scale

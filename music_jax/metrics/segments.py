@@ -105,29 +105,13 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a.T, b, precision=jax.lax.Precision.HIGHEST) / a.shape[0]
 
 
-class GapToBound(NamedTuple):
-    """Difference between each term of the MUSIC objective and its minimum, in nats.
-
-    Attributes:
-      diagonal: Difference to -log K.
-      cross_segment: Difference to -2 log K.
-      invariance: Difference to 0.
-      total: Sum of the three, the difference to -3 log K with all weights 1.
-    """
-
-    diagonal: float
-    cross_segment: float
-    invariance: float
-    total: float
-
-
 def gap_to_bound(
     embeddings_a: np.ndarray,
     embeddings_b: np.ndarray,
     *,
     num_segments: int,
     temperature: float = 1.0,
-) -> GapToBound:
+) -> dict[str, float]:
     """Returns the gap between the MUSIC objective and its lower bound, with all samples in a batch.
 
     With two units per segment, `diagonal` alone may be below 0, but never its sum with
@@ -139,6 +123,10 @@ def gap_to_bound(
       num_segments: Number of segments S.
       temperature: Softmax temperature.
 
+    Returns:
+      The differences in nats between `diagonal` and -log K, `cross_segment` and -2 log K,
+      `invariance` and 0, and their sum `total`, the difference to -3 log K with all weights 1.
+
     Raises:
       ValueError: See `music_jax.objectives.music_terms`.
     """
@@ -149,12 +137,12 @@ def gap_to_bound(
         temperature=temperature,
     )
     log_units = math.log(embeddings_a.shape[1] // num_segments)
-    gaps = (
-        float(terms.diagonal) + log_units,
-        float(terms.cross_segment) + 2 * log_units,
-        float(terms.invariance),
-    )
-    return GapToBound(*gaps, sum(gaps))
+    gaps = {
+        "diagonal": float(terms.diagonal) + log_units,
+        "cross_segment": float(terms.cross_segment) + 2 * log_units,
+        "invariance": float(terms.invariance),
+    }
+    return gaps | {"total": sum(gaps.values())}
 
 
 class ClusterScores(NamedTuple):

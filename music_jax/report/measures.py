@@ -10,12 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import config_dict
 
 from music_jax.data.augment import augment_views, view_augmentations
 from music_jax.data.loader import Crop, TrainingOrder, training_batches
 from music_jax.errors import UserError
-from music_jax.evaluation.features import extract_split, extract_views
 from music_jax.evaluation.results import Predictions
 from music_jax.evaluation.run import Run
 from music_jax.metrics.knn import nearest_neighbors, unit_length
@@ -67,26 +65,15 @@ def sample_images(run: Run, num_images: int) -> Sample:
     chosen = np.sort(rng.permutation(len(run.images))[:num_images])
     source = run.images.subset(chosen)
     extractor = run.extractor("trained", embeddings=True)
-    split = extract_split(
-        lambda images: extractor(images) | {"pixels": images},
-        source,
-        run.config,
-        run.mesh,
-        skipped=run.skipped,
-        description=f"images of {source.name}",
+    split = run.extract(
+        lambda images: extractor(images) | {"pixels": images}, source, f"images of {source.name}"
     )
     if not len(split):
         raise UserError(f"none of the images of {source.name} can be decoded")
-    config = config_dict.ConfigDict(run.config.to_dict())
-    config.evaluation.update({"view_images": len(split), "num_views": 2})
-    view_pairs = extract_views(
-        run.network,
-        run.params,
-        run.batch_stats,
+    view_pairs = run.extract_views(
         source,
-        config,
-        run.mesh,
-        skipped=run.skipped,
+        num_images=len(split),
+        num_views=2,
         description=f"two views of images of {source.name}",
     )["embeddings"]
     embeddings = split.arrays["embeddings"]

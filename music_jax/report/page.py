@@ -19,7 +19,7 @@ from etils import epath
 
 from music_jax.distributed.progress import escape_surrogates
 from music_jax.errors import MusicError, UserError
-from music_jax.evaluation.load_run import load_run
+from music_jax.evaluation.run import load_run
 from music_jax.report import measures, tables
 from music_jax.report.reading import RecordedRun, as_text, count_texts, read_workdirs
 from music_jax.version import __version__

@@ -18,13 +18,13 @@ from music_jax.evaluation import finetune as module
 from music_jax.evaluation.features import SplitFeatures
 from music_jax.evaluation.finetune import (
     Classifier,
-    FinetuneRecipe,
     full_finetune,
     logit_extractor,
     rows_of_list,
     semi_supervised,
     train_classifier,
 )
+from music_jax.evaluation.run import Run
 from music_jax.models.network import init_network, make_network
 
 
@@ -48,9 +48,9 @@ def test_logits_use_the_running_statistics(tmp_path):
     images = rng.integers(0, 256, (6, 28, 28, 1), dtype=np.uint8)
     kernel = rng.standard_normal((network.num_features, 3), np.float32)
     bias = np.asarray([0.5, -1.0, 2.0], np.float32)
-    classifier = Classifier(params, jnp.asarray(kernel), jnp.asarray(bias), batch_stats)
+    classifier = Classifier(params, (jnp.asarray(kernel), jnp.asarray(bias)))
     run = _run(tmp_path, params, num_classes=3, config=config, network=network)
-    extract = logit_extractor(run, classifier)
+    extract = logit_extractor(run, classifier, batch_stats)
     found = np.asarray(extract(images)["logits"])
     features = network.features(params, batch_stats, jnp.asarray(images, jnp.float32) / 255)
     np.testing.assert_allclose(found, np.asarray(features) @ kernel + bias, rtol=1e-4, atol=1e-4)
@@ -64,26 +64,32 @@ def test_steps_match_sgd_with_momentum_and_decay_in_plain_numpy(tmp_path):
     images = rng.integers(0, 256, (6, 32, 8, 8, 1), np.uint8)  # three steps an epoch
     labels = rng.integers(3, size=(6, 32))
     scale = rng.uniform(0.5, 1.5, 64)
-    recipe = FinetuneRecipe(2, 32, 40.0, 8.0, momentum=0.8, weight_decay=0.05)
     run = _run(tmp_path, {"scale": jnp.asarray(scale, jnp.float32)}, num_classes=3, seed=4)
     batches = [(jnp.asarray(x), jnp.asarray(y)) for x, y in zip(images, labels, strict=True)]
     with jax.numpy_dtype_promotion("standard"):
-        found = train_classifier(run, batches, recipe, num_steps=6)
+        found, _ = train_classifier(
+            run,
+            batches,
+            num_steps=6,
+            learning_rates=(5.0, 1.0),
+            momentum=0.8,
+            weight_decay=0.05,
+        )
     w = 0.01 * np.asarray(jax.random.normal(jax.random.key(4), (64, 3)), np.float64)
     b = np.zeros(3)
     m_scale, m_w, m_b = np.zeros(64), np.zeros((64, 3)), np.zeros(3)
     for step, (x, y) in enumerate(zip(images.reshape(6, 32, 64) / 255, labels, strict=True)):
-        factor = 32 / 256 * 0.5 * (1 + np.cos(np.pi * step / 6))
+        factor = 0.5 * (1 + np.cos(np.pi * step / 6))
         scores = np.exp(x * scale @ w + b)
         error = (scores / scores.sum(1, keepdims=True) - np.eye(3)[y]) / 32
         m_scale = 0.8 * m_scale + np.sum(error @ w.T * x, axis=0) + 0.05 * scale
         m_w = 0.8 * m_w + (x * scale).T @ error + 0.05 * w
         m_b = 0.8 * m_b + error.sum(0) + 0.05 * b
-        scale = scale - 40.0 * factor * m_scale
-        w, b = w - 8.0 * factor * m_w, b - 8.0 * factor * m_b
-    np.testing.assert_allclose(found.params["scale"], scale, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found.kernel, w, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found.bias, b, rtol=1e-4, atol=1e-5)
+        scale = scale - 5.0 * factor * m_scale
+        w, b = w - factor * m_w, b - factor * m_b
+    np.testing.assert_allclose(found.backbone["scale"], scale, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.head[0], w, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.head[1], b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("devices", "waits"), [(1, 0), (2, 3)])
@@ -94,18 +100,25 @@ def test_steps_are_blocked_on_only_if_devices_share_the_cores(
     monkeypatch.setattr(module.jax, "block_until_ready", counted.append)
     images, labels = jnp.zeros((4, 8, 8, 1), jnp.uint8), jnp.arange(4) % 2
     run = _run(tmp_path, {"scale": jnp.ones(64)}, num_classes=2, devices=devices)
-    recipe = FinetuneRecipe(1, 4, 0.1, 0.1)
+    options = {"learning_rates": (0.1, 0.1), "momentum": 0.9, "weight_decay": 0.0}
     with jax.numpy_dtype_promotion("standard"):
-        train_classifier(run, [(images, labels)] * 3, recipe, num_steps=3)
+        train_classifier(run, [(images, labels)] * 3, num_steps=3, **options)
     assert len(counted) == waits
+
+
+def _labels(source):
+    features = np.zeros((len(source), 1))
+    return SplitFeatures({"features": features}, source.labels(), np.arange(len(source)))
 
 
 def test_fine_tuning_uses_labeled_images_and_reports_top_1_and_top_5(tmp_path, monkeypatch):
     ranks = np.asarray([0, 1, 4, 5, 9, 0, 3, 4], np.int32)  # of the labels: logits fall with them
     logits = -np.tile(np.arange(10.0), (8, 1))
     tested = SplitFeatures({"logits": logits}, ranks, np.arange(8))
-    monkeypatch.setattr(module, "train_classifier", lambda *_, **__: None)
-    monkeypatch.setattr(module, "extract_split", lambda *_, **__: tested)
+    monkeypatch.setattr(module, "train_classifier", lambda *_, **__: (None, None))
+    monkeypatch.setattr(Run, "extract", lambda self, extractor, *_: extractor)
+    monkeypatch.setattr(module, "logit_extractor", lambda *_: tested)
+    monkeypatch.setattr(Run, "_split", lambda self, source, _: _labels(source))
     monkeypatch.setattr(module, "rows_of_list", lambda *_: np.asarray([5, 3, 1]))
     config = pixel_config()
     config.semi_supervised.lists = ("list.txt",)
@@ -113,7 +126,6 @@ def test_fine_tuning_uses_labeled_images_and_reports_top_1_and_top_5(tmp_path, m
     run = pixel_run(tmp_path, train, digits_source("test", range(100, 108)), config)
     expected = {"top1": 2 / 8, "top5": 6 / 8, "num_test": 8}
     whole = full_finetune(run)
-    assert whole.pop("without_label")["train"] == 2
     assert whole == expected | {"num_train": 38, "batch_size": 16}
     few = semi_supervised(run)["by_share"]
     assert few == {"20 %": expected | {"num_train": 2, "batch_size": 2, "list": "list.txt"}}

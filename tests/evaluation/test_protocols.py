@@ -1,4 +1,4 @@
-"""Protocols on few or partly labeled images, with diverged probes, and on changed images."""
+"""Protocols on few, partly labeled or changed images, with diverged probes, and after training."""
 
 import json
 
@@ -10,13 +10,20 @@ from etils import epath
 from pixel_runs import digits_source, pixel_config, pixel_run
 from small_runs import small_config
 
+from music_jax.config import default_config
 from music_jax.data import datasets
 from music_jax.data.datasets import EvaluationSources
 from music_jax.data.skipped import SkippedImages
 from music_jax.distributed.mesh import make_data_mesh
-from music_jax.errors import DivergedError, UserError
+from music_jax.errors import DivergedError, NotMeasurableError, UserError
 from music_jax.evaluation import protocols
-from music_jax.evaluation.protocols import PROTOCOLS, _transfer_runs, provenance, run_protocols
+from music_jax.evaluation.protocols import (
+    PROTOCOLS,
+    FinalEvaluation,
+    _transfer_runs,
+    provenance,
+    run_protocols,
+)
 from music_jax.evaluation.run import Run
 
 _LABELED = ("linear", "knn", "fewshot", "retrieval", "clustering", "semi", "finetune")
@@ -275,6 +282,7 @@ def test_results_of_changed_images_are_recomputed(tmp_path, monkeypatch):
 
     protocol = PROTOCOLS["retrieval"]._replace(measure=retrieval)
     monkeypatch.setitem(PROTOCOLS, "retrieval", protocol)
+    monkeypatch.setattr(Run, "count_unlabeled", lambda *_: {})
 
     def measure_and_count(**fields):
         config.evaluation.update(fields)
@@ -290,3 +298,21 @@ def test_results_of_changed_images_are_recomputed(tmp_path, monkeypatch):
     del figures["images_fingerprint"]  # as of an older version
     (tmp_path / "retrieval.json").write_text(json.dumps(figures))
     assert measure_and_count() == 3
+
+
+def test_images_without_labels_are_not_evaluated_unless_they_are_named(tmp_path, capsys):
+    for name in ("a", "b"):
+        cv2.imwrite(str(tmp_path / f"{name}.png"), np.zeros((4, 4), np.uint8))
+    config = default_config()
+    config.dataset.path = str(tmp_path)
+    source = datasets.training_source(config)
+    final = FinalEvaluation(config, tmp_path, source)
+    assert final.sources is None
+    said = capsys.readouterr().out
+    assert "the backbone will not be probed: " in said
+    assert "no images to test with; name labeled images" in said
+    assert final.is_done(6)
+    assert capsys.readouterr().out == f"{tmp_path} is done: 6 steps trained\n"
+    config.evaluation.test = str(tmp_path)
+    with pytest.raises(NotMeasurableError, match="every image must be in one of two or more"):
+        FinalEvaluation(config, tmp_path, source)

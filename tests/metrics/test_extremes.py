@@ -19,13 +19,12 @@ from sklearn.metrics import (
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from music_jax.metrics import retrieval
 from music_jax.metrics.few_shot import draw_shots, few_shot, mean_interval
 from music_jax.metrics.knn import (
+    average_precisions,
     knn_predict,
     nearest_neighbors,
     unit_length,
-    weighted_vote,
 )
 from music_jax.metrics.label_free import alignment, alpha_req, lidar, rankme, uniformity
 from music_jax.metrics.linear_probe import fit_scaling, ranks
@@ -116,8 +115,10 @@ def test_with_a_small_temperature_the_nearest_neighbor_decides(temperature):
     nearest = KNeighborsClassifier(1, metric="cosine").fit(bank, labels).predict(queries)
     found = knn_predict(bank, labels, queries, num_classes=9, k=20, temperature=temperature)
     np.testing.assert_array_equal(found, nearest)
-    far = np.full((1, 3), -0.5)  # and where all neighbors are equally far away, all vote
-    found = weighted_vote(far, np.asarray([[2, 4, 4]]), num_classes=9, temperature=temperature)
+    far = np.tile([[-1.0, 3.0]], (3, 1))  # and where all neighbors are equally far away, all vote
+    found = knn_predict(
+        far, np.asarray([2, 4, 4]), np.eye(2)[:1], num_classes=9, temperature=temperature
+    )
     np.testing.assert_array_equal(found, [4])
 
 
@@ -131,30 +132,30 @@ def test_average_precision_matches_scikit_learn(kind, scale):
         average_precision_score(labels == label, row)
         for row, label in zip(similarities, wanted, strict=True)
     ]
-    found = retrieval.average_precisions(bank, labels, queries, wanted)
+    found = average_precisions(bank, labels, queries, wanted)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
-    alone = retrieval.average_precisions(bank, labels, queries[:1], wanted[:1])
+    alone = average_precisions(bank, labels, queries[:1], wanted[:1])
     np.testing.assert_allclose(alone, expected[:1], rtol=1e-6)
     if kind in ("constant", "zeros"):  # and the order of the gallery does not help
         ordered = np.sort(labels)
-        found = retrieval.average_precisions(bank, ordered, queries[:3], np.zeros(3, int))
+        found = average_precisions(bank, ordered, queries[:3], np.zeros(3, int))
         np.testing.assert_allclose(found, np.mean(labels == 0), rtol=1e-6)
 
 
 def test_average_precision_of_one_class_two_samples_and_none():
     eye = np.eye(2, dtype=np.float32)
     one = np.zeros(2, int)
-    np.testing.assert_allclose(retrieval.average_precisions(eye, one, eye, one), 1)
+    np.testing.assert_allclose(average_precisions(eye, one, eye, one), 1)
     # The right sample is second, and then level with the wrong one.
     np.testing.assert_allclose(
-        retrieval.average_precisions(eye, np.asarray([0, 1]), eye[:1], np.asarray([1])), 0.5
+        average_precisions(eye, np.asarray([0, 1]), eye[:1], np.asarray([1])), 0.5
     )
     level = np.ones((2, 2), np.float32)
     np.testing.assert_allclose(
-        retrieval.average_precisions(level, np.asarray([0, 1]), eye, np.asarray([0, 1])), 0.5
+        average_precisions(level, np.asarray([0, 1]), eye, np.asarray([0, 1])), 0.5
     )
-    assert retrieval.average_precisions(eye, one, eye[:0], one[:0]).shape == (0,)
-    assert np.all(np.isnan(retrieval.average_precisions(eye[:0], one[:0], eye, one)))
+    assert average_precisions(eye, one, eye[:0], one[:0]).shape == (0,)
+    assert np.all(np.isnan(average_precisions(eye[:0], one[:0], eye, one)))
 
 
 @pytest.mark.parametrize(
@@ -312,9 +313,9 @@ def test_few_shot_does_not_depend_on_the_scale(scale):
     labels = chosen % 4
     train, test = (x[:200], labels[:200]), (x[200:], labels[200:])
     power = np.float32(2.0 ** round(np.log2(scale)))  # by which nothing is rounded
-    expected = few_shot(*train, *test, shots=3, draws=3, seed=1).accuracies
+    expected = few_shot(*train, *test, shots=3, draws=3, seed=1)
     found = few_shot(power * train[0], train[1], power * test[0], test[1], shots=3, draws=3, seed=1)
-    np.testing.assert_array_equal(found.accuracies, expected)
+    np.testing.assert_array_equal(found, expected)
     shots = draw_shots(train[1], 3, seed=1)
     theirs = LogisticRegression(C=len(shots), max_iter=5000, tol=1e-8)
     theirs.fit(_unit(x)[:200][shots], train[1][shots])
@@ -332,7 +333,7 @@ def test_few_shot_with_a_single_class_predicts_that_class():
         draws=2,
         after_draw=lambda: seen.append(1),
     )
-    np.testing.assert_array_equal(found.accuracies, [5 / 8, 5 / 8])
+    np.testing.assert_array_equal(found, [5 / 8, 5 / 8])
     assert len(seen) == 2
 
 

@@ -17,7 +17,7 @@ def _digits():
 
 def test_accuracies_match_logistic_regression_on_the_drawn_samples():
     train, train_labels, test, test_labels = _digits()
-    result = few_shot(train, train_labels, test, test_labels, shots=5, draws=4, seed=3)
+    found = few_shot(train, train_labels, test, test_labels, shots=5, draws=4, seed=3)
     unit, unit_test = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, test))
     expected = []
     for draw in range(4):
@@ -26,11 +26,11 @@ def test_accuracies_match_logistic_regression_on_the_drawn_samples():
             unit[rows].astype(np.float64), train_labels[rows]
         )
         expected.append(theirs.score(unit_test.astype(np.float64), test_labels))
-    np.testing.assert_allclose(result.accuracies, expected, atol=0.005)
-    low, high = scipy.stats.t.interval(
-        0.95, 3, np.mean(result.accuracies), scipy.stats.sem(result.accuracies)
+    np.testing.assert_allclose(found, expected, atol=0.005)
+    low, high = scipy.stats.t.interval(0.95, 3, np.mean(found), scipy.stats.sem(found))
+    np.testing.assert_allclose(
+        mean_interval(found), (np.mean(expected), (high - low) / 2), atol=0.005
     )
-    np.testing.assert_allclose(result.top1, (np.mean(expected), (high - low) / 2), atol=0.005)
 
 
 def test_draws_differ_and_have_the_same_number_of_samples_per_class():
@@ -51,12 +51,9 @@ def test_stratified_subset_has_the_same_fraction_of_each_class():
     rows = stratified_subset(labels, 0.01, seed=0)
     np.testing.assert_array_equal(np.bincount(labels[rows]), [10, 2, 1])
     np.testing.assert_array_equal(stratified_subset(labels, 1.0, seed=0), np.arange(1210))
-    with pytest.raises(ValueError, match="a fraction in"):
-        stratified_subset(labels, 0.0, seed=0)
 
 
 def test_a_single_value_has_no_interval():
-    assert mean_interval([0.5]).mean == 0.5
-    assert np.isnan(mean_interval([0.5]).half_width)
+    np.testing.assert_array_equal(mean_interval([0.5]), (0.5, np.nan))
     with pytest.raises(ValueError, match="at least one"):
         mean_interval([])

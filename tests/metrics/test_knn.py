@@ -1,12 +1,19 @@
-"""Weighted kNN against scikit-learn's."""
+"""Weighted kNN and average precision against scikit-learn's."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
+from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
-from music_jax.metrics.knn import knn_predict, nearest_neighbors, unit_length
+from music_jax.metrics import knn
+from music_jax.metrics.knn import (
+    average_precisions,
+    knn_predict,
+    nearest_neighbors,
+    unit_length,
+)
 
 
 def _digits():
@@ -16,30 +23,26 @@ def _digits():
     return images[:1200], labels[:1200], images[1200:], labels[1200:]
 
 
-@pytest.mark.parametrize(
-    ("k", "temperature"), [(1, 0.07), (10, 0.07), (20, 0.07), (200, 0.07), (200, 0.5)]
-)
-def test_predictions_match_scikit_learn(k, temperature):
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+def test_predictions_match_scikit_learn(temperature):
     train, train_labels, test, _ = _digits()
-    theirs = KNeighborsClassifier(
-        k,
-        metric="cosine",
-        algorithm="brute",
-        weights=lambda distance: np.exp((1 - distance) / temperature),
-    ).fit(train, train_labels)
-    expected = theirs.predict(test)
-    found = knn_predict(
-        train, train_labels, test, num_classes=10, k=k, temperature=temperature, block_size=100
-    )
-    assert np.mean(np.asarray(found) == expected) >= 0.998
+    ks = (1, 10, 20, 200)
+    found = knn_predict(train, train_labels, test, num_classes=10, k=ks, temperature=temperature)
+    for k, predicted in zip(ks, found, strict=True):
+        theirs = KNeighborsClassifier(
+            k,
+            metric="cosine",
+            algorithm="brute",
+            weights=lambda distance: np.exp((1 - distance) / temperature),
+        ).fit(train, train_labels)
+        assert np.mean(predicted == theirs.predict(test)) >= 0.998
+        alone = knn_predict(train, train_labels, test, num_classes=10, k=k, temperature=temperature)
+        np.testing.assert_array_equal(alone, predicted)
 
 
-def test_predictions_do_not_depend_on_the_block_size():
-    train, train_labels, test, _ = _digits()
-    found = [
-        np.asarray(knn_predict(train, train_labels, test, num_classes=10, block_size=size))
-        for size in (64, 597, 1000)
-    ]
+def test_neighbors_do_not_depend_on_the_block_size():
+    train, _, test, _ = _digits()
+    found = [nearest_neighbors(train, test, k=20, block_size=size)[1] for size in (64, 597, 1000)]
     np.testing.assert_array_equal(found[0], found[1])
     np.testing.assert_array_equal(found[0], found[2])
 
@@ -88,7 +91,36 @@ def test_fewer_training_samples_than_k_all_vote():
 
 
 def test_mismatched_shapes_are_errors():
-    with pytest.raises(ValueError, match="one label for each of 3"):
+    with pytest.raises(ValueError, match="3 training features but 2 labels"):
         knn_predict(jnp.eye(3), jnp.asarray([0, 1]), jnp.eye(3), num_classes=2)
     with pytest.raises(ValueError, match="one size"):
         knn_predict(jnp.eye(3), jnp.asarray([0, 1, 1]), jnp.ones((2, 4)), num_classes=2)
+
+
+@pytest.mark.parametrize("similarities", [10, 10_000, 2**24])  # 10: fewer than the gallery has
+def test_average_precisions_match_scikit_learn(similarities, monkeypatch):
+    monkeypatch.setattr(knn, "_SIMILARITIES", similarities)
+    images, labels = load_digits(return_X_y=True)
+    images = (images + np.random.default_rng(0).normal(size=images.shape)).astype(np.float32)
+    gallery, queries = images[:1000], images[1000:1107]
+    found = average_precisions(gallery, labels[:1000], queries, labels[1000:1107])
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, gallery)]
+    scores = unit[0].astype(np.float64) @ unit[1].T
+    expected = [
+        average_precision_score(labels[:1000] == label, row)
+        for row, label in zip(scores, labels[1000:1107], strict=True)
+    ]
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+def test_average_precision_is_nan_for_labels_missing_in_the_gallery():
+    eye = np.eye(3, dtype=np.float32)
+    found = average_precisions(eye, np.asarray([0, 1, 1]), eye, np.asarray([0, 1, 7]))
+    np.testing.assert_allclose(found[0], 1)
+    assert np.isnan(found[2])
+    with pytest.raises(ValueError, match="3 gallery features but 2 labels"):
+        average_precisions(eye, np.asarray([0, 1]), eye, np.asarray([0, 1, 7]))
+    for sizes in ((3, 4), (4, 3)):
+        gallery, queries = (np.ones((3, size), np.float32) for size in sizes)
+        with pytest.raises(ValueError, match=r"features of one size; got \{'gallery'"):
+            average_precisions(gallery, np.arange(3), queries, np.arange(3))

@@ -19,7 +19,6 @@ from music_jax.metrics.linear_probe import (
     Heads,
     ProbeRecipe,
     accuracies,
-    best_rate,
     fit,
     fit_scaling,
     linear_probe,
@@ -152,13 +151,11 @@ def test_the_accuracy_of_non_finite_scores_is_nan():
     np.testing.assert_array_equal(found, [[np.nan] * 2, [np.nan] * 2, [2 / 3, 1.0]])
 
 
-def test_best_rate_excludes_diverged_classifiers():
+def test_scores_of_which_no_classifier_is_finite_are_an_error():
     kernel = np.full((3, 2, 2), np.nan, np.float32)
-    features, labels = np.eye(2, dtype=np.float32), np.asarray([0, 1])
+    heads = Heads(kernel, np.zeros((3, 2), np.float32))
     with pytest.raises(DivergedError, match="lower its learning rates"):
-        best_rate(Heads(kernel, np.zeros((3, 2), np.float32)), features, labels)
-    kernel[1] = -np.eye(2)  # never right
-    assert best_rate(Heads(kernel, np.zeros((3, 2), np.float32)), features, labels) == 1
+        accuracies(heads, np.eye(2, dtype=np.float32), np.asarray([0, 1]))
 
 
 def test_constant_scores_are_never_right():

@@ -25,9 +25,7 @@ from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed.mesh import batch_sharding, make_data_mesh
 from music_jax.evaluation import feature_protocols, features, finetune
-from music_jax.evaluation.finetune import FinetuneRecipe
 from music_jax.evaluation.run import Run
-from music_jax.metrics.few_shot import FewShotResult, Interval
 from music_jax.metrics.linear_probe import ProbeRecipe, ProbeResult
 from music_jax.models.network import INIT_COMPILER_OPTIONS, init_network
 from music_jax.objectives import music_terms
@@ -351,11 +349,8 @@ def test_images_are_cropped_as_described(config, calls):
     source, mesh, skipped = _source(), make_data_mesh(1), object()
     order = TrainingOrder(12, config.batch_size, config.seed)
     list(TrainingInput(config, source, order, mesh, skipped).on_host(2, 4))
-    list(
-        features.random_crop_batches(
-            source, config, mesh, batch_size=5, num_epochs=3, seed=5, skipped=skipped
-        )
-    )
+    frozen = features.FrozenNetwork(config, None, {}, {}, mesh, skipped)
+    list(frozen.random_crop_batches(source, batch_size=5, num_epochs=3, description=""))
     recipe = types.SimpleNamespace(network=types.SimpleNamespace(num_features=6))
     probe = online_probe.OnlineProbe(config, source, recipe, mesh, skipped)
     probe.start(4, 11, types.SimpleNamespace(has=lambda step, name: False))
@@ -371,7 +366,7 @@ def test_images_are_cropped_as_described(config, calls):
     assert probed[0][1] == TrainingOrder(12, 5, 5)
     assert _some(probed[1], "start_step", "num_steps", "num_views") == (2, 5, 1)  # of every second
     with pytest.raises(IndexError):  # without batches there is nothing to join
-        features.extract_split(None, source, config, mesh, skipped=skipped, description="")
+        frozen.extract(None, source, "")
     options = calls.options("evaluation_batches")
     names = ("size", "resize_shorter_side", "channels", "batch_size", "num_threads")
     assert _some(options, *names) == (12, 15, 1, 6, 3)
@@ -481,21 +476,16 @@ def test_the_linear_probe_is_trained_as_described_on_the_named_features(run, cal
 
 
 def test_neighbors_and_few_shots_are_counted_as_described(run, calls):
-    def nearest(bank, queries, *, k):
-        return np.zeros((len(queries), k)), np.tile(np.arange(k), (len(queries), 1))
+    def predict(train, labels, test, *, k, **options):
+        return np.tile(np.asarray(k)[:, None] % 4, len(test))
 
-    def vote(similarities, labels, **options):
-        return np.full(len(labels), labels.shape[1] % 4)
-
-    calls.replace(feature_protocols, "nearest_neighbors", nearest)
-    calls.replace(feature_protocols, "weighted_vote", vote)
+    calls.replace(feature_protocols, "knn_predict", predict)
     found = feature_protocols.knn(run)
     assert (found["k"], found["temperature"], list(found["top1_by_k"])) == (3, 0.5, ["1", "3", "5"])
-    assert {options["k"] for _, options in calls.of["nearest_neighbors"]} == {5}
-    assert {options["temperature"] for _, options in calls.of["weighted_vote"]} == {0.5}
+    assert {options["temperature"] for _, options in calls.of["knn_predict"]} == {0.5}
 
     def shots(*given, **options):
-        return FewShotResult(options["shots"], Interval(0.5, 0.1), np.full(options["draws"], 0.5))
+        return np.full(options["draws"], 0.5)
 
     calls.replace(feature_protocols, "few_shot", shots)
     feature_protocols.fewshot(run)
@@ -519,20 +509,25 @@ def test_fine_tuning_is_as_described(run, calls):
     logits = features.SplitFeatures(
         {"logits": np.eye(4)[[0, 1, 2, 0]]}, np.arange(4, dtype=np.int32), np.arange(4)
     )
-    for name in ("random_crop_batches", "train_classifier", "logit_extractor"):
-        calls.replace(finetune, name)
-    calls.replace(finetune, "extract_split", lambda *given, **options: logits)
+    calls.replace(Run, "random_crop_batches")
+    calls.replace(Run, "extract", lambda *given: logits)
+    calls.replace(finetune, "train_classifier", lambda *given, **options: (None, None))
+    calls.replace(finetune, "logit_extractor")
     calls.replace(finetune, "rows_of_list", lambda source, name: np.arange(10))
     run = dataclasses.replace(run, sources=datasets.EvaluationSources(_source(60), _source(4)))
     found = finetune.full_finetune(run)
     assert (found["top1"], found["num_train"], found["batch_size"]) == (0.75, 60, 44)
     finetune.semi_supervised(run)
-    assert [given[2] for given, _ in calls.of["train_classifier"]] == [
-        FinetuneRecipe(43, 44, 0.41, 0.42, momentum=0.45, weight_decay=0.46),
-        FinetuneRecipe(35, 10, 0.31, 0.33, momentum=0.37, weight_decay=0.38),
-        FinetuneRecipe(35, 36, 0.32, 0.34, momentum=0.37, weight_decay=0.38),
+    names = ("num_steps", "learning_rates", "momentum", "weight_decay")
+    expected = [  # epochs times batches, rates of the backbone and the head for a batch of 256
+        (43 * 1, [0.41 * 44 / 256, 0.42 * 44 / 256], 0.45, 0.46),
+        (35 * 1, [0.31 * 10 / 256, 0.33 * 10 / 256], 0.37, 0.38),
+        (35 * 1, [0.32 * 36 / 256, 0.34 * 36 / 256], 0.37, 0.38),
     ]
+    assert [_some(options, *names) for _, options in calls.of["train_classifier"]] == expected
     assert [given[1] for given, _ in calls.of["rows_of_list"]] == ["first.txt"]
     cut = calls.of["random_crop_batches"]
-    assert [len(given[0]) for given, _ in cut] == [60, 10, 60]
-    assert {options["seed"] for _, options in cut} == {5}
+    sizes = [
+        (len(given[1]), options["batch_size"], options["num_epochs"]) for given, options in cut
+    ]
+    assert sizes == [(60, 44, 43), (10, 10, 35), (60, 36, 35)]

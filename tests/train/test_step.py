@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from music_jax.models.layers import Projector
 
 from music_jax.config import default_config, set_views
 from music_jax.data.augment import ViewAugmentation, augment_views
 from music_jax.distributed.mesh import batch_sharding, make_data_mesh
+from music_jax.models.network import Projector
 from music_jax.objectives import vicreg_loss
 from music_jax.registry import OBJECTIVES
 from music_jax.train import step as step_module

@@ -18,7 +18,7 @@ from music_jax.data.packed import Packing, open_packed, pack
 from music_jax.data.skipped import SkippedImages, UnlistedImages
 from music_jax.data.sources import Source
 from music_jax.errors import UserError
-from music_jax.evaluation.cache import Expected, cached_arrays
+from music_jax.evaluation.features import Expected, cached_arrays
 from music_jax.evaluation.results import Predictions, read_predictions, write_predictions
 from music_jax.exchange.folder_encoding import encode_folder
 from music_jax.export import export

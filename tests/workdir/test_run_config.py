@@ -18,7 +18,7 @@ from music_jax.config import default_config, from_json
 from music_jax.data import tfds_source
 from music_jax.errors import UserError
 from music_jax.evaluate import evaluate
-from music_jax.evaluation.load_run import load_run
+from music_jax.evaluation.run import load_run
 from music_jax.linear_eval import linear_eval
 from music_jax.report.page import write_report
 from music_jax.workdir.run_config import (
