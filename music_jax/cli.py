@@ -272,7 +272,7 @@ def exit_on_closed_pipe() -> Iterator[None]:
 
 def join_cluster() -> None:
     """Joins the other processes of the run, found by the flags or detected from the cluster."""
-    from music_jax.distributed.mesh import join_cluster
+    from music_jax.distributed.cluster import join_cluster
 
     options = flags.FLAGS
     join_cluster(options.coordinator_address, options.num_processes, options.process_id)
@@ -367,9 +367,9 @@ def _peers() -> ModuleType | None:
     """Returns the module that ends the run's other processes, if there are any."""
     if "jax" not in sys.modules:  # An early error, before a cluster could be joined.
         return None
-    from music_jax.distributed import failure_propagation
+    from music_jax.distributed import cluster
 
-    return failure_propagation if failure_propagation.has_peers() else None
+    return cluster if cluster.has_peers() else None
 
 
 def _end_peers(exit_code: int, message: str, *, unexpected: Exception | None = None) -> None:

@@ -1,10 +1,38 @@
-"""Every field of a config with its default and its description."""
+"""Every field of a config: its default, its description, and whether a resume may change it."""
 
 import inspect
 import re
 from typing import Any
 
 from ml_collections import config_dict
+
+# Fields and groups that may change when a run resumes, since they do not affect the training.
+FREE_FIELDS = (
+    "backbone.remat",
+    "checkpoint",
+    "compute_dtype",  # Parameters stay float32, and the run logs from which step it differs.
+    "dataset.data_dir",
+    "dataset.manual_dir",
+    "dataset.max_skipped_share",
+    "dataset.test_split",
+    "dataset.try_gcs",
+    "deterministic",
+    "evaluation",
+    "few_shot",
+    "finetune",
+    "guards",
+    "knn",
+    "linear_eval",
+    "log_every_steps",
+    "num_decode_threads",
+    "online_probe",
+    "semi_supervised",
+    "sharding",
+    "tensorboard",
+    "wandb_project",
+)
+# Groups of earlier versions that did not affect the training either.
+_REMOVED_GROUPS = ("clustering", "retrieval")
 
 
 def default_config() -> config_dict.ConfigDict:
@@ -236,6 +264,12 @@ def set_views(config: config_dict.ConfigDict, **augmentation: Any) -> None:
     """
     for view in ("view_1", "view_2"):
         config.augmentation[view].update(augmentation)
+
+
+def is_free(field: str) -> bool:
+    """Returns whether the field of a dotted name may change when a run resumes."""
+    free = (*FREE_FIELDS, *_REMOVED_GROUPS)
+    return any(field == name or field.startswith(name + ".") for name in free)
 
 
 def descriptions() -> dict[str, str]:

@@ -172,9 +172,9 @@ class StopSignal(Stop):
         if self._alone:
             self._listener.take(_SIGNALS)
         else:
-            from music_jax.distributed import failure_propagation
+            from music_jax.distributed import cluster
 
-            failure_propagation.start_preemption_service()
+            cluster.start_preemption_service()
             self._listener.take((signal.SIGINT, signal.SIGUSR1, signal.SIGHUP))
 
     def agreed(self) -> None:

@@ -17,7 +17,7 @@ from music_jax.data.loader import TrainingOrder, evaluation_batches, training_ba
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed import progress
-from music_jax.distributed.mesh import Placing, local_positions, to_devices
+from music_jax.distributed.mesh import local_positions, to_devices
 from music_jax.models.network import Network
 
 Arrays = dict[str, np.ndarray]
@@ -229,13 +229,12 @@ def extract_views(
             for name, array in zip(("features", "embeddings"), found, strict=True)
         }
 
-    placing = Placing(batch_size, mesh)
     batches = training_batches(
         source,
         TrainingOrder(len(source), batch_size, config.seed),
         crop=_crop(config),
         channels=config.dataset.num_channels,
-        positions=placing.positions,
+        positions=local_positions(batch_size, mesh),
         num_steps=num_steps,
         num_views=num_views,
         skipped=skipped,
@@ -246,7 +245,9 @@ def extract_views(
     total = num_steps * batch_size * num_views
     with progress.bar(total, unit="view", description=description) as bar:
         for batch in batches:
-            images, index = placing(batch["images"]), placing(batch["sample_index"])
+            images, index = (
+                to_devices(batch[name], batch_size, mesh) for name in ("images", "sample_index")
+            )
             found = extract(params, batch_stats, images, index, key)
             parts.append({name: _gather(array) for name, array in found.items()})
             bar.update(batch_size * num_views)
@@ -268,13 +269,12 @@ def random_crop_batches(
     Images are randomly flipped if the training flips its views.
     """
     order = TrainingOrder(len(source), batch_size, seed)
-    placing = Placing(batch_size, mesh)
     batches = training_batches(
         source,
         order,
         crop=_crop(config),
         channels=config.dataset.num_channels,
-        positions=placing.positions,
+        positions=local_positions(batch_size, mesh),
         num_steps=num_epochs * order.steps_per_epoch,
         num_views=1,
         flip=any(view.flip_probability > 0 for view in view_augmentations(config)),
@@ -282,7 +282,8 @@ def random_crop_batches(
         num_threads=config.num_decode_threads,
     )
     for batch in batches:
-        yield placing(batch["images"][:, 0]), placing(batch["label"])
+        images, labels = batch["images"][:, 0], batch["label"]
+        yield to_devices(images, batch_size, mesh), to_devices(labels, batch_size, mesh)
 
 
 def _crop(config: config_dict.ConfigDict) -> Crop:

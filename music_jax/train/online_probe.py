@@ -24,7 +24,7 @@ from music_jax.data.datasets import EvaluationSources
 from music_jax.data.loader import TrainingOrder, training_batches
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
-from music_jax.distributed.mesh import Placing, shares_cores
+from music_jax.distributed.mesh import local_positions, shares_cores, to_devices
 from music_jax.errors import UserError
 from music_jax.models.network import Tree
 from music_jax.train.recipe import Recipe
@@ -189,7 +189,7 @@ class OnlineProbe:
         self._config, self._source, self._skipped = config, source, skipped
         self._every = config.online_probe.every_steps
         self._batch_size = min(config.online_probe.batch_size, len(source))
-        self._placing = Placing(self._batch_size, mesh)
+        self._mesh = mesh
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._batches: Iterator[dict[str, np.ndarray]] | None = None
         self._has_diverged = False
@@ -221,7 +221,7 @@ class OnlineProbe:
             TrainingOrder(len(self._source), self._batch_size, self._config.seed),
             crop=Crop(crop.size, tuple(crop.scale), tuple(crop.aspect_ratio)),
             channels=self._config.dataset.num_channels,
-            positions=self._placing.positions,
+            positions=local_positions(self._batch_size, self._mesh),
             num_steps=num_steps // self._every,
             start_step=step // self._every,
             num_views=1,
@@ -249,9 +249,12 @@ class OnlineProbe:
         if step % self._every or self._batches is None:
             return
         batch = next(self._batches)
-        images, labels = self._placing(batch["images"][:, 0]), self._placing(batch["label"])
+        images, labels = (
+            to_devices(rows, self._batch_size, self._mesh)
+            for rows in (batch["images"][:, 0], batch["label"])
+        )
         self.state = self._step(self.state, params, batch_stats, images, labels)
-        if shares_cores(self._placing.mesh):
+        if shares_cores(self._mesh):
             jax.block_until_ready(self.state)
 
     def metrics(self) -> dict[str, float]:

@@ -1,7 +1,8 @@
-"""Propagates the failure of one process to all: they end with its message and its exit code.
+"""Joins the processes of a run, and propagates the failure of one to all.
 
-Without this the others would wait in a collective forever. A process that is killed or stopped
-cannot notify the others; JAX's heartbeats detect this, and each of the others ends by itself.
+After a failure all end with its message and its exit code; without this the others would wait in a
+collective forever. A process that is killed or stopped cannot notify the others; JAX's heartbeats
+detect this, and each of the others ends by itself.
 """
 
 import contextlib
@@ -9,17 +10,18 @@ import ctypes
 import faulthandler
 import json
 import os
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import jax
 from jax._src import distributed  # The coordination service has no public name.
 
 from music_jax.distributed.progress import printable
+from music_jax.errors import UserError
 
 _KEY = "music_jax/failure"
 _POLL_SECONDS = 1.0
@@ -27,11 +29,10 @@ _POLL_SECONDS = 1.0
 _CAUSE_SECONDS = 5.0
 _NOTICE_MILLISECONDS = 10_000  # within which all processes have read of a failure
 _PROBE_SECONDS = 2.0
-# Time without a heartbeat of a process after which JAX aborts the others.
-HEARTBEAT_TIMEOUT_SECONDS = 50
+_HEARTBEAT_TIMEOUT_SECONDS = 50  # without a heartbeat of a process; then JAX aborts the others
 # Time after which processes that do not find each other end; JAX itself would abort.
 _JOIN_SECONDS = 300.0
-JOIN_TIMEOUT_SECONDS = 360
+_JOIN_TIMEOUT_SECONDS = 360
 _WAITING_SECONDS = 30.0  # between two messages about what a process waits for
 
 _LOST = (
@@ -40,6 +41,12 @@ _LOST = (
 )
 # Parts of the messages of a collective that lost a process: Gloo's, between CPUs, and NCCL's.
 _BROKEN_COLLECTIVE = ("gloo", "remote process exited")
+# Part of JAX's message where it does not detect a cluster.
+_NO_CLUSTER = "coordinator_address should be defined"
+# Variables by which launchers that JAX does not detect, Open MPI from version 5 and those of MPICH,
+# give the number of processes. Without joining they would all write to one workdir.
+_LAUNCHER_COUNTS = ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "PMI_SIZE")
+_ALL_THREE = "--coordinator_address, --num_processes and --process_id"
 
 _has_joined = threading.Event()
 _finished = threading.Event()
@@ -47,27 +54,44 @@ _leaving = threading.Lock()
 _kept: list[Any] = []  # objects that only C code refers to
 
 
-def has_peers() -> bool:
-    """Returns whether this process has joined a run of several; unlike JAX, starts no device."""
-    return _has_joined.is_set() and distributed.global_state.num_processes > 1
+def join_cluster(
+    coordinator_address: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+    """Joins the other processes of the run, if there are any; from then on they end together.
 
+    Call it before anything uses JAX. The cluster is queried only if no argument is given. What the
+    process waits for is printed to standard error, and it ends after a time limit.
 
-def coordinator() -> str | None:
-    """Returns HOST:PORT of process 0, once JAX has it from the flags or from the cluster."""
-    return distributed.global_state.coordinator_address
+    Args:
+      coordinator_address: HOST:PORT of process 0; None to detect all three.
+      num_processes: Number of processes in the run.
+      process_id: Index of this process.
 
-
-@contextlib.contextmanager
-def joining() -> Iterator[None]:
-    """Opens a context in which the processes find each other, and after which they end together.
-
-    Prints what this process waits for to standard error. Ends this process after a time limit.
+    Raises:
+      UserError: Only some of the three are given, the processes do not find each other, or a
+        launcher has started several of them without giving the address of process 0.
     """
+    if num_processes == 1 and not process_id:
+        return
+    _check_flags(coordinator_address, num_processes, process_id)
+    # Until there is something to save, JAX must not take SIGTERM; see `start_preemption_service`.
+    jax.config.update("jax_enable_preemption_service", False)
     joined = threading.Event()
     waiting = threading.Thread(target=_report_waiting, args=(joined,), daemon=True)
     waiting.start()
     try:
-        yield
+        jax.distributed.initialize(
+            coordinator_address,
+            num_processes,
+            process_id,
+            cluster_detection_method=None if num_processes is None else "deactivate",
+            initialization_timeout=_JOIN_TIMEOUT_SECONDS,
+            heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_SECONDS,
+        )
+    except Exception as error:  # a cluster's own client may raise anything
+        if (reason := _reason_of(error)) is not None:
+            raise UserError(reason) from error
+        return
     finally:
         joined.set()
         waiting.join()
@@ -75,6 +99,71 @@ def joining() -> Iterator[None]:
     if has_peers():
         _replace_abort()
         threading.Thread(target=_watch, name="failures", daemon=True).start()
+
+
+def _check_flags(address: str | None, num_processes: int | None, process_id: int | None) -> None:
+    if address is None and num_processes is None and process_id is None:
+        return
+    if address is None or num_processes is None or process_id is None:
+        raise UserError(
+            f"{_ALL_THREE} go together: give all three, none if they are detected, or "
+            f"--num_processes=1 alone; got {address}, {num_processes}, {process_id}"
+        )
+    if not re.fullmatch(r".+:\d{1,5}", address):
+        raise UserError(f"--coordinator_address must be HOST:PORT; got {address!r}")
+    if not 0 <= process_id < num_processes:
+        raise UserError(
+            f"--process_id must be in [0, num_processes = {num_processes}); got {process_id}"
+        )
+
+
+def _reason_of(error: Exception) -> str | None:
+    """Returns the message for a failure to join; None if this process is the only one."""
+    message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if (address := distributed.global_state.coordinator_address) is not None:
+        return (
+            f"cannot join the run's other processes at {address}: {message}; is process 0 running, "
+            "and its port reachable?"
+        )
+    if _NO_CLUSTER not in message:
+        return (
+            f"cannot find out whether this cluster runs further processes: {message}; give "
+            f"--num_processes=1 if it does not, else {_ALL_THREE}"
+        )
+    for name in _LAUNCHER_COUNTS:
+        if int(os.environ.get(name) or 1) > 1:
+            return (
+                f"{name} says that there are {os.environ[name]} processes, but not where process 0 "
+                f"is; give {_ALL_THREE}"
+            )
+    return None
+
+
+def _report_waiting(joined: threading.Event) -> None:
+    began = time.monotonic()
+    pause = 0.1  # processes that start together find each other at once
+    while not joined.wait(pause):
+        state, waited = distributed.global_state, time.monotonic() - began
+        what = "looking for the other processes of this cluster"
+        if state.client is not None:
+            what = (
+                f"process {state.process_id} of {state.num_processes} waits for the others at "
+                f"{state.coordinator_address}"
+            )
+        elif waited < 3:  # usually JAX soon finds that there is no cluster
+            continue
+        if waited > _JOIN_SECONDS:
+            _exit_alone(
+                f"{what}, in vain for {_JOIN_SECONDS:g} s; are all processes running, and is that "
+                "port reachable?"
+            )
+        print(f"{what}, {waited:.0f} s so far", file=sys.stderr, flush=True)
+        pause = _WAITING_SECONDS
+
+
+def has_peers() -> bool:
+    """Returns whether this process has joined a run of several; unlike JAX, starts no device."""
+    return _has_joined.is_set() and distributed.global_state.num_processes > 1
 
 
 def stop_watching() -> None:
@@ -134,9 +223,8 @@ def _failure_of_another() -> dict[str, Any] | None:
     failure = _published()
     if failure is None or failure["process"] == distributed.global_state.process_id:
         return None
-    return failure | {
-        "message": f"process {failure['process']} ended the run: {failure['message']}"
-    }
+    message = f"process {failure['process']} ended the run: {failure['message']}"
+    return failure | {"message": message}
 
 
 def _watch() -> None:
@@ -188,25 +276,3 @@ def _replace_abort() -> None:
 
     _kept.append(handle)
     library.signal(signal.SIGABRT, handle)
-
-
-def _report_waiting(joined: threading.Event) -> None:
-    began = time.monotonic()
-    pause = 0.1  # processes that start together find each other at once
-    while not joined.wait(pause):
-        state, waited = distributed.global_state, time.monotonic() - began
-        what = "looking for the other processes of this cluster"
-        if state.client is not None:
-            what = (
-                f"process {state.process_id} of {state.num_processes} waits for the others at "
-                f"{state.coordinator_address}"
-            )
-        elif waited < 3:  # usually JAX soon finds that there is no cluster
-            continue
-        if waited > _JOIN_SECONDS:
-            _exit_alone(
-                f"{what}, in vain for {_JOIN_SECONDS:g} s; are all processes running, and is that "
-                "port reachable?"
-            )
-        print(f"{what}, {waited:.0f} s so far", file=sys.stderr, flush=True)
-        pause = _WAITING_SECONDS
