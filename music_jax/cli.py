@@ -1,6 +1,5 @@
 """Runs commands: flags, `--help`, the fields of the config, one-line errors and exit codes."""
 
-import ast
 import contextlib
 import errno
 import os
@@ -125,15 +124,6 @@ def parse(
 ) -> list[str]:
     """Parses the command line into `flags.FLAGS`; `--help` and `--helpfields` print and exit.
 
-    Args:
-      argv: The command line.
-      usage: Text that `--help` prints above the flags.
-      config: Same as for `run`.
-      required: Names of the flags that have to be given.
-
-    Returns:
-      The program's name.
-
     Raises:
       UserError: A flag, the config file or a field of the config is wrong.
     """
@@ -236,9 +226,9 @@ def commands() -> dict[str, str]:
     for file in sorted([*package.glob("*.py"), *package.glob("*/__main__.py")]):
         text = file.read_text(encoding="utf-8")
         if "\n    cli.run(" in text:
-            summary = (ast.get_docstring(ast.parse(text)) or "").splitlines()[0]
             name = file.parent.name if file.name == "__main__.py" else file.stem
-            found[name] = summary.rpartition("`: ")[2].rstrip(".")
+            summary = text.partition('"""')[2].partition("\n")[0]
+            found[name] = summary.rpartition("`: ")[2].rstrip('."')
     return dict(sorted(found.items()))
 
 

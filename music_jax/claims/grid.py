@@ -208,12 +208,7 @@ _CLAIMS = {  # title, question, axis
 
 
 def make_claims(config: config_dict.ConfigDict, settings: Settings) -> list[Claim]:
-    """Returns all claims that can be tested on a dataset.
-
-    Args:
-      config: The config with the sweep's overrides.
-      settings: The dataset's grids.
-    """
+    """Returns all claims that can be tested on a dataset with a config that has its overrides."""
 
     def change(name: str, fields: Fields, method: str = "music", searches: bool = True) -> Setting:
         if all(get_field(config, field) == value for field, value in fields.items()):

@@ -42,10 +42,7 @@ _PROTOCOLS = ("linear", "knn", "fewshot", "label_free", "segments", "clustering"
 def run_missing(sweep: Sweep, *, cores: Sequence[int | None]) -> None:
     """Runs every cell of the sweep that has no result.
 
-    Args:
-      sweep: The sweep.
-      cores: Core of each worker, which runs on it as a single device; None for a worker that uses
-        all devices.
+    Each worker runs on its core as a single device, or on all devices if its core is None.
 
     Raises:
       UnusableDataError: Cells failed. All others have been run.
@@ -149,13 +146,7 @@ def _try_cell(cell: Cell, config: dict[str, Any], directory: str) -> str | None:
 
 
 def run_cell(cell: Cell, config_json: dict[str, Any], directory: str) -> None:
-    """Trains and measures a cell, resuming if it was interrupted, and writes its result.json.
-
-    Args:
-      cell: The cell.
-      config_json: Config to train, as JSON.
-      directory: Directory of the cell.
-    """
+    """Trains and measures a cell, resuming if it was interrupted, and writes its result.json."""
     started, cpu_started = time.monotonic(), time.process_time()
     config, default = from_json(config_json), default_config()
     given = {field: get_field(config, field) for field in DATA_FIELDS}  # by the user, not by a run

@@ -37,12 +37,8 @@ MEASURES = SHARES | {"rankme": "RankMe", "embedding_rankme": "RankMe of embeddin
 
 # Fields that may change when a run resumes, but affect the measures.
 _MEASURE_FIELDS = (
-    "compute_dtype",
-    "dataset.test_split",
-    "evaluation.train",
-    "evaluation.test",
-    "knn",
-    "linear_eval",
+    *("compute_dtype", "dataset.test_split", "evaluation.train", "evaluation.test"),
+    *("knn", "linear_eval"),
 )
 # Fields with the same values in all cells, which save time or select measures of a protocol.
 _PROTOCOL = {
@@ -127,33 +123,31 @@ class Sweep:
                     seeds[one] = max(seeds.get(one, 0), self.num_seeds[claim.number])
         return seeds
 
-    def rates(self, setting: Setting) -> tuple[float, ...] | None:
-        """Returns the learning rates to search; None while the one they depend on is unknown."""
+    def rates(self, setting: Setting) -> tuple[float, ...]:
+        """Returns the learning rates to search; none while the one they depend on is unknown."""
         if setting.as_configured:
             return (self.config.optimizer.base_learning_rate,)
         if setting == base(setting.method):
             return self.settings.learning_rates
-        best = self.best_rate(base(setting.method))
+        best, step = self.best_rate(base(setting.method)), self.settings.rate_step
         if best is None:
-            return None
-        step = self.settings.rate_step
-        return (_rounded(best / step), best, _rounded(best * step)) if setting.searches else (best,)
+            return ()
+        low, high = (float(f"{rate:.2g}") for rate in (best / step, best * step))
+        return (low, best, high) if setting.searches else (best,)
 
     def best_rate(self, setting: Setting) -> float | None:
         """Returns the rate of the best validation accuracy; None until all have been tried."""
         rates = self.rates(setting)
-        if rates is None or len(rates) == 1:
-            return rates and rates[0]
+        if len(rates) < 2:
+            return rates[0] if rates else None
         results = self._done(self.search_cells(setting))
         scores = [-1.0 if "diverged" in result else result["linear_top1"] for result in results]
         return rates[scores.index(max(scores))] if len(scores) == len(rates) else None
 
     def search_cells(self, setting: Setting) -> list[Cell]:
         """Returns the cells of a setting's search, one per learning rate."""
-        rates = self.rates(setting) or ()
-        if len(rates) == 1:
-            return []
-        return [Cell(setting, rate, self.config.seed, True) for rate in rates]
+        rates = self.rates(setting)
+        return [Cell(setting, rate, self.config.seed, True) for rate in rates if len(rates) > 1]
 
     def final_cells(self, setting: Setting, num_seeds: int) -> list[Cell]:
         """Returns the cells of a setting that the tables show, one per seed."""
@@ -172,13 +166,11 @@ class Sweep:
 
     def num_cells(self) -> int:
         """Returns the number of cells, including those that are not known yet."""
-
-        def searched(setting: Setting) -> int:
-            if setting == base(setting.method):
-                return len(self.settings.learning_rates)
-            return 3 if setting.searches else 0
-
-        return sum(searched(one) + seeds for one, seeds in self.settings_in_order().items())
+        first = len(self.settings.learning_rates)
+        return sum(
+            num_seeds + (first if setting == base(setting.method) else 3 * setting.searches)
+            for setting, num_seeds in self.settings_in_order().items()
+        )
 
     def missing(self) -> list[Cell]:
         """Returns the cells that can be run and have no result yet."""
@@ -326,14 +318,7 @@ def make_sweep(
     directory: str,
     overridden: Collection[str] = (),
 ) -> Sweep:
-    """Returns the sweep of a config's dataset, and creates its directory.
-
-    Args:
-      config: The config of the config file.
-      only: Numbers of the claims to test; all if there are none.
-      seeds: Number of seeds of each setting.
-      directory: Directory of the sweep.
-      overridden: Dotted names of fields that the sweep's overrides must not change.
+    """Returns the sweep of the claims of these numbers, or of all, and creates its directory.
 
     Raises:
       UserError: There are no settings for the dataset, no such claim, or no such directory.
@@ -363,10 +348,6 @@ def _with_overrides(
     fields = {name: value for name, value in overrides.items() if name not in overridden}
     changed.update_from_flattened_dict(fields)
     return changed
-
-
-def _rounded(rate: float) -> float:
-    return float(f"{rate:.2g}")
 
 
 def _measures(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

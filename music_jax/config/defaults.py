@@ -8,28 +8,12 @@ from ml_collections import config_dict
 
 # Fields and groups that may change when a run resumes, since they do not affect the training.
 FREE_FIELDS = (
-    "backbone.remat",
-    "checkpoint",
-    "compute_dtype",  # Parameters stay float32, and the run logs from which step it differs.
-    "dataset.data_dir",
-    "dataset.manual_dir",
-    "dataset.max_skipped_share",
-    "dataset.test_split",
-    "dataset.try_gcs",
-    "deterministic",
-    "evaluation",
-    "few_shot",
-    "finetune",
-    "guards",
-    "knn",
-    "linear_eval",
-    "log_every_steps",
-    "num_decode_threads",
-    "online_probe",
-    "semi_supervised",
-    "sharding",
-    "tensorboard",
+    *("backbone.remat", "checkpoint", "dataset.data_dir", "dataset.manual_dir"),
+    *("dataset.max_skipped_share", "dataset.test_split", "dataset.try_gcs", "deterministic"),
+    *("evaluation", "few_shot", "finetune", "guards", "knn", "linear_eval", "log_every_steps"),
+    *("num_decode_threads", "online_probe", "semi_supervised", "sharding", "tensorboard"),
     "wandb_project",
+    "compute_dtype",  # Parameters stay float32, and the run logs from which step it differs.
 )
 # Groups of earlier versions that did not affect the training either.
 _REMOVED_GROUPS = ("clustering", "retrieval")
@@ -279,17 +263,11 @@ def descriptions() -> dict[str, str]:
     is none.
     """
     found: dict[str, str] = {}
-    comment = ""
-    for line in inspect.getsource(default_config).splitlines():
-        if line.startswith("    # "):
-            comment += " " + line[6:]
-            continue
-        if setting := re.match(r"    (config|view)\.([\w.]+) = .*?(?:  # (.*))?$", line):
-            of, name, behind = setting.groups()
-            name = name if of == "config" else f"augmentation.view_1.{name}"
-            found[name] = (behind or comment).strip()
-            if name == "augmentation.view_2":
-                view = {key: found[key] for key in found if key.startswith("augmentation.view_1.")}
-                found |= {key.replace("view_1", "view_2"): text for key, text in view.items()}
-        comment = ""
+    setting = r"((?:    # .*\n)*)    (config|view)\.([\w.]+) = .*?(?:  # (.*))?\n"
+    for before, of, name, behind in re.findall(setting, inspect.getsource(default_config)):
+        name = name if of == "config" else f"augmentation.view_1.{name}"
+        found[name] = behind or " ".join(before.replace("    # ", "").split())
+        if name == "augmentation.view_2":
+            view = {key: found[key] for key in found if key.startswith("augmentation.view_1.")}
+            found |= {key.replace("view_1", "view_2"): text for key, text in view.items()}
     return found

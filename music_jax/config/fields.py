@@ -131,9 +131,6 @@ def from_json(record: dict[str, Any]) -> config_dict.ConfigDict:
     Fields that it lacks get their defaults. Fields that this version lacks are dropped if they do
     not affect the training.
 
-    Args:
-      record: The JSON object.
-
     Raises:
       UserError: It has a field that this version lacks and that affects the training, or a value of
         the wrong type.
@@ -242,9 +239,6 @@ def validate(config: config_dict.ConfigDict) -> None:
 
 def check_values(config: config_dict.ConfigDict) -> None:
     """Checks that every field exists and has the type of its default, and that numbers are finite.
-
-    Args:
-      config: The config.
 
     Raises:
       UserError: A field is missing, unknown or has a value of another type; the message names it.

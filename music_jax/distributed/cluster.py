@@ -52,6 +52,7 @@ _has_joined = threading.Event()
 _finished = threading.Event()
 _leaving = threading.Lock()
 _kept: list[Any] = []  # objects that only C code refers to
+_state: Any = distributed.global_state
 
 
 def join_cluster(
@@ -120,7 +121,7 @@ def _check_flags(address: str | None, num_processes: int | None, process_id: int
 def _reason_of(error: Exception) -> str | None:
     """Returns the message for a failure to join; None if this process is the only one."""
     message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    if (address := distributed.global_state.coordinator_address) is not None:
+    if (address := _state.coordinator_address) is not None:
         return (
             f"cannot join the run's other processes at {address}: {message}; is process 0 running, "
             "and its port reachable?"
@@ -143,12 +144,12 @@ def _report_waiting(joined: threading.Event) -> None:
     began = time.monotonic()
     pause = 0.1  # processes that start together find each other at once
     while not joined.wait(pause):
-        state, waited = distributed.global_state, time.monotonic() - began
+        waited = time.monotonic() - began
         what = "looking for the other processes of this cluster"
-        if state.client is not None:
+        if _state.client is not None:
             what = (
-                f"process {state.process_id} of {state.num_processes} waits for the others at "
-                f"{state.coordinator_address}"
+                f"process {_state.process_id} of {_state.num_processes} waits for the others at "
+                f"{_state.coordinator_address}"
             )
         elif waited < 3:  # usually JAX soon finds that there is no cluster
             continue
@@ -163,7 +164,7 @@ def _report_waiting(joined: threading.Event) -> None:
 
 def has_peers() -> bool:
     """Returns whether this process has joined a run of several; unlike JAX, starts no device."""
-    return _has_joined.is_set() and distributed.global_state.num_processes > 1
+    return _has_joined.is_set() and _state.num_processes > 1
 
 
 def stop_watching() -> None:
@@ -173,9 +174,9 @@ def stop_watching() -> None:
 
 def start_preemption_service() -> None:
     """Passes SIGTERM to JAX's coordination service from now on, and no longer to Python."""
-    if distributed.global_state.preemption_sync_manager is None:
+    if _state.preemption_sync_manager is None:
         jax.config.update("jax_enable_preemption_service", True)
-        distributed.global_state.initialize_preemption_sync_manager()
+        _state.initialize_preemption_sync_manager()
 
 
 def cause_of(error: Exception) -> str | None:
@@ -195,33 +196,23 @@ def cause_of(error: Exception) -> str | None:
 
 
 def end_run(exit_code: int, message: str) -> NoReturn:
-    """Ends this process and makes the others end, with the exit code of the first to fail.
-
-    Args:
-      exit_code: Exit code of all processes.
-      message: Message that the others print.
-    """
-    process = distributed.global_state.process_id
-    failure = {"process": process, "exit_code": exit_code, "message": message}
+    """Ends all processes with the message and the exit code of the first to fail."""
+    failure = {"process": _state.process_id, "exit_code": exit_code, "message": message}
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another failed first
-        _client().key_value_set(_KEY, json.dumps(failure))
+        _state.client.key_value_set(_KEY, json.dumps(failure))
     _exit_with(_published() or failure)
-
-
-def _client() -> Any:
-    return distributed.global_state.client
 
 
 def _published() -> dict[str, Any] | None:
     try:
-        return json.loads(_client().key_value_try_get(_KEY))
+        return json.loads(_state.client.key_value_try_get(_KEY))
     except jax.errors.JaxRuntimeError:
         return None
 
 
 def _failure_of_another() -> dict[str, Any] | None:
     failure = _published()
-    if failure is None or failure["process"] == distributed.global_state.process_id:
+    if failure is None or failure["process"] == _state.process_id:
         return None
     message = f"process {failure['process']} ended the run: {failure['message']}"
     return failure | {"message": message}
@@ -239,8 +230,8 @@ def _exit_with(failure: dict[str, Any]) -> NoReturn:
     _leaving.acquire()  # the first thread ends the process
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         # Process 0 holds the service, without which JAX would abort the others.
-        _client().wait_at_barrier(f"{_KEY}/heard", _NOTICE_MILLISECONDS)
-        if distributed.global_state.process_id == 0:
+        _state.client.wait_at_barrier(f"{_KEY}/heard", _NOTICE_MILLISECONDS)
+        if _state.process_id == 0:
             time.sleep(0.5)
     with contextlib.suppress(OSError):  # the pipe is no longer read
         sys.stdout.flush()

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from music_jax.distributed import usable_cores
+from music_jax.distributed.progress import is_main_process as is_main_process
 from music_jax.errors import UserError
 
 _logger = logging.getLogger(__name__)
@@ -30,17 +31,20 @@ def check_gpu_plugins() -> None:
     Raises:
       UserError: A plugin is missing.
     """
-    plugins = [point.value for point in importlib.metadata.entry_points(group="jax_plugins")]
-    spec = importlib.util.find_spec("jax_plugins")
-    if spec is not None:
-        plugins += [m.name for m in pkgutil.iter_modules(spec.submodule_search_locations)]
     chosen = os.environ.get("JAX_PLATFORMS", "")
     for platform in {"cuda", "rocm"} & set(chosen.split(",")):
-        if not any(platform in plugin for plugin in plugins):
+        if not any(platform in plugin for plugin in _plugins()):
             raise UserError(
                 f"JAX_PLATFORMS={chosen} cannot be used here: JAX's plugin for {platform} is not "
                 "installed; unset it, or install what it names"
             )
+
+
+def _plugins() -> list[str]:
+    found = [point.value for point in importlib.metadata.entry_points(group="jax_plugins")]
+    if (spec := importlib.util.find_spec("jax_plugins")) is not None:
+        found += [module.name for module in pkgutil.iter_modules(spec.submodule_search_locations)]
+    return found
 
 
 def skip_absent_tpu() -> None:
@@ -53,8 +57,7 @@ def skip_absent_tpu() -> None:
         return
     vendors = pathlib.Path("/sys/bus/pci/devices").glob("*/vendor")
     on_google_hardware = any(path.read_text().strip() == "0x1ae0" for path in vendors)
-    others = importlib.metadata.entry_points(group="jax_plugins")
-    if not (on_google_hardware or others or importlib.util.find_spec("jax_plugins")):
+    if not (on_google_hardware or _plugins()):
         jax.config.update("jax_platforms", "cpu")
 
 
@@ -184,11 +187,6 @@ def to_devices(local: np.ndarray, batch_size: int, mesh: Mesh) -> jax.Array:
 def _sharding(batch_size: int, mesh: Mesh) -> NamedSharding:
     replicated = NamedSharding(mesh, PartitionSpec())
     return replicated if batch_size % mesh.size else batch_sharding(mesh)
-
-
-def is_main_process() -> bool:
-    """Returns whether this is the process that prints and writes."""
-    return jax.process_index() == 0
 
 
 def from_main_process(make: Callable[[], Any]) -> Any:
