@@ -23,7 +23,8 @@ class Settings:
 
     # Rates to search for each method, ascending. Other settings search around its best rate.
     learning_rates: tuple[float, ...]
-    search_splits: tuple[str, str]  # parts of the training split to train on and to validate with
+    # Parts of the training split to train on and to validate with.
+    search_splits: tuple[str, str] = ("train[:90%]", "train[90%:]")
     overrides: Fields = dataclasses.field(default_factory=dict)  # in every cell
     rate_step: float = 3.0  # ratio of neighboring rates in a search around another one
     hidden_size: int = 512  # of the projector's hidden layers
@@ -95,7 +96,6 @@ SETTINGS: dict[str, Settings] = {
     ),
     "cifar10": Settings(
         learning_rates=(0.03, 0.1, 0.3),
-        search_splits=("train[:90%]", "train[90%:]"),
         hidden_size=1024,
         embeddings=((8, 8), (16, 16), (64, 64)),
         ratios=((8, 128), (128, 8)),
@@ -103,7 +103,6 @@ SETTINGS: dict[str, Settings] = {
     ),
     "imagenette": Settings(
         learning_rates=(0.3, 0.9, 2.7),
-        search_splits=("train[:90%]", "train[90%:]"),
         hidden_size=1024,
         ratios=((16, 64), (64, 16)),
         batch_sizes=(64, 256, 1024),
@@ -208,7 +207,7 @@ _CLAIMS = {  # title, question, axis
 
 
 def make_claims(config: config_dict.ConfigDict, settings: Settings) -> list[Claim]:
-    """Returns all claims that can be tested on a dataset with a config that has its overrides."""
+    """Returns all claims that can be tested on a dataset; the config has the sweep's overrides."""
 
     def change(name: str, fields: Fields, method: str = "music", searches: bool = True) -> Setting:
         if all(get_field(config, field) == value for field, value in fields.items()):

@@ -1,4 +1,4 @@
-"""Tables and plots of the claims, and the section of RESULTS.md with them and findings."""
+"""Writes the tables and plots of the claims, and the section of RESULTS.md with findings."""
 
 import csv
 import io

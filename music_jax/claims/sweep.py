@@ -55,7 +55,7 @@ Table = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One training with its evaluation, in a search for the learning rate or with one of it."""
+    """One training with its evaluation; `searching`: to find the setting's learning rate."""
 
     setting: Setting
     learning_rate: float
