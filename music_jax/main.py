@@ -33,7 +33,7 @@ def main() -> None:
     profile_steps = None if text is None else parse_steps(text)
     cli.join_cluster()
     from music_jax.config import validate
-    from music_jax.distributed import failure_propagation
+    from music_jax.distributed import cluster
     from music_jax.distributed.mesh import use_cores, use_deterministic_gpu_operations
     from music_jax.distributed.signals import StopSignal
     from music_jax.train import train_and_evaluate
@@ -45,9 +45,7 @@ def main() -> None:
     if config.deterministic:  # Before a log line can initialize the devices.
         use_deterministic_gpu_operations()
     use_compilation_cache()
-    stop = StopSignal(
-        alone=not failure_propagation.has_peers(), grace_seconds=config.checkpoint.grace_seconds
-    )
+    stop = StopSignal(alone=not cluster.has_peers(), grace_seconds=config.checkpoint.grace_seconds)
     train_and_evaluate(config, workdir, profile_steps=profile_steps, stop=stop)
 
 

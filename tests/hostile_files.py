@@ -30,9 +30,9 @@ from foreign_mutations import array_bomb
 from hostile_images import hostile_image, mutated, whole_images
 from hostile_json import hostile_json, hostile_value
 
+from music_jax import cli
 from music_jax.checkpoint.integrity import CHECKSUMS, write_checksums
 from music_jax.checkpoint.manager import Checkpoints
-from music_jax.cli import command_line
 from music_jax.config import default_config, differences, field_names, from_json, validate
 from music_jax.data import loader, sources, tfds_source
 from music_jax.data.datasets import open_path
@@ -113,7 +113,7 @@ def config_flag(rng: random.Random, directory: pathlib.Path) -> None:
         argv.append(f"--config.{rng.choice((*_fields(), 'x', '', 'a.b'))}={text}")
     before, flags.FLAGS = flags.FLAGS, values
     try:
-        command_line.parse(argv, "", "fields")
+        cli.parse(argv, "", "fields")
         validate(values.config)
     finally:
         flags.FLAGS = before

@@ -41,10 +41,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Which other tests are near to a module. Quick ones first: the first failure ends a trial.
 NEAREST = {
     "claims/grid": ("claims/test_sweep.py",),
-    "claims/pool": ("claims/test_sweep.py", "claims/test_pool.py", "claims/test_command.py"),
     "claims/report": ("claims/test_sweep.py",),
-    "claims/results": ("claims/test_sweep.py",),
-    "claims/sweep": ("claims/test_sweep.py",),
+    "claims/run_cells": ("claims/test_sweep.py", "claims/test_command.py"),
     "claims/__main__": ("claims/test_command.py",),
     "data/augment": ("data/test_transforms.py",),
     "evaluation/feature_protocols": ("evaluation", "train/test_every_field.py"),

@@ -138,7 +138,7 @@ def test_imports_point_to_lower_layers():
 @pytest.mark.parametrize(
     ("module", "statement", "message"),
     [
-        ("config/files.py", "from music_jax import train", "music_jax.config is not allowed to"),
+        ("config/fields.py", "from music_jax import train", "music_jax.config is not allowed to"),
         (
             "workdir/directory.py",
             "import music_jax",

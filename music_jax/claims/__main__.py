@@ -40,37 +40,33 @@ def main() -> None:
 
     results_file = _results_file()
     cores = _cores()
-    from music_jax.claims import grid, pool, report, results
-    from music_jax.claims.sweep import Sweep, base_config, chosen
+    from music_jax.claims import report
+    from music_jax.claims.run_cells import run_missing
+    from music_jax.claims.sweep import make_sweep
     from music_jax.data import datasets
     from music_jax.distributed import progress
-    from music_jax.workdir.directory import WorkdirLock, open_workdir
+    from music_jax.workdir.directory import WorkdirLock
 
-    name = config.dataset.name
-    settings, overridden = grid.settings_of(name), _overridden_fields()
-    claims = grid.make_claims(base_config(config, settings, overridden), settings)
-    wanted = chosen(claims, flags.FLAGS.only)
-    directory = open_workdir(flags.FLAGS.output or os.path.join("claims", name.partition("/")[0]))
-    sweep = Sweep(
+    output = os.path.join("claims", config.dataset.name.partition("/")[0])
+    sweep = make_sweep(
         config,
-        settings,
-        wanted,
-        num_seeds={claim.number: flags.FLAGS.seeds for claim in wanted},
-        directory=directory,
-        overridden=overridden,
+        only=flags.FLAGS.only,
+        seeds=flags.FLAGS.seeds,
+        directory=flags.FLAGS.output or output,
+        overridden=cli.config_overrides(),
     )
     sweep.validate()
-    shown = sweep.with_earlier(claims)
+    shown = sweep.with_earlier()
     try:
         if not flags.FLAGS.tables_only:
-            with WorkdirLock(directory):
+            with WorkdirLock(sweep.directory):
                 datasets.prepare(config)
-                pool.run_missing(sweep, cores=cores)
+                run_missing(sweep, cores=cores)
     finally:
-        tables = results.collect(shown)
-        results.write(tables, directory)
-        report.write_plots(tables, directory)
-        progress.say_lines(results.as_text(tables))
+        tables = shown.tables()
+        report.write_tables(tables, sweep.directory)
+        report.write_plots(tables, sweep.directory)
+        progress.say_lines(report.as_text(tables))
         if results_file is not None:
             report.write_section(results_file, shown, tables)
 
@@ -111,15 +107,10 @@ def _cores() -> list[int | None]:
     jax.config.update("jax_platforms", "cpu")
     if backend != "cpu":
         return [None]
-    affinity = getattr(os, "sched_getaffinity", None)
-    if affinity is None:
+    if not hasattr(os, "sched_getaffinity"):  # which exists on Linux only
         return [None] * (flags.FLAGS.workers or usable_cores())
-    cores = sorted(affinity(0))
+    cores = sorted(os.sched_getaffinity(0))
     return [cores[i % len(cores)] for i in range(flags.FLAGS.workers or len(cores))]
-
-
-def _overridden_fields() -> list[str]:
-    return [a[len("--config.") :].partition("=")[0] for a in sys.argv if a.startswith("--config.")]
 
 
 if __name__ == "__main__":

@@ -2,26 +2,43 @@
 
 import dataclasses
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
 from etils import epath
 from ml_collections import config_dict
 
 from music_jax import config as config_lib
-from music_jax.claims.grid import Claim, Setting, Settings, base
+from music_jax.claims.grid import Claim, Point, Setting, Settings, base, make_claims, settings_of
 from music_jax.errors import UserError
+from music_jax.metrics.few_shot import mean_interval
+from music_jax.workdir.directory import open_workdir
 from music_jax.workdir.files import read_json
 from music_jax.workdir.run_config import as_json, read_config
 
+RESULT = "result.json"  # in the directory of a cell
+
+# Measures and their headings; shares are shown in percent.
+SHARES = {
+    "linear_top1": "linear",
+    "knn_top1": "kNN",
+    "ten_shot_top1": "10-shot",
+    "all_factors_top1": "all factors",
+    "segment_accuracy": "one segment's clusters",
+    "joint_code_accuracy": "joint code's clusters",
+    "segments_label_nmi_mean": "NMI with labels",
+    "segment_information": "MI of segments / log K",
+    "usage_entropy": "usage entropy / log K",
+    "dead_units": "dead units",
+    "confidence": "confidence",
+}
+MEASURES = SHARES | {"rankme": "RankMe", "embedding_rankme": "RankMe of embeddings"}
+
 # Fields that may change when a run resumes, but affect the measures.
 _MEASURE_FIELDS = (
-    "compute_dtype",
-    "dataset.test_split",
-    "evaluation.train",
-    "evaluation.test",
-    "knn",
-    "linear_eval",
+    *("compute_dtype", "dataset.test_split", "evaluation.train", "evaluation.test"),
+    *("knn", "linear_eval"),
 )
 # Fields with the same values in all cells, which save time or select measures of a protocol.
 _PROTOCOL = {
@@ -33,17 +50,12 @@ _PROTOCOL = {
     "evaluation.num_views": 2,
 }
 
+Table = dict[str, Any]
+
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One training with its evaluation.
-
-    Attributes:
-      setting: Setting to train.
-      learning_rate: Base learning rate.
-      seed: Seed of the training and the evaluation.
-      searching: Whether it belongs to the search for the learning rate.
-    """
+    """One training with its evaluation; `searching`: to find the setting's learning rate."""
 
     setting: Setting
     learning_rate: float
@@ -57,48 +69,29 @@ class Cell:
         return f"{self.setting.name}/{last}"
 
 
+@dataclasses.dataclass
 class Sweep:
     """The cells of some claims and their results.
 
     Attributes:
       config: The config of the config file.
       settings: The dataset's grids.
-      claims: The claims to test.
-      num_seeds: Number of seeds of each claim's settings, by the claim's number.
+      claims: All claims that can be tested on the dataset.
+      num_seeds: Number of seeds of each claim to test, by the claim's number.
       directory: Directory of the sweep.
+      overridden: Dotted names of fields that the sweep's overrides must not change.
     """
 
-    def __init__(
-        self,
-        config: config_dict.ConfigDict,
-        settings: Settings,
-        claims: list[Claim],
-        *,
-        num_seeds: Mapping[int, int],
-        directory: epath.Path,
-        overridden: Iterable[str] = (),
-    ):
-        """Initializes the sweep.
+    config: config_dict.ConfigDict
+    settings: Settings
+    claims: list[Claim]
+    num_seeds: Mapping[int, int]
+    directory: epath.Path
+    overridden: Collection[str]
+    _results: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict, init=False)
 
-        Args:
-          config: The config of the config file.
-          settings: The dataset's grids.
-          claims: The claims to test.
-          num_seeds: Number of seeds of each claim's settings, by the claim's number.
-          directory: Directory of the sweep.
-          overridden: Dotted names of fields that the sweep's overrides must not change.
-        """
-        self.config, self.settings, self.claims = config, settings, claims
-        self.num_seeds, self.directory = num_seeds, directory
-        self._overridden = frozenset(overridden)
-        self._results: dict[str, dict[str, Any]] = {}
-
-    def with_earlier(self, claims: list[Claim]) -> "Sweep":
-        """Returns this sweep with the claims and seeds that claims.json in its directory has.
-
-        Args:
-          claims: All claims of the dataset.
-        """
+    def with_earlier(self) -> "Sweep":
+        """Returns this sweep with the claims and seeds that claims.json in its directory has."""
         path = self.directory / "claims.json"
         try:
             earlier = {
@@ -112,21 +105,17 @@ class Sweep:
                 f"{path} cannot be read: {error}; delete it and rerun the command without --only "
                 "for the tables of all claims"
             ) from error
-        numbers = {*earlier, *self.num_seeds}
-        num_seeds = {n: max(earlier.get(n, 0), self.num_seeds.get(n, 0)) for n in numbers}
-        return Sweep(
-            self.config,
-            self.settings,
-            [claim for claim in claims if claim.number in numbers],
-            num_seeds=num_seeds,
-            directory=self.directory,
-            overridden=self._overridden,
-        )
+        more = {n: max(seeds, earlier.get(n, 0)) for n, seeds in self.num_seeds.items()}
+        return dataclasses.replace(self, num_seeds=earlier | more)
+
+    def tested(self) -> list[Claim]:
+        """Returns the claims to test."""
+        return [claim for claim in self.claims if claim.number in self.num_seeds]
 
     def settings_in_order(self) -> dict[Setting, int]:
         """Returns the number of seeds of each setting; none depends on a later one."""
         seeds: dict[Setting, int] = {}
-        for claim in self.claims:
+        for claim in self.tested():
             for point in claim.points:
                 setting = point.setting
                 needed = [setting] if setting.as_configured else [base(setting.method), setting]
@@ -134,44 +123,37 @@ class Sweep:
                     seeds[one] = max(seeds.get(one, 0), self.num_seeds[claim.number])
         return seeds
 
-    def rates(self, setting: Setting) -> tuple[float, ...] | None:
-        """Returns the learning rates to search; None while the one they depend on is unknown."""
+    def rates(self, setting: Setting) -> tuple[float, ...]:
+        """Returns the learning rates to search; none while the one they depend on is unknown."""
         if setting.as_configured:
             return (self.config.optimizer.base_learning_rate,)
         if setting == base(setting.method):
             return self.settings.learning_rates
-        best = self.best_rate(base(setting.method))
+        best, step = self.best_rate(base(setting.method)), self.settings.rate_step
         if best is None:
-            return None
-        step = self.settings.rate_step
-        return (_rounded(best / step), best, _rounded(best * step)) if setting.searches else (best,)
+            return ()
+        low, high = (float(f"{rate:.2g}") for rate in (best / step, best * step))
+        return (low, best, high) if setting.searches else (best,)
 
     def best_rate(self, setting: Setting) -> float | None:
         """Returns the rate of the best validation accuracy; None until all have been tried."""
         rates = self.rates(setting)
-        if rates is None or len(rates) == 1:
-            return rates and rates[0]
-        results = [self.result(cell) for cell in self.search_cells(setting)]
-        scores = [
-            -1.0 if "diverged" in result else result["linear_top1"]
-            for result in results
-            if result is not None
-        ]
+        if len(rates) < 2:
+            return rates[0] if rates else None
+        results = self._done(self.search_cells(setting))
+        scores = [-1.0 if "diverged" in result else result["linear_top1"] for result in results]
         return rates[scores.index(max(scores))] if len(scores) == len(rates) else None
 
     def search_cells(self, setting: Setting) -> list[Cell]:
         """Returns the cells of a setting's search, one per learning rate."""
-        rates = self.rates(setting) or ()
-        if len(rates) == 1:
-            return []
-        return [Cell(setting, rate, self.config.seed, True) for rate in rates]
+        rates = self.rates(setting)
+        return [Cell(setting, rate, self.config.seed, True) for rate in rates if len(rates) > 1]
 
     def final_cells(self, setting: Setting, num_seeds: int) -> list[Cell]:
         """Returns the cells of a setting that the tables show, one per seed."""
-        rate = self.best_rate(setting)
+        rate, first = self.best_rate(setting), self.config.seed
         if rate is None:
             return []
-        first = self.config.seed
         return [Cell(setting, rate, seed, False) for seed in range(first, first + num_seeds)]
 
     def cells(self) -> list[Cell]:
@@ -184,15 +166,11 @@ class Sweep:
 
     def num_cells(self) -> int:
         """Returns the number of cells, including those that are not known yet."""
-
-        def searched(setting: Setting) -> int:
-            if setting.as_configured:
-                return 0
-            if setting == base(setting.method):
-                return len(self.settings.learning_rates)
-            return 3 if setting.searches else 0
-
-        return sum(searched(one) + seeds for one, seeds in self.settings_in_order().items())
+        first = len(self.settings.learning_rates)
+        return sum(
+            num_seeds + (first if setting == base(setting.method) else 3 * setting.searches)
+            for setting, num_seeds in self.settings_in_order().items()
+        )
 
     def missing(self) -> list[Cell]:
         """Returns the cells that can be run and have no result yet."""
@@ -200,8 +178,10 @@ class Sweep:
 
     def results(self) -> list[dict[str, Any]]:
         """Returns the results of all cells that are done."""
-        found = (self.result(cell) for cell in self.cells())
-        return [result for result in found if result is not None]
+        return self._done(self.cells())
+
+    def _done(self, cells: list[Cell]) -> list[dict[str, Any]]:
+        return [result for cell in cells if (result := self.result(cell)) is not None]
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """Returns a cell's result; None if it has none that can be read.
@@ -209,27 +189,26 @@ class Sweep:
         Raises:
           UserError: The result belongs to another config.
         """
-        if cell.name in self._results:
-            return self._results[cell.name]
-        directory = self.directory / cell.name
-        try:
-            result = read_json(result_file(directory))
-        except (OSError, ValueError):
-            return None
-        if not isinstance(result, dict):
-            return None
-        self._check_same(cell, directory)
-        self._results[cell.name] = result
-        return result
+        if cell.name not in self._results:
+            try:
+                result = read_json(self.directory / cell.name / RESULT)
+            except (OSError, ValueError):
+                return None
+            if not isinstance(result, dict):
+                return None
+            self._check_same(cell)
+            self._results[cell.name] = result
+        return self._results[cell.name]
 
-    def _check_same(self, cell: Cell, directory: epath.Path) -> None:
+    def _check_same(self, cell: Cell) -> None:
+        directory = self.directory / cell.name
         # Fields that were added since get the defaults, which applied without them.
         saved = config_lib.from_json(read_config(directory) or {})
         saved.update_from_flattened_dict(_protocol(cell))  # earlier versions set other values
         old, now = as_json(saved), as_json(self.cell_config(cell))
         differing = config_lib.differences(old, now)
         for field in _MEASURE_FIELDS:
-            there, here = _value(old, field), _value(now, field)
+            there, here = config_lib.get_field(old, field), config_lib.get_field(now, field)
             if there != here:
                 differing.append(f"{field}: {reprlib.repr(there)} there, {reprlib.repr(here)} now")
         if differing:
@@ -262,9 +241,7 @@ class Sweep:
     def cell_config(self, cell: Cell) -> config_dict.ConfigDict:
         """Returns the config that a cell trains."""
         setting = cell.setting
-        config = config_dict.ConfigDict(self.config.to_dict())
-        if not setting.as_configured:
-            config = base_config(config, self.settings, self._overridden)
+        overrides = {} if setting.as_configured else self.settings.overrides
         fields = dict(setting.changes) | _protocol(cell)
         fields |= {
             "objective.name": setting.method,
@@ -276,50 +253,113 @@ class Sweep:
             train, held_out = self.settings.search_splits
             fields |= {"dataset.train_split": train, "dataset.test_split": held_out}
             fields |= {"evaluation.train": "", "evaluation.test": ""}
+        config = _with_overrides(self.config, overrides, self.overridden)
         config.update_from_flattened_dict(fields)
         return config
 
+    def tables(self) -> list[Table]:
+        """Returns the table of each claim, from the cells that are done.
 
-def _protocol(cell: Cell) -> dict[str, Any]:
-    return _PROTOCOL | {"knn.enabled": not cell.searching}
+        Returns:
+          Number, title, question, axis and rows of each claim. A row has its series, its x, the
+          setting, the learning rate (None while unknown), the validation accuracy of each rate that
+          was searched, whether the rate was the smallest or largest of these, the number of seeds
+          that are done, that are wanted and that diverged, and each measure's mean, half-width of
+          the 95 % interval (None for a single seed) and values. Rows of claim 7 also have the
+          factors and each seed's measures of them.
+        """
+        return [
+            {
+                "claim": claim.number,
+                "title": claim.title,
+                "question": claim.question,
+                "axis": claim.axis,
+                "rows": [self._row(claim.number, point) for point in claim.points],
+            }
+            for claim in self.tested()
+        ]
+
+    def _row(self, claim: int, point: Point) -> dict[str, Any]:
+        setting, num_seeds = point.setting, self.num_seeds[claim]
+        best = self.best_rate(setting)
+        search = {
+            cell.learning_rate: (self.result(cell) or {}).get("linear_top1")
+            for cell in self.search_cells(setting)
+        }
+        results = self._done(self.final_cells(setting, num_seeds))
+        finished = [result for result in results if "diverged" not in result]
+        row: dict[str, Any] = {
+            "series": point.series,
+            "x": point.x,
+            "setting": setting.name,
+            "learning_rate": best,
+            "search": {f"{rate:g}": top1 for rate, top1 in search.items()},
+            "rate_at_edge": bool(search) and best in (min(search), max(search)),
+            "seeds": len(results),
+            "seeds_wanted": num_seeds,
+            "diverged": len(results) - len(finished),
+            "core_seconds": [result["core_seconds"] for result in results],
+            "measures": _measures(finished),
+        }
+        if starts := [result["start"] for result in finished if result.get("start")]:
+            row["start"] = _measures(starts)
+        if claim == 7 and finished and "factors" in finished[0]:
+            row["factors"] = finished[0]["factors"]
+            row["factor_linear_top1"] = [r["factor_linear_top1"] for r in finished]
+            row["factor_nmi"] = [r["factor_nmi"] for r in finished if "factor_nmi" in r]
+        return row
 
 
-def _value(record: dict[str, Any], field: str) -> Any:
-    for part in field.split("."):
-        record = record[part]
-    return record
-
-
-def base_config(
-    config: config_dict.ConfigDict, settings: Settings, overridden: Iterable[str]
-) -> config_dict.ConfigDict:
-    """Returns the config with the sweep's overrides, except for the fields that a user has set."""
-    fields = {k: v for k, v in settings.overrides.items() if k not in set(overridden)}
-    changed = config_dict.ConfigDict(config.to_dict())
-    changed.update_from_flattened_dict(fields)
-    return changed
-
-
-def result_file(directory: epath.Path) -> epath.Path:
-    """Returns the file of a cell's result."""
-    return directory / "result.json"
-
-
-def _rounded(rate: float) -> float:
-    return float(f"{rate:.2g}")
-
-
-def chosen(claims: Iterable[Claim], only: Iterable[str]) -> list[Claim]:
-    """Returns the claims of these numbers, or all claims if there are no numbers.
+def make_sweep(
+    config: config_dict.ConfigDict,
+    *,
+    only: Collection[str],
+    seeds: int,
+    directory: str,
+    overridden: Collection[str] = (),
+) -> Sweep:
+    """Returns the sweep of the claims of these numbers, or of all, and creates its directory.
 
     Raises:
-      UserError: The dataset has no such claim.
+      UserError: There are no settings for the dataset, no such claim, or no such directory.
     """
-    numbers = {str(claim.number): claim for claim in claims}
+    settings = settings_of(config.dataset.name)
+    claims = make_claims(_with_overrides(config, settings.overrides, overridden), settings)
+    numbers = {str(claim.number): claim.number for claim in claims}
     wanted = {text.strip() for text in only} or set(numbers)
     if unknown := sorted(wanted - set(numbers)):
         raise UserError(
             f"--only={','.join(only)}: there is no claim {unknown[0]!r} on this dataset; it has "
             f"{', '.join(numbers)}"
         )
-    return [claim for number, claim in numbers.items() if number in wanted]
+    num_seeds = {number: seeds for text, number in numbers.items() if text in wanted}
+    return Sweep(config, settings, claims, num_seeds, open_workdir(directory), overridden)
+
+
+def _protocol(cell: Cell) -> dict[str, Any]:
+    return _PROTOCOL | {"knn.enabled": not cell.searching}
+
+
+def _with_overrides(
+    config: config_dict.ConfigDict, overrides: Mapping[str, Any], overridden: Collection[str]
+) -> config_dict.ConfigDict:
+    """Returns the config with a sweep's overrides, except for the fields that a user has set."""
+    changed = config_dict.ConfigDict(config.to_dict())
+    fields = {name: value for name, value in overrides.items() if name not in overridden}
+    changed.update_from_flattened_dict(fields)
+    return changed
+
+
+def _measures(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns the mean, the half-width and the values of each measure over seeds."""
+    measures = {}
+    for name in MEASURES:
+        values = [result[name] for result in results if result.get(name) is not None]
+        if name == "all_factors_top1":
+            factors = [result.get("factor_linear_top1") for result in results]
+            values = [float(np.mean(top1)) for top1 in factors if top1 is not None]
+        if values:
+            mean, half_width = mean_interval(values)
+            half = None if np.isnan(half_width) else half_width
+            measures[name] = {"mean": mean, "half_width": half, "values": values}
+    return measures

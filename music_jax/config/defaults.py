@@ -1,10 +1,22 @@
-"""Every field of a config with its default and its description."""
+"""Every field of a config: its default, its description, and whether a resume may change it."""
 
 import inspect
 import re
 from typing import Any
 
 from ml_collections import config_dict
+
+# Fields and groups that may change when a run resumes, since they do not affect the training.
+FREE_FIELDS = (
+    *("backbone.remat", "checkpoint", "dataset.data_dir", "dataset.manual_dir"),
+    *("dataset.max_skipped_share", "dataset.test_split", "dataset.try_gcs", "deterministic"),
+    *("evaluation", "few_shot", "finetune", "guards", "knn", "linear_eval", "log_every_steps"),
+    *("num_decode_threads", "online_probe", "semi_supervised", "sharding", "tensorboard"),
+    "wandb_project",
+    "compute_dtype",  # Parameters stay float32, and the run logs from which step it differs.
+)
+# Groups of earlier versions that did not affect the training either.
+_REMOVED_GROUPS = ("clustering", "retrieval")
 
 
 def default_config() -> config_dict.ConfigDict:
@@ -245,6 +257,12 @@ def set_views(config: config_dict.ConfigDict, **augmentation: Any) -> None:
         config.augmentation[view].update(augmentation)
 
 
+def is_free(field: str) -> bool:
+    """Returns whether the field of a dotted name may change when a run resumes."""
+    free = (*FREE_FIELDS, *_REMOVED_GROUPS)
+    return any(field == name or field.startswith(name + ".") for name in free)
+
+
 def descriptions() -> dict[str, str]:
     """Returns the description of each field and group by dotted name, in the order of definition.
 
@@ -252,17 +270,11 @@ def descriptions() -> dict[str, str]:
     is none.
     """
     found: dict[str, str] = {}
-    comment = ""
-    for line in inspect.getsource(default_config).splitlines():
-        if line.startswith("    # "):
-            comment += " " + line[6:]
-            continue
-        if setting := re.match(r"    (config|view)\.([\w.]+) = .*?(?:  # (.*))?$", line):
-            of, name, behind = setting.groups()
-            name = name if of == "config" else f"augmentation.view_1.{name}"
-            found[name] = (behind or comment).strip()
-            if name == "augmentation.view_2":
-                view = {key: found[key] for key in found if key.startswith("augmentation.view_1.")}
-                found |= {key.replace("view_1", "view_2"): text for key, text in view.items()}
-        comment = ""
+    setting = r"((?:    # .*\n)*)    (config|view)\.([\w.]+) = .*?(?:  # (.*))?\n"
+    for before, of, name, behind in re.findall(setting, inspect.getsource(default_config)):
+        name = name if of == "config" else f"augmentation.view_1.{name}"
+        found[name] = behind or " ".join(before.replace("    # ", "").split())
+        if name == "augmentation.view_2":
+            view = {key: found[key] for key in found if key.startswith("augmentation.view_1.")}
+            found |= {key.replace("view_1", "view_2"): text for key, text in view.items()}
     return found

@@ -1,4 +1,4 @@
-"""Devices and processes: joining a cluster, the mesh, and assigning rows of a batch to devices."""
+"""Devices: choosing them, the mesh, and assigning rows of a batch to them."""
 
 import dataclasses
 import importlib.metadata
@@ -8,7 +8,6 @@ import logging
 import os
 import pathlib
 import pkgutil
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,92 +17,13 @@ from jax._src import xla_bridge  # Whether devices are started has no public nam
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from music_jax.distributed import failure_propagation, usable_cores
+from music_jax.distributed import usable_cores
+from music_jax.distributed.progress import is_main_process as is_main_process
 from music_jax.errors import UserError
 
 _logger = logging.getLogger(__name__)
 
 BATCH_AXES = ("data", "fsdp")
-
-# Part of JAX's message where it does not detect a cluster.
-_NO_CLUSTER = "coordinator_address should be defined"
-# Variables by which launchers that JAX does not detect, Open MPI from version 5 and those of MPICH,
-# give the number of processes. Without joining they would all write to one workdir.
-_LAUNCHER_COUNTS = ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "PMI_SIZE")
-
-
-def join_cluster(
-    coordinator_address: str | None, num_processes: int | None, process_id: int | None
-) -> None:
-    """Joins the other processes of the run, if there are any.
-
-    Call it before anything uses JAX. The cluster is queried only if no argument is given.
-
-    Args:
-      coordinator_address: HOST:PORT of process 0; None to detect all three.
-      num_processes: Number of processes in the run.
-      process_id: Index of this process.
-
-    Raises:
-      UserError: Only some of the three are given, the processes do not find each other, or a
-        launcher has started several of them without giving the address of process 0.
-    """
-    _check_processes(coordinator_address, num_processes, process_id)
-    if num_processes == 1:
-        return
-    # Until there is something to save, JAX must not take SIGTERM; see `start_preemption_service`.
-    jax.config.update("jax_enable_preemption_service", False)
-    try:
-        with failure_propagation.joining():
-            jax.distributed.initialize(
-                coordinator_address,
-                num_processes,
-                process_id,
-                cluster_detection_method=None if num_processes is None else "deactivate",
-                initialization_timeout=failure_propagation.JOIN_TIMEOUT_SECONDS,
-                heartbeat_timeout_seconds=failure_propagation.HEARTBEAT_TIMEOUT_SECONDS,
-            )
-    except Exception as error:  # a cluster's own client may raise anything
-        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        if (address := failure_propagation.coordinator()) is not None:
-            raise UserError(
-                f"cannot join the run's other processes at {address}: {message}; is process 0 "
-                "running, and its port reachable?"
-            ) from error
-        if _NO_CLUSTER not in message:
-            raise UserError(
-                f"cannot find out whether this cluster runs further processes: {message}; give "
-                "--num_processes=1 if it does not, else --coordinator_address, --num_processes and "
-                "--process_id"
-            ) from error
-        for name in _LAUNCHER_COUNTS:
-            if int(os.environ.get(name) or 1) > 1:
-                raise UserError(
-                    f"{name} says that there are {os.environ[name]} processes, but not where "
-                    "process 0 is; give --coordinator_address, --num_processes and --process_id"
-                ) from error
-
-
-def _check_processes(
-    coordinator_address: str | None, num_processes: int | None, process_id: int | None
-) -> None:
-    if num_processes == 1 and process_id in (None, 0):
-        return
-    given = (coordinator_address, num_processes, process_id)
-    if any(g is None for g in given) and any(g is not None for g in given):
-        raise UserError(
-            "--coordinator_address, --num_processes and --process_id go together: give all three, "
-            "none if they are detected, or --num_processes=1 alone; got "
-            f"{coordinator_address}, {num_processes}, {process_id}"
-        )
-    if coordinator_address is None or num_processes is None or process_id is None:
-        return
-    if not re.fullmatch(r".+:\d{1,5}", coordinator_address):
-        raise UserError(f"--coordinator_address must be HOST:PORT; got {coordinator_address!r}")
-    if not 0 <= process_id < num_processes:
-        raise UserError(
-            f"--process_id must be in [0, num_processes = {num_processes}); got {process_id}"
-        )
 
 
 def check_gpu_plugins() -> None:
@@ -112,17 +32,20 @@ def check_gpu_plugins() -> None:
     Raises:
       UserError: A plugin is missing.
     """
-    plugins = [point.value for point in importlib.metadata.entry_points(group="jax_plugins")]
-    spec = importlib.util.find_spec("jax_plugins")
-    if spec is not None:
-        plugins += [m.name for m in pkgutil.iter_modules(spec.submodule_search_locations)]
     chosen = os.environ.get("JAX_PLATFORMS", "")
     for platform in {"cuda", "rocm"} & set(chosen.split(",")):
-        if not any(platform in plugin for plugin in plugins):
+        if not any(platform in plugin for plugin in _plugins()):
             raise UserError(
                 f"JAX_PLATFORMS={chosen} cannot be used here: JAX's plugin for {platform} is not "
                 "installed; unset it, or install what it names"
             )
+
+
+def _plugins() -> list[str]:
+    found = [point.value for point in importlib.metadata.entry_points(group="jax_plugins")]
+    if (spec := importlib.util.find_spec("jax_plugins")) is not None:
+        found += [module.name for module in pkgutil.iter_modules(spec.submodule_search_locations)]
+    return found
 
 
 def skip_absent_tpu() -> None:
@@ -135,8 +58,7 @@ def skip_absent_tpu() -> None:
         return
     vendors = pathlib.Path("/sys/bus/pci/devices").glob("*/vendor")
     on_google_hardware = any(path.read_text().strip() == "0x1ae0" for path in vendors)
-    others = importlib.metadata.entry_points(group="jax_plugins")
-    if not (on_google_hardware or others or importlib.util.find_spec("jax_plugins")):
+    if not (on_google_hardware or _plugins()):
         jax.config.update("jax_platforms", "cpu")
 
 
@@ -241,17 +163,31 @@ def check_divisible(batch_size: int, accumulation_steps: int, mesh: Mesh) -> Non
 
 
 def local_positions(batch_size: int, mesh: Mesh) -> np.ndarray:
-    """Returns the positions of a global batch that this process's devices hold, in order."""
-    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    """Returns the positions of a global batch that this process's devices hold, in order.
+
+    These are all positions if the devices do not divide the batch.
+    """
+    indices = _sharding(batch_size, mesh).addressable_devices_indices_map((batch_size,))
     rows = [np.arange(batch_size)[index] for index in indices.values()]
     return np.unique(np.concatenate(rows))
 
 
 def to_devices(local: np.ndarray, batch_size: int, mesh: Mesh) -> jax.Array:
-    """Transfers this process's rows of a global batch to its devices, asynchronously."""
+    """Transfers this process's rows of a global batch to its devices, asynchronously.
+
+    Args:
+      local: Rows of the batch at the `local_positions`.
+      batch_size: Number of rows of the global batch.
+      mesh: Devices; if they do not divide the batch, each gets all of it.
+    """
     return jax.make_array_from_process_local_data(
-        batch_sharding(mesh), local, (batch_size, *local.shape[1:])
+        _sharding(batch_size, mesh), local, (batch_size, *local.shape[1:])
     )
+
+
+def _sharding(batch_size: int, mesh: Mesh) -> NamedSharding:
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return replicated if batch_size % mesh.size else batch_sharding(mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,26 +205,13 @@ class Placing:
     @property
     def positions(self) -> np.ndarray:
         """The positions of the global batch that this process provides."""
-        if self.batch_size % self.mesh.size:
-            return np.arange(self.batch_size)
         return local_positions(self.batch_size, self.mesh)
 
-    @property
-    def sharding(self) -> NamedSharding:
-        """The sharding of a batch."""
-        if self.batch_size % self.mesh.size:
-            return NamedSharding(self.mesh, PartitionSpec())
-        return batch_sharding(self.mesh)
-
     def __call__(self, local: np.ndarray) -> jax.Array:
-        """Puts this process's rows of a batch onto its devices."""
-        shape = (self.batch_size, *local.shape[1:])
-        return jax.make_array_from_process_local_data(self.sharding, local, shape)
-
-
-def is_main_process() -> bool:
-    """Returns whether this is the process that prints and writes."""
-    return jax.process_index() == 0
+        """Transfers this process's rows of a batch to its devices, asynchronously."""
+        return jax.make_array_from_process_local_data(
+            _sharding(self.batch_size, self.mesh), local, (self.batch_size, *local.shape[1:])
+        )
 
 
 def from_main_process(make: Callable[[], Any]) -> Any:

@@ -32,18 +32,14 @@ def printable(text: str) -> str:
     Control characters, format characters and line ends become, for example, `\x1b` and `\n`; for
     surrogates see `escape_surrogates`.
     """
-    text = escape_surrogates(text)
-    if text.isprintable():
-        return text
     return "".join(
-        c
-        if c.isprintable() or unicodedata.category(c) == "Zs"
-        else c.encode("unicode_escape").decode()
-        for c in text
+        c if c.isprintable() or unicodedata.category(c) == "Zs" else ascii(c)[1:-1]
+        for c in escape_surrogates(text)
     )
 
 
-def _is_main_process() -> bool:
+def is_main_process() -> bool:
+    """Returns whether this is the process that prints and writes."""
     import jax  # takes a second, which `--help` should not
 
     return jax.process_index() == 0
@@ -51,7 +47,7 @@ def _is_main_process() -> bool:
 
 def say(text: str) -> None:
     """Prints one line on the main process, above any progress bar."""
-    if _is_main_process():
+    if is_main_process():
         text = printable(text)
         encoding = sys.stdout.encoding or "utf-8"  # which may lack characters of a name
         text = text.encode(encoding, "backslashreplace").decode(encoding)
@@ -122,7 +118,7 @@ def bar(total: int, *, unit: str, description: str, done: int = 0, delay: float 
         dynamic_ncols=terminal and not unknown,
         bar_format="{l_bar}{bar:12}{r_bar}",
         mininterval=0.2 if terminal else 1.0,
-        disable=not _is_main_process(),
+        disable=not is_main_process(),
     )
 
 

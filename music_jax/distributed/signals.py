@@ -2,7 +2,6 @@
 
 import contextlib
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
 import threading
@@ -36,17 +35,14 @@ def end_with_parent() -> None:
 
     For the worker processes of a command. They ignore SIGINT, which a terminal sends to all.
     """
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        raise RuntimeError("this process was not started by multiprocessing")
-    sentinel = parent.sentinel
 
     def wait() -> None:
-        multiprocessing.connection.wait([sentinel])
-        os._exit(1)
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=wait, name="parent", daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class _Listener:
@@ -57,18 +53,11 @@ class _Listener:
     """
 
     def __init__(self, handle: Callable[[int], None]):
-        """Starts the thread.
-
-        Args:
-          handle: Function that is called on the thread with the number of each signal.
-        """
         self._previous = {number: signal.getsignal(number) for number in _SIGNALS}
         self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
-        self._thread = threading.Thread(
-            target=self._listen, args=(reader, handle), name="signals", daemon=True
-        )
+        self._thread = threading.Thread(target=self._listen, args=(reader, handle), daemon=True)
         self._thread.start()
         self._outer = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
 
@@ -94,17 +83,13 @@ class _Listener:
     def _listen(self, reader: int, handle: Callable[[int], None]) -> None:
         while number := os.read(reader, 1):
             if number[0] == signal.SIGHUP:
-                self._discard_output_of_closed_terminals()
+                with open(os.devnull, "wb") as null:
+                    for terminal in self._terminals:
+                        if not os.isatty(terminal):  # it is closed: printing would be an error
+                            os.dup2(null.fileno(), terminal)
             if number[0] in _SIGNALS:
                 handle(number[0])
         os.close(reader)
-
-    def _discard_output_of_closed_terminals(self) -> None:
-        null = os.open(os.devnull, os.O_WRONLY)
-        for terminal in self._terminals:
-            if not os.isatty(terminal):  # printing to it would be an error
-                os.dup2(null, terminal)
-        os.close(null)
 
 
 class Stop:
@@ -147,17 +132,15 @@ class StopSignal(Stop):
     which receives SIGTERM and sends all processes the step at which to stop
     (`Checkpoints.reached_preemption`); the other signals are passed on to it as SIGTERM.
 
+    Args:
+      alone: Whether this process is the only one of the run.
+      grace_seconds: Time after the first signal after which the process ends in any case.
+
     Raises:
       StoppedError: At its end, if a signal came too late for the loop to see it.
     """
 
     def __init__(self, *, alone: bool, grace_seconds: float):
-        """Creates the context; `begin` installs the handlers.
-
-        Args:
-          alone: Whether this process is the only one of the run.
-          grace_seconds: Time after the first signal after which the process ends in any case.
-        """
         self._alone = alone
         self._grace_seconds = grace_seconds
         self._grace: threading.Timer | None = None
@@ -172,9 +155,9 @@ class StopSignal(Stop):
         if self._alone:
             self._listener.take(_SIGNALS)
         else:
-            from music_jax.distributed import failure_propagation
+            from music_jax.distributed.cluster import start_preemption_service
 
-            failure_propagation.start_preemption_service()
+            start_preemption_service()
             self._listener.take((signal.SIGINT, signal.SIGUSR1, signal.SIGHUP))
 
     def agreed(self) -> None:

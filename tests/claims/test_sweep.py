@@ -9,10 +9,11 @@ import pytest
 import scipy.stats
 from etils import epath
 
-from music_jax.claims import report, results
-from music_jax.claims.grid import SETTINGS, base, make_claims, settings_of
-from music_jax.claims.pool import choose
-from music_jax.claims.sweep import Cell, Sweep, base_config, chosen
+from music_jax.claims import report
+from music_jax.claims import sweep as sweep_lib
+from music_jax.claims.grid import SETTINGS, base
+from music_jax.claims.run_cells import choose
+from music_jax.claims.sweep import Cell
 from music_jax.config import default_config
 from music_jax.errors import UserError
 from music_jax.workdir.run_config import as_json, write_config
@@ -22,19 +23,9 @@ def load(name):
     return runpy.run_path(f"configs/{name}.py")["get_config"]()
 
 
-def make_sweep(tmp_path, name="mnist5k", *, only=(), seeds=3, overridden=(), config=None):
-    config = config or load(name)
-    settings = settings_of(config.dataset.name)
-    claims = make_claims(base_config(config, settings, overridden), settings)
-    wanted = chosen(claims, only)
-    return Sweep(
-        config,
-        settings,
-        wanted,
-        num_seeds={claim.number: seeds for claim in wanted},
-        directory=epath.Path(tmp_path),
-        overridden=overridden,
-    )
+def make_sweep(tmp_path, name="mnist5k", *, only=(), seeds=3, config=None, **options):
+    options |= {"only": only, "seeds": seeds, "directory": str(tmp_path)}
+    return sweep_lib.make_sweep(config or load(name), **options)
 
 
 def test_a_worker_runs_a_setting_that_no_other_worker_runs(tmp_path):
@@ -243,7 +234,7 @@ def test_unknown_claims_and_datasets_are_user_errors(tmp_path):
 def test_tables_have_means_and_student_intervals(tmp_path):
     sweep = make_sweep(tmp_path, only=("2",))
     finish_all(sweep)
-    tables = results.collect(sweep)
+    tables = sweep.tables()
     row = next(r for r in tables[0]["rows"] if (r["series"], r["x"]) == ("music", 2))
     values = [accuracy_of(Cell(base("music"), 1e-2, seed, False)) for seed in range(3)]
     low, high = scipy.stats.t.interval(0.95, 2, np.mean(values), scipy.stats.sem(values))
@@ -257,7 +248,7 @@ def test_tables_have_means_and_student_intervals(tmp_path):
         for name in ("0.0033", "0.01", "0.03")  # a third of the method's own, and three times it
     }
 
-    results.write(tables, sweep.directory)
+    report.write_tables(tables, sweep.directory)
     assert json.loads((sweep.directory / "claims.json").read_text()) == {"claims": tables}
     lines = (sweep.directory / "claims.csv").read_text().splitlines()
     assert len(lines) == 1 + 12 * 3  # settings, measures
@@ -271,7 +262,7 @@ def test_tables_have_means_and_student_intervals(tmp_path):
 def test_a_rate_that_was_not_searched_is_at_no_edge(tmp_path):
     sweep = make_sweep(tmp_path, only=("1",), seeds=1)
     finish_all(sweep)
-    rows = results.collect(sweep)[0]["rows"]
+    rows = sweep.tables()[0]["rows"]
     configured = [row for row in rows if not row["search"]]
     assert len(configured) == 1
     assert configured[0]["learning_rate"] == sweep.config.optimizer.base_learning_rate
@@ -290,8 +281,8 @@ def test_the_report_names_what_is_missing_and_keeps_other_sections(tmp_path):
     path = epath.Path(tmp_path) / "RESULTS.md"
     sweep = make_sweep(tmp_path / "a" / "mnist5k", only=("1", "4"))
     finish_all(sweep)
-    tables = results.collect(sweep)
-    results.write(tables, sweep.directory)
+    tables = sweep.tables()
+    report.write_tables(tables, sweep.directory)
     report.write_plots(tables, sweep.directory)
     report.write_section(path, sweep, tables)
     whole = path.read_text()
@@ -306,13 +297,13 @@ def test_the_report_names_what_is_missing_and_keeps_other_sections(tmp_path):
     assert "MUSIC minus vicreg: linear +0.0" in whole
 
     other = make_sweep(tmp_path / "b" / "shapes", "shapes", only=("1", "7"))
-    report.write_section(path, other, results.collect(other))
+    report.write_section(path, other, other.tables())
     assert whole.rstrip() in path.read_text()
     assert "**The tables are not complete**" in path.read_text()
 
     (sweep.directory / "music" / "seed=2" / "result.json").unlink()
     partial = make_sweep(tmp_path / "a" / "mnist5k", only=("1", "4"))
-    report.write_section(path, partial, results.collect(partial))
+    report.write_section(path, partial, partial.tables())
     text = path.read_text()
     assert text.count("## mnist5k") == text.count("## shapes") == 1
     mine = text[text.index("## mnist5k") : text.index("<!-- end of claims: mnist5k")]
@@ -324,9 +315,9 @@ def write_tables(path, directory, **options):
     """Writes the files that the command writes once all cells are trained."""
     sweep = make_sweep(directory, **options)
     finish_all(sweep)
-    shown = sweep.with_earlier(make_sweep(directory).claims)
-    tables = results.collect(shown)
-    results.write(tables, shown.directory)
+    shown = sweep.with_earlier()
+    tables = shown.tables()
+    report.write_tables(tables, shown.directory)
     report.write_section(path, shown, tables)
     return tables
 
@@ -388,15 +379,15 @@ def test_a_search_validates_on_images_that_it_does_not_train_on(name):
 def test_the_mean_over_all_factors_is_shown_where_there_are_factors(tmp_path):
     sweep = make_sweep(tmp_path, "shapes", only=("1",), seeds=2)
     finish_all(sweep, factor_linear_top1=[0.2, 0.6])
-    table = results.collect(sweep)[0]
+    table = sweep.tables()[0]
     assert table["rows"][0]["measures"]["all_factors_top1"]["mean"] == pytest.approx(0.4)
-    assert "| all factors |" in results.markdown(table)
-    assert "| 40.0 ± 0.0 |" in results.markdown(table)
+    assert "| all factors |" in report.markdown(table)
+    assert "| 40.0 ± 0.0 |" in report.markdown(table)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_batch_sizes_are_compared_with_that_of_the_config(tmp_path, name):
-    (claim,) = make_sweep(tmp_path, name, only=("4",)).claims
+    (claim,) = make_sweep(tmp_path, name, only=("4",)).tested()
     sizes = [point.x for point in claim.points if point.series == "music"]
     assert load(name).batch_size in sizes
     assert sizes == sorted({*sizes})
@@ -406,7 +397,7 @@ def test_batch_sizes_are_compared_with_that_of_the_config(tmp_path, name):
 def test_every_claim_has_a_plot(tmp_path):
     sweep = make_sweep(tmp_path, "shapes", only=("1", "2", "7"), seeds=1)
     finish_all(sweep)
-    tables = results.collect(sweep)
+    tables = sweep.tables()
     for row in tables[2]["rows"]:
         row |= {"factors": ["shape", "hue"], "factor_nmi": [np.eye(2).tolist()]}
     report.write_plots(tables, sweep.directory)

@@ -1,4 +1,4 @@
-"""XLA flags before devices are used, and the flags that name the processes of a run."""
+"""XLA flags before devices are used."""
 
 import os
 import subprocess
@@ -10,7 +10,6 @@ from jax._src import xla_bridge
 from processes import ROOT
 
 from music_jax.distributed import mesh
-from music_jax.errors import UserError
 
 FLAG = "--xla_gpu_exclude_nondeterministic_ops"
 
@@ -70,74 +69,3 @@ def test_training_from_python_requests_deterministic_operations(deterministic, e
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment
     )
     assert done.stdout.startswith(f"{expected} config.batch_size = 127 cannot"), done.stderr
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("host:1", 2, None), "go together: give all three"),
-        ((None, None, 0), "go together: give all three"),
-        ((None, 2, 0), "go together: give all three"),
-        (("host", 2, 0), "--coordinator_address must be HOST:PORT; got 'host'"),
-        (("host:port", 2, 0), "--coordinator_address must be HOST:PORT; got 'host:port'"),
-        (("host:1", 2, 2), r"--process_id must be in \[0, num_processes = 2\); got 2"),
-        (("host:1", 2, -1), r"--process_id must be in .*; got -1"),
-        (("host:1", 1, 1), r"--process_id must be in .*; got 1"),
-        (("host:1", 0, 0), r"--process_id must be in .*; got 0"),
-    ],
-)
-def test_flags_that_do_not_name_a_process_are_refused(flags, message):
-    with pytest.raises(UserError, match=message):
-        mesh.join_cluster(*flags)
-
-
-# What the client of Kubernetes does in a pod that has no service account, and other clusters may.
-_FAILING_CLIENT = """
-class config:
-    @staticmethod
-    def load_incluster_config():
-        raise {error}("no\\ntoken")
-"""
-_JOIN = """
-from music_jax.distributed import mesh
-from music_jax.errors import UserError
-try:
-    mesh.join_cluster({flags})
-    print("alone")
-except UserError as error:
-    print(error)
-"""
-
-
-@pytest.mark.parametrize(
-    ("flags", "error", "expected"),
-    [
-        (
-            "None, None, None",
-            "type('Own', (Exception,), {})",
-            "cannot find out whether this cluster",
-        ),
-        ("None, None, None", "KeyError", "cannot find out whether this cluster runs further"),
-        ("None, 1, None", "OSError", "alone"),
-        ("'127.0.0.1:1', 1, 0", "OSError", "alone"),
-    ],
-)
-def test_a_cluster_client_that_fails_is_an_error_unless_flags_replace_it(
-    flags, error, expected, tmp_path
-):
-    (tmp_path / "kubernetes.py").write_text(_FAILING_CLIENT.format(error=error))
-    environment = os.environ | {
-        "KUBERNETES_SERVICE_HOST": "10.0.0.1",
-        "PYTHONPATH": f"{tmp_path}:{ROOT}",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", _JOIN.format(flags=flags)],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert done.stdout.startswith(expected), done.stderr
-    assert done.stdout.count("\n") == 1
-    if expected != "alone":
-        assert "token" in done.stdout
-        assert "--num_processes=1 if it does not" in done.stdout

@@ -1,15 +1,19 @@
-"""One cell: its training, its measures and its labels."""
+"""One cell: its training, its measures and its labels; and the workers that run the cells."""
 
 import json
+import os
 import runpy
 
 import numpy as np
 import pytest
+import threadpoolctl
+from etils import epath
 from processes import ROOT
 from sklearn.metrics import normalized_mutual_info_score
 
-from music_jax.claims import run_cell
-from music_jax.claims.run_cell import CellTask
+from music_jax.claims import run_cells
+from music_jax.claims.grid import Setting
+from music_jax.claims.sweep import Cell
 from music_jax.data.datasets import EvaluationSources
 from music_jax.data.sources import Source
 from music_jax.errors import DivergedError
@@ -55,7 +59,9 @@ def data(tmp_path_factory):
 
 
 def _run(directory, config, *, searching=False, collapsed_start=False):
-    run_cell.run_cell(CellTask(str(directory), as_json(config), searching, collapsed_start))
+    setting = Setting("music", "music", collapsed_start=collapsed_start)
+    cell = Cell(setting, config.optimizer.base_learning_rate, config.seed, searching)
+    run_cells.run_cell(cell, as_json(config), str(directory))
     return json.loads((directory / "result.json").read_text())
 
 
@@ -88,7 +94,7 @@ def test_a_training_that_diverges_is_a_result(tmp_path, data, monkeypatch):
     def train_and_evaluate(config, workdir, *, initial):
         raise DivergedError("the loss was not finite at step 4")
 
-    monkeypatch.setattr(run_cell, "train_and_evaluate", train_and_evaluate)
+    monkeypatch.setattr(run_cells, "train_and_evaluate", train_and_evaluate)
     result = _run(tmp_path / "cell", _config(data))
     assert result["diverged"] == "the loss was not finite at step 4"
     assert "linear_top1" not in result
@@ -106,7 +112,7 @@ def test_all_labels_of_the_chosen_images_are_read_once():
     rng = np.random.default_rng(0)
     label, hue = rng.integers(4, size=(2, 30))
     source = _source({"hue": hue, "label": label, "shape": label})
-    columns = run_cell.label_columns(source, np.array([3, 5, 29]))
+    columns = run_cells.label_columns(source, np.array([3, 5, 29]))
     assert list(columns) == ["label", "hue"]  # shape is the label under another name
     np.testing.assert_array_equal(columns["hue"], hue[[3, 5, 29]])
     np.testing.assert_array_equal(columns["label"], label[[3, 5, 29]])
@@ -145,7 +151,7 @@ class _Run:
 
 def test_each_label_has_a_probe_and_shares_information_with_each_segment(tmp_path):
     run = _Run(_config(tmp_path, **{"linear_eval.num_epochs": 20}))
-    found = run_cell._measure_factors(run, 0.99)
+    found = run_cells._measure_factors(run, 0.99)
     assert found["factors"] == ["label", "hue"]
     assert found["factor_linear_top1"][0] == 0.99
     assert found["factor_linear_top1"][1] < 0.4  # the features do not hold it
@@ -156,7 +162,7 @@ def test_each_label_has_a_probe_and_shares_information_with_each_segment(tmp_pat
     np.testing.assert_allclose(found["factor_nmi"], expected, atol=1e-9)
     np.testing.assert_allclose(np.diag(expected[:2]), 1)
     run.config.objective.name = "vicreg"
-    assert set(run_cell._measure_factors(run, 0.99)) == {"factors", "factor_linear_top1"}
+    assert set(run_cells._measure_factors(run, 0.99)) == {"factors", "factor_linear_top1"}
 
 
 def test_each_measure_of_a_cell_is_the_one_it_is_named_after(monkeypatch):
@@ -179,9 +185,9 @@ def test_each_measure_of_a_cell_is_the_one_it_is_named_after(monkeypatch):
             "joint_code": {"accuracy": 0.23, "nmi": 0.24},
         },
     }
-    monkeypatch.setattr(run_cell, "run_protocols", lambda run, names: found)
-    monkeypatch.setattr(run_cell, "_measure_factors", lambda run, linear_top1: {})
-    measured = run_cell.measure(None)
+    monkeypatch.setattr(run_cells, "run_protocols", lambda run, names: found)
+    monkeypatch.setattr(run_cells, "_measure_factors", lambda run, linear_top1: {})
+    measured = run_cells.measure(None)
     assert measured.pop("segments_label_nmi") == [0.2, 0.4]
     assert measured == pytest.approx(
         {
@@ -201,3 +207,14 @@ def test_each_measure_of_a_cell_is_the_one_it_is_named_after(monkeypatch):
             "segments_label_nmi_mean": 0.3,
         }
     )
+
+
+def test_a_worker_uses_only_its_core_from_the_start(tmp_path):
+    before = os.sched_getaffinity(0)
+    core = max(before)
+    with run_cells.start_worker(epath.Path(tmp_path) / "worker-0.log", core) as worker:
+        assert worker.submit(os.sched_getaffinity, 0).result() == {core}
+        libraries = worker.submit(threadpoolctl.threadpool_info).result()
+    assert {library["num_threads"] for library in libraries} == {1}
+    assert os.sched_getaffinity(0) == before
+    assert (tmp_path / "worker-0.log").exists()

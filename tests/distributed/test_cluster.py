@@ -1,6 +1,7 @@
 """Runs of two processes over loopback: joining, stopping, resuming and ending together."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,6 +10,9 @@ import time
 import numpy as np
 import pytest
 from processes import DIGITS, ROOT, SMALL, free_port, metrics, run, start
+
+from music_jax.distributed import cluster
+from music_jax.errors import UserError
 
 _MAIN = "music_jax.main"
 
@@ -168,10 +172,10 @@ def test_when_one_process_is_killed_the_other_reports_it_and_ends(data, tmp_path
 _JOIN = """
 import sys, time
 from absl import app, logging
-from music_jax.distributed import mesh
+from music_jax.distributed import cluster
 logging.set_verbosity(logging.FATAL)
 def main(argv):
-    mesh.join_cluster(argv[1], int(argv[2]), int(argv[3]))
+    cluster.join_cluster(argv[1], int(argv[2]), int(argv[3]))
     print("joined", flush=True)
     time.sleep(200)
 app.run(main)  # which has Python print the threads' tracebacks at an abort, as for all commands
@@ -249,3 +253,74 @@ def test_a_process_that_waits_for_the_others_reports_it():
         finally:
             process.kill()
             process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("host:1", 2, None), "go together: give all three"),
+        ((None, None, 0), "go together: give all three"),
+        ((None, 2, 0), "go together: give all three"),
+        (("host", 2, 0), "--coordinator_address must be HOST:PORT; got 'host'"),
+        (("host:port", 2, 0), "--coordinator_address must be HOST:PORT; got 'host:port'"),
+        (("host:1", 2, 2), r"--process_id must be in \[0, num_processes = 2\); got 2"),
+        (("host:1", 2, -1), r"--process_id must be in .*; got -1"),
+        (("host:1", 1, 1), r"--process_id must be in .*; got 1"),
+        (("host:1", 0, 0), r"--process_id must be in .*; got 0"),
+    ],
+)
+def test_flags_that_do_not_name_a_process_are_refused(flags, message):
+    with pytest.raises(UserError, match=message):
+        cluster.join_cluster(*flags)
+
+
+# What the client of Kubernetes does in a pod that has no service account, and other clusters may.
+_FAILING_CLIENT = """
+class config:
+    @staticmethod
+    def load_incluster_config():
+        raise {error}("no\\ntoken")
+"""
+_JOIN_ALONE = """
+from music_jax.distributed import cluster
+from music_jax.errors import UserError
+try:
+    cluster.join_cluster({flags})
+    print("alone")
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "expected"),
+    [
+        (
+            "None, None, None",
+            "type('Own', (Exception,), {})",
+            "cannot find out whether this cluster",
+        ),
+        ("None, None, None", "KeyError", "cannot find out whether this cluster runs further"),
+        ("None, 1, None", "OSError", "alone"),
+        ("'127.0.0.1:1', 1, 0", "OSError", "alone"),
+    ],
+)
+def test_a_cluster_client_that_fails_is_an_error_unless_flags_replace_it(
+    flags, error, expected, tmp_path
+):
+    (tmp_path / "kubernetes.py").write_text(_FAILING_CLIENT.format(error=error))
+    environment = os.environ | {
+        "KUBERNETES_SERVICE_HOST": "10.0.0.1",
+        "PYTHONPATH": f"{tmp_path}:{ROOT}",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _JOIN_ALONE.format(flags=flags)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.stdout.startswith(expected), done.stderr
+    assert done.stdout.count("\n") == 1
+    if expected != "alone":
+        assert "token" in done.stdout
+        assert "--num_processes=1 if it does not" in done.stdout

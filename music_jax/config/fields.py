@@ -1,16 +1,20 @@
-"""Checks the fields of a config: names, types, ranges and consistency."""
+"""Reads configs from Python files and saved runs, compares them, and checks their fields."""
 
 import difflib
 import fnmatch
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+import os
+import pathlib
+import reprlib
+import runpy
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ml_collections import config_dict
 
 from music_jax import registry
-from music_jax.config.defaults import default_config
+from music_jax.config.defaults import default_config, is_free
 from music_jax.errors import UserError
 
 _OPTIONS = "options"  # field of a registered part, a dictionary of JSON values
@@ -21,18 +25,15 @@ _KINDS = {
     int: f"an integer of at most {_MAX_NUMBER}",
     float: f"a finite number of at most {_MAX_NUMBER}",
 }
-
-_CHOICES: dict[str, tuple[Any, ...]] = {
+_CHOICES: dict[str, Collection[Any]] = {
+    "backbone.name": registry.BACKBONES,
+    "objective.name": registry.OBJECTIVES,
+    "optimizer.name": registry.OPTIMIZERS,
     "backbone.stem": ("imagenet", "cifar", "strided"),
     "compute_dtype": ("float32", "bfloat16"),
     "dataset.num_channels": (1, 3),
     "guards.policy": ("stop", "rewind"),
     "linear_eval.feature_scaling": ("none", "standardize", "whiten"),
-}
-_REGISTERED: dict[str, Mapping[str, Any]] = {
-    "backbone.name": registry.BACKBONES,
-    "objective.name": registry.OBJECTIVES,
-    "optimizer.name": registry.OPTIMIZERS,
 }
 # Interval of each number, or of each entry of a tuple, by name pattern; the first match counts.
 _INTERVALS = {
@@ -62,6 +63,143 @@ _PAIRS = "crop.scale crop.aspect_ratio augmentation.*.scale *.blur_sigma"
 _NOT_EMPTY = "linear_eval.base_learning_rates few_shot.shots semi_supervised.fractions"
 
 
+def shipped_configs() -> dict[str, pathlib.Path]:
+    """Returns the paths of the config files that come with the package, by name."""
+    package = pathlib.Path(__file__).parents[1]
+    folder = package / "configs"
+    if not folder.is_dir():  # a clone, in which the folder is beside the package
+        folder = package.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.py"))}
+
+
+def from_file(path: str | os.PathLike[str], **fields: Any) -> config_dict.ConfigDict:
+    """Returns the config of a config file, with some fields changed.
+
+        config = from_file("digits", num_epochs=8, objective={"num_segments": 16})
+
+    Args:
+      path: A Python file with a function `get_config`, or the name of a config that comes with the
+        package, such as `mnist5k`.
+      **fields: Values of fields by name; those of a group as a dictionary.
+
+    Returns:
+      The config.
+
+    Raises:
+      UserError: The file cannot be read or has no such function, there is no such field, or a
+        field does not take such a value.
+    """
+    name = os.fspath(path)
+    shipped = shipped_configs()
+    file = name if os.path.isfile(name) else str(shipped.get(name, name))
+    try:
+        get_config = runpy.run_path(file)["get_config"]
+    except Exception as error:  # A config file may raise anything.
+        if not os.path.exists(file):
+            raise UserError(
+                f"there is no config file {name!r}; give the path of one, or one of the names "
+                f"{', '.join(shipped)}"
+            ) from error
+        raise UserError(
+            f"{name!r} is not a config file, such as configs/digits.py: {_reason(error)}"
+        ) from error
+    try:
+        config = get_config()
+    except Exception as error:
+        raise UserError(f"the config file {name!r} fails: {_reason(error)}") from error
+    if not isinstance(config, config_dict.ConfigDict):
+        raise UserError(
+            f"get_config of the config file {name!r} must return a config, as "
+            f"music_jax.config.default_config makes one; got {config!r:.100}"
+        )
+    _set_fields(config, fields)
+    check_values(config)
+    return config
+
+
+def _reason(error: Exception) -> str:
+    """Returns the message of an error in one line, without the field list of ml_collections."""
+    name = type(error).__name__
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    message, _, rest = text.partition("Other fields present")
+    hint = rest.rpartition("Did you mean")
+    return " ".join(f"{name}: {message}{hint[1]}{hint[2] if hint[1] else ''}".split())
+
+
+def from_json(record: dict[str, Any]) -> config_dict.ConfigDict:
+    """Returns the config in a `config.json`, of this version of the package or another one.
+
+    Fields that it lacks get their defaults. Fields that this version lacks are dropped if they do
+    not affect the training.
+
+    Raises:
+      UserError: It has a field that this version lacks and that affects the training, or a value of
+        the wrong type.
+    """
+    config = default_config()
+    known = field_names(config)
+    try:
+        config.update_from_flattened_dict(
+            {
+                field: tuple(value) if isinstance(value, list) else value
+                for field, value in _leaves(record).items()
+                if field in known or not is_free(field)
+            }
+        )
+    except Exception as error:  # A damaged record makes a ConfigDict raise anything.
+        reason = _reason(error)[:300]
+        raise UserError(f"the saved config does not fit this version: {reason}") from error
+    return config
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Returns the dotted name and both values of each field that differs and is not free."""
+    old, new = _leaves(old), _leaves(new)
+    found = []
+    for field in sorted(old.keys() | new.keys()):
+        there, here = old.get(field), new.get(field)
+        if field == "dataset.path" and isinstance(there, str) and isinstance(here, str):
+            there, here = normalize_path(there), normalize_path(here)
+        if there != here and not is_free(field):
+            found.append(f"{field}: {reprlib.repr(there)} there, {reprlib.repr(here)} now")
+    return found
+
+
+def _flatten(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns all groups and fields by dotted name, each group before its fields.
+
+    The options of registered parts count as one field.
+    """
+    found = {}
+    for key, value in record.items():
+        found[prefix + key] = value
+        if isinstance(value, dict) and key != _OPTIONS:
+            found |= _flatten(value, f"{prefix}{key}.")
+    return found
+
+
+def _leaves(record: dict[str, Any]) -> dict[str, Any]:
+    found = _flatten(record)
+    return {
+        name: value
+        for name, value in found.items()
+        if not isinstance(value, dict) or name.endswith(f".{_OPTIONS}")
+    }
+
+
+def normalize_path(path: str) -> str:
+    """Returns one name for all spellings of a folder: `~` expanded, no `./`, `//` or final `/`.
+
+    Links are not resolved, a relative path stays relative, and the name of a TFDS split or the
+    address of a bucket stays as it is.
+    """
+    if not path or "://" in path:
+        return path
+    return os.path.normpath(os.path.expanduser(path))
+
+
 def validate(config: config_dict.ConfigDict, *, training: bool = True) -> None:
     """Checks a config, as far as this is possible without devices and data.
 
@@ -84,14 +222,26 @@ def validate(config: config_dict.ConfigDict, *, training: bool = True) -> None:
             _check_value(config, field, value)
     _check_options(config)
     _check_backbone(config)
-    _check_batch(config)
-    _check_embedding(config)
+    size, count = config.batch_size, config.accumulation_steps
+    if size % count:
+        raise _wrong(config, "accumulation_steps", f"divide batch_size = {size}")
+    if size // count < 2:
+        expected = f"leave at least two samples of batch_size = {size} to each microbatch"
+        raise _wrong(config, "accumulation_steps", expected)
+    segments, units = config.objective.num_segments, config.objective.units_per_segment
+    if config.objective.name == "music" and segments * units != embedding_size(config):
+        raise UserError(
+            f"the objective's {segments} segments of {units} units need an embedding of "
+            f"{segments * units}, but config.projector.output_size is {embedding_size(config)}; "
+            "leave it unset, or change objective.num_segments or objective.units_per_segment"
+        )
     if config.crop.eval_resize < config.crop.size:
         raise _wrong(config, "crop.eval_resize", f"be at least crop.size = {config.crop.size}")
-    for field in ("dataset.mean", "dataset.std"):
-        channels = config.dataset.num_channels
-        if len(get_field(config, field)) != channels:
-            raise _wrong(config, field, f"have dataset.num_channels = {channels} numbers")
+    channels = config.dataset.num_channels
+    for name in ("mean", "std"):
+        if len(config.dataset[name]) != channels:
+            expected = f"have dataset.num_channels = {channels} numbers"
+            raise _wrong(config, f"dataset.{name}", expected)
     if not 0 <= config.optimizer.warmup_epochs < config.num_epochs:
         expected = f"be in [0, num_epochs = {config.num_epochs})"
         raise _wrong(config, "optimizer.warmup_epochs", expected)
@@ -104,9 +254,6 @@ def validate(config: config_dict.ConfigDict, *, training: bool = True) -> None:
 
 def check_values(config: config_dict.ConfigDict) -> None:
     """Checks that every field exists and has the type of its default, and that numbers are finite.
-
-    Args:
-      config: The config.
 
     Raises:
       UserError: A field is missing, unknown or has a value of another type; the message names it.
@@ -123,9 +270,8 @@ def check_values(config: config_dict.ConfigDict) -> None:
                 f"the config lacks the field {field!r}; a config file starts from "
                 "music_jax.config.default_config(), which has them all"
             )
-        expected = _expected_type(
-            get_field(config, field), get_field(default, field), get_field(default, group), name
-        )
+        kind = get_field(default, group).get_type(name)
+        expected = _expected_type(get_field(config, field), get_field(default, field), kind)
         if expected:
             raise _wrong(config, field, expected)
         if name == _OPTIONS:
@@ -135,19 +281,16 @@ def check_values(config: config_dict.ConfigDict) -> None:
                 raise _wrong(config, field, f"hold values of JSON ({error})") from error
 
 
-def _expected_type(
-    value: Any, default: Any, default_group: config_dict.ConfigDict, name: str
-) -> str | None:
+def _expected_type(value: Any, default: Any, kind: type) -> str | None:
     """Returns the expected type of a value in words, or None if the value has it."""
-    kind = default_group.get_type(name)
     if value is None and default is None:
         return None
     if kind is not tuple:
         return None if _has_kind(value, kind) else f"be {_KINDS.get(kind, 'a group of fields')}"
     entry = type(default[0]) if default else float
-    valid = isinstance(value, tuple) and all(_has_kind(v, entry) for v in value)
-    entries = "texts without a zero byte" if entry is str else "numbers"
-    return None if valid else f"be a tuple of {entries}"
+    if isinstance(value, tuple) and all(_has_kind(v, entry) for v in value):
+        return None
+    return f"be a tuple of {'texts without a zero byte' if entry is str else 'numbers'}"
 
 
 def _has_kind(value: Any, kind: type) -> bool:
@@ -159,7 +302,7 @@ def _has_kind(value: Any, kind: type) -> bool:
 
 def _check_value(config: config_dict.ConfigDict, field: str, value: Any) -> None:
     """Checks one field against the tables above."""
-    known = _CHOICES.get(field) or tuple(_REGISTERED.get(field, ()))
+    known = _CHOICES.get(field)
     if known and value not in known:
         expected = f"be one of {', '.join(str(choice) for choice in known)}"
         if field in ("backbone.name", "objective.name"):
@@ -249,28 +392,6 @@ def _check_backbone(config: config_dict.ConfigDict) -> None:
         raise _wrong(config, "crop.size", f"be a multiple of {multiple} for {backbone.name}")
 
 
-def _check_batch(config: config_dict.ConfigDict) -> None:
-    """Checks that the microbatches have equal sizes of two samples or more."""
-    size, count = config.batch_size, config.accumulation_steps
-    if size % count:
-        raise _wrong(config, "accumulation_steps", f"divide batch_size = {size}")
-    if size // count < 2:
-        expected = f"leave at least two samples of batch_size = {size} to each microbatch"
-        raise _wrong(config, "accumulation_steps", expected)
-
-
-def _check_embedding(config: config_dict.ConfigDict) -> None:
-    """Checks that the embedding has the objective's segments."""
-    segments, units = config.objective.num_segments, config.objective.units_per_segment
-    size = embedding_size(config)
-    if config.objective.name == "music" and segments * units != size:
-        raise UserError(
-            f"the objective's {segments} segments of {units} units need an embedding of "
-            f"{segments * units}, but config.projector.output_size is {size}; leave it unset, or "
-            "change objective.num_segments or objective.units_per_segment"
-        )
-
-
 def embedding_size(config: config_dict.ConfigDict) -> int:
     """Returns the size of the embedding: `projector.output_size`, or segments times units."""
     objective = config.objective
@@ -285,29 +406,21 @@ def get_field(config: config_dict.ConfigDict, field: str) -> Any:
     return value
 
 
-def set_fields(config: config_dict.ConfigDict, fields: Mapping[str, Any]) -> None:
-    """Sets fields of a config.
-
-    Args:
-      config: The config.
-      fields: Values by name or dotted name; those of a group as a mapping.
-
-    Raises:
-      UserError: There is no such field, or it does not take such a value.
-    """
+def _set_fields(config: config_dict.ConfigDict, fields: Mapping[str, Any]) -> None:
+    """Sets fields by name or dotted name; those of a group to a mapping."""
     known = field_names(config)
     for field, value in fields.items():
         if field not in known:
             raise UserError(unknown_field_message(field, known))
         group, _, name = field.rpartition(".")
-        if isinstance(get_field(config, field), config_dict.ConfigDict) and name != _OPTIONS:
+        old = get_field(config, field)
+        if isinstance(old, config_dict.ConfigDict) and name != _OPTIONS:
             if not isinstance(value, Mapping | config_dict.ConfigDict):
-                inner = next(iter(get_field(config, field)))
                 raise UserError(
                     f"config.{field} is a group of fields and takes a dictionary such as "
-                    f"{{{inner!r}: VALUE}}; got {value!r}"
+                    f"{{{next(iter(old))!r}: VALUE}}; got {value!r}"
                 )
-            set_fields(config, {f"{field}.{key}": inner for key, inner in value.items()})
+            _set_fields(config, {f"{field}.{key}": inner for key, inner in value.items()})
             continue
         try:
             get_field(config, group)[name] = value
@@ -316,17 +429,9 @@ def set_fields(config: config_dict.ConfigDict, fields: Mapping[str, Any]) -> Non
             raise UserError(f"config.{field} must be of type {kind}; got {value!r}") from error
 
 
-def field_names(config: config_dict.ConfigDict, prefix: str = "") -> list[str]:
-    """Returns the dotted names of all groups and fields, each group before its fields.
-
-    The options of registered parts count as one field.
-    """
-    names = []
-    for key, value in config.to_dict().items():
-        names.append(prefix + key)
-        if isinstance(value, dict) and key != _OPTIONS:
-            names += field_names(config[key], f"{prefix}{key}.")
-    return names
+def field_names(config: config_dict.ConfigDict) -> list[str]:
+    """Returns the dotted names of all groups and fields, each group before its fields."""
+    return list(_flatten(config.to_dict()))
 
 
 def unknown_field_message(field: str, known: Sequence[str]) -> str:
