@@ -32,7 +32,7 @@ class LinearNetwork:
         features = self.features(params, batch_stats, images)
         return features, features @ params["head"]
 
-    def train_features(self, params, batch_stats, images):
+    def train_features(self, params, batch_stats, images, key):
         return self.features(params, batch_stats, images), batch_stats
 
 

@@ -102,7 +102,7 @@ def _linear_probe(run: Run, model: Model) -> ProbeResult:
 def random_crop_probe(run: Run, model: Model, recipe: ProbeRecipe, description: str) -> ProbeResult:
     """Trains a linear probe on new crops in each epoch, and tests it on the central views."""
     settings, test = run.config.linear_eval, run.test(model)
-    indices, extract = run.train().indices, run.extractor(model)
+    indices, extract = run.labeled_rows("train"), run.extractor(model)
     scale = fit_scaling(settings.feature_scaling, lambda: run.train(model).features)
     scale_on_device = jax.jit(scale)
 
@@ -116,7 +116,8 @@ def random_crop_probe(run: Run, model: Model, recipe: ProbeRecipe, description: 
         return ((scale_on_device(extract(x)["features"]), labels) for x, labels in crops)
 
     def validation_samples(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        held_out = run.train(model).select(rows)
+        held_out = run.train(model)
+        held_out = held_out.select(np.flatnonzero(np.isin(held_out.indices, indices[rows])))
         return scale(held_out.features), held_out.labels
 
     return linear_probe.train_and_test(

@@ -48,12 +48,12 @@ def full_finetune(run: Run) -> Result:
     """Fine-tunes the backbone on all labeled training images."""
     settings = run.config.finetune
     rates = settings.backbone_learning_rate, settings.head_learning_rate
-    return _finetune_and_test(run, run.train().indices, settings, rates, "fine-tuning")
+    return _finetune_and_test(run, run.labeled_rows("train"), settings, rates, "fine-tuning")
 
 
 def semi_supervised(run: Run) -> Result:
     """Fine-tunes the backbone on a fraction of the labels: by default 1 % and 10 %."""
-    settings, train = run.config.semi_supervised, run.train()
+    settings = run.config.semi_supervised
     results = {}
     for fraction, path, backbone_rate, head_rate in zip(
         settings.fractions,
@@ -64,8 +64,9 @@ def semi_supervised(run: Run) -> Result:
     ):
         if path:
             listed = rows_of_list(run.evaluation_sources().train, path)
-            rows = np.intersect1d(listed, train.indices)
+            rows = np.intersect1d(listed, run.labeled_rows("train"))
         else:
+            train = run.train()
             rows = train.indices[stratified_subset(train.labels, fraction, seed=run.config.seed)]
         name, rates = f"{100 * fraction:g} %", (backbone_rate, head_rate)
         result = _finetune_and_test(run, rows, settings, rates, f"fine-tuning on {name}")
@@ -100,9 +101,11 @@ def _finetune_and_test(
     )
     found = run.extract(
         logit_extractor(run, classifier, batch_stats),
-        test.subset(run.test().indices),
+        test.subset(run.labeled_rows("test")),
         f"{description}, test",
     )
+    if not len(found):
+        raise NotMeasurableError(f"none of the images of {test.name} can be decoded")
     logits = found.arrays["logits"]
     if not np.all(np.isfinite(logits)):
         raise DivergedError(f"{description} diverged; lower its learning rates")

@@ -87,6 +87,20 @@ class Run(FrozenNetwork):
         """Returns features of the labeled test images; raises the same errors as `train`."""
         return self._labeled("test", model)
 
+    def labeled_rows(self, split: Split) -> np.ndarray:
+        """Returns the indices of a split's labeled images, after reading all labels once.
+
+        For protocols that read the images themselves and need not hold the features of a split.
+        Images of damaged records are included: they are skipped when they are read.
+
+        Raises:
+          NotMeasurableError: See `train`.
+        """
+        source = getattr(self.evaluation_sources(), split)
+        labels = self._memoize("labels", source, source.labels)
+        _check_classes(source, labels, split)
+        return np.flatnonzero(labels != -1)
+
     def unlabeled(self) -> SplitFeatures:
         """Returns `features` and `embeddings` of all `images`, with or without a label."""
         return self._split(self.images, "trained")
@@ -128,11 +142,12 @@ class Run(FrozenNetwork):
 
     def count_unlabeled(self, splits: tuple[Split, ...]) -> dict[str, Any]:
         """Returns the entry `without_label` of a result, which is missing if all have labels."""
-        sources = {split: getattr(self.evaluation_sources(), split) for split in splits}
-        counts = {
-            split: int(np.sum(self._split(source, "trained").labels < 0))
-            for split, source in sources.items()
-        }
+        counts = {}
+        for split in splits:
+            source = getattr(self.evaluation_sources(), split)
+            _, labels = self._memory.get(("labels", id(source)), (None, None))
+            labels = self._split(source, "trained").labels if labels is None else labels
+            counts[split] = int(np.sum(labels == -1))
         return {"without_label": counts} if any(counts.values()) else {}
 
     @property
@@ -152,13 +167,8 @@ class Run(FrozenNetwork):
 
     def _labeled(self, split: Split, model: Model) -> SplitFeatures:
         source = getattr(self.evaluation_sources(), split)
-        features, needed = self._split(source, model).labeled(), 2 if split == "train" else 1
-        classes = len(np.unique(features.labels))
-        if classes < needed:
-            raise NotMeasurableError(
-                f"the images of {source.name} that can be decoded have labels of {classes} "
-                f"classes; at least {needed} are needed"
-            )
+        features = self._split(source, model).labeled()
+        _check_classes(source, features.labels, split)
         return features
 
     def _split(self, source: Source, model: Model) -> SplitFeatures:
@@ -246,6 +256,15 @@ class Run(FrozenNetwork):
         if key not in self._memory:
             self._memory[key] = source, compute()
         return self._memory[key][1]
+
+
+def _check_classes(source: Source, labels: np.ndarray, split: Split) -> None:
+    classes, needed = len(np.unique(labels[labels >= 0])), 2 if split == "train" else 1
+    if classes < needed:
+        raise NotMeasurableError(
+            f"the images of {source.name} that can be decoded have labels of {classes} classes; at "
+            f"least {needed} are needed"
+        )
 
 
 def load_run(

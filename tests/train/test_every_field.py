@@ -266,7 +266,7 @@ def test_the_recipe_has_every_field_that_a_step_needs(config):
 def test_the_network_is_the_one_that_is_described(config):
     recipe = make_recipe(config, steps_per_epoch=3)
     params, stats = jax.eval_shape(lambda: init_network(config, jax.random.key(0)))
-    modules = nnx.merge(recipe.network.graph, params, stats, copy=True)
+    modules = nnx.merge(recipe.network.graph.definition, params, stats, {}, copy=True)
     backbone = modules.backbone
     assert (backbone.conv.kernel_size, backbone.conv.strides) == ((3, 3), 2)
     assert (backbone.conv.in_features, backbone.remat, backbone.dtype) == (1, True, jnp.bfloat16)

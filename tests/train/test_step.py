@@ -153,7 +153,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_named():
 class _Linear:
     """In place of a network: the pixels' sum by two weights, and a count as running statistics."""
 
-    def embed(self, params, batch_stats, views):
+    def embed(self, params, batch_stats, views, key):
         flat = views.reshape(*views.shape[:2], -1)  # [batch, views, pixels]
         return None, flat @ params["kernel"], {"count": batch_stats["count"] + 1}
 
