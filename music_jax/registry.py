@@ -24,8 +24,9 @@ class BackboneSpec:
 
 # Filled by music_jax.models.
 BACKBONES: dict[str, BackboneSpec] = {}
-# Filled by music_jax.train: from `config.objective` to a function of the embeddings of two views.
-OBJECTIVES: dict[str, Callable[[Any], Callable[..., Any]]] = {}
+# Filled by music_jax.train: from `config.objective` to a function of the embeddings of two views,
+# or to a RandomObjective.
+OBJECTIVES: dict[str, Callable[[Any], Any]] = {}
 # Filled by music_jax.train: from a schedule and `config.optimizer` to an optax transformation.
 OPTIMIZERS: dict[str, Callable[[Any, Any], Any]] = {}
 

@@ -14,5 +14,6 @@ from music_jax.config.validation import check_values as check_values
 from music_jax.config.validation import embedding_size as embedding_size
 from music_jax.config.validation import field_names as field_names
 from music_jax.config.validation import get_field as get_field
+from music_jax.config.validation import is_centered as is_centered
 from music_jax.config.validation import unknown_field_message as unknown_field_message
 from music_jax.config.validation import validate as validate

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import config_dict
 
-from music_jax.config import embedding_size
+from music_jax.config import embedding_size, is_centered
 from music_jax.models import BACKBONES, Backbone
 from music_jax.models.layers import Projector
 
@@ -29,6 +29,7 @@ class _Modules(nnx.Module):
             self.backbone.num_features,
             config.projector.hidden_sizes,
             embedding_size(config),
+            center=is_centered(config),
             dtype=jnp.dtype(config.compute_dtype),
             rngs=rngs,
         )

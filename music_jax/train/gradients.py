@@ -1,5 +1,6 @@
 """Gradients of an objective of a whole batch, which may be embedded in microbatches."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,6 +10,19 @@ import jax.numpy as jnp
 Metrics = dict[str, jax.Array]
 # Maps the embeddings of the two views, [batch, dim] each, to the loss and further metrics.
 Objective = Callable[[jax.Array, jax.Array], tuple[jax.Array, Metrics]]
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomObjective:
+    """An objective that draws random numbers, anew in each step.
+
+    Attributes:
+      function: Function like an `Objective`, with a keyword argument `key`.
+    """
+
+    function: Callable[..., tuple[jax.Array, Metrics]]
+
+
 # Maps parameters, running statistics, images [batch, ...] and sample indices [batch] to embeddings
 # [batch, views, dim] and new running statistics.
 Embed = Callable[[Any, Any, jax.Array, jax.Array], tuple[jax.Array, Any]]

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import config_dict
 
+from music_jax.config import is_centered
 from music_jax.objectives import segment_probabilities
+from music_jax.objectives.global_batch import subtract_mean
 from music_jax.train.gradients import Metrics, Objective
 
 # Lower limit of the standard deviation in which a spike is measured, as a share of the loss.
@@ -44,6 +46,7 @@ class Guards:
     Attributes:
       num_segments: Number of segments of the embedding, None if the objective has none.
       temperature: Softmax temperature of the objective.
+      center: Whether the objective centers the embeddings.
     """
 
     enabled: bool
@@ -57,6 +60,7 @@ class Guards:
     min_effective_rank: float
     num_segments: int | None
     temperature: float
+    center: bool
 
 
 class GuardState(NamedTuple):
@@ -90,6 +94,7 @@ def make_guards(config: config_dict.ConfigDict) -> Guards:
         **{name: value for name, value in config.guards.items() if name in fields},
         num_segments=config.objective.num_segments if config.objective.name == "music" else None,
         temperature=config.objective.temperature,
+        center=is_centered(config),
     )
 
 
@@ -121,6 +126,7 @@ def with_statistics(objective: Objective, guards: Guards) -> Objective:
             jax.lax.stop_gradient(a),
             num_segments=guards.num_segments,
             temperature=guards.temperature,
+            center=guards.center,
         )
         return loss, metrics | statistics
 
@@ -128,7 +134,11 @@ def with_statistics(objective: Objective, guards: Guards) -> Objective:
 
 
 def embedding_statistics(
-    embeddings: jax.Array, *, num_segments: int | None = None, temperature: float = 1.0
+    embeddings: jax.Array,
+    *,
+    num_segments: int | None = None,
+    temperature: float = 1.0,
+    center: bool = False,
 ) -> Metrics:
     r"""Measures how far a batch of embeddings is from a collapse.
 
@@ -151,6 +161,7 @@ def embedding_statistics(
         are those of the global batch, and in the order of dim numbers are communicated.
       num_segments: Number of segments, None if the embedding has none.
       temperature: Softmax temperature of the segments.
+      center: Whether to subtract the batch's mean before the softmax.
 
     Returns:
       float32 scalars by name.
@@ -168,6 +179,8 @@ def embedding_statistics(
         return statistics | {"dead_units": dead}
     units = dim // num_segments
     usable = min(units, batch)
+    if center:
+        embeddings = subtract_mean(embeddings)
     p = segment_probabilities(embeddings, num_segments=num_segments, temperature=temperature)
     usage = jnp.mean(p.astype(jnp.float32), axis=0)  # [S, K]
     entropy = -jnp.sum(usage * jnp.log(jnp.maximum(usage, 1e-30)), axis=1)

@@ -9,8 +9,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
+from music_jax.config import is_centered
 from music_jax.distributed.mesh import batch_sharding
 from music_jax.objectives import joint_probability
+from music_jax.objectives.global_batch import subtract_mean
 from music_jax.train.recipe import Recipe
 from music_jax.train.state import TrainState, gather, state_shardings
 from music_jax.train.step import augmented_views
@@ -55,11 +57,11 @@ def make_draw(
             return shown, jnp.zeros((0, 0))
         gathered = gather(params, mesh, recipe.dtype)
         _, embeddings, _ = recipe.network.embed(gathered, batch_stats, views)
+        a, b = embeddings[:, 0, : segments * units], embeddings[:, 1, : segments * units]
+        if is_centered(config):
+            a, b = subtract_mean(a), subtract_mean(b)
         return shown, joint_probability(
-            embeddings[:, 0, : segments * units],
-            embeddings[:, 1, : segments * units],
-            num_segments=segments,
-            temperature=objective.temperature,
+            a, b, num_segments=segments, temperature=objective.temperature
         )
 
     states, batch = state_shardings(shapes, mesh), batch_sharding(mesh)

@@ -41,7 +41,7 @@ def training_step(
       parameters do not change and `guard` holds the first such step.
     """
     embed = functools.partial(_embed, recipe, mesh)
-    objective = guards.with_statistics(recipe.objective, recipe.guards)
+    objective = guards.with_statistics(recipe.objective_of_step(state.step), recipe.guards)
     batch = (state.params, state.batch_stats, images, sample_index)
     if recipe.accumulation_steps == 1:
         loss, metrics, grads, batch_stats = batch_gradients(embed, objective, *batch)

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from music_jax.distributed.mesh import batch_sharding, make_data_mesh
-from music_jax.models.layers import BatchNorm, Projector
+from music_jax.models.layers import BatchNorm, Projector, RunningMean
 from music_jax.models.resnet import BasicBlock, ResNet
 from music_jax.models.vision_transformer import VisionTransformer
 
@@ -125,6 +125,21 @@ def test_projector_matches_numpy(hidden_sizes):
 
     found = embed(*jax.tree.map(np.float32, (params, stats, features)))
     np.testing.assert_allclose(found, x @ params["output"]["kernel"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_running_mean_is_tracked_in_training_and_subtracted_in_inference():
+    center = RunningMean(3, momentum=0.8)
+    views = np.random.default_rng(0).normal(2.0, size=(5, 2, 3)).astype(np.float32)
+    z = jnp.asarray(views.reshape(10, 3), jnp.bfloat16)
+    expected = np.zeros(3)
+    for _ in range(2):
+        np.testing.assert_array_equal(center(z, train=True, num_views=2), z)
+        for mean in np.asarray(z, np.float32).reshape(5, 2, 3).mean(axis=0):
+            expected = 0.8 * expected + 0.2 * mean
+    np.testing.assert_allclose(center.mean[...], expected, rtol=1e-5)
+    found = center(z, train=False, num_views=1)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found, np.asarray(z, np.float32) - expected, rtol=1e-2, atol=1e-2)
 
 
 def test_projector_kernels_are_initialized_as_in_pytorch():

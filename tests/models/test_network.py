@@ -61,6 +61,23 @@ def test_shapes_of_features_and_embeddings(name, stem, side, features):
     assert jax.tree.structure(new_stats) == jax.tree.structure(stats)
 
 
+def test_centered_embeddings_of_inference_are_those_less_the_running_mean():
+    config = _config(name="small_resnet", stem="strided")
+    params, stats = init_network(config, jax.random.key(0))
+    images = jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
+    plain = make_network(config).infer(params, stats, images)
+    config.objective.center = True
+    _, centered_stats = init_network(config, jax.random.key(0))
+    mean = centered_stats["projector"].pop("center")["mean"] + jnp.arange(24.0)
+    assert jax.tree.structure(centered_stats) == jax.tree.structure(stats)
+    centered_stats["projector"]["center"] = {"mean": mean}
+    features, embeddings = make_network(config).infer(params, centered_stats, images)
+    np.testing.assert_array_equal(features, plain[0])
+    np.testing.assert_allclose(embeddings, plain[1] - mean[None], rtol=1e-6)
+    config.objective.name = "vicreg"
+    assert "center" not in init_network(config, jax.random.key(0))[1]["projector"]
+
+
 def test_zero_init_residual_sets_the_last_scale_of_each_block():
     for zero in (True, False):
         config = _config(name="resnet18", stem="cifar", zero_init_residual=zero)
