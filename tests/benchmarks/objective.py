@@ -198,7 +198,8 @@ FORMS: dict[str, Callable[..., jax.Array]] = {
 def compile_for(topology: str, form: str, dtype: str) -> dict[str, Any]:
     """Returns the cost per chip of a TPU slice, without the hardware."""
     batch, (_, segments, units) = TOPOLOGIES[topology], SHAPES["imagenet"]
-    mesh = compiling.open_slice(topology).mesh
+    chips = compiling.open_slice(topology)
+    mesh = chips.mesh
     sharding = batch_sharding(mesh)
     dim = segments * units
     argument = jax.ShapeDtypeStruct((batch, dim), jnp.dtype(dtype), sharding=sharding)
@@ -207,7 +208,7 @@ def compile_for(topology: str, form: str, dtype: str) -> dict[str, Any]:
     compiled = step.lower(argument, argument).compile()
     program = compiling.read(compiled)
     flops, traffic = compiling.costs(compiled, program)
-    sent = counts.collectives(program, mesh.size)
+    sent = counts.collectives(program, chips.chip_of_device)
     floor = 3 * 2 * batch * dim**2 / mesh.size
     return {
         "topology": topology,
