@@ -36,7 +36,6 @@ from music_jax.train import train_and_evaluate  # noqa: F401, registers its choi
         ("optimizer.warmup_epochs", 1000, "warmup_epochs must be in"),
         ("optimizer.base_learning_rate", float("nan"), "must be a finite number"),
         ("objective.temperature", 0.0, "must be positive"),
-        ("objective.center", 1, "must be True or False"),
         ("objective.sigreg_weight", 1.5, r"must be in \[0, 1\]"),
         ("objective.num_slices", 0, "must be at least 1"),
         ("objective.num_points", 1, "must be at least 2"),
