@@ -91,21 +91,25 @@ def _tcr(
         squares = jnp.sum(z**2, axis=1, keepdims=True)
         return z * jax.lax.rsqrt(jnp.maximum(squares, _LEAST_SQUARE))
 
-    def coding_rate(z: jax.Array) -> jax.Array:
-        batch, dim = z.shape[0] * axis_size(axis_name), z.shape[1]
-        scale = dim / (batch * epsilon_squared)
+    batch, dim = embeddings_a.shape[0] * axis_size(axis_name), embeddings_a.shape[1]
+
+    def gram(z: jax.Array) -> jax.Array:
         if batch >= dim:
-            return _half_log_det(scale * global_sum(z.T @ z, axis_name))  # [D, D]
-        rows = z @ all_samples(z, axis_name).T  # [local batch, N]
-        return global_mean(_half_log_det(scale * all_samples(rows, axis_name)), axis_name)
+            return global_sum(z.T @ z, axis_name)  # [D, D]
+        return all_samples(z @ all_samples(z, axis_name).T, axis_name)  # [N, N]
 
     a, b = normalize(embeddings_a), normalize(embeddings_b)
+    # One decomposition of both matrices: it takes long to compile.
+    grams = jnp.stack([gram(a), gram(b)])
+    rates = _half_log_det(dim / (batch * epsilon_squared) * grams)
+    if batch < dim:  # equal on all devices already, but each contributes to the gradient
+        rates = global_mean(rates, axis_name)
     center = normalize(a + b)
     similarity = global_mean(jnp.mean(jnp.sum((a + b) * center, axis=1)), axis_name) / 2
-    return -(coding_rate(a) + coding_rate(b)) / 2 - similarity_weight * similarity
+    return -rates / 2 - similarity_weight * similarity
 
 
 def _half_log_det(x: jax.Array) -> jax.Array:
-    """Computes log det(I + x) / 2 of a positive semidefinite matrix."""
-    factor = jnp.linalg.cholesky(jnp.eye(len(x), dtype=x.dtype) + x)
-    return jnp.sum(jnp.log(jnp.diagonal(factor)))
+    """Sums log det(I + x) / 2 over positive semidefinite matrices [matrices, size, size]."""
+    factors = jnp.linalg.cholesky(jnp.eye(x.shape[1], dtype=x.dtype)[None] + x)
+    return jnp.sum(jnp.log(jnp.diagonal(factors, axis1=1, axis2=2)))
