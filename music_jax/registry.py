@@ -52,8 +52,9 @@ class RegisteredObjective:
 
 # Filled by music_jax.models.
 BACKBONES: dict[str, BackboneSpec] = {}
-# Filled by music_jax.train: from `config.objective` to a function of the embeddings of two views.
-OBJECTIVES: dict[str, Callable[[Any], Callable[..., Any]]] = {}
+# Filled by music_jax.train: from `config.objective` to a function of the embeddings of two views,
+# or to a RandomObjective.
+OBJECTIVES: dict[str, Callable[[Any], Any]] = {}
 # Filled by users: from a split and options to records, or None if there is no such split.
 DATASETS: dict[str, Callable[..., Any]] = {}
 # Filled by music_jax.train: from a schedule and `config.optimizer` to an optax transformation.

@@ -12,6 +12,7 @@ from music_jax.config.fields import field_names as field_names
 from music_jax.config.fields import from_file as from_file
 from music_jax.config.fields import from_json as from_json
 from music_jax.config.fields import get_field as get_field
+from music_jax.config.fields import is_centered as is_centered
 from music_jax.config.fields import normalize_path as normalize_path
 from music_jax.config.fields import shipped_configs as shipped_configs
 from music_jax.config.fields import unknown_field_message as unknown_field_message

@@ -42,11 +42,14 @@ def default_config() -> config_dict.ConfigDict:
     config.wandb_project = ""
 
     config.objective = config_dict.ConfigDict()
-    # music, barlow_twins, vicreg, simclr or a registered one.
+    # music, barlow_twins, vicreg, simclr, sigreg, tcr, discrete or a registered one.
     config.objective.name = "music"
     config.objective.num_segments = 102  # Segments of the embedding.
     config.objective.units_per_segment = 80  # Units of each segment.
     config.objective.temperature = 1.0  # Temperature of the softmax over a segment's units.
+    # MUSIC: whether each view's mean is subtracted from its embeddings first. Inference subtracts a
+    # running mean.
+    config.objective.center = False
     config.objective.diagonal_weight = 1.0
     config.objective.cross_segment_weight = 1.0
     config.objective.invariance_weight = 1.0
@@ -55,6 +58,14 @@ def default_config() -> config_dict.ConfigDict:
     config.objective.variance_weight = 25.0  # VICReg.
     config.objective.covariance_weight = 1.0  # VICReg.
     config.objective.contrast_temperature = 0.1  # SimCLR.
+    config.objective.sigreg_weight = 0.05  # SIGReg; the invariance has the rest, 1 - sigreg_weight.
+    config.objective.num_slices = 1024  # SIGReg: random directions per step.
+    config.objective.num_points = 17  # SIGReg: points of the trapezoidal rule.
+    config.objective.t_max = 5.0  # SIGReg: limit of the integral.
+    config.objective.cosine_weight = 200.0  # TCR.
+    config.objective.epsilon_squared = 0.2  # TCR: squared distortion of the coding rate.
+    config.objective.sharpness_weight = 1.0  # Discrete: weight of the mean entropy.
+    config.objective.diversity_weight = 1.0  # Discrete: weight of the entropy of the mean.
     config.objective.options = config_dict.ConfigDict()  # Arguments of a registered objective.
 
     config.dataset = config_dict.ConfigDict()

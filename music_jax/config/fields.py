@@ -39,22 +39,24 @@ _CHOICES: dict[str, Collection[Any]] = {
 _INTERVALS = {
     # Two samples or more, since batch normalization needs them.
     "[2, inf)": "batch_size semi_supervised.batch_size finetune.batch_size online_probe.batch_size"
-    " evaluation.num_views objective.num_segments objective.units_per_segment",
+    " evaluation.num_views objective.num_segments objective.units_per_segment"
+    " objective.num_points",
     "[0, inf)": "guards.check_*_every_steps guards.loss_spike_deviations guards.max_rewinds"
     " guards.min_effective_rank guards.warmup_steps *.weight_decay *.brightness *.contrast"
     " *.saturation *.noise_std",
     "[1, inf)": "*num_epochs *every_steps *.batch_size accumulation_steps *.max_to_keep crop.size"
     " evaluation.view_images few_shot.draws few_shot.shots knn.k knn.more_k projector.*"
-    " guards.loss_spike_window guards.collapse_steps sharding.fsdp",
+    " guards.loss_spike_window guards.collapse_steps sharding.fsdp objective.num_slices",
     "[1, 1024]": "num_decode_threads",
     "[0, 4294967295]": "seed",
     "(0, inf)": "*temperature *learning_rate *learning_rates *.grace_seconds dataset.std"
-    " crop.aspect_ratio augmentation.*.scale *.blur_sigma",
+    " crop.aspect_ratio augmentation.*.scale *.blur_sigma objective.t_max"
+    " objective.epsilon_squared",
     "(0, 1]": "crop.scale semi_supervised.fractions",
     "(0, 1)": "linear_eval.validation_fraction",
     "[0, 1)": "*.momentum",
     "[0, 1]": "*_probability *.translation *.max_skipped_share guards.min_usage_entropy"
-    " guards.max_dead_units guards.min_embedding_std",
+    " guards.max_dead_units guards.min_embedding_std objective.sigreg_weight",
     "[0, 0.5]": "*.hue",
     "[0, 89]": "*.shear_degrees",
     "[0, 180]": "*.rotation_degrees",
@@ -396,6 +398,11 @@ def embedding_size(config: config_dict.ConfigDict) -> int:
     """Returns the size of the embedding: `projector.output_size`, or segments times units."""
     objective = config.objective
     return config.projector.output_size or objective.num_segments * objective.units_per_segment
+
+
+def is_centered(config: config_dict.ConfigDict) -> bool:
+    """Returns whether the objective subtracts the mean from the embedding; only MUSIC does."""
+    return config.objective.name == "music" and config.objective.center
 
 
 def get_field(config: config_dict.ConfigDict, field: str) -> Any:

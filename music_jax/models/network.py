@@ -16,7 +16,7 @@ from flax import nnx
 from ml_collections import config_dict
 
 from music_jax import registry
-from music_jax.config import embedding_size
+from music_jax.config import embedding_size, is_centered
 from music_jax.errors import UserError
 from music_jax.models import BACKBONES, Backbone
 from music_jax.models.resnet import BatchNorm
@@ -30,6 +30,41 @@ INIT_COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 _LINEAR_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
+class RunningMean(nnx.Module):
+    """Running mean of the embeddings, which inference subtracts.
+
+    Training only tracks it: an objective with centered embeddings subtracts the batch's own mean,
+    also if the batch is embedded in microbatches.
+
+    Attributes:
+      mean: Running mean [size], float32.
+    """
+
+    def __init__(self, size: int, *, momentum: float = 0.9):
+        """Initializes the mean to 0; `momentum` is its decay per view."""
+        self.momentum = momentum
+        self.mean = nnx.BatchStat(jnp.zeros(size))
+
+    def __call__(self, embeddings: jax.Array, *, train: bool, num_views: int) -> jax.Array:
+        """Updates the mean, in training, or subtracts it.
+
+        Args:
+          embeddings: Embeddings [batch * num_views, size].
+          train: Whether to track the mean of each view.
+          num_views: Number of views per sample.
+
+        Returns:
+          An array of the type and shape of `embeddings`.
+        """
+        wide = embeddings.astype(jnp.float32)
+        if not train:
+            return (wide - self.mean[...][None]).astype(embeddings.dtype)
+        means = jnp.mean(wide.reshape(-1, num_views, wide.shape[1]), axis=0)  # [views, size]
+        for v in range(num_views):
+            self.mean[...] = self.momentum * self.mean[...] + (1 - self.momentum) * means[v]
+        return embeddings
+
+
 class Projector(nnx.Module):
     """Hidden layers of Linear, batch normalization and ReLU, then Linear without bias."""
 
@@ -39,6 +74,7 @@ class Projector(nnx.Module):
         hidden_sizes: Sequence[int],
         output_size: int,
         *,
+        center: bool = False,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -48,6 +84,7 @@ class Projector(nnx.Module):
           num_features: Size of the backbone's features.
           hidden_sizes: Sizes of the hidden layers; may be empty.
           output_size: Size of the embedding.
+          center: Whether inference subtracts a running mean from the embedding.
           dtype: Dtype of the products; parameters and statistics are float32.
           rngs: Random number generator of the initial weights.
         """
@@ -56,6 +93,7 @@ class Projector(nnx.Module):
         self.hidden = nnx.List([linear(a, b) for a, b in itertools.pairwise(sizes)])
         self.norms = nnx.List([BatchNorm(size) for size in hidden_sizes])
         self.output = linear(sizes[-1], output_size, use_bias=False)
+        self.center = RunningMean(output_size) if center else None
         self.dtype = dtype
 
     def __call__(self, features: jax.Array, *, train: bool, num_views: int = 1) -> jax.Array:
@@ -63,7 +101,8 @@ class Projector(nnx.Module):
         x = features.astype(self.dtype)
         for linear, norm in zip(self.hidden, self.norms, strict=True):
             x = nnx.relu(norm(linear(x), train=train, num_views=num_views))
-        return self.output(x)
+        x = self.output(x)
+        return x if self.center is None else self.center(x, train=train, num_views=num_views)
 
 
 class _Modules(nnx.Module):
@@ -73,6 +112,7 @@ class _Modules(nnx.Module):
             self.backbone.num_features,
             config.projector.hidden_sizes,
             embedding_size(config),
+            center=is_centered(config),
             dtype=jnp.dtype(config.compute_dtype),
             rngs=rngs,
         )

@@ -14,6 +14,7 @@ from music_jax.objectives.global_batch import (
     global_mean,
     global_sum,
     over_global_batch,
+    subtract_mean,
 )
 from music_jax.objectives.probabilities import check_temperature
 
@@ -84,8 +85,7 @@ def _barlow_twins(
     batch = _global_batch_size(embeddings_a, axis_name, "barlow_twins_loss")
 
     def standardize(z: jax.Array) -> jax.Array:
-        z = jnp.asarray(z, accumulation_dtype(z.dtype))
-        z = z - global_mean(jnp.mean(z, axis=0, keepdims=True), axis_name)
+        z = subtract_mean(z, axis_name)
         variance = global_mean(jnp.mean(z**2, axis=0, keepdims=True), axis_name)
         return z * jax.lax.rsqrt(variance + _BARLOW_TWINS_EPSILON)
 
@@ -166,7 +166,7 @@ def _vicreg(
     dtype = accumulation_dtype(embeddings_a.dtype)
 
     def variance_and_covariance(z: jax.Array) -> tuple[jax.Array, jax.Array]:
-        z = z - global_mean(jnp.mean(z, axis=0, keepdims=True), axis_name)
+        z = subtract_mean(z, axis_name)
         variance = global_sum(jnp.sum(z**2, axis=0), axis_name) / (batch - 1)  # [D]
         squares = _squared_norm_of_product(z, z, axis_name) / (batch - 1) ** 2
         hinge = jnp.mean(jax.nn.relu(1 - jnp.sqrt(variance + _VICREG_EPSILON)))

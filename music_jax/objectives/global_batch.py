@@ -70,6 +70,12 @@ def global_mean(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
     return x if axis_name is None else jax.lax.pmean(x, axis_name)
 
 
+def subtract_mean(x: jax.Array, axis_name: AxisName | None = None) -> jax.Array:
+    """Subtracts the mean over the global batch from [batch, dim], in float32 or float64."""
+    x = jnp.asarray(x, accumulation_dtype(x.dtype))
+    return x - global_mean(jnp.mean(x, axis=0, keepdims=True), axis_name)
+
+
 def all_samples(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
     """Gathers the rows of all devices along `axis_name`; returns `x` for None."""
     return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)

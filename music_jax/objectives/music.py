@@ -14,6 +14,7 @@ from music_jax.objectives.global_batch import (
     check_pair,
     global_mean,
     over_global_batch,
+    subtract_mean,
 )
 from music_jax.objectives.probabilities import (
     center_of,
@@ -47,6 +48,7 @@ def music_terms(
     *,
     num_segments: int,
     temperature: float | jax.Array = 1.0,
+    center: bool = False,
     axis_name: AxisName | None = None,
     product_dtype: Any = None,
 ) -> MusicTerms:
@@ -59,6 +61,7 @@ def music_terms(
       embeddings_b: Second view of the same samples, of the same shape and dtype.
       num_segments: Number of segments S, at least 2.
       temperature: Softmax temperature.
+      center: Whether to subtract each view's mean over the global batch first.
       axis_name: Axis, or axes, that the caller's `shard_map` or `pmap` has mapped over the batch.
       product_dtype: Dtype of the operands of the matrix products.
 
@@ -82,6 +85,7 @@ def music_terms(
     function = functools.partial(
         _terms,
         num_segments=num_segments,
+        centered=center,
         product_dtype=_product_dtype(embeddings_a.dtype, product_dtype),
     )
     temperature = jnp.asarray(temperature, accumulation_dtype(embeddings_a.dtype))
@@ -97,6 +101,7 @@ def music_loss(
     diagonal_weight: float | jax.Array = 1.0,
     cross_segment_weight: float | jax.Array = 1.0,
     invariance_weight: float | jax.Array = 1.0,
+    center: bool = False,
     axis_name: AxisName | None = None,
     product_dtype: Any = None,
 ) -> jax.Array:
@@ -131,6 +136,12 @@ def music_loss(
     equal in both views and uniform over its units, and the segments are pairwise independent. See
     :func:`music_lower_bound`.
 
+    *Collapse.* The bound excludes a collapsed embedding as a minimum, not as a stationary point:
+    where the softmax is saturated alike for all samples, the gradient vanishes. With `center`, each
+    view's mean over the global batch is subtracted from the embeddings first, after which a segment
+    saturates only where samples differ. The bound holds for any embeddings, and so for centered
+    ones. At inference, a running mean takes the place of the batch's.
+
     *Cost.* The value and its gradient take three matrix products of N dim² multiplications. They
     are computed on blocks of rows, so that the dim x dim matrix P is never held, and on several
     devices each computes a tile of P. Second derivatives are supported as the derivative, in either
@@ -156,6 +167,7 @@ def music_loss(
       diagonal_weight: Weight of the first term.
       cross_segment_weight: Weight of the second term.
       invariance_weight: Weight of the third term.
+      center: Whether to subtract each view's mean over the global batch first.
       axis_name: Axis, or axes, that the caller's `shard_map` or `pmap` has mapped over the batch.
       product_dtype: Dtype of the operands of the matrix products, which are also what devices
         exchange. By default that of the embeddings, but float32 for float16, which cannot represent
@@ -188,6 +200,7 @@ def music_loss(
         embeddings_b,
         num_segments=num_segments,
         temperature=temperature,
+        center=center,
         axis_name=axis_name,
         product_dtype=product_dtype,
     )
@@ -232,16 +245,23 @@ def _product_dtype(dtype: Any, product_dtype: Any) -> jnp.dtype:
     return product_dtype
 
 
-@functools.partial(jax.jit, static_argnames=("num_segments", "product_dtype", "axis_name"))
+@functools.partial(
+    jax.jit, static_argnames=("num_segments", "centered", "product_dtype", "axis_name")
+)
 def _terms(
     embeddings_a: jax.Array,
     embeddings_b: jax.Array,
     temperature: jax.Array,
     *,
     num_segments: int,
+    centered: bool,
     product_dtype: jnp.dtype,
     axis_name: AxisName | None,
 ) -> MusicTerms:
+    if centered:
+        embeddings_a, embeddings_b = (
+            subtract_mean(z, axis_name) for z in (embeddings_a, embeddings_b)
+        )
     logits_a, logits_b = (
         unit_logits(z, num_segments=num_segments, temperature=temperature)  # [n, S, K]
         for z in (embeddings_a, embeddings_b)

@@ -195,7 +195,7 @@ def unit_ratios(logits: jax.Array, center: jax.Array) -> tuple[jax.Array, jax.Ar
       of each segment's probabilities, [batch, num_segments].
     """
     units = logits.shape[-1]
-    ratios = _softmax_ratios(logits, center)
+    ratios = softmax_ratios(logits, center)
     least = units * MIN_PROBABILITY - center
     # Not jnp.maximum, which halves the gradient at equality.
     kept = ratios >= least
@@ -204,7 +204,7 @@ def unit_ratios(logits: jax.Array, center: jax.Array) -> tuple[jax.Array, jax.Ar
 
 
 @jax.custom_jvp
-def _softmax_ratios(logits: jax.Array, center: jax.Array) -> jax.Array:
+def softmax_ratios(logits: jax.Array, center: jax.Array) -> jax.Array:
     """Computes K softmax(logits) - c."""
     units = logits.shape[-1]
 
@@ -219,9 +219,9 @@ def _softmax_ratios(logits: jax.Array, center: jax.Array) -> jax.Array:
     return jax.lax.cond(center > 0, centered, plain, logits)
 
 
-@_softmax_ratios.defjvp
+@softmax_ratios.defjvp
 def _softmax_ratios_jvp(primals: Pair, tangents: Pair) -> Pair:
-    ratios = _softmax_ratios(*primals)
+    ratios = softmax_ratios(*primals)
     whole, tangent = ratios + primals[1], tangents[0]  # K p
     return ratios, whole * (tangent - jnp.mean(whole * tangent, axis=-1, keepdims=True))
 

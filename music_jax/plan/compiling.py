@@ -347,7 +347,7 @@ def _objective_flops(recipe: Recipe, batch_size: int, mesh: Mesh) -> float:
     """Returns the FLOPs per device of the objective and its gradient, compiled alone."""
 
     def loss(embeddings: jax.Array) -> jax.Array:
-        return recipe.objective(embeddings[:, 0], embeddings[:, 1])[0]
+        return recipe.objective_of_step(0)(embeddings[:, 0], embeddings[:, 1])[0]
 
     shape = (batch_size, len(recipe.views), recipe.network.num_embedding)
     embeddings = jax.ShapeDtypeStruct(shape, recipe.dtype)

@@ -94,7 +94,7 @@ def curves(runs: list[RecordedRun]) -> list[Curve]:
     known = [curve for curve in _CURVES if curve.name in names]
     objectives = {as_text(run.field("objective.name")) for run in runs}
     if known and known[0].name == "loss":
-        if objectives - {"music", "simclr"}:  # other losses are not entropies
+        if objectives - {"music", "simclr", "discrete"}:  # other losses are not entropies
             known[0] = known[0]._replace(unit="")
         if len(objectives) > 1:
             note = "The runs have different objectives, whose values are not comparable."

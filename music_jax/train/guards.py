@@ -5,6 +5,7 @@ the step that trips a guard on, the state rejects every update, so that the host
 when it logs.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,10 +15,23 @@ import numpy as np
 from ml_collections import config_dict
 
 from music_jax.objectives import segment_probabilities
+from music_jax.objectives.global_batch import subtract_mean
 
 Metrics = dict[str, jax.Array]
 # Maps the embeddings of the two views, [batch, dim] each, to the loss and further metrics.
 Objective = Callable[[jax.Array, jax.Array], tuple[jax.Array, Metrics]]
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomObjective:
+    """An objective that draws random numbers, anew in each step.
+
+    Attributes:
+      function: Function like an `Objective`, with a keyword argument `key`.
+    """
+
+    function: Callable[..., tuple[jax.Array, Metrics]]
+
 
 _MIN_DEVIATION = 0.01  # of the loss, as a share of it, for the measure of a spike
 _DEAD = 0.01  # share of the average usage, or deviation, below which a unit is dead
@@ -71,7 +85,11 @@ def init_guard_state() -> GuardState:
 
 
 def embedding_statistics(
-    embeddings: jax.Array, *, num_segments: int | None = None, temperature: float = 1.0
+    embeddings: jax.Array,
+    *,
+    num_segments: int | None = None,
+    temperature: float = 1.0,
+    center: bool = False,
 ) -> Metrics:
     r"""Measures how far a batch of embeddings is from a collapse.
 
@@ -94,6 +112,7 @@ def embedding_statistics(
         are those of the global batch, and in the order of dim numbers are communicated.
       num_segments: Number of segments, None if the embedding has none.
       temperature: Softmax temperature of the segments.
+      center: Whether to subtract the batch's mean before the softmax.
 
     Returns:
       float32 scalars by name.
@@ -111,6 +130,8 @@ def embedding_statistics(
         return statistics | {"dead_units": dead}
     units = dim // num_segments
     usable = min(units, batch)
+    if center:
+        embeddings = subtract_mean(embeddings)
     p = segment_probabilities(embeddings, num_segments=num_segments, temperature=temperature)
     usage = jnp.mean(p.astype(jnp.float32), axis=0)  # [S, K]
     entropy = -jnp.sum(usage * jnp.log(jnp.maximum(usage, 1e-30)), axis=1)

@@ -17,10 +17,12 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
+from music_jax.config import is_centered
 from music_jax.distributed import progress
 from music_jax.distributed.mesh import batch_sharding, from_main_process, is_main_process
 from music_jax.errors import UserError
 from music_jax.objectives import joint_probability
+from music_jax.objectives.global_batch import subtract_mean
 from music_jax.train.guards import STATISTICS
 from music_jax.train.input import TrainingInput
 from music_jax.train.recipe import Recipe
@@ -279,6 +281,8 @@ def make_draw(
             params = gather(state.params, mesh, recipe.dtype)
             _, embeddings, _ = recipe.network.embed(params, state.batch_stats, views)
             a, b = embeddings[:, 0, : segments * units], embeddings[:, 1, : segments * units]
+            if is_centered(config):
+                a, b = subtract_mean(a), subtract_mean(b)
             shown["joint_probability"] = joint_probability(
                 a, b, num_segments=segments, temperature=objective.temperature
             )

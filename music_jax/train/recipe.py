@@ -11,19 +11,24 @@ import jax.numpy as jnp
 import optax
 from ml_collections import config_dict
 
-from music_jax.config import from_json
+from music_jax.config import from_json, is_centered
 from music_jax.data.augment import ViewAugmentation, view_augmentations
 from music_jax.models.network import Network, make_network
 from music_jax.objectives import (
     barlow_twins_loss,
+    discrete_loss,
     music_lower_bound,
     music_terms,
+    sigreg_loss,
     simclr_loss,
+    tcr_loss,
     vicreg_loss,
 )
 from music_jax.optim import lars, matrices_only, warmup_cosine
 from music_jax.registry import BACKBONES, OBJECTIVES, OPTIMIZERS
-from music_jax.train.guards import Metrics, Objective, embedding_statistics
+from music_jax.train.guards import Metrics, Objective, RandomObjective, embedding_statistics
+
+_OBJECTIVE_STREAM = 3  # separates the objectives' randomness from the augmentations'
 
 # Groups of fields that no recipe depends on.
 _EVALUATION = (
@@ -48,12 +53,12 @@ class Recipe:
       std: Standard deviation of each channel.
       dtype: Type that the network computes in.
       accumulation_steps: Number of microbatches that a batch is split into.
-      seed: Seed of the augmentations.
+      seed: Seed of the augmentations and of objectives that draw random numbers.
       base_learning_rate: Learning rate at a batch of 256.
     """
 
     network: Network
-    objective: Objective
+    objective: Objective | RandomObjective
     statistics: Callable[[jax.Array], Metrics]
     guards: config_dict.FrozenConfigDict
     schedule_of: Callable[[float | jax.Array], optax.Schedule]
@@ -76,6 +81,13 @@ class Recipe:
         """Optimizer of the parameters."""
         return self.optimizer_of(self.schedule)
 
+    def objective_of_step(self, step: int | jax.Array) -> Objective:
+        """Returns the objective; one that draws random numbers gets the key of the step."""
+        if not isinstance(self.objective, RandomObjective):
+            return self.objective
+        key = jax.random.fold_in(jax.random.key(self.seed), _OBJECTIVE_STREAM)
+        return functools.partial(self.objective.function, key=jax.random.fold_in(key, step))
+
 
 def make_recipe(config: config_dict.ConfigDict, steps_per_epoch: int) -> Recipe:
     """Returns the recipe that a config describes."""
@@ -97,13 +109,17 @@ def _shared_recipe(config_json: str, steps_per_epoch: int, parts: tuple[Any, ...
     config = from_json(json.loads(config_json))
     _, make_objective, make_optimizer = parts
     is_music = config.objective.name == "music"
+    objective = make_objective(config.objective)
+    if not isinstance(objective, RandomObjective):
+        objective = functools.partial(objective)  # hashable in any case
     return Recipe(
         network=make_network(config),
-        objective=functools.partial(make_objective(config.objective)),  # hashable in any case
+        objective=objective,
         statistics=functools.partial(
             embedding_statistics,
             num_segments=config.objective.num_segments if is_music else None,
             temperature=config.objective.temperature,
+            center=is_centered(config),
         ),
         guards=config_dict.FrozenConfigDict(config.guards),
         schedule_of=functools.partial(_make_schedule, config, steps_per_epoch),
@@ -134,7 +150,13 @@ def _music(config: config_dict.ConfigDict) -> Objective:
     bound = music_lower_bound(config.units_per_segment)
 
     def objective(a: jax.Array, b: jax.Array) -> tuple[jax.Array, Metrics]:
-        terms = music_terms(a, b, num_segments=config.num_segments, temperature=config.temperature)
+        terms = music_terms(
+            a,
+            b,
+            num_segments=config.num_segments,
+            temperature=config.temperature,
+            center=config.center,
+        )
         loss = weights[0] * terms[0] + weights[1] * terms[1] + weights[2] * terms[2]
         metrics = terms._asdict()
         if weights == (1.0, 1.0, 1.0):  # the bound holds for these only
@@ -159,7 +181,32 @@ def _simclr(config: config_dict.ConfigDict) -> Objective:
     return lambda a, b: (simclr_loss(a, b, temperature=config.contrast_temperature), {})
 
 
-OBJECTIVES.update(music=_music, barlow_twins=_barlow_twins, vicreg=_vicreg, simclr=_simclr)
+def _sigreg(config: config_dict.ConfigDict) -> RandomObjective:
+    fields = ("sigreg_weight", "num_slices", "num_points", "t_max")
+    options = {field: config[field] for field in fields}
+    return RandomObjective(lambda a, b, key: (sigreg_loss(a, b, key=key, **options), {}))
+
+
+def _tcr(config: config_dict.ConfigDict) -> Objective:
+    options = {"similarity_weight": config.cosine_weight, "epsilon_squared": config.epsilon_squared}
+    return lambda a, b: (tcr_loss(a, b, **options), {})
+
+
+def _discrete(config: config_dict.ConfigDict) -> Objective:
+    fields = ("temperature", "sharpness_weight", "diversity_weight")
+    options = {field: config[field] for field in fields}
+    return lambda a, b: (discrete_loss(a, b, **options), {})
+
+
+OBJECTIVES.update(
+    music=_music,
+    barlow_twins=_barlow_twins,
+    vicreg=_vicreg,
+    simclr=_simclr,
+    sigreg=_sigreg,
+    tcr=_tcr,
+    discrete=_discrete,
+)
 
 
 # Every optimizer decays only the parameters of two or more dimensions: neither biases nor the

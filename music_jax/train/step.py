@@ -43,9 +43,10 @@ def training_step(
       The state after the step and scalars to log. If a guard trips, now or in an earlier step, the
       parameters do not change and `guard` holds the first such step.
     """
+    objective_of_step = recipe.objective_of_step(state.step)
 
     def objective(a: jax.Array, b: jax.Array) -> tuple[jax.Array, Metrics]:
-        loss, metrics = recipe.objective(a, b)
+        loss, metrics = objective_of_step(a, b)
         if recipe.guards.enabled:
             metrics = metrics | recipe.statistics(jax.lax.stop_gradient(a))
         return loss, metrics

@@ -12,6 +12,7 @@ from music_jax.config import default_config
 from music_jax.models.network import (
     INIT_COMPILER_OPTIONS,
     Projector,
+    RunningMean,
     init_network,
     make_frozen_backbone,
     make_network,
@@ -60,6 +61,23 @@ def test_shapes_of_features_and_embeddings(name, stem, side, features):
     assert found.shape == (3, 2, features)
     assert embeddings.shape == (3, 2, 24)
     assert jax.tree.structure(new_stats) == jax.tree.structure(stats)
+
+
+def test_centered_embeddings_of_inference_are_those_less_the_running_mean():
+    config = _config(name="small_resnet", stem="strided")
+    params, stats = init_network(config, jax.random.key(0))
+    images = jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
+    plain = make_network(config).infer(params, stats, images)
+    config.objective.center = True
+    _, centered_stats = init_network(config, jax.random.key(0))
+    mean = centered_stats["projector"].pop("center")["mean"] + jnp.arange(24.0)
+    assert jax.tree.structure(centered_stats) == jax.tree.structure(stats)
+    centered_stats["projector"]["center"] = {"mean": mean}
+    features, embeddings = make_network(config).infer(params, centered_stats, images)
+    np.testing.assert_array_equal(features, plain[0])
+    np.testing.assert_allclose(embeddings, plain[1] - mean[None], rtol=1e-6)
+    config.objective.name = "vicreg"
+    assert "center" not in init_network(config, jax.random.key(0))[1]["projector"]
 
 
 def test_zero_init_residual_sets_the_last_scale_of_each_block():
@@ -192,6 +210,21 @@ def test_projector_matches_numpy(hidden_sizes):
 
     found = embed(*jax.tree.map(np.float32, (params, stats, features)))
     np.testing.assert_allclose(found, x @ params["output"]["kernel"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_running_mean_is_tracked_in_training_and_subtracted_in_inference():
+    center = RunningMean(3, momentum=0.8)
+    views = np.random.default_rng(0).normal(2.0, size=(5, 2, 3)).astype(np.float32)
+    z = jnp.asarray(views.reshape(10, 3), jnp.bfloat16)
+    expected = np.zeros(3)
+    for _ in range(2):
+        np.testing.assert_array_equal(center(z, train=True, num_views=2), z)
+        for mean in np.asarray(z, np.float32).reshape(5, 2, 3).mean(axis=0):
+            expected = 0.8 * expected + 0.2 * mean
+    np.testing.assert_allclose(center.mean[...], expected, rtol=1e-5)
+    found = center(z, train=False, num_views=1)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found, np.asarray(z, np.float32) - expected, rtol=1e-2, atol=1e-2)
 
 
 def test_projector_kernels_are_initialized_as_in_pytorch():

@@ -8,13 +8,16 @@ import pytest
 
 from music_jax.objectives import (
     barlow_twins_loss,
+    discrete_loss,
     joint_probability,
     music_loss,
     music_lower_bound,
     music_terms,
     segment_codes,
     segment_probabilities,
+    sigreg_loss,
     simclr_loss,
+    tcr_loss,
     vicreg_loss,
 )
 
@@ -25,6 +28,9 @@ PAIRED = {
     "barlow_twins_loss": barlow_twins_loss,
     "vicreg_loss": vicreg_loss,
     "simclr_loss": simclr_loss,
+    "sigreg_loss": functools.partial(sigreg_loss, key=jax.random.key(0)),
+    "tcr_loss": tcr_loss,
+    "discrete_loss": discrete_loss,
 }
 SINGLE = {
     "segment_probabilities": functools.partial(segment_probabilities, num_segments=2),
@@ -95,7 +101,9 @@ def test_the_objective_requires_two_segments(function):
 
 
 @pytest.mark.parametrize("temperature", [0, 0.0, -1.0, float("inf"), float("nan")])
-@pytest.mark.parametrize("function", SEGMENTED[1:])
+@pytest.mark.parametrize(
+    "function", [*SEGMENTED[1:], lambda z, num_segments, **options: discrete_loss(z, z, **options)]
+)
 def test_the_temperature_must_be_positive(function, temperature):
     with pytest.raises(ValueError, match=f"temperature: expected .*, got {temperature}"):
         function(jnp.ones((2, 4)), num_segments=2, temperature=temperature)
@@ -105,6 +113,32 @@ def test_the_temperature_must_be_positive(function, temperature):
 def test_the_baselines_require_two_samples(loss):
     with pytest.raises(ValueError, match=f"{loss.__name__}: .* at least 2 samples.* got 1"):
         loss(jnp.ones((1, 4)), jnp.ones((1, 4)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"key": 0}, r"key: expected a single key, as by jax\.random\.key\(0\), got 0"),
+        ({"key": jax.random.split(jax.random.key(0))}, "key: expected a single key"),
+        ({"key": jnp.zeros(2, jnp.uint32)}, "key: expected a single key"),
+        ({"num_slices": 0}, "num_slices: expected an int of at least 1, got 0"),
+        ({"num_slices": 1.5}, r"num_slices: expected an int of at least 1, got 1\.5"),
+        ({"num_points": 1}, "num_points: expected an int of at least 2, got 1"),
+        ({"t_max": 0.0}, r"t_max: expected a positive finite number, got 0\.0"),
+        ({"t_max": float("nan")}, "t_max: expected a positive finite number, got nan"),
+    ],
+)
+def test_the_options_of_sigreg(options, message):
+    z = jnp.ones((2, 4))
+    with pytest.raises(ValueError, match=message):
+        sigreg_loss(z, z, **({"key": jax.random.key(0)} | options))
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_the_distortion_of_the_coding_rate_must_be_positive(value):
+    z = jnp.ones((2, 4))
+    with pytest.raises(ValueError, match=f"epsilon_squared: expected a positive .*, got {value}"):
+        tcr_loss(z, z, epsilon_squared=value)
 
 
 def test_the_product_dtype_must_represent_the_smallest_probability():

@@ -12,8 +12,11 @@ from jax.sharding import PartitionSpec as P
 from music_jax.objectives import (
     barlow_twins_loss,
     cross_segment,
+    discrete_loss,
     music_loss,
+    sigreg_loss,
     simclr_loss,
+    tcr_loss,
     vicreg_loss,
 )
 from tests.objectives.cases import relative_error
@@ -21,10 +24,15 @@ from tests.objectives.cases import relative_error
 # name: loss, and the widths of embedding to try it at. 21 units divide by no number of devices.
 LOSSES = {
     "music": (functools.partial(music_loss, num_segments=3), (21, 24)),
+    "centered": (functools.partial(music_loss, num_segments=3, center=True), (21, 24)),
     "barlow_twins": (barlow_twins_loss, (21, 6)),
     "vicreg": (vicreg_loss, (21, 6)),
     "simclr": (simclr_loss, (21, 6)),
+    "sigreg": (functools.partial(sigreg_loss, key=jax.random.key(3), num_slices=5), (21, 6)),
+    "tcr": (tcr_loss, (21, 6)),
+    "discrete": (discrete_loss, (21, 6)),
 }
+BASELINES = [name for name in LOSSES if name not in ("music", "centered")]
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 
 
@@ -98,11 +106,10 @@ def check(found, expected):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("name", "dim_index", "devices"),
-    [("music", 0, 1), ("music", 0, 2), ("music", 0, 4), ("music", 1, 4)]
-    + [
-        (name, *rest)
-        for name in ("barlow_twins", "vicreg", "simclr")
-        for rest in ((0, 2), (0, 4), (1, 4))
+    [
+        *(("music", 0, 1), ("music", 0, 2), ("music", 0, 4), ("music", 1, 4)),
+        *(("centered", 0, 1), ("centered", 0, 2), ("centered", 0, 4)),
+        *((name, *rest) for name in BASELINES for rest in ((0, 1), (0, 2), (0, 4), (1, 4))),
     ],
 )
 def test_value_and_gradient_match_one_device(name, dim_index, devices, way):
@@ -227,7 +234,7 @@ def test_bfloat16_products_on_four_devices():
     assert relative_error(gradient, expected[1]) < 1e-2
 
 
-@pytest.mark.parametrize("name", ["barlow_twins", "vicreg", "simclr"])
+@pytest.mark.parametrize("name", BASELINES)
 def test_one_sample_per_device_is_a_valid_batch(name):
     model, weights, images, expected = problem(name, batch=4)
     check(in_shard_map(model, weights, images, 4), expected)

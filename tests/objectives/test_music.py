@@ -14,7 +14,8 @@ from music_jax.objectives import (
     music_terms,
     segment_codes,
 )
-from tests.objectives.cases import cases, relative_error
+from tests.objectives.cases import EXTREMES as EXTREME_VIEWS
+from tests.objectives.cases import cases, extreme_views, relative_error
 
 CASES = cases("music_objective")
 
@@ -235,6 +236,40 @@ def test_gradient_descent_leaves_a_collapsed_embedding():
     assert loss < 0.8 * music_lower_bound(4)
     assert len(np.unique(codes, axis=0)) >= 8
     assert all(len(np.unique(codes[:, segment])) == 4 for segment in range(3))
+
+
+@pytest.mark.parametrize("name", [*EXTREME_VIEWS, "offset"])
+def test_centering_subtracts_the_mean_of_each_view(name):
+    views = extreme_views("random" if name == "offset" else name, 12, 10)
+    if name == "offset":
+        views = [z + np.linspace(-50, 50, 10, dtype=np.float32) for z in views]
+    plain = functools.partial(music_loss, num_segments=2)
+    doubles = [np.asarray(z, np.float64) for z in views]
+    with jax.enable_x64(True):
+        centered = [z - z.mean(0) for z in doubles]
+        expected, wanted = jax.value_and_grad(plain, (0, 1))(*centered)
+        total = np.sum(music_terms(*doubles, num_segments=2, center=True))
+    step = jax.jit(jax.value_and_grad(functools.partial(plain, center=True), (0, 1)))
+    found, gradients = step(*views)
+    np.testing.assert_allclose(total, expected, rtol=1e-10)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    for gradient, want in zip(gradients, map(np.array, wanted), strict=True):
+        want -= want.mean(axis=0)
+        bound = 2e-5 * np.abs(want).max() + (0 if name == "tiny" else 5e-8)
+        np.testing.assert_allclose(gradient, want, rtol=0, atol=bound)
+
+
+def test_a_collapsed_embedding_is_a_stationary_point_unless_it_is_centered():
+    """The samples differ, but their softmax is saturated at the same unit of each segment."""
+    rng = np.random.default_rng(0)
+    za, zb = 40 * np.eye(8)[[0, 3, 5, 6]].reshape(1, 32) + rng.normal(size=(2, 64, 32))
+
+    def norm(center):
+        loss = functools.partial(music_loss, num_segments=4, center=center)
+        return np.linalg.norm(jax.grad(loss)(np.float32(za), np.float32(zb)))
+
+    assert norm(center=False) < 1e-12
+    assert norm(center=True) > 1e-2
 
 
 def test_the_loss_maps_over_a_leading_axis():

@@ -74,6 +74,7 @@ _VALUES = {
         "num_segments": 3,
         "units_per_segment": 4,
         "temperature": 0.7,
+        "center": True,
         "diagonal_weight": 1.5,
         "cross_segment_weight": 0.6,
         "invariance_weight": 2.5,
@@ -82,6 +83,14 @@ _VALUES = {
         "variance_weight": 13.0,
         "covariance_weight": 5.0,
         "contrast_temperature": 0.35,
+        "sigreg_weight": 0.15,
+        "num_slices": 24,
+        "num_points": 9,
+        "t_max": 3.5,
+        "cosine_weight": 50.0,
+        "epsilon_squared": 0.45,
+        "sharpness_weight": 1.25,
+        "diversity_weight": 1.75,
     },
     "dataset": {
         "name": "named",
@@ -251,7 +260,7 @@ def test_the_recipe_has_every_field_that_a_step_needs(config):
     assert (recipe.mean, recipe.std, recipe.seed) == ((0.4,), (0.3,), 5)
     assert (recipe.dtype, recipe.accumulation_steps) == (jnp.bfloat16, 2)
     assert recipe.guards.to_dict() == _VALUES["guards"]
-    assert recipe.statistics.keywords == {"num_segments": 3, "temperature": 0.7}
+    assert recipe.statistics.keywords == {"num_segments": 3, "temperature": 0.7, "center": True}
     peak = 6.4 * 8 / 256  # of 3 steps of warm-up and 9 of a cosine
     for step, expected in [
         (0, 0),
@@ -301,7 +310,8 @@ def test_a_step_is_the_one_computed_by_hand(config):
             # Two microbatches, of the even and of the odd places.
             parts = [recipe.network.embed(params, stats, views[i::2])[1] for i in (0, 1)]
             embeddings = jnp.stack(parts, axis=1).reshape(8, 2, 12)
-            terms = music_terms(embeddings[:, 0], embeddings[:, 1], num_segments=3, temperature=0.7)
+            centered = embeddings - jnp.mean(embeddings, axis=0, keepdims=True)
+            terms = music_terms(centered[:, 0], centered[:, 1], num_segments=3, temperature=0.7)
             return 1.5 * terms.diagonal + 0.6 * terms.cross_segment + 2.5 * terms.invariance
 
         return jax.value_and_grad(loss)(params)

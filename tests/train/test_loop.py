@@ -139,6 +139,21 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(finished, config
         assert _json(workdir / name) == _json(finished[0] / name)
 
 
+@pytest.mark.parametrize("objective", [{"center": True}, {"name": "sigreg", "num_slices": 16}])
+def test_running_means_and_random_objectives_resume_with_the_same_bits(objective, config, tmp_path):
+    config = config.copy_and_resolve_references()
+    config.objective.update(objective)
+    config.guards.loss_spike_deviations = 0.0  # the first losses of SIGReg rise
+    expected = train_and_evaluate(config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train_and_evaluate(config, tmp_path / "resumed", stop=_At(3, _interrupt))
+    found = train_and_evaluate(config, tmp_path / "resumed")
+    assert _bytes(found) == _bytes(expected)
+    jax.tree.map(np.testing.assert_array_equal, found.batch_stats, expected.batch_stats)
+    if config.objective.center:
+        assert np.abs(found.batch_stats["projector"]["center"]["mean"]).max() > 1e-3
+
+
 @pytest.fixture
 def broken_fourth_step(monkeypatch):
     """The parameters are no numbers when the fourth step is taken."""

@@ -7,6 +7,7 @@ import os
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -194,10 +195,11 @@ def test_heat_map_is_brightest_on_the_diagonal_of_a_perfect_code_and_even_elsewh
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 4])
-def test_pictures_show_the_views_of_the_training_step(devices):
+@pytest.mark.parametrize(("devices", "center"), [(1, False), (4, False), (4, True)])
+def test_pictures_show_the_views_of_the_training_step(devices, center):
     config = small_config()
     config.batch_size = 16
+    config.objective.center = center
     config.objective.update({"num_segments": 40, "units_per_segment": 20})  # 800: not all are shown
     config.augmentation.view_1.update({"noise_probability": 1.0, "noise_std": 0.2})
     mesh, recipe = make_data_mesh(devices), make_recipe(config, steps_per_epoch=1)
@@ -213,6 +215,8 @@ def test_pictures_show_the_views_of_the_training_step(devices):
     params, batch_stats = jax.device_get((state.params, state.batch_stats))
     _, z, _ = jax.jit(recipe.network.embed)(params, batch_stats, views)
     z = z[:, :, : 25 * 20]
+    if center:
+        z -= jnp.mean(z, axis=0, keepdims=True)
     joint = np.asarray(joint_probability(z[:, 0], z[:, 1], num_segments=25))
     np.testing.assert_array_equal(
         drawn["views"], _view_sheet(np.asarray(views[:8]), recipe.mean, recipe.std)

@@ -1,5 +1,6 @@
 """The objectives, optimizers and schedule of a config, against plain numpy."""
 
+import functools
 import math
 
 import jax
@@ -27,12 +28,22 @@ _CONFIG = config_dict.ConfigDict(
         "variance_weight": 13.0,
         "covariance_weight": 5.0,
         "contrast_temperature": 0.35,
+        "center": True,
+        "sigreg_weight": 0.15,
+        "num_slices": 24,
+        "num_points": 9,
+        "t_max": 3.5,
+        "cosine_weight": 50.0,
+        "epsilon_squared": 0.45,
+        "sharpness_weight": 1.25,
+        "diversity_weight": 1.75,
     }
 )
 
 
 def _music(a, b):
-    terms = music_terms(jnp.asarray(a), jnp.asarray(b), num_segments=3, temperature=0.7)
+    a, b = (jnp.asarray(z - z.mean(0)) for z in (a, b))
+    terms = music_terms(a, b, num_segments=3, temperature=0.7)
     return 1.5 * terms.diagonal + 0.6 * terms.cross_segment + 2.5 * terms.invariance
 
 
@@ -61,6 +72,40 @@ def _simclr(a, b):
     return -np.mean(np.log(weights[np.arange(len(z)), pairs] / weights.sum(axis=1)))
 
 
+_KEY = jax.random.key(4)
+
+
+def _sigreg(a, b):
+    directions = np.asarray(jax.random.normal(_KEY, (12, 24), jnp.float32))
+    t = np.linspace(-3.5, 3.5, 9)
+    normal = np.exp(-(t**2) / 2)
+    loss = 0.85 * np.mean((a - b) ** 2) / 4
+    for z in (a, b):
+        waves = np.exp(1j * t * (z @ (directions / np.linalg.norm(directions, axis=0)))[..., None])
+        squares = np.abs(waves.mean(0) - normal) ** 2
+        loss += 0.15 / 2 * len(z) * np.mean(np.trapezoid(squares * normal, t))
+    return loss
+
+
+def _tcr(a, b):
+    a, b = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (a, b))
+    mean = (a + b) / np.linalg.norm(a + b, axis=1, keepdims=True)
+    loss = -50 / 2 * np.mean(np.sum((a + b) * mean, axis=1))
+    for z in (a, b):
+        matrix = np.eye(12) + 12 / (len(z) * 0.45) * z.T @ z
+        loss -= np.linalg.slogdet(matrix)[1] / 4
+    return loss
+
+
+def _discrete(a, b):
+    p, q = (np.exp(z / 0.7) / np.exp(z / 0.7).sum(1, keepdims=True) for z in (a, b))
+    loss = np.mean(np.sum((p - q) * np.log(p / q), axis=1)) / 2
+    for x in (p, q):
+        mean = x.mean(0)
+        loss += -1.25 / 2 * np.mean(np.sum(x * np.log(x), 1)) + 1.75 / 2 * mean @ np.log(mean)
+    return loss
+
+
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 def test_each_field_is_used_as_its_name_implies(name):
     a, b = 0.6 * np.random.default_rng(0).normal(size=(2, 10, 12))
@@ -69,10 +114,14 @@ def test_each_field_is_used_as_its_name_implies(name):
         "barlow_twins": _barlow_twins,
         "vicreg": _vicreg,
         "simclr": _simclr,
+        "sigreg": _sigreg,
+        "tcr": _tcr,
+        "discrete": _discrete,
     }[name](a.astype(np.float32), b.astype(np.float32))
-    loss, metrics = OBJECTIVES[name](_CONFIG)(
-        jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
-    )
+    objective = OBJECTIVES[name](_CONFIG)
+    if name == "sigreg":
+        objective = functools.partial(objective.function, key=_KEY)
+    loss, metrics = objective(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32))
     np.testing.assert_allclose(loss, expected, rtol=2e-5)
     assert set(metrics) == (
         {"diagonal", "cross_segment", "invariance"} if name == "music" else set()

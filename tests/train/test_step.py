@@ -13,7 +13,7 @@ from music_jax.config import default_config, set_views
 from music_jax.data.augment import ViewAugmentation, augment_views
 from music_jax.distributed.mesh import batch_sharding, make_data_mesh
 from music_jax.models.network import Projector
-from music_jax.objectives import vicreg_loss
+from music_jax.objectives import sigreg_loss, vicreg_loss
 from music_jax.registry import OBJECTIVES
 from music_jax.train import step as step_module
 from music_jax.train.guards import init_guard_state
@@ -69,11 +69,14 @@ def _run(config, devices=1, steps=6):
         ("music", "lars"),
         ("barlow_twins", "sgd"),
         ("vicreg", "sgd"),
+        ("sigreg", "sgd"),
+        ("tcr", "sgd"),
+        ("discrete", "sgd"),
     ],
 )
 def test_the_loss_falls(objective, optimizer):
     config = _config(objective, optimizer)
-    if objective == "vicreg":
+    if objective in ("vicreg", "tcr"):
         config.optimizer.base_learning_rate /= 10
     # optax.adamw raises a float to the power of an integer step, which strict promotion forbids.
     with jax.numpy_dtype_promotion("standard" if optimizer == "adamw" else "strict"):
@@ -86,7 +89,7 @@ def test_the_loss_falls(objective, optimizer):
     [("music", (2, 4))]
     + [
         pytest.param(name, (4,), marks=pytest.mark.slow)
-        for name in ("barlow_twins", "vicreg", "simclr")
+        for name in ("barlow_twins", "vicreg", "simclr", "sigreg", "tcr", "discrete")
     ],
 )
 def test_any_number_of_devices_gives_the_same_losses(objective, numbers):
@@ -105,6 +108,18 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not():
         np.testing.assert_array_equal(a, b)
     config.seed = 1
     assert _run(config)[1][0]["loss"] != _run(_config())[1][0]["loss"]
+
+
+def test_each_step_of_a_random_objective_has_a_key_of_the_seed_and_the_step():
+    config = _config("sigreg")
+    config.seed, config.objective.num_slices = 5, 3
+    a, b = np.random.default_rng(0).normal(size=(2, 8, 32)).astype(np.float32)
+    objective = make_recipe(config, steps_per_epoch=4).objective_of_step
+    key = jax.random.fold_in(jax.random.key(5), 3)
+    for step in (0, 7):
+        expected = sigreg_loss(a, b, key=jax.random.fold_in(key, step), num_slices=3)
+        assert objective(step)(a, b)[0] == expected
+    assert objective(0)(a, b)[0] != objective(7)(a, b)[0]
 
 
 def test_music_reports_its_terms_and_its_distance_to_the_bound():
