@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # What several tests, or the processes that they start, compile is compiled once.
@@ -27,6 +28,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 log_to_stdout()  # as the commands do: tests read messages with capsys
+
+
+@pytest.fixture(autouse=True)
+def _hangup_is_not_ignored():
+    """Processes inherit what is ignored, and libtpu, which some tests load, ignores SIGHUP."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, previous)
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ def test_a_finished_run_is_not_trained_again(workdir, modules):
     wider = (*CONFIG, "--config.backbone.options={'width': 32}")
     code, _, err = _run(modules, "music_jax.main", IMPORT, *wider, f"--workdir={workdir}")
     assert code == 2
-    assert "backbone.options.width: 24 there, 32 now" in err
+    assert "backbone.options: {'width': 24} there, {'width': 32} now" in err
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ import stat
 
 from etils import epath
 
-from music_jax.workdir.files import BucketError, bucket_errors, read_json
+from music_jax.errors import UserError
+from music_jax.workdir.files import BucketError, bucket_errors, in_bucket, read_json
 
 CHECKSUMS = "CHECKSUMS.json"
 
@@ -65,6 +66,22 @@ def find_damage(directory: epath.Path) -> str | None:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"cannot be read: {' '.join(str(error).split())}"
     return None
+
+
+def check_entries(directory: epath.Path) -> None:
+    """Checks the types of what Orbax reads from `checkpoints` as soon as it is opened.
+
+    A link may lead anywhere, and reading a pipe would never end.
+
+    Raises:
+      UserError: An entry of a checkpoint is neither a file nor a directory.
+    """
+    if in_bucket(directory):
+        return
+    for path in (*directory.glob("_*"), *directory.glob("*/*")):
+        mode = os.lstat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise UserError(f"{path} is neither a file nor a directory; remove it")
 
 
 def _files(directory: epath.Path) -> dict[str, epath.Path]:

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
-from music_jax.checkpoint.integrity import find_damage, write_checksums
+from music_jax.checkpoint.integrity import check_entries, find_damage, write_checksums
 from music_jax.distributed.mesh import from_main_process, is_main_process
 from music_jax.errors import UserError
 from music_jax.models.network import Network, Tree, init_network, make_network
@@ -94,6 +94,7 @@ class Checkpoints:
                 _logger.info(f"removing {path}, which an interrupted run left unfinished")
         if not read_only and jax.process_count() > 1:
             multihost_utils.sync_global_devices("the directory of the checkpoints is made")
+        check_entries(self._directory)
         verbosity = absl_logging.get_verbosity()
         if read_only:  # Orbax logs warnings about `read_only`
             absl_logging.set_verbosity(absl_logging.ERROR)

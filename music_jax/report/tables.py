@@ -237,7 +237,8 @@ def scores(runs: list[RecordedRun]) -> list[tuple[int, str, list[float | None]]]
 
 def stale_results(run: RecordedRun) -> str | None:
     """Returns a message if the results were measured before the last logged step, else None."""
-    steps = {result.get("step") for result in run.results.values()} - {None}
+    found = (result.get("step") for result in run.results.values())
+    steps = {step for step in found if isinstance(step, int)}
     if not steps or steps == {run.last_step} or not run.last_step:
         return None
     measured = ", ".join(as_text(step) for step in sorted(steps, key=str))

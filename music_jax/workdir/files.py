@@ -32,6 +32,8 @@ from etils import epath
 from etils.epath import gpath
 from etils.epath.stat_utils import StatResult
 
+from music_jax.errors import UserError
+
 # Prefix of the names of files that are being written; a killed process leaves such a file behind.
 PREFIX = ".new-"
 
@@ -283,6 +285,8 @@ def new_path(path: _Path) -> Iterator[_Path]:
             with bucket_errors(path), local.open("rb") as source, path.open("wb") as target:
                 shutil.copyfileobj(source, target)
         return
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a directory; remove or rename it")
     temporary = path.with_name(PREFIX + secrets.token_hex(8))
     try:
         pathlib.Path(temporary).touch(exist_ok=False)

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from music_jax.checkpoint.integrity import CHECKSUMS, find_damage, write_checksums
+from music_jax.checkpoint.manager import Checkpoints
+from music_jax.errors import UserError
 
 
 @pytest.fixture
@@ -83,3 +85,16 @@ def test_checksums_of_another_form_are_damage(checkpoint, entry):
     record["files"]["state/empty"] = entry
     (checkpoint / CHECKSUMS).write_text(json.dumps(record))
     assert damage_of(checkpoint).startswith("cannot be read: ")
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_what_orbax_reads_at_once_is_neither_a_link_nor_a_pipe(kind, tmp_path):
+    """A link may lead to any file of the user, and reading a pipe would never end."""
+    metadata = tmp_path / "checkpoints" / "3" / "_CHECKPOINT_METADATA"
+    metadata.parent.mkdir(parents=True)
+    if kind == "link":
+        metadata.symlink_to("/proc/self/environ")
+    else:
+        os.mkfifo(metadata)
+    with pytest.raises(UserError, match="is neither a file nor a directory"):
+        Checkpoints(epath.Path(tmp_path), read_only=True)

@@ -9,15 +9,6 @@ import time
 
 import pytest
 
-
-@pytest.fixture(autouse=True)
-def _hangup_is_not_ignored():
-    """Children inherit what is ignored, and libtpu, which other tests load, ignores SIGHUP."""
-    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, previous)
-
-
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
 COMMAND = """
 import atexit, hashlib, os, sys, time

@@ -26,3 +26,10 @@ def test_the_headline_compares_results_with_their_baselines():
         ("linear probe, top-1", "91.0 %", "random initialization 32.0 %, raw pixels 53.0 %"),
         ("kNN, top-1", "84.0 %", "random initialization 25.0 %, raw pixels 46.0 %"),
     ]
+
+
+def test_a_step_that_is_no_number_does_not_count_as_stale():
+    run = types.SimpleNamespace(
+        results={"knn": {"step": [3]}, "linear": {"step": 5}, "few": {}}, last_step=7
+    )
+    assert tables.stale_results(run) == "measured at step 5; the last logged step is 7"

@@ -22,7 +22,7 @@ from music_jax.evaluation.features import Expected, cached_arrays
 from music_jax.evaluation.results import Predictions, read_predictions, write_predictions
 from music_jax.exchange.folder_encoding import encode_folder
 from music_jax.export import export
-from music_jax.workdir.files import new_file, new_path, write_new
+from music_jax.workdir.files import new_file, new_path, write_json, write_new
 
 
 def test_a_new_file_has_the_content_and_the_usual_permissions(tmp_path):
@@ -186,3 +186,10 @@ def test_encoding_replaces_links(ending, outside, tmp_path):
     else:
         found = np.stack(pq.read_table(output)["features"].to_pylist())
     np.testing.assert_array_equal(found, expected)
+
+
+def test_a_directory_in_the_place_of_a_file_is_one_clear_error(tmp_path):
+    (tmp_path / "knn.json").mkdir()
+    with pytest.raises(UserError, match="it is a directory; remove or rename it"):
+        write_json(epath.Path(tmp_path) / "knn.json", {})
+    assert os.listdir(tmp_path) == ["knn.json"]
