@@ -109,7 +109,25 @@ def _tcr(
     return -rates / 2 - similarity_weight * similarity
 
 
+@jax.custom_vjp
 def _half_log_det(x: jax.Array) -> jax.Array:
-    """Sums log det(I + x) / 2 over positive semidefinite matrices [matrices, size, size]."""
-    factors = jnp.linalg.cholesky(jnp.eye(x.shape[1], dtype=x.dtype)[None] + x)
-    return jnp.sum(jnp.log(jnp.diagonal(factors, axis1=1, axis2=2)))
+    """Sums log det(I + x) / 2 over positive semidefinite matrices [matrices, size, size].
+
+    The gradient is half the inverse. Differentiating the decomposition instead takes several times
+    as long to compile for TPU.
+    """
+    return _half_log_det_forward(x)[0]
+
+
+def _half_log_det_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    identity = jnp.broadcast_to(jnp.eye(x.shape[1], dtype=x.dtype), x.shape)
+    factors = jnp.linalg.cholesky(identity + x)
+    value = jnp.sum(jnp.log(jnp.diagonal(factors, axis1=1, axis2=2)))
+    return value, jax.scipy.linalg.solve_triangular(factors, identity, lower=True)
+
+
+def _half_log_det_backward(inverse: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+    return (cotangent / 2 * (inverse.swapaxes(1, 2) @ inverse),)
+
+
+_half_log_det.defvjp(_half_log_det_forward, _half_log_det_backward)
