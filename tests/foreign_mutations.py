@@ -358,7 +358,7 @@ def mutate(rng: random.Random, place: Place) -> list[str]:
     for name in sorted(set(chosen), key=lambda name: (name == "nesting", name)):
         try:
             MUTATIONS[name](rng, place)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             continue  # an earlier one left nothing of what this one changes
         done.append(name)
     return done
