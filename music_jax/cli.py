@@ -182,10 +182,19 @@ def _check_fields(argv: Sequence[str], config: config_dict.ConfigDict) -> None:
         if given is None:
             continue
         field, begin = given.groups()
+        options, dot, name = field.rpartition(".options.")
+        if dot and f"{options}.options" in known:
+            raise UserError(
+                f'options are given together: "--config.{options}.options={{{name!r}: VALUE}}"'
+            )
         if field not in known:
             raise UserError(config_lib.unknown_field_message(field, known))
         group = config_lib.get_field(config, field)
         if isinstance(group, config_dict.ConfigDict) and begin != "{":
+            if not group or field.endswith(".options"):
+                raise UserError(
+                    f"config.{field} takes a dictionary: \"--config.{field}={{'NAME': VALUE}}\""
+                )
             example = "name" if "name" in group else next(iter(group))
             raise UserError(
                 f"config.{field} is a group of fields; give one of them, such as "

@@ -77,13 +77,18 @@ def import_modules(names: str = "") -> None:
     given = [*os.environ.get(_IMPORT, "").split(","), *names.split(",")]
     modules = list(dict.fromkeys(name.strip() for name in given if name.strip()))
     for name in modules:
+        if name.endswith(".py") or "/" in name:
+            raise UserError(
+                f"--import={name}: give the name of the module without .py, and its folder in "
+                "PYTHONPATH if it is not in the current one"
+            )
         try:
             importlib.import_module(name)
         except Exception as error:
             if isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]:
                 raise UserError(
-                    f"--import={name}: there is no such module; give its name without .py, and its "
-                    "folder in PYTHONPATH if it is not in the current one"
+                    f"--import={name}: there is no such module; give its folder in PYTHONPATH, "
+                    "unless it is the current one"
                 ) from error
             raise UserError(
                 f"--import={name} fails with {type(error).__name__}: {error}"

@@ -16,9 +16,14 @@ from music_jax import config as config_lib
 from music_jax import registry
 from music_jax.config import from_file, validate
 from music_jax.data.datasets import evaluation_sources, open_named, training_source
+from music_jax.data.decode import decode
 from music_jax.data.loader import evaluation_batches
-from music_jax.errors import NotMeasurableError, UserError
+from music_jax.distributed.mesh import make_data_mesh
+from music_jax.errors import NotMeasurableError, UndecodableError, UserError
 from music_jax.models.network import init_network, make_network
+from music_jax.train.recipe import make_recipe
+from music_jax.train.state import abstract_state
+from music_jax.train.step import lower_step
 
 _TABLES = (registry.BACKBONES, registry.DATASETS, registry.OBJECTIVES)
 
@@ -204,7 +209,7 @@ def test_labels_as_an_attribute_save_reading_the_records():
     source = _source(_Images(images, labels=labels, class_names="abcdef"))
     assert source.num_classes == 6
     assert source.class_names == tuple("abcdef")
-    assert source.records._records.reads == 1
+    assert source.records._records.reads == 0
 
 
 @pytest.mark.parametrize(
@@ -213,6 +218,7 @@ def test_labels_as_an_attribute_save_reading_the_records():
         (7, "must give an object with len"),
         ([], "has no images"),
         (["a"], "must be dictionaries with the key 'image'"),
+        ([{"image": b""}, {"image": b"", "label": 0}, "a"], "must be dictionaries"),
         ([{"image": b"", "label": 0.5}] * 2, "must be 2 integers"),
         (_Images([b""], labels=[0, 1]), "must be 1 integers"),
         (_Images([b""], labels=[3], class_names=("a", "b")), "has the label 3, but 2 class names"),
@@ -224,8 +230,8 @@ def test_wrong_records_are_one_clear_error(records, expected):
 
 
 def test_arrays_that_are_no_images_are_told():
-    source = _source(_Images([np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.float32)]))
-    with pytest.raises(Exception, match="3 channels, not 1"):
+    source = _source(_Images([np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8), np.float32)]))
+    with pytest.raises(Exception, match="4 channels, not 1"):
         list(
             evaluation_batches(
                 source,
@@ -238,6 +244,64 @@ def test_arrays_that_are_no_images_are_told():
         )
     with pytest.raises(Exception, match="neither an encoded image nor a uint8 array"):
         source.example(1)
+
+
+def _two(train, test):
+    music_jax.register_dataset("mine", {"train": train, "test": test}.get)
+    return evaluation_sources(_config(**{"dataset.name": "mine"}))
+
+
+def test_the_labels_of_two_splits_mean_the_same_classes():
+    images = np.zeros((4, 8, 8, 1), np.uint8)
+    assert _two(_Images(images, [0, 1, 2, 0]), _Images(images, [0, 1, 1, 0])).test.num_classes == 3
+    with pytest.raises(UserError, match="mine:test has labels of 4 classes, mine:train of 3"):
+        _two(_Images(images, [0, 1, 2, 0]), _Images(images, [0, 3, 1, 0]))
+    named = _Images(images, [0, 1, 0, 1], class_names=("a", "b"))
+    with pytest.raises(UserError, match="the classes of mine:test have no names"):
+        _two(named, _Images(images, [0, 1, 0, 1]))
+    swapped = _Images(images, [0, 1, 0, 1], class_names=("b", "a"))
+    assert _two(named, swapped).test.labels().tolist() == [1, 0, 1, 0]
+
+
+class _Broken(_Images):
+    def __getitem__(self, index):
+        if index == 1:
+            raise OSError("the disk is gone")
+        return super().__getitem__(index)
+
+
+def test_a_record_that_cannot_be_read_is_skipped():
+    source = _source(_Broken(np.zeros((4, 8, 8, 1), np.uint8), [0, 1, 1, 0]))
+    assert source.labels().tolist() == [0, -2, 1, 0]
+    assert source.num_classes == 2
+    with pytest.raises(UndecodableError, match="the disk is gone"):
+        source.example(1)
+
+
+def test_a_dataset_that_cannot_be_opened_is_one_clear_error():
+    def missing(split):
+        raise FileNotFoundError(2, "No such file", "images.npy")
+
+    music_jax.register_dataset("mine", missing)
+    with pytest.raises(UserError, match=r"cannot open mine:train: .*images\.npy"):
+        training_source(_config(**{"dataset.name": "mine"}))
+
+
+def test_gray_and_color_arrays_are_converted_as_files_are():
+    import cv2
+
+    gray, color = (np.random.default_rng(0).integers(0, 256, (9, 7, c), np.uint8) for c in (1, 3))
+    for image, channels in ((gray, 3), (color, 1)):
+        file = cv2.imencode(".png", image[..., ::-1])[1].tobytes()
+        np.testing.assert_allclose(decode(image, channels), decode(file, channels), atol=1)
+
+
+def test_scalars_of_an_objective_do_not_take_the_names_of_the_training():
+    music_jax.register_objective("mine", lambda: lambda a, b: (jnp.sum(a), {"step": jnp.sum(b)}))
+    config = _config(**{"objective.name": "mine", "backbone.name": "tiny_resnet"})
+    recipe, mesh = make_recipe(config, 1), make_data_mesh(1)
+    with pytest.raises(UserError, match="the objective's scalars include 'step'"):
+        lower_step(recipe, abstract_state(config, recipe.optimizer), mesh, (8, 2, 16, 16, 1))
 
 
 def test_splits_that_are_absent():
@@ -264,3 +328,4 @@ def test_images_that_change_have_another_fingerprint():
     first = _source(_Images(images)).fingerprint(times=False)
     assert _source(_Images(images.copy())).fingerprint(times=True) == first
     assert _source(_Images(images[::-1])).fingerprint(times=False) != first
+    assert _source(_Images(images, [0, 1, 2] * 3)).fingerprint(times=False) != first

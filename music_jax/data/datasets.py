@@ -155,8 +155,11 @@ def _test_source(config: config_dict.ConfigDict) -> Source | None:
         )
     if dataset.path or not dataset.test_split:
         return None
-    if dataset.test_split == _TEST_SPLIT and not _has_split(dataset, _TEST_SPLIT):
-        return None
+    if dataset.test_split == _TEST_SPLIT:
+        if _is_registered(dataset):
+            return open_registered(dataset, _TEST_SPLIT)
+        if not tfds_source.has_split(dataset, _TEST_SPLIT):
+            return None
     return _open_split(dataset, dataset.test_split)
 
 
@@ -172,12 +175,6 @@ def _is_registered(dataset: config_dict.ConfigDict) -> bool:
             "--import=MODULE"
         )
     return dataset.name in registry.DATASETS
-
-
-def _has_split(dataset: config_dict.ConfigDict, split: str) -> bool:
-    if _is_registered(dataset):
-        return registry.DATASETS[dataset.name](split, **registry.options(dataset)) is not None
-    return tfds_source.has_split(dataset, split)
 
 
 def _open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
@@ -296,6 +293,19 @@ def _with_classes(test: Source, train: Source) -> Source:
 
     Names that differ only in Unicode normalization are the same, unless one source has both forms.
     """
+    if not (test.class_names or train.class_names):  # registered datasets
+        if test.num_classes > train.num_classes:
+            raise UserError(
+                f"{test.name} has labels of {test.num_classes} classes, {train.name} of "
+                f"{train.num_classes}; the labels of both must mean the same classes"
+            )
+        return dataclasses.replace(test, num_classes=train.num_classes)
+    if not (test.class_names and train.class_names):
+        nameless = train if test.class_names else test
+        raise UserError(
+            f"the classes of {nameless.name} have no names to match with the other set's; give its "
+            "records the attribute class_names"
+        )
     if test.class_names == train.class_names:
         return test
     test_names, train_names = (_nfc(source.class_names) for source in (test, train))

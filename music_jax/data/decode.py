@@ -21,8 +21,7 @@ from music_jax.errors import UndecodableError
 
 EncodedImage = bytes | np.ndarray  # content of a file, or uint8 [height, width, channels]
 
-# The callers decode on threads of their own, and report images that cannot be decoded by name.
-cv2.setNumThreads(0)
+# The callers report images that cannot be decoded by name.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 # 134 million pixels, 400 MB decoded. Pillow warns at 89 million and refuses 178 million.
@@ -143,6 +142,10 @@ def decode(
     """
     header = header or read_header(encoded)
     if isinstance(encoded, np.ndarray):
+        if (encoded.shape[2], channels) == (1, 3):
+            return np.repeat(encoded, 3, axis=2)
+        if (encoded.shape[2], channels) == (3, 1):
+            return cv2.cvtColor(encoded, cv2.COLOR_RGB2GRAY)[..., None]
         if encoded.shape[2] != channels:
             raise UndecodableError(f"it has {encoded.shape[2]} channels, not {channels}")
         return encoded

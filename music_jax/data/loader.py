@@ -423,6 +423,7 @@ def _read(
     time, and samples need not be passed on and stacked.
     """
     threads = num_threads or usable_cores()
+    cv2.setNumThreads(0)  # These threads are enough.
     # Small batches are divided into smaller parts, so that all threads have one.
     size = min(_PART_SIZE, -(-_BATCHES_AHEAD * num_rows // threads))
     num_parts = -(-num_rows // size)

@@ -121,28 +121,30 @@ class _Records:
     def __init__(self, files: list[str], shards: list[Any]):
         self._files, self._shards = files, shards
         self._ends = list(itertools.accumulate(map(len, shards)))
-        self._check = functools.cache(_check_shard)
+        self._problem = functools.cache(_shard_problem)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         shard = bisect.bisect_right(self._ends, index)
-        self._check(self._files[shard])
+        if problem := self._problem(self._files[shard]):
+            raise UndecodableError(problem)
         record = self._shards[shard][index - self._ends[shard] + len(self._shards[shard])]
         return {"image": record[_LABEL.size :], "label": _LABEL.unpack_from(record)[0]}
 
 
-def _check_shard(file: str) -> None:
-    """Raises UndecodableError if a shard has a record that is larger than any image."""
+def _shard_problem(file: str) -> str:
+    """Returns why a shard cannot be read, such as a record larger than any image; "" if it can."""
     try:
         size = largest_chunk(file)
     except (OSError, ValueError) as error:
-        raise UndecodableError(f"its shard cannot be read: {error}") from error
+        return f"its shard cannot be read: {error}"
     if size > MAX_FILE_BYTES + _LABEL.size:
-        raise UndecodableError(
+        return (
             f"its shard has a record of {size:,} bytes, and images have {MAX_FILE_BYTES:,} at most"
         )
+    return ""
 
 
 def largest_chunk(path: str) -> int:

@@ -209,9 +209,7 @@ class Placing:
 
     def __call__(self, local: np.ndarray) -> jax.Array:
         """Transfers this process's rows of a batch to its devices, asynchronously."""
-        return jax.make_array_from_process_local_data(
-            _sharding(self.batch_size, self.mesh), local, (self.batch_size, *local.shape[1:])
-        )
+        return to_devices(local, self.batch_size, self.mesh)
 
 
 def from_main_process(make: Callable[[], Any]) -> Any:

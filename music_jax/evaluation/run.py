@@ -41,7 +41,7 @@ from music_jax.workdir.run_config import (
 Split = Literal["train", "test"]
 
 _PROBABILITIES_AT_ONCE = 4096  # samples
-_NO_IMAGES = Source("no images", (), "image", "label", 0)
+_NO_IMAGES = Source("no images", ())
 
 
 def agreed_fingerprint(source: Source) -> str:
@@ -138,7 +138,7 @@ class Run(FrozenNetwork):
         options = {"num_segments": objective.num_segments, "temperature": objective.temperature}
         convert = jax.jit(functools.partial(segment_probabilities, **options))
         blocks = np.array_split(embeddings, len(embeddings) // _PROBABILITIES_AT_ONCE + 1)
-        return np.concatenate([convert(block) for block in blocks])
+        return np.concatenate([np.asarray(convert(block)) for block in blocks])
 
     def count_unlabeled(self, splits: tuple[Split, ...]) -> dict[str, Any]:
         """Returns the entry `without_label` of a result, which is missing if all have labels."""

@@ -61,7 +61,7 @@ def knn_predict(
         np.add.at(votes, (np.arange(len(labels))[:, None], labels[:, :k]), weights[:, :k])
         return np.argmax(votes, axis=1).astype(np.int32)
 
-    return vote(k) if isinstance(k, int) else np.stack([vote(number) for number in k])
+    return np.stack([vote(number) for number in k]) if isinstance(k, Sequence) else vote(k)
 
 
 def nearest_neighbors(

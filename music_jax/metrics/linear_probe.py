@@ -151,9 +151,17 @@ def train_and_test(
     """Selects the learning rate on held-out training samples, then trains on all and tests.
 
     With a single learning rate, nothing is held out. Test samples never influence the selection.
-    Where `linear_probe` takes training samples, this takes functions of rows: `batches` returns
-    those of `fit`, for a recipe whose batch size is at most the number of rows, and
-    `validation_samples` returns scaled features and labels, as are `test_samples`.
+
+    Args:
+      batches: Function from a recipe and rows of the training samples to batches of scaled features
+        and labels, as `fit` takes them.
+      validation_samples: Function from such rows to their scaled features and labels.
+      test_samples: Scaled features and labels to test with.
+      recipe: Hyperparameters.
+      num_train: Number of training samples.
+      num_classes: Number of classes.
+      validation_fraction: Share of the training samples to choose the learning rate by.
+      seed: Seed of the initial weights and of the held-out samples.
     """
     features, labels = test_samples
 
@@ -281,7 +289,7 @@ def accuracies(heads: Heads, features: np.ndarray, labels: np.ndarray) -> np.nda
       NotMeasurableError: There are no samples.
     """
     if not len(labels):
-        raise NotMeasurableError("no images are left to choose the learning rate by")
+        raise NotMeasurableError("no images are left to choose the learning rate by, or to test")
     correct = np.zeros((heads.bias.shape[0], 2))
     for i, scores in enumerate(_scores(heads, features)):
         rank = ranks(scores, labels[i * _BLOCK : (i + 1) * _BLOCK])

@@ -112,12 +112,14 @@ def embedding_statistics(
         are those of the global batch, and in the order of dim numbers are communicated.
       num_segments: Number of segments, None if the embedding has none.
       temperature: Softmax temperature of the segments.
-      center: Whether to subtract the batch's mean before the softmax.
+      center: Whether to subtract the batch's mean first, as a centered objective does.
 
     Returns:
       float32 scalars by name.
     """
     batch, dim = embeddings.shape
+    if center:
+        embeddings = subtract_mean(embeddings)
     z = embeddings.astype(jnp.float32)
     norms = jnp.sqrt(jnp.sum(z**2, axis=1, keepdims=True))
     z = z / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny)
@@ -130,8 +132,6 @@ def embedding_statistics(
         return statistics | {"dead_units": dead}
     units = dim // num_segments
     usable = min(units, batch)
-    if center:
-        embeddings = subtract_mean(embeddings)
     p = segment_probabilities(embeddings, num_segments=num_segments, temperature=temperature)
     usage = jnp.mean(p.astype(jnp.float32), axis=0)  # [S, K]
     entropy = -jnp.sum(usage * jnp.log(jnp.maximum(usage, 1e-30)), axis=1)

@@ -282,9 +282,10 @@ def _describe(
         f"device(s) x {config.batch_size // mesh.size}",
         "training": f"{config.num_epochs} epochs x {order.steps_per_epoch} steps of {source.name} "
         f"({order.num_records} images), {config.compute_dtype}",
-        "objective": f"{objective.name}, {objective.num_segments} segments x {units} units",
+        "objective": f"{objective.name} of {config_lib.embedding_size(config)} dimensions",
     }
     if objective.name == "music":
+        lines["objective"] = f"music, {objective.num_segments} segments x {units} units"
         lines["lower bound"] = f"-3 log {units} = {music_lower_bound(units):.4f}"
     if start_step:
         lines["resuming"] = f"after step {start_step}"

@@ -118,7 +118,7 @@ class MetricLogger:
         self._bar.update(step * self._config.batch_size - self._bar.n)
 
     def summary(self, step: int, values: Mapping[str, Value]) -> None:
-        """Adds scalars or pictures to TensorBoard and Weights & Biases, but to no file of ours."""
+        """Adds scalars or pictures to TensorBoard and Weights & Biases, not to metrics.jsonl."""
         self._each(lambda writer: writer.write(step, values))
 
     def flush(self) -> None:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from music_jax.data.augment import augment_views
 from music_jax.distributed.mesh import batch_sharding
+from music_jax.errors import UserError
 from music_jax.train import guards
 from music_jax.train.guards import Metrics, Objective
 from music_jax.train.recipe import Recipe
@@ -20,6 +21,9 @@ from music_jax.train.state import TrainState, gather, shard_for_update, state_sh
 
 # Separate the randomness of augmentations and of layers from that of the initial weights.
 _AUGMENTATION_STREAM, _LAYER_STREAM = 1, 2
+
+_RESERVED = {"epoch", "images_per_second", "learning_rate", "loss", "grad_norm", "step"}
+_RESERVED |= {*guards.STATISTICS}
 
 StepFunction = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]
 # Maps parameters, running statistics, images [batch, ...] and sample indices [batch] to embeddings
@@ -47,6 +51,11 @@ def training_step(
 
     def objective(a: jax.Array, b: jax.Array) -> tuple[jax.Array, Metrics]:
         loss, metrics = objective_of_step(a, b)
+        if taken := sorted(_RESERVED.intersection(metrics)):
+            raise UserError(
+                f"the objective's scalars include {taken[0]!r}, which is logged by the training; "
+                "give it another name"
+            )
         if recipe.guards.enabled:
             metrics = metrics | recipe.statistics(jax.lax.stop_gradient(a))
         return loss, metrics

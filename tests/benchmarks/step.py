@@ -50,6 +50,7 @@ def measure(config: Any, chip: str | None, steps: int, turns: int) -> dict[str, 
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, shape, np.uint8)
     batch = jax.device_put((images, np.arange(len(images), dtype=np.uint32)), batch_sharding(mesh))
+    batch = (*batch, np.uint32(recipe.seed), np.float32(recipe.base_learning_rate))
     state = init_state(config, recipe.optimizer, mesh)
     seconds, losses = [], []
     for turn in range(turns + 1):
