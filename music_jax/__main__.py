@@ -22,6 +22,8 @@ def main() -> None:
             print("\nmusic-jax COMMAND --help describes a command; music-jax --version")
         elif arguments[0] in commands:
             sys.argv = arguments
+            if "" not in sys.path:  # `python -m` finds the user's modules in the current folder
+                sys.path.insert(0, "")
             runpy.run_module(f"music_jax.{arguments[0]}", run_name="__main__", alter_sys=True)
         else:
             near = difflib.get_close_matches(arguments[0], commands, n=1)

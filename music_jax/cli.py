@@ -104,7 +104,7 @@ def run(
             check_gpu_plugins()
             skip_absent_tpu()
             log_to_stdout()
-            registry.import_modules(flags.FLAGS["import"].value or "")
+            _import_modules(flags.FLAGS["import"].value or "")
             main()
         except Exception as error:
             if _is_closed_pipe(error):
@@ -219,10 +219,12 @@ def _fields_table(config: config_dict.ConfigDict) -> str:
     lines = []
     for name, text in config_lib.descriptions().items():
         value = config_lib.get_field(config, name)
-        if isinstance(value, config_dict.ConfigDict):
+        if isinstance(value, config_dict.ConfigDict) and not name.endswith(".options"):
             text = "as view_1" if same_views and name.endswith("view_2") else text
             lines += ["", f"config.{name}" + (f": {text}" if text else "")]
         elif not (same_views and name.startswith("augmentation.view_2.")):
+            if isinstance(value, config_dict.ConfigDict):
+                value = value.to_dict()
             given = "" if value in (None, "") else shlex.quote(str(value))
             indent = "  " if "." in name else ""
             line = f"{indent}--config.{name}={given}"
@@ -280,6 +282,18 @@ def join_cluster() -> None:
 
     options = flags.FLAGS
     join_cluster(options.coordinator_address, options.num_processes, options.process_id)
+
+
+def _import_modules(names: str) -> None:
+    registry.import_modules(names)
+    if "jax" in sys.modules:
+        from jax._src import xla_bridge
+
+        if xla_bridge.backends_are_initialized():
+            raise UserError(
+                f"--import={names} computes with JAX when it is imported, which chooses the "
+                "devices before the command can; move this into a function"
+            )
 
 
 def begin_evaluation() -> tuple[str, dict[str, object]]:

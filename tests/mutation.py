@@ -44,6 +44,7 @@ NEAREST = {
     "claims/report": ("claims/test_sweep.py",),
     "claims/run_cells": ("claims/test_sweep.py", "claims/test_command.py"),
     "claims/__main__": ("claims/test_command.py",),
+    "data/registered": ("test_registry.py",),
     "data/augment": ("data/test_transforms.py",),
     "evaluation/feature_protocols": ("evaluation", "train/test_every_field.py"),
     "evaluation/finetune": ("evaluation", "train/test_every_field.py"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from own_parts import write_examples
+from processes import start
 
 import music_jax
 import music_jax.train
@@ -89,6 +90,19 @@ def test_wrong_fields_are_one_clear_error(fields, expected):
     validate(_config())
     with pytest.raises(UserError, match=expected.replace("(", r"\(")):
         validate(_config(**fields))
+
+
+def test_a_module_that_computes_at_import_is_one_clear_error(tmp_path):
+    (tmp_path / "early.py").write_text("import jax.numpy as jnp\nMEAN = jnp.zeros(3)\n")
+    process = start(
+        "music_jax.evaluate",
+        "--import=early",
+        "--workdir=absent",
+        env={"PYTHONPATH": str(tmp_path)},
+    )
+    _, err = process.communicate(timeout=100)
+    assert (process.returncode, len(err.splitlines())) == (2, 1)
+    assert "--import=early computes with JAX when it is imported" in err
 
 
 @pytest.mark.usefixtures("examples")

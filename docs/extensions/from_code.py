@@ -47,9 +47,10 @@ class FieldsDirective(SphinxDirective):
         groups: dict[str, list[str]] = {"": []}
         for name, text in described.items():
             value = get_field(config, name)
-            if isinstance(value, config_dict.ConfigDict):
+            if isinstance(value, config_dict.ConfigDict) and not name.endswith(".options"):
                 groups[name] = []
             elif not name.startswith("augmentation.view_2."):
+                value = value.to_dict() if isinstance(value, config_dict.ConfigDict) else value
                 default = f"`{value!r}`" if value is not None else ""
                 text = text.replace("|", "\\|").replace("<", "\\<").replace("*", "\\*")
                 group, _, field = name.rpartition(".")

@@ -171,7 +171,7 @@ def _commands(sweep: Sweep) -> str:
     """Returns the commands that make the tables, one for each number of seeds."""
     config = []
     for argument, after in zip(sys.argv[1:], [*sys.argv[2:], "--"], strict=False):
-        if argument.startswith("--config"):
+        if argument.startswith(("--config", "--import")):
             config.append(argument)
             if "=" not in argument and not after.startswith("--"):
                 config.append(after)

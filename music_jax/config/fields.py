@@ -143,6 +143,12 @@ def from_json(record: dict[str, Any]) -> config_dict.ConfigDict:
     config = default_config()
     known = field_names(config)
     try:
+        if wrong := [name for name in _flatten(record, separator="\0") if "." in name]:
+            raise ValueError(f"the name {wrong[0]!r} has a dot")
+        for name, value in _flatten(record).items():
+            is_group = name in known and isinstance(get_field(config, name), config_dict.ConfigDict)
+            if value == {} and not (is_group or is_free(name)):
+                raise ValueError(f"{name!r} is empty")
         config.update_from_flattened_dict(
             {
                 field: tuple(value) if isinstance(value, list) else value
@@ -169,7 +175,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return found
 
 
-def _flatten(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(record: dict[str, Any], prefix: str = "", separator: str = ".") -> dict[str, Any]:
     """Returns all groups and fields by dotted name, each group before its fields.
 
     The options of registered parts count as one field.
@@ -178,7 +184,7 @@ def _flatten(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in record.items():
         found[prefix + key] = value
         if isinstance(value, dict) and key != _OPTIONS:
-            found |= _flatten(value, f"{prefix}{key}.")
+            found |= _flatten(value, f"{prefix}{key}{separator}", separator)
     return found
 
 

@@ -319,6 +319,8 @@ class Encoder:
             rows = min(2 ** (share - 1).bit_length() * self._mesh.size, self.batch_size)
             padded = np.zeros((rows, self.size, self.size, self.channels), np.uint8)
             for i, crop in enumerate(batch):
+                if crop.shape != padded.shape[1:]:
+                    raise ValueError(f"expected crops {padded.shape[1:]}; got {crop.shape}")
                 padded[i] = crop
             found = self._encode(self._arrays, to_devices(padded, rows, self._mesh), extra=extra)
             outputs.append([np.asarray(x)[: len(batch)] for x in found])

@@ -58,7 +58,7 @@ def encode_folder(encoder: Encoder, source: Source, output: str, *, codes: bool 
         with require_extra("export"):
             import pyarrow.parquet  # noqa: F401  (fail now, not after hours)
     if codes and not encoder.has_codes:
-        raise UserError(f"--codes: {NO_CODES}")
+        raise UserError(f"--codes needs {NO_CODES}")
     record: dict[str, Any] = {
         "backbone": encoder.trained.config.backbone.name,
         "step": encoder.trained.step,
@@ -210,7 +210,7 @@ def _write_npy(file: IO[bytes], count: int, arrays: Iterator[np.ndarray]) -> Non
     for i, array in enumerate(arrays):
         if i == 0:
             header = np.lib.format.header_data_from_array_1_0(array)
-            header["shape"] = (count, array.shape[1])
+            header |= {"shape": (count, array.shape[1]), "fortran_order": False}
             np.lib.format.write_array_header_1_0(file, header)
         file.write(array.tobytes())
 

@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
+from music_jax import registry
 from music_jax.data.augment import ViewAugmentation, view_augmentations
 from music_jax.distributed.progress import escape_surrogates
 from music_jax.errors import UserError, require_extra
@@ -255,7 +256,8 @@ def _training(
     if workdir is None:
         return "## Data and recipe\n\nNot recorded in the file that was exported."
     dataset = trained.config.dataset
-    data = f"The split {_code(dataset.train_split)} of {_code(dataset.name)} (TFDS); no labels."
+    kind = "registered by its user" if dataset.name in registry.DATASETS else "TFDS"
+    data = f"The split {_code(dataset.train_split)} of {_code(dataset.name)} ({kind}); no labels."
     if dataset.path:
         data = f"The images of the folder {_code(_last_part(dataset.path))}."
     return f"## Data\n\n{data}\n\n## Recipe\n\n{_recipe(trained)}"

@@ -165,7 +165,7 @@ def _detect_backbone(tensors: Tensors, source: str) -> str:
 
 def _count(tensors: Tensors, module: str) -> int:
     parts = (name.split(".") for name in tensors)
-    return len({part[1] for part in parts if part[0] == module and part[1].isdigit()})
+    return len({part[1] for part in parts if part[0] == module and part[1:2] and part[1].isdigit()})
 
 
 def _select(tensors: Tensors, prefix: str | None, source: str) -> tuple[str, Tensors]:

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
 from music_jax import registry
-from music_jax.config import from_json
+from music_jax.config import from_json, validate
 from music_jax.distributed.mesh import batch_sharding, check_divisible, make_data_mesh
 from music_jax.distributed.progress import log_to_stdout
 from music_jax.distributed.signals import end_with_parent
@@ -146,8 +146,10 @@ def check(config: dict[str, Any], topology: str) -> None:
       topology: Name of the topology.
 
     Raises:
-      UserError: There is no such topology, or the batch cannot be divided over it.
+      UserError: There is no such topology, the batch cannot be divided over it, or a part of the
+        config is not registered in this process.
     """
+    validate(from_json(config))  # This process may lack a registered part.
     mesh = open_slice(topology, config["sharding"]["fsdp"]).mesh
     check_divisible(config["batch_size"], config["accumulation_steps"], mesh)
 

@@ -1,6 +1,7 @@
 """Writes the report: measurements, the plotting library and the scripts, in one HTML file."""
 
 import base64
+import contextlib
 import dataclasses
 import functools
 import gzip
@@ -8,6 +9,7 @@ import hashlib
 import json
 import logging
 import math
+from collections.abc import Iterator
 from importlib import resources
 from typing import Any
 
@@ -73,14 +75,21 @@ def write_report(
     path = epath.Path(output).expanduser() if output else recorded[0].path / "report.html"
     if path.is_dir():
         raise UserError(f"--output={output} is a directory; name a file in it")
-    try:
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         check_writable(path.parent)  # fail now, not after all computations
-        html = render([measure_run(run, num_images, overrides) for run in recorded])
+    html = render([measure_run(run, num_images, overrides) for run in recorded])
+    with _writing(path):
         write_new(path, html)
+    return path, len(html)
+
+
+@contextlib.contextmanager
+def _writing(path: epath.Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}; choose another --output") from error
-    return path, len(html)
 
 
 def measure_run(

@@ -49,11 +49,12 @@ def open_workdir(path: str, *, create: bool = True) -> epath.Path:
     Also removes temporary files that killed processes left in it.
 
     Raises:
-      UserError: `absolute_path` rejects the path, the directory cannot be created or written to,
-        does not exist (without `create`), or holds a pipe, a device or a link (other than
-        `checkpoints`) that leads out of it.
+      UserError: `absolute_path` rejects the path, checkpoints cannot be stored below it, it cannot
+        be created or written to, does not exist (without `create`), or holds a pipe, a device or a
+        link (other than `checkpoints`) that leads out of it.
     """
     workdir = absolute_path(path)
+    check_checkpoint_path(workdir)
     if not create and not workdir.exists():
         raise UserError(f"the workdir {path} does not exist")
     if not in_bucket(path):
@@ -86,19 +87,18 @@ def absolute_path(path: str) -> epath.Path:
     """Returns the absolute path of a workdir, or the address of one in a bucket as it is.
 
     Raises:
-      UserError: Checkpoints cannot be stored below it, the kind of bucket is unknown, the bucket
-        cannot be reached, or `epath` takes the directory for a bucket.
+      UserError: The kind of bucket is unknown, the bucket cannot be reached or its directory cannot
+        hold checkpoints, or `epath` takes the directory for a bucket.
     """
     if not in_bucket(path):
         # POSIX lets a path begin with two slashes, and TensorStore does not.
         found = epath.Path("/" + os.path.abspath(os.path.expanduser(path)).lstrip("/"))
         if in_bucket(found):
             raise UserError(f"{path} is taken for the bucket {found}; give it by another name")
-        check_checkpoint_path(found)
         return found
     try:
         found = epath.Path(path)
-        check_checkpoint_path(found)
+        check_checkpoint_path(found)  # before a pattern is looked up
         found.exists()
     except KeyError as error:
         raise UserError(
@@ -315,10 +315,13 @@ def _read(path: epath.Path) -> dict[str, Any] | None:
       OSError: The file cannot be read.
     """
     try:
-        record = parse_json(read_text(path))
+        record = parse_json(read_text(path)[:_MAX_RECORD])
         return record if {"host", "pid", "started"} <= record.keys() else None
     except (FileNotFoundError, ValueError, AttributeError):
         return None
+
+
+_MAX_RECORD = 4096  # characters
 
 
 def _describe(holder: dict[str, Any] | None) -> str:

@@ -231,10 +231,12 @@ def _key(*, create: bool) -> bytes:
     if create and not path.exists():
         temporary = path.with_name(f"key.{secrets.token_hex(8)}")
         temporary.touch(mode=0o600, exist_ok=False)
-        temporary.write_bytes(secrets.token_bytes(_KEY_BYTES))
-        with contextlib.suppress(FileExistsError):
-            os.link(temporary, path)  # never replaces the key of a process that was faster
-        temporary.unlink()
+        try:
+            temporary.write_bytes(secrets.token_bytes(_KEY_BYTES))
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, path)  # never replaces the key of a process that was faster
+        finally:
+            temporary.unlink()
     status = path.lstat()
     if status.st_uid != os.getuid() or status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise OSError(f"others can read {path}; remove it, and a new one is made")

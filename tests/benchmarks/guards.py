@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from music_jax.distributed.mesh import batch_sharding, make_data_mesh
-from music_jax.train import guards
+from music_jax.train import guards, step
 from music_jax.train.recipe import make_recipe
 from music_jax.train.state import init_state
 from music_jax.train.step import compile_step
@@ -40,6 +40,7 @@ class Variant:
         with config.unlocked():
             config.guards.enabled = enabled
         recipe = make_recipe(config, STEPS_PER_EPOCH)
+        step._jit_shared_step.cache_clear()  # Variants of one recipe would share their program.
         self.state = init_state(config, recipe.optimizer, mesh)
         self.step, self.batch = compile_step(recipe, self.state, mesh), batch
         self.seconds: list[float] = []

@@ -315,3 +315,11 @@ def test_names_come_with_each_group_before_its_fields():
     assert names.index("augmentation") < names.index("augmentation.view_1")
     assert names.index("augmentation.view_1") < names.index("augmentation.view_1.hue")
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    "record", [{"batch_size": {}}, {"bogus": {}}, {"dataset": {"bogus": {}}}, {"dataset.path": "x"}]
+)
+def test_damaged_records_do_not_fit(record):
+    with pytest.raises(UserError, match="the saved config does not fit this version"):
+        from_json(record)

@@ -363,3 +363,10 @@ def test_a_run_is_not_overwritten(tmp_path):
     save_run(tmp_path / "run", small_config())
     with pytest.raises(UserError, match="already holds a run"):
         _import(tmp_path, weights)
+
+
+def test_a_tensor_named_like_a_module_is_one_clear_error(tmp_path):
+    shapes = {"conv1.weight": (64, 3, 7, 7), "bn1.weight": (64,), "layer1": (3,)}
+    weights = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    with pytest.raises(UserError):
+        _import(tmp_path, weights)
