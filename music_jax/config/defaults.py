@@ -214,7 +214,7 @@ def default_config() -> config_dict.ConfigDict:
     # Share of the training split on which the learning rate is chosen.
     config.linear_eval.validation_fraction = 0.1
     config.linear_eval.raw_pixels = False  # Also probes raw pixels, for comparison.
-    config.linear_eval.random_init = False  # Also probes the untrained backbone.
+    config.linear_eval.random_init = False  # Also probes a backbone with random weights.
 
     config.knn = config_dict.ConfigDict()
     config.knn.enabled = True  # Holds the features of the training split in memory.

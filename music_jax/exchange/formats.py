@@ -172,7 +172,7 @@ def _file_content(trained: TrainedBackbone, form: str, num_classes: int) -> byte
         metadata["format"] = "pt"
     with require_extra("export"):
         from safetensors.numpy import save
-    return save({name: np.ascontiguousarray(x) for name, x in tensors.items()}, metadata)
+    return save({name: np.asarray(x, order="C") for name, x in tensors.items()}, metadata)
 
 
 def _exported_program(trained: TrainedBackbone) -> jax.export.Exported:

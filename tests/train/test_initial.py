@@ -7,8 +7,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from processes import DIGITS, checkpoint, free_port, start
+from small_runs import save_run
 from tiny_training import tiny_config
 
+from music_jax.config import from_file
 from music_jax.distributed.signals import Stop
 from music_jax.errors import UserError
 from music_jax.train import loop, train_and_evaluate
@@ -119,3 +122,35 @@ def test_a_rewind_to_the_start_starts_from_the_weights_again(config, source, tmp
     assert len(states) == 2
     for state in states:
         _assert_same(state, source[1].params["backbone"])
+
+
+@pytest.mark.slow
+def test_two_processes_start_from_the_same_weights(tmp_path):
+    config = from_file("digits", backbone={"name": "tiny_resnet"})
+    save_run(tmp_path / "source", config)
+    given = (
+        DIGITS,
+        "--config.num_epochs=1",
+        "--config.optimizer.warmup_epochs=0",
+        "--config.batch_size=512",
+        "--config.backbone.name=tiny_resnet",
+        "--config.linear_eval.num_epochs=1",
+        f"--config.backbone.init_from={tmp_path / 'source'}",
+        "--config.optimizer.backbone_scale=0.0",
+        f"--workdir={tmp_path / 'run'}",
+        f"--coordinator_address=127.0.0.1:{free_port()}",
+        "--num_processes=2",
+    )
+    processes = [start("music_jax.main", *given, f"--process_id={i}", devices=2) for i in range(2)]
+    try:
+        errors = [process.communicate(timeout=900)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], errors
+    (step,) = (int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    before, after = checkpoint(tmp_path / "source", 3), checkpoint(tmp_path / "run", step)
+    names = [name for name in before if "params" in name and "backbone" in name]
+    assert len(names) == 21
+    for name in names:
+        np.testing.assert_array_equal(after[name], before[name])
