@@ -25,7 +25,14 @@ def _final_evaluation(*arguments: Any) -> Any:
     return FinalEvaluation(*arguments)
 
 
+def _initial_backbone(config: Any) -> Any:
+    from music_jax.exchange.importing import initial_backbone
+
+    return initial_backbone(config)
+
+
 registry.final_evaluation = _final_evaluation
+registry.initial_backbone = _initial_backbone
 
 
 def register_backbone(name: str, make: Callable[..., Any]) -> None:

@@ -1,6 +1,7 @@
 r"""Exports the backbone of a run for other programs.
 
-Writes the backbone with the constants of its preprocessing, and beside it a model card, FILE.md.
+Writes the backbone with the constants of its preprocessing, and beside it a model card, FILE.md
+(for timm, DIR/README.md).
 
   python -m music_jax.export --workdir=runs/mnist5k --format=onnx --output=backbone.onnx
   python -m music_jax.export --workdir=runs/imagenet --format=torchvision \
@@ -11,6 +12,7 @@ Writes the backbone with the constants of its preprocessing, and beside it a mod
   onnx         normalized images in, features out; any batch size
   stablehlo    uint8 images in, features out; any batch size; jax alone runs it
   orbax        a directory with the parameters as nested dictionaries
+  timm         a directory that timm.create_model("local-dir:DIR", pretrained=True) loads
 
 Exit codes: 0 done; 2 wrong input; 75 stopped by a signal.
 """
@@ -47,12 +49,12 @@ def export(
     num_classes: int = 1000,
     license_name: str | None = None,
 ) -> tuple[epath.Path, epath.Path]:
-    """Writes a backbone, and its model card beside it.
+    """Writes a backbone, and its model card beside it, or for `timm` in the same directory.
 
     Args:
       workdir: Directory of a run, or a safetensors file that was exported from one.
-      form: Format: `safetensors`, `torchvision`, `onnx`, `stablehlo` or `orbax`.
-      output: Path of the file, or for `orbax` of a directory that does not exist yet.
+      form: Format: `safetensors`, `torchvision`, `onnx`, `stablehlo`, `orbax` or `timm`.
+      output: Path of the file, or for `orbax` and `timm` of a directory that does not exist yet.
       checkpoint: Step of the checkpoint, or its directory; the latest by default.
       num_classes: Size of the all-zero classifier in the format `torchvision`; 0 for none.
       license_name: License of the weights, for the model card.
@@ -87,10 +89,10 @@ if __name__ == "__main__":
     flags.DEFINE_enum(
         "format",
         None,
-        ["safetensors", "torchvision", "onnx", "stablehlo", "orbax"],
+        ["safetensors", "torchvision", "onnx", "stablehlo", "orbax", "timm"],
         "Format; see above.",
     )
-    flags.DEFINE_string("output", None, "File to write; for orbax, a directory.")
+    flags.DEFINE_string("output", None, "File to write; for orbax and timm, a directory.")
     flags.DEFINE_string(
         "checkpoint", None, "Step of the checkpoint, or its directory; the latest by default."
     )

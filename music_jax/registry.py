@@ -1,4 +1,4 @@
-"""Registries: choices of a config, which upper packages and users fill, and final evaluation."""
+"""Registries: choices of a config, which upper packages and users fill, and hooks of training."""
 
 import dataclasses
 import importlib
@@ -21,18 +21,25 @@ class BackboneSpec:
         of `fields`.
       fields: Fields of `config.backbone` that the class takes; others must be unset.
       image_multiple: Number that divides the side of every image.
+      stem: Names of the parameters that precede the blocks.
       is_registered: Whether it was registered by a user, and takes `config.backbone.options`.
     """
 
     make: Callable[..., Any]
     fields: tuple[str, ...] = ()
     image_multiple: int = 1
+    stem: tuple[str, ...] = ()
     is_registered: bool = False
 
     @property
     def sizes(self) -> dict[str, Any]:
         """Arguments that distinguish the backbones of this package from others of their class."""
         return self.make.keywords if isinstance(self.make, partial) else {}
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Number of blocks in each stage; every block of a vision transformer is a stage."""
+        return self.sizes.get("stage_sizes") or (1,) * self.sizes.get("depth", 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,3 +130,6 @@ def options(group: Any) -> dict[str, Any]:
 # Called as (config, workdir, source) at the start of a training; returns an object like
 # `music_jax.evaluation.protocols.FinalEvaluation`, which evaluates the backbone at the end.
 final_evaluation: Callable[..., Any]
+# Called as (config) by a new training with `config.backbone.init_from`; see
+# `music_jax.exchange.importing.initial_backbone`.
+initial_backbone: Callable[..., Any]

@@ -84,6 +84,10 @@ def _config(**fields):
         ),
         ({"dataset.options": {"size": 2}}, "does not fit the dataset 'stripes'"),
         ({"backbone.remat": True}, "config.backbone.remat is not supported by patches"),
+        (
+            {"backbone.frozen_stages": 1},
+            "config.backbone.frozen_stages is not supported by patches",
+        ),
     ],
 )
 def test_wrong_fields_are_one_clear_error(fields, expected):

@@ -160,7 +160,8 @@ def run_cell(cell: Cell, config_json: dict[str, Any], directory: str) -> None:
             weights = {f"objective.{term}_weight": 0.0 for term in ("diagonal", "cross_segment")}
             collapsed = from_json(config_json)
             collapsed.update_from_flattened_dict(weights)
-            start = train_and_evaluate(collapsed, os.fspath(start_path))
+            state = train_and_evaluate(collapsed, os.fspath(start_path))
+            start = (state.params, state.batch_stats)
             result["start"] = measure(load_run(os.fspath(start_path), overrides=data))
         state = train_and_evaluate(config, directory, initial=start)
         if cell.searching:

@@ -128,6 +128,12 @@ def default_config() -> config_dict.ConfigDict:
     config.backbone.zero_init_residual = config_dict.placeholder(bool)
     # Vision transformers: attention heads. None: 6 for vit_s16, 12 for vit_b16. MoCo v3: 12.
     config.backbone.num_heads = config_dict.placeholder(int)
+    # Weights that a new training starts from: a run, or a safetensors file of music_jax.export,
+    # torchvision or timm. "": random weights.
+    config.backbone.init_from = ""
+    # Number of first stages whose parameters are frozen. ResNets: 1 is the stem, 2 also the first
+    # stage, ...; vision transformers: 1 is the patch embedding, 2 also the first block, ...
+    config.backbone.frozen_stages = 0
     config.backbone.options = config_dict.ConfigDict()  # Arguments of a registered backbone.
 
     config.projector = config_dict.ConfigDict()
@@ -138,6 +144,9 @@ def default_config() -> config_dict.ConfigDict:
     config.optimizer = config_dict.ConfigDict()
     config.optimizer.name = "lars"  # lars, sgd or adamw.
     config.optimizer.base_learning_rate = 0.6  # Peak for a batch of 256; scales with batch_size.
+    # Learning rate of the backbone relative to that of the projector. 0: its parameters are frozen,
+    # but its running statistics are updated.
+    config.optimizer.backbone_scale = 1.0
     config.optimizer.weight_decay = 1e-6
     config.optimizer.momentum = 0.9  # lars and sgd.
     config.optimizer.warmup_epochs = 10
@@ -205,7 +214,7 @@ def default_config() -> config_dict.ConfigDict:
     # Share of the training split on which the learning rate is chosen.
     config.linear_eval.validation_fraction = 0.1
     config.linear_eval.raw_pixels = False  # Also probes raw pixels, for comparison.
-    config.linear_eval.random_init = False  # Also probes the untrained backbone.
+    config.linear_eval.random_init = False  # Also probes a backbone with random weights.
 
     config.knn = config_dict.ConfigDict()
     config.knn.enabled = True  # Holds the features of the training split in memory.

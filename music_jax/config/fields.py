@@ -43,7 +43,7 @@ _INTERVALS = {
     " objective.num_points",
     "[0, inf)": "guards.check_*_every_steps guards.loss_spike_deviations guards.max_rewinds"
     " guards.min_effective_rank guards.warmup_steps *.weight_decay *.brightness *.contrast"
-    " *.saturation *.noise_std",
+    " *.saturation *.noise_std backbone.frozen_stages optimizer.backbone_scale",
     "[1, inf)": "*num_epochs *every_steps *.batch_size accumulation_steps *.max_to_keep crop.size"
     " evaluation.view_images few_shot.draws few_shot.shots knn.k knn.more_k projector.*"
     " guards.loss_spike_window guards.collapse_steps sharding.fsdp objective.num_slices",
@@ -62,6 +62,7 @@ _INTERVALS = {
     "[0, 180]": "*.rotation_degrees",
 }
 _PAIRS = "crop.scale crop.aspect_ratio augmentation.*.scale *.blur_sigma"
+_PATHS = ("backbone.init_from", "dataset.path")
 _NOT_EMPTY = "linear_eval.base_learning_rates few_shot.shots semi_supervised.fractions"
 
 
@@ -168,7 +169,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     found = []
     for field in sorted(old.keys() | new.keys()):
         there, here = old.get(field), new.get(field)
-        if field == "dataset.path" and isinstance(there, str) and isinstance(here, str):
+        if field in _PATHS and isinstance(there, str) and isinstance(here, str):
             there, here = normalize_path(there), normalize_path(here)
         if there != here and not is_free(field):
             found.append(f"{field}: {reprlib.repr(there)} there, {reprlib.repr(here)} now")
@@ -383,8 +384,9 @@ def _check_backbone(config: config_dict.ConfigDict) -> None:
     if spec is None:
         return
     if spec.is_registered:  # The other fields are those of the recipe that it is tried in.
-        if backbone.remat:
-            raise UserError(f"config.backbone.remat is not supported by {backbone.name}")
+        for field in ("remat", "frozen_stages"):
+            if backbone[field]:
+                raise UserError(f"config.backbone.{field} is not supported by {backbone.name}")
         return
     for field in ("stem", "zero_init_residual", "num_heads"):
         if field not in spec.fields and backbone[field] is not None:
@@ -392,6 +394,9 @@ def _check_backbone(config: config_dict.ConfigDict) -> None:
                 f"config.backbone.{field} = {backbone[field]!r} is not supported by "
                 f"{backbone.name}; leave it unset"
             )
+    if backbone.frozen_stages > 1 + len(spec.stages):
+        expected = f"be at most {1 + len(spec.stages)} for {backbone.name}"
+        raise _wrong(config, "backbone.frozen_stages", expected)
     width, heads = spec.sizes.get("width"), backbone.num_heads
     if heads is not None and (heads < 1 or width % heads):
         raise _wrong(config, "backbone.num_heads", f"divide {backbone.name}'s width, {width}")

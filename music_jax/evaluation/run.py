@@ -40,6 +40,8 @@ from music_jax.workdir.run_config import (
 
 Split = Literal["train", "test"]
 
+# Fields of `config.backbone` that features do not depend on.
+_TRAINING_FIELDS = ("init_from", "frozen_stages")
 _PROBABILITIES_AT_ONCE = 4096  # samples
 _NO_IMAGES = Source("no images", ())
 
@@ -216,7 +218,7 @@ class Run(FrozenNetwork):
             "view": [config["crop"]["size"], config["crop"]["eval_resize"]],
             "pixels": [config["dataset"][name] for name in ("num_channels", "mean", "std")],
             "compute_dtype": config["compute_dtype"],
-            "backbone": config["backbone"],
+            "backbone": {k: x for k, x in config["backbone"].items() if k not in _TRAINING_FIELDS},
             "seed": config["seed"] if model == "random_init" else None,
         }
 

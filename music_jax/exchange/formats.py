@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from music_jax.exchange.onnx_graph import onnx_model
 from music_jax.exchange.weights import TIMM_NAMES, TORCHVISION_NAMES, tensors_by_name, to_torch
 from music_jax.version import __version__
 from music_jax.workdir.directory import check_checkpoint_path
-from music_jax.workdir.files import read_record, write_new
+from music_jax.workdir.files import read_record, write_json, write_new
 
 IMPORTED_FILE = "imported.json"  # in the workdir of imported weights
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -33,6 +34,7 @@ FORMATS = {
     "onnx": "ONNX, opset 17",
     "stablehlo": "StableHLO, serialized by jax.export",
     "orbax": "Orbax checkpoint",
+    "timm": "folder for timm's create_model",
 }
 
 # Code in the model card that loads each format, except for torchvision.
@@ -64,6 +66,13 @@ The program needs only jax and runs on {platforms}.""",
         tree = checkpointer.restore("/path/to/{name}")  # an absolute path
 
 The checkpoint holds `params` and `batch_stats` as nested dictionaries, named as in `music_jax`.""",
+    "timm": """\
+    import timm
+
+    model = timm.create_model("local-dir:{name}", pretrained=True)
+    features = model.eval()(images)  # float32 [batch, {channels}, {size}, {size}], normalized
+    # images of PIL to tensors: the preprocessing that is closest to the one below
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))""",
 }
 
 
@@ -86,13 +95,18 @@ def write(
     path = epath.Path(output).expanduser()
     if "://" not in output:
         path = epath.Path(path.parent.resolve()) / path.name
-    if path.is_dir() or (form == "orbax" and path.exists()):
+    if path.is_dir() or (form in ("orbax", "timm") and path.exists()):
         raise UserError(f"--output={output} already exists; choose another path")
-    card = path.with_name(path.name + ".md")
+    card = path / "README.md" if form == "timm" else path.with_name(path.name + ".md")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if form == "orbax":
             _write_orbax(trained, path)
+        elif form == "timm":
+            content = _file_content(trained, "torchvision", num_classes=0)
+            path.mkdir()
+            write_new(path / "model.safetensors", content)
+            write_json(path / "config.json", _timm_config(trained))
         else:
             write_new(path, _file_content(trained, form, num_classes))
         text = _model_card(trained, form, path.name, num_classes, workdir, license_name)
@@ -112,6 +126,37 @@ def _write_orbax(trained: TrainedBackbone, path: epath.Path) -> None:
         checkpointer.save(path, {"params": params, "batch_stats": batch_stats})
 
 
+def _timm_config(trained: TrainedBackbone) -> dict[str, Any]:
+    """Returns the config.json by which timm builds a network, as its `save_for_hf` writes it."""
+    backbone, crop, dataset = (trained.config[name] for name in ("backbone", "crop", "dataset"))
+    is_resnet = backbone.name in TORCHVISION_NAMES
+    pooling, size = "avg" if is_resnet else "token", [crop.size, crop.size]
+    arguments = {"num_classes": 0, "in_chans": dataset.num_channels, "global_pool": pooling}
+    arguments |= {} if is_resnet else {"img_size": size}
+    arguments |= {} if backbone.num_heads is None else {"num_heads": backbone.num_heads}
+    return {
+        "architecture": TIMM_NAMES[backbone.name],
+        "num_classes": 0,
+        "num_features": trained.backbone.num_features,
+        "global_pool": pooling,
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "custom_load": False,
+            "input_size": [dataset.num_channels, *size],
+            "fixed_input_size": not is_resnet,
+            "interpolation": "bilinear",
+            # Rounded down, because timm resizes the shorter side to `floor(size / crop_pct)`.
+            "crop_pct": math.nextafter(crop.size / crop.eval_resize, 0),
+            "crop_mode": "center",
+            "mean": list(dataset.mean),
+            "std": list(dataset.std),
+            "num_classes": 0,
+            "first_conv": "conv1" if is_resnet else "patch_embed.proj",
+            "classifier": "fc" if is_resnet else "head",
+        },
+    }
+
+
 def _file_content(trained: TrainedBackbone, form: str, num_classes: int) -> bytes:
     if form == "stablehlo":
         return bytes(_exported_program(trained).serialize())
@@ -128,7 +173,7 @@ def _file_content(trained: TrainedBackbone, form: str, num_classes: int) -> byte
         metadata["format"] = "pt"
     with require_extra("export"):
         from safetensors.numpy import save
-    return save({name: np.ascontiguousarray(x) for name, x in tensors.items()}, metadata)
+    return save({name: np.asarray(x, order="C") for name, x in tensors.items()}, metadata)
 
 
 def _exported_program(trained: TrainedBackbone) -> jax.export.Exported:
@@ -205,7 +250,7 @@ def _model_card(
     colors = "three channels, RGB" if steps["channels"] == 3 else "one channel, gray"
     return f"""\
 ---
-library_name: music_jax
+library_name: {"timm" if form == "timm" else "music_jax"}
 pipeline_tag: image-feature-extraction
 {license_line}tags: [self-supervised-learning, image-feature-extraction, jax]
 ---
@@ -270,6 +315,8 @@ def _recipe(trained: TrainedBackbone) -> str:
     if objective.name == "music":
         sizes = f"{objective.num_segments} segments of {objective.units_per_segment} units"
         rows += [("embedding", f"{sizes}, temperature {objective.temperature}")]
+    if origin := config.backbone.init_from:
+        rows += [("backbone, initially", _code(_last_part(origin)))]
     rows += [
         ("projector, hidden", ", ".join(map(str, config.projector.hidden_sizes)) or "none"),
         ("epochs", str(config.num_epochs)),

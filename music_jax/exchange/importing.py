@@ -1,9 +1,10 @@
-"""Imports external weights as a run, so that they can be evaluated like one."""
+"""Imports external weights: as a run to evaluate, or as the start of a training."""
 
 import collections
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import re
 from typing import Any
 
@@ -12,19 +13,23 @@ import numpy as np
 from etils import epath
 from ml_collections import config_dict
 
+from music_jax import registry
 from music_jax.checkpoint.manager import Checkpoints
 from music_jax.config import validate
 from music_jax.data.loader import TrainingOrder
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import UserError
+from music_jax.exchange.encoder import METADATA_KEY, load_backbone
 from music_jax.exchange.formats import IMPORTED_FILE
 from music_jax.exchange.weights import (
     TIMM_NAMES,
     TORCHVISION_NAMES,
     Tensors,
+    check_shapes,
     from_torch,
     nested,
     read_safetensors,
+    tensors_by_name,
     torch_names,
     unused_names,
 )
@@ -38,6 +43,8 @@ from music_jax.train.state import TrainState, abstract_state, save_state, state_
 from music_jax.workdir.directory import open_workdir
 from music_jax.workdir.files import write_json
 from music_jax.workdir.run_config import read_config, write_config
+
+_logger = logging.getLogger(__name__)
 
 # MoCo v3's vision transformers have 12 heads at any width; its checkpoints have these prefixes.
 _MOCO_V3 = re.compile(r"(.*\.)?(base|momentum)_encoder\.")
@@ -111,6 +118,92 @@ def import_backbone(
     write_json(directory / IMPORTED_FILE, record)
     write_config(directory, config)
     return imported
+
+
+def initial_backbone(config: config_dict.ConfigDict) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads the backbone that a training starts from, and logs what is used and what is not.
+
+    Args:
+      config: Config of the training, with `backbone.init_from`: a workdir, a safetensors file of
+        `music_jax.export`, or one in the layout of torchvision or timm.
+
+    Returns:
+      The parameters and the running statistics of the backbone, as in a training state.
+
+    Raises:
+      UserError: The weights cannot be read, or are not those of the config's backbone.
+    """
+    source, backbone = config.backbone.init_from, make_frozen_backbone(config)
+    expected = tensors_by_name(backbone.params, backbone.batch_stats)
+    try:
+        tensors, layout, excluded = _read_backbone(config, source)
+        check_shapes(tensors, {name: x.shape for name, x in expected.items()}, source)
+    except UserError as error:
+        raise UserError(f"config.backbone.init_from: {error}") from error
+    rest = ", ".join(f"{name} ({count})" for name, count in excluded.items()) or "nothing"
+    _logger.info(
+        f"{'init_from':12s} {source} ({layout}): {len(tensors)} tensors of the backbone; not used: "
+        f"{rest}"
+    )
+    params, batch_stats = (
+        {"backbone": nested(tensors, tree)} if tree else {}
+        for tree in (backbone.params, backbone.batch_stats)
+    )
+    return params, batch_stats
+
+
+def _read_backbone(
+    config: config_dict.ConfigDict, source: str
+) -> tuple[Tensors, str, dict[str, int]]:
+    """Returns tensors by our names, their layout, and the number of other tensors by module."""
+    path = epath.Path(source).expanduser()
+    if path.is_dir():
+        trained = load_backbone(source)
+        _check_same_architecture(config, trained.config, source)
+        excluded = {"projector": len(jax.tree.leaves(trained.params["projector"]))}
+        return trained.tensors, f"run, step {trained.step}", excluded
+    found, metadata = read_safetensors(path)
+    if METADATA_KEY in metadata:
+        trained = load_backbone(source)
+        _check_same_architecture(config, trained.config, source)
+        if trained.tensors.keys() == found.keys():
+            return found, "layout of music_jax", {}
+    prefix, tensors = _select(found, None, source)
+    if METADATA_KEY not in metadata:
+        theirs = config.copy_and_resolve_references()
+        theirs.backbone.name = _detect_backbone(tensors, source)
+        if theirs.backbone.name == config.backbone.name:
+            theirs.backbone.num_heads = _num_heads(config, prefix, source)
+        _check_same_architecture(config, theirs, source)
+    ours = from_torch(config, tensors, source)
+    layout = f"layout of torchvision and timm, prefix {prefix!r}"
+    return ours, layout, _excluded(config, found, tensors, prefix)
+
+
+def _check_same_architecture(
+    config: config_dict.ConfigDict, theirs: config_dict.ConfigDict, source: str
+) -> None:
+    there, here = _architecture(theirs), _architecture(config)
+    differing = [
+        f"{field}: {there[field]!r} there, {here[field]!r} now"
+        for field in here
+        if field in there and there[field] != here[field]
+    ]
+    if differing:
+        raise UserError(f"{source} holds another backbone ({'; '.join(differing)})")
+
+
+def _architecture(config: config_dict.ConfigDict) -> dict[str, Any]:
+    """Returns the fields that the meaning of a backbone's tensors depends on, with defaults."""
+    backbone = config.backbone
+    spec = BACKBONES[backbone.name]
+    found = {"backbone.name": backbone.name, "dataset.num_channels": config.dataset.num_channels}
+    found["backbone.options"] = registry.options(backbone)
+    defaults = {"stem": "imagenet"} | spec.sizes
+    for field in ("stem", "num_heads"):
+        if field in spec.fields:
+            found[f"backbone.{field}"] = backbone[field] or defaults[field]
+    return found
 
 
 def backbone_prefixes(tensors: Tensors) -> list[str]:

@@ -34,13 +34,16 @@ class Backbone(Protocol):
 
 def _resnet(**arguments: Any) -> BackboneSpec:
     return BackboneSpec(
-        partial(ResNet, **arguments), fields=("remat", "stem", "zero_init_residual")
+        partial(ResNet, **arguments),
+        fields=("remat", "stem", "zero_init_residual"),
+        stem=("conv", "norm"),
     )
 
 
 def _vit(**arguments: Any) -> BackboneSpec:
     make = partial(VisionTransformer, patch_size=16, **arguments)
-    return BackboneSpec(make, fields=("remat", "num_heads"), image_multiple=16)
+    stem = ("patches", "class_token")
+    return BackboneSpec(make, fields=("remat", "num_heads"), image_multiple=16, stem=stem)
 
 
 # For 8-32 px on a CPU. With the `strided` stem only the first convolution runs at more than 16 px.

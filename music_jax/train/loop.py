@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +46,9 @@ from music_jax.workdir.run_config import check_same_run, write_config
 
 _logger = logging.getLogger(__name__)
 
+# Parameters and running statistics as in a TrainState, each of all modules or of some of them.
+Variables = tuple[dict[str, Any], dict[str, Any]]
+
 
 def train_and_evaluate(
     config: config_dict.ConfigDict,
@@ -51,7 +56,7 @@ def train_and_evaluate(
     *,
     profile_steps: tuple[int, int] | None = None,
     stop: Stop | None = None,
-    initial: TrainState | None = None,
+    initial: Variables | None = None,
 ) -> TrainState:
     """Pre-trains, resuming if the workdir has a checkpoint, then probes the backbone.
 
@@ -63,8 +68,9 @@ def train_and_evaluate(
       workdir: Directory of checkpoints, logs and results; may be a `gs://` one.
       profile_steps: First and last step to record a JAX profile of, in `workdir/profile`.
       stop: Request to save and stop early; None for a run without such requests.
-      initial: State whose parameters and batch statistics a new run starts from; by default they
-        are random. A resumed run ignores it.
+      initial: Parameters and running statistics that a new run starts from, those of modules that
+        are not in it being random; by default those of `config.backbone.init_from`. A resumed run
+        reads neither.
 
     Returns:
       The state after the last step.
@@ -90,8 +96,6 @@ def train_and_evaluate(
         order = TrainingOrder(len(source), config.batch_size, config.seed)
         num_steps = config.num_epochs * order.steps_per_epoch
         profile = Profile(directory / "profile", profile_steps, num_steps)
-        if is_main_process():
-            write_config(directory, config)
         skipped = open_skipped(directory, config)
         skipped.check(source)
 
@@ -109,6 +113,12 @@ def train_and_evaluate(
         with closing(events), closing(profile), closing(checkpoints):
             recovery = Recovery(config, directory, training, events)
             start_step = checkpoints.latest_valid_step() or 0
+            # Read once, but only if the run starts, or rewinds to its start.
+            variables = functools.cache(lambda: initial or _initial_variables(config))
+            if not start_step:
+                variables()  # fails before the config is stored, which could then not be corrected
+            if is_main_process():
+                write_config(directory, config)
             if start_step == num_steps and final.is_done(num_steps):
                 return restore_state(checkpoints, start_step, shapes, mesh)
             if is_main_process():
@@ -133,7 +143,7 @@ def train_and_evaluate(
                         state = restore_state(checkpoints, start_step, shapes, mesh, order)
                         events.write("resumed", step=start_step)
                     else:
-                        state = _first_state(config, recipe, mesh, initial)
+                        state = _first_state(config, recipe, mesh, variables())
                     try:
                         state = _train(run, state, start_step, stop)
                         break
@@ -249,14 +259,21 @@ def _open_source(config: config_dict.ConfigDict) -> Source:
     return source
 
 
+def _initial_variables(config: config_dict.ConfigDict) -> Variables:
+    return registry.initial_backbone(config) if config.backbone.init_from else ({}, {})
+
+
 def _first_state(
-    config: config_dict.ConfigDict, recipe: Recipe, mesh: Mesh, initial: TrainState | None
+    config: config_dict.ConfigDict, recipe: Recipe, mesh: Mesh, initial: Variables
 ) -> TrainState:
     state = init_state(config, recipe.optimizer, mesh)
-    if initial is None:
-        return state
-    # Copies, because the step donates its state's buffers.
-    params, batch_stats = jax.tree.map(jnp.copy, (initial.params, initial.batch_stats))
+
+    def replace(tree: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+        shardings = {name: jax.tree.map(lambda x: x.sharding, tree[name]) for name in new}
+        # Copies, because the step donates its state's buffers.
+        return tree | jax.tree.map(jnp.copy, jax.device_put(new, shardings))
+
+    params, batch_stats = map(replace, (state.params, state.batch_stats), initial)
     return dataclasses.replace(state, params=params, batch_stats=batch_stats)
 
 

@@ -123,13 +123,42 @@ def _shared_recipe(config_json: str, steps_per_epoch: int, parts: tuple[Any, ...
         ),
         guards=config_dict.FrozenConfigDict(config.guards),
         schedule_of=functools.partial(_make_schedule, config, steps_per_epoch),
-        optimizer_of=lambda schedule: make_optimizer(schedule, config.optimizer),
+        optimizer_of=lambda schedule: _scale_backbone(
+            make_optimizer(schedule, config.optimizer), config
+        ),
         views=view_augmentations(config),
         mean=tuple(config.dataset.mean),
         std=tuple(config.dataset.std),
         dtype=jnp.dtype(config.compute_dtype),
         accumulation_steps=config.accumulation_steps,
     )
+
+
+def _scale_backbone(
+    optimizer: optax.GradientTransformation, config: config_dict.ConfigDict
+) -> optax.GradientTransformation:
+    """Scales the updates of the backbone; those of its frozen stages become zero.
+
+    The updates of every optimizer are proportional to the learning rate.
+    """
+    parts, scale = [optimizer], config.optimizer.backbone_scale
+    if scale != 1:
+        backbone = lambda params: {name: name == "backbone" for name in params}  # noqa: E731
+        parts.append(optax.masked(optax.scale(scale), backbone))
+    if config.backbone.frozen_stages:
+        frozen = functools.partial(_frozen, config.backbone)
+        parts.append(optax.masked(optax.set_to_zero(), frozen))
+    # A chain of one would change the state: saved runs would not resume.
+    return optax.chain(*parts) if len(parts) > 1 else optimizer
+
+
+def _frozen(config: config_dict.ConfigDict, params: Any) -> Any:
+    """Returns a mask of the parameters of the first `frozen_stages` stages of the backbone."""
+    spec = BACKBONES[config.name]
+    num_blocks = sum(spec.stages[: config.frozen_stages - 1])
+    mask = {name: name in spec.stem for name in params["backbone"]}
+    blocks = {index: int(index) < num_blocks for index in params["backbone"]["blocks"]}
+    return {name: False for name in params} | {"backbone": mask | {"blocks": blocks}}
 
 
 def _make_schedule(

@@ -169,7 +169,19 @@ def test_spellings_of_one_folder_do_not_differ():
     )
     assert not differences(old, new)
     assert differences(old, {"dataset": {"path": "photos"}})
+    assert not differences({"backbone": {"init_from": "a/"}}, {"backbone": {"init_from": "./a"}})
     assert differences({"dataset": {"path": ""}}, {"dataset": {"path": "."}})
+
+
+@pytest.mark.parametrize(("name", "most"), [("resnet50", 5), ("tiny_resnet", 3), ("vit_s16", 13)])
+def test_only_stages_that_exist_can_be_frozen(name, most):
+    config = default_config()
+    config.backbone.update({"name": name, "frozen_stages": most})
+    validate(config)
+    for wrong, expected in ((most + 1, f"most {most} for {name}"), (-1, "least 0")):
+        config.backbone.frozen_stages = wrong
+        with pytest.raises(UserError, match=rf"backbone\.frozen_stages must be at {expected}"):
+            validate(config)
 
 
 def test_fields_of_earlier_versions_that_did_not_change_the_training_are_dropped():

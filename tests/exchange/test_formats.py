@@ -1,6 +1,8 @@
 """Exported backbones give the same features in other libraries and processes."""
 
 import json
+import math
+import pathlib
 import subprocess
 import sys
 
@@ -23,6 +25,7 @@ from music_jax.exchange.formats import _results, usage
 from music_jax.exchange.weights import tensors_by_name
 from music_jax.export import export
 
+_REFERENCE = pathlib.Path(__file__).parents[1] / "reference"
 _CIFAR = {"num_channels": 3, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 
 
@@ -166,6 +169,45 @@ def test_the_torchvision_format_can_be_loaded(tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", ["resnet18", "vit_s16"])
+def test_the_timm_format_is_the_folder_that_timm_writes(name, tmp_path):
+    """`reference/round_trips.py` loads such folders in timm."""
+    config = small_config(name=name, stem=None)
+    config.backbone.num_heads = 12 if name == "vit_s16" else None
+    config.dataset.update(_CIFAR)
+    config.crop.update({"size": 32, "eval_resize": 37})
+    save_run(tmp_path / "run", config)
+    path, card = export(str(tmp_path / "run"), form="timm", output=str(tmp_path / "b"))
+    files = ["README.md", "config.json", "model.safetensors"]
+    assert sorted(file.name for file in path.iterdir()) == files
+    found = json.loads((path / "config.json").read_text())
+    expected = json.loads((_REFERENCE / "timm_configs.json").read_text())[name]
+    data, theirs = found.pop("pretrained_cfg"), expected.pop("pretrained_cfg")
+    assert found == expected
+    assert math.floor(32 / data["crop_pct"]) == 37  # the shorter side, as timm computes it
+    assert data.pop("crop_pct") == pytest.approx(theirs.pop("crop_pct"))
+    assert data.items() <= theirs.items()
+    shapes = json.loads((_REFERENCE / "torch_names.json").read_text())[name]
+    if name == "vit_s16":
+        shapes["pos_embed"] = [1, 1 + 2 * 2, 384]
+    tensors = load_file(path / "model.safetensors")
+    assert {n: list(x.shape) for n, x in tensors.items()} == {
+        n: shape for n, shape in shapes.items() if not n.startswith(("fc.", "head."))
+    }
+    assert card == path / "README.md"
+    assert "library_name: timm" in card.read_text()
+    assert 'timm.create_model("local-dir:b", pretrained=True)' in card.read_text()
+    images = philox_images(2, 32, 3)
+    np.testing.assert_allclose(
+        music_jax.load(path / "model.safetensors")(images),
+        music_jax.load(tmp_path / "run")(images),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    with pytest.raises(UserError, match="already exists"):
+        export(str(tmp_path / "run"), form="timm", output=str(path))
+
+
 @pytest.mark.parametrize(
     ("backbone", "channels", "reason"),
     [
@@ -178,8 +220,9 @@ def test_backbones_that_torchvision_lacks_are_rejected(backbone, channels, reaso
     config = small_config(**backbone)
     config.dataset.update(_CIFAR if channels == 3 else {})
     save_run(tmp_path / "run", config)
-    with pytest.raises(UserError, match=reason):
-        export(str(tmp_path / "run"), form="torchvision", output=str(tmp_path / "b"))
+    for form in ("torchvision", "timm"):
+        with pytest.raises(UserError, match=reason):
+            export(str(tmp_path / "run"), form=form, output=str(tmp_path / "b"))
     assert not (tmp_path / "b").exists()
 
 

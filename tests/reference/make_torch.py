@@ -1,8 +1,10 @@
-"""Writes torch_names.json and torch_features.npz: what torchvision and timm call the tensors of the
-backbones that are exchanged with them, and the features that they compute from known weights.
+"""Writes torch_names.json, torch_features.npz and timm_configs.json: what torchvision and timm call
+the tensors of the backbones that are exchanged with them, the features that they compute from known
+weights, and the files config.json that timm writes beside weights.
 
     python -m venv /tmp/torchenv
-    /tmp/torchenv/bin/pip install torch==2.14.1 torchvision==0.29.1 timm==1.0.31 numpy
+    /tmp/torchenv/bin/pip install torch==2.14.1 torchvision==0.29.1 timm==1.0.31 numpy \\
+        safetensors
     PYTHONPATH=tests /tmp/torchenv/bin/python tests/reference/make_torch.py
 
 The weights are `philox_weights` of the names and shapes; for the vision transformer, the position
@@ -12,6 +14,7 @@ embedding is MoCo v3's in place of a drawn one. Features are computed in float64
 
 import json
 import pathlib
+import tempfile
 
 import numpy as np
 from philox_weights import philox_images, philox_weights
@@ -59,8 +62,27 @@ def main():
     lines = [f"{json.dumps(name)}: {json.dumps(shapes)}" for name, shapes in names.items()]
     (_HERE / "torch_names.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
     np.savez(_HERE / "torch_features.npz", **{k: v.astype(np.float32) for k, v in found.items()})
+    (_HERE / "timm_configs.json").write_text(json.dumps(timm_configs(), indent=1) + "\n")
     for name, values in found.items():
         print(f"{name}: features {values.shape}, standard deviation {values.std():.3f}")
+
+
+def timm_configs():
+    """The files of `save_for_hf` for images of 32 pixels, cut from 37."""
+    import timm
+
+    data = {"input_size": (3, 32, 32), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+    data |= {"crop_pct": 32 / 37, "interpolation": "bilinear"}
+    files = {}
+    for name, theirs, options in (
+        ("resnet18", "resnet18", {}),
+        ("vit_s16", "vit_small_patch16_224", {"img_size": (32, 32), "num_heads": 12}),
+    ):
+        model = timm.create_model(theirs, num_classes=0, pretrained_cfg_overlay=data, **options)
+        with tempfile.TemporaryDirectory() as folder:
+            timm.models.save_for_hf(model, folder, model_args=options, safe_serialization=True)
+            files[name] = json.loads((pathlib.Path(folder) / "config.json").read_text())
+    return files
 
 
 def shapes_of(model):

@@ -25,6 +25,14 @@ program = jax.export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
 np.save(sys.argv[3], program.call(np.load(sys.argv[2])))
 """
 
+_TIMM = """
+import sys, numpy as np, timm, torch
+folder, inputs, output = sys.argv[1:]
+model = timm.create_model("local-dir:" + folder, pretrained=True).eval()
+with torch.no_grad():
+    np.save(output, model(torch.from_numpy(np.load(inputs))).numpy())
+"""
+
 _TORCH = """
 import json, sys, numpy as np, timm, torch, torchvision
 from safetensors.torch import load_file
@@ -112,6 +120,9 @@ def main():
             subprocess.run([*program, str(directory / "torch"), json.dumps(theirs)], check=True)
             for library in theirs:
                 say(f"{library}, strict=True", np.load(directory / f"torch.{library}.npy"))
+            program = [torch, "-c", _TIMM, write("timm"), str(directory / "inputs.npy"), output]
+            subprocess.run(program, check=True)
+            say("timm, local-dir", np.load(output))
 
 
 def _features(encoder, images):

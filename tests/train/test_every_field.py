@@ -115,11 +115,14 @@ _VALUES = {
         "stem": "strided",
         "zero_init_residual": False,
         "num_heads": None,  # of vision transformers alone: tests/exchange/test_importing.py
+        "init_from": "run",  # of a new training alone: tests/train/test_initial.py
+        "frozen_stages": 1,
     },
     "projector": {"hidden_sizes": (10, 14), "output_size": 12},
     "optimizer": {
         "name": "sgd",
         "base_learning_rate": 6.4,
+        "backbone_scale": 0.75,
         "weight_decay": 0.01,
         "momentum": 0.7,
         "warmup_epochs": 1,
@@ -327,14 +330,18 @@ def test_a_step_is_the_one_computed_by_hand(config):
         np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
         np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-3)
         np.testing.assert_allclose(metrics["learning_rate"], step * 0.2 / 3, rtol=1e-5)
-    for path in (("projector", "output", "kernel"), ("backbone", "conv", "kernel")):
+    for path, scale in (
+        (("projector", "output", "kernel"), 1.0),
+        (("backbone", "blocks", 0, "conv1", "kernel"), 0.75),
+        (("backbone", "conv", "kernel"), 0.0),  # the frozen first stage
+    ):
         before, after, first, second = (
             np.asarray(_at(tree, path), np.float64) for tree in (start, state.params, *gradients)
         )
         velocity = 0.7 * (first + 0.01 * before) + second + 0.01 * before
         moved = after - before
         np.testing.assert_allclose(
-            moved, -0.2 / 3 * velocity, rtol=1e-2, atol=1e-3 * np.abs(moved).max()
+            moved, -0.2 / 3 * scale * velocity, rtol=1e-2, atol=1e-3 * np.abs(moved).max()
         )
 
 

@@ -11,8 +11,10 @@ import pytest
 from ml_collections import config_dict
 
 from music_jax.config import default_config
+from music_jax.exchange.weights import tensors_by_name, torch_names
+from music_jax.models.network import init_network
 from music_jax.objectives import music_terms
-from music_jax.train.recipe import OBJECTIVES, OPTIMIZERS, _make_schedule
+from music_jax.train.recipe import OBJECTIVES, OPTIMIZERS, _frozen, _make_schedule, make_recipe
 
 # No two fields have the same value, and none its default.
 _CONFIG = config_dict.ConfigDict(
@@ -201,6 +203,68 @@ def test_the_sgd_of_a_run_saved_before_its_decay_was_masked_has_the_same_state()
     before = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(lambda step: 0.1, momentum=0.9))
     now = OPTIMIZERS["sgd"](lambda step: 0.1, optimizer_config("sgd"))
     assert jax.tree.structure(before.init(params)) == jax.tree.structure(now.init(params))
+
+
+def update(**fields):
+    """Returns the second update of a tiny backbone and its projector, and the optimizer's state."""
+    config = default_config()
+    config.backbone.name, config.optimizer.warmup_epochs = "tiny_resnet", 0
+    config.update_from_flattened_dict(fields)
+    optimizer = make_recipe(config, steps_per_epoch=5).optimizer
+    shapes = jax.eval_shape(lambda: init_network(config, jax.random.key(0)))[0]
+    rng = np.random.default_rng(0)
+    params, *grads = (
+        jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), shapes)
+        for _ in range(3)
+    )
+    state = optimizer.init(params)
+    with jax.numpy_dtype_promotion("standard"):  # as above
+        for grad in grads:
+            updates, state = optimizer.update(grad, state, params)
+    return updates, state
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_the_backbone_has_its_own_learning_rate_and_frozen_stages(name):
+    fields = {"optimizer.name": name, "projector.hidden_sizes": (), "projector.output_size": 8}
+    fields |= {"objective.name": "vicreg"}
+    expected, state = update(**fields)
+    found, _ = update(**fields | {"optimizer.backbone_scale": 0.25, "backbone.frozen_stages": 2})
+    jax.tree.map(np.testing.assert_array_equal, found["projector"], expected["projector"])
+    for path, value in jax.tree.leaves_with_path(found["backbone"]):
+        name_of = jax.tree_util.keystr(path)
+        theirs = functools.reduce(lambda tree, key: tree[key.key], path, expected["backbone"])
+        scale = 0.25 if name_of.startswith("['blocks'][1]") else 0.0
+        np.testing.assert_array_equal(value, np.float32(scale) * theirs)  # a power of two: exact
+    # By default, nothing changes the state that runs of earlier versions have saved.
+    config = default_config()
+    config.optimizer.name = name
+    plain = OPTIMIZERS[name](lambda step: 0.1, config.optimizer)
+    assert jax.tree.structure(state) == jax.tree.structure(plain.init(expected))
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "expected"),
+    [
+        ("resnet18", 1, "conv1 bn1"),
+        ("resnet18", 3, "conv1 bn1 layer1 layer2"),
+        ("resnet50", 5, "conv1 bn1 layer1 layer2 layer3 layer4"),
+        ("vit_s16", 1, "patch_embed cls_token"),
+        ("vit_s16", 3, "patch_embed cls_token blocks.0 blocks.1"),
+        ("vit_s16", 13, "patch_embed cls_token blocks"),
+    ],
+)
+def test_stages_are_those_of_torchvision_and_timm(name, stages, expected):
+    config = default_config()
+    config.backbone.update({"name": name, "frozen_stages": stages})
+    params = jax.eval_shape(lambda: init_network(config, jax.random.key(0)))[0]
+    mask = jax.tree.broadcast(_frozen(config.backbone, params), params)
+    assert not any(jax.tree.leaves(mask["projector"]))
+    names = torch_names(config)
+    found = {names[ours] for ours, frozen in tensors_by_name(mask["backbone"]).items() if frozen}
+    parts = tuple(f"{part}." for part in expected.split())
+    ours = tensors_by_name(params["backbone"])
+    assert found == {names[x] for x in ours if f"{names[x]}.".startswith(parts)}
 
 
 @pytest.mark.parametrize("step", [0, 3, 14, 15, 31, 34])
