@@ -21,12 +21,14 @@ class BackboneSpec:
         of `fields`.
       fields: Fields of `config.backbone` that the class takes; others must be unset.
       image_multiple: Number that divides the side of every image.
+      takes_image_size: Whether `make` takes `image_size`, `config.crop.size`.
       is_registered: Whether it was registered by a user, and takes `config.backbone.options`.
     """
 
     make: Callable[..., Any]
     fields: tuple[str, ...] = ()
     image_multiple: int = 1
+    takes_image_size: bool = False
     is_registered: bool = False
 
     @property

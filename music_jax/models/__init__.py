@@ -40,7 +40,9 @@ def _resnet(**arguments: Any) -> BackboneSpec:
 
 def _vit(**arguments: Any) -> BackboneSpec:
     make = partial(VisionTransformer, patch_size=16, **arguments)
-    return BackboneSpec(make, fields=("remat", "num_heads"), image_multiple=16)
+    return BackboneSpec(
+        make, fields=("remat", "num_heads"), image_multiple=16, takes_image_size=True
+    )
 
 
 # For 8-32 px on a CPU. With the `strided` stem only the first convolution runs at more than 16 px.

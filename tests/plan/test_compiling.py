@@ -83,6 +83,20 @@ def test_an_unreadable_program_falls_back_to_the_counts_of_xla(four_chips, monke
     assert "cannot read" in found.estimates["received_bytes"]
 
 
+def test_local_views_are_in_the_costs(four_chips):
+    config = _small_config()
+    config.projector.hidden_sizes = ()
+    without = compiling.measure(config, four_chips, 1, with_objective=True)
+    config.local_views.update({"count": 4, "size": 16})
+    found = compiling.measure(config, four_chips, 1, with_objective=True)
+    # Four views of a quarter of the pixels besides two, and nine pairs instead of one.
+    network, more = (cost.flops - cost.objective_flops for cost in (without, found))
+    assert 1.3 < more / network < 1.6
+    assert 4 < found.objective_flops / without.objective_flops <= 9.5
+    crops = 4 * 16**2 * 3  # bytes of the only sample of a chip
+    assert found.argument_bytes - without.argument_bytes == pytest.approx(crops, abs=4096)
+
+
 @pytest.mark.parametrize(
     ("batch_size", "accumulation_steps", "expected"),
     [
