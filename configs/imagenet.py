@@ -41,6 +41,7 @@ def get_config() -> config_dict.ConfigDict:
     config.augmentation.view_1.blur_probability = 1.0
     config.augmentation.view_2.blur_probability = 0.1
     config.augmentation.view_2.solarize_probability = 0.2
+    config.augmentation.local.blur_probability = 0.5  # as DINO
 
     config.backbone.name = "resnet50"
     config.backbone.stem = "imagenet"

@@ -215,14 +215,16 @@ def _suggest_field(error: flags.Error) -> str | None:
 
 def _fields_table(config: config_dict.ConfigDict) -> str:
     """Returns all fields of a config with their values and descriptions, as text."""
-    same_views = config.augmentation.view_1.to_dict() == config.augmentation.view_2.to_dict()
+    views = {f"augmentation.{name}": view for name, view in config.augmentation.to_dict().items()}
+    first = views.pop("augmentation.view_1")
+    same = [name for name, view in views.items() if view == first]
     lines = []
     for name, text in config_lib.descriptions().items():
         value = config_lib.get_field(config, name)
         if isinstance(value, config_dict.ConfigDict) and not name.endswith(".options"):
-            text = "as view_1" if same_views and name.endswith("view_2") else text
+            text = "as view_1" if name in same else text
             lines += ["", f"config.{name}" + (f": {text}" if text else "")]
-        elif not (same_views and name.startswith("augmentation.view_2.")):
+        elif name.rpartition(".")[0] not in same:
             if isinstance(value, config_dict.ConfigDict):
                 value = value.to_dict()
             given = "" if value in (None, "") else shlex.quote(str(value))

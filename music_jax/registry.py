@@ -22,6 +22,7 @@ class BackboneSpec:
       fields: Fields of `config.backbone` that the class takes; others must be unset.
       image_multiple: Number that divides the side of every image.
       stem: Names of the parameters that precede the blocks.
+      takes_image_size: Whether `make` takes `image_size`, `config.crop.size`.
       is_registered: Whether it was registered by a user, and takes `config.backbone.options`.
     """
 
@@ -29,6 +30,7 @@ class BackboneSpec:
     fields: tuple[str, ...] = ()
     image_multiple: int = 1
     stem: tuple[str, ...] = ()
+    takes_image_size: bool = False
     is_registered: bool = False
 
     @property

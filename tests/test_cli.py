@@ -101,7 +101,8 @@ def test_the_listed_fields_have_the_values_of_the_config_file_and_the_command_li
     assert digits["--config.dataset.name"] == "digits"
     assert digits["--config.objective.num_segments"] == "9"
     # Views that are the same are listed once.
-    assert not any(name.startswith("--config.augmentation.view_2.") for name in default)
+    for view in ("view_2", "local"):
+        assert not any(name.startswith(f"--config.augmentation.{view}.") for name in default)
     assert _listed("--config=digits") == _listed(DIGITS)
 
 
@@ -116,6 +117,7 @@ def test_views_that_differ_are_both_listed(tmp_path):
     fields = _listed(f"--config={tmp_path / 'mine.py'}")
     assert fields["--config.augmentation.view_1.blur_probability"] != "0.125"
     assert fields["--config.augmentation.view_2.blur_probability"] == "0.125"
+    assert "--config.augmentation.local.blur_probability" not in fields
 
 
 def test_a_missing_config_file_has_no_fields_to_list():

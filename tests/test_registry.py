@@ -24,7 +24,7 @@ from music_jax.errors import NotMeasurableError, UndecodableError, UserError
 from music_jax.models.network import init_network, make_network
 from music_jax.train.recipe import make_recipe
 from music_jax.train.state import abstract_state
-from music_jax.train.step import lower_step
+from music_jax.train.step import crop_shapes, lower_step
 
 _TABLES = (registry.BACKBONES, registry.DATASETS, registry.OBJECTIVES)
 
@@ -319,7 +319,7 @@ def test_scalars_of_an_objective_do_not_take_the_names_of_the_training():
     config = _config(**{"objective.name": "mine", "backbone.name": "tiny_resnet"})
     recipe, mesh = make_recipe(config, 1), make_data_mesh(1)
     with pytest.raises(UserError, match="the objective's scalars include 'step'"):
-        lower_step(recipe, abstract_state(config, recipe.optimizer), mesh, (8, 2, 16, 16, 1))
+        lower_step(recipe, abstract_state(config, recipe.optimizer), mesh, crop_shapes(config))
 
 
 def test_splits_that_are_absent():

@@ -49,7 +49,7 @@ class FieldsDirective(SphinxDirective):
             value = get_field(config, name)
             if isinstance(value, config_dict.ConfigDict) and not name.endswith(".options"):
                 groups[name] = []
-            elif not name.startswith("augmentation.view_2."):
+            elif not name.startswith(("augmentation.view_2.", "augmentation.local.")):
                 value = value.to_dict() if isinstance(value, config_dict.ConfigDict) else value
                 default = f"`{value!r}`" if value is not None else ""
                 text = text.replace("|", "\\|").replace("<", "\\<").replace("*", "\\*")
@@ -61,8 +61,10 @@ class FieldsDirective(SphinxDirective):
     def _section(self, group: str, description: str, rows: list[str]) -> nodes.section:
         title = f"config.{group}".rstrip(".")
         if group == "augmentation.view_1":
-            title += " and view_2"
-        section = nodes.section(ids=[title.replace(".", "-").replace(" ", "-")], names=[title])
+            title += ", view_2 and local"
+        section = nodes.section(
+            ids=[title.replace(",", "").replace(".", "-").replace(" ", "-")], names=[title]
+        )
         section += nodes.title(text=title)
         if description:
             section += nodes.paragraph(text=description)

@@ -92,6 +92,13 @@ def default_config() -> config_dict.ConfigDict:
     config.crop.aspect_ratio = (3 / 4, 4 / 3)  # Range of width over height.
     config.crop.eval_resize = 256  # Length of the shorter side before a center crop.
 
+    # Further, smaller crops of each image, as in SwAV and DINO. The loss is the mean over the pairs
+    # of one of the two views with every other crop.
+    config.local_views = config_dict.ConfigDict()
+    config.local_views.count = 0  # Number per image, at most 100.
+    config.local_views.size = 96  # Side in pixels of the square that the network gets.
+    config.local_views.scale = (0.05, 0.3)  # Range of the crop's share of the image's area.
+
     # The augmentation of each view, in the order in which it is applied after the crop.
     config.augmentation = config_dict.ConfigDict()
     config.augmentation.view_1 = view = config_dict.ConfigDict()
@@ -118,6 +125,7 @@ def default_config() -> config_dict.ConfigDict:
     view.noise_probability = 0.0  # Probability of Gaussian noise, independent for each value.
     view.noise_std = 0.0  # Standard deviation of the noise, for values in [0, 1].
     config.augmentation.view_2 = config_dict.ConfigDict(view.to_dict())
+    config.augmentation.local = config_dict.ConfigDict(view.to_dict())  # Of all local views.
 
     config.backbone = config_dict.ConfigDict()
     # small_resnet, tiny_resnet, resnet18, resnet34, resnet50, vit_s16, vit_b16 or a registered one.
@@ -267,13 +275,13 @@ def default_config() -> config_dict.ConfigDict:
 
 
 def set_views(config: config_dict.ConfigDict, **augmentation: Any) -> None:
-    """Sets fields of the augmentation of both views.
+    """Sets fields of the augmentation of both views and of the local views.
 
     Args:
       config: The config to change.
       **augmentation: Fields of `config.augmentation.view_1` by name.
     """
-    for view in ("view_1", "view_2"):
+    for view in ("view_1", "view_2", "local"):
         config.augmentation[view].update(augmentation)
 
 
@@ -294,7 +302,7 @@ def descriptions() -> dict[str, str]:
     for before, of, name, behind in re.findall(setting, inspect.getsource(default_config)):
         name = name if of == "config" else f"augmentation.view_1.{name}"
         found[name] = behind or " ".join(before.replace("    # ", "").split())
-        if name == "augmentation.view_2":
+        if name in ("augmentation.view_2", "augmentation.local"):
             view = {key: found[key] for key in found if key.startswith("augmentation.view_1.")}
-            found |= {key.replace("view_1", "view_2"): text for key, text in view.items()}
+            found |= {key.replace("augmentation.view_1", name): text for key, text in view.items()}
     return found

@@ -46,13 +46,15 @@ _INTERVALS = {
     " *.saturation *.noise_std backbone.frozen_stages optimizer.backbone_scale",
     "[1, inf)": "*num_epochs *every_steps *.batch_size accumulation_steps *.max_to_keep crop.size"
     " evaluation.view_images few_shot.draws few_shot.shots knn.k knn.more_k projector.*"
-    " guards.loss_spike_window guards.collapse_steps sharding.fsdp objective.num_slices",
+    " guards.loss_spike_window guards.collapse_steps sharding.fsdp objective.num_slices"
+    " local_views.size",
     "[1, 1024]": "num_decode_threads",
+    "[0, 100]": "local_views.count",
     "[0, 4294967295]": "seed",
     "(0, inf)": "*temperature *learning_rate *learning_rates *.grace_seconds dataset.std"
     " crop.aspect_ratio augmentation.*.scale *.blur_sigma objective.t_max"
     " objective.epsilon_squared",
-    "(0, 1]": "crop.scale semi_supervised.fractions",
+    "(0, 1]": "crop.scale local_views.scale semi_supervised.fractions",
     "(0, 1)": "linear_eval.validation_fraction",
     "[0, 1)": "*.momentum",
     "[0, 1]": "*_probability *.translation *.max_skipped_share guards.min_usage_entropy"
@@ -61,7 +63,7 @@ _INTERVALS = {
     "[0, 89]": "*.shear_degrees",
     "[0, 180]": "*.rotation_degrees",
 }
-_PAIRS = "crop.scale crop.aspect_ratio augmentation.*.scale *.blur_sigma"
+_PAIRS = "crop.scale local_views.scale crop.aspect_ratio augmentation.*.scale *.blur_sigma"
 _PATHS = ("backbone.init_from", "dataset.path")
 _NOT_EMPTY = "linear_eval.base_learning_rates few_shot.shots semi_supervised.fractions"
 
@@ -164,10 +166,16 @@ def from_json(record: dict[str, Any]) -> config_dict.ConfigDict:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Returns the dotted name and both values of each field that differs and is not free."""
+    """Returns the dotted name and both values of each field that differs and is not free.
+
+    Fields of local views count only if there are any.
+    """
     old, new = _leaves(old), _leaves(new)
     found = []
-    for field in sorted(old.keys() | new.keys()):
+    fields = old.keys() | new.keys()
+    if not (old.get("local_views.count") or new.get("local_views.count")):
+        fields = {f for f in fields if not f.startswith(("local_views.", "augmentation.local."))}
+    for field in sorted(fields):
         there, here = old.get(field), new.get(field)
         if field in _PATHS and isinstance(there, str) and isinstance(here, str):
             there, here = normalize_path(there), normalize_path(here)
@@ -401,8 +409,10 @@ def _check_backbone(config: config_dict.ConfigDict) -> None:
     if heads is not None and (heads < 1 or width % heads):
         raise _wrong(config, "backbone.num_heads", f"divide {backbone.name}'s width, {width}")
     multiple = spec.image_multiple
-    if config.crop.size % multiple:
-        raise _wrong(config, "crop.size", f"be a multiple of {multiple} for {backbone.name}")
+    sizes = ["crop.size"] + ["local_views.size"] * (config.local_views.count > 0)
+    for field in sizes:
+        if get_field(config, field) % multiple:
+            raise _wrong(config, field, f"be a multiple of {multiple} for {backbone.name}")
 
 
 def embedding_size(config: config_dict.ConfigDict) -> int:

@@ -91,10 +91,16 @@ class ViewAugmentation:
 
 
 def view_augmentations(config: config_dict.ConfigDict) -> tuple[ViewAugmentation, ...]:
-    """Returns the augmentation of each view of a config."""
+    """Returns the augmentation of each of the two views of a config."""
     return tuple(
         ViewAugmentation(**config.augmentation[view].to_dict()) for view in ("view_1", "view_2")
     )
+
+
+def local_augmentations(config: config_dict.ConfigDict) -> tuple[ViewAugmentation, ...]:
+    """Returns the augmentation of each local view of a config."""
+    augmentation = ViewAugmentation(**config.augmentation.local.to_dict())
+    return (augmentation,) * config.local_views.count
 
 
 # Upper limits of the fields, 1 for all others.
@@ -115,9 +121,15 @@ _Draw = enum.IntEnum(
 class _Randomness:
     """Random numbers of a batch of views, each a function of (key, index, view)."""
 
-    def __init__(self, key: jax.Array, indices: jax.Array, views: tuple[ViewAugmentation, ...]):
+    def __init__(
+        self,
+        key: jax.Array,
+        indices: jax.Array,
+        views: tuple[ViewAugmentation, ...],
+        first_view: int,
+    ):
         self.views = views
-        numbers = jnp.arange(len(views), dtype=jnp.uint32)
+        numbers = jnp.arange(first_view, first_view + len(views), dtype=jnp.uint32)
         fold_each = jax.vmap(jax.random.fold_in, (None, 0))
         sample_keys = fold_each(key, indices.astype(jnp.uint32))  # [batch]
         keys = jax.vmap(fold_each, (0, None))(sample_keys, numbers)  # [batch, views]
@@ -162,6 +174,7 @@ def augment_views(
     mean: Sequence[float],
     std: Sequence[float],
     dtype: DTypeLike = jnp.float32,
+    first_view: int = 0,
 ) -> jax.Array:
     """Augments and normalizes a batch of views.
 
@@ -179,6 +192,8 @@ def augment_views(
         mean: Mean of each channel, of values in [0, 1].
         std: Standard deviation of each channel.
         dtype: Type of the result, and of the blur's products.
+        first_view: Number of the first view. Views of a sample with other numbers are augmented
+            independently.
 
     Returns:
         [batch, views, height, width, channels], `(x - mean) / std`.
@@ -187,7 +202,7 @@ def augment_views(
         ValueError: Shapes, dtypes or lengths do not match.
     """
     _check_arguments(images, sample_indices, key, views)
-    random = _Randomness(key, sample_indices, views)
+    random = _Randomness(key, sample_indices, views, first_view)
     channels = images.shape[-1]
 
     planes = transforms.split_planes(images)

@@ -136,6 +136,7 @@ def training_batches(
     num_steps: int,
     start_step: int = 0,
     num_views: int = 2,
+    local_views: tuple[Crop, int] | None = None,
     flip: bool = False,
     skipped: SkippedImages | None = None,
     num_threads: int | None = None,
@@ -151,19 +152,26 @@ def training_batches(
       num_steps: Number of steps of the whole training.
       start_step: First step; its batches are the same as if all steps before had been read.
       num_views: Number of crops of each image.
+      local_views: Settings and number of further crops of each image, the local views. The other
+        crops keep their boxes. They also keep their pixels, unless a JPEG that would be decoded at
+        a reduced size is decoded at a larger one for the local views.
       flip: Whether to mirror half of the views, if no augmentation on the device follows.
       skipped: List to which images that cannot be decoded are added. Other images replace them,
         chosen by the seed and the sample's index. By default such an image is an error.
       num_threads: Number of decoding threads; by default one per core that the process may use.
 
     Yields:
-      Dictionaries of `images`, uint8 [positions, views, size, size, channels]; `sample_index`,
-      uint32 [positions]; `label`, int32 [positions].
+      Dictionaries of `images`, uint8 [positions, views, size, size, channels]; `local_images`
+      likewise, if there are local views; `sample_index`, uint32 [positions]; `label`, int32
+      [positions].
 
     Raises:
       UnusableDataError: While iterating, if images cannot be decoded and must not be skipped.
     """
-    batches = _TrainingBatches(source, order, crop, channels, positions, num_views, flip, skipped)
+    groups = [_Group("images", crop, num_views)]
+    if local_views is not None:
+        groups.append(_Group("local_images", *local_views))
+    batches = _TrainingBatches(source, order, groups, channels, positions, flip, skipped)
     return _read(batches.new, batches.fill, len(positions), start_step, num_steps, num_threads)
 
 
@@ -234,27 +242,37 @@ class _Sample(NamedTuple):
     error: UndecodableError | None = None
 
 
+class _Group(NamedTuple):
+    """Views of one size."""
+
+    name: str  # of their array in the batch
+    crop: Crop
+    num_views: int
+
+
 @dataclasses.dataclass(frozen=True)
 class _TrainingBatches:
     """This process's share of the batch of each step; see `training_batches`."""
 
     source: Source
     order: TrainingOrder
-    crop: Crop
+    groups: list[_Group]
     channels: int
     positions: np.ndarray
-    num_views: int
     flip: bool
     skipped: SkippedImages | None
 
     def new(self) -> _Batch:
         """Returns a batch that is not filled in yet."""
-        count, size = len(self.positions), self.crop.size
-        return {
-            "images": np.empty((count, self.num_views, size, size, self.channels), np.uint8),
+        count = len(self.positions)
+        batch = {
             "sample_index": np.empty(count, np.uint32),
             "label": np.empty(count, np.int32),
         }
+        for name, crop, num_views in self.groups:
+            shape = (count, num_views, crop.size, crop.size, self.channels)
+            batch[name] = np.empty(shape, np.uint8)
+        return batch
 
     def fill(self, step: int, batch: _Batch, rows: range) -> None:
         """Fills in some rows of a batch."""
@@ -264,7 +282,7 @@ class _TrainingBatches:
         samples = [self._read(key) for key in keys]
         cuts = self._draw(indices, samples)
         for i, row in enumerate(rows):
-            views = batch["images"][row]
+            views = [view for group in self.groups for view in batch[group.name][row]]
             batch["sample_index"][row] = indices[i] % 2**32
             batch["label"][row] = self._fill(indices[i], keys[i], samples[i], cuts[i], views)
 
@@ -276,21 +294,25 @@ class _TrainingBatches:
             return _Sample(b"", -1, Header(1, 1), error)
 
     def _draw(self, sample_indices: list[int], samples: list[_Sample]) -> list[list[_Cut]]:
-        """Draws the crops of each sample, one element per view."""
+        """Draws the crops of each sample, one element per view of any group."""
         sizes = np.asarray([sample.header[:2] for sample in samples])
-        heights, widths = np.repeat(sizes, self.num_views, axis=0).T
         count = NUMBERS_PER_BOX + 1
-        numbers = _uniform(self.order.seed, sample_indices, self.num_views * count)
-        numbers = numbers.reshape(-1, count)
-        boxes = draw_boxes(heights, widths, self.crop, numbers[:, :-1]).tolist()
-        flips = (self.flip & (numbers[:, -1] < 0.5)).tolist()
-        cuts = [(Box(*box), flip) for box, flip in zip(boxes, flips, strict=True)]
-        return [cuts[i : i + self.num_views] for i in range(0, len(cuts), self.num_views)]
+        drawn: list[list[_Cut]] = [[] for _ in samples]
+        for stream, (_, crop, num_views) in enumerate(self.groups):
+            heights, widths = np.repeat(sizes, num_views, axis=0).T
+            numbers = _uniform(self.order.seed, sample_indices, num_views * count, stream)
+            numbers = numbers.reshape(-1, count)
+            boxes = draw_boxes(heights, widths, crop, numbers[:, :-1]).tolist()
+            flips = (self.flip & (numbers[:, -1] < 0.5)).tolist()
+            cuts = [(Box(*box), flip) for box, flip in zip(boxes, flips, strict=True)]
+            for i, of_sample in enumerate(drawn):
+                of_sample += cuts[i * num_views : (i + 1) * num_views]
+        return drawn
 
     def _fill(
-        self, index: int, key: int, sample: _Sample, cuts: list[_Cut], views: np.ndarray
+        self, index: int, key: int, sample: _Sample, cuts: list[_Cut], views: list[np.ndarray]
     ) -> int:
-        """Fills in the views [views, size, size, channels] of a sample; returns its label."""
+        """Fills in the views, each [size, size, channels], of a sample; returns its label."""
         for attempt in range(_MAX_TRIES):
             try:
                 if sample.error is not None:
@@ -306,10 +328,15 @@ class _TrainingBatches:
             f"{_MAX_TRIES} images of {self.source.name}, drawn at random, cannot be decoded"
         )
 
-    def _cut_views(self, index: int, sample: _Sample, cuts: list[_Cut], views: np.ndarray) -> None:
+    def _cut_views(
+        self, index: int, sample: _Sample, cuts: list[_Cut], views: list[np.ndarray]
+    ) -> None:
         header = sample.header
-        smallest = min(min(box.height, box.width) for box, _ in cuts)
-        reduction = largest_reduction(header, smallest / self.crop.size)
+        factor = min(
+            min(box.height, box.width) / len(view)
+            for (box, _), view in zip(cuts, views, strict=True)
+        )
+        reduction = largest_reduction(header, factor)
         encoded, channels = sample.encoded, self.channels
         image = decode(encoded, channels, header=header, reduction=reduction, quick=True)
         if not header.is_jpeg and image.shape[:2] != header[:2]:  # a rotated PNG, for example
@@ -386,10 +413,10 @@ def cut(image: np.ndarray, box: Box, out: np.ndarray, *, reduction: int = 1) -> 
         cv2.resize(part, (size, size), dst=out, interpolation=cv2.INTER_LINEAR)
 
 
-def _uniform(seed: int, sample_indices: list[int], count: int) -> np.ndarray:
+def _uniform(seed: int, sample_indices: list[int], count: int, stream: int) -> np.ndarray:
     """Returns [samples, count] numbers in [0, 1), a function of the seed and each sample's index.
 
-    The numbers of a sample have a fixed position in one stream, so that runs of consecutive indices
+    The numbers of a sample have a fixed position in a stream, so that runs of consecutive indices
     are drawn together.
     """
     blocks = -(-count // 4)  # Philox gives four numbers for each value of its counter
@@ -397,7 +424,9 @@ def _uniform(seed: int, sample_indices: list[int], count: int) -> np.ndarray:
     indices = np.asarray(sample_indices)
     starts = [0, *(np.flatnonzero(np.diff(indices) != 1) + 1).tolist(), len(indices)]
     for start, end in itertools.pairwise(starts):
-        bits = np.random.Philox(key=[seed, 0], counter=[sample_indices[start] * blocks, 0, 0, 0])
+        bits = np.random.Philox(
+            key=[seed, stream], counter=[sample_indices[start] * blocks, 0, 0, 0]
+        )
         np.random.Generator(bits).random(out=numbers[start:end])
     return numbers[:, :count]
 

@@ -14,7 +14,7 @@ from etils import epath
 from flax.traverse_util import unflatten_dict
 
 from music_jax import registry
-from music_jax.data.augment import ViewAugmentation, view_augmentations
+from music_jax.data.augment import ViewAugmentation, local_augmentations, view_augmentations
 from music_jax.distributed.progress import escape_surrogates
 from music_jax.errors import UserError, require_extra
 from music_jax.exchange.encoder import METADATA_KEY, TrainedBackbone
@@ -328,9 +328,14 @@ def _recipe(trained: TrainedBackbone) -> str:
         ("seed", str(config.seed)),
     ]
     defaults = vars(ViewAugmentation())
-    for i, view in enumerate(view_augmentations(config), start=1):
+    views = {f"view {i}": view for i, view in enumerate(view_augmentations(config), start=1)}
+    if local := local_augmentations(config):
+        scale = list(config.local_views.scale)
+        rows += [("local crops", f"{len(local)} of {config.local_views.size} px, scale {scale}")]
+        views["local views"] = local[0]
+    for name, view in views.items():
         changed = [f"{k} {v}" for k, v in vars(view).items() if v != defaults[k]]
-        rows += [(f"view {i}", ", ".join(changed).replace("_", " ") or "crop only")]
+        rows += [(name, ", ".join(changed).replace("_", " ") or "crop only")]
     return _table(("", ""), rows)
 
 

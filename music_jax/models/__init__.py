@@ -42,8 +42,13 @@ def _resnet(**arguments: Any) -> BackboneSpec:
 
 def _vit(**arguments: Any) -> BackboneSpec:
     make = partial(VisionTransformer, patch_size=16, **arguments)
-    stem = ("patches", "class_token")
-    return BackboneSpec(make, fields=("remat", "num_heads"), image_multiple=16, stem=stem)
+    return BackboneSpec(
+        make,
+        fields=("remat", "num_heads"),
+        image_multiple=16,
+        takes_image_size=True,
+        stem=("patches", "class_token"),
+    )
 
 
 # For 8-32 px on a CPU. With the `strided` stem only the first convolution runs at more than 16 px.

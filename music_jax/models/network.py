@@ -121,6 +121,8 @@ class _Modules(nnx.Module):
 def _make_backbone(config: config_dict.ConfigDict, rngs: nnx.Rngs) -> Backbone:
     spec = BACKBONES[config.backbone.name]
     chosen = {field: config.backbone[field] for field in spec.fields}
+    if spec.takes_image_size:
+        chosen["image_size"] = config.crop.size
     return spec.make(
         channels=config.dataset.num_channels,
         dtype=jnp.dtype(config.compute_dtype),
@@ -132,17 +134,20 @@ def _make_backbone(config: config_dict.ConfigDict, rngs: nnx.Rngs) -> Backbone:
 
 def _check_features(config: config_dict.ConfigDict, backbone: Backbone) -> None:
     """Checks that the backbone's features have the shape and the type of its description."""
-    size, channels = config.crop.size, config.dataset.num_channels
-    images = jax.ShapeDtypeStruct((4, size, size, channels), jnp.dtype(config.compute_dtype))
-    features = nnx.eval_shape(
-        lambda backbone, x: backbone(x, train=True, num_views=2), backbone, images
-    )
-    expected = (4, backbone.num_features)
-    if features.shape != expected or features.dtype != jnp.float32:
-        raise UserError(
-            f"backbone {config.backbone.name!r} must return features of shape {expected}, float32, "
-            f"for images of shape {images.shape}; got {features.shape}, {features.dtype}"
+    channels, dtype = config.dataset.num_channels, jnp.dtype(config.compute_dtype)
+    sizes = [config.crop.size] + [config.local_views.size] * (config.local_views.count > 0)
+    for size in sizes:
+        images = jax.ShapeDtypeStruct((4, size, size, channels), dtype)
+        features = nnx.eval_shape(
+            lambda backbone, x: backbone(x, train=True, num_views=2), backbone, images
         )
+        expected = (4, backbone.num_features)
+        if features.shape != expected or features.dtype != jnp.float32:
+            raise UserError(
+                f"backbone {config.backbone.name!r} must return features of shape {expected}, "
+                f"float32, for images of shape {images.shape}; got {features.shape}, "
+                f"{features.dtype}"
+            )
 
 
 class _Graph(NamedTuple):

@@ -70,6 +70,7 @@ class VisionTransformer(nnx.Module):
         depth: int,
         num_heads: int,
         patch_size: int = 16,
+        image_size: int | None = None,
         channels: int,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
@@ -82,6 +83,9 @@ class VisionTransformer(nnx.Module):
           depth: Number of blocks.
           num_heads: Number of attention heads.
           patch_size: Side of a patch in pixels.
+          image_size: Side of the square images whose patches are at integer positions; images of
+            another size get the positions of the same regions in these. By default the positions
+            are integers for images of every size.
           channels: Number of image channels.
           dtype: Dtype of the computation; parameters, softmax and normalization are float32.
           rngs: Random number generator of the initial weights.
@@ -90,6 +94,7 @@ class VisionTransformer(nnx.Module):
         self.dtype = dtype
         self.remat = remat
         self.patch_size = patch_size
+        self.image_size = image_size
         self.num_features = width
         self.patches = nnx.Linear(
             channels * patch_size**2, width, dtype=dtype, kernel_init=_KERNEL_INIT, rngs=rngs
@@ -108,7 +113,8 @@ class VisionTransformer(nnx.Module):
         rows, columns = height // size, width // size
         x = images.astype(self.dtype).reshape(batch, rows, size, columns, size, -1).swapaxes(2, 3)
         x = self.patches(x.reshape(batch, rows * columns, -1))  # [batch, patches, width]
-        positions = sincos_positions(rows, columns, self.num_features)
+        grid = self.image_size and self.image_size // size
+        positions = sincos_positions(rows, columns, self.num_features, grid=grid)
         x = x + jnp.asarray(positions, self.dtype)[None]
         token = jnp.broadcast_to(self.class_token[...].astype(self.dtype), (batch, 1, x.shape[-1]))
         x = jnp.concatenate([token, x], axis=1)  # [batch, 1 + patches, width]
@@ -123,20 +129,27 @@ def _normalize(norm: nnx.LayerNorm, x: jax.Array) -> jax.Array:
     return norm(x.astype(jnp.float32)).astype(x.dtype)
 
 
-def sincos_positions(rows: int, columns: int, width: int) -> np.ndarray:
+def sincos_positions(rows: int, columns: int, width: int, *, grid: int | None = None) -> np.ndarray:
     """Returns the fixed position embedding of MoCo v3.
+
+    A smaller image, such as a local view, covers the same square as an image of `grid` x `grid`
+    patches. Its patch gets the code of the point in this grid on which its center lies, between
+    those of the patches around it: the same region of a view has the same code at every size. DINO
+    interpolates a learned embedding to the same effect.
 
     Args:
       rows: Number of rows of the grid.
       columns: Number of columns of the grid.
       width: Size of the embedding, a multiple of 4.
+      grid: Number of rows and columns whose positions are integers; by default those given.
 
     Returns:
       An array [rows * columns, width] in row-major order. The quarters of an embedding are the
       sines and cosines of the row, then of the column, at wavelengths from 2 pi to 10,000 * 2 pi.
     """
     frequencies = 10_000.0 ** -(np.arange(width // 4) / (width // 4))  # [width / 4]
-    y, x = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
+    places = [(np.arange(n) + 0.5) * ((grid or n) / n) - 0.5 for n in (rows, columns)]
+    y, x = np.meshgrid(*places, indexing="ij")
     # Each [rows * columns, width / 4]
     angles = [np.outer(position, frequencies) for position in (y, x)]
     parts = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]

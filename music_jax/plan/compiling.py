@@ -33,7 +33,7 @@ from music_jax.plan import programs
 from music_jax.plan.chips import chip_of
 from music_jax.train.recipe import Recipe, make_recipe
 from music_jax.train.state import abstract_state
-from music_jax.train.step import lower_step
+from music_jax.train.step import crop_shapes, lower_step, mean_over_pairs
 from music_jax.workdir.directory import user_directory
 from music_jax.workdir.files import write_new
 
@@ -287,9 +287,8 @@ def measure(
       with_objective: Whether to compile the objective alone too, for its share of the FLOPs.
     """
     recipe = make_recipe(config, steps_per_epoch)
-    state, side = abstract_state(config, recipe.optimizer), config.crop.size
-    images = (config.batch_size, len(recipe.views), side, side, config.dataset.num_channels)
-    lowered = lower_step(recipe, state, slice_.mesh, images)
+    state = abstract_state(config, recipe.optimizer)
+    lowered = lower_step(recipe, state, slice_.mesh, crop_shapes(config))
 
     def compute() -> StepCost:
         cost = _measure(lowered, slice_, config.batch_size)
@@ -349,9 +348,10 @@ def _objective_flops(recipe: Recipe, batch_size: int, mesh: Mesh) -> float:
     """Returns the FLOPs per device of the objective and its gradient, compiled alone."""
 
     def loss(embeddings: jax.Array) -> jax.Array:
-        return recipe.objective_of_step(0)(embeddings[:, 0], embeddings[:, 1])[0]
+        return mean_over_pairs(recipe.objective_of_step(0), embeddings)[0]
 
-    shape = (batch_size, len(recipe.views), recipe.network.num_embedding)
+    num_views = len(recipe.views) + len(recipe.local_views)
+    shape = (batch_size, num_views, recipe.network.num_embedding)
     embeddings = jax.ShapeDtypeStruct(shape, recipe.dtype)
     batch = batch_sharding(mesh)
     step = jax.jit(jax.value_and_grad(loss), in_shardings=batch, out_shardings=(None, batch))

@@ -16,6 +16,7 @@ from music_jax.distributed.mesh import BATCH_AXES, from_main_process, is_main_pr
 from music_jax.errors import CorruptedError, DivergedError, UserError
 from music_jax.train.guards import FIRST_COLLAPSE, REASONS, GuardState, Metrics
 from music_jax.train.input import TrainingInput
+from music_jax.train.recipe import Crops
 from music_jax.train.state import TrainState, state_shardings
 from music_jax.train.step import StepFunction
 from music_jax.workdir.files import new_file, read_json, write_json
@@ -96,7 +97,7 @@ class CheckedStep:
         self._jitted = jax.jit(mapped, in_shardings=(shardings,), out_shardings=everywhere)
 
     def __call__(
-        self, number: int, state: TrainState, batch: tuple[jax.Array, jax.Array]
+        self, number: int, state: TrainState, batch: tuple[Crops, jax.Array]
     ) -> tuple[TrainState, Metrics, str | None]:
         """Takes a step; if it is to be checked, takes it twice, which needs memory for two states.
 
@@ -258,7 +259,7 @@ class Recovery:
         process = f"-process-{jax.process_index()}" if jax.process_count() > 1 else ""
         path = self._workdir / "divergence" / f"step-{failure.step}{process}.npz"
         try:
-            batch = next(training.on_host(failure.step - 1, failure.step))
+            batch = next(training.on_host(failure.step - 1, failure.step, local_views=True))
             samples = [
                 order.sample_index(failure.step - 1, int(p)) for p in training.placing.positions
             ]
@@ -268,7 +269,8 @@ class Recovery:
                 "seed": order.seed,
                 "step": failure.step,
             }
-            arrays: dict[str, Any] = {"images": batch["images"]}
+            images = ("images", "local_images")
+            arrays: dict[str, Any] = {name: batch[name] for name in images if name in batch}
             arrays |= {name: np.asarray(value, np.int64) for name, value in integers.items()}
             arrays |= {name: np.float32(value) for name, value in failure.seen.items()}
             path.parent.mkdir(parents=True, exist_ok=True)

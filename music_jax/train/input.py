@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed.mesh import Placing
 from music_jax.errors import UserError
+from music_jax.train.recipe import Crops
 from music_jax.workdir.files import read_json, write_json
 
 _BATCHES_AHEAD = 2  # transferred to the devices while a step runs
@@ -44,28 +46,34 @@ class TrainingInput:
         self.num_steps = config.num_epochs * order.steps_per_epoch
 
     def on_host(
-        self, start_step: int, num_steps: int, *, num_views: int = 2
+        self, start_step: int, num_steps: int, *, num_views: int = 2, local_views: bool = False
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yields this process's share of the batches of the steps after `start_step`."""
         config = self._config
+        ratios, local = tuple(config.crop.aspect_ratio), config.local_views
+        local_crop = Crop(local.size, tuple(local.scale), ratios)
         return training_batches(
             self._source,
             self.order,
-            crop=Crop(config.crop.size, tuple(config.crop.scale), tuple(config.crop.aspect_ratio)),
+            crop=Crop(config.crop.size, tuple(config.crop.scale), ratios),
             channels=config.dataset.num_channels,
             positions=self.placing.positions,
             num_steps=num_steps,
             start_step=start_step,
             num_views=num_views,
+            local_views=(local_crop, local.count) if local_views and local.count else None,
             skipped=self._skipped,
             num_threads=config.num_decode_threads,
         )
 
-    def on_devices(self, start_step: int) -> Iterator[tuple[jax.Array, jax.Array]]:
+    def on_devices(self, start_step: int) -> Iterator[tuple[Crops, jax.Array]]:
         """Yields the global batches and their sample indices, transferred ahead of their use."""
-        queue: collections.deque[tuple[jax.Array, jax.Array]] = collections.deque()
-        for batch in self.on_host(start_step, self.num_steps):
-            queue.append((self.placing(batch["images"]), self.placing(batch["sample_index"])))
+        queue: collections.deque[tuple[Crops, jax.Array]] = collections.deque()
+        for batch in self.on_host(start_step, self.num_steps, local_views=True):
+            crops: Any = batch["images"]
+            if "local_images" in batch:
+                crops = (crops, batch["local_images"])
+            queue.append(jax.tree.map(self.placing, (crops, batch["sample_index"])))
             if len(queue) == _BATCHES_AHEAD:
                 yield queue.popleft()
         yield from queue

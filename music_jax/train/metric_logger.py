@@ -25,7 +25,7 @@ from music_jax.objectives import joint_probability
 from music_jax.objectives.global_batch import subtract_mean
 from music_jax.train.guards import STATISTICS
 from music_jax.train.input import TrainingInput
-from music_jax.train.recipe import Recipe
+from music_jax.train.recipe import Crops, Recipe
 from music_jax.train.state import TrainState, gather, state_shardings
 from music_jax.train.step import augmented_views
 from music_jax.workdir.files import in_bucket, read_json, write_json
@@ -36,10 +36,11 @@ _logger = logging.getLogger(__name__)
 
 Value = float | np.ndarray  # a scalar, or a picture: uint8 [height, width, channels]
 # Draws pictures of a state and the batch of its last step, by name.
-Draw = Callable[[TrainState, jax.Array, jax.Array], dict[str, np.ndarray]]
+Draw = Callable[[TrainState, Crops, jax.Array], dict[str, np.ndarray]]
 
 _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _NOT_IN_BAR = ("learning_rate", "grad_norm", *STATISTICS)
+_VIEWS = ("views", "local_views")  # pictures of each group of crops
 _SAMPLES_SHOWN = 8
 _MAX_EMBEDDED = 256  # samples that the joint probabilities are computed from
 _MAX_UNITS = 512  # shown, of the first segments
@@ -262,9 +263,9 @@ def make_draw(
 ) -> Draw:
     """Returns a function that draws pictures of a step; all processes call it together.
 
-    It draws `views`, with a column for each of the first samples, and for MUSIC
-    `joint_probability`; see `_heat_map`. It is a separate program: that of the training, and so
-    every bit of its result, is the same with and without pictures.
+    It draws `views` and `local_views`, if there are any, with a column for each of the first
+    samples, and for MUSIC `joint_probability`; see `_heat_map`. It is a separate program: that of
+    the training, and so every bit of its result, is the same with and without pictures.
     """
     objective, has_segments = config.objective, config.objective.name == "music"
     units = objective.units_per_segment
@@ -272,14 +273,16 @@ def make_draw(
     at_once = min(config.batch_size // config.accumulation_steps, _MAX_EMBEDDED)
     rows = max(at_once // mesh.size, 1) * mesh.size
 
-    def compute(
-        state: TrainState, images: jax.Array, sample_index: jax.Array
-    ) -> dict[str, jax.Array]:
-        views = augmented_views(recipe, images[:rows], sample_index[:rows])
-        shown = {"views": views[:_SAMPLES_SHOWN].astype(jnp.float32)}
+    def compute(state: TrainState, images: Crops, sample_index: jax.Array) -> dict[str, jax.Array]:
+        images, sample_index = jax.tree.map(lambda x: x[:rows], (images, sample_index))
+        groups = jax.tree.leaves(augmented_views(recipe, images, sample_index))
+        shown = {
+            name: views[:_SAMPLES_SHOWN].astype(jnp.float32)
+            for name, views in zip(_VIEWS, groups, strict=False)
+        }
         if has_segments:
             params = gather(state.params, mesh, recipe.dtype)
-            _, embeddings, _ = recipe.network.embed(params, state.batch_stats, views)
+            _, embeddings, _ = recipe.network.embed(params, state.batch_stats, groups[0])
             a, b = embeddings[:, 0, : segments * units], embeddings[:, 1, : segments * units]
             if is_centered(config):
                 a, b = subtract_mean(a), subtract_mean(b)
@@ -298,7 +301,8 @@ def make_draw(
     def draw(*arguments: Any) -> dict[str, np.ndarray]:
         with jax.set_mesh(mesh):
             drawn = jax.tree.map(np.asarray, jitted(*arguments))
-        drawn["views"] = _view_sheet(drawn["views"], recipe.mean, recipe.std)
+        for name in drawn.keys() & set(_VIEWS):
+            drawn[name] = _view_sheet(drawn[name], recipe.mean, recipe.std)
         if has_segments:
             drawn["joint_probability"] = _heat_map(drawn["joint_probability"], units)
         return drawn

@@ -12,7 +12,7 @@ import optax
 from ml_collections import config_dict
 
 from music_jax.config import from_json, is_centered
-from music_jax.data.augment import ViewAugmentation, view_augmentations
+from music_jax.data.augment import ViewAugmentation, local_augmentations, view_augmentations
 from music_jax.models.network import Network, make_network
 from music_jax.objectives import (
     barlow_twins_loss,
@@ -29,6 +29,10 @@ from music_jax.registry import BACKBONES, OBJECTIVES, OPTIMIZERS
 from music_jax.train.guards import Metrics, Objective, RandomObjective, embedding_statistics
 
 _OBJECTIVE_STREAM = 3  # separates the objectives' randomness from the augmentations'
+
+# A batch's crops, uint8 [batch, views, height, width, channels]: those of the two views, or a pair
+# of these and the local views.
+Crops = jax.Array | tuple[jax.Array, jax.Array]
 
 # Groups of fields that no recipe depends on.
 _EVALUATION = (
@@ -48,7 +52,8 @@ class Recipe:
       guards: `config.guards`, the limits that stop a failed training.
       schedule_of: Function from a learning rate at a batch of 256 to the schedule.
       optimizer_of: Function from a schedule to the optimizer.
-      views: Augmentation of each view.
+      views: Augmentation of each of the two views.
+      local_views: Augmentation of each local view.
       mean: Mean of each channel, in [0, 1].
       std: Standard deviation of each channel.
       dtype: Type that the network computes in.
@@ -64,6 +69,7 @@ class Recipe:
     schedule_of: Callable[[float | jax.Array], optax.Schedule]
     optimizer_of: Callable[[optax.Schedule], optax.GradientTransformation]
     views: tuple[ViewAugmentation, ...]
+    local_views: tuple[ViewAugmentation, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     dtype: jnp.dtype
@@ -127,6 +133,7 @@ def _shared_recipe(config_json: str, steps_per_epoch: int, parts: tuple[Any, ...
             make_optimizer(schedule, config.optimizer), config
         ),
         views=view_augmentations(config),
+        local_views=local_augmentations(config),
         mean=tuple(config.dataset.mean),
         std=tuple(config.dataset.std),
         dtype=jnp.dtype(config.compute_dtype),

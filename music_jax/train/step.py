@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import config_dict
 
 from music_jax.data.augment import augment_views
 from music_jax.distributed.mesh import batch_sharding
 from music_jax.errors import UserError
 from music_jax.train import guards
 from music_jax.train.guards import Metrics, Objective
-from music_jax.train.recipe import Recipe
+from music_jax.train.recipe import Crops, Recipe
 from music_jax.train.state import TrainState, gather, shard_for_update, state_shardings
 
 # Separate the randomness of augmentations and of layers from that of the initial weights.
@@ -25,20 +26,22 @@ _AUGMENTATION_STREAM, _LAYER_STREAM = 1, 2
 _RESERVED = {"epoch", "images_per_second", "learning_rate", "loss", "grad_norm", "step"}
 _RESERVED |= {*guards.STATISTICS}
 
-StepFunction = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]
+StepFunction = Callable[[TrainState, Crops, jax.Array], tuple[TrainState, Metrics]]
 # Maps parameters, running statistics, images [batch, ...] and sample indices [batch] to embeddings
 # [batch, views, dim] and new running statistics.
-Embed = Callable[[Any, Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
+Embed = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, Any]]
+# Maps embeddings [batch, views, dim] to the loss and further metrics.
+ViewsObjective = Callable[[jax.Array], tuple[jax.Array, Metrics]]
 
 
 def training_step(
-    state: TrainState, images: jax.Array, sample_index: jax.Array, *, recipe: Recipe, mesh: Mesh
+    state: TrainState, images: Crops, sample_index: jax.Array, *, recipe: Recipe, mesh: Mesh
 ) -> tuple[TrainState, Metrics]:
     """Takes one step; to be called under `jax.jit` and `jax.set_mesh(mesh)`.
 
     Args:
       state: State before the step.
-      images: The hosts' crops, uint8 [batch, views, height, width, channels].
+      images: The hosts' crops.
       sample_index: Global index of each sample, uint32 [batch].
       recipe: Static inputs of the step.
       mesh: The devices.
@@ -49,15 +52,15 @@ def training_step(
     """
     objective_of_step = recipe.objective_of_step(state.step)
 
-    def objective(a: jax.Array, b: jax.Array) -> tuple[jax.Array, Metrics]:
-        loss, metrics = objective_of_step(a, b)
+    def objective(embeddings: jax.Array) -> tuple[jax.Array, Metrics]:
+        loss, metrics = mean_over_pairs(objective_of_step, embeddings)
         if taken := sorted(_RESERVED.intersection(metrics)):
             raise UserError(
                 f"the objective's scalars include {taken[0]!r}, which is logged by the training; "
                 "give it another name"
             )
         if recipe.guards.enabled:
-            metrics = metrics | recipe.statistics(jax.lax.stop_gradient(a))
+            metrics = metrics | recipe.statistics(jax.lax.stop_gradient(embeddings[:, 0]))
         return loss, metrics
 
     loss, metrics, grads, batch_stats = batch_gradients(
@@ -92,12 +95,28 @@ def training_step(
     return new_state, metrics | {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
 
 
+def mean_over_pairs(objective: Objective, embeddings: jax.Array) -> tuple[jax.Array, Metrics]:
+    """Returns the mean loss and metrics over the pairs of a global view with every other view.
+
+    With views 0 and 1 global and the others local, these are (0, 1), (0, 2), (1, 2), (0, 3), ...
+
+    Args:
+      objective: Loss of the embeddings of two views.
+      embeddings: Embeddings [batch, views, dim].
+    """
+    pairs = [(a, b) for b in range(1, embeddings.shape[1]) for a in range(min(b, 2))]
+    found = [objective(embeddings[:, a], embeddings[:, b]) for a, b in pairs]
+    if len(found) == 1:
+        return found[0]
+    return jax.tree.map(lambda *values: jnp.mean(jnp.stack(values)), *found)
+
+
 def batch_gradients(
     embed: Embed,
-    objective: Objective,
+    objective: ViewsObjective,
     params: Any,
     batch_stats: Any,
-    images: jax.Array,
+    images: Any,
     sample_index: jax.Array,
     *,
     steps: int = 1,
@@ -120,10 +139,10 @@ def batch_gradients(
 
     Args:
       embed: Network in training mode.
-      objective: Loss of the embeddings of two views.
+      objective: Loss of the embeddings of all views.
       params: Parameters.
       batch_stats: Running statistics.
-      images: Images [batch, ...].
+      images: Images [batch, ...], or a tree of them.
       sample_index: Global index of each sample, [batch].
       steps: Number of microbatches, a divisor of the batch size.
       place: Function that shards gradients for their summation.
@@ -136,12 +155,9 @@ def batch_gradients(
       <https://arxiv.org/abs/2101.06983>`_, 2021
     """
 
-    def loss_of(embeddings: jax.Array) -> tuple[jax.Array, Metrics]:
-        return objective(embeddings[:, 0], embeddings[:, 1])
-
     def loss_in_one_pass(params: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
         embeddings, new_stats = embed(params, batch_stats, images, sample_index)
-        loss, metrics = loss_of(embeddings)
+        loss, metrics = objective(embeddings)
         return loss, (metrics, new_stats)
 
     if steps == 1:
@@ -149,45 +165,57 @@ def batch_gradients(
         (loss, (metrics, new_stats)), grads = whole(params)
         return loss, metrics, grads, new_stats
 
-    def microbatch(x: jax.Array, i: jax.Array) -> jax.Array:  # [batch / steps, ...]
-        rows = x.reshape(-1, steps, *x.shape[1:])
-        return jax.lax.dynamic_index_in_dim(rows, i, axis=1, keepdims=False)
+    def microbatch(batch: Any, i: jax.Array) -> Any:  # arrays [batch / steps, ...]
+        def rows(x: jax.Array) -> jax.Array:
+            parts = x.reshape(-1, steps, *x.shape[1:])
+            return jax.lax.dynamic_index_in_dim(parts, i, axis=1, keepdims=False)
+
+        return jax.tree.map(rows, batch)
 
     def first_pass(stats: Any, i: jax.Array) -> tuple[Any, jax.Array]:
-        embeddings, stats = embed(params, stats, microbatch(images, i), microbatch(sample_index, i))
+        embeddings, stats = embed(params, stats, *microbatch((images, sample_index), i))
         return stats, embeddings
 
     def second_pass(grads: Any, i: jax.Array) -> tuple[Any, None]:
-        part = microbatch(images, i), microbatch(sample_index, i)
+        part = microbatch((images, sample_index), i)
         _, pullback = jax.vjp(lambda params: embed(params, batch_stats, *part)[0], params)
         (more,) = pullback(microbatch(cotangents, i))
         return jax.tree.map(jnp.add, grads, place(more)), None
 
     new_stats, parts = jax.lax.scan(first_pass, batch_stats, jnp.arange(steps))
     embeddings = parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])  # [batch, views, dim]
-    (loss, metrics), cotangents = jax.value_and_grad(loss_of, has_aux=True)(embeddings)
+    (loss, metrics), cotangents = jax.value_and_grad(objective, has_aux=True)(embeddings)
     zeros = place(jax.tree.map(jnp.zeros_like, params))
     grads, _ = jax.lax.scan(second_pass, zeros, jnp.arange(steps))
     return loss, metrics, grads, new_stats
 
 
-def augmented_views(recipe: Recipe, images: jax.Array, sample_index: jax.Array) -> jax.Array:
-    """Returns the views that a step trains on, [batch, views, height, width, channels], normalized.
+def augmented_views(recipe: Recipe, images: Crops, sample_index: jax.Array) -> Crops:
+    """Returns the views that a step trains on, normalized, in the structure of the crops.
 
     Args:
       recipe: Static inputs of the step.
-      images: The hosts' crops, uint8 [batch, views, height, width, channels].
+      images: The hosts' crops.
       sample_index: Global index of each sample, uint32 [batch].
     """
-    return augment_views(
-        images,
-        sample_index,
-        jax.random.fold_in(jax.random.key(recipe.seed), _AUGMENTATION_STREAM),
-        views=recipe.views,
-        mean=recipe.mean,
-        std=recipe.std,
-        dtype=recipe.dtype,
-    )
+    groups, structure = jax.tree.flatten(images)
+    key = jax.random.fold_in(jax.random.key(recipe.seed), _AUGMENTATION_STREAM)
+    views, first_view = [], 0
+    for crops, augmentations in zip(groups, (recipe.views, recipe.local_views), strict=False):
+        views.append(
+            augment_views(
+                crops,
+                sample_index,
+                key,
+                views=augmentations,
+                mean=recipe.mean,
+                std=recipe.std,
+                dtype=recipe.dtype,
+                first_view=first_view,
+            )
+        )
+        first_view += len(augmentations)
+    return jax.tree.unflatten(structure, views)
 
 
 def _embed(
@@ -195,17 +223,24 @@ def _embed(
     mesh: Mesh,
     params: Any,
     batch_stats: Any,
-    images: jax.Array,
+    images: Crops,
     sample_index: jax.Array,
 ) -> tuple[jax.Array, Any]:
-    """Returns embeddings [batch, views, dim] of a batch's crops and the new running statistics."""
-    views = augmented_views(recipe, images, sample_index)
+    """Returns embeddings [batch, views, dim] of a batch's crops and the new running statistics.
+
+    The running statistics are those after the two views: inference sees images of their kind.
+    """
+    views, *local = jax.tree.leaves(augmented_views(recipe, images, sample_index))
     gathered = gather(params, mesh, recipe.dtype)
     # The first sample tells apart steps and microbatches, on any number of devices.
     key = jax.random.fold_in(jax.random.key(recipe.seed), _LAYER_STREAM)
     key = jax.random.fold_in(key, sample_index[0])
-    _, embeddings, batch_stats = recipe.network.embed(gathered, batch_stats, views, key)
-    return embeddings, batch_stats
+    _, embeddings, new_stats = recipe.network.embed(gathered, batch_stats, views, key)
+    if local:
+        key = jax.random.fold_in(key, 1)
+        _, others, _ = recipe.network.embed(gathered, batch_stats, local[0], key)
+        embeddings = jnp.concatenate([embeddings, others], axis=1)
+    return embeddings, new_stats
 
 
 def compile_step(recipe: Recipe, state: TrainState, mesh: Mesh) -> StepFunction:
@@ -221,7 +256,7 @@ def compile_step(recipe: Recipe, state: TrainState, mesh: Mesh) -> StepFunction:
     jitted, values = _jit_step(recipe, state, mesh), _values(recipe)
 
     def step(
-        state: TrainState, images: jax.Array, sample_index: jax.Array
+        state: TrainState, images: Crops, sample_index: jax.Array
     ) -> tuple[TrainState, Metrics]:
         with jax.set_mesh(mesh):  # the objective divides its work over this mesh
             return jitted(state, images, sample_index, *values)
@@ -245,19 +280,28 @@ def compile_skip(state: TrainState, mesh: Mesh) -> Callable[[TrainState], TrainS
     return jax.jit(skip, in_shardings=(states,), out_shardings=states, donate_argnums=0)
 
 
-def lower_step(
-    recipe: Recipe, state: TrainState, mesh: Mesh, images_shape: tuple[int, ...]
-) -> jax.stages.Lowered:
+def crop_shapes(config: config_dict.ConfigDict) -> Any:
+    """Returns the shapes of the crops of a global batch, as `jax.ShapeDtypeStruct`s."""
+
+    def shape(num_views: int, side: int) -> jax.ShapeDtypeStruct:
+        size = config.batch_size, num_views, side, side, config.dataset.num_channels
+        return jax.ShapeDtypeStruct(size, jnp.uint8)
+
+    views, local = shape(2, config.crop.size), config.local_views
+    return (views, shape(local.count, local.size)) if local.count else views
+
+
+def lower_step(recipe: Recipe, state: TrainState, mesh: Mesh, images: Any) -> jax.stages.Lowered:
     """Lowers the step that `compile_step` runs, for devices that may be absent.
 
     Args:
       recipe: Static inputs of the step.
       state: The shapes of the state.
       mesh: The devices, for example those of a topology's description.
-      images_shape: Shape of the global batch of crops, [batch, views, height, width, channels].
+      images: The shapes of the crops; see `crop_shapes`.
     """
-    images = jax.ShapeDtypeStruct(images_shape, jnp.uint8)
-    sample_index = jax.ShapeDtypeStruct(images_shape[:1], jnp.uint32)
+    batch = jax.tree.leaves(images)[0].shape[:1]
+    sample_index = jax.ShapeDtypeStruct(batch, jnp.uint32)
     with jax.set_mesh(mesh):
         jitted = _jit_step(recipe, state, mesh)
         return jitted.lower(state, images, sample_index, *_values(recipe))
@@ -283,7 +327,7 @@ def _jit_shared_step(
 
     def step(
         state: TrainState,
-        images: jax.Array,
+        images: Crops,
         sample_index: jax.Array,
         seed: jax.Array,
         base_learning_rate: jax.Array,

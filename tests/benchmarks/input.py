@@ -8,6 +8,7 @@ writes 500 x 375 JPEGs from scikit-image's photos to a temporary folder, and com
 - quick: the loader's own decoder does the same, as for training views;
 - loader: `training_batches` over a folder of 20,000 names of such files, two crops of 224 pixels
   (scale 0.08 to 1);
+- local: the same with four local views of 96 pixels (scale 0.05 to 0.3) besides;
 - pillow: Pillow reads and decodes each file, cuts two such crops and resizes them bilinearly, as
   torchvision's ImageFolder and RandomResizedCrop do by default.
 
@@ -48,6 +49,7 @@ from music_jax.data.sources import Source
 WIDTH, HEIGHT, SIZE = 500, 375, 224
 BATCH, TURN = 64, 2048
 LOADER_TURN = 4 * TURN
+LOCAL_VIEWS = Crop(96, (0.05, 0.3)), 4
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field")
 
 
@@ -98,7 +100,11 @@ def pillow_all(paths: list[str]) -> None:
 
 
 def batches(
-    source: Source, num_samples: int, threads: int, start: int
+    source: Source,
+    num_samples: int,
+    threads: int,
+    start: int,
+    local_views: tuple[Crop, int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     return training_batches(
         source,
@@ -106,14 +112,17 @@ def batches(
         crop=Crop(SIZE),
         channels=3,
         positions=np.arange(BATCH),
+        local_views=local_views,
         start_step=start // BATCH,
         num_steps=(start + num_samples) // BATCH,
         num_threads=threads,
     )
 
 
-def loader_all(source: Source, threads: int, start: int) -> None:
-    for _ in batches(source, LOADER_TURN, threads, start):
+def loader_all(
+    source: Source, threads: int, start: int, local_views: tuple[Crop, int] | None = None
+) -> None:
+    for _ in batches(source, LOADER_TURN, threads, start, local_views):
         pass
 
 
@@ -141,9 +150,12 @@ def measure_rates(source: Source, paths: list[str], repeats: int) -> dict:
         "decode": lambda repeat, threads: in_threads(decode_all, encoded, threads),
         "quick": lambda repeat, threads: in_threads(decode_quickly, encoded, threads),
         "loader": lambda repeat, threads: loader_all(source, threads, repeat * LOADER_TURN),
+        "local": lambda repeat, threads: loader_all(
+            source, threads, repeat * LOADER_TURN, LOCAL_VIEWS
+        ),
         "pillow": lambda repeat, threads: in_threads(pillow_all, paths, threads),
     }
-    counts = dict.fromkeys(forms, TURN) | {"loader": LOADER_TURN}
+    counts = dict.fromkeys(forms, TURN) | dict.fromkeys(("loader", "local"), LOADER_TURN)
     cv2.setNumThreads(0)
     rng = random.Random(0)
     turns = []
@@ -189,6 +201,10 @@ def measure_rates(source: Source, paths: list[str], repeats: int) -> dict:
                 "needed": 2.5,
                 "wall": ratio("loader_1", "pillow_1", "wall"),
                 "core": ratio("loader_1", "pillow_1", "core"),
+            },
+            "local over loader": {
+                "wall": ratio("local_1", "loader_1", "wall"),
+                "core": ratio("local_1", "loader_1", "core"),
             },
             "loader, two threads over one": {
                 "needed": 1.8,

@@ -28,7 +28,7 @@ from music_jax.plan import programs
 from music_jax.plan.chips import CHIPS
 from music_jax.train.recipe import make_recipe
 from music_jax.train.state import abstract_state, init_state
-from music_jax.train.step import lower_step
+from music_jax.train.step import crop_shapes, lower_step
 
 STEPS_PER_EPOCH = 100
 
@@ -37,9 +37,8 @@ def measure(config: Any, chip: str | None, steps: int, turns: int) -> dict[str, 
     """Returns one row of the table."""
     mesh = make_data_mesh(fsdp=config.sharding.fsdp)
     recipe = make_recipe(config, STEPS_PER_EPOCH)
-    side = config.crop.size
-    shape = (config.batch_size, len(recipe.views), side, side, config.dataset.num_channels)
-    lowered = lower_step(recipe, abstract_state(config, recipe.optimizer), mesh, shape)
+    shapes = crop_shapes(config)
+    lowered = lower_step(recipe, abstract_state(config, recipe.optimizer), mesh, shapes)
     start = time.perf_counter()
     compiled = lowered.compile()
     compile_seconds = time.perf_counter() - start
@@ -48,8 +47,9 @@ def measure(config: Any, chip: str | None, steps: int, turns: int) -> dict[str, 
     memory = compiled.memory_analysis()
 
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, shape, np.uint8)
-    batch = jax.device_put((images, np.arange(len(images), dtype=np.uint32)), batch_sharding(mesh))
+    images = jax.tree.map(lambda x: rng.integers(0, 256, x.shape, np.uint8), shapes)
+    index = np.arange(config.batch_size, dtype=np.uint32)
+    batch = jax.device_put((images, index), batch_sharding(mesh))
     batch = (*batch, np.uint32(recipe.seed), np.float32(recipe.base_learning_rate))
     state = init_state(config, recipe.optimizer, mesh)
     seconds, losses = [], []

@@ -22,6 +22,10 @@ def test_every_field_of_the_interface_is_there():
         "dataset.name",
         "backbone.name",
         "projector.hidden_sizes",
+        "local_views.count",
+        "local_views.size",
+        "local_views.scale",
+        "augmentation.local.hue",
         "optimizer.name",
         "optimizer.base_learning_rate",
         "checkpoint.every_steps",
@@ -36,7 +40,8 @@ def test_descriptions_are_the_comments_beside_the_fields():
     assert found["batch_size"] == "Global batch size, over all devices and processes."
     assert found["compute_dtype"].startswith("float32 or bfloat16; ")
     assert found["sharding.fsdp"].endswith("of one slice is fastest.")
-    assert found["augmentation.view_1.hue"] == found["augmentation.view_2.hue"] != ""
+    for view in ("view_2", "local"):
+        assert found["augmentation.view_1.hue"] == found[f"augmentation.{view}.hue"] != ""
     assert found["guards"] == "Checks that end a failing training early."
 
 
@@ -53,9 +58,9 @@ def test_by_default_the_views_are_not_augmented():
     assert view_augmentations(default_config()) == (ViewAugmentation(), ViewAugmentation())
 
 
-def test_both_views_are_set_at_once():
+def test_all_views_are_set_at_once():
     config = default_config()
     set_views(config, hue=0.25)
-    assert config.augmentation.view_1.hue == config.augmentation.view_2.hue == 0.25
+    assert {view.hue for view in config.augmentation.values()} == {0.25}
     with pytest.raises(KeyError, match='Did you mean "hue"'):
         set_views(config, huee=0.25)

@@ -238,6 +238,11 @@ def test_names_of_datasets_and_buckets_are_not_changed(name):
         ("crop.scale", (0.5, 0.2), "be a pair"),
         ("crop.scale", (0.5,), "be a pair"),
         ("crop.eval_resize", 1, "at least crop.size"),
+        ("local_views.count", -1, r"local_views.count must be in \[0, 100\]; got -1"),
+        ("local_views.size", 0, "local_views.size must be at least 1"),
+        ("local_views.scale", (0.0, 0.3), r"scale must be in \(0, 1\] in each entry"),
+        ("local_views.scale", (0.3, 0.05), "be a pair"),
+        ("augmentation.local.hue", 0.6, r"local.hue must be in \[0, 0.5\]"),
         ("dataset.num_channels", 2, "must be one of 1, 3"),
         ("dataset.mean", (0.1, 0.2), "num_channels"),
         ("dataset.std", (0.0,), "positive in each entry"),
@@ -285,13 +290,25 @@ def test_a_wrong_value_is_named(field, value, message):
         ("backbone.stem", "imagenet", "stem = 'imagenet' is not supported by vit_s16"),
         ("backbone.zero_init_residual", False, "is not supported by vit_s16"),
         ("crop.size", 100, "crop.size must be a multiple of 16 for vit_s16; got 100"),
+        ("local_views.size", 100, "local_views.size must be a multiple of 16 for vit_s16; got 100"),
     ],
 )
 def test_options_and_sizes_that_a_vision_transformer_lacks_are_named(field, value, message):
-    config = from_file("imagenet_vit")
+    config = from_file("imagenet_vit", local_views={"count": 2})
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
         validate(config)
+
+
+def test_fields_of_local_views_count_only_if_there_are_any():
+    old, new = default_config(), default_config()
+    new.local_views.size, new.augmentation.local.hue = 64, 0.25
+    assert differences(old.to_dict(), new.to_dict()) == []
+    new.local_views.count = 2
+    found = differences(old.to_dict(), new.to_dict())
+    names = ["augmentation.local.hue", "local_views.count", "local_views.size"]
+    assert [line.partition(":")[0] for line in found] == names
+    validate(from_file("imagenet_vit", local_views={"size": 100}))  # no multiple of 16
 
 
 def test_a_missing_field_is_named():

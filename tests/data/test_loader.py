@@ -467,6 +467,88 @@ def test_views_of_a_jpeg_decoded_smaller_match_those_of_the_full_size(height, wi
     assert np.abs(difference).max() < 30
 
 
+def _coordinates(count=4, height=200, width=250):
+    """Images that show at each pixel its column, its row, and their own number."""
+    image = np.zeros((height, width, 3), np.uint8)
+    image[..., 0], image[..., 1] = np.arange(width), np.arange(height)[:, None]
+
+    class Numbered(_Records):
+        def __getitem__(self, i):
+            image[..., 2] = 10 * i
+            return {"image": cv2.imencode(".png", image[..., ::-1])[1].tobytes(), "label": i}
+
+    return Source("coordinates", Numbered(count), "image", "label", count)
+
+
+def test_local_views_are_cut_from_the_same_decoded_image_within_their_range_of_areas(monkeypatch):
+    decoded = []
+    decode = loader.decode
+    monkeypatch.setattr(
+        loader, "decode", lambda *given, **options: decoded.append(1) or decode(*given, **options)
+    )
+    options = {"crop": Crop(64), "channels": 3, "num_steps": 6}
+    local_views = Crop(32, (0.05, 0.3)), 5
+    order = TrainingOrder(4, 4, 0)
+    batches = _batches(_coordinates(), order, local_views=local_views, **options)
+    assert len(decoded) == 24
+    local = np.concatenate([batch["local_images"] for batch in batches]).astype(float)
+    assert local.shape == (24, 5, 32, 32, 3)
+    labels = np.concatenate([batch["label"] for batch in batches])
+    assert np.all(local[..., 2] == 10 * labels[:, None, None, None])
+    # From the coordinates of the first and the last pixel, whose centers are 31 / 32 of a side
+    # apart.
+    widths, heights = np.moveaxis(local[:, :, -1, -1, :2] - local[:, :, 0, 0, :2], -1, 0) * 32 / 31
+    shares = widths * heights / (200 * 250)
+    assert 0.04 < shares.min() < 0.1 < 0.25 < shares.max() < 0.33
+    assert np.all((widths / heights > 0.65) & (widths / heights < 1.5))
+    assert len(np.unique(local[:, :, 0, 0, :2].reshape(-1, 2), axis=0)) > 110  # of 120
+
+
+def test_local_views_change_neither_the_other_crops_nor_with_the_process_or_the_first_step():
+    order = TrainingOrder(4, 4, 0)
+    options = {"crop": Crop(64), "channels": 3, "num_steps": 3}
+    without = _batches(_coordinates(), order, **options)
+    local = Crop(32, (0.05, 0.3))
+    found = _batches(_coordinates(), order, local_views=(local, 5), **options)
+    assert "local_images" not in without[0]
+    for a, b in zip(without, found, strict=True):
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+    options |= {"local_views": (local, 5), "positions": np.array([1, 3]), "start_step": 2}
+    (part,) = _batches(_coordinates(), order, **options)
+    for name in ("images", "local_images"):
+        np.testing.assert_array_equal(part[name], found[2][name][[1, 3]])
+
+
+def test_a_jpeg_is_decoded_large_enough_for_its_local_views(monkeypatch):
+    jpeg = cv2.imencode(".jpg", np.zeros((1024, 1024, 3), np.uint8))[1].tobytes()
+
+    class One(_Records):
+        def __getitem__(self, i):
+            return {"image": jpeg, "label": 0}
+
+    cuts = []
+
+    def record(image, box, out, *, reduction):
+        cuts.append((box, len(out), reduction))
+
+    monkeypatch.setattr(loader, "cut", record)
+    source, order = Source("one", One(4), "image", "label", 1), TrainingOrder(4, 4, 0)
+    options = {"crop": Crop(64, (1.0, 1.0), (1.0, 1.0)), "channels": 3, "num_steps": 1}
+    options["num_threads"] = 1
+    _batches(source, order, **options)
+    without, cuts = cuts, []
+    _batches(source, order, local_views=(Crop(32, (0.02, 0.1)), 3), **options)
+    assert {reduction for *_, reduction in without} == {8}
+    assert [cut[:2] for cut in cuts if cut[1] == 64] == [cut[:2] for cut in without]
+    for sample in range(4):
+        found = cuts[5 * sample : 5 * (sample + 1)]
+        smallest = min(min(box.height, box.width) / size for box, size, _ in found)
+        (reduction,) = {reduction for *_, reduction in found}
+        assert reduction <= smallest < 2 * reduction
+        assert reduction < 8
+
+
 def test_views_of_a_rotated_png_are_cut_after_the_rotation():
     file = io.BytesIO()
     wide = Image.fromarray(np.tile(np.arange(90, dtype=np.uint8), (20, 1)))  # brighter to the right

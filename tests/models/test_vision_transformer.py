@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 from music_jax.config import default_config
-from music_jax.models import BACKBONES
+from music_jax.models import BACKBONES, network, vision_transformer
 from music_jax.models.network import init_network
 from music_jax.models.vision_transformer import VisionTransformer, sincos_positions
 
@@ -111,6 +111,38 @@ def test_positions_of_a_grid_that_is_not_square():
         for frequency in (1.0, 0.01)
     ]
     np.testing.assert_allclose(sincos_positions(2, 3, 8), np.transpose(expected), atol=1e-7)
+
+
+def test_a_smaller_image_gets_the_positions_of_the_same_regions():
+    """A 2 x 2 grid over one of 5 x 5, whose patches are 2.5 of the others' wide."""
+    centers = np.array([0.75, 3.25])  # 1.25 and 3.75 patches from the border
+    rows, columns = np.repeat(centers, 2), np.tile(centers, 2)
+    expected = [
+        wave(place * frequency)
+        for place in (rows, columns)
+        for wave in (np.sin, np.cos)
+        for frequency in (1.0, 0.01)
+    ]
+    found = sincos_positions(2, 2, 8, grid=5)
+    np.testing.assert_allclose(found, np.transpose(expected), atol=1e-7)
+    np.testing.assert_array_equal(sincos_positions(5, 5, 8, grid=5), sincos_positions(5, 5, 8))
+
+
+def test_local_views_have_positions_in_the_grid_of_the_crops(monkeypatch):
+    config = default_config()
+    config.backbone.name = "vit_s16"
+    backbone = nnx.eval_shape(lambda: network._make_backbone(config, nnx.Rngs(0)))
+    asked = []
+
+    def positions(*sizes, grid):
+        asked.append((*sizes, grid))
+        return sincos_positions(*sizes, grid=grid)
+
+    monkeypatch.setattr(vision_transformer, "sincos_positions", positions)
+    for size in (224, 96):
+        images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+        nnx.eval_shape(lambda backbone, x: backbone(x, train=True), backbone, images)
+    assert asked == [(14, 14, 384, 14), (6, 6, 384, 14)]
 
 
 def test_weights_are_initialized_as_in_moco_v3():

@@ -13,9 +13,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from music_jax.config import default_config
-from music_jax.distributed.mesh import check_divisible
+from music_jax.distributed.mesh import check_divisible, make_data_mesh
 from music_jax.errors import UserError
 from music_jax.plan import compiling, programs
+from music_jax.train.step import lower_step
 from music_jax.workdir.directory import user_directory
 from music_jax.workdir.run_config import as_json
 
@@ -81,6 +82,26 @@ def test_an_unreadable_program_falls_back_to_the_counts_of_xla(four_chips, monke
     assert found.received_bytes is None
     assert found.objective_flops is None
     assert "cannot read" in found.estimates["received_bytes"]
+
+
+def test_local_views_are_in_the_step_that_is_compiled(four_chips, monkeypatch):
+    flops = []
+
+    def counted(recipe, state, mesh, images):
+        lowered = lower_step(recipe, state, make_data_mesh(1), images)
+        flops.append(lowered.cost_analysis()["flops"])
+        whole = NamedSharding(mesh, PartitionSpec())
+        number = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+        return jax.jit(lambda x: x + len(flops), out_shardings=whole).lower(number)
+
+    monkeypatch.setattr(compiling, "lower_step", counted)
+    config = _small_config()
+    config.projector.hidden_sizes = ()
+    for count in (0, 4):
+        config.local_views.update({"count": count, "size": 16})
+        compiling.measure(config, four_chips, 1, with_objective=False)
+    # Four views of a quarter of the pixels besides two of all, and nine pairs instead of one.
+    assert 1.4 < flops[1] / flops[0] < 1.8
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,9 @@ _VIEW_1 = {
 _VIEW_2 = _VIEW_1 | {
     name: value * 0.5 for name, value in _VIEW_1.items() if isinstance(value, float)
 }
+_LOCAL = _VIEW_1 | {
+    name: value * 0.75 for name, value in _VIEW_1.items() if isinstance(value, float)
+}
 
 _VALUES = {
     "seed": 5,
@@ -108,7 +111,8 @@ _VALUES = {
         "std": (0.3,),
     },
     "crop": {"size": 12, "scale": (0.2, 0.9), "aspect_ratio": (0.6, 1.7), "eval_resize": 15},
-    "augmentation": {"view_1": _VIEW_1, "view_2": _VIEW_2},
+    "local_views": {"count": 2, "size": 6, "scale": (0.1, 0.4)},
+    "augmentation": {"view_1": _VIEW_1, "view_2": _VIEW_2, "local": _LOCAL},
     "backbone": {
         "name": "tiny_resnet",
         "remat": True,
@@ -226,8 +230,9 @@ def test_no_field_has_its_default_and_the_views_share_none(config):
         field for field in _leaves(default) if get_field(default, field) == get_field(config, field)
     }
     assert same == _AS_BY_DEFAULT
-    one, two = config.augmentation.view_1, config.augmentation.view_2
-    assert {name for name in one if one[name] == two[name]} == {"blur_sigma", "scale"}
+    views = config.augmentation.values()
+    same = {name for name in _VIEW_1 if len({view[name] for view in views}) < 3}
+    assert same == {"blur_sigma", "scale"}
 
 
 class _Calls:
@@ -260,6 +265,7 @@ def _some(options, *names):
 def test_the_recipe_has_every_field_that_a_step_needs(config):
     recipe = make_recipe(config, steps_per_epoch=3)
     assert recipe.views == (ViewAugmentation(**_VIEW_1), ViewAugmentation(**_VIEW_2))
+    assert recipe.local_views == (ViewAugmentation(**_LOCAL),) * 2
     assert (recipe.mean, recipe.std, recipe.seed) == ((0.4,), (0.3,), 5)
     assert (recipe.dtype, recipe.accumulation_steps) == (jnp.bfloat16, 2)
     assert recipe.guards.to_dict() == _VALUES["guards"]
@@ -291,9 +297,12 @@ def test_the_network_is_the_one_that_is_described(config):
 def test_a_step_is_the_one_computed_by_hand(config):
     config.compute_dtype = "float32"  # so that the numbers can be compared
     config.backbone.remat, config.projector.hidden_sizes = False, ()
-    for view in ("view_1", "view_2"):  # which take long to compile
+    for view in ("view_1", "view_2", "local"):  # which take long to compile
         for slow in ("affine", "jitter", "blur"):
             config.augmentation[view][f"{slow}_probability"] = 0.0
+    first, second, others = (
+        config.augmentation[view].to_dict() for view in ("view_1", "view_2", "local")
+    )
     recipe, mesh = make_recipe(config, steps_per_epoch=3), make_data_mesh(1)
     state = init_state(config, recipe.optimizer, mesh)
     # The step takes over the state's buffers, so what is compared with is copied.
@@ -302,29 +311,44 @@ def test_a_step_is_the_one_computed_by_hand(config):
         np.testing.assert_array_equal(block["norm2"]["scale"], 1)  # zero_init_residual is False
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2, 8, 2, 12, 18, 1), dtype=np.uint8)
+    local = rng.integers(0, 256, (2, 8, 2, 6, 10, 1), dtype=np.uint8)
     indices = rng.permutation(10_000)[:16].reshape(2, 8).astype(np.uint32)
     key = jax.random.fold_in(jax.random.key(5), 1)
 
     @functools.partial(jax.jit, compiler_options=INIT_COMPILER_OPTIONS)
-    def loss_and_gradient(params, images, indices):
-        views = augment_views(images, indices, key, views=recipe.views, mean=(0.4,), std=(0.3,))
+    def loss_and_gradient(params, images, local, indices):
+        augment = functools.partial(
+            augment_views, sample_indices=indices, key=key, mean=(0.4,), std=(0.3,)
+        )
+        groups = (
+            augment(images, views=(ViewAugmentation(**first), ViewAugmentation(**second))),
+            augment(local, views=(ViewAugmentation(**others),) * 2, first_view=2),
+        )
 
         def loss(params):
-            # Two microbatches, of the even and of the odd places.
-            parts = [recipe.network.embed(params, stats, views[i::2])[1] for i in (0, 1)]
-            embeddings = jnp.stack(parts, axis=1).reshape(8, 2, 12)
-            centered = embeddings - jnp.mean(embeddings, axis=0, keepdims=True)
-            terms = music_terms(centered[:, 0], centered[:, 1], num_segments=3, temperature=0.7)
-            return 1.5 * terms.diagonal + 0.6 * terms.cross_segment + 2.5 * terms.invariance
+            parts = [  # two microbatches, of the even and of the odd places
+                jnp.concatenate(
+                    [recipe.network.embed(params, stats, views[i::2])[1] for views in groups], 1
+                )
+                for i in (0, 1)
+            ]
+            embeddings = jnp.stack(parts, axis=1).reshape(8, 4, 12)
+            z = jnp.moveaxis(embeddings - jnp.mean(embeddings, axis=0, keepdims=True), 1, 0)
+            total = 0.0
+            for a, b in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3)):
+                terms = music_terms(z[a], z[b], num_segments=3, temperature=0.7)
+                total += 1.5 * terms.diagonal + 0.6 * terms.cross_segment + 2.5 * terms.invariance
+            return total / 5
 
         return jax.value_and_grad(loss)(params)
 
     step_function = compile_step(recipe, state, mesh)
     gradients = []
     for step in range(2):  # the first at a rate of 0, where the warm-up begins
-        loss, gradient = loss_and_gradient(start, images[step], indices[step])
+        loss, gradient = loss_and_gradient(start, images[step], local[step], indices[step])
         gradients.append(gradient)
-        batch = jax.device_put((images[step], indices[step]), batch_sharding(mesh))
+        batch = ((images[step], local[step]), indices[step])
+        batch = jax.device_put(batch, batch_sharding(mesh))
         state, metrics = step_function(state, *batch)
         norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(gradient)))
         np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
@@ -365,7 +389,7 @@ def test_images_are_cropped_as_described(config, calls):
     calls.replace(features, "evaluation_batches", lambda *given, **options: iter(()))
     source, mesh, skipped = _source(), make_data_mesh(1), object()
     order = TrainingOrder(12, config.batch_size, config.seed)
-    list(TrainingInput(config, source, order, mesh, skipped).on_host(2, 4))
+    list(TrainingInput(config, source, order, mesh, skipped).on_host(2, 4, local_views=True))
     frozen = features.FrozenNetwork(config, None, {}, {}, mesh, skipped)
     list(frozen.random_crop_batches(source, batch_size=5, num_epochs=3, description=""))
     recipe = types.SimpleNamespace(network=types.SimpleNamespace(num_features=6))
@@ -378,6 +402,8 @@ def test_images_are_cropped_as_described(config, calls):
         assert _some(options, *names) == (_CROP, 1, skipped, 3)
     assert training[0][1] == TrainingOrder(12, 8, 5)
     assert _some(training[1], "start_step", "num_steps") == (2, 4)
+    assert training[1]["local_views"] == (Crop(6, (0.1, 0.4), (0.6, 1.7)), 2)
+    assert probed[1]["local_views"] is None
     assert crops[0][1] == TrainingOrder(12, 5, 5)
     assert _some(crops[1], "flip", "num_views", "num_steps") == (True, 1, 6)
     assert probed[0][1] == TrainingOrder(12, 5, 5)

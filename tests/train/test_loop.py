@@ -139,10 +139,19 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(finished, config
         assert _json(workdir / name) == _json(finished[0] / name)
 
 
-@pytest.mark.parametrize("objective", [{"center": True}, {"name": "sigreg", "num_slices": 16}])
-def test_running_means_and_random_objectives_resume_with_the_same_bits(objective, config, tmp_path):
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"objective": {"center": True}},
+        {"objective": {"name": "sigreg", "num_slices": 16}},
+        {"local_views": {"count": 2, "size": 6}},
+    ],
+)
+def test_running_means_random_objectives_and_local_views_resume_with_the_same_bits(
+    fields, config, tmp_path
+):
     config = config.copy_and_resolve_references()
-    config.objective.update(objective)
+    config.update(fields)
     config.guards.loss_spike_deviations = 0.0  # the first losses of SIGReg rise
     expected = train_and_evaluate(config, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -175,6 +184,8 @@ def broken_fourth_step(monkeypatch):
 
 @pytest.mark.usefixtures("broken_fourth_step")
 def test_a_bad_step_stops_the_run_and_its_batch_is_saved(config, tmp_path):
+    config = config.copy_and_resolve_references()
+    config.local_views.update({"count": 2, "size": 6})
     with pytest.raises(
         DivergedError, match=r"not finite at step 4;.*step 2 is saved; its batch is"
     ):
@@ -188,12 +199,15 @@ def test_a_bad_step_stops_the_run_and_its_batch_is_saved(config, tmp_path):
         datasets.training_source(config),
         order,
         crop=Crop(8, (0.5, 1.0)),
+        local_views=(Crop(6, (0.05, 0.3)), 2),
         channels=1,
         positions=np.arange(32),
         start_step=3,
         num_steps=4,
     )
-    np.testing.assert_array_equal(kept["images"], next(read)["images"])
+    batch = next(read)
+    for name in ("images", "local_images"):
+        np.testing.assert_array_equal(kept[name], batch[name])
     assert kept["sample_index"].tolist() == list(range(100, 132))  # the second epoch's first
     assert kept["record"].tolist() == [order.record_key(i) for i in range(100, 132)]
     assert (int(kept["step"]), int(kept["seed"])) == (4, 0)

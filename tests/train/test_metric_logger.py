@@ -31,7 +31,7 @@ from music_jax.train.metric_logger import (
 )
 from music_jax.train.recipe import make_recipe
 from music_jax.train.state import abstract_state, init_state
-from music_jax.train.step import augmented_views
+from music_jax.train.step import augmented_views, crop_shapes
 
 
 def _config(**fields):
@@ -195,23 +195,27 @@ def test_heat_map_is_brightest_on_the_diagonal_of_a_perfect_code_and_even_elsewh
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("devices", "center"), [(1, False), (4, False), (4, True)])
-def test_pictures_show_the_views_of_the_training_step(devices, center):
+@pytest.mark.parametrize(
+    ("devices", "center", "local_views"), [(1, False, 3), (4, False, 0), (4, True, 0)]
+)
+def test_pictures_show_the_views_of_the_training_step(devices, center, local_views):
     config = small_config()
     config.batch_size = 16
+    config.local_views.update({"count": local_views, "size": 12})
     config.objective.center = center
     config.objective.update({"num_segments": 40, "units_per_segment": 20})  # 800: not all are shown
     config.augmentation.view_1.update({"noise_probability": 1.0, "noise_std": 0.2})
     mesh, recipe = make_data_mesh(devices), make_recipe(config, steps_per_epoch=1)
     rng = np.random.Generator(np.random.Philox(key=3))
-    images = rng.integers(0, 256, (16, 2, 28, 28, 1), np.uint8)
+    images = jax.tree.map(lambda x: rng.integers(0, 256, x.shape, np.uint8), crop_shapes(config))
     indices = np.arange(16, dtype=np.uint32)
     state = init_state(config, recipe.optimizer, mesh)
     pictures = make_draw(config, recipe, abstract_state(config, recipe.optimizer), mesh)
     batch = jax.device_put((images, indices), batch_sharding(mesh))
     drawn = pictures(state, *batch)
 
-    views = jax.jit(functools.partial(augmented_views, recipe))(images, indices)
+    augmented = jax.jit(functools.partial(augmented_views, recipe))(images, indices)
+    views, *local = jax.tree.leaves(augmented)
     params, batch_stats = jax.device_get((state.params, state.batch_stats))
     _, z, _ = jax.jit(recipe.network.embed)(params, batch_stats, views)
     z = z[:, :, : 25 * 20]
@@ -221,6 +225,10 @@ def test_pictures_show_the_views_of_the_training_step(devices, center):
     np.testing.assert_array_equal(
         drawn["views"], _view_sheet(np.asarray(views[:8]), recipe.mean, recipe.std)
     )
+    assert ("local_views" in drawn) == bool(local_views)
+    for others in local:
+        sheet = _view_sheet(np.asarray(others[:8]), recipe.mean, recipe.std)
+        np.testing.assert_array_equal(drawn["local_views"], sheet)
     assert drawn["joint_probability"].shape == (500, 500, 3)
     difference = drawn["joint_probability"].astype(int) - _heat_map(joint, 20).astype(int)
     assert np.abs(difference).max() <= 2

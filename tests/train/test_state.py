@@ -15,7 +15,7 @@ from music_jax.models.vision_transformer import VisionTransformer
 from music_jax.train import state as state_lib
 from music_jax.train.recipe import make_recipe
 from music_jax.train.state import abstract_state, init_state
-from music_jax.train.step import compile_step, lower_step
+from music_jax.train.step import compile_step, crop_shapes, lower_step
 
 _TINY = functools.partial(VisionTransformer, width=16, depth=1, num_heads=2, patch_size=4)
 
@@ -49,7 +49,10 @@ def _run(config, devices, fsdp=1, steps=5):
     recipe = make_recipe(config, steps_per_epoch=4)
     state = init_state(config, recipe.optimizer, mesh)
     step = compile_step(recipe, state, mesh)
-    images = np.random.default_rng(0).integers(0, 256, (16, 2, 8, 8, 1), dtype=np.uint8)
+    rng = np.random.default_rng(0)
+    images = jax.tree.map(
+        lambda x: rng.integers(0, 256, x.shape, dtype=np.uint8), crop_shapes(config)
+    )
     losses = []
     for i in range(steps):
         index = np.arange(16, dtype=np.uint32) + 16 * i
@@ -90,6 +93,15 @@ def test_losses_are_those_of_one_device(optimizer, layouts):
             assert _bytes(state.opt_state) == _bytes(expected_state.opt_state)
 
 
+def test_losses_with_local_views_are_those_of_one_device_in_microbatches_too():
+    config = _config("sgd", local_views={"count": 2, "size": 4})
+    config.projector.hidden_sizes = ()  # no batch normalization
+    expected = _run(config, devices=1)[1]
+    np.testing.assert_allclose(_run(config, 4, fsdp=2)[1], expected, rtol=1e-5)
+    config.accumulation_steps = 2
+    np.testing.assert_allclose(_run(config, 2, fsdp=2)[1], expected, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_losses_in_microbatches_are_those_of_one_device():
     config = _config(accumulation_steps=2)
@@ -104,7 +116,7 @@ def test_the_step_can_be_lowered_without_arrays_and_shares_the_objective_over_bo
     mesh = make_data_mesh(4, fsdp=2)
     recipe = make_recipe(config, steps_per_epoch=4)
     state = abstract_state(config, recipe.optimizer)
-    compiled = lower_step(recipe, state, mesh, (16, 2, 8, 8, 1)).compile()
+    compiled = lower_step(recipe, state, mesh, crop_shapes(config)).compile()
     assert "all-to-all" in compiled.as_text()  # of the sharded objective
     params = jax.tree.leaves(compiled.input_shardings[0][0].params)
     assert any(s.spec == P("fsdp") for s in params)

@@ -16,10 +16,16 @@ from music_jax.models.network import Projector
 from music_jax.objectives import sigreg_loss, vicreg_loss
 from music_jax.registry import OBJECTIVES
 from music_jax.train import step as step_module
-from music_jax.train.guards import init_guard_state
+from music_jax.train.guards import STATISTICS, init_guard_state
 from music_jax.train.recipe import make_recipe
 from music_jax.train.state import TrainState, init_state
-from music_jax.train.step import augmented_views, batch_gradients, compile_skip, compile_step
+from music_jax.train.step import (
+    augmented_views,
+    batch_gradients,
+    compile_skip,
+    compile_step,
+    mean_over_pairs,
+)
 
 
 def _config(objective="music", optimizer="sgd"):
@@ -43,9 +49,13 @@ def _config(objective="music", optimizer="sgd"):
 def _batches(config, steps):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (4, config.batch_size, 2, 12, 12, 1), dtype=np.uint8)
+    local = config.local_views
+    shape = (4, config.batch_size, local.count, local.size, local.size, 1)
+    others = rng.integers(0, 256, shape, dtype=np.uint8)
     for step in range(steps):
         index = np.arange(config.batch_size, dtype=np.uint32) + step * config.batch_size
-        yield images[step % 4], index
+        crops = images[step % 4]
+        yield ((crops, others[step % 4]) if local.count else crops), index
 
 
 def _run(config, devices=1, steps=6):
@@ -99,6 +109,58 @@ def test_any_number_of_devices_gives_the_same_losses(objective, numbers):
     for devices in numbers:
         found = [m["loss"] for m in _run(config, devices=devices)[1]]
         np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_local_views_give_the_same_losses_on_any_number_of_devices_and_only_train():
+    config = _config()
+    config.optimizer.base_learning_rate = 0.01
+    without, (first, *_) = _run(config, steps=1)
+    config.local_views.update({"count": 2, "size": 8})
+    logged = _run(config, devices=1, steps=4)[1]
+    again = _run(config, devices=2, steps=4)[1]
+    np.testing.assert_allclose([m["loss"] for m in again], [m["loss"] for m in logged], rtol=1e-5)
+    after_one, (one,) = _run(config, steps=1)
+    assert one["loss"] != first["loss"]
+    for name in STATISTICS:  # of the first global view
+        np.testing.assert_allclose(one[name], first[name], rtol=1e-5)
+    # Inference normalizes by the running statistics of the two views alone.
+    for a, b in zip(*(jax.tree.leaves(s.batch_stats) for s in (after_one, without)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_is_the_mean_over_the_pairs_of_a_global_view_with_every_other_view():
+    z = np.random.default_rng(0).normal(size=(8, 5, 3))
+
+    def objective(a, b):
+        return jnp.mean(a * b**2), {"difference": jnp.mean(jnp.abs(a - b))}
+
+    loss, metrics = mean_over_pairs(objective, jnp.asarray(z, jnp.float32))
+    pairs = [(0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (1, 3), (1, 4)]
+    losses = [np.mean(z[:, a] * z[:, b] ** 2) for a, b in pairs]
+    differences = [np.mean(np.abs(z[:, a] - z[:, b])) for a, b in pairs]
+    np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-5)
+    np.testing.assert_allclose(metrics["difference"], np.mean(differences), rtol=1e-5)
+
+
+def test_local_views_are_augmented_on_their_own():
+    config = _config()
+    config.local_views.update({"count": 2, "size": 12})
+    config.augmentation.local.flip_probability = 0.0
+    recipe = make_recipe(config, steps_per_epoch=4)
+    images = np.full((6, 2, 12, 12, 1), 100, np.uint8)
+    index = np.asarray([900, 17, 2**31 + 5, 3, 41, 8], np.uint32)
+    augmented = jax.jit(functools.partial(augmented_views, recipe))
+    views, local = augmented((images, images), index)
+    np.testing.assert_array_equal(views, augmented(images, index))
+    noises = np.concatenate([views, local], axis=1).reshape(24, -1)
+    correlations = np.corrcoef(noises) - np.eye(24)
+    assert np.abs(correlations).max() < 0.5  # 144 independent numbers each
+    order = np.asarray([4, 0, 3, 5, 1, 2])
+    moved = augmented((images[order], images[order]), index[order])[1]
+    np.testing.assert_array_equal(moved, local[order])
+    config.augmentation.local.noise_probability = 0.0
+    plain = augmented_views(make_recipe(config, 4), (images, images), index)[1]
+    np.testing.assert_allclose(plain, (100 / 255 - 0.5) / 0.25, rtol=1e-5)
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not():
@@ -320,8 +382,8 @@ def _problem(hidden_sizes):
     return embed, params, stats, images, jnp.arange(_BATCH, dtype=jnp.uint32) + 7
 
 
-def _objective(a, b):
-    loss = vicreg_loss(a, b)
+def _objective(embeddings):
+    loss = vicreg_loss(embeddings[:, 0], embeddings[:, 1])
     return loss, {"twice": 2 * loss}
 
 
