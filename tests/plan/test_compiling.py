@@ -97,11 +97,12 @@ def test_local_views_are_in_the_step_that_is_compiled(four_chips, monkeypatch):
     monkeypatch.setattr(compiling, "lower_step", counted)
     config = _small_config()
     config.projector.hidden_sizes = ()
-    for count in (0, 4):
+    for count in (0, 2, 4):
         config.local_views.update({"count": count, "size": 16})
         compiling.measure(config, four_chips, 1, with_objective=False)
-    # Four views of a quarter of the pixels besides two of all, and nine pairs instead of one.
-    assert 1.4 < flops[1] / flops[0] < 1.8
+    # A local view has a quarter of the pixels of each of the two views, and is in two more pairs.
+    assert flops[2] - flops[1] == pytest.approx(flops[1] - flops[0], rel=0.02)
+    assert flops[2] > 1.5 * flops[0]
 
 
 @pytest.mark.parametrize(
