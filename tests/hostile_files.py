@@ -72,12 +72,12 @@ def images(rng: random.Random, directory: pathlib.Path) -> None:
         source = sources.Source("fuzz", [{"image": encoded, "label": 0}], "image", "label", 1)
         order = loader.TrainingOrder(1, 1, rng.randrange(100))
         crop = rng.choice((Crop(16), Crop(16, (1.0, 1.0), (1.0, 1.0))))
-        batches = loader._TrainingBatches(
-            source, order, crop, channels, np.arange(1), 2, True, None
-        )
+        groups = [loader._Group("images", crop, 2), loader._Group("local_images", Crop(8), 1)]
+        batches = loader._TrainingBatches(source, order, groups, channels, np.arange(1), True, None)
         batch = batches.new()
         batches.fill(0, batch, range(1))
         assert batch["images"].shape == (1, 2, 16, 16, channels)
+        assert batch["local_images"].shape == (1, 1, 8, 8, channels)
     elif use == 1:
         decode(shrink(encoded, Packing(shorter_side=8, channels=channels)), channels)
     else:

@@ -415,7 +415,7 @@ def test_the_number_of_each_draw_is_fixed():
 
 def test_shifts_are_fractions_of_each_side(key):
     view = ViewAugmentation(affine_probability=1.0, translation=0.25)
-    random = _Randomness(key, jnp.arange(500), (view,))
+    random = _Randomness(key, jnp.arange(500), (view,), 0)
     shifts = np.abs(_draw_affine(random, 12, 80))[:, 0, :, 2]  # along x and y
     assert np.all(shifts <= [20, 3])
     assert np.all(shifts.max(axis=0) > [19, 2.85])
