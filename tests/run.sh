@@ -5,7 +5,7 @@
 #   tests/run.sh -m browser                         # the report in Chromium, which must be installed
 #   tests/run.sh -m ''                              # all
 #   tests/run.sh tests/objectives -k gradient       # arguments of pytest, with paths from the root
-#   tests/run.sh -n 0 --pdb tests/config/test_files.py  # in one process; by default one per core
+#   tests/run.sh -n 0 --pdb tests/config/test_fields.py  # in one process; by default one per core
 set -euo pipefail
 
 # shellcheck source=launch/environment.sh
