@@ -111,6 +111,7 @@ def test_a_user_without_a_home_directory_must_name_a_data_directory(monkeypatch)
         raise KeyError(f"uid not found: {number}")
 
     monkeypatch.delenv("HOME")
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     dataset = default_config().dataset
     dataset.name = "digits"
