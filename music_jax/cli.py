@@ -287,15 +287,22 @@ def join_cluster() -> None:
 
 
 def _import_modules(names: str) -> None:
+    started = _has_devices()
     registry.import_modules(names)
-    if "jax" in sys.modules:
-        from jax._src import xla_bridge
+    if _has_devices() and not started:
+        raise UserError(
+            f"--import={names} computes with JAX when it is imported, which chooses the devices "
+            "before the command can; move this into a function"
+        )
 
-        if xla_bridge.backends_are_initialized():
-            raise UserError(
-                f"--import={names} computes with JAX when it is imported, which chooses the "
-                "devices before the command can; move this into a function"
-            )
+
+def _has_devices() -> bool:
+    """Returns whether this process has started JAX's devices."""
+    if "jax" not in sys.modules:
+        return False
+    from jax._src import xla_bridge
+
+    return bool(xla_bridge.backends_are_initialized())
 
 
 def begin_evaluation() -> tuple[str, dict[str, object]]:

@@ -240,6 +240,7 @@ def pack(
       UserError: The directory holds something else, or cannot be written to.
       UnusableDataError: Too many images cannot be decoded.
     """
+    cv2.setNumThreads(0)  # Images are decoded on threads of their own.
     index = {
         "format": _FORMAT,
         "complete": False,
