@@ -12,15 +12,8 @@ import skimage
 from PIL import Image, ImageOps
 
 from music_jax.data import decode as decode_module
-from music_jax.data.decode import (
-    MAX_PIXELS,
-    Header,
-    center_crop,
-    decode,
-    largest_reduction,
-    read_header,
-    resize,
-)
+from music_jax.data.crops import center_crop, resize
+from music_jax.data.decode import MAX_PIXELS, Header, decode, largest_reduction, read_header
 from music_jax.errors import UndecodableError
 
 _ORIENTATION = 0x0112

@@ -15,16 +15,9 @@ from etils import epath
 from PIL import Image
 
 from music_jax.data import loader
-from music_jax.data.loader import (
-    NUMBERS_PER_BOX,
-    Box,
-    Crop,
-    TrainingOrder,
-    cut,
-    draw_boxes,
-    evaluation_batches,
-    training_batches,
-)
+from music_jax.data.crops import NUMBERS_PER_BOX, Box, Crop, cut, draw_boxes
+from music_jax.data.loader import evaluation_batches, training_batches
+from music_jax.data.order import TrainingOrder
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed import usable_cores

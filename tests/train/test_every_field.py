@@ -20,7 +20,8 @@ from flax import nnx
 from music_jax.config import default_config, get_field, validate
 from music_jax.data import datasets, tfds_source
 from music_jax.data.augment import ViewAugmentation, augment_views
-from music_jax.data.loader import Crop, TrainingOrder
+from music_jax.data.crops import Crop
+from music_jax.data.order import TrainingOrder
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed.mesh import batch_sharding, make_data_mesh
