@@ -1,8 +1,9 @@
 """Reads images that are arrays of any number of channels: in records, .npy files and TIFF files.
 
 An .npy file holds [height, width] or [height, width, channels]. A TIFF file holds the samples of a
-pixel together or in planes, uncompressed or compressed by DEFLATE (with `imagecodecs`, LZW). If its
-first page has one sample, all pages of the same shape and type are the channels.
+pixel together or in planes, uncompressed or compressed by DEFLATE (or, with `imagecodecs`, by LZW).
+If a pixel of its first page has one sample, all pages are the channels, unless they differ in shape
+or type: then it is the first page.
 """
 
 import functools
