@@ -103,6 +103,11 @@ def write(
         if form == "orbax":
             _write_orbax(trained, path)
         elif form == "timm":
+            if trained.pixel_type != "uint8":
+                raise UserError(
+                    f"timm's transforms take images of uint8, not of {trained.pixel_type}; use "
+                    "--format=torchvision, onnx, stablehlo, safetensors or orbax"
+                )
             content = _file_content(trained, "torchvision", num_classes=0)
             path.mkdir()
             write_new(path / "model.safetensors", content)
