@@ -9,12 +9,16 @@ from channel_sets import BANDS, DEPTH, NO_STATISTICS, SMALL, write_bands, write_
 from processes import free_port, metrics, run, start
 
 import music_jax
+from music_jax.config import default_config
 from music_jax.data.crops import center_crop
+from music_jax.data.datasets import open_path, training_source
+from music_jax.data.decode import decode
+from music_jax.errors import UserError
 
 _SETS = {"bands": (write_bands, BANDS), "depth": (write_depth, DEPTH)}
 
 
-@pytest.fixture(scope="module", params=_SETS)
+@pytest.fixture(scope="module", params=["bands", pytest.param("depth", marks=pytest.mark.slow)])
 def trained(request, tmp_path_factory):
     """The name of a set, its folder with the run, the training images and main's output."""
     write, fields = _SETS[request.param]
@@ -129,9 +133,6 @@ def test_packed_images_are_those_of_the_folder(trained, tmp_path):
     arguments = (f"--source={folder / 'train'}", f"--output={tmp_path / 'packed'}")
     code, _, err = run("music_jax.pack", *arguments, "--encoding=npy", *fields)
     assert code == 0, err
-    from music_jax.data.datasets import open_path
-    from music_jax.data.decode import decode
-
     source, dtype = open_path(str(tmp_path / "packed")), images[0].dtype
     assert len(source) == len(images)
     for i, image in enumerate(images):
@@ -155,22 +156,21 @@ def test_statistics_are_printed_as_fields_of_the_config(tmp_path):
         assert float(line.partition("(")[2].rstrip(",)")) == pytest.approx(expected, rel=1e-5)
 
 
-def test_another_number_of_channels_or_type_is_one_line_that_names_both(tmp_path):
+def test_another_number_of_channels_or_type_is_an_error_that_names_both(tmp_path):
     write_bands(tmp_path / "images", 6)
-    where = (f"--config.dataset.path={tmp_path / 'images'}", f"--workdir={tmp_path / 'run'}")
-    for fields, message in (
-        (("--config.batch_size=4",), "it has 13 channels, not 3"),
-        (
-            ("--config.batch_size=4", BANDS[0], NO_STATISTICS),
-            "its values are float32, not uint8",
-        ),
-        ((BANDS[0],), "config.dataset.mean must have dataset.num_channels = 13 numbers"),
-        ((BANDS[1],), "config.dataset.mean must be of the images' float32 values"),
+    for channels, pixel_type, message in (
+        (3, "uint8", "class0/000.tif .*: it has 13 channels, not 3; .*, now 3 and uint8, to those"),
+        (13, "uint8", "its values are float32, not uint8"),
+        (13, "uint16", "its values are float32, not uint16"),
     ):
-        code, _, err = run("music_jax.main", "--config=folder", *where, *fields)
-        assert (code, err.count("\n")) == (2, 1), err
-        assert message in err
-        assert not (tmp_path / "run" / "config.json").exists()
+        config = default_config()
+        dataset = {"path": str(tmp_path / "images"), "num_channels": channels}
+        config.dataset.update(dataset | {"pixel_type": pixel_type})
+        with pytest.raises(UserError, match=message):
+            training_source(config)
+    (tmp_path / "images" / "class0" / "000.tif").write_bytes(b"broken")
+    config.dataset.pixel_type = "float32"
+    assert len(training_source(config)) == 6
 
 
 @pytest.mark.slow
