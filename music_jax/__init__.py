@@ -81,10 +81,10 @@ def register_dataset(name: str, open: Callable[..., Any]) -> None:
       open: Function, called with the name of a split and the keyword arguments in
         `config.dataset.options`. It returns None if there is no such split, or else an object with
         `len()` and `[index]`, which may be called by several threads. `[index]` returns a
-        dictionary: `image` is uint8 [height, width, channels] or the bytes of an image file, and
-        `label`, if there is one, an integer from 0. The object may have the attributes `labels`,
-        integers [images] with -1 for none, which saves reading all records for them, and
-        `class_names`.
+        dictionary: `image` is an array [height, width, channels] of `config.dataset.pixel_type` or
+        the bytes of an image file, and `label`, if there is one, an integer from 0. The object may
+        have the attributes `labels`, integers [images] with -1 for none, which saves reading all
+        records for them, and `class_names`.
 
     Raises:
       ValueError: The name is not valid.

@@ -18,7 +18,7 @@ def main() -> None:
         elif not arguments or arguments in (["--help"], ["-h"]):
             print("Usage: music-jax COMMAND [FLAGS], or python -m music_jax.COMMAND [FLAGS]\n")
             for name, summary in commands.items():
-                print(f"  {name:16s}{summary}")
+                print(f"  {name:20s}{summary}")
             print("\nmusic-jax COMMAND --help describes a command; music-jax --version")
         elif arguments[0] in commands:
             sys.argv = arguments

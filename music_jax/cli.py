@@ -32,7 +32,7 @@ ConfigUse = Literal["file", "fields"]
 # Modules that the extra `data` installs.
 _DATA = (
     *("array_record", "cv2", "dm_pix", "grain", "matplotlib", "mlxtend", "simplejpeg", "sklearn"),
-    *("tensorflow_datasets", "threadpoolctl"),
+    *("tensorflow_datasets", "threadpoolctl", "tifffile"),
 )
 # Buckets are reached by gcsfs, even where TensorFlow is installed, which takes seconds to load.
 os.environ.setdefault("EPATH_USE_TF", "false")

@@ -42,6 +42,10 @@ class UndecodableError(UnusableDataError):
     """An image that cannot be read; the message begins with "it" or "its"."""
 
 
+class UnexpectedPixelsError(UndecodableError):
+    """An image with another number of channels, or another type of values, than the config says."""
+
+
 class StoppedError(MusicError):
     """A signal stopped the run after everything was saved; the same command resumes it."""
 

@@ -10,7 +10,7 @@ Writes the backbone with the constants of its preprocessing, and beside it a mod
   safetensors  by this package's names; music_jax.load reads it
   torchvision  safetensors by torchvision's and timm's names; load_state_dict(strict=True) takes it
   onnx         normalized images in, features out; any batch size
-  stablehlo    uint8 images in, features out; any batch size; jax alone runs it
+  stablehlo    images in, features out; any batch size; jax alone runs it
   orbax        a directory with the parameters as nested dictionaries
   timm         a directory that timm.create_model("local-dir:DIR", pretrained=True) loads
 

@@ -32,6 +32,7 @@ def main() -> None:
         encoding=given.encoding,
         quality=given.quality,
         channels=given.channels,
+        pixel_type=given.pixel_type,
         shard_size=given.shard_size,
     )
     config = default_config()
@@ -67,11 +68,18 @@ if __name__ == "__main__":
     flags.DEFINE_enum(
         "encoding",
         "jpeg",
-        ["jpeg", "raw"],
-        "Format of the images; raw ones need no decoding, but about eight times the space.",
+        ["jpeg", "raw", "npy"],
+        "Format of the images; raw ones need no decoding, but about eight times the space, and npy "
+        "ones may have any number of channels and any pixel type.",
     )
     flags.DEFINE_integer("quality", 90, "Quality of the JPEGs, 1 to 100.")
-    flags.DEFINE_integer("channels", 3, "1 for grayscale, 3 for color.")
+    flags.DEFINE_integer("channels", 3, "1 for grayscale, 3 for color, any number for npy.")
+    flags.DEFINE_enum(
+        "pixel_type",
+        "uint8",
+        ["uint8", "uint16", "float32"],
+        "Type of the values; uint8 but for npy.",
+    )
     flags.DEFINE_integer("shard_size", 4096, "Number of images per shard.")
     flags.DEFINE_integer("num_threads", None, "Threads; one per core by default.", lower_bound=1)
     flags.DEFINE_float("max_skipped_share", 0.01, "Largest share of unreadable images.", 0.0, 1.0)

@@ -35,10 +35,11 @@ from music_jax.checkpoint.integrity import CHECKSUMS, write_checksums
 from music_jax.checkpoint.manager import Checkpoints
 from music_jax.config import default_config, differences, field_names, from_json, validate
 from music_jax.data import loader, sources, tfds_source
+from music_jax.data.crops import Crop, center_crop
 from music_jax.data.datasets import open_path
-from music_jax.data.decode import center_crop, decode, largest_reduction, read_header
+from music_jax.data.decode import decode, largest_reduction, read_header
 from music_jax.data.folder import open_folder
-from music_jax.data.loader import Crop
+from music_jax.data.order import TrainingOrder
 from music_jax.data.packed import Packing, pack, shrink
 from music_jax.data.skipped import SkippedImages
 from music_jax.distributed.mesh import make_data_mesh
@@ -70,10 +71,12 @@ def images(rng: random.Random, directory: pathlib.Path) -> None:
     channels, use = rng.choice((1, 3)), rng.randrange(4)
     if use == 0:
         source = sources.Source("fuzz", [{"image": encoded, "label": 0}], "image", "label", 1)
-        order = loader.TrainingOrder(1, 1, rng.randrange(100))
+        order = TrainingOrder(1, 1, rng.randrange(100))
         crop = rng.choice((Crop(16), Crop(16, (1.0, 1.0), (1.0, 1.0))))
         groups = [loader._Group("images", crop, 2), loader._Group("local_images", Crop(8), 1)]
-        batches = loader._TrainingBatches(source, order, groups, channels, np.arange(1), True, None)
+        batches = loader._TrainingBatches(
+            source, order, groups, channels, np.dtype(np.uint8), np.arange(1), True, None
+        )
         batch = batches.new()
         batches.fill(0, batch, range(1))
         assert batch["images"].shape == (1, 2, 16, 16, channels)
@@ -323,7 +326,7 @@ def _state() -> TrainState:
 @functools.cache
 def _saved() -> pathlib.Path:
     writer = Checkpoints(epath.Path(_kept("checkpoint")))
-    save_state(writer, 7, _state(), loader.TrainingOrder(32, 16, 0))
+    save_state(writer, 7, _state(), TrainingOrder(32, 16, 0))
     writer.close()
     return _kept("checkpoint")
 
@@ -352,7 +355,7 @@ def checkpoints(rng: random.Random, directory: pathlib.Path) -> None:
     try:
         found = reader.latest_valid_step()
         if found is not None:
-            order = loader.TrainingOrder(32, 16, 0)
+            order = TrainingOrder(32, 16, 0)
             restore_state(reader, found, jax.eval_shape(_state), make_data_mesh(), order)
     finally:
         reader.close()

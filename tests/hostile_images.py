@@ -39,6 +39,8 @@ def whole_images() -> tuple[bytes, ...]:
         (rgb.quantize(16), "GIF", {}),
         (rgb.quantize(16), "GIF", moving),
         (rgb, "TIFF", {}),
+        (rgb, "TIFF", {"compression": "tiff_adobe_deflate"}),
+        (rgb, "TIFF", moving),
         (rgb, "PPM", {}),
         (Image.new("RGB", (1, 1)), "PNG", {}),
         (Image.new("L", (20_000, 1)), "PNG", {}),
@@ -49,7 +51,9 @@ def whole_images() -> tuple[bytes, ...]:
         file = io.BytesIO()
         image.save(file, kind, **options)
         files.append(file.getvalue())
-    return tuple(files)
+    file = io.BytesIO()
+    np.save(file, pixels)
+    return (*files, file.getvalue())
 
 
 def hostile_image(rng: random.Random) -> bytes:

@@ -8,7 +8,7 @@ from etils import epath
 
 from music_jax.checkpoint.manager import Checkpoints
 from music_jax.config import default_config, validate
-from music_jax.data.loader import TrainingOrder
+from music_jax.data.order import TrainingOrder
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.train.recipe import make_recipe
 from music_jax.train.state import abstract_state, save_state, state_shardings

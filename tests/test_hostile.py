@@ -24,9 +24,11 @@ from PIL import Image
 
 import music_jax
 from music_jax.checkpoint.integrity import find_damage, write_checksums
-from music_jax.data.decode import center_crop, decode, read_header, without_texts
+from music_jax.data.crops import Crop, center_crop
+from music_jax.data.decode import decode, read_header, without_texts
 from music_jax.data.folder import open_folder
-from music_jax.data.loader import Crop, TrainingOrder, training_batches
+from music_jax.data.loader import training_batches
+from music_jax.data.order import TrainingOrder
 from music_jax.data.sources import Source
 from music_jax.errors import MusicError, UndecodableError, UserError
 from music_jax.workdir.directory import open_workdir

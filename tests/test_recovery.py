@@ -11,7 +11,9 @@ from processes import DIGITS, checkpoint, free_port, metrics, start
 
 from music_jax import config as config_lib
 from music_jax.data import datasets
-from music_jax.data.loader import Crop, TrainingOrder, training_batches
+from music_jax.data.crops import Crop
+from music_jax.data.loader import training_batches
+from music_jax.data.order import TrainingOrder
 
 STEPS = 22
 

@@ -20,7 +20,13 @@ def png(image):
     return cv2.imencode(".png", image)[1].tobytes()
 
 
-def write_set(directory, name, splits, label=CLASSES, version="1.0.0", config=None, **features):
+def _digit(i):
+    return io.BytesIO(png(IMAGES[i]))
+
+
+def write_set(
+    directory, name, splits, label=CLASSES, version="1.0.0", config=None, make=_digit, **features
+):
     """Prepares a dataset whose records are digits.
 
     Args:
@@ -30,6 +36,7 @@ def write_set(directory, name, splits, label=CLASSES, version="1.0.0", config=No
       label: the kind of feature that a label is; None for no labels.
       version: of the dataset.
       config: name of its one config, if it has any.
+      make: what the image of a number is in its record.
       **features: in place of those by these names.
     """
     kinds = {"image": GRAY} | ({} if label is None else {"label": label}) | features
@@ -42,7 +49,7 @@ def write_set(directory, name, splits, label=CLASSES, version="1.0.0", config=No
             return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(kinds))
 
         def _split_generators(self, dl_manager):
-            return {split: _examples(labels, kinds) for split, labels in splits.items()}
+            return {split: _examples(labels, kinds, make) for split, labels in splits.items()}
 
         def _generate_examples(self):
             pass
@@ -54,7 +61,7 @@ def write_set(directory, name, splits, label=CLASSES, version="1.0.0", config=No
     builder.download_and_prepare(file_format="array_record")
 
 
-def _examples(labels, kinds):
+def _examples(labels, kinds, make):
     for i, label in enumerate(labels):
-        record = {"image": io.BytesIO(png(IMAGES[i])), "label": label}
+        record = {"image": make(i), "label": label}
         yield i, {name: value for name, value in record.items() if name in kinds}

@@ -82,9 +82,13 @@ def default_config() -> config_dict.ConfigDict:
     config.dataset.max_skipped_share = 0.01  # Largest share of unreadable images.
     config.dataset.image_key = "image"
     config.dataset.label_key = "label"
-    config.dataset.num_channels = 3  # 1 or 3.
-    config.dataset.mean = (0.485, 0.456, 0.406)  # Mean of each channel, for values in [0, 1].
-    config.dataset.std = (0.229, 0.224, 0.225)
+    # Any number; image files of 1 (gray) and 3 (RGB) are converted to one another.
+    config.dataset.num_channels = 3
+    config.dataset.pixel_type = "uint8"  # Type of the images' values: uint8, uint16 or float32.
+    # Mean of each channel: of uint8 values divided by 255, of other types as they are. (): mean and
+    # std are those of the training images, as music_jax.channel_statistics computes them.
+    config.dataset.mean = (0.485, 0.456, 0.406)
+    config.dataset.std = (0.229, 0.224, 0.225)  # Standard deviation of each channel, likewise.
 
     config.crop = config_dict.ConfigDict()
     config.crop.size = 224  # Side in pixels of the square that the network gets.
@@ -99,10 +103,11 @@ def default_config() -> config_dict.ConfigDict:
     config.local_views.size = 96  # Side in pixels of the square that the network gets.
     config.local_views.scale = (0.05, 0.3)  # Range of the crop's share of the image's area.
 
-    # The augmentation of each view, in the order in which it is applied after the crop.
+    # The augmentation of each view, in the order in which it is applied after the crop. Jitter,
+    # grayscale and solarize leave images of other numbers of channels than 1 and 3 unchanged.
     config.augmentation = config_dict.ConfigDict()
     config.augmentation.view_1 = view = config_dict.ConfigDict()
-    # Probability of an affine warp (bilinear, black outside the image).
+    # Probability of an affine warp (bilinear; outside, black for uint8, else each channel's mean).
     view.affine_probability = 0.0
     view.rotation_degrees = 0.0  # Rotation is drawn in [-rotation_degrees, rotation_degrees].
     # Shift along each side is drawn in [-translation, translation], as a fraction of that side.
@@ -123,7 +128,9 @@ def default_config() -> config_dict.ConfigDict:
     view.blur_sigma = (0.1, 2.0)  # Range of the blur's standard deviation, in pixels.
     view.solarize_probability = 0.0  # Probability of inverting all values of 0.5 and above.
     view.noise_probability = 0.0  # Probability of Gaussian noise, independent for each value.
-    view.noise_std = 0.0  # Standard deviation of the noise, for values in [0, 1].
+    # Standard deviation of the noise: for uint8, of values in [0, 1]; else, relative to that of the
+    # channel.
+    view.noise_std = 0.0
     config.augmentation.view_2 = config_dict.ConfigDict(view.to_dict())
     config.augmentation.local = config_dict.ConfigDict(view.to_dict())  # Of all local views.
 

@@ -31,7 +31,7 @@ _CHOICES: dict[str, Collection[Any]] = {
     "optimizer.name": registry.OPTIMIZERS,
     "backbone.stem": ("imagenet", "cifar", "strided"),
     "compute_dtype": ("float32", "bfloat16"),
-    "dataset.num_channels": (1, 3),
+    "dataset.pixel_type": ("uint8", "uint16", "float32"),
     "guards.policy": ("stop", "rewind"),
     "linear_eval.feature_scaling": ("none", "standardize", "whiten"),
 }
@@ -47,7 +47,7 @@ _INTERVALS = {
     "[1, inf)": "*num_epochs *every_steps *.batch_size accumulation_steps *.max_to_keep crop.size"
     " evaluation.view_images few_shot.draws few_shot.shots knn.k knn.more_k projector.*"
     " guards.loss_spike_window guards.collapse_steps sharding.fsdp objective.num_slices"
-    " local_views.size",
+    " local_views.size dataset.num_channels",
     "[1, 1024]": "num_decode_threads",
     "[0, 100]": "local_views.count",
     "[0, 4294967295]": "seed",
@@ -254,11 +254,8 @@ def validate(config: config_dict.ConfigDict, *, training: bool = True) -> None:
         )
     if config.crop.eval_resize < config.crop.size:
         raise _wrong(config, "crop.eval_resize", f"be at least crop.size = {config.crop.size}")
-    channels = config.dataset.num_channels
-    for name in ("mean", "std"):
-        if len(config.dataset[name]) != channels:
-            expected = f"have dataset.num_channels = {channels} numbers"
-            raise _wrong(config, f"dataset.{name}", expected)
+    if config.dataset.mean or not training:
+        _check_statistics(config, training)
     if not 0 <= config.optimizer.warmup_epochs < config.num_epochs:
         expected = f"be in [0, num_epochs = {config.num_epochs})"
         raise _wrong(config, "optimizer.warmup_epochs", expected)
@@ -267,6 +264,19 @@ def validate(config: config_dict.ConfigDict, *, training: bool = True) -> None:
         if len(config.semi_supervised[name]) != len(fractions):
             expected = f"have one entry for each of semi_supervised.fractions = {fractions}"
             raise _wrong(config, f"semi_supervised.{name}", expected)
+
+
+def _check_statistics(config: config_dict.ConfigDict, training: bool) -> None:
+    """Checks the mean and the standard deviation of the channels."""
+    dataset, default = config.dataset, default_config().dataset
+    advice = "; dataset.mean=() computes both from the training images" if training else ""
+    for name in ("mean", "std"):
+        if len(dataset[name]) != dataset.num_channels:
+            expected = f"have dataset.num_channels = {dataset.num_channels} numbers"
+            raise _wrong(config, f"dataset.{name}", expected, advice)
+        if dataset.pixel_type != "uint8" and dataset[name] == default[name]:
+            expected = f"be of the images' {dataset.pixel_type} values, not of ImageNet's"
+            raise _wrong(config, f"dataset.{name}", expected, advice)
 
 
 def check_values(config: config_dict.ConfigDict) -> None:
@@ -470,5 +480,7 @@ def unknown_field_message(field: str, known: Sequence[str]) -> str:
     return f"the config has no field {field!r}; the nearest known one is {nearest[0]!r}"
 
 
-def _wrong(config: config_dict.ConfigDict, field: str, expected: str) -> UserError:
-    return UserError(f"config.{field} must {expected}; got {get_field(config, field)!r}")
+def _wrong(
+    config: config_dict.ConfigDict, field: str, expected: str, advice: str = ""
+) -> UserError:
+    return UserError(f"config.{field} must {expected}; got {get_field(config, field)!r}{advice}")

@@ -9,7 +9,7 @@ import dataclasses
 import enum
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from ml_collections import config_dict
 
 from music_jax.data import transforms
+from music_jax.data.arrays import PIXEL_TYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +25,16 @@ class ViewAugmentation:
     """Augmentation of one view; by default none.
 
     Strengths are those of torchvision's `RandomAffine`, `ColorJitter`, `GaussianBlur` and
-    `GaussianNoise`. Values are in [0, 1], and are clipped to it after each operation. The
-    operations are applied in the order of the attributes here.
+    `GaussianNoise`. The operations are applied in the order of the attributes here.
+
+    Values of uint8 images are in [0, 1], and are clipped to it after each operation. Those of other
+    images are standardized with the mean and the standard deviation of their channel, and are not
+    clipped; jitter, grayscale and solarize see them divided by the largest value of uint16, and as
+    they are for float32. These three need one or three channels, and leave other images unchanged.
 
     Attributes:
-        affine_probability: Probability of an affine warp (bilinear, black outside the image).
+        affine_probability: Probability of an affine warp (bilinear; outside the image, values are
+            0: black for uint8, the mean for other types).
         rotation_degrees: Largest rotation in either direction.
         translation: Largest shift along each side in either direction, as a fraction of the side;
             not rounded to whole pixels.
@@ -47,7 +53,8 @@ class ViewAugmentation:
         blur_sigma: Range of the blur's standard deviation, in pixels.
         solarize_probability: Probability of inverting all values of at least 0.5.
         noise_probability: Probability of Gaussian noise, independent for each value.
-        noise_std: Standard deviation of the noise.
+        noise_std: Standard deviation of the noise; for types other than uint8, relative to that of
+            the channel.
     """
 
     flip_probability: float = 0.0
@@ -184,13 +191,13 @@ def augment_views(
     sharded along its first axis needs no communication.
 
     Args:
-        images: uint8 [batch, views, height, width, channels], 1 or 3 channels.
+        images: uint8, uint16 or float32 [batch, views, height, width, channels].
         sample_indices: Integers [batch], the global index of each sample, which continues to
             increase from epoch to epoch. Indices are taken modulo 2**32: 3,300 epochs of ImageNet.
         key: Typed key (`jax.random.key(seed)`), the same for the whole run.
         views: Augmentation of each view.
-        mean: Mean of each channel, of values in [0, 1].
-        std: Standard deviation of each channel.
+        mean: Mean of each channel: of uint8 values divided by 255, of other values as they are.
+        std: Standard deviation of each channel, likewise.
         dtype: Type of the result, and of the blur's products.
         first_view: Number of the first view. Views of a sample with other numbers are augmented
             independently.
@@ -203,36 +210,49 @@ def augment_views(
     """
     _check_arguments(images, sample_indices, key, views)
     random = _Randomness(key, sample_indices, views, first_view)
-    channels = images.shape[-1]
+    is_uint8, channels = images.dtype == jnp.uint8, images.shape[-1]
+    has_color = channels in (1, 3)
+    limit = functools.partial(transforms.limit, clip=is_uint8)
 
     planes = transforms.split_planes(images)
+    if not is_uint8:
+        planes = _standardize(planes, mean, std, jnp.float32)
     if any(view.warps for view in views):
         planes = _warp_views(planes, _draw_affine(random, *images.shape[2:4]))
     if any(view.flip_probability for view in views):
         planes = transforms.flip_left_right(planes, random.flag(_Draw.FLIP))
-    planes = _to_unit(planes)
-    if any(view.jitter_probability for view in views):
-        planes = transforms.color_jitter(planes, **_draw_jitter(random))
+    if is_uint8:
+        planes = _to_unit(planes)
+    change_colors = functools.partial(_change_colors, dtype=images.dtype, mean=mean, std=std)
+    if has_color and any(view.jitter_probability for view in views):
+        drawn = _draw_jitter(random)
+        planes = change_colors(
+            planes, lambda planes: transforms.color_jitter(planes, clip=is_uint8, **drawn)
+        )
     if channels == 3 and any(view.grayscale_probability for view in views):
-        planes = transforms.grayscale(planes, random.flag(_Draw.GRAYSCALE))
+        apply = random.flag(_Draw.GRAYSCALE)
+        planes = change_colors(planes, functools.partial(transforms.grayscale, apply=apply))
     if any(view.blur_probability for view in views):
         sigma = random.between(_Draw.BLUR_SIGMA, *random.ends("blur_sigma"))
         blurred = transforms.gaussian_blur(transforms.join_planes(planes).astype(dtype), sigma)
         apply = transforms.per_pixel(random.flag(_Draw.BLUR))
         planes = tuple(
-            jnp.where(apply, jnp.clip(new.astype(jnp.float32), 0.0, 1.0), old)
+            jnp.where(apply, limit(new.astype(jnp.float32)), old)
             for new, old in zip(transforms.split_planes(blurred), planes, strict=True)
         )
-    if any(view.solarize_probability for view in views):
-        planes = transforms.solarize(planes, random.flag(_Draw.SOLARIZE))
+    if has_color and any(view.solarize_probability for view in views):
+        apply = random.flag(_Draw.SOLARIZE)
+        planes = change_colors(planes, functools.partial(transforms.solarize, apply=apply))
     if any(view.noise_probability and view.noise_std for view in views):
         std_here = jnp.where(random.flag(_Draw.NOISE), random.option("noise_std"), 0.0)
         noise = transforms.split_planes(random.normal(images.shape[2:]))
         planes = tuple(
-            jnp.clip(plane + transforms.per_pixel(std_here) * extra, 0.0, 1.0)
+            limit(plane + transforms.per_pixel(std_here) * extra)
             for plane, extra in zip(planes, noise, strict=True)
         )
-    return _standardize(planes, mean, std, dtype)
+    if is_uint8:
+        planes = _standardize(planes, mean, std, dtype)
+    return transforms.join_planes(tuple(plane.astype(dtype) for plane in planes))
 
 
 def normalize_images(
@@ -245,19 +265,22 @@ def normalize_images(
     """Normalizes images without augmenting them, for evaluation.
 
     Args:
-        images: uint8 [..., height, width, channels].
-        mean: Mean of each channel, of values in [0, 1].
-        std: Standard deviation of each channel.
+        images: uint8, uint16 or float32 [..., height, width, channels].
+        mean: Mean of each channel: of uint8 values divided by 255, of other values as they are.
+        std: Standard deviation of each channel, likewise.
         dtype: Type of the result.
 
     Returns:
-        [..., height, width, channels], `(x / 255 - mean) / std`.
+        [..., height, width, channels], `(x / 255 - mean) / std` or `(x - mean) / std`.
 
     Raises:
-        ValueError: The images are not uint8, or mean or std do not match the channels.
+        ValueError: The images have another type, or mean or std do not match the channels.
     """
-    _check_uint8(images)
-    return _standardize(_to_unit(transforms.split_planes(images)), mean, std, dtype)
+    _check_type(images)
+    planes = transforms.split_planes(images)
+    if images.dtype == jnp.uint8:
+        planes = _to_unit(planes)
+    return transforms.join_planes(_standardize(planes, mean, std, dtype))
 
 
 def _draw_affine(random: _Randomness, height: int, width: int) -> jax.Array:
@@ -304,6 +327,35 @@ def _draw_jitter(random: _Randomness) -> dict[str, jax.Array]:
     return drawn
 
 
+def _change_colors(
+    planes: transforms.Planes,
+    operation: Callable[[transforms.Planes], transforms.Planes],
+    *,
+    dtype: DTypeLike,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> transforms.Planes:
+    """Applies an operation to the values of colors, whose largest is 1 for types of integers.
+
+    Args:
+        planes: Planes, in [0, 1] for uint8 images, standardized for other types.
+        operation: Operation; a value that it leaves unchanged stays exactly as it was.
+        dtype: Type of the images.
+        mean: Mean of each channel.
+        std: Standard deviation of each channel.
+    """
+    if dtype == jnp.uint8:
+        return operation(planes)
+    largest = 65535.0 if dtype == jnp.uint16 else 1.0
+    scales = [(m / largest, s / largest) for m, s in zip(mean, std, strict=True)]
+    before = tuple(plane * s + m for plane, (m, s) in zip(planes, scales, strict=True))
+    after = operation(before)
+    return tuple(
+        jnp.where(new == old, plane, (new - m) / s)
+        for plane, old, new, (m, s) in zip(planes, before, after, scales, strict=True)
+    )
+
+
 def _to_unit(planes: transforms.Planes) -> transforms.Planes:
     """Converts values of 0 to 255, uint8 or float32, to float32 in [0, 1]."""
     return tuple(plane.astype(jnp.float32) / 255.0 for plane in planes)
@@ -311,8 +363,8 @@ def _to_unit(planes: transforms.Planes) -> transforms.Planes:
 
 def _standardize(
     planes: transforms.Planes, mean: Sequence[float], std: Sequence[float], dtype: DTypeLike
-) -> jax.Array:
-    """Returns `(planes - mean) / std`, computed in float32, rounded to dtype once, and joined."""
+) -> transforms.Planes:
+    """Returns `(planes - mean) / std`, computed in float32 and rounded to dtype once."""
     for name, numbers in (("mean", mean), ("std", std)):
         if len(numbers) != len(planes):
             raise ValueError(
@@ -320,12 +372,12 @@ def _standardize(
                 f"got {tuple(numbers)}"
             )
     triples = zip(planes, mean, std, strict=True)
-    return transforms.join_planes(tuple(((p - m) / s).astype(dtype) for p, m, s in triples))
+    return tuple(((plane.astype(jnp.float32) - m) / s).astype(dtype) for plane, m, s in triples)
 
 
-def _check_uint8(images: jax.Array) -> None:
-    if images.dtype != jnp.uint8:
-        raise ValueError(f"expected uint8 images, got {images.dtype}")
+def _check_type(images: jax.Array) -> None:
+    if images.dtype not in PIXEL_TYPES:
+        raise ValueError(f"expected uint8, uint16 or float32 images, got {images.dtype}")
 
 
 def _check_arguments(
@@ -334,9 +386,9 @@ def _check_arguments(
     key: jax.Array,
     views: tuple[ViewAugmentation, ...],
 ) -> None:
-    _check_uint8(images)
-    if images.ndim != 5 or images.shape[-1] not in (1, 3):
-        layout = "[batch, views, height, width, 1 or 3 channels]"
+    _check_type(images)
+    if images.ndim != 5:
+        layout = "[batch, views, height, width, channels]"
         raise ValueError(f"expected images of shape {layout}, got {images.shape}")
     batch, num_views = images.shape[:2]
     if len(views) != num_views:

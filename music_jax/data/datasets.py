@@ -13,13 +13,20 @@ from ml_collections import config_dict
 from music_jax import registry
 from music_jax.config import normalize_path
 from music_jax.data import tfds_source
+from music_jax.data.decode import decode
 from music_jax.data.folder import open_folder
 from music_jax.data.loader import evaluation_batches
 from music_jax.data.packed import is_packed, open_packed
 from music_jax.data.registered import open_registered
 from music_jax.data.sources import Source
-from music_jax.errors import NotMeasurableError, UserError
+from music_jax.errors import (
+    NotMeasurableError,
+    UndecodableError,
+    UnexpectedPixelsError,
+    UserError,
+)
 
+_LOOKED_AT = 8  # images
 _TEST_SPLIT = "test"  # the config's default, which a dataset need not have
 _VERSION = re.compile(r"\d+\.(\d+|\*)\.(\d+|\*)")
 _FIELDS = ("dataset.name", "evaluation.train", "evaluation.test")
@@ -48,7 +55,8 @@ def load_images(
       at_most: Maximum number of images, from the first; by default all.
 
     Returns:
-      uint8 [images, size, size, channels], and int32 labels [images], -1 for images without one.
+      Images [images, size, size, channels] of `dataset.pixel_type`, and int32 labels [images], -1
+      for images without one.
 
     Raises:
       UserError: The dataset does not exist or cannot be prepared, or has no images to test with.
@@ -62,6 +70,7 @@ def load_images(
         size=config.crop.size,
         resize_shorter_side=config.crop.eval_resize,
         channels=config.dataset.num_channels,
+        dtype=config.dataset.pixel_type,
         batch_size=len(wanted),
         positions=wanted,
     )
@@ -89,9 +98,9 @@ def training_source(config: config_dict.ConfigDict) -> Source:
     Raises:
       UserError: They do not exist or cannot be used.
     """
-    if config.dataset.path:
-        return open_path(config.dataset.path)
-    return _open_split(config.dataset, config.dataset.train_split)
+    dataset, path = config.dataset, config.dataset.path
+    source = open_path(path) if path else _open_split(dataset, dataset.train_split)
+    return _check_pixels(config, source)
 
 
 def evaluation_sources(
@@ -107,7 +116,9 @@ def evaluation_sources(
       UserError: A source does not exist, or the two have different classes.
     """
     test = _test_source(config)
-    if test is None:
+    if test is not None:
+        test = _check_pixels(config, test)
+    else:
         dataset = config.dataset
         if dataset.path or not dataset.test_split:
             problem = "there are no images to test with"
@@ -118,7 +129,7 @@ def evaluation_sources(
             "--config.evaluation.train= to learn from"
         )
     if normalize_path(config.evaluation.train) not in ("", normalize_path(config.dataset.path)):
-        train = open_named(config, config.evaluation.train)
+        train = _check_pixels(config, open_named(config, config.evaluation.train))
     else:
         train = training_source(config) if training is None else training
     for source, field, classes in ((train, "evaluation.train", 2), (test, "evaluation.test", 1)):
@@ -137,7 +148,7 @@ def evaluation_images(config: config_dict.ConfigDict) -> Source:
       UserError: They do not exist or cannot be used.
     """
     test = _test_source(config)
-    return training_source(config) if test is None else test
+    return training_source(config) if test is None else _check_pixels(config, test)
 
 
 def _test_source(config: config_dict.ConfigDict) -> Source | None:
@@ -161,6 +172,29 @@ def _test_source(config: config_dict.ConfigDict) -> Source | None:
         if not tfds_source.has_split(dataset, _TEST_SPLIT):
             return None
     return _open_split(dataset, dataset.test_split)
+
+
+def _check_pixels(config: config_dict.ConfigDict, source: Source) -> Source:
+    """Returns a source, after checking that an image has the config's channels and type.
+
+    Raises:
+      UserError: None of a few images has them.
+    """
+    problem, dataset = "", config.dataset
+    for index in np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT, dtype=np.int64)).tolist():
+        try:
+            decode(source.example(index)[0], dataset.num_channels, dtype=dataset.pixel_type)
+            return source
+        except UnexpectedPixelsError as error:
+            problem = problem or f"image {source.record_name(index)} of {source.name}: {error}"
+        except UndecodableError:  # skipped when it is read again
+            pass
+    if problem:
+        raise UserError(
+            f"{problem}; set config.dataset.num_channels and config.dataset.pixel_type, now "
+            f"{dataset.num_channels} and {dataset.pixel_type}, to those of the images"
+        )
+    return source
 
 
 def _is_registered(dataset: config_dict.ConfigDict) -> bool:

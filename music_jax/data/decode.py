@@ -1,11 +1,11 @@
-"""Decodes image files on the host, and cuts the view for evaluation out of them.
+"""Decodes image files on the host.
 
-The formats are JPEG, PNG, WebP, BMP, and the first frame of a GIF.
+The formats are JPEG, PNG, WebP, BMP, the first frame of a GIF, TIFF and .npy.
 
 `read_header` checks the format and the size before anything is decoded, in loops that are bounded
 for any input. simplejpeg decodes ordinary color JPEGs, OpenCV decodes everything else. The upper
-eight of sixteen bits are kept, transparency is dropped without blending, and the Exif orientation
-is applied.
+eight of sixteen bits are kept for pixels of eight bits, transparency is dropped without blending
+unless four channels are asked for, and the Exif orientation is applied.
 """
 
 import re
@@ -16,10 +16,13 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import simplejpeg
+from numpy.typing import DTypeLike
 
-from music_jax.errors import UndecodableError
+from music_jax.data.arrays import array_size, is_array_file, read_array, to_pixels
+from music_jax.errors import UndecodableError, UnexpectedPixelsError
 
-EncodedImage = bytes | np.ndarray  # content of a file, or uint8 [height, width, channels]
+# Content of a file, or numbers [height, width] or [height, width, channels].
+EncodedImage = bytes | np.ndarray
 
 # The callers report images that cannot be decoded by name.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
@@ -84,14 +87,23 @@ class Header(NamedTuple):
     has_one_scan: bool = False
 
 
-def read_header(encoded: EncodedImage) -> Header:
-    """Reads the size of a JPEG, PNG, WebP, BMP or GIF file, or of an image that is an array.
+def read_header(encoded: EncodedImage, channels: int | None = None) -> Header:
+    """Reads the size of an image file, or of an image that is an array.
+
+    Args:
+      encoded: Content of the file, or the array.
+      channels: Expected number of channels, if known; see `music_jax.data.arrays.read_array`.
 
     Raises:
       UndecodableError: The file has another format, is damaged, or has more than `MAX_PIXELS`.
     """
     try:
-        header = Header(*encoded.shape[:2]) if isinstance(encoded, np.ndarray) else _parse(encoded)
+        if isinstance(encoded, np.ndarray):
+            header = Header(*encoded.shape[:2])
+        elif is_array_file(encoded):
+            header = Header(*array_size(encoded, channels))
+        else:
+            header = _parse(encoded)
     except (struct.error, IndexError) as error:
         raise UndecodableError("its header is cut off") from error
     if header.height <= 0 or header.width <= 0:
@@ -118,15 +130,17 @@ def decode(
     encoded: EncodedImage,
     channels: int,
     *,
+    dtype: DTypeLike = np.uint8,
     header: Header | None = None,
     reduction: int = 1,
     quick: bool = False,
 ) -> np.ndarray:
-    """Decodes an image file, or returns an image that is an array already.
+    """Decodes an image file, or checks and converts an image that is an array already.
 
     Args:
-      encoded: Content of the file, or uint8 [height, width, channels].
-      channels: 1 (gray) or 3 (RGB).
+      encoded: Content of the file, or numbers [height, width] or [height, width, channels].
+      channels: Number of channels; files of 1 (gray) and 3 (RGB) are converted to one another.
+      dtype: Type of the result: uint8, uint16 or float32.
       header: Result of `read_header`, if it was called before.
       reduction: 1; or 2, 4 or 8 to decode a JPEG at that fraction of its size.
       quick: Whether to decode most JPEGs about a tenth faster, with libjpeg-turbo's fast cosine
@@ -134,32 +148,31 @@ def decode(
         levels, of which one is common to all pixels (red and blue are darker).
 
     Returns:
-      uint8 [height, width, channels]. The sides of a JPEG are those of the header divided by
+      Image [height, width, channels]. The sides of a JPEG are those of the header divided by
       `reduction`, rounded up. Other formats may be rotated, or differ in size from their header.
 
     Raises:
-      UndecodableError: The file is damaged, too large, or of an unknown format.
+      UndecodableError: The file is damaged, too large, or of an unknown format; or the image has
+        another number of channels or type (`UnexpectedPixelsError`), or values that are not finite.
     """
-    header = header or read_header(encoded)
+    header = header or read_header(encoded, channels)
     if isinstance(encoded, np.ndarray):
-        if (encoded.shape[2], channels) == (1, 3):
-            return np.repeat(encoded, 3, axis=2)
-        if (encoded.shape[2], channels) == (3, 1):
-            return cv2.cvtColor(encoded, cv2.COLOR_RGB2GRAY)[..., None]
-        if encoded.shape[2] != channels:
-            raise UndecodableError(f"it has {encoded.shape[2]} channels, not {channels}")
-        return encoded
+        return to_pixels(encoded, channels, dtype)
+    if is_array_file(encoded):
+        return to_pixels(read_array(encoded, channels), channels, dtype)
+    if header.is_jpeg and channels not in (1, 3):
+        raise UnexpectedPixelsError(f"it is a JPEG, which has 1 or 3 channels, not {channels}")
     size = -(-header.height // reduction), -(-header.width // reduction)
     image = None
     if header.is_plain and channels == 3:
         image = _decode_plain(encoded, header, size, reduction, quick)
     if image is None:
-        image = _decode_any(encoded, channels, header, reduction)
+        image = _decode_any(encoded, channels, np.dtype(dtype), header, reduction)
     if header.is_jpeg and image.shape[:2] != size:
         raise UndecodableError(
             f"its header says {header.width} x {header.height} pixels, but its data differ"
         )
-    return image
+    return to_pixels(image, channels, dtype)
 
 
 def _decode_plain(
@@ -194,8 +207,12 @@ def _decode_plain(
     return None
 
 
-def _decode_any(encoded: bytes, channels: int, header: Header, reduction: int) -> np.ndarray:
-    flags = cv2.IMREAD_COLOR if channels == 3 else cv2.IMREAD_GRAYSCALE
+def _decode_any(
+    encoded: bytes, channels: int, dtype: np.dtype, header: Header, reduction: int
+) -> np.ndarray:
+    flags = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR}.get(channels, cv2.IMREAD_UNCHANGED)
+    if dtype != np.uint8:
+        flags |= cv2.IMREAD_ANYDEPTH
     if reduction > 1:  # IMREAD_REDUCED_COLOR_2 and so on
         flags |= 8 * reduction
     if header.is_jpeg:  # rotated below: OpenCV and Pillow differ on unusual Exif data
@@ -208,55 +225,10 @@ def _decode_any(encoded: bytes, channels: int, header: Header, reduction: int) -
         raise UndecodableError(f"its {len(encoded):,} bytes cannot be decoded")
     if header.orientation > 1:
         image = _TURNS[header.orientation](image)
-    return image[..., None] if channels == 1 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
-
-
-def central_view(
-    encoded: EncodedImage, *, size: int, resize_shorter_side: int, channels: int
-) -> np.ndarray:
-    """Decodes an image file, and cuts the central view for evaluation as `center_crop` does.
-
-    Returns:
-      uint8 [size, size, channels].
-
-    Raises:
-      UndecodableError: The file is damaged, too large, or of an unknown format.
-    """
-    header = read_header(encoded)
-    reduction = largest_reduction(header, min(header[:2]) / resize_shorter_side)
-    image = decode(encoded, channels, header=header, reduction=reduction)
-    return center_crop(image, size, resize_shorter_side)
-
-
-def center_crop(image: np.ndarray, size: int, resize_shorter_side: int) -> np.ndarray:
-    """Resizes the shorter side of uint8 [height, width, channels], then cuts the central square.
-
-    Args:
-      image: Image.
-      size: Side of the square, in pixels.
-      resize_shorter_side: Length to which the shorter side is resized, at least `size`.
-    """
-    for axis in (0, 1):  # enlarging a long strip completely could fill the memory
-        longer, shorter = image.shape[axis], image.shape[1 - axis]
-        if longer > 16 * shorter:
-            cut_off = (longer - 4 * shorter) // 2
-            image = image.take(range(cut_off, longer - cut_off), axis)
-    height, width = image.shape[:2]
-    ratio = resize_shorter_side / min(height, width)
-    new_height, new_width = max(round(height * ratio), size), max(round(width * ratio), size)
-    image = resize(image, new_height, new_width)
-    top, left = (new_height - size) // 2, (new_width - size) // 2
-    return image[top : top + size, left : left + size]
-
-
-def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resizes uint8 [h, w, channels], by area where it shrinks (no aliasing), else bilinearly."""
-    if image.shape[:2] == (height, width):
-        return image
-    shrinks = image.shape[0] * image.shape[1] > height * width
-    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    resized = cv2.resize(image, (width, height), interpolation=method)
-    return resized.reshape(height, width, image.shape[2])
+    if image.ndim == 2:
+        return image[..., None]
+    code = cv2.COLOR_BGR2RGB if image.shape[2] == 3 else cv2.COLOR_BGRA2RGBA
+    return cv2.cvtColor(image, code, dst=image)
 
 
 def without_texts(encoded: bytes) -> bytes:
@@ -294,7 +266,7 @@ def _parse(encoded: bytes) -> Header:
     elif encoded.startswith(b"GIF8"):
         width, height = struct.unpack_from("<HH", encoded, 6)
     else:
-        raise UndecodableError("it is no JPEG, PNG, WebP, BMP or GIF file")
+        raise UndecodableError("it is no JPEG, PNG, WebP, BMP, GIF, TIFF or .npy file")
     return Header(height, width)
 
 

@@ -26,6 +26,8 @@ EXTENSIONS = (
     *(".png", ".apng", ".webp", ".bmp", ".dib", ".gif"),
 )
 
+ARRAY_EXTENSIONS = (".npy", ".tif", ".tiff")  # of images, if no file has one of the above
+
 # Folders that operating systems and storage devices create, besides hidden ones; in lower case.
 _SYSTEM_FOLDERS = (
     *("@eadir", "@recycle", "@recently-snapshot", "@sharesnap", "@__thumb"),
@@ -42,7 +44,8 @@ _LONGEST_EXTENSION = 16
 def open_folder(path: str) -> Source:
     """Lists the images of a folder and of all folders in it, without reading them.
 
-    A file is an image by its extension (`EXTENSIONS`, in upper or lower case). Hidden files and
+    A file is an image by its extension (`EXTENSIONS`, in upper or lower case; `ARRAY_EXTENSIONS` if
+    there are no others, since arrays beside pictures may be anything). Hidden files and
     folders and those of the operating system are excluded, and their number is logged. Links are
     followed, but each folder is listed once: by its own path, or else by the first link to it. The
     class of an image is the first sub-folder on its path; the source has labels if every image has
@@ -76,7 +79,7 @@ def open_folder(path: str) -> Source:
     message = f"excluded: {', '.join(parts)}" if parts else ""
     if not names:
         raise UserError(
-            f"the folder {name!r} holds no image ({', '.join(EXTENSIONS)})"
+            f"the folder {name!r} holds no image ({', '.join(EXTENSIONS + ARRAY_EXTENSIONS)})"
             + (f"; {message}" if message else "")
         )
     files = _Files(root, names, states)
@@ -136,13 +139,20 @@ def _list_images(root: str) -> tuple[list[str], np.ndarray, collections.Counter[
         if time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
             last_line = time.monotonic()
             _logger.info(f"listing {escape_surrogates(root)}: {len(names):,} images so far")
-    return names, np.asarray(states).reshape(-1, 3), excluded
+    found = np.asarray(states).reshape(-1, 3)
+    is_array = np.asarray([name.lower().endswith(ARRAY_EXTENSIONS) for name in names], bool)
+    if is_array.any() and not is_array.all():
+        excluded.update(_kind(names[i]) for i in np.flatnonzero(is_array))
+        names = [names[i] for i in np.flatnonzero(~is_array)]
+        found = found[~is_array]
+    return names, found, excluded
 
 
 def _examine(entry: os.DirEntry) -> os.stat_result | str:
     """Returns the state of an image or a folder, or else the kind under which to exclude it."""
     name, is_link = entry.name, entry.is_symlink()
-    is_image = name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+    endings = EXTENSIONS + ARRAY_EXTENSIONS
+    is_image = name.lower().endswith(endings) and not name.startswith(".")
     if not (is_image or is_link or entry.is_dir(follow_symlinks=False)):
         return _kind(name)
     try:

@@ -1,16 +1,12 @@
-"""Makes batches of views on the host, in an order that depends on the seed alone.
+"""Makes batches of views on the host.
 
-The global sample index counts the images of a whole training: epoch `e` of a dataset of `n` images
-has the indices `e * n` to `e * n + n - 1`. Grain's shuffle maps them to images, with a key made
-from the seed and the epoch; the remainder that does not fill a batch is dropped. The order, the
-crops, the replacement of an image that cannot be decoded, and (on the device) the augmentations
-depend on the seed and this index, never on a worker, a process, or where a run was resumed.
+The order, the crops, the replacement of an image that cannot be decoded, and (on the device) the
+augmentations depend on the seed and the global sample index (see `music_jax.data.order`), never on
+a worker, a process, or where a run was resumed.
 """
 
 import dataclasses
-import functools
 import itertools
-import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -18,24 +14,15 @@ from typing import NamedTuple
 import cv2
 import grain
 import numpy as np
-from grain.experimental import index_shuffle
+from numpy.typing import DTypeLike
 
-from music_jax.data.decode import (
-    EncodedImage,
-    Header,
-    central_view,
-    decode,
-    largest_reduction,
-    read_header,
-)
+from music_jax.data.crops import NUMBERS_PER_BOX, Box, Crop, central_view, cut, draw_boxes
+from music_jax.data.decode import EncodedImage, Header, decode, largest_reduction, read_header
+from music_jax.data.order import TrainingOrder
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed import usable_cores
 from music_jax.errors import UndecodableError, UnusableDataError
-
-# Saved with each checkpoint, so that a run that resumes in another order can log this. Version 1
-# used `seed + epoch` as the key: a seed had the orders of the next seed, one epoch later.
-ORDER_VERSION = 2
 
 # Samples that one thread reads, then decodes in a row. Decoding takes three times as long where
 # Python code, which evicts the decoder from the caches, runs between two images.
@@ -47,82 +34,7 @@ _BATCHES_AHEAD = 3
 # Broken images in a row, each drawn at random from the dataset, after which training stops.
 _MAX_TRIES = 100
 
-_TRIES = 10  # at drawing a box
-NUMBERS_PER_BOX = 2 * _TRIES + 2  # area and aspect ratio of each try, then top and left
-
 _Batch = dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingOrder:
-    """Assigns an image to each position of the batch of each step.
-
-    Attributes:
-      num_records: Number of images in the dataset.
-      batch_size: Global batch size, at most `num_records`.
-      seed: Seed of the shuffle.
-    """
-
-    num_records: int
-    batch_size: int
-    seed: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Number of full batches in an epoch."""
-        return self.num_records // self.batch_size
-
-    def sample_index(self, step: int, position: int) -> int:
-        """Returns the global index of the sample at a position of the global batch of a step."""
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        return epoch * self.num_records + step_in_epoch * self.batch_size + position
-
-    def substitute(self, sample_index: int, attempt: int) -> int:
-        """Returns the image to use where a sample's own and `attempt` others are broken."""
-        bits = np.random.Philox(key=[self.seed, sample_index], counter=[0, 0, 0, 1 + attempt])
-        return int(np.random.Generator(bits).integers(self.num_records))
-
-    def record_key(self, sample_index: int) -> int:
-        """Returns the position in the dataset of the image with a global sample index."""
-        epoch, index = divmod(sample_index, self.num_records)
-        seed = _shuffle_key(self.seed, epoch)
-        return index_shuffle(index, max_index=self.num_records - 1, seed=seed, rounds=4)
-
-
-@functools.lru_cache
-def _shuffle_key(seed: int, epoch: int) -> int:
-    """Returns 32 bits for Grain's shuffle, unrelated for any two pairs of seed and epoch.
-
-    Two of `k` pairs share a key with a probability of `k**2 / 2**33`: 0.01 % for 10 seeds of 100
-    epochs each. Then one epoch of a run has the order of one epoch of another.
-    """
-    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-
-
-@dataclasses.dataclass(frozen=True)
-class Crop:
-    """Settings of the random crops of training views.
-
-    Attributes:
-      size: Side of the square view, in pixels.
-      scale: Range of the crop's share of the image's area; (1, 1) takes the entire image.
-      aspect_ratio: Range of the crop's width divided by its height.
-    """
-
-    size: int
-    scale: tuple[float, float] = (0.08, 1.0)
-    aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-
-
-class Box(NamedTuple):
-    """A rectangle of an image, in pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-
 _Cut = tuple[Box, bool]  # the box of a view, and whether it is mirrored
 
 
@@ -132,6 +44,7 @@ def training_batches(
     *,
     crop: Crop,
     channels: int,
+    dtype: DTypeLike = np.uint8,
     positions: np.ndarray,
     num_steps: int,
     start_step: int = 0,
@@ -147,7 +60,8 @@ def training_batches(
       source: Images.
       order: Order of the images.
       crop: Settings of the random crops.
-      channels: 1 (gray) or 3 (RGB).
+      channels: Number of channels; files of 1 (gray) and 3 (RGB) are converted to one another.
+      dtype: Type of the pixels: uint8, uint16 or float32.
       positions: Positions of the global batch that this process fills, ascending.
       num_steps: Number of steps of the whole training.
       start_step: First step; its batches are the same as if all steps before had been read.
@@ -161,9 +75,8 @@ def training_batches(
       num_threads: Number of decoding threads; by default one per core that the process may use.
 
     Yields:
-      Dictionaries of `images`, uint8 [positions, views, size, size, channels]; `local_images`
-      likewise, if there are local views; `sample_index`, uint32 [positions]; `label`, int32
-      [positions].
+      Dictionaries of `images`, [positions, views, size, size, channels]; `local_images` likewise,
+      if there are local views; `sample_index`, uint32 [positions]; `label`, int32 [positions].
 
     Raises:
       UnusableDataError: While iterating, if images cannot be decoded and must not be skipped.
@@ -171,7 +84,9 @@ def training_batches(
     groups = [_Group("images", crop, num_views)]
     if local_views is not None:
         groups.append(_Group("local_images", *local_views))
-    batches = _TrainingBatches(source, order, groups, channels, positions, flip, skipped)
+    batches = _TrainingBatches(
+        source, order, groups, channels, np.dtype(dtype), positions, flip, skipped
+    )
     return _read(batches.new, batches.fill, len(positions), start_step, num_steps, num_threads)
 
 
@@ -181,6 +96,7 @@ def evaluation_batches(
     size: int,
     resize_shorter_side: int,
     channels: int,
+    dtype: DTypeLike = np.uint8,
     batch_size: int,
     positions: np.ndarray,
     skipped: SkippedImages | None = None,
@@ -192,22 +108,23 @@ def evaluation_batches(
       source: Images.
       size: Side of the views, in pixels.
       resize_shorter_side: Length to which the shorter side is resized before the crop.
-      channels: 1 (gray) or 3 (RGB).
-      batch_size: Global batch size; the last batch is padded with black images without a label.
+      channels: Number of channels, as in `training_batches`.
+      dtype: Type of the pixels, likewise.
+      batch_size: Global batch size; the last batch is padded with images of zeros without a label.
       positions: Positions of the global batch that this process fills, ascending.
-      skipped: List to which images that cannot be decoded are added. Black images without a
-        label replace them. By default such an image is an error.
+      skipped: List to which images that cannot be decoded are added. Images of zeros without
+        a label replace them. By default such an image is an error.
       num_threads: Number of decoding threads; by default one per core that the process may use.
 
     Yields:
-      Dictionaries of `images`, uint8 [positions, size, size, channels]; `label`, int32 [positions],
-      -1 for images without a label; `decoded`, bool [positions], False for black images.
+      Dictionaries of `images`, [positions, size, size, channels]; `label`, int32 [positions], -1
+      for images without a label; `decoded`, bool [positions], False for images of zeros.
     """
     count = len(positions)
 
     def new() -> _Batch:
         return {
-            "images": np.zeros((count, size, size, channels), np.uint8),
+            "images": np.zeros((count, size, size, channels), dtype),
             "label": np.full(count, -1, np.int32),
             "decoded": np.zeros(count, bool),
         }
@@ -224,6 +141,7 @@ def evaluation_batches(
                     size=size,
                     resize_shorter_side=resize_shorter_side,
                     channels=channels,
+                    dtype=dtype,
                 )
             except UndecodableError as error:
                 _skip(skipped, source, key, error)
@@ -258,6 +176,7 @@ class _TrainingBatches:
     order: TrainingOrder
     groups: list[_Group]
     channels: int
+    dtype: np.dtype
     positions: np.ndarray
     flip: bool
     skipped: SkippedImages | None
@@ -271,7 +190,7 @@ class _TrainingBatches:
         }
         for name, crop, num_views in self.groups:
             shape = (count, num_views, crop.size, crop.size, self.channels)
-            batch[name] = np.empty(shape, np.uint8)
+            batch[name] = np.empty(shape, self.dtype)
         return batch
 
     def fill(self, step: int, batch: _Batch, rows: range) -> None:
@@ -289,7 +208,7 @@ class _TrainingBatches:
     def _read(self, key: int) -> _Sample:
         try:
             encoded, label = self.source.example(key)
-            return _Sample(encoded, label, read_header(encoded))
+            return _Sample(encoded, label, read_header(encoded, self.channels))
         except UndecodableError as error:
             return _Sample(b"", -1, Header(1, 1), error)
 
@@ -337,8 +256,14 @@ class _TrainingBatches:
             for (box, _), view in zip(cuts, views, strict=True)
         )
         reduction = largest_reduction(header, factor)
-        encoded, channels = sample.encoded, self.channels
-        image = decode(encoded, channels, header=header, reduction=reduction, quick=True)
+        image = decode(
+            sample.encoded,
+            self.channels,
+            dtype=self.dtype,
+            header=header,
+            reduction=reduction,
+            quick=True,
+        )
         if not header.is_jpeg and image.shape[:2] != header[:2]:  # a rotated PNG, for example
             actual = sample._replace(header=Header(*image.shape[:2]))
             (cuts,) = self._draw([index], [actual])
@@ -346,71 +271,6 @@ class _TrainingBatches:
             cut(image, box, view, reduction=reduction)
             if flip:
                 view[:] = view[:, ::-1].copy()
-
-
-def draw_boxes(
-    heights: np.ndarray, widths: np.ndarray, crop: Crop, numbers: np.ndarray
-) -> np.ndarray:
-    """Draws a random box in each of many images, as torchvision's `RandomResizedCrop` does.
-
-    Area and aspect ratio are drawn up to ten times. If no box fits, the largest centered box within
-    the range of aspect ratios is taken.
-
-    Args:
-      heights: Heights of the images, [n].
-      widths: Widths of the images, [n].
-      crop: Ranges to draw from.
-      numbers: Uniform numbers in [0, 1), [n, NUMBERS_PER_BOX]; each row gives one box.
-
-    Returns:
-      int64 [n, 4], the fields of `Box`.
-    """
-    low, high = crop.scale
-    log_low, log_high = (math.log(r) for r in crop.aspect_ratio)
-    h, w = heights[:, None], widths[:, None]
-    areas = h * w * (low + (high - low) * numbers[:, :_TRIES])
-    ratios = np.exp(log_low + (log_high - log_low) * numbers[:, _TRIES : 2 * _TRIES])
-    tried_w, tried_h = np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
-    fits = (tried_w > 0) & (tried_w <= w) & (tried_h > 0) & (tried_h <= h)  # [n, tries]
-    first = fits.argmax(axis=1)[:, None]
-    any_fits = fits.any(axis=1)
-    ratio = np.clip(widths / heights, *crop.aspect_ratio)
-    largest_w = np.minimum(widths, np.maximum(1, np.rint(heights * ratio)))
-    largest_h = np.minimum(heights, np.maximum(1, np.rint(widths / ratio)))
-    box_w = np.where(any_fits, np.take_along_axis(tried_w, first, axis=1)[:, 0], largest_w)
-    box_h = np.where(any_fits, np.take_along_axis(tried_h, first, axis=1)[:, 0], largest_h)
-    top = np.where(any_fits, (heights - box_h + 1) * numbers[:, -2], (heights - box_h) // 2)
-    left = np.where(any_fits, (widths - box_w + 1) * numbers[:, -1], (widths - box_w) // 2)
-    return np.stack([top, left, box_h, box_w], axis=1).astype(np.int64)
-
-
-def cut(image: np.ndarray, box: Box, out: np.ndarray, *, reduction: int = 1) -> None:
-    """Cuts a box out of an image and resizes it to a square, fast enough for training.
-
-    Halves the box, each pixel the mean of four, while it is at least twice as large as the square,
-    then interpolates bilinearly. Averaging over all pixels at once, as `resize` does, takes five
-    to ten times as long; the mean difference is one gray level.
-
-    Args:
-      image: uint8 [height, width, channels].
-      box: Box, in pixels of the image at full size.
-      out: uint8 [size, size, channels], contiguous; receives the square.
-      reduction: Factor by which decoding has reduced the image.
-    """
-    top, left, height, width = box
-    if reduction > 1:
-        height = -(-(top + height) // reduction) - top // reduction
-        width = -(-(left + width) // reduction) - left // reduction
-        top, left = top // reduction, left // reduction
-    part = image[top : top + height, left : left + width]
-    size = out.shape[0]
-    while height >= 2 * size and width >= 2 * size:
-        height, width = height // 2, width // 2
-        part = cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA)
-    if (height, width) == (size, size):
-        out[:] = part.reshape(out.shape)
-    else:
-        cv2.resize(part, (size, size), dst=out, interpolation=cv2.INTER_LINEAR)
 
 
 def _uniform(seed: int, sample_indices: list[int], count: int, stream: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import bisect
 import contextlib
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import logging
@@ -27,7 +28,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 from music_jax.config import normalize_path
-from music_jax.data.decode import EncodedImage, decode, largest_reduction, read_header, resize
+from music_jax.data.arrays import PIXEL_TYPES
+from music_jax.data.crops import resize
+from music_jax.data.decode import EncodedImage, decode, largest_reduction, read_header
 from music_jax.data.folder import MAX_FILE_BYTES
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
@@ -190,10 +193,12 @@ class Packing:
 
     Attributes:
       shorter_side: Length to which the shorter side is shrunk, in pixels.
-      encoding: `jpeg`, which keeps the files of images that are small enough; or `raw` for
-        uncompressed pixels (BMP), which need no decoding and about eight times the space.
+      encoding: `jpeg`, which keeps the files of images that are small enough; `raw` for
+        uncompressed pixels (BMP), which need no decoding and about eight times the space; or `npy`
+        for pixels of any number of channels and type.
       quality: JPEG quality, 1 to 100.
-      channels: 1 (gray) or 3 (RGB).
+      channels: Number of channels; 1 (gray) or 3 (RGB) except for `npy`.
+      pixel_type: uint8; for `npy` also uint16 or float32.
       shard_size: Number of images of the source in one shard.
     """
 
@@ -201,14 +206,20 @@ class Packing:
     encoding: str = "jpeg"
     quality: int = 90
     channels: int = 3
+    pixel_type: str = "uint8"
     shard_size: int = 4096
 
     def __post_init__(self) -> None:
+        is_picture = self.encoding != "npy"
+        channels = ((1, 3), "one of 1, 3") if is_picture else (range(1, 2**14 + 1), "at least 1")
+        types = PIXEL_TYPES[:1] if is_picture else PIXEL_TYPES
+        more = ", or any with --encoding=npy" if is_picture else ""
         for name, allowed, expected in (
             ("shorter_side", range(1, 2**14 + 1), "from 1 to 16384"),
-            ("encoding", ("jpeg", "raw"), "one of jpeg, raw"),
+            ("encoding", ("jpeg", "raw", "npy"), "one of jpeg, raw, npy"),
             ("quality", range(1, 101), "from 1 to 100"),
-            ("channels", (1, 3), "one of 1, 3"),
+            ("channels", channels[0], channels[1] + more),
+            ("pixel_type", types, f"one of {', '.join(types)}{more}"),
             ("shard_size", range(1, 2**24 + 1), "from 1 to 16777216"),
         ):
             if getattr(self, name) not in allowed:
@@ -307,7 +318,7 @@ def _start(directory: epath.Path, index: dict[str, Any]) -> bool:
             return False
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error}") from error
-    existing = _read_index(directory)
+    existing = {"pixel_type": PIXEL_TYPES[0]} | _read_index(directory)  # unlike older versions
     if _normalize(existing.get("source")) == _normalize(index["source"]):
         index["source"] = existing["source"]
     changing = ("complete", "num_images", "shards", "source_fingerprint")
@@ -347,15 +358,21 @@ def shrink(encoded: EncodedImage, packing: Packing) -> bytes:
     Raises:
       UndecodableError: The file cannot be decoded.
     """
-    header = read_header(encoded)
+    header = read_header(encoded, packing.channels)
     factor = min(header[:2]) / packing.shorter_side
     reduction = largest_reduction(header, factor)
-    image = decode(encoded, packing.channels, header=header, reduction=reduction)
+    image = decode(
+        encoded, packing.channels, dtype=packing.pixel_type, header=header, reduction=reduction
+    )
     if factor <= 1 and packing.encoding == "jpeg" and isinstance(encoded, bytes):
         return encoded  # decoded only to check it
     ratio = packing.shorter_side / min(image.shape[:2])
     if ratio < 1:
         image = resize(image, *(max(1, round(side * ratio)) for side in image.shape[:2]))
+    if packing.encoding == "npy":
+        file = io.BytesIO()
+        np.save(file, image, allow_pickle=False)
+        return file.getvalue()
     if packing.channels == 3:
         image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     suffix, options = ".bmp", []

@@ -116,14 +116,15 @@ class Source:
         record = self.record(index)
         label = self._label_of(record)
         encoded = record.get(self.image_key)
-        if isinstance(encoded, np.ndarray) and encoded.dtype == np.uint8 and encoded.ndim == 3:
+        if isinstance(encoded, np.ndarray) and encoded.dtype.kind in "biuf":
+            if encoded.ndim in (2, 3):
+                return encoded, label
+        elif isinstance(encoded, bytes):
             return encoded, label
-        if not isinstance(encoded, bytes):
-            raise UndecodableError(
-                "its record holds neither an encoded image nor a uint8 array [height, width, "
-                "channels]"
-            )
-        return encoded, label
+        raise UndecodableError(
+            "its record holds neither an encoded image nor an array of numbers [height, width, "
+            "channels]"
+        )
 
     def count_classes(self, at_most: int) -> int:
         """Returns how many classes have images; reading stops once `at_most` are found."""

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from ml_collections import config_dict
 
 import music_jax.workdir.files  # noqa: F401  (corrects the paths that TFDS uses)
@@ -44,10 +45,11 @@ def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
             raise UserError(
                 f"dataset {dataset.name!r} has no feature {key!r}; it has {sorted(features)}"
             )
-    if not isinstance(features.get(dataset.image_key), tfds.features.Image):
+    if not _holds_images(features.get(dataset.image_key)):
         raise UserError(
-            f"the feature {dataset.image_key!r} of dataset {dataset.name!r} is not an Image; name "
-            f"one of {sorted(features)} that is, with --config.dataset.image_key="
+            f"the feature {dataset.image_key!r} of dataset {dataset.name!r} is not an Image, nor a "
+            "Tensor of numbers [height, width, channels]; name one of "
+            f"{sorted(features)} that is, with --config.dataset.image_key="
         )
     label, names, no_classes = features.get(dataset.label_key), (), ""
     if isinstance(label, tfds.features.ClassLabel):
@@ -60,7 +62,8 @@ def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
     decoders = {
         key: tfds.decode.SkipDecoding()
         for key, feature in features.items()
-        if isinstance(feature, tfds.features.Image)
+        # TFDS packs the bytes of float32 in those of four channels.
+        if isinstance(feature, tfds.features.Image) and feature.np_dtype != np.float32
     }
     try:
         records = builder.as_data_source(split=split, decoders=decoders)
@@ -94,6 +97,16 @@ def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
         no_classes=no_classes,
         identity=lambda _: json.dumps([builder.info.full_name, split, shards]).encode(),
     )
+
+
+def _holds_images(feature: Any) -> bool:
+    """Returns whether a feature of TFDS is an image, encoded or as an array."""
+    import tensorflow_datasets as tfds
+
+    if isinstance(feature, tfds.features.Image):
+        return True
+    is_tensor = type(feature) is tfds.features.Tensor
+    return is_tensor and len(feature.shape) in (2, 3) and feature.np_dtype.kind in "biuf"
 
 
 class _Cached:

@@ -1,8 +1,8 @@
 """Transforms batches of images on the device, with parameters for each image.
 
 Images are given as planes, one [..., height, width] array per channel: every operation on colors is
-then elementwise, and XLA fuses a chain of them into one pass over memory. Values are in [0, 1].
-Parameters have the images' leading shape [...].
+then elementwise, and XLA fuses a chain of them into one pass over memory. Values are in [0, 1],
+or of any range where `clip` is false. Parameters have the images' leading shape [...].
 
 The blends follow torchvision and PIL's `ImageEnhance`. dm_pix differs: its `adjust_brightness`
 adds, its `adjust_contrast` blends with each channel's own mean, its `adjust_saturation` scales
@@ -37,6 +37,11 @@ def per_pixel(values: jax.Array) -> jax.Array:
     return values[..., None, None]
 
 
+def limit(plane: jax.Array, *, clip: bool) -> jax.Array:
+    """Clips a plane to [0, 1], or returns it unchanged."""
+    return jnp.clip(plane, 0.0, 1.0) if clip else plane
+
+
 def luma(planes: Planes) -> jax.Array:
     """Returns the gray version of each image, [..., height, width]."""
     if len(planes) == 1:
@@ -51,10 +56,10 @@ def grayscale(planes: Planes, apply: jax.Array) -> Planes:
     return tuple(jnp.where(per_pixel(apply), gray, plane) for plane in planes)
 
 
-def solarize(planes: Planes, apply: jax.Array, threshold: float = 0.5) -> Planes:
-    """Inverts the values of at least `threshold` where `apply`, bool [...], is true."""
+def solarize(planes: Planes, apply: jax.Array) -> Planes:
+    """Inverts the values of at least 0.5 where `apply`, bool [...], is true."""
     return tuple(
-        jnp.where(per_pixel(apply), dm_pix.solarize(plane, threshold), plane) for plane in planes
+        jnp.where(per_pixel(apply), dm_pix.solarize(plane, 0.5), plane) for plane in planes
     )
 
 
@@ -95,6 +100,7 @@ def color_jitter(
     contrast: jax.Array | None = None,
     saturation: jax.Array | None = None,
     hue: jax.Array | None = None,
+    clip: bool = True,
 ) -> Planes:
     """Changes brightness, contrast, saturation and hue, in this order.
 
@@ -112,24 +118,26 @@ def color_jitter(
         contrast: Factor [...], likewise.
         saturation: Factor [...], likewise.
         hue: Shift [...] in turns of the color circle, in [-0.5, 0.5]; 0 changes nothing.
+        clip: Whether values are clipped to [0, 1] after each blend.
     """
+    blend = functools.partial(_blend, clip=clip)
     if brightness is not None:
-        planes = _blend(planes, brightness, jnp.zeros_like(planes[0]))
+        planes = blend(planes, brightness, jnp.zeros_like(planes[0]))
     if contrast is not None:
         mean = jnp.mean(luma(planes), axis=(-2, -1), keepdims=True)  # [..., 1, 1]
-        planes = _blend(planes, contrast, mean)
+        planes = blend(planes, contrast, mean)
     if len(planes) == 3 and saturation is not None:
-        planes = _blend(planes, saturation, luma(planes))
+        planes = blend(planes, saturation, luma(planes))
     if len(planes) == 3 and hue is not None:
         planes = shift_hue(planes, hue)
     return planes
 
 
-def _blend(planes: Planes, factor: jax.Array, base: jax.Array) -> Planes:
-    """Returns `clip(f x + (1 - f) base, 0, 1)`, base [..., height or 1, width or 1]."""
+def _blend(planes: Planes, factor: jax.Array, base: jax.Array, *, clip: bool) -> Planes:
+    """Returns `f x + (1 - f) base`, clipped or not, base [..., height or 1, width or 1]."""
     factor = per_pixel(factor)
     rest = (1.0 - factor) * base
-    return tuple(jnp.clip(factor * plane + rest, 0.0, 1.0) for plane in planes)
+    return tuple(limit(factor * plane + rest, clip=clip) for plane in planes)
 
 
 def flip_left_right(planes: Planes, apply: jax.Array) -> Planes:
@@ -171,17 +179,18 @@ def affine_matrices(
 
 
 def warp_affine(planes: Planes, matrices: jax.Array) -> Planes:
-    """Warps uint8 images bilinearly, with black around them.
+    """Warps images bilinearly, with zeros around them.
 
-    The four neighbors of a pixel are four bytes of one 32-bit word, so that one gather fetches them
-    all. `dm_pix.affine_transform` treats the channels as a third dimension and gathers eight.
+    The four neighbors of a uint8 pixel are four bytes of one 32-bit word, so that one gather
+    fetches them all. `dm_pix.affine_transform` treats the channels as a third dimension and gathers
+    eight.
 
     Args:
-        planes: Planes, each uint8 [..., height, width].
+        planes: Planes, each uint8 or float32 [..., height, width].
         matrices: float32 [..., 2, 3] from `affine_matrices`; the identity gives the input exactly.
 
     Returns:
-        Planes, each float32 [..., height, width] in [0, 255].
+        Planes, each float32 [..., height, width] in the range of the input.
     """
     *lead, height, width = planes[0].shape
     ones = (1,) * len(lead)
@@ -191,20 +200,31 @@ def warp_affine(planes: Planes, matrices: jax.Array) -> Planes:
     m = matrices[..., None, None]  # [..., 2, 3, 1, 1]
     x = m[..., 0, 0, :, :] * out_x + m[..., 0, 1, :, :] * out_y + m[..., 0, 2, :, :] + center_x
     y = m[..., 1, 0, :, :] * out_x + m[..., 1, 1, :, :] * out_y + m[..., 1, 2, :, :] + center_y
-    x, y = jnp.clip(x, -1.0, width), jnp.clip(y, -1.0, height)  # all black from there on
+    x, y = jnp.clip(x, -1.0, width), jnp.clip(y, -1.0, height)  # all zeros from there on
     left = jnp.minimum(jnp.floor(x), width - 1.0)  # [..., height, width], in [-1, width - 1]
     above = jnp.minimum(jnp.floor(y), height - 1.0)
     dx, dy = x - left, y - above
     index = (above.astype(jnp.int32) + 1) * (width + 1) + left.astype(jnp.int32) + 1
     index = index.reshape(*lead, height * width)
 
+    def gather(squares: jax.Array) -> jax.Array:
+        squares = squares.reshape(*lead, (height + 1) * (width + 1))
+        return jnp.take_along_axis(squares, index, axis=-1, mode="promise_in_bounds")
+
     def warp(plane: jax.Array) -> jax.Array:
-        # Word (i, j) starts at pixel (i - 1, j - 1): [..., (height + 1) * (width + 1)].
-        words = _neighbor_words(plane).reshape(*lead, (height + 1) * (width + 1))
-        found = jnp.take_along_axis(words, index, axis=-1, mode="promise_in_bounds")
-        # To int32, since a CPU has no vector instruction from uint32 to float32.
-        found = jax.lax.bitcast_convert_type(found, jnp.int32).reshape(plane.shape)
-        corners = [((found >> shift) & 255).astype(jnp.float32) for shift in (0, 8, 16, 24)]
+        # Square (i, j) starts at pixel (i - 1, j - 1).
+        if plane.dtype == jnp.uint8:
+            # To int32, since a CPU has no vector instruction from uint32 to float32.
+            found = jax.lax.bitcast_convert_type(gather(_neighbor_words(plane)), jnp.int32)
+            found = found.reshape(plane.shape)
+            corners = [((found >> shift) & 255).astype(jnp.float32) for shift in (0, 8, 16, 24)]
+        else:
+            padded = jnp.pad(plane, [(0, 0)] * len(lead) + [(1, 1), (1, 1)])
+            corners = [
+                gather(padded[..., i : i + height + 1, j : j + width + 1]).reshape(plane.shape)
+                for i in (0, 1)
+                for j in (0, 1)
+            ]
         upper = corners[0] * (1.0 - dx) + corners[1] * dx
         lower = corners[2] * (1.0 - dx) + corners[3] * dx
         return upper * (1.0 - dy) + lower * dy

@@ -19,7 +19,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
 from music_jax.data.augment import augment_views, normalize_images, view_augmentations
-from music_jax.data.loader import Crop, TrainingOrder, evaluation_batches, training_batches
+from music_jax.data.crops import Crop
+from music_jax.data.loader import evaluation_batches, training_batches
+from music_jax.data.order import TrainingOrder
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed import progress
@@ -30,7 +32,7 @@ from music_jax.workdir.files import bucket_errors, check_is_file, new_file, read
 _logger = logging.getLogger(__name__)
 
 Arrays = dict[str, np.ndarray]
-# From uint8 [batch, height, width, channels], on the mesh, to float32 arrays [batch, ...] by name.
+# From images [batch, height, width, channels], on the mesh, to float32 arrays [batch, ...] by name.
 Extractor = Callable[[jax.Array], dict[str, jax.Array]]
 Model = Literal["trained", "random_init", "raw_pixels"]
 
@@ -132,7 +134,7 @@ class FrozenNetwork:
         return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
 
     def normalize(self, images: jax.Array) -> jax.Array:
-        """Normalizes images, uint8 [batch, height, width, channels], for the backbone."""
+        """Normalizes images [batch, height, width, channels] for the backbone."""
         return normalize_images(images, **self._normalization)
 
     @property
@@ -158,6 +160,7 @@ class FrozenNetwork:
             size=config.crop.size,
             resize_shorter_side=config.crop.eval_resize,
             channels=config.dataset.num_channels,
+            dtype=config.dataset.pixel_type,
             batch_size=placing.batch_size,
             positions=placing.positions,
             skipped=self.skipped,
@@ -222,7 +225,7 @@ class FrozenNetwork:
     def random_crop_batches(
         self, source: Source, *, batch_size: int, num_epochs: int, description: str
     ) -> Iterator[tuple[jax.Array, jax.Array]]:
-        """Yields randomly cropped images, uint8 [batch, height, width, channels], and labels.
+        """Yields randomly cropped images [batch, height, width, channels] and labels.
 
         Images are randomly flipped if the training flips its views. A bar shows the progress.
         """
@@ -243,6 +246,7 @@ class FrozenNetwork:
             TrainingOrder(len(source), placing.batch_size, config.seed),
             crop=Crop(crop.size, tuple(crop.scale), tuple(crop.aspect_ratio)),
             channels=config.dataset.num_channels,
+            dtype=config.dataset.pixel_type,
             positions=placing.positions,
             num_steps=num_steps,
             num_views=num_views,

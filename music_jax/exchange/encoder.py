@@ -17,8 +17,10 @@ from ml_collections import config_dict
 from music_jax import registry
 from music_jax.checkpoint.manager import restore_network
 from music_jax.config import from_json, validate
+from music_jax.data.arrays import to_pixels
 from music_jax.data.augment import normalize_images
-from music_jax.data.decode import EncodedImage, center_crop, central_view
+from music_jax.data.crops import center_crop, central_view
+from music_jax.data.decode import EncodedImage
 from music_jax.distributed import usable_cores
 from music_jax.distributed.mesh import make_data_mesh, to_devices
 from music_jax.errors import UndecodableError, UserError
@@ -71,6 +73,11 @@ class TrainedBackbone:
     params: Any = None
     batch_stats: Any = None
 
+    @property
+    def pixel_type(self) -> str:
+        """Type of the images' values: uint8, uint16 or float32."""
+        return self.config.dataset.pixel_type
+
     @functools.cached_property
     def backbone(self) -> FrozenBackbone:
         """The backbone as a function of its weights."""
@@ -98,6 +105,8 @@ class TrainedBackbone:
                     "num_channels": config.dataset.num_channels,
                     "mean": list(config.dataset.mean),
                     "std": list(config.dataset.std),
+                    # Files of earlier versions have none, and uint8 images.
+                    **({"pixel_type": self.pixel_type} if self.pixel_type != "uint8" else {}),
                 },
             },
         }
@@ -110,7 +119,7 @@ class TrainedBackbone:
         Args:
           arrays: Parameters and running statistics of the network, or of the backbone if there is
             no network.
-          images: uint8 [batch, size, size, channels].
+          images: Images [batch, size, size, channels] of the pixel type.
           extra: Output to compute besides the features.
 
         Returns:
@@ -200,6 +209,7 @@ class Encoder:
       size: Side of the central square, in pixels.
       resize_shorter_side: Length that an image's shorter side is resized to first, in pixels.
       channels: Number of channels.
+      pixel_type: Type of the images' values.
       batch_size: Number of images that are processed at once.
     """
 
@@ -217,6 +227,7 @@ class Encoder:
         self.size = config.crop.size
         self.resize_shorter_side = config.crop.eval_resize
         self.channels = config.dataset.num_channels
+        self.pixel_type = trained.pixel_type
         self._mesh = make_data_mesh()
         self.batch_size = -(-batch_size // self._mesh.size) * self._mesh.size
         arrays = (trained.params, trained.batch_stats)
@@ -236,14 +247,14 @@ class Encoder:
         """Computes features.
 
         Args:
-          images: uint8 [images, height, width, channels], or a sequence of images, each an array of
-            any size or the path of a file.
+          images: Images [images, height, width, channels] of the pixel type, or a sequence of
+            images, each an array of any size or the path of a file.
 
         Returns:
           float32 [images, features].
 
         Raises:
-          ValueError: An array is not uint8 or does not have the shape of an image.
+          ValueError: An array has another type or does not have the shape of an image.
           UserError: A file cannot be read.
         """
         return self._run(images)[0]
@@ -299,7 +310,7 @@ class Encoder:
         """Computes features, and optionally codes or probabilities, of cropped images.
 
         Args:
-          crops: Images, uint8 [size, size, channels].
+          crops: Images [size, size, channels] of the pixel type.
           extra: Output to compute besides the features.
 
         Returns:
@@ -317,7 +328,7 @@ class Encoder:
             # Padded to a power of two for each device, so that few programs are compiled.
             share = max(1, -(-len(batch) // self._mesh.size))
             rows = min(2 ** (share - 1).bit_length() * self._mesh.size, self.batch_size)
-            padded = np.zeros((rows, self.size, self.size, self.channels), np.uint8)
+            padded = np.zeros((rows, self.size, self.size, self.channels), self.pixel_type)
             for i, crop in enumerate(batch):
                 if crop.shape != padded.shape[1:]:
                     raise ValueError(f"expected crops {padded.shape[1:]}; got {crop.shape}")
@@ -336,7 +347,7 @@ class Encoder:
                 reason = getattr(error, "strerror", None) or error
                 raise UserError(f"cannot read the image {os.fspath(image)!r}: {reason}") from error
         image = np.asarray(image)
-        if image.dtype != np.uint8:
+        if self.pixel_type == "uint8" and image.dtype != np.uint8:
             raise ValueError(f"images must be uint8, with values from 0 to 255; got {image.dtype}")
         if image.ndim == 2:
             image = image[..., None]
@@ -345,13 +356,17 @@ class Encoder:
                 f"images must be [height, width, {self.channels}] for this backbone; got an array "
                 f"of shape {image.shape}"
             )
+        try:
+            image = to_pixels(image, self.channels, self.pixel_type)
+        except UndecodableError as error:
+            raise ValueError(f"an image cannot be used: {error}") from error
         return center_crop(image, self.size, self.resize_shorter_side)
 
     def crop_file(self, encoded: EncodedImage) -> np.ndarray:
         """Decodes the bytes of an image file and returns its central square.
 
         Returns:
-          uint8 [size, size, channels].
+          Image [size, size, channels] of the pixel type.
 
         Raises:
           UndecodableError: The bytes are not a valid image of a supported format.
@@ -361,4 +376,5 @@ class Encoder:
             size=self.size,
             resize_shorter_side=self.resize_shorter_side,
             channels=self.channels,
+            dtype=self.pixel_type,
         )

@@ -43,7 +43,7 @@ _USAGE = {
     import music_jax
 
     encoder = music_jax.load("{name}")
-    features = encoder(["photo.jpg"])  # or uint8 [images, height, width, channels]""",
+    features = encoder(["{example}"])  # or {pixels} [images, height, width, channels]""",
     "onnx": """\
     import onnxruntime
 
@@ -56,7 +56,7 @@ _USAGE = {
 
     with open("{name}", "rb") as file:
         program = jax.export.deserialize(bytearray(file.read()))
-    features = program.call(images)  # uint8 [batch, {size}, {size}, {channels}]; normalizes them
+    features = program.call(images)  # {pixels} [batch, {size}, {size}, {channels}]; normalizes them
 
 The program needs only jax and runs on {platforms}.""",
     "orbax": """\
@@ -103,6 +103,11 @@ def write(
         if form == "orbax":
             _write_orbax(trained, path)
         elif form == "timm":
+            if trained.pixel_type != "uint8":
+                raise UserError(
+                    f"timm's transforms take images of uint8, not of {trained.pixel_type}; use "
+                    "--format=torchvision, onnx, stablehlo, safetensors or orbax"
+                )
             content = _file_content(trained, "torchvision", num_classes=0)
             path.mkdir()
             write_new(path / "model.safetensors", content)
@@ -182,20 +187,20 @@ def _exported_program(trained: TrainedBackbone) -> jax.export.Exported:
     arrays = backbone.backbone_arrays()
     (batch,) = jax.export.symbolic_shape("batch")
     size, channels = trained.config.crop.size, trained.config.dataset.num_channels
-    images = jax.ShapeDtypeStruct((batch, size, size, channels), np.uint8)
+    images = jax.ShapeDtypeStruct((batch, size, size, channels), trained.pixel_type)
     program = jax.jit(lambda images: backbone.encode(arrays, images)[0])
     return jax.export.export(program, platforms=_PLATFORMS)(images)
 
 
 def _preprocessing(trained: TrainedBackbone) -> dict[str, Any]:
     """Returns the preprocessing of images, as JSON."""
-    config = trained.config
+    config, channels = trained.config, trained.config.dataset.num_channels
     return {
         "resize_shorter_side": config.crop.eval_resize,
         "center_crop": config.crop.size,
-        "channels": config.dataset.num_channels,
-        "channel_order": "RGB" if config.dataset.num_channels == 3 else "gray",
-        "scale": "values / 255",
+        "channels": channels,
+        "channel_order": {1: "gray", 3: "RGB"}.get(channels, "as in the training images"),
+        "scale": "values / 255" if trained.pixel_type == "uint8" else "none",
         "mean": list(config.dataset.mean),
         "std": list(config.dataset.std),
     }
@@ -204,11 +209,14 @@ def _preprocessing(trained: TrainedBackbone) -> dict[str, Any]:
 def usage(trained: TrainedBackbone, form: str, name: str, num_classes: int) -> str:
     """Returns the lines of Markdown that show how to load an exported file."""
     config = trained.config
+    is_photo = trained.pixel_type == "uint8" and config.dataset.num_channels in (1, 3)
     if form != "torchvision":
         return _USAGE[form].format(
             name=name,
             size=config.crop.size,
             channels=config.dataset.num_channels,
+            pixels=trained.pixel_type,
+            example="photo.jpg" if is_photo else "image.npy",
             platforms=", ".join(_PLATFORMS),
         )
     theirs, is_resnet = TIMM_NAMES[config.backbone.name], config.backbone.name in TORCHVISION_NAMES
@@ -247,7 +255,10 @@ def _model_card(
     origin = "imported" if imported else f"pre-trained with {_code(config.objective.name)}"
     license_line = f"license: {json.dumps(license_name)}\n" if license_name else ""
     named = f"Weights: {license_name}." if license_name else "No license was named (`--license=`)."
-    colors = "three channels, RGB" if steps["channels"] == 3 else "one channel, gray"
+    channels = f"{steps['channels']} channels, {steps['channel_order']}"
+    colors = {1: "one channel, gray", 3: "three channels, RGB"}.get(steps["channels"], channels)
+    pixels = "values from 0 to 255" if trained.pixel_type == "uint8" else trained.pixel_type
+    scale = "divided by 255; minus" if trained.pixel_type == "uint8" else "minus"
     return f"""\
 ---
 library_name: {"timm" if form == "timm" else "music_jax"}
@@ -267,10 +278,10 @@ A backbone with {size:.2f} M parameters and statistics that maps an image to \
 
 ## Preprocessing
 
-1. {colors}, values from 0 to 255
+1. {colors}, {pixels}
 2. shorter side resized to {steps["resize_shorter_side"]} px (area averaging to shrink, bilinear \
 to enlarge), central crop of {config.crop.size} x {config.crop.size} px
-3. divided by 255; minus {steps["mean"]}, divided by {steps["std"]}
+3. {scale} {steps["mean"]}, divided by {steps["std"]}
 
 {_training(trained, workdir, imported)}
 

@@ -16,7 +16,7 @@ from ml_collections import config_dict
 from music_jax import registry
 from music_jax.checkpoint.manager import Checkpoints
 from music_jax.config import validate
-from music_jax.data.loader import TrainingOrder
+from music_jax.data.order import TrainingOrder
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import UserError
 from music_jax.exchange.encoder import METADATA_KEY, load_backbone
@@ -353,7 +353,7 @@ def _config_for(
     config.projector.hidden_sizes = ()
     config.projector.output_size = make_frozen_backbone(config).num_features
     config.objective.name = _OBJECTIVE
-    validate(config)
+    validate(config, training=False)  # the statistics are part of the weights
     if channels != config.dataset.num_channels:
         raise UserError(
             f"{source} takes images of {channels} channels; config.dataset.num_channels is "

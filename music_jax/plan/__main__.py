@@ -63,6 +63,9 @@ def main() -> None:
 
     jax.config.update("jax_platforms", "cpu")
     validate(flags.FLAGS.config)
+    dataset = flags.FLAGS.config.dataset
+    if not dataset.mean:  # The cost does not depend on the statistics.
+        dataset.mean, dataset.std = (0.5,) * dataset.num_channels, (0.3,) * dataset.num_channels
     from music_jax.distributed import progress
     from music_jax.plan import report
 

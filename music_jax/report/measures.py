@@ -12,7 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from music_jax.data.augment import augment_views, view_augmentations
-from music_jax.data.loader import Crop, TrainingOrder, training_batches
+from music_jax.data.crops import Crop
+from music_jax.data.loader import training_batches
+from music_jax.data.order import TrainingOrder
+from music_jax.data.pictures import as_pictures, shown_channels
 from music_jax.errors import UserError
 from music_jax.evaluation.results import Predictions
 from music_jax.evaluation.run import Run
@@ -43,11 +46,11 @@ class Sample(NamedTuple):
     labels: np.ndarray  # int32 [images], -1 for none
     class_names: tuple[str, ...]
     num_classes: int  # 0 for no labels
-    pixels: np.ndarray  # uint8 [images, height, width, channels], the central squares
+    pixels: np.ndarray  # uint8 [images, height, width, 1 or 3], pictures of the central squares
     features: np.ndarray  # float32 [images, features]
     embeddings: np.ndarray  # float32 [images, dim]
     view_pairs: np.ndarray  # float32 [some images, 2, dim], embeddings of two training views
-    # uint8 [shown, 1 + 2 pairs, height, width, channels]: a crop, then pairs of augmented views.
+    # uint8 [shown, 1 + 2 pairs, height, width, 1 or 3]: a crop, then pairs of augmented views.
     views: np.ndarray
 
 
@@ -66,7 +69,9 @@ def sample_images(run: Run, num_images: int) -> Sample:
     source = run.images.subset(chosen)
     extractor = run.extractor("trained", embeddings=True)
     split = run.extract(
-        lambda images: extractor(images) | {"pixels": images}, source, f"images of {source.name}"
+        lambda images: extractor(images) | {"pixels": jnp.asarray(_pictures(run, images))},
+        source,
+        f"images of {source.name}",
     )
     if not len(split):
         raise UserError(f"none of the images of {source.name} can be decoded")
@@ -95,6 +100,19 @@ def sample_images(run: Run, num_images: int) -> Sample:
     )
 
 
+def _pictures(run: Run, images: Any) -> np.ndarray:
+    """Returns decoded images as pictures."""
+    if images.dtype == np.uint8:
+        return shown_channels(np.asarray(images))
+    return _as_pictures(run, np.asarray(run.normalize(images)))
+
+
+def _as_pictures(run: Run, normalized: np.ndarray) -> np.ndarray:
+    dataset = run.config.dataset
+    mean, std = dataset.mean, dataset.std
+    return as_pictures(normalized, mean=mean, std=std, pixel_type=dataset.pixel_type)
+
+
 def _augmented_views(run: Run) -> np.ndarray:
     """Returns crops and training views of a few images as pictures; see `Sample.views`."""
     config, source = run.config, run.images
@@ -104,6 +122,7 @@ def _augmented_views(run: Run) -> np.ndarray:
         TrainingOrder(len(source), count, config.seed),
         crop=Crop(config.crop.size, tuple(config.crop.scale), tuple(config.crop.aspect_ratio)),
         channels=config.dataset.num_channels,
+        dtype=config.dataset.pixel_type,
         positions=np.arange(count),
         num_steps=1,
         num_views=2 * _PAIRS,
@@ -121,9 +140,8 @@ def _augmented_views(run: Run) -> np.ndarray:
         )
     )
     views = augment(batch["images"], batch["sample_index"], jax.random.key(config.seed))
-    pixels = np.clip(np.asarray(views, np.float32) * std + mean, 0, 1)
-    pixels = np.round(255 * pixels).astype(np.uint8)
-    return np.concatenate([batch["images"][:, :1], pixels], axis=1)
+    crops = _pictures(run, batch["images"][:, :1])
+    return np.concatenate([crops, _as_pictures(run, np.asarray(views))], axis=1)
 
 
 def measure_sample_segments(

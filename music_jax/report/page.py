@@ -255,7 +255,7 @@ def _pictures(
 def _sprite(
     images: np.ndarray, max_side: int, sprites: dict[str, str], *, columns: int | None = None
 ) -> dict[str, Any]:
-    """Packs square images, uint8 [images, side, side, channels], into one WebP file.
+    """Packs square images, uint8 [images, side, side, 1 or 3], into one WebP file.
 
     They are shrunk to a side of at most `max_side` pixels. The style rule of the file is added to
     `sprites`. Returns the layout, with the `pitch` from image to image, and the class `sprite`.

@@ -149,7 +149,9 @@ def facts(run: RecordedRun, num_images: int | None) -> dict[str, str]:
         embedding = f"{segments * units:,} = {segments} segments × {units} units"
     hidden = run.field("projector.hidden_sizes")
     stem = run.field("backbone.stem")
-    channels = {1: "gray", 3: "RGB"}.get(run.field("dataset.num_channels"), "")
+    count, pixel_type = run.size("dataset.num_channels"), text("dataset.pixel_type", "uint8")
+    channels = {None: "", 1: "gray", 3: "RGB"}.get(count, f"{count} channels")
+    channels += f" {pixel_type}" if pixel_type != "uint8" else ""
     source = (
         run.field("dataset.path") or f"{text('dataset.name')}:{text('dataset.train_split', '')}"
     )

@@ -10,7 +10,9 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
-from music_jax.data.loader import Crop, TrainingOrder, training_batches
+from music_jax.data.crops import Crop
+from music_jax.data.loader import training_batches
+from music_jax.data.order import TrainingOrder
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed.mesh import Placing
@@ -57,6 +59,7 @@ class TrainingInput:
             self.order,
             crop=Crop(config.crop.size, tuple(config.crop.scale), ratios),
             channels=config.dataset.num_channels,
+            dtype=config.dataset.pixel_type,
             positions=self.placing.positions,
             num_steps=num_steps,
             start_step=start_step,
@@ -104,6 +107,19 @@ def check_same_images(workdir: epath.Path, source: Source, *, resuming: bool) ->
             "train on the new images with another --workdir; to resume this run with the images as "
             f"they are now, remove {path}"
         )
+
+
+def color_warnings(config: config_dict.ConfigDict) -> list[str]:
+    """Returns a warning about augmentations of colors that images without colors do not get."""
+    channels, views = config.dataset.num_channels, config.augmentation.values()
+    names = ("jitter", "grayscale", "solarize")
+    drawn = [name for name in names if any(view[f"{name}_probability"] for view in views)]
+    if channels in (1, 3) or not drawn:
+        return []
+    return [
+        f"config.augmentation: {', '.join(drawn)} need one or three channels; the images of "
+        f"{channels} channels do not get them"
+    ]
 
 
 def small_data_warnings(config: config_dict.ConfigDict, order: TrainingOrder) -> list[str]:

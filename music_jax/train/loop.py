@@ -18,9 +18,10 @@ from music_jax import config as config_lib
 from music_jax import registry
 from music_jax.checkpoint.manager import Checkpoints
 from music_jax.data import datasets
-from music_jax.data.loader import TrainingOrder
+from music_jax.data.order import TrainingOrder
 from music_jax.data.skipped import join_skipped, open_skipped, report_skipped
 from music_jax.data.sources import Source
+from music_jax.data.statistics import with_statistics
 from music_jax.distributed import progress
 from music_jax.distributed.mesh import (
     check_divisible,
@@ -33,7 +34,12 @@ from music_jax.distributed.signals import Stop
 from music_jax.errors import StoppedError, UserError
 from music_jax.objectives import music_lower_bound
 from music_jax.train.failures import CheckedStep, Recovery, TrainingFailure, read_trip
-from music_jax.train.input import TrainingInput, check_same_images, small_data_warnings
+from music_jax.train.input import (
+    TrainingInput,
+    check_same_images,
+    color_warnings,
+    small_data_warnings,
+)
 from music_jax.train.metric_logger import Draw, MetricLogger, make_draw
 from music_jax.train.online_probe import OnlineProbe, make_online_probe
 from music_jax.train.profile import Profile
@@ -91,6 +97,7 @@ def train_and_evaluate(
     lock = WorkdirLock(directory) if is_main_process() else contextlib.nullcontext()
     with lock, MetricLogger(config, directory) as logger:
         source = _open_source(config)
+        config = with_statistics(config, source, directory)
         # What cannot be evaluated, profiled or read fails now, not after the training.
         final = registry.final_evaluation(config, directory, source)
         order = TrainingOrder(len(source), config.batch_size, config.seed)
@@ -308,5 +315,5 @@ def _describe(
         lines["resuming"] = f"after step {start_step}"
     for name, value in lines.items():
         _logger.info(f"{name:12s} {value}")
-    for warning in small_data_warnings(config, order):
+    for warning in (*small_data_warnings(config, order), *color_warnings(config)):
         _logger.warning(f"warning: {warning}")

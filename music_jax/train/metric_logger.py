@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
 from music_jax.config import is_centered
+from music_jax.data.pictures import as_pictures
 from music_jax.distributed import progress
 from music_jax.distributed.mesh import batch_sharding, from_main_process, is_main_process
 from music_jax.errors import UserError
@@ -302,7 +303,11 @@ def make_draw(
         with jax.set_mesh(mesh):
             drawn = jax.tree.map(np.asarray, jitted(*arguments))
         for name in drawn.keys() & set(_VIEWS):
-            drawn[name] = _view_sheet(drawn[name], recipe.mean, recipe.std)
+            pixel_type = config.dataset.pixel_type
+            pictures = as_pictures(
+                drawn[name], mean=recipe.mean, std=recipe.std, pixel_type=pixel_type
+            )
+            drawn[name] = _view_sheet(pictures)
         if has_segments:
             drawn["joint_probability"] = _heat_map(drawn["joint_probability"], units)
         return drawn
@@ -310,12 +315,10 @@ def make_draw(
     return draw
 
 
-def _view_sheet(views: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+def _view_sheet(views: np.ndarray) -> np.ndarray:
     """Arranges views [samples, views, height, width, channels] in a grid, a sample in a column."""
-    values = views * np.asarray(std, np.float32) + np.asarray(mean, np.float32)
-    sheet = np.concatenate(np.concatenate(values, axis=2), axis=0)  # first side by side
-    pixels = np.round(255 * np.clip(sheet, 0, 1)).astype(np.uint8)
-    return _enlarged(pixels, _MIN_SIDE, views.shape[2])
+    sheet = np.concatenate(np.concatenate(views, axis=2), axis=0)  # first side by side
+    return _enlarged(sheet, _MIN_SIDE, views.shape[2])
 
 
 def _heat_map(joint: np.ndarray, units_per_segment: int) -> np.ndarray:

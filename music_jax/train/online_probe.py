@@ -20,7 +20,7 @@ from music_jax.checkpoint.manager import Checkpoints
 from music_jax.data import datasets
 from music_jax.data.augment import normalize_images
 from music_jax.data.datasets import EvaluationSources
-from music_jax.data.loader import TrainingOrder
+from music_jax.data.order import TrainingOrder
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed.mesh import shares_cores

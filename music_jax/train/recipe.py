@@ -30,8 +30,8 @@ from music_jax.train.guards import Metrics, Objective, RandomObjective, embeddin
 
 _OBJECTIVE_STREAM = 3  # separates the objectives' randomness from the augmentations'
 
-# A batch's crops, uint8 [batch, views, height, width, channels]: those of the two views, or a pair
-# of these and the local views.
+# A batch's crops, [batch, views, height, width, channels] of `config.dataset.pixel_type`: those of
+# the two views, or a pair of these and the local views.
 Crops = jax.Array | tuple[jax.Array, jax.Array]
 
 # Groups of fields that no recipe depends on.
@@ -54,7 +54,7 @@ class Recipe:
       optimizer_of: Function from a schedule to the optimizer.
       views: Augmentation of each of the two views.
       local_views: Augmentation of each local view.
-      mean: Mean of each channel, in [0, 1].
+      mean: Mean of each channel, as in `config.dataset`.
       std: Standard deviation of each channel.
       dtype: Type that the network computes in.
       accumulation_steps: Number of microbatches that a batch is split into.

@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
 from music_jax.checkpoint.manager import Checkpoints
-from music_jax.data.loader import ORDER_VERSION, TrainingOrder
+from music_jax.data.order import ORDER_VERSION, TrainingOrder
 from music_jax.errors import UserError
 from music_jax.models.network import INIT_COMPILER_OPTIONS, init_network
 from music_jax.train.guards import GuardState, init_guard_state

@@ -285,7 +285,7 @@ def crop_shapes(config: config_dict.ConfigDict) -> Any:
 
     def shape(num_views: int, side: int) -> jax.ShapeDtypeStruct:
         size = config.batch_size, num_views, side, side, config.dataset.num_channels
-        return jax.ShapeDtypeStruct(size, jnp.uint8)
+        return jax.ShapeDtypeStruct(size, config.dataset.pixel_type)
 
     views, local = shape(2, config.crop.size), config.local_views
     return (views, shape(local.count, local.size)) if local.count else views

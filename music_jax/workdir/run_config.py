@@ -108,7 +108,8 @@ def read_signature(workdir: epath.Path) -> object:
 def check_same_run(workdir: epath.Path, config: config_dict.ConfigDict) -> None:
     """Checks that the run in a directory, if there is one, has an equivalent config.
 
-    Fields that did not exist when the run was saved get their current defaults.
+    Fields that did not exist when the run was saved get their current defaults. A config without
+    statistics of the channels is that of a run which has computed them.
 
     Raises:
       UserError: Fields that affect the training differ; the message gives the differences.
@@ -116,16 +117,19 @@ def check_same_run(workdir: epath.Path, config: config_dict.ConfigDict) -> None:
     old = read_config(workdir)
     if old is None:
         return
-    differing = differences(as_json(from_json(old)), as_json(config))
+    before, now = as_json(from_json(old)), as_json(config)
+    if not config.dataset.mean:
+        now["dataset"] |= {name: before["dataset"][name] for name in ("mean", "std")}
+    differing = differences(before, now)
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise UserError(
             f"{workdir} holds another run ({'; '.join(differing[:3])}{more}); give the same config "
             "to resume it, or another --workdir"
         )
-    before, now = old.get("compute_dtype"), config.compute_dtype
-    if before is not None and before != now:
-        _logger.warning(f"computing in {now} from here on, in {before} before")
+    dtype = old.get("compute_dtype")
+    if dtype is not None and dtype != config.compute_dtype:
+        _logger.warning(f"computing in {config.compute_dtype} from here on, in {dtype} before")
 
 
 def sign(config: config_dict.ConfigDict) -> str | None:

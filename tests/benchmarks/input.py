@@ -41,9 +41,11 @@ import psutil
 import skimage
 from PIL import Image
 
+from music_jax.data.crops import NUMBERS_PER_BOX, Crop, draw_boxes
 from music_jax.data.decode import decode
 from music_jax.data.folder import open_folder
-from music_jax.data.loader import NUMBERS_PER_BOX, Crop, TrainingOrder, draw_boxes, training_batches
+from music_jax.data.loader import training_batches
+from music_jax.data.order import TrainingOrder
 from music_jax.data.sources import Source
 
 WIDTH, HEIGHT, SIZE = 500, 375, 224

@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 
 from music_jax.checkpoint.manager import Checkpoints
-from music_jax.data.loader import TrainingOrder
+from music_jax.data.order import TrainingOrder
 from music_jax.distributed.mesh import make_data_mesh, to_devices
 from music_jax.train.recipe import make_recipe
 from music_jax.train.state import init_state, save_state

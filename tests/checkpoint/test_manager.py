@@ -24,7 +24,7 @@ from processes import ROOT
 
 from music_jax.checkpoint import manager
 from music_jax.checkpoint.manager import Checkpoints, _named_step
-from music_jax.data.loader import TrainingOrder
+from music_jax.data.order import TrainingOrder
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import UserError
 from music_jax.train.guards import init_guard_state

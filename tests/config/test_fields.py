@@ -243,7 +243,9 @@ def test_names_of_datasets_and_buckets_are_not_changed(name):
         ("local_views.scale", (0.0, 0.3), r"scale must be in \(0, 1\] in each entry"),
         ("local_views.scale", (0.3, 0.05), "be a pair"),
         ("augmentation.local.hue", 0.6, r"local.hue must be in \[0, 0.5\]"),
-        ("dataset.num_channels", 2, "must be one of 1, 3"),
+        ("dataset.num_channels", 0, "must be at least 1"),
+        ("dataset.num_channels", 13, r"dataset.mean must have .* = 13 numbers; .*mean=\(\)"),
+        ("dataset.pixel_type", "float64", "must be one of uint8, uint16, float32"),
         ("dataset.mean", (0.1, 0.2), "num_channels"),
         ("dataset.std", (0.0,), "positive in each entry"),
         ("dataset.max_skipped_share", 1.5, r"in \[0, 1\]"),
@@ -352,3 +354,14 @@ def test_names_come_with_each_group_before_its_fields():
 def test_damaged_records_do_not_fit(record):
     with pytest.raises(UserError, match="the saved config does not fit this version"):
         from_json(record)
+
+
+def test_statistics_may_be_left_to_a_training_alone():
+    config = default_config()
+    config.dataset.update(num_channels=13, pixel_type="float32", mean=())
+    validate(config)
+    with pytest.raises(UserError, match=r"dataset.mean must have .* = 13 numbers; got \(\)$"):
+        validate(config, training=False)
+    config = from_file("imagenet", dataset={"pixel_type": "uint16"})
+    with pytest.raises(UserError, match="be of the images' uint16 values, not of ImageNet's"):
+        validate(config)

@@ -11,16 +11,7 @@ import pytest
 import skimage
 from PIL import Image, ImageOps
 
-from music_jax.data import decode as decode_module
-from music_jax.data.decode import (
-    MAX_PIXELS,
-    Header,
-    center_crop,
-    decode,
-    largest_reduction,
-    read_header,
-    resize,
-)
+from music_jax.data.decode import MAX_PIXELS, Header, decode, largest_reduction, read_header
 from music_jax.errors import UndecodableError
 
 _ORIENTATION = 0x0112
@@ -376,39 +367,3 @@ def test_a_jpeg_decoded_smaller_is_the_jpeg_averaged(reduction, orientation, cha
 )
 def test_the_reduction_never_exceeds_the_factor(header, factor, expected):
     assert largest_reduction(header, factor) == expected
-
-
-def test_center_crop_takes_the_center():
-    image = np.zeros((40, 80, 1), np.uint8)
-    image[:, 30:50] = 255  # the central quarter
-    cut = center_crop(image, size=20, resize_shorter_side=20)
-    assert cut.shape == (20, 20, 1)
-    assert np.all(cut[:, 6:14] == 255)
-    assert not np.any(cut[:, [0, 1, 2, -3, -2, -1]])
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-def test_only_the_middle_of_a_long_strip_is_enlarged(axis, monkeypatch):
-    strip = np.random.default_rng(0).integers(0, 256, (161, 10, 3), np.uint8)
-    middle, shorter = strip[60:101], strip[:160]  # 40 rows, and one to keep the center
-    if axis == 1:
-        strip, middle, shorter = (x.swapaxes(0, 1) for x in (strip, middle, shorter))
-    enlarged = []
-    monkeypatch.setattr(
-        decode_module, "resize", lambda image, h, w: enlarged.append(image) or image
-    )
-    for image in (strip, shorter):
-        center_crop(image, 20, 20)
-    np.testing.assert_array_equal(enlarged[0], middle)
-    np.testing.assert_array_equal(enlarged[1], shorter)
-
-
-def test_center_crop_of_an_image_of_that_size_is_the_image():
-    image = _photo(28, 28)
-    np.testing.assert_array_equal(center_crop(image, 28, 28), image)
-
-
-def test_shrinking_averages_so_that_fine_patterns_do_not_alias():
-    checks = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)[..., None]
-    small = resize(checks, 16, 16)
-    assert np.all(np.abs(small.astype(int) - 128) <= 1)

@@ -115,7 +115,9 @@ def test_excluded_files_are_counted_on_one_line(tmp_path, capsys):
     ]
     open_folder(str(tmp_path / "a"))
     (tmp_path / "a/1.png").unlink()
-    with pytest.raises(UserError, match=r"holds no image .*; excluded: 2 \.tif"):
+    for name in ("2.tif", "3.TIF"):
+        (tmp_path / "a" / name).unlink()
+    with pytest.raises(UserError, match=r"holds no image .*; excluded: 2 hidden"):
         open_folder(str(tmp_path / "a"))
 
 
@@ -219,6 +221,21 @@ def test_a_folder_that_is_itself_a_link_is_a_folder(tmp_path):
     _write(tmp_path / "real/1.png")
     (tmp_path / "link").symlink_to(tmp_path / "real")
     assert _names(open_folder(str(tmp_path / "link"))) == ["1.png"]
+
+
+def test_arrays_are_images_where_there_are_no_pictures(tmp_path, capsys):
+    for name in ("b/1.npy", "a/2.TIF", "a/.3.npy", "a/4.tiff", "a/notes.txt"):
+        _write(tmp_path / name)
+    source = open_folder(str(tmp_path))
+    assert _names(source) == ["a/2.TIF", "a/4.tiff", "b/1.npy"]
+    assert source.class_names == ("a", "b")
+    assert "excluded: 1 .txt, 1 hidden .npy" in capsys.readouterr().out
+    before = source.fingerprint(times=True)
+    (tmp_path / "b/1.npy").write_bytes(b"longer than before")
+    assert open_folder(str(tmp_path)).fingerprint(times=True) != before
+    _write(tmp_path / "c/5.jpg")
+    assert _names(open_folder(str(tmp_path))) == ["c/5.jpg"]
+    assert "excluded: 1 .npy, 1 .tif, 1 .tiff, 1 .txt" in capsys.readouterr().out
 
 
 def test_a_file_that_cannot_be_read_is_an_undecodable_error(tmp_path):

@@ -15,6 +15,7 @@ from music_jax.data.datasets import open_path
 from music_jax.data.decode import decode
 from music_jax.data.folder import open_folder
 from music_jax.data.packed import Packing, largest_chunk, pack
+from music_jax.data.sources import Source
 from music_jax.errors import UndecodableError, UnusableDataError, UserError
 
 
@@ -51,6 +52,26 @@ def test_packed_images_are_those_of_the_folder_smaller_in_the_same_order(
     files = sorted(path.name for path in (tmp_path / "packed").iterdir())
     shards = [f"images-{k:05d}-of-00003.array_record" for k in range(3)]
     assert files == [*shards, "index.json", "skipped.jsonl"]
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_images_of_many_channels_are_packed_as_arrays(dtype, tmp_path):
+    images = np.random.default_rng(0).normal(900, 90, (5, 24, 48, 13)).astype(dtype)
+    records = [{"image": image, "label": i} for i, image in enumerate(images)]
+    source = Source("bands", records, num_classes=5, class_names=tuple("abcde"))
+    packing = Packing(12, "npy", channels=13, pixel_type=dtype, shard_size=3)
+    directory = epath.Path(tmp_path / "packed")
+    assert pack(source, directory, packing) == 5
+    packed = open_path(str(directory))
+    for i, image in enumerate(images):
+        content, label = packed.example(i)
+        means = image.reshape(12, 2, 24, 2, 13).astype(np.float64).mean(axis=(1, 3))
+        found = decode(content, 13, dtype=dtype)
+        np.testing.assert_allclose(found, means, atol=1 if dtype == "uint16" else 1e-3)
+        assert label == i
+    for options in ({"channels": 13}, {"pixel_type": dtype}, {"encoding": "raw", "channels": 2}):
+        with pytest.raises(UserError, match="or any with --encoding=npy"):
+            Packing(**options)
 
 
 def test_files_of_small_images_are_packed_unchanged(photos, tmp_path):

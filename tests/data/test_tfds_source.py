@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 from imagenet_tars import write_tars
+from tfds_sets import write_set
 
 from music_jax.config import default_config
 from music_jax.data.decode import decode
@@ -114,6 +115,58 @@ def test_a_dataset_that_needs_tensorflow_is_an_error_without_it(tmp_path, monkey
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     with pytest.raises(UserError, match="preparing dataset 'cifar10' needs TensorFlow"):
         prepare(_dataset("cifar10", str(tmp_path)))
+
+
+_TENSORS = {
+    "float32": np.random.default_rng(0).normal(1000, 300, (3, 6, 5, 13)).astype(np.float32),
+    "uint16": np.random.default_rng(0).integers(0, 65536, (3, 6, 5, 2), dtype=np.uint16),
+    "uint8": np.random.default_rng(0).integers(0, 256, (3, 6, 5), dtype=np.uint8),
+}
+
+
+@pytest.mark.parametrize("dtype", _TENSORS)
+def test_images_that_are_tensors_are_read_as_they_were_written(dtype, tmp_path):
+    import tensorflow_datasets as tfds
+
+    images = _TENSORS[dtype]
+    feature = tfds.features.Tensor(shape=images.shape[1:], dtype=images.dtype.type)
+    write_set(tmp_path, "tensors", {"train": [0, 1, 0]}, make=images.__getitem__, image=feature)
+    source = open_split(_dataset("tensors", str(tmp_path)), "train")
+    channels = images.shape[3] if images.ndim == 4 else 1
+    found = [source.example(i) for i in range(3)]
+    decoded = [decode(image, channels, dtype=dtype) for image, _ in found]
+    # TFDS shuffles the records of a split.
+    order = [[np.array_equal(x.squeeze(), y) for y in images].index(True) for x in decoded]
+    assert sorted(order) == [0, 1, 2]
+    assert [label for _, label in found] == [[0, 1, 0][i] for i in order]
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_images_of_more_than_eight_bits_are_read_as_they_were_written(dtype, tmp_path):
+    import tensorflow_datasets as tfds
+
+    values = np.random.default_rng(0).normal(1000, 300, (6, 5, 1)).astype(dtype)
+    if dtype == "uint16":
+        content = cv2.imencode(".png", values)[1].tobytes()
+    else:  # TFDS stores the four bytes of a value as the four channels of a PNG.
+        rgba = values.view(np.uint8)
+        content = cv2.imencode(".png", cv2.cvtColor(rgba, cv2.COLOR_RGBA2BGRA))[1].tobytes()
+    feature = tfds.features.Image(
+        shape=(None, None, 1), dtype=values.dtype.type, encoding_format="png"
+    )
+    feature.encode_example = lambda example: example  # which needs TensorFlow
+    write_set(tmp_path, "deep", {"train": [0]}, make=lambda i: content, image=feature)
+    source = open_split(_dataset("deep", str(tmp_path)), "train")
+    np.testing.assert_array_equal(decode(source.example(0)[0], 1, dtype=dtype), values)
+
+
+def test_a_feature_that_holds_no_images_is_an_error_that_names_the_features(tmp_path):
+    import tensorflow_datasets as tfds
+
+    feature = tfds.features.Tensor(shape=(4,), dtype=np.float32)
+    write_set(tmp_path, "vectors", {"train": [0]}, make=lambda i: np.ones(4, "f4"), image=feature)
+    with pytest.raises(UserError, match=r"not an Image, nor a Tensor.*'image', 'label'"):
+        open_split(_dataset("vectors", str(tmp_path)), "train")
 
 
 _SYNSETS = ("n01440764", "n01443537", "n15075141")  # labels 0, 1 and 999

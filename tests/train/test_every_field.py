@@ -20,7 +20,8 @@ from flax import nnx
 from music_jax.config import default_config, get_field, validate
 from music_jax.data import datasets, tfds_source
 from music_jax.data.augment import ViewAugmentation, augment_views
-from music_jax.data.loader import Crop, TrainingOrder
+from music_jax.data.crops import Crop
+from music_jax.data.order import TrainingOrder
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed.mesh import batch_sharding, make_data_mesh
@@ -107,6 +108,7 @@ _VALUES = {
         "image_key": "picture",
         "label_key": "kind",
         "num_channels": 1,
+        "pixel_type": "uint16",
         "mean": (0.4,),
         "std": (0.3,),
     },
@@ -398,8 +400,8 @@ def test_images_are_cropped_as_described(config, calls):
     training, crops, probed = calls.of["training_batches"]
     for given, options in (training, crops, probed):
         assert given[0] is source
-        names = ("crop", "channels", "skipped", "num_threads")
-        assert _some(options, *names) == (_CROP, 1, skipped, 3)
+        names = ("crop", "channels", "dtype", "skipped", "num_threads")
+        assert _some(options, *names) == (_CROP, 1, "uint16", skipped, 3)
     assert training[0][1] == TrainingOrder(12, 8, 5)
     assert _some(training[1], "start_step", "num_steps") == (2, 4)
     assert training[1]["local_views"] == (Crop(6, (0.1, 0.4), (0.6, 1.7)), 2)
@@ -411,8 +413,8 @@ def test_images_are_cropped_as_described(config, calls):
     with pytest.raises(IndexError):  # without batches there is nothing to join
         frozen.extract(None, source, "")
     options = calls.options("evaluation_batches")
-    names = ("size", "resize_shorter_side", "channels", "batch_size", "num_threads")
-    assert _some(options, *names) == (12, 15, 1, 6, 3)
+    names = ("size", "resize_shorter_side", "channels", "dtype", "batch_size", "num_threads")
+    assert _some(options, *names) == (12, 15, 1, "uint16", 6, 3)
 
 
 def test_images_come_from_the_location_in_the_config(config, calls):

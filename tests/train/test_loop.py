@@ -14,7 +14,9 @@ from jax.experimental import multihost_utils
 from tiny_training import tiny_config
 
 from music_jax.data import datasets
-from music_jax.data.loader import Crop, TrainingOrder, training_batches
+from music_jax.data.crops import Crop
+from music_jax.data.loader import training_batches
+from music_jax.data.order import TrainingOrder
 from music_jax.distributed import mesh
 from music_jax.distributed.signals import Stop
 from music_jax.errors import DivergedError, StoppedError

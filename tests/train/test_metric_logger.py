@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from music_jax.config import default_config
 from music_jax.data.augment import normalize_images
-from music_jax.data.loader import TrainingOrder
+from music_jax.data.order import TrainingOrder
 from music_jax.distributed.mesh import batch_sharding, make_data_mesh
 from music_jax.errors import UserError
 from music_jax.objectives import joint_probability

@@ -18,7 +18,7 @@ from music_jax.checkpoint.integrity import find_damage, write_checksums
 from music_jax.checkpoint.manager import Checkpoints
 from music_jax.config import default_config
 from music_jax.data import tfds_source
-from music_jax.data.loader import TrainingOrder
+from music_jax.data.order import TrainingOrder
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import UserError
 from music_jax.train.guards import init_guard_state

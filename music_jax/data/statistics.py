@@ -1,0 +1,220 @@
+"""Mean and standard deviation of the channels of images, computed once for a set and cached."""
+
+import hashlib
+import json
+import logging
+import math
+import pathlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from etils import epath
+from ml_collections import config_dict
+from numpy.typing import DTypeLike
+
+from music_jax.config import from_json, validate
+from music_jax.data.decode import decode
+from music_jax.data.sources import Source
+from music_jax.distributed import progress, usable_cores
+from music_jax.distributed.mesh import from_main_process
+from music_jax.errors import UndecodableError, UnusableDataError
+from music_jax.workdir.directory import user_directory
+from music_jax.workdir.files import read_record, write_json
+from music_jax.workdir.run_config import read_config
+
+_logger = logging.getLogger(__name__)
+
+DEFAULT_COUNT = 10_000  # images
+_VALUES_AT_ONCE = 2**20
+_DIGITS = 6
+_SMALLEST_SHARE = 1e-7  # of the mean, which float32 can tell from rounding
+
+
+class ChannelStatistics(NamedTuple):
+    """Statistics of the channels of images, in the units of `config.dataset.mean`.
+
+    Attributes:
+      mean: Mean of each channel over all pixels.
+      std: Standard deviation of each channel; 1 for a channel with only one value.
+      num_images: Number of images that they were computed from.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    num_images: int
+
+
+def compute_statistics(
+    source: Source,
+    *,
+    channels: int,
+    dtype: DTypeLike = np.uint8,
+    count: int = DEFAULT_COUNT,
+    num_threads: int | None = None,
+) -> ChannelStatistics:
+    """Computes the statistics of a source's images, decoded at full size.
+
+    Args:
+      source: Images; those that cannot be decoded are excluded.
+      channels: Number of channels.
+      dtype: Type of the pixels; uint8 values are divided by 255.
+      count: Number of images, evenly spaced; all, if there are fewer.
+      num_threads: Number of decoding threads; by default one per core.
+
+    Raises:
+      UnusableDataError: None of the images can be decoded.
+    """
+    chosen = np.unique(np.linspace(0, len(source) - 1, min(count, len(source)), dtype=np.int64))
+    cv2.setNumThreads(0)  # Images are decoded on threads of their own.
+
+    def measure(index: int) -> _Moments | str:
+        try:
+            return _moments(decode(source.example(index)[0], channels, dtype=dtype))
+        except UndecodableError as error:
+            return f"image {source.record_name(index)}: {error}"
+
+    total, problems = _Moments(0, np.zeros(channels), np.zeros(channels)), []
+    with (
+        ThreadPoolExecutor(num_threads or usable_cores()) as pool,
+        progress.bar(len(chosen), unit="img", description=f"statistics of {source.name}") as bar,
+    ):
+        for found in pool.map(measure, chosen.tolist()):
+            bar.update(1)
+            if isinstance(found, str):
+                problems.append(found)
+            else:
+                total = total.joined(found)
+    if not total.pixels:
+        raise UnusableDataError(
+            f"none of {len(chosen):,} images of {source.name} can be decoded, such as {problems[0]}"
+        )
+    if problems:
+        _logger.warning(
+            f"{len(problems):,} of {len(chosen):,} images of {source.name} cannot be decoded and "
+            f"are not in the statistics, such as {problems[0]}"
+        )
+    unit = 255.0 if np.dtype(dtype) == np.uint8 else 1.0
+    mean, std = total.mean / unit, np.sqrt(total.squares / total.pixels) / unit
+    constant = std <= _SMALLEST_SHARE * np.abs(mean)
+    return ChannelStatistics(
+        tuple(map(_rounded, mean)),
+        tuple(map(_rounded, np.where(constant, 1.0, std))),
+        len(chosen) - len(problems),
+    )
+
+
+def save_statistics(
+    source: Source, config: config_dict.ConfigDict, statistics: ChannelStatistics
+) -> None:
+    """Writes statistics to the user's cache; a warning is logged if this fails."""
+    try:
+        path = _cache_file(source, config)
+        write_json(epath.Path(path), {"source": source.name, **statistics._asdict()})
+    except OSError as error:
+        _logger.warning(f"the statistics are not cached: {error}")
+
+
+def with_statistics(
+    config: config_dict.ConfigDict, source: Source, workdir: epath.Path
+) -> config_dict.ConfigDict:
+    """Returns a config that has the mean and the standard deviation of the channels.
+
+    If it has none, the main process takes them from the run, if it has begun, or from the user's
+    cache, or computes and caches them. All processes of a run call this together.
+
+    Args:
+      config: Config.
+      source: Images to train on.
+      workdir: Directory of the run.
+
+    Raises:
+      UnusableDataError: None of the images can be decoded.
+    """
+    if config.dataset.mean:
+        return config
+    dataset = config.dataset
+
+    def find() -> list[Any]:
+        if recorded := read_config(workdir):
+            own = from_json(recorded).dataset
+            return [own.mean, own.std, None]
+        found = _cached(source, config)
+        if found is None:
+            found = compute_statistics(
+                source,
+                channels=dataset.num_channels,
+                dtype=dataset.pixel_type,
+                num_threads=config.num_decode_threads,
+            )
+            save_statistics(source, config, found)
+        return list(found)
+
+    mean, std, num_images = from_main_process(find)
+    config = config.copy_and_resolve_references()
+    config.dataset.mean, config.dataset.std = tuple(mean), tuple(std)
+    validate(config)
+    if num_images:
+        _logger.info(
+            f"{'pixels':12s} mean {config.dataset.mean}, standard deviation {config.dataset.std} "
+            f"of {num_images:,} images"
+        )
+    return config
+
+
+class _Moments(NamedTuple):
+    """Moments of the values of pixels, by channel."""
+
+    pixels: int
+    mean: np.ndarray
+    squares: np.ndarray  # sum of the squared differences from the mean
+
+    def joined(self, other: "_Moments") -> "_Moments":
+        """Returns the moments of both sets of pixels, by the formulas of Chan et al. (1983)."""
+        pixels, difference = self.pixels + other.pixels, other.mean - self.mean
+        share = other.pixels / pixels
+        squares = self.squares + other.squares + difference**2 * (self.pixels * share)
+        return _Moments(pixels, self.mean + difference * share, squares)
+
+
+def _moments(image: np.ndarray) -> _Moments:
+    values, channels = image.reshape(-1, image.shape[2]), image.shape[2]
+    total = _Moments(0, np.zeros(channels), np.zeros(channels))
+    for block in _blocks(values, max(_VALUES_AT_ONCE // channels, 1)):
+        mean = block.mean(axis=0)
+        total = total.joined(_Moments(len(block), mean, np.square(block - mean).sum(axis=0)))
+    return total
+
+
+def _blocks(values: np.ndarray, rows: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(values), rows):
+        yield values[start : start + rows].astype(np.float64)
+
+
+def _rounded(number: float) -> float:
+    return float(f"{number:.{_DIGITS}g}")
+
+
+def _cache_file(source: Source, config: config_dict.ConfigDict) -> pathlib.Path:
+    """Returns the file of the statistics, which a change of any image changes.
+
+    Raises:
+      OSError: The user's cache cannot be used.
+    """
+    dataset = config.dataset
+    key = json.dumps([source.fingerprint(times=True), dataset.num_channels, dataset.pixel_type])
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    return user_directory("cache", "statistics") / f"{name}.json"
+
+
+def _cached(source: Source, config: config_dict.ConfigDict) -> ChannelStatistics | None:
+    try:
+        record = read_record(epath.Path(_cache_file(source, config)))
+        mean, std = (tuple(map(float, record[name])) for name in ("mean", "std"))
+        found = ChannelStatistics(mean, std, int(record["num_images"]))
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+    fits = len(mean) == len(std) == config.dataset.num_channels
+    return found if fits and all(map(math.isfinite, (*mean, *std))) and min(std) > 0 else None

@@ -1,0 +1,42 @@
+"""The order of the images of a training."""
+
+import grain
+import numpy as np
+import pytest
+
+from music_jax.data.order import TrainingOrder
+
+
+@pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (3, 4), (2**32 - 1, 1)])
+def test_the_order_is_grains_shuffle_keyed_by_seed_and_epoch(seed, epoch):
+    order = TrainingOrder(1000, 5, seed)
+    key = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    shuffled = grain.MapDataset.range(1000).shuffle(seed=key)
+    found = [order.record_key(epoch * 1000 + index) for index in range(1000)]
+    assert found == [shuffled[index] for index in range(1000)]
+
+
+def test_the_order_is_the_same_with_every_version_of_grain_and_numpy():
+    order = TrainingOrder(num_records=10, batch_size=5, seed=1)
+    epochs = [[order.record_key(10 * epoch + i) for i in range(10)] for epoch in range(2)]
+    assert epochs == [[8, 6, 9, 3, 0, 2, 7, 1, 5, 4], [6, 5, 7, 3, 8, 4, 9, 2, 0, 1]]
+
+
+def test_substitutes_are_the_same_with_every_version_of_numpy():
+    order = TrainingOrder(num_records=1000, batch_size=5, seed=1)
+    found = [[order.substitute(index, attempt) for attempt in range(3)] for index in (0, 7)]
+    assert found == [[332, 449, 124], [880, 341, 631]]
+
+
+def test_no_two_pairs_of_seed_and_epoch_share_an_order():
+    seeds = (*range(8), 2**32 - 2, 2**32 - 1)  # the last is followed by 0
+    orders = np.array(
+        [
+            [TrainingOrder(50, 5, seed).record_key(50 * epoch + i) for i in range(50)]
+            for seed in seeds
+            for epoch in range(6)
+        ]
+    )
+    same = (orders[:, None] == orders[None]).sum(axis=-1)[np.triu_indices(len(orders), 1)]
+    assert same.max() < 10  # random orders have one place in common on average
+    assert same.mean() == pytest.approx(1.0, abs=0.1)
