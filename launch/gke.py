@@ -1,18 +1,23 @@
 #!/usr/bin/env python3
 """Trains on GKE, as a JobSet of TPU or GPU nodes; needs only kubectl and the standard library.
 
+Runs a sweep of trainings as an indexed Job, whose pods have a TPU node or a GPU each.
+
 launch/gke.py --name=NAME --image=IMAGE --accelerator=tpu-v5-lite-podslice --topology=4x8 \\
     --images=gs://BUCKET/datasets -- --config=configs/imagenet.py \\
     --config.dataset.data_dir=/images --workdir=gs://BUCKET/imagenet
 launch/gke.py --name=NAME --image=IMAGE --accelerator=nvidia-h100-80gb --nodes=4 \\
     --images=gs://BUCKET/FOLDER -- ARGUMENTS
+launch/gke.py --name=NAME --image=IMAGE --accelerator=nvidia-l4 --sweep=8 -- \\
+    --config=configs/cifar10.py --output=gs://BUCKET/results --runs=gs://BUCKET/runs
 
-Arguments behind -- are passed to music_jax.main. All nodes restart from the last checkpoint when
-one is lost or the run was stopped with everything saved; exit codes 2 and 3 end the JobSet.
+Arguments behind -- are passed to music_jax.main, or to music_jax.claims with --sweep. All nodes
+restart from the last checkpoint when one is lost or the run was stopped with everything saved; exit
+codes 2 and 3 end the JobSet. The pods of a sweep restart one by one; exit codes 2 and 3 end a pod.
 
 To stop a run: kubectl delete jobset NAME --cascade=foreground, which waits until the run has saved
-and ended. Rerun the command to resume it. While a failed or finished JobSet is in the cluster, the
-command starts nothing: delete it first.
+and ended; for a sweep, kubectl delete job NAME. Rerun the command to resume it. While a failed or
+finished JobSet or Job is in the cluster, the command starts nothing: delete it first.
 """
 
 import argparse
@@ -55,7 +60,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--name", required=True, help="name of the JobSet")
+    parser.add_argument("--name", required=True, help="name of the JobSet or Job")
     parser.add_argument("--image", required=True, help="image built from launch/Dockerfile")
     parser.add_argument(
         "--accelerator",
@@ -66,7 +71,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--nodes", type=int, help="number of GPU nodes [1]; for TPUs it follows from --topology"
     )
-    parser.add_argument("--gpus-per-node", type=int, help="number of GPUs per node [8]")
+    parser.add_argument(
+        "--gpus-per-node", type=int, help="number of GPUs per node [8; 1 with --sweep]"
+    )
+    parser.add_argument(
+        "--sweep", type=int, help="run music_jax.claims instead, divided among this many pods"
+    )
     parser.add_argument(
         "--images", help=f"gs://BUCKET or gs://BUCKET/FOLDER to mount read-only at {IMAGES}"
     )
@@ -74,7 +84,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--service-account", help="Kubernetes service account with access to the buckets"
     )
     parser.add_argument(
-        "--max-restarts", type=int, default=100, help="number of restarts of all nodes [100]"
+        "--max-restarts",
+        type=int,
+        default=100,
+        help="number of restarts of all nodes, or of each pod with --sweep [100]",
     )
     parser.add_argument("--spot", action="store_true", help="use cheaper, preemptible nodes")
     parser.add_argument(
@@ -84,7 +97,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     options.main_arguments = of_main
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,30}[a-z0-9])?", options.name):
         parser.error("--name takes up to 32 small letters, digits and hyphens, from a letter on")
-    for name, least in (("nodes", 1), ("gpus_per_node", 1), ("max_restarts", 0)):
+    leasts = {"nodes": 1, "gpus_per_node": 1, "sweep": 1, "max_restarts": 0}
+    for name, least in leasts.items():
         given = getattr(options, name)
         if given is not None and given < least:
             parser.error(f"--{name.replace('_', '-')} must be {least} or more; got {given}")
@@ -101,9 +115,17 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
             "--images is gs://BUCKET or gs://BUCKET/FOLDER, the bucket's name in small letters and "
             f"without commas; got {options.images!r}"
         )
-    if not any(a.startswith("--workdir=") and "://" in a for a in of_main):
-        parser.error("pass --workdir=gs://BUCKET/DIR behind --, which all nodes can reach")
+    if options.sweep and node_count(options) > 1:
+        parser.error("a pod of a sweep has one node: leave --nodes out, and use a small --topology")
+    for flag in ("output", "runs") if options.sweep else ("workdir",):
+        if not any(a.startswith(f"--{flag}=") and "://" in a for a in of_main):
+            parser.error(f"pass --{flag}=gs://BUCKET/DIR behind --, which all nodes can reach")
     return options
+
+
+def node_count(options: argparse.Namespace) -> int:
+    """Returns the number of nodes of a run."""
+    return slice_of(options.topology)[2] if options.topology else options.nodes or 1
 
 
 def problem_of_slice(options: argparse.Namespace) -> str | None:
@@ -162,10 +184,11 @@ def mount_images(where: str, template: dict, container: dict) -> None:
 
 
 def manifest(options: argparse.Namespace) -> dict:
-    """Returns the JobSet: one job with one pod per node."""
+    """Returns the JobSet, with one pod per node, or the Job of a sweep, with one pod per share."""
     # Kubernetes replaces $(NAME) by the value of a variable, and $$ by $, anywhere.
     arguments = [argument.replace("$", "$$") for argument in options.main_arguments]
     annotations = {}
+    nodes = node_count(options)
     container = {"name": "train", "image": options.image}
     pod = {
         "restartPolicy": "Never",
@@ -175,16 +198,14 @@ def manifest(options: argparse.Namespace) -> dict:
         "containers": [container],
     }
     if options.accelerator in TPUS:
-        _, count, nodes = slice_of(options.topology)
-        resource = "google.com/tpu"
+        resource, count = "google.com/tpu", slice_of(options.topology)[1]
         if nodes > 1:  # a slice is a node pool, over which its pods must not be spread
             annotations[EXCLUSIVE] = "cloud.google.com/gke-nodepool"
         pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] = options.accelerator
         pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] = options.topology
         container["securityContext"] = {"privileged": True, "runAsUser": 0}  # to lock memory
     else:
-        nodes = options.nodes or 1
-        resource, count = "nvidia.com/gpu", options.gpus_per_node or 8
+        resource, count = "nvidia.com/gpu", options.gpus_per_node or (1 if options.sweep else 8)
         pod["nodeSelector"]["cloud.google.com/gke-accelerator"] = options.accelerator
         pod["volumes"] = [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}]
         container["volumeMounts"] = [{"name": "shared-memory", "mountPath": "/dev/shm"}]
@@ -202,26 +223,32 @@ def manifest(options: argparse.Namespace) -> dict:
         )
     if options.service_account:
         pod["serviceAccountName"] = options.service_account
+    if options.sweep:
+        container["command"] = ["python", "-m", "music_jax.claims"]
+        arguments.append(f"--worker=$(JOB_COMPLETION_INDEX)/{options.sweep}")
     container["args"] = arguments
     container["resources"] = {"limits": {resource: count}}
     template = {"spec": pod}
     if options.images:
         mount_images(options.images, template, container)
+    pods = options.sweep or nodes
+    final = {"containerName": "train", "operator": "In", "values": [2, 3]}
+    action = "FailIndex" if options.sweep else "FailJob"
     job = {
-        "parallelism": nodes,
-        "completions": nodes,
+        "parallelism": pods,
+        "completions": pods,
         "completionMode": "Indexed",
-        "backoffLimit": 0,
-        "podFailurePolicy": {
-            "rules": [
-                {
-                    "action": "FailJob",
-                    "onExitCodes": {"containerName": "train", "operator": "In", "values": [2, 3]},
-                }
-            ]
-        },
+        "podFailurePolicy": {"rules": [{"action": action, "onExitCodes": final}]},
         "template": template,
     }
+    if options.sweep:
+        return {
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": {"name": options.name},
+            "spec": job | {"backoffLimitPerIndex": options.max_restarts},
+        }
+    job["backoffLimit"] = 0
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",

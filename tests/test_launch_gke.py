@@ -32,6 +32,11 @@ GPU = (*GKE[:2], "--accelerator=nvidia-h100-80gb")
         ((*GPU, "--images=bucket/x", "--", AWKWARD), "--images is gs://BUCKET or"),
         ((*GPU, "--images=gs://b/x,uid=0", "--", AWKWARD), "without commas; got"),
         ((*GPU, "--images=gs://BUCKET/x", "--", AWKWARD), "the bucket's name in small letters"),
+        ((*GPU, "--sweep=0", "--", AWKWARD), "--sweep must be 1 or more; got 0"),
+        ((*GPU, "--sweep=2", "--", "--output=gs://b/o", "--runs=r"), "pass --runs=gs://"),
+        ((*GPU, "--sweep=2", "--", AWKWARD), "pass --output=gs://"),
+        ((*GPU, "--sweep=2", "--nodes=2", "--", AWKWARD), "a pod of a sweep has one node"),
+        ((*GKE, "--sweep=2", "--", AWKWARD), "a pod of a sweep has one node"),
     ],
 )
 def test_wrong_use_is_one_clear_line_and_exit_code_2(arguments, message):
@@ -156,3 +161,32 @@ def test_gke_restarts_all_but_wrong_input_and_divergence():
     assert spec["failurePolicy"]["maxRestarts"] == 100
     (rule,) = spec["failurePolicy"]["rules"]
     assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "limits"),
+    [
+        (GPU, {"nvidia.com/gpu": 1}),
+        ((*GPU, "--gpus-per-node=2", "--images=gs://bucket"), {"nvidia.com/gpu": 2}),
+        ((*GKE, "--topology=2x2", "--spot"), {"google.com/tpu": 4}),
+    ],
+)
+def test_gke_runs_a_sweep_as_an_indexed_job_that_is_valid_for_kubernetes(arguments, limits):
+    given = ["--config=c.py", "--output=gs://b/it's $(A)", "--runs=gs://b/r"]
+    result = launch("gke.py", *arguments, "--sweep=4", "--dry-run", "--", *given)
+    assert result.returncode == 0, result.stderr
+    job = json.loads(result.stdout)
+    kubernetes_validate.validate(job, "1.33", strict=True)
+    assert (job["kind"], job["metadata"]) == ("Job", {"name": "run"})
+    spec = job["spec"]
+    assert (spec["parallelism"], spec["completions"], spec["completionMode"]) == (4, 4, "Indexed")
+    # Each pod restarts by itself, but for wrong input and failed trainings.
+    assert spec["backoffLimitPerIndex"] == 100
+    assert "backoffLimit" not in spec
+    (rule,) = spec["podFailurePolicy"]["rules"]
+    assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailIndex", [2, 3])
+    (container,) = spec["template"]["spec"]["containers"]
+    assert container["resources"]["limits"] == limits
+    assert container["command"] == ["python", "-m", "music_jax.claims"]
+    arguments = [expand(a, {"JOB_COMPLETION_INDEX": "3", "A": "value"}) for a in container["args"]]
+    assert arguments == [*given, "--worker=3/4"]

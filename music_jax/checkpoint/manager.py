@@ -49,6 +49,10 @@ class _Manager(ocp.CheckpointManager):
         """Returns False: only the training loop may ask, since each call needs a later step."""
         return False
 
+    def wait_for_metadata(self) -> None:
+        """Waits for what a thread of Orbax writes into the metadata of a checkpoint."""
+        self._non_blocking_metadata_store.wait_until_finished()
+
 
 class Checkpoints:
     """The checkpoints of one workdir.
@@ -252,6 +256,7 @@ class Checkpoints:
     def _write_checksums(self) -> None:
         """Writes checksums while a checkpoint still has its temporary name."""
         if is_main_process():
+            self._manager.wait_for_metadata()
             for path in self._directory.iterdir():
                 if path.name.split(".")[0] == str(self._saving):
                     write_checksums(path)

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
+from orbax.checkpoint._src.metadata.checkpoint import _MetadataStoreImpl
 from processes import ROOT
 
 from music_jax.checkpoint import manager
@@ -176,6 +177,21 @@ def _on_one_device(state):
     return jax.device_put(state, state_shardings(state, make_data_mesh(1)))
 
 
+def test_checksums_are_taken_after_orbax_has_written_its_metadata(tmp_path, monkeypatch):
+    update = _MetadataStoreImpl.update
+
+    def late(*args, **changes):
+        time.sleep(0.5)  # as on a machine with much else to do
+        update(*args, **changes)
+
+    monkeypatch.setattr(_MetadataStoreImpl, "update", late)
+    checkpoints = Checkpoints(epath.Path(tmp_path))
+    save_state(checkpoints, 7, _on_one_device(_state()), TrainingOrder(32, 16, 0))
+    checkpoints.wait()
+    assert checkpoints.latest_valid_step() == 7
+    checkpoints.close()
+
+
 def test_a_save_is_not_changed_by_later_use_of_its_buffers(tmp_path):
     order, mesh = TrainingOrder(32, 16, 0), make_data_mesh(1)
     state = _on_one_device(jax.tree.map(jnp.copy, _state()))  # each with a buffer of its own
@@ -302,6 +318,7 @@ def test_asyncio_does_not_report_late_errors_of_orbax(file, hidden, caplog):
 _DAMAGED = """
 import random, sys
 from etils import epath
+from orbax.checkpoint._src.metadata.checkpoint import _MetadataStoreImpl
 from processes import ROOT
 from small_runs import save_run, small_config
 import music_jax
