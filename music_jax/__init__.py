@@ -25,6 +25,12 @@ def _final_evaluation(*arguments: Any) -> Any:
     return FinalEvaluation(*arguments)
 
 
+def _online_evaluation(*arguments: Any) -> Any:
+    from music_jax.evaluation.online import OnlineEvaluation
+
+    return OnlineEvaluation(*arguments)
+
+
 def _initial_backbone(config: Any) -> Any:
     from music_jax.exchange.importing import initial_backbone
 
@@ -32,6 +38,7 @@ def _initial_backbone(config: Any) -> Any:
 
 
 registry.final_evaluation = _final_evaluation
+registry.online_evaluation = _online_evaluation
 registry.initial_backbone = _initial_backbone
 
 

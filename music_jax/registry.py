@@ -132,6 +132,9 @@ def options(group: Any) -> dict[str, Any]:
 # Called as (config, workdir, source) at the start of a training; returns an object like
 # `music_jax.evaluation.protocols.FinalEvaluation`, which evaluates the backbone at the end.
 final_evaluation: Callable[..., Any]
+# Called as (config, source, network, mesh, skipped) by a training with `config.online.every_steps`;
+# returns a function like `music_jax.evaluation.online.OnlineEvaluation`.
+online_evaluation: Callable[..., Any]
 # Called as (config) by a new training with `config.backbone.init_from`; see
 # `music_jax.exchange.importing.initial_backbone`.
 initial_backbone: Callable[..., Any]

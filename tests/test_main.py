@@ -117,6 +117,37 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(
 
 
 @pytest.mark.slow
+def test_a_killed_run_with_local_views_ends_with_the_bits_of_one_without_online_measures(
+    data, tmp_path
+):
+    local = ("--config.local_views.count=2", "--config.local_views.size=6")
+    arguments = (_MAIN, DIGITS, *SMALL, *local, data)
+    code, _, err = run(*arguments, f"--workdir={tmp_path / 'undisturbed'}")
+    assert code == 0, err
+    workdir = tmp_path / "killed"
+    arguments = (*arguments, "--config.online.every_steps=2", f"--workdir={workdir}")
+    for step in sorted(random.Random().sample(range(3, 19), 2)):
+        process = start(*arguments)
+        log, deadline = workdir / "metrics.jsonl", time.monotonic() + 600
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.exists() and f'{{"step": {step},' in log.read_text():
+                break
+            time.sleep(0.005)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    code, _, err = run(*arguments)
+    assert code == 0, err
+    logged = metrics(workdir)
+    assert [line["step"] for line in logged] == list(range(23))
+    assert [line["step"] for line in logged if "online_knn" in line] == list(range(0, 23, 2))
+    expected, found = checkpoint(tmp_path / "undisturbed", 22), checkpoint(workdir, 22)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert found[name].tobytes() == value.tobytes(), name
+
+
+@pytest.mark.slow
 def test_linear_eval_repeats_the_metrics_and_accepts_other_settings(finished, tmp_path):
     workdir = _copy(finished, tmp_path)
     before = json.loads((workdir / "linear_eval.json").read_text())

@@ -314,11 +314,12 @@ def test_gray_and_color_arrays_are_converted_as_files_are():
         np.testing.assert_allclose(decode(image, channels), decode(file, channels), atol=1)
 
 
-def test_scalars_of_an_objective_do_not_take_the_names_of_the_training():
-    music_jax.register_objective("mine", lambda: lambda a, b: (jnp.sum(a), {"step": jnp.sum(b)}))
+@pytest.mark.parametrize("name", ["step", "online_seconds"])
+def test_scalars_of_an_objective_do_not_take_the_names_of_the_training(name):
+    music_jax.register_objective("mine", lambda: lambda a, b: (jnp.sum(a), {name: jnp.sum(b)}))
     config = _config(**{"objective.name": "mine", "backbone.name": "tiny_resnet"})
     recipe, mesh = make_recipe(config, 1), make_data_mesh(1)
-    with pytest.raises(UserError, match="the objective's scalars include 'step'"):
+    with pytest.raises(UserError, match=f"the objective's scalars include '{name}'"):
         lower_step(recipe, abstract_state(config, recipe.optimizer), mesh, crop_shapes(config))
 
 

@@ -11,8 +11,8 @@ FREE_FIELDS = (
     *("backbone.remat", "checkpoint", "dataset.data_dir", "dataset.manual_dir"),
     *("dataset.max_skipped_share", "dataset.test_split", "dataset.try_gcs", "deterministic"),
     *("evaluation", "few_shot", "finetune", "guards", "knn", "linear_eval", "log_every_steps"),
-    *("num_decode_threads", "online_probe", "semi_supervised", "sharding", "tensorboard"),
-    "wandb_project",
+    *("num_decode_threads", "online", "online_probe", "semi_supervised", "sharding"),
+    *("tensorboard", "wandb_project"),
     "compute_dtype",  # Parameters stay float32, and the run logs from which step it differs.
 )
 # Groups of earlier versions that did not affect the training either.
@@ -263,6 +263,16 @@ def default_config() -> config_dict.ConfigDict:
     config.finetune.batch_size = 256
     config.finetune.momentum = 0.9
     config.finetune.weight_decay = 0.0
+
+    # Measures of the backbone during the pre-training, on a fixed subset of the images of
+    # evaluation.train.
+    config.online = config_dict.ConfigDict()
+    config.online.every_steps = 0  # Interval, from step 0 on; 0 disables them.
+    # Logged as online_knn etc.: knn, rankme and lidar, or some of them.
+    config.online.measures = ("knn", "rankme")
+    config.online.num_images = 5000  # knn and rankme: images; a fifth are the queries of knn.
+    config.online.view_images = 512  # lidar: images.
+    config.online.num_views = 10  # lidar: training views of each image.
 
     # A linear classifier that is trained during the pre-training.
     config.online_probe = config_dict.ConfigDict()

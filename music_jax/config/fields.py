@@ -34,16 +34,18 @@ _CHOICES: dict[str, Collection[Any]] = {
     "dataset.pixel_type": ("uint8", "uint16", "float32"),
     "guards.policy": ("stop", "rewind"),
     "linear_eval.feature_scaling": ("none", "standardize", "whiten"),
+    "online.measures": ("knn", "rankme", "lidar"),
 }
 # Interval of each number, or of each entry of a tuple, by name pattern; the first match counts.
 _INTERVALS = {
     # Two samples or more, since batch normalization needs them.
     "[2, inf)": "batch_size semi_supervised.batch_size finetune.batch_size online_probe.batch_size"
     " evaluation.num_views objective.num_segments objective.units_per_segment"
-    " objective.num_points",
+    " objective.num_points online.num_images online.view_images online.num_views",
     "[0, inf)": "guards.check_*_every_steps guards.loss_spike_deviations guards.max_rewinds"
     " guards.min_effective_rank guards.warmup_steps *.weight_decay *.brightness *.contrast"
-    " *.saturation *.noise_std backbone.frozen_stages optimizer.backbone_scale",
+    " *.saturation *.noise_std backbone.frozen_stages optimizer.backbone_scale"
+    " online.every_steps",
     "[1, inf)": "*num_epochs *every_steps *.batch_size accumulation_steps *.max_to_keep crop.size"
     " evaluation.view_images few_shot.draws few_shot.shots knn.k knn.more_k projector.*"
     " guards.loss_spike_window guards.collapse_steps sharding.fsdp objective.num_slices"
@@ -65,7 +67,9 @@ _INTERVALS = {
 }
 _PAIRS = "crop.scale local_views.scale crop.aspect_ratio augmentation.*.scale *.blur_sigma"
 _PATHS = ("backbone.init_from", "dataset.path")
-_NOT_EMPTY = "linear_eval.base_learning_rates few_shot.shots semi_supervised.fractions"
+_NOT_EMPTY = (
+    "linear_eval.base_learning_rates few_shot.shots semi_supervised.fractions online.measures"
+)
 
 
 def shipped_configs() -> dict[str, pathlib.Path]:
@@ -330,8 +334,10 @@ def _has_kind(value: Any, kind: type) -> bool:
 def _check_value(config: config_dict.ConfigDict, field: str, value: Any) -> None:
     """Checks one field against the tables above."""
     known = _CHOICES.get(field)
-    if known and value not in known:
-        expected = f"be one of {', '.join(str(choice) for choice in known)}"
+    entries = value if isinstance(value, tuple) else (value,)
+    if known and not all(entry in known for entry in entries):
+        kind = "hold some" if isinstance(value, tuple) else "be one"
+        expected = f"{kind} of {', '.join(str(choice) for choice in known)}"
         if field in ("backbone.name", "objective.name"):
             expected += ", or be registered by a module that is named with --import=MODULE"
         raise _wrong(config, field, expected)
@@ -342,7 +348,6 @@ def _check_value(config: config_dict.ConfigDict, field: str, value: Any) -> None
     interval = next((i for i, names in _INTERVALS.items() if _matches(field, names)), None)
     if interval is None or isinstance(value, str):
         return
-    entries = value if isinstance(value, tuple) else (value,)
     if not all(_is_in(interval, entry) for entry in entries):
         expected = f"be in {interval}"
         if interval.endswith(" inf)"):

@@ -18,7 +18,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
-from music_jax.data.augment import augment_views, normalize_images, view_augmentations
+from music_jax.data.augment import (
+    ViewAugmentation,
+    augment_views,
+    normalize_images,
+    view_augmentations,
+)
 from music_jax.data.crops import Crop
 from music_jax.data.loader import evaluation_batches, training_batches
 from music_jax.data.order import TrainingOrder
@@ -34,6 +39,7 @@ _logger = logging.getLogger(__name__)
 Arrays = dict[str, np.ndarray]
 # From images [batch, height, width, channels], on the mesh, to float32 arrays [batch, ...] by name.
 Extractor = Callable[[jax.Array], dict[str, jax.Array]]
+_Variables = tuple[Tree, Tree]  # parameters and running statistics
 Model = Literal["trained", "random_init", "raw_pixels"]
 
 _VIEWS_STREAM = 2  # separates the randomness of these views from that of the training
@@ -116,18 +122,8 @@ class FrozenNetwork:
             init = functools.partial(init_network, self.config)
             key = jax.random.key(self.config.seed)
             variables = jax.jit(init, compiler_options=INIT_COMPILER_OPTIONS)(key)
-
-        @jax.jit
-        def extract(variables: tuple[Tree, Tree], images: jax.Array) -> dict[str, jax.Array]:
-            outputs = self._infer(variables, self.normalize(images))
-            return outputs if embeddings else {"features": outputs["features"]}
-
+        extract = _jit_extract(self.network, embeddings, tuple(self._normalization.items()))
         return functools.partial(extract, self.replicate(variables))
-
-    def _infer(self, variables: tuple[Tree, Tree], images: jax.Array) -> dict[str, jax.Array]:
-        features, embeddings = self.network.infer(*variables, images)
-        outputs = {"features": features, "embeddings": embeddings}
-        return {name: array.astype(jnp.float32) for name, array in outputs.items()}
 
     def replicate(self, tree: Any) -> Any:
         """Copies arrays to every device."""
@@ -142,13 +138,16 @@ class FrozenNetwork:
         dataset, dtype = self.config.dataset, jnp.dtype(self.config.compute_dtype)
         return {"mean": tuple(dataset.mean), "std": tuple(dataset.std), "dtype": dtype}
 
-    def extract(self, extractor: Extractor, source: Source, description: str) -> SplitFeatures:
+    def extract(
+        self, extractor: Extractor, source: Source, description: str, *, delay: float = 0.0
+    ) -> SplitFeatures:
         """Applies an extractor to the central view of every image of a split.
 
         Args:
           extractor: Function to apply.
           source: Images of the split; those that cannot be decoded are excluded.
           description: Text of the progress bar.
+          delay: Seconds before which no bar is shown.
 
         Returns:
           The output for the whole split, on every process.
@@ -171,7 +170,7 @@ class FrozenNetwork:
             | {name: placing(batch[name]) for name in ("label", "decoded")}
             for batch in batches
         )
-        with progress.bar(len(source), unit="img", description=description) as bar:
+        with progress.bar(len(source), unit="img", description=description, delay=delay) as bar:
             arrays = _join(
                 outputs, lambda: bar.update(min(placing.batch_size, len(source) - bar.n))
             )
@@ -180,9 +179,16 @@ class FrozenNetwork:
         return SplitFeatures(labels=arrays.pop("label"), arrays=arrays, indices=indices)
 
     def extract_views(
-        self, source: Source, *, num_images: int, num_views: int, description: str
+        self,
+        source: Source,
+        *,
+        num_images: int,
+        num_views: int,
+        description: str,
+        embeddings: bool = True,
+        delay: float = 0.0,
     ) -> Arrays:
-        """Extracts features and embeddings of several training views of random images.
+        """Extracts features of several training views of random images.
 
         Each image is cropped and augmented as in training, with the augmentations of the two views
         in turn.
@@ -192,34 +198,28 @@ class FrozenNetwork:
           num_images: Number of images to draw; all, if there are fewer.
           num_views: Number of views of each image.
           description: Text of the progress bar.
+          embeddings: Whether to extract the embeddings of the projector as well.
+          delay: Seconds before which no bar is shown.
 
         Returns:
-          `features` [images, views, features] and `embeddings` [images, views, dim], float32.
+          `features` [images, views, features] and any `embeddings` [images, views, dim], float32.
         """
         num_images = min(num_images, len(source))
         placing = Placing(min(_VIEWED_AT_ONCE, num_images), self.mesh)
         num_steps = num_images // placing.batch_size
         pair = view_augmentations(self.config)
         key = jax.random.fold_in(jax.random.key(self.config.seed), _VIEWS_STREAM)
-
-        @jax.jit
-        def extract(
-            variables: tuple[Tree, Tree], images: jax.Array, sample_index: jax.Array, key: jax.Array
-        ) -> dict[str, jax.Array]:
-            augmentations = tuple(pair[i % 2] for i in range(num_views))
-            views = augment_views(
-                images, sample_index, key, views=augmentations, **self._normalization
-            )
-            outputs = self._infer(variables, views.reshape(-1, *views.shape[2:]))
-            return {name: x.reshape(*views.shape[:2], -1) for name, x in outputs.items()}
-
+        augmentations = tuple(pair[i % 2] for i in range(num_views))
+        normalization = tuple(self._normalization.items())
+        extract = _jit_extract_views(self.network, embeddings, normalization, augmentations)
         variables = self.replicate((self.params, self.batch_stats))
         outputs = (
             extract(variables, placing(batch["images"]), placing(batch["sample_index"]), key)
             for batch in self._random_crops(source, placing, num_steps, num_views)
         )
         step = placing.batch_size * num_views
-        with progress.bar(num_steps * step, unit="view", description=description) as bar:
+        total = num_steps * step
+        with progress.bar(total, unit="view", description=description, delay=delay) as bar:
             return _join(outputs, lambda: bar.update(step))
 
     def random_crop_batches(
@@ -254,6 +254,43 @@ class FrozenNetwork:
             skipped=self.skipped,
             num_threads=config.num_decode_threads,
         )
+
+
+@functools.lru_cache(maxsize=4)  # All weights of a network share a program.
+def _jit_extract(
+    network: Network, embeddings: bool, normalization: tuple[tuple[str, Any], ...]
+) -> Callable[[_Variables, jax.Array], dict[str, jax.Array]]:
+    def extract(variables: _Variables, images: jax.Array) -> dict[str, jax.Array]:
+        normalized = normalize_images(images, **dict(normalization))
+        return _infer(network, embeddings, variables, normalized)
+
+    return jax.jit(extract)
+
+
+@functools.lru_cache(maxsize=4)
+def _jit_extract_views(
+    network: Network,
+    embeddings: bool,
+    normalization: tuple[tuple[str, Any], ...],
+    augmentations: tuple[ViewAugmentation, ...],
+) -> Callable[[_Variables, jax.Array, jax.Array, jax.Array], dict[str, jax.Array]]:
+    def extract(
+        variables: _Variables, images: jax.Array, sample_index: jax.Array, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        options = dict(normalization)
+        views = augment_views(images, sample_index, key, views=augmentations, **options)
+        outputs = _infer(network, embeddings, variables, views.reshape(-1, *views.shape[2:]))
+        return {name: x.reshape(*views.shape[:2], -1) for name, x in outputs.items()}
+
+    return jax.jit(extract)
+
+
+def _infer(
+    network: Network, embeddings: bool, variables: _Variables, images: jax.Array
+) -> dict[str, jax.Array]:
+    names = ("features", "embeddings") if embeddings else ("features",)
+    outputs = network.infer(*variables, images)
+    return {name: x.astype(jnp.float32) for name, x in zip(names, outputs, strict=False)}
 
 
 def _join(outputs: Iterable[dict[str, jax.Array]], after_batch: Callable[[], Any]) -> Arrays:

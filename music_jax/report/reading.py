@@ -114,7 +114,7 @@ def _read(workdir: epath.Path, name: str) -> RecordedRun:
     metrics: list[Record] = []
     for record in _read_lines(workdir / "metrics.jsonl", ("step",), notes):
         step = record["step"]
-        if type(step) is int and step > (metrics[-1]["step"] if metrics else 0):
+        if type(step) is int and step > (metrics[-1]["step"] if metrics else -1):
             metrics.append(record)
     results = read_all_results(workdir)
     return RecordedRun(

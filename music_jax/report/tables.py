@@ -11,7 +11,7 @@ from music_jax.evaluation.results import summary_rows
 from music_jax.report.reading import RecordedRun, as_number, as_text
 
 _MAX_FIELDS = 400
-MAX_POINTS = 1000  # per curve
+MAX_POINTS = 1000  # per curve, and as many more of online measures
 _MAX_UNKNOWN_CURVES = 24
 
 
@@ -58,7 +58,12 @@ _CURVES_BY_GROUP = {
     "training": [
         ("learning_rate", "Learning rate", "", "Warm-up, then cosine decay."),
         ("images_per_second", "Throughput", "images / s", "Since the previous logged step."),
-        ("online_top1", "Online probe, top-1", "%", "On images it has not been trained on yet."),
+    ],
+    "backbone": [
+        ("online_knn", "kNN, top-1", "%", "Of training images, by others of them."),
+        ("online_top1", "Linear probe, top-1", "%", "On images it has not been trained on yet."),
+        ("online_rankme", "RankMe", "dimensions", "Effective rank of the features."),
+        ("online_lidar", "LiDAR", "dimensions", "Effective rank between images, of their views."),
     ],
     "health": [
         ("grad_norm", "Gradient norm", "", "Over all parameters."),
@@ -69,7 +74,7 @@ _CURVES_BY_GROUP = {
     ],
 }
 _CURVES = [Curve(*row, group) for group, rows in _CURVES_BY_GROUP.items() for row in rows]
-_NOT_CURVES = {"step", "epoch", "gap_to_bound"}
+_NOT_CURVES = {"step", "epoch", "gap_to_bound", "online_seconds"}
 
 
 def bounds(run: RecordedRun) -> dict[str, float]:
@@ -105,8 +110,8 @@ def curves(runs: list[RecordedRun]) -> list[Curve]:
 
 def points(run: RecordedRun, curves: list[Curve]) -> dict[str, list[Any]]:
     """Returns `step`, `epoch` and the `values` of each curve, thinned; None for missing values."""
-    count = len(run.metrics)
-    thinned = np.unique(np.linspace(0, count - 1, min(count, MAX_POINTS)).round().astype(int))
+    online = [i for i, record in enumerate(run.metrics) if "online_seconds" in record]
+    thinned = np.union1d(_thin(np.arange(len(run.metrics))), _thin(np.asarray(online, int)))
 
     def logged(name: str) -> list[float | None]:
         return [as_number(run.metrics[i].get(name)) for i in thinned]
@@ -117,6 +122,12 @@ def points(run: RecordedRun, curves: list[Curve]) -> dict[str, list[Any]]:
         for curve in curves
     ]
     return {"step": logged("step"), "epoch": logged("epoch"), "values": values}
+
+
+def _thin(rows: np.ndarray) -> np.ndarray:
+    """Returns at most `MAX_POINTS` of some rows, evenly spaced."""
+    chosen = np.linspace(0, len(rows) - 1, min(len(rows), MAX_POINTS)).round()
+    return rows[chosen.astype(int)]
 
 
 def describe(curve: Curve, runs: list[RecordedRun]) -> str:

@@ -32,6 +32,7 @@ from music_jax.distributed.mesh import (
 )
 from music_jax.distributed.signals import Stop
 from music_jax.errors import StoppedError, UserError
+from music_jax.models.network import Tree
 from music_jax.objectives import music_lower_bound
 from music_jax.train.failures import CheckedStep, Recovery, TrainingFailure, read_trip
 from music_jax.train.input import (
@@ -131,6 +132,7 @@ def train_and_evaluate(
             if is_main_process():
                 check_same_images(directory, source, resuming=start_step > 0)
             _describe(config, mesh, source, order, shapes, start_step)
+            labeled = final.sources.train if final.sources else source
             run = _Run(
                 config=config,
                 training=training,
@@ -139,6 +141,9 @@ def train_and_evaluate(
                 events=events,
                 checked_step=CheckedStep(config, compile_step(recipe, shapes, mesh), shapes, mesh),
                 skip=compile_skip(shapes, mesh),
+                online=registry.online_evaluation(config, labeled, recipe.network, mesh, skipped)
+                if config.online.every_steps
+                else None,
                 probe=make_online_probe(config, final.sources, recipe, mesh, skipped),
                 logger=logger,
                 draw=make_draw(config, recipe, shapes, mesh) if logger.shows_images else None,
@@ -185,6 +190,7 @@ class _Run:
     events: EventsLog
     checked_step: CheckedStep
     skip: Callable[[TrainState], TrainState]
+    online: Callable[[Tree, Tree], dict[str, float]] | None
     probe: OnlineProbe | None
     logger: MetricLogger
     draw: Draw | None
@@ -202,6 +208,8 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: Stop) -> TrainSt
     if run.probe:
         run.probe.start(start_step, num_steps, run.checkpoints)
     with run.logger.steps(start_step, run.training):
+        if run.online and not start_step:
+            run.logger.write(0, run.online(state.params, state.batch_stats))
         for step, batch in enumerate(run.training.on_devices(start_step), start=start_step + 1):
             metrics, wrong = None, None
             run.profile.before(step, state)
@@ -226,13 +234,19 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: Stop) -> TrainSt
             wrong = wrong or run.checked_step.replicas(step, state, saving=saving)
             if wrong:
                 raise TrainingFailure(step, step, wrong, corrupted=True)
-            if step % config.log_every_steps == 0 or step == start_step + 1 or saving:
+            due = step % config.log_every_steps == 0 or step == start_step + 1 or saving
+            measuring = run.online is not None and step % config.online.every_steps == 0
+            if due or measuring:
                 # The guards' state covers every step since it was last read.
                 if (failure := read_trip(state.guard)) is not None:
                     raise failure
                 if metrics is not None:
                     scalars = {name: float(value) for name, value in metrics.items()}
-                    run.logger.write(step, scalars | (run.probe.metrics() if run.probe else {}))
+                    if run.probe:
+                        scalars |= run.probe.metrics()
+                    if run.online and measuring:
+                        scalars |= run.online(state.params, state.batch_stats)
+                    run.logger.write(step, scalars)
             if run.draw and (saving or step == 1):
                 run.logger.summary(step, run.draw(state, *batch))
             if saving:

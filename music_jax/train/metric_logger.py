@@ -40,7 +40,7 @@ Value = float | np.ndarray  # a scalar, or a picture: uint8 [height, width, chan
 Draw = Callable[[TrainState, Crops, jax.Array], dict[str, np.ndarray]]
 
 _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_NOT_IN_BAR = ("learning_rate", "grad_norm", *STATISTICS)
+_NOT_IN_BAR = ("learning_rate", "grad_norm", "online_seconds", *STATISTICS)
 _VIEWS = ("views", "local_views")  # pictures of each group of crops
 _SAMPLES_SHOWN = 8
 _MAX_EMBEDDED = 256  # samples that the joint probabilities are computed from
@@ -93,6 +93,7 @@ class MetricLogger:
         self._each(lambda writer: writer.start(start_step))
         self._steps_per_epoch = training.order.steps_per_epoch
         self._last_step, self._last_time = start_step, 0.0
+        self._online: dict[str, float] = {}  # stay in the bar until they are measured again
         ignoring, batch_size = self._config.checkpoint.ignore_failed_saves, self._config.batch_size
         self._file = MetricsLog(self._workdir, start_step, ignore_failures=ignoring)
         total, done = training.num_steps * batch_size, start_step * batch_size
@@ -104,17 +105,19 @@ class MetricLogger:
             self._file.close()
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Logs a step."""
-        # The first interval contains the compilation.
+        """Logs a step, or with step 0 the state before the first."""
         now, num_images = time.monotonic(), (step - self._last_step) * self._config.batch_size
-        rate = num_images / (now - self._last_time) if self._last_time else None
-        self._last_step, self._last_time = step, now
+        seconds = now - self._last_time - scalars.get("online_seconds", 0.0)
+        # The first interval contains the compilation.
+        rate = num_images / seconds if self._last_time else None
+        self._last_step, self._last_time = step, now if step else 0.0
         record = {"epoch": step / self._steps_per_epoch, **scalars, "images_per_second": rate}
         self._file.write({"step": step} | record)
         self.summary(step, {name: value for name, value in record.items() if value is not None})
-        shown = {"loss": scalars["loss"]} | scalars
+        self._online |= {x: value for x, value in scalars.items() if x.startswith("online_")}
+        shown = sorted((scalars | self._online).items(), key=lambda item: item[0] != "loss")
         self._bar.set_postfix(
-            {name: f"{value:.3f}" for name, value in shown.items() if name not in _NOT_IN_BAR},
+            {name: f"{value:.3f}" for name, value in shown if name not in _NOT_IN_BAR},
             refresh=False,
         )
         self._bar.update(step * self._config.batch_size - self._bar.n)

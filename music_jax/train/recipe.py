@@ -36,8 +36,8 @@ Crops = jax.Array | tuple[jax.Array, jax.Array]
 
 # Groups of fields that no recipe depends on.
 _EVALUATION = (
-    *("checkpoint", "evaluation", "few_shot", "finetune", "knn", "linear_eval", "online_probe"),
-    "semi_supervised",
+    *("checkpoint", "evaluation", "few_shot", "finetune", "knn", "linear_eval", "online"),
+    *("online_probe", "semi_supervised"),
 )
 
 

@@ -167,7 +167,7 @@ def _repair(path: epath.Path, start_step: int) -> None:
     """Removes lines that are damaged, repeat a step or come after `start_step`."""
     before = path.read_bytes() if path.exists() else b""
     kept: dict[int, bytes] = {}
-    lines, last = before.splitlines(), 0
+    lines, last = before.splitlines(), -1
     for line in lines:
         step = _step_of(line)
         if step is not None and step > last:
@@ -177,7 +177,8 @@ def _repair(path: epath.Path, start_step: int) -> None:
     num_lost -= bool(lines and not before.endswith(b"\n") and _step_of(lines[-1]) is None)
     if num_lost:
         _logger.warning(f"removed {num_lost} damaged or repeated lines from {path}")
-    after = b"".join(line + b"\n" for step, line in kept.items() if step <= start_step)
+    # A run that starts logs step 0 again.
+    after = b"".join(line + b"\n" for step, line in kept.items() if step <= start_step != 0)
     if after != before:
         write_new(path, after)
 

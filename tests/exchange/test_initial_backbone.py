@@ -17,12 +17,15 @@ from small_runs import save_run, small_config
 import music_jax
 from music_jax.config import default_config
 from music_jax.data.augment import normalize_images
+from music_jax.data.sources import Source
 from music_jax.distributed.mesh import batch_sharding, make_data_mesh
 from music_jax.errors import UserError
+from music_jax.evaluation.online import OnlineEvaluation
 from music_jax.evaluation.run import load_run
 from music_jax.exchange.importing import import_backbone, initial_backbone
 from music_jax.export import export
 from music_jax.metrics.knn import knn_predict
+from music_jax.metrics.label_free import rankme
 from music_jax.models.network import Network
 from music_jax.models.vision_transformer import sincos_positions
 from music_jax.registry import BACKBONES
@@ -67,6 +70,7 @@ def _write_vit_s16(directory):
     _theirs("vit_s16", directory / "b.safetensors")
     config = _config("vit_s16", directory / "b.safetensors")
     config.backbone.num_heads = 6
+    import_backbone(str(directory / "b.safetensors"), str(directory / "run"), config)
     return config
 
 
@@ -94,6 +98,23 @@ def test_the_first_loss_and_the_features_are_those_of_the_imported_network(write
         expected, np.arange(2), np.asarray(features), num_classes=2, k=(1,), temperature=0.07
     )
     assert found.tolist() == [[0, 1]]
+
+    # What a training measures before its first step, against the imported network.
+    images_of_classes = np.random.default_rng(0).integers(0, 256, (30, 64, 64, 3), np.uint8)
+    images_of_classes[::2, 16:48, 16:48] //= 4
+    labels = np.arange(30) % 2
+    records = [{"image": x, "label": y} for x, y in zip(images_of_classes, labels, strict=True)]
+    config.knn.k, config.evaluation.batch_size = 1, 32
+    source = Source("squares", records, num_classes=2)
+    evaluation = OnlineEvaluation(config, source, recipe.network, mesh, None)
+    measured = evaluation(state.params, state.batch_stats)
+    imported = np.asarray(music_jax.load(tmp_path / "run")(images_of_classes))
+    bank, queries = (np.flatnonzero(x) for x in (~evaluation._is_query, evaluation._is_query))
+    predicted = knn_predict(imported[bank], labels[bank], imported[queries], num_classes=2, k=1)
+    assert measured["online_knn"] == np.mean(predicted == labels[queries])
+    np.testing.assert_allclose(measured["online_rankme"], rankme(imported), rtol=1e-3)
+    untrained = evaluation(random.params, random.batch_stats)
+    assert abs(untrained["online_rankme"] / measured["online_rankme"] - 1) > 1e-2
 
     # The loss of the network in the file, which `load` reads.
     batch = np.stack([images, images[::-1]], axis=1).repeat(2, axis=0), np.arange(4, dtype="uint32")

@@ -50,6 +50,7 @@ def write_workdir(path, *, objective="music", segments=6, units=5, steps=30, log
             "learning_rate": 0.1 * step / steps,
             "images_per_second": None if step == 1 else 640.0,
             "online_top1": step / (steps + 5),
+            "online_rankme": 3.0 * step,
             HOSTILE_TAG: float(step),
         } | dict.fromkeys(HOSTILE_NAMES, float(step))
         if objective == "music":

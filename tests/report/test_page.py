@@ -80,6 +80,8 @@ def test_the_page_shows_all_parts_of_a_run(finished):
         assert part in words, part
     alt = re.search(r'data-curve="0" role="img" aria-label="([^"]*)"', text)[1]
     assert "in nats" in alt
+    assert "Quality of the backbone" in words
+    assert "RankMe (dimensions) Effective rank of the features." in words
     assert "-1.8 at step 1, -4.7 at step 30, bound -4.828" in alt
     run = data_of(text)["runs"][0]
     order = [curve.name for curve in tables.curves([finished.recorded])]

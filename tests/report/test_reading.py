@@ -63,6 +63,18 @@ def test_long_curves_are_thinned_and_keep_both_ends(tmp_path):
     steps = tables.points(run, tables.curves([run]))["step"]
     assert len(steps) == 1000
     assert (steps[0], steps[-1]) == (1, 5000)
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    lines.insert(0, {"step": 0, "epoch": 0.0})
+    for line in lines[::77]:
+        line |= {"online_knn": 0.5, "online_seconds": 1.0}
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run,) = read_workdirs([str(path)])
+    curves = tables.curves([run])
+    found = tables.points(run, curves)
+    drawn = found["values"][[curve.name for curve in curves].index("online_knn")]
+    measured = [x for x, y in zip(found["step"], drawn, strict=True) if y == 50]
+    assert measured == [*range(0, 5001, 77)]
+    assert "online_seconds" not in [curve.name for curve in curves]
 
 
 def test_workdirs_with_the_same_name_get_longer_names(tmp_path):

@@ -25,7 +25,7 @@ from music_jax.data.order import TrainingOrder
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed.mesh import batch_sharding, make_data_mesh
-from music_jax.evaluation import feature_protocols, features, finetune
+from music_jax.evaluation import feature_protocols, features, finetune, online
 from music_jax.evaluation.run import Run
 from music_jax.metrics.linear_probe import ProbeRecipe, ProbeResult
 from music_jax.models.network import INIT_COMPILER_OPTIONS, init_network
@@ -195,6 +195,13 @@ _VALUES = {
         "batch_size": 44,
         "momentum": 0.45,
         "weight_decay": 0.46,
+    },
+    "online": {
+        "every_steps": 3,  # of a training: tests/train/test_loop.py
+        "measures": ("rankme", "lidar", "knn"),
+        "num_images": 10,
+        "view_images": 7,
+        "num_views": 4,
     },
     "online_probe": {
         "enabled": True,
@@ -537,6 +544,28 @@ def test_neighbors_and_few_shots_are_counted_as_described(run, calls):
     names = ("shots", "draws", "seed")
     found = [_some(options, *names) for _, options in calls.of["few_shot"]]
     assert found == [(2, 6, 5), (4, 6, 5)]
+
+
+def test_the_online_measures_are_as_described(config, calls):
+    rows = np.ones((10, 5), np.float32)
+    split = features.SplitFeatures({"features": rows}, np.arange(10) % 4, np.arange(10))
+    calls.replace(features.FrozenNetwork, "extractor")
+    calls.replace(features.FrozenNetwork, "extract", lambda *given, **options: split)
+    calls.replace(
+        features.FrozenNetwork,
+        "extract_views",
+        lambda *given, **options: {"features": np.ones((7, 4, 5))},
+    )
+    calls.replace(online, "knn_predict", lambda *given, **options: np.zeros(2, int))
+    found = online.OnlineEvaluation(config, _source(), None, make_data_mesh(1), None)({}, {})
+    assert set(found) == {"online_knn", "online_rankme", "online_seconds"}  # no images differ
+    ((given, options),) = calls.of["knn_predict"]
+    assert [len(x) for x in given] == [8, 8, 2]
+    assert _some(options, "num_classes", "k", "temperature") == (4, 3, 0.5)
+    (((_, _, source, _), _),) = calls.of["extract"]
+    assert len(source) == 10
+    (((_, source), options),) = calls.of["extract_views"]
+    assert (len(source), *_some(options, "num_images", "num_views")) == (7, 7, 4)
 
 
 def test_galleries_and_clusters_are_as_described(run, calls, monkeypatch):

@@ -19,7 +19,9 @@ from music_jax.train import loop, train_and_evaluate
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    return tiny_config(tmp_path_factory.mktemp("digits"))
+    config = tiny_config(tmp_path_factory.mktemp("digits"))
+    config.online.update({"every_steps": 6, "num_images": 80})
+    return config
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,13 @@ def _from(config, source):
     config = config.copy_and_resolve_references()
     config.seed, config.backbone.init_from = 1, str(source)
     return config
+
+
+def _online(workdir, step):
+    """Returns the online measures of a step."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    (line,) = [line for line in lines if line["step"] == step]
+    return line["online_knn"], line["online_rankme"]
 
 
 def _assert_same(tree, other):
@@ -55,6 +64,7 @@ def test_a_resumed_run_needs_the_weights_no_longer(config, source, tmp_path, cap
     config.optimizer.backbone_scale = 0.0
     whole = train_and_evaluate(config, tmp_path / "whole")
     assert "source (run, step 6): " in capsys.readouterr().out
+    assert _online(tmp_path / "whole", 0) == _online(source[0], 6) != _online(source[0], 0)
     # The parameters are those of the source to the bit; the running statistics follow the images.
     _assert_same(whole.params["backbone"], source[1].params["backbone"])
     stats = [np.asarray(x.batch_stats["backbone"]["norm"]["mean"]) for x in (whole, source[1])]

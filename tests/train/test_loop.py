@@ -141,6 +141,40 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(finished, config
         assert _json(workdir / name) == _json(finished[0] / name)
 
 
+def test_online_measures_change_no_bit_and_resume(finished, config, tmp_path, capsys):
+    config = config.copy_and_resolve_references()
+    config.log_every_steps = 5
+    config.online.update({"every_steps": 3, "measures": ("knn", "rankme", "lidar")})
+    config.online.update({"num_images": 80, "view_images": 16, "num_views": 2})
+    logged = []
+    for action in (None, _interrupt):
+        workdir = tmp_path / str(action)
+        if action:
+            with pytest.raises(KeyboardInterrupt):
+                train_and_evaluate(config, workdir, stop=_At(4, action))
+        state = train_and_evaluate(config, workdir)
+        assert _bytes(state) == _bytes(finished[1])
+        jax.tree.map(np.testing.assert_array_equal, state.batch_stats, finished[1].batch_stats)
+        lines = {line["step"]: line for line in _metrics(workdir)}
+        online = {
+            step: {x: line[x] for x in line if x.startswith("online_")}
+            for step, line in lines.items()
+            if "online_knn" in line
+        }
+        assert list(online) == [0, 3, 6]
+        names = {"online_knn", "online_rankme", "online_lidar"}
+        for line in online.values():
+            assert line.pop("online_seconds") > 0
+            assert line.keys() == names
+        logged.append(online)
+        plain = [{x: y for x, y in lines[i].items() if "online" not in x} for i in (1, 3, 4, 6)]
+        assert plain == [_metrics(finished[0])[i - 1] for i in (1, 3, 4, 6)]
+    assert logged[0] == logged[1]
+    assert logged[0][0] != logged[0][3] != logged[0][6]
+    assert lines[0].keys() == {"step", "epoch", "online_seconds", *names}
+    assert capsys.readouterr().err.count("online_knn=") > 2
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -47,6 +47,16 @@ def test_a_resumed_run_keeps_earlier_metrics(directory):
     assert [(line["step"], line["start"]) for line in lines] == [(1, 0), (2, 0), (3, 2), (4, 2)]
 
 
+def test_a_run_that_starts_again_logs_its_initial_state_again(directory):
+    for start, steps in ((0, (0, 1, 2)), (0, (0, 1)), (1, (2,))):
+        log = MetricsLog(directory, start)
+        for step in steps:
+            log.write({"step": step, "start": start})
+        log.close()
+    lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    assert [(line["step"], line["start"]) for line in lines] == [(0, 0), (1, 0), (2, 1)]
+
+
 def _line(step):
     return json.dumps({"step": step, "loss": 1.0}) + "\n"
 
