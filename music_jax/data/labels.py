@@ -1,0 +1,60 @@
+"""Labels of images: one class each, or several.
+
+Where images have one class each, a label is its number, and -1 if it is unknown. Where they may
+have several, a label has an element for each class: 1 if the image has the class, 0 if not, and -1
+if it is unknown. An image has no label if all elements are -1.
+"""
+
+from typing import Any
+
+import numpy as np
+
+Label = int | np.ndarray  # a number, or int8 [classes]
+
+UNKNOWN, DAMAGED = -1, -2
+
+
+def by_class(label: Any, num_classes: int) -> np.ndarray:
+    """Returns a label of several classes, int8 [classes].
+
+    Args:
+      label: An array with an element of -1, 0 or 1 for each class, or else the numbers of the
+        image's classes, in any order. For one or two classes, an array of as many elements is
+        always the former.
+      num_classes: Number of classes.
+
+    Raises:
+      ValueError: The label is neither.
+    """
+    found = np.asarray(label)
+    if found.dtype == bool or not found.size:
+        found = found.astype(np.int8)
+    if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):
+        raise ValueError(f"expected integers [classes]; got {found.dtype} of shape {found.shape}")
+    if found.shape == (num_classes,) and np.all((found >= -1) & (found <= 1)):
+        return found.astype(np.int8)
+    if np.any((found < 0) | (found >= num_classes)):
+        raise ValueError(
+            f"expected {num_classes} elements of -1, 0 or 1, or numbers of classes below "
+            f"{num_classes}; got {found.tolist()!s:.100}"
+        )
+    result = np.zeros(num_classes, np.int8)
+    result[found] = 1
+    return result
+
+
+def has_label(labels: np.ndarray) -> np.ndarray:
+    """Returns whether each image has a label: bool [images], for [images] or [images, classes]."""
+    return np.any(labels >= 0, axis=tuple(range(1, labels.ndim)))
+
+
+def lacks_label(labels: np.ndarray) -> np.ndarray:
+    """Returns whether each image has no label, bool [images]; not so for damaged records."""
+    return np.all(labels == UNKNOWN, axis=tuple(range(1, labels.ndim)))
+
+
+def classes_of(label: Label) -> list[int]:
+    """Returns the numbers of the classes that an image has."""
+    if isinstance(label, np.ndarray) and label.ndim:
+        return np.flatnonzero(label == 1).tolist()
+    return [int(label)] if label >= 0 else []
