@@ -5,13 +5,19 @@ have several, a label has an element for each class: 1 if the image has the clas
 if it is unknown. An image has no label if all elements are -1.
 """
 
+import concurrent.futures
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from music_jax.distributed import progress
+
 Label = int | np.ndarray  # a number, or int8 [classes]
 
 UNKNOWN, DAMAGED = -1, -2
+
+_READ_AT_ONCE = 256  # by one thread
 
 
 def by_class(label: Any, num_classes: int) -> np.ndarray:
@@ -41,6 +47,29 @@ def by_class(label: Any, num_classes: int) -> np.ndarray:
     result = np.zeros(num_classes, np.int8)
     result[found] = 1
     return result
+
+
+def read_values(count: int, read: Callable[[int], Any], name: str) -> list:
+    """Reads the label of every record of a source on several threads, with a progress bar.
+
+    Args:
+      count: Number of records.
+      read: Function from an index to a label.
+      name: Name of the source.
+
+    Returns:
+      The labels.
+    """
+    parts = [range(i, min(i + _READ_AT_ONCE, count)) for i in range(0, count, _READ_AT_ONCE)]
+    found: list = []
+    with (
+        concurrent.futures.ThreadPoolExecutor() as pool,
+        progress.bar(count, unit="img", description=f"labels of {name}", delay=1.0) as bar,
+    ):
+        for labels in pool.map(lambda part: [*map(read, part)], parts):
+            found += labels
+            bar.update(len(labels))
+    return found
 
 
 def has_label(labels: np.ndarray) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Random access to the encoded images of a dataset."""
 
-import concurrent.futures
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable
@@ -9,11 +8,9 @@ from typing import Any
 import numpy as np
 
 from music_jax.data.decode import EncodedImage
-from music_jax.data.labels import DAMAGED, Label, by_class, classes_of
-from music_jax.distributed import progress
+from music_jax.data.labels import DAMAGED, Label, by_class, classes_of, read_values
 from music_jax.errors import UndecodableError
 
-_LABELS_PER_TASK = 256  # read by one thread
 _FINGERPRINTED = 64  # images whose contents a fingerprint depends on
 
 
@@ -159,18 +156,9 @@ class Source:
         if self.known_labels is not None:
             return self.known_labels
         found = self.no_labels(len(self))
-        if not self.num_classes:
-            return found
-        parts = np.array_split(np.arange(len(self)), -(-len(self) // _LABELS_PER_TASK))
-        with (
-            concurrent.futures.ThreadPoolExecutor() as pool,
-            progress.bar(len(self), unit="img", description=f"labels of {self.name}") as bar,
-        ):
-            labels = pool.map(lambda part: [*map(self._read_label, part)], parts)
-            for part, read in zip(parts, labels, strict=True):
-                for index, label in zip(part, read, strict=True):
-                    found[index] = label
-                bar.update(len(part))
+        if self.num_classes:
+            for i, label in enumerate(read_values(len(self), self._read_label, self.name)):
+                found[i] = label
         return found
 
     def _label_of(self, record: dict) -> Label:
