@@ -12,8 +12,9 @@ from music_jax.errors import UserError
 DEFAULT_LABEL_KEY = "label"  # the config's default, which a dataset need not have
 
 _LOOKED_AT = 16  # records, to check their labels
+_FEW = 1000  # distinct values, which are classes however few images there are
 _OUTCOMES = {"positive": 1, "negative": 0}  # in CheXpert, besides `uncertain` and `unmentioned`
-_KINDS = "ClassLabel, an int, bool or text, or an array or sequence of classes"
+_KINDS = "a ClassLabel, an int, bool or text, or an array or sequence of classes"
 
 Read = Callable[[dict], Any]  # from a record
 
@@ -178,7 +179,7 @@ def _one_class(feature: Any, key: str, records: Any, name: str) -> Labels:
 
     values = read_values(len(records), lambda i: _try(distinct, records, i), name)
     classes = sorted(set(filter(has_class, values)))
-    if 2 * len(classes) > len(records):
+    if len(classes) > max(_FEW, len(records) // 2):
         return Labels(
             missing=f"its feature {key!r} has {len(classes):,} values in {len(records):,} images, "
             "too many for classes"
@@ -248,9 +249,7 @@ def _column(title: str, feature: Any, example: Any, prefixed: bool) -> _Column |
 
     prefix = f"{title}: " if prefixed else ""
     inner = feature.feature if isinstance(feature, tfds.features.Sequence) else feature
-    dtype = getattr(inner, "np_dtype", None)
-    is_integer = dtype is not None and np.dtype(dtype).kind in "iub"
-    if not is_integer or isinstance(inner, tfds.features.Image):
+    if not isinstance(inner, tfds.features.Tensor) or np.dtype(inner.np_dtype).kind not in "iub":
         return None
     if isinstance(inner, tfds.features.ClassLabel):
         names = tuple(f"{prefix}{name}" for name in inner.names)
@@ -288,9 +287,10 @@ def _kind(feature: Any) -> str:
 
     if isinstance(feature, tfds.features.Sequence):
         return f"Sequence of {_kind(feature.feature)}"
-    dtype = getattr(feature, "np_dtype", None)
-    suffix = f" of {np.dtype(dtype).name}" if dtype is not None else ""
-    return f"{type(feature).__name__}{suffix}"
+    name = type(feature).__name__
+    if isinstance(feature, tfds.features.Tensor):
+        return f"{name} of {np.dtype(feature.np_dtype).name}"
+    return name
 
 
 class Derived:
