@@ -6,10 +6,12 @@ import scipy.special
 from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier
 
+from music_jax.errors import DivergedError
 from music_jax.metrics.knn import knn_scores
 from music_jax.metrics.linear_probe import (
     Heads,
     ProbeRecipe,
+    class_precisions,
     fit,
     linear_probe,
     shuffled_batches,
@@ -84,13 +86,19 @@ def test_the_probe_is_sgd_on_the_binary_cross_entropy_of_the_known_labels():
 
 def test_the_probe_reports_average_precisions_and_selects_its_rate_by_their_mean():
     features, labels = _samples(900)
-    recipe = ProbeRecipe(10, 50, (1e-9, 0.5, 1e36))
+    recipe = ProbeRecipe(10, 50, (1e-9, 0.5))
     parts = features[:600], labels[:600], features[600:], labels[600:]
     found = linear_probe(*parts, recipe, num_classes=3)
     assert found.base_learning_rate == 0.5
     assert np.isnan(found.top1)
     chance = average_precisions(np.zeros((300, 3)), labels[600:])
     assert np.all(found.average_precisions > chance + 0.3)
+    diverged = Heads(np.stack([np.full((12, 3), np.inf), np.eye(12, 3)]), np.zeros((2, 3)))
+    none, some = class_precisions(diverged, parts[2], parts[3])
+    assert none is None
+    assert some.shape == (3,)
+    with pytest.raises(DivergedError):
+        class_precisions(Heads(diverged.kernel[:1], diverged.bias[:1]), parts[2], parts[3])
     right = found.predictions == labels[600:]
     assert right[labels[600:] >= 0].mean() > 0.8
 
