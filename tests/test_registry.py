@@ -260,6 +260,7 @@ def test_an_image_may_have_several_classes(labels, names, expected, as_attribute
     ("records", "expected"),
     [
         ([{"image": b"", "label": [1]}, {"image": b"", "label": [0, 2]}], "attribute class_names"),
+        (_Images([b""], [[1]], class_names="ab"), "expected 2 elements of -1, 0 or 1; got"),
         ([{"image": b"", "label": [1, 2]}] * 2, "the label 0 of mine:train cannot be used: expe"),
         ([{"image": b"", "label": [0.5, 1]}] * 2, "the label 0 of .*float64"),
         (_Images([b""], labels=[[0, 3]], class_names="abc"), "numbers of classes below 3"),

@@ -24,9 +24,8 @@ def by_class(label: Any, num_classes: int) -> np.ndarray:
     """Returns a label of several classes, int8 [classes].
 
     Args:
-      label: An array with an element of -1, 0 or 1 for each class, or else the numbers of the
-        image's classes, in any order. For one or two classes, an array of as many elements is
-        always the former.
+      label: An array with an element of -1, 0 or 1 for each class. If there are three classes or
+        more, it may also be the different numbers of the image's classes, in any order.
       num_classes: Number of classes.
 
     Raises:
@@ -39,10 +38,10 @@ def by_class(label: Any, num_classes: int) -> np.ndarray:
         raise ValueError(f"expected integers [classes]; got {found.dtype} of shape {found.shape}")
     if found.shape == (num_classes,) and np.all((found >= -1) & (found <= 1)):
         return found.astype(np.int8)
-    if np.any((found < 0) | (found >= num_classes)):
+    if num_classes < 3 or np.any((found < 0) | (found >= num_classes)):
+        numbers = f", or numbers of classes below {num_classes}" * (num_classes > 2)
         raise ValueError(
-            f"expected {num_classes} elements of -1, 0 or 1, or numbers of classes below "
-            f"{num_classes}; got {found.tolist()!s:.100}"
+            f"expected {num_classes} elements of -1, 0 or 1{numbers}; got {found.tolist()!s:.100}"
         )
     result = np.zeros(num_classes, np.int8)
     result[found] = 1

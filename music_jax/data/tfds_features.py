@@ -1,6 +1,7 @@
 """Features of TFDS datasets as images and labels."""
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import cv2
@@ -41,7 +42,7 @@ class _Column(NamedTuple):
     """A feature as one class or several."""
 
     names: tuple[str, ...]
-    convert: Callable[[Any], Any]  # from a value to [classes] of -1, 0 and 1
+    convert: Callable[[Any], Iterable[int]]  # from a value to -1, 0 or 1 for each class
 
 
 def keys_of(text: str) -> list[str]:
@@ -139,7 +140,7 @@ def open_labels(features: Any, key: str, dataset: str, records: Any, name: str) 
     for part in keys:
         if find_feature(features, part) is None:
             if key in (DEFAULT_LABEL_KEY, ""):
-                return Labels(missing=f"{dataset} has no feature {key!r}")
+                return Labels(missing=f"{dataset} has no feature {key!r}, only {sorted(features)}")
             raise UserError(
                 f"dataset {dataset!r} has no feature {part!r}; it has {sorted(features)}"
             )
@@ -224,7 +225,7 @@ def _several_classes(
             )
         try:
             for value in values:
-                column.convert(value)
+                by_class([*column.convert(value)], len(column.names))
         except ValueError as error:
             raise UserError(
                 f"the labels in the feature {path!r} of {name} cannot be read: {error}; name other "
@@ -233,8 +234,8 @@ def _several_classes(
         columns.append((path, column))
 
     def read(record: dict) -> np.ndarray:
-        parts = [column.convert(value_at(record, path)) for path, column in columns]
-        return np.concatenate(parts).astype(np.int8)
+        parts = (column.convert(value_at(record, path)) for path, column in columns)
+        return np.fromiter(itertools.chain.from_iterable(parts), np.int8)
 
     names = tuple(name for _, column in columns for name in column.names)
     return Labels(read, names, multi_label=True)
@@ -260,18 +261,18 @@ def _column(title: str, feature: Any, example: Any, prefixed: bool) -> _Column |
         if _OUTCOMES.keys() <= set(inner.names):
             outcomes = np.asarray([_OUTCOMES.get(name, -1) for name in inner.names])
             names = tuple(f"{prefix}{i}" for i in range(len(example)))
-            return _Column(names, lambda value: by_class(outcomes[np.asarray(value)], len(names)))
+            return _Column(names, lambda value: outcomes[np.asarray(value)])
         return _Column(names, lambda value: _numbers(value, len(names)))
     if not feature.shape:
         return _Column((title,), _one)
     if len(feature.shape) != 1 or feature.shape[0] is None:
         return None
     names = tuple(f"{prefix}{i}" for i in range(feature.shape[0]))
-    return _Column(names, lambda value: by_class(value, len(names)))
+    return _Column(names, lambda value: value)
 
 
-def _one(value: Any) -> np.ndarray:
-    return by_class([int(value)], 1)
+def _one(value: Any) -> tuple[int]:
+    return (int(value),)
 
 
 def _numbers(values: Any, num_classes: int) -> np.ndarray:

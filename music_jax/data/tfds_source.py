@@ -40,10 +40,12 @@ def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
     builder = _builder(dataset)
     features, split_name = builder.info.features, f"{dataset.name}:{split}"
     read_image = image_reader(features, dataset.image_key, dataset.name)
+    image_keys = keys_of(dataset.image_key)
+    channels = image_keys if len(image_keys) > 1 else []  # of which an array is made
     decoders = {
         key: tfds.decode.SkipDecoding()
         for key, feature in features.items()
-        if isinstance(feature, tfds.features.Image) and key not in keys_of(dataset.image_key)[1:]
+        if isinstance(feature, tfds.features.Image) and key not in channels
     }
     try:
         records = builder.as_data_source(split=split, decoders=decoders)

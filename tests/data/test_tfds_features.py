@@ -183,3 +183,6 @@ def test_channels_are_one_feature_or_several(data_dir):
     assert image.shape == (8, 8, 2)
     assert image[..., 0].tolist() == [[2.5] * 8] * 8
     assert image[..., 1].tolist() == [[1.5] * 8] * 8
+    both = _open(data_dir, image_key="image,bands", label_key="").record(0)["image,bands"]
+    np.testing.assert_array_equal(both[..., 0], IMAGES[both[0, 0, 1]])
+    assert (both.shape, both.dtype) == ((8, 8, 6), np.uint8)
