@@ -1,7 +1,7 @@
 """Features of TFDS datasets as images and labels."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import cv2
@@ -91,8 +91,8 @@ def image_reader(features: Any, key: str, dataset: str) -> Read | None:
         if not _is_image(feature):
             usable = [name for name, feature in sorted(features.items()) if _is_image(feature)]
             raise UserError(
-                f"the feature {name!r} of dataset {dataset!r} is not an Image or a Tensor [height, "
-                f"width] or [height, width, channels]; name one that is with "
+                f"the feature {name!r} of dataset {dataset!r} is not an Image, nor a Tensor of "
+                "numbers [height, width, channels]; name one of those that are with "
                 f"--config.dataset.image_key=, or several with commas between: {usable}"
             )
     if len(keys) > 1:
@@ -106,7 +106,7 @@ def _is_image(feature: Any) -> bool:
     if isinstance(feature, tfds.features.Image):
         return True
     is_tensor = isinstance(feature, tfds.features.Tensor) and len(feature.shape) in (2, 3)
-    return is_tensor and np.dtype(feature.np_dtype).kind in "uif"
+    return is_tensor and np.dtype(feature.np_dtype).kind in "biuf"
 
 
 def _stack(channels: list[np.ndarray]) -> np.ndarray:
@@ -302,9 +302,6 @@ class Derived:
 
     def __len__(self) -> int:
         return len(self._records)
-
-    def __iter__(self) -> Iterator[dict]:
-        return (self[i] for i in range(len(self)))
 
     def __getitem__(self, index: int) -> dict:
         record = self._records[index]

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from ml_collections import config_dict
 
 import music_jax.workdir.files  # noqa: F401  (corrects the paths that TFDS uses)
@@ -45,7 +46,9 @@ def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
     decoders = {
         key: tfds.decode.SkipDecoding()
         for key, feature in features.items()
-        if isinstance(feature, tfds.features.Image) and key not in channels
+        if isinstance(feature, tfds.features.Image)
+        and key not in channels
+        and feature.np_dtype != np.float32  # whose bytes TFDS packs in those of four channels
     }
     try:
         records = builder.as_data_source(split=split, decoders=decoders)

@@ -66,7 +66,7 @@ PROTOCOLS = {
     "label_free": Protocol(feature_protocols.label_free, labels=()),
     "segments": Protocol(feature_protocols.segments, labels=(), segments=True),
     "semi": Protocol(finetune.semi_supervised, ("semi_supervised",)),
-    "finetune": Protocol(finetune.full_finetune, ("finetune",)),
+    "finetune": Protocol(finetune.full_finetune, ("finetune",), multi_label=True),
     "transfer": Protocol(None, ("linear_eval", "knn"), labels=()),
 }
 

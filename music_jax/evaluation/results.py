@@ -117,7 +117,7 @@ def read_predictions(workdir: epath.Path) -> Predictions | None:
 
 
 def main_score(result: Result) -> tuple[str, float]:
-    """Returns the name and the value of the main score of the linear probe or kNN.
+    """Returns the name and the value of the main score of a classifier.
 
     It is `mean_average_precision` if images may have several classes, else `top1`.
     """
@@ -192,6 +192,11 @@ def _knn(result: Result) -> Rows:
     return [(f"{TITLES[name]}, k = {k}", _percent(score)) for k, score in scores]
 
 
+def _finetune(result: Result) -> Rows:
+    name, score = main_score(result)
+    return [(TITLES[name], _percent(score))]
+
+
 def _fewshot(result: Result) -> Rows:
     def value(found: Result) -> str:
         interval = found["interval"]
@@ -259,6 +264,6 @@ _SUMMARIES: dict[str, Callable[[Result], Rows]] = {
         (f"top-1, {share} of the labels", _percent(found["top1"]))
         for share, found in result["by_share"].items()
     ],
-    "finetune": lambda result: [("top-1", _percent(result["top1"]))],
+    "finetune": _finetune,
     "transfer": _transfer,
 }

@@ -51,6 +51,7 @@ def _source(name, rows):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     config = pixel_config()
+    config.finetune.update({"num_epochs": 20, "head_learning_rate": 1.0})
     config.linear_eval.update({"num_epochs": 20, "raw_pixels": True, "random_init": False})
     directory = tmp_path_factory.mktemp("run")
     return pixel_run(directory, _source("train", _TRAIN), _source("test", _TEST), config)
@@ -58,12 +59,9 @@ def run(tmp_path_factory):
 
 def test_the_protocols_that_support_several_classes_run_and_the_others_are_named(run, capsys):
     found = run_protocols(run, [name for name in PROTOCOLS if name != "transfer"])
-    assert list(found) == ["linear", "knn", "label_free", "segments"]
+    assert list(found) == ["linear", "knn", "label_free", "segments", "finetune"]
     said = capsys.readouterr().out
-    assert (
-        "not measured: fewshot, retrieval, clustering, semi, finetune: the images of train may"
-        in said
-    )
+    assert "not measured: fewshot, retrieval, clustering, semi: the images of train may" in said
     linear, knn = found["linear"], found["knn"]
     labels = np.stack([_label(i) for i in _TEST if i % 4])
     shares = [np.mean(column[column >= 0]) for column in labels.T]
@@ -78,6 +76,8 @@ def test_the_protocols_that_support_several_classes_run_and_the_others_are_named
         assert "top1" not in result
         assert (result["num_train"], result["num_test"]) == (90, 45)
         assert result["without_label"] == {"train": 30, "test": 15}
+    assert found["finetune"]["mean_average_precision"] > 0.7
+    assert (found["finetune"]["num_train"], found["finetune"]["num_test"]) == (90, 45)
     assert not (run.workdir / "linear_eval.npz").exists()
     for name, result in found.items():
         assert read_result(run.workdir, name) == result
