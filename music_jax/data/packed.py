@@ -1,6 +1,7 @@
 """Packed images: array_record shards and an index, which `pack` writes and `open_packed` reads.
 
-A record is the label, a little-endian int32, followed by an image file. `index.json` names the
+A record is the label, a little-endian int32, followed by an image file. If images may have several
+classes (`multi_label` in the index), the label is an int8 for each class. `index.json` names the
 shards, in order, and the classes; a directory that holds one is a packed dataset. While packing is
 in progress, `complete` is false in the index.
 """
@@ -17,7 +18,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import cv2
@@ -45,7 +46,6 @@ _logger = logging.getLogger(__name__)
 _INDEX_FILE = "index.json"
 _FORMAT = "music_jax packed images, version 1"
 _SHARD = re.compile(r"images-\d+-of-\d+\.array_record")
-_LABEL = struct.Struct("<i")
 _IMAGES_PER_THREAD = 64  # packed ahead of the writer
 
 # An array_record file has Riegeli's format: chunks of records, each after a header with the size of
@@ -75,7 +75,8 @@ def open_packed(path: str) -> Source:
         states = [os.lstat(file) for file in files]
         if not all(stat.S_ISREG(state.st_mode) for state in states):
             raise ValueError("one of them is a link or no file")
-        records = _Records(files, [ArrayRecordDataSource([file]) for file in files])
+        label_type = _label_type(index["class_names"] if index["multi_label"] else None)
+        records = _Records(files, [ArrayRecordDataSource([file]) for file in files], label_type)
         if len(records) != index["num_images"]:
             raise ValueError(f"they hold {len(records)} images, not {index['num_images']}")
     except Exception as error:  # whatever the reader raises on damage
@@ -90,7 +91,13 @@ def open_packed(path: str) -> Source:
         num_classes=len(names),
         class_names=names,
         identity=lambda times: json.dumps([*content, stamps] if times else content).encode(),
+        multi_label=index["multi_label"],
     )
+
+
+def _label_type(classes: Sequence[str] | None) -> np.dtype:
+    """Returns the type of a label in a record; `classes` are those of which images have several."""
+    return np.dtype("<i4") if classes is None else np.dtype((np.int8, (len(classes),)))
 
 
 def _read_index(directory: epath.Path) -> dict[str, Any]:
@@ -109,6 +116,7 @@ def _read_index(directory: epath.Path) -> dict[str, Any]:
         if not all(isinstance(name, str) for name in index["class_names"]):
             raise ValueError("a class has no name")
         index["complete"] = bool(index["complete"])
+        index["multi_label"] = bool(index.get("multi_label"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is no index of packed images: {error!r}") from error
     return index
@@ -121,8 +129,8 @@ def _write_index(directory: epath.Path, index: dict[str, Any]) -> None:
 class _Records:
     """Records of all shards; each shard is checked before one of its records is read."""
 
-    def __init__(self, files: list[str], shards: list[Any]):
-        self._files, self._shards = files, shards
+    def __init__(self, files: list[str], shards: list[Any], label_type: np.dtype):
+        self._files, self._shards, self._label_type = files, shards, label_type
         self._ends = list(itertools.accumulate(map(len, shards)))
         self._problem = functools.cache(_shard_problem)
 
@@ -131,19 +139,21 @@ class _Records:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         shard = bisect.bisect_right(self._ends, index)
-        if problem := self._problem(self._files[shard]):
+        label_type = self._label_type
+        if problem := self._problem(self._files[shard], label_type.itemsize):
             raise UndecodableError(problem)
         record = self._shards[shard][index - self._ends[shard] + len(self._shards[shard])]
-        return {"image": record[_LABEL.size :], "label": _LABEL.unpack_from(record)[0]}
+        label = np.frombuffer(record, label_type, 1)[0]
+        return {"image": record[label_type.itemsize :], "label": label}
 
 
-def _shard_problem(file: str) -> str:
+def _shard_problem(file: str, label_bytes: int) -> str:
     """Returns why a shard cannot be read, such as a record larger than any image; "" if it can."""
     try:
         size = largest_chunk(file)
     except (OSError, ValueError) as error:
         return f"its shard cannot be read: {error}"
-    if size > MAX_FILE_BYTES + _LABEL.size:
+    if size > MAX_FILE_BYTES + label_bytes:
         return (
             f"its shard has a record of {size:,} bytes, and images have {MAX_FILE_BYTES:,} at most"
         )
@@ -262,6 +272,9 @@ def pack(
         "class_names": list(source.class_names),
         "shards": [],
     }
+    if source.multi_label:
+        index["multi_label"] = True
+    label_type = _label_type(source.class_names if source.multi_label else None)
     if _start(directory, index):
         return int(_read_index(directory)["num_images"])
     source = dataclasses.replace(source, name=index["source"])
@@ -273,7 +286,7 @@ def pack(
     def make_record(key: int) -> bytes | None:  # Grain leaves out None
         try:
             encoded, label = source.example(key)
-            return _LABEL.pack(label) + shrink(encoded, packing)
+            return np.asarray(label, label_type.base).tobytes() + shrink(encoded, packing)
         except UndecodableError as error:
             skipped.add(source, key, str(error))
             return None

@@ -25,6 +25,7 @@ from music_jax.data.augment import (
     view_augmentations,
 )
 from music_jax.data.crops import Crop
+from music_jax.data.labels import has_label
 from music_jax.data.loader import evaluation_batches, training_batches
 from music_jax.data.order import TrainingOrder
 from music_jax.data.skipped import SkippedImages
@@ -54,7 +55,7 @@ class SplitFeatures:
 
     Attributes:
       arrays: `features` [images, features] and any other output of the extractor.
-      labels: Labels, int32 [images]; -1 for images without a label.
+      labels: Labels, int32 [images] or int8 [images, classes]; see `music_jax.data.labels`.
       indices: Indices of the images in the source, int64 [images].
     """
 
@@ -77,7 +78,7 @@ class SplitFeatures:
 
     def labeled(self) -> "SplitFeatures":
         """Returns the output for the images that have a label."""
-        rows = np.flatnonzero(self.labels >= 0)
+        rows = np.flatnonzero(has_label(self.labels))
         return self if len(rows) == len(self) else self.select(rows)
 
 
