@@ -24,9 +24,11 @@ def main() -> None:
     given = flags.FLAGS
     from music_jax.config import default_config
     from music_jax.data import datasets
-    from music_jax.data.packed import Packing, pack
+    from music_jax.data.packing import Packing, pack
     from music_jax.distributed import progress
+    from music_jax.distributed.shares import parse_share
 
+    share = parse_share(given.worker)
     packing = Packing(
         shorter_side=given.shorter_side,
         encoding=given.encoding,
@@ -42,11 +44,18 @@ def main() -> None:
             datasets.open_named(config, given.source, prepare=True),
             epath.Path(given.output).expanduser(),
             packing,
+            share=share,
             max_skipped_share=given.max_skipped_share,
             num_threads=given.num_threads,
         )
     except MusicError as error:
         raise type(error)(_with_own_flags(str(error))) from error
+    if num_images is None:
+        progress.say(
+            f"share {share} of {given.output} is done, and others are not; the last one completes "
+            "the dataset"
+        )
+        return
     progress.say(
         f"{given.output} holds {num_images:,} images; train on them with "
         f"--config.dataset.path={given.output}"
@@ -73,6 +82,9 @@ if __name__ == "__main__":
     flags.DEFINE_integer("quality", 90, "Quality of the JPEGs, 1 to 100.")
     flags.DEFINE_integer("channels", 3, "1 for grayscale, 3 for color.")
     flags.DEFINE_integer("shard_size", 4096, "Number of images per shard.")
+    flags.DEFINE_string(
+        "worker", "0/1", "I/N: packs share I, from 0, of N; all workers have the same --output."
+    )
     flags.DEFINE_integer("num_threads", None, "Threads; one per core by default.", lower_bound=1)
     flags.DEFINE_float("max_skipped_share", 0.01, "Largest share of unreadable images.", 0.0, 1.0)
     flags.DEFINE_string("data_dir", None, "Directory of TFDS, if not the default one.")
