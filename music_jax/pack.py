@@ -25,6 +25,8 @@ def main() -> None:
     from music_jax.config import default_config
     from music_jax.data import datasets
     from music_jax.data.packing import Packing, pack
+    from music_jax.data.parquet_source import open_parquet
+    from music_jax.data.tar_source import open_tars
     from music_jax.distributed import progress
     from music_jax.distributed.shares import parse_share
 
@@ -39,9 +41,16 @@ def main() -> None:
     config = default_config()
     config.dataset.data_dir = given.data_dir
     config.dataset.manual_dir = given.manual_dir
+    keys = {"image_key": given.image_key, "label_key": given.label_key}
+    config.dataset.update({name: key for name, key in keys.items() if key is not None})
+    kind, _, pattern = given.source.partition(":")
     try:
+        if open_files := {"wds": open_tars, "parquet": open_parquet}.get(kind):
+            source = open_files(pattern, **keys)
+        else:
+            source = datasets.open_named(config, given.source, prepare=True)
         num_images = pack(
-            datasets.open_named(config, given.source, prepare=True),
+            source,
             epath.Path(given.output).expanduser(),
             packing,
             share=share,
@@ -65,12 +74,19 @@ def main() -> None:
 def _with_own_flags(message: str) -> str:
     """Returns a message with the fields of a config replaced by the flags of this command."""
     return re.sub(
-        r"(--)?config\.dataset\.(data_dir|manual_dir|max_skipped_share)", r"--\2", message
+        r"(--)?config\.dataset\.(data_dir|manual_dir|image_key|label_key|max_skipped_share)",
+        r"--\2",
+        message,
     )
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("source", None, "A folder of images, or NAME:SPLIT of a TFDS dataset.")
+    flags.DEFINE_string(
+        "source",
+        None,
+        "A folder of images; NAME:SPLIT of a TFDS dataset, or hf:NAME:SPLIT; wds:PATTERN or "
+        "parquet:PATTERN for WebDataset tars or Parquet files, with {000..127}, * and ? in names.",
+    )
     flags.DEFINE_string("output", None, "Directory for the shards and their index.")
     flags.DEFINE_integer("shorter_side", 320, "Target length of the shorter side in pixels.")
     flags.DEFINE_enum(
@@ -87,6 +103,12 @@ if __name__ == "__main__":
     )
     flags.DEFINE_integer("num_threads", None, "Threads; one per core by default.", lower_bound=1)
     flags.DEFINE_float("max_skipped_share", 0.01, "Largest share of unreadable images.", 0.0, 1.0)
+    flags.DEFINE_string(
+        "image_key", None, "Feature, column or (wds:) extension of the images, if not a usual one."
+    )
+    flags.DEFINE_string(
+        "label_key", None, "Feature, column, extension or field of .json of the labels, likewise."
+    )
     flags.DEFINE_string("data_dir", None, "Directory of TFDS, if not the default one.")
     flags.DEFINE_string("manual_dir", None, "Directory of files that TFDS cannot download itself.")
     cli.run(main, __doc__, required=["source", "output"])
