@@ -1,7 +1,8 @@
 """Computes the features of every image in a folder.
 
 They come from the backbone of a run; with --codes, the most probable unit of each segment is
-written too. To resume a stopped command, rerun it with the same arguments.
+written too. To resume a stopped command, rerun it with the same arguments. With --worker, several
+processes encode shares of the images; the last one to finish writes the output.
 
   python -m music_jax.encode --workdir=runs/mnist5k --images=photos --output=photos.npy
   python -m music_jax.encode --workdir=runs/mnist5k --images=photos --output=photos.parquet --codes

@@ -2,10 +2,13 @@
 
 The output consists of array_record shards of JPEGs or uncompressed images and is read like a
 folder, with --config.dataset.path=DIR. To resume a stopped command, rerun it with the same
-arguments. If the output is complete, the command reports this.
+arguments. If the output is complete, the command reports this. Several workers may pack shares of
+one dataset, at the same time or not; the last one to finish completes it.
 
   python -m music_jax.pack --source=photos --output=photos-320
   python -m music_jax.pack --source=imagenet2012:train --output=imagenet-320 --shorter_side=320
+  python -m music_jax.pack --source='wds:train-{000..127}.tar' --output=train --worker=0/4
+  python -m music_jax.pack --source='parquet:data/train-*.parquet' --output=train
 
 Exit codes: 0 done; 2 wrong input; 3 unusable data; 75 stopped by a signal, complete shards saved.
 """

@@ -126,8 +126,9 @@ def _open_parts(path: pathlib.Path, fingerprint: str) -> pathlib.Path:
     """Returns the directory of the parts with a fingerprint, beside which others may exist."""
     parent = path.with_name(path.name + ".parts")
     directory = parent / fingerprint[:16]
-    if parent.is_symlink() or directory.is_symlink():
-        raise UserError(f"{parent} is a link, or holds one; remove it")
+    for path in (parent, directory):
+        if path.is_symlink():
+            raise UserError(f"{path} is a link; remove it")
     if parent.exists():
         names = [entry.name for entry in parent.iterdir()]
         if not all(map(_PARTS.fullmatch, names)):
