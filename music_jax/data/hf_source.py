@@ -8,6 +8,7 @@ only `prepare` uses the network.
 
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import re
@@ -103,6 +104,11 @@ def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
                 f"another with --config.dataset."
                 f"{'image' if key == dataset.image_key else 'label'}_key="
             )
+    try:  # reads no images, and keeps Arrow from reading outside of its memory
+        used = [key for key in (dataset.image_key, label_key) if key in features]
+        rows.data.select(used).validate(full=True)
+    except Exception as error:
+        raise UserError(f"the files of {name} are damaged: {_one_line(error)}") from error
     image = rows.select_columns([dataset.image_key])
     if isinstance(features[dataset.image_key], datasets.Image):
         image = image.cast_column(dataset.image_key, datasets.Image(decode=False))
@@ -133,7 +139,7 @@ def _import() -> Any:
     with require_extra("hf"):
         import datasets
 
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)
     return datasets
 
 

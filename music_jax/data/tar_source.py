@@ -7,11 +7,9 @@ devices are ignored.
 
 import array
 import hashlib
-import io
 import logging
 import os
 import re
-import tarfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -32,8 +30,13 @@ _IMAGES = {extension[1:] for extension in EXTENSIONS} | {"npy", "tif", "tiff"}
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # sample and extension
 _LABEL, _RECORD, _FIELD = "cls", "json", "label"  # files with a label, and its field in a record
 _MAX_LABEL_BYTES = 1 << 20
-_MAX_HEADER_BYTES = 1 << 16  # of a long name; larger ones are no names
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+
+_BLOCK = 512  # bytes
+_REGULAR = (b"0", b"\0", b"7")
+_WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders and pipes
+_ATTRIBUTES = (b"x", b"g", b"L", b"K")  # headers that add to the next one: POSIX, GNU
+_MAX_HEADER_BYTES = 1 << 16  # of a long name; larger ones are no names
 
 
 class _Member(NamedTuple):
@@ -117,44 +120,86 @@ def _members(file: str) -> Iterator[_Member]:
     """Yields the files in a tar, from its headers alone.
 
     Raises:
+      UserError: The tar is compressed.
       UnusableDataError: The tar is damaged, or is none.
     """
-    size, count = os.path.getsize(file), 0
-    with _Headers(io.FileIO(file)) as headers:
-        if kind := _COMPRESSED.get(headers.peek(2)[:2]):
+    count = 0
+    with open(file, "rb", buffering=0) as content:
+        if kind := _COMPRESSED.get(content.read(2)):
             raise UserError(
                 f"{file!r} is compressed with {kind}, so that its files cannot be read one by one; "
                 "decompress it first"
             )
         try:
-            with tarfile.open(fileobj=headers, mode="r:") as tar:
-                while (info := tar.next()) is not None:
-                    tar.members.clear()  # type: ignore[attr-defined]
-                    if not info.isreg() or info.issparse():
-                        continue
-                    if info.offset_data + info.size > size:
-                        raise tarfile.ReadError("unexpected end of data")
-                    count += 1
-                    if parts := _NAME.fullmatch(info.name):
-                        extension = parts[2].lower()
-                        yield _Member(parts[1], extension, info.offset_data, info.size)
-                headers.seek(tar.offset)  # tarfile takes a damaged header for the end
-                if any(headers.read(tarfile.BLOCKSIZE)):
-                    raise tarfile.ReadError("damaged header")
-        except (tarfile.TarError, OSError, ValueError, RecursionError, OverflowError) as error:
+            for name, offset, size in _files(content.fileno(), os.path.getsize(file)):
+                count += 1
+                if parts := _NAME.fullmatch(name.decode(errors="surrogateescape")):
+                    yield _Member(parts[1], parts[2].lower(), offset, size)
+        except (OSError, ValueError) as error:
             raise UnusableDataError(
                 f"{file!r} is no tar, or is damaged after {count:,} files: {error}; replace it, or "
                 "leave it out"
             ) from error
 
 
-class _Headers(io.BufferedReader):
-    """A tar of which only headers are read."""
+def _files(descriptor: int, tar_size: int) -> Iterator[tuple[bytes, int, int]]:
+    """Yields name, offset and size of each regular file in a tar of any usual format.
 
-    def read(self, size: int | None = -1) -> bytes:
-        if size is None or not 0 <= size <= _MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of {size} bytes")
-        return super().read(size)
+    This takes a third of the time of `tarfile`, which takes a damaged header for the end, and may
+    read a header of any size into memory.
+    """
+    offset, attributes = 0, dict[bytes, bytes]()  # of the next file, from a header before its own
+    if not tar_size:
+        raise ValueError("it is empty")
+    while (header := os.pread(descriptor, _BLOCK, offset)) not in (b"", bytes(_BLOCK)):
+        if len(header) < _BLOCK:
+            raise ValueError("it ends early")
+        if sum(header) - sum(header[148:156]) + 8 * ord(" ") != _number(header[148:156]):
+            raise ValueError("a header is damaged")
+        kind, start = header[156:157], offset + _BLOCK
+        size = int(attributes.get(b"size", b"-1"))
+        if kind in _WITHOUT_CONTENT or size < 0:
+            size = 0 if kind in _WITHOUT_CONTENT else _number(header[124:136])
+        if start + size > tar_size:
+            raise ValueError("it ends early")
+        offset = start - -size // _BLOCK * _BLOCK
+        if kind in _ATTRIBUTES:
+            if size > _MAX_HEADER_BYTES:
+                raise ValueError(f"a header of {size:,} bytes")
+            content = os.pread(descriptor, size, start)
+            if kind == b"x":
+                attributes |= _parse_attributes(content)
+            elif kind == b"L":
+                attributes[b"path"] = content.rstrip(b"\0")
+            continue
+        if kind == b"S" or any(key.startswith(b"GNU.sparse") for key in attributes):
+            raise ValueError("a file is sparse, which is not supported")
+        if kind in _REGULAR:
+            name, prefix = (text.partition(b"\0")[0] for text in (header[:100], header[345:500]))
+            if prefix and header[257:263] == b"ustar\0":
+                name = prefix + b"/" + name
+            yield attributes.get(b"path", name), start, size
+        attributes = {}
+
+
+def _number(field: bytes) -> int:
+    """Returns the number in a field of a header: octal, or binary if it is too large for that."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    return int(field.partition(b"\0")[0].strip() or b"0", 8)
+
+
+def _parse_attributes(content: bytes) -> dict[bytes, bytes]:
+    """Parses lines of the POSIX format, each "LENGTH KEY=VALUE" with the length of the line."""
+    found, start = {}, 0
+    while start < len(content):
+        length, space, _ = content[start : start + 16].partition(b" ")
+        end = start + int(length)
+        if not space or end <= start or content[end - 1 : end] != b"\n":
+            raise ValueError("a header is damaged")
+        key, _, value = content[start + len(length) + 1 : end - 1].partition(b"=")
+        found[key], start = value, end
+    return found
 
 
 def _find_image(sample: list[_Member], image_key: str | None) -> _Member | None:

@@ -1,11 +1,12 @@
 """Datasets of Hugging Face: Parquet files, saved datasets and cached ones of the hub, offline."""
 
+import io
 import json
 import os
 import pathlib
 import shutil
-import subprocess
 import sys
+import tarfile
 
 import cv2
 import datasets as hugging_face
@@ -217,6 +218,20 @@ def test_files_that_are_no_parquet_are_errors(tmp_path):
         _open(tmp_path, tmp_path / "set")
 
 
+def test_a_table_that_refers_to_memory_outside_of_it_is_an_error(tmp_path):
+    rows = _rows(0, 2)
+    rows.save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    ends = pa.py_buffer(np.asarray([0, 10, 2**30], np.int32))
+    cells = pa.Array.from_buffers(pa.binary(), 2, [None, ends, pa.py_buffer(bytes(10))])
+    images = pa.StructArray.from_arrays([cells, pa.array(["0", "1"])], ["bytes", "path"])
+    table = pa.table({"image": images, "label": pa.array([0, 1])})
+    with pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(UserError, match=r"are damaged: .* offsets"):
+        _open(tmp_path, tmp_path / "saved")
+
+
 @pytest.mark.parametrize(
     ("file", "split"),
     [
@@ -232,46 +247,50 @@ def test_splits_are_named_by_files_and_folders(file, split):
     assert hf_source._split_of(pathlib.Path(file)) == split
 
 
-def test_a_missing_package_is_an_error_that_names_the_extra(tmp_path):
-    code = (
-        "import sys; sys.modules['datasets'] = None\n"
-        "from music_jax.config import default_config\n"
-        "from music_jax.data import datasets\n"
-        "config = default_config()\n"
-        "config.dataset.name = 'hf:x/y'\n"
-        "datasets.prepare(config)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "this needs datasets, which is not installed: pip install 'music_jax[hf]'" in done.stderr
+def test_a_missing_package_is_an_error_that_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"this needs datasets, .*pip install 'music_jax\[hf\]'"):
+        datasets.prepare(_config(tmp_path, "x/y"))
 
 
 @pytest.mark.slow
-def test_parquet_files_train_as_the_same_images_of_tfds_do(tmp_path):
+def test_the_same_images_train_alike_from_tfds_parquet_and_tars(tmp_path):
     config = default_config()
     config.dataset.name = "digits"
     datasets.prepare(config)
+    (tmp_path / "set").mkdir()
     for split in ("train", "test"):
         source = datasets.open_named(config, f"digits:{split}")
-        table = {
-            "image": [{"bytes": file, "path": None} for file, _ in _examples(source)],
-            "label": source.labels().tolist(),
-        }
-        (tmp_path / "set").mkdir(exist_ok=True)
+        files, labels = [file for file, _ in _examples(source)], source.labels().tolist()
+        table = {"image": [{"bytes": file, "path": None} for file in files], "label": labels}
         pq.write_table(pa.table(table), tmp_path / "set" / f"{split}.parquet")
-    for name, workdir in (("digits", "tfds"), (f"hf:{tmp_path / 'set'}", "hf")):
-        arguments = (DIGITS, f"--workdir={tmp_path / workdir}", f"--config.dataset.name={name}")
-        code, _, err = run("music_jax.main", *arguments, *SMALL)
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            for i, pair in enumerate(zip(files, labels, strict=True)):
+                for end, content in zip(("png", "cls"), (pair[0], b"%d" % pair[1]), strict=True):
+                    info = tarfile.TarInfo(f"{i:04d}.{end}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+        pack = (f"--source=wds:{tmp_path / split}.tar", f"--output={tmp_path / split}")
+        assert run("music_jax.pack", *pack, "--channels=1")[0] == 0
+    images = {
+        "tfds": ["--config.dataset.name=digits"],
+        "hf": [f"--config.dataset.name=hf:{tmp_path / 'set'}"],
+        "wds": [
+            f"--config.dataset.path={tmp_path / 'train'}",
+            f"--config.evaluation.test={tmp_path / 'test'}",
+            f"--config.evaluation.train={tmp_path / 'train'}",
+        ],
+    }
+    losses, probes = [], []
+    for name, arguments in images.items():
+        workdir = tmp_path / "runs" / name
+        code, _, err = run("music_jax.main", DIGITS, f"--workdir={workdir}", *arguments, *SMALL)
         assert code == 0, err
-    losses = [
-        [line["loss"] for line in metrics(tmp_path / name) if "loss" in line]
-        for name in ("tfds", "hf")
-    ]
+        losses.append([line["loss"] for line in metrics(workdir) if "loss" in line])
+        probes.append(json.loads((workdir / "linear_eval.json").read_text())["top1"])
     assert len(losses[0]) == 22
-    assert losses[0] == losses[1]
-    probes = [
-        json.loads((tmp_path / name / "linear_eval.json").read_text()) for name in ("tfds", "hf")
-    ]
-    assert probes[0]["top1"] == probes[1]["top1"]
+    assert losses[0] == losses[1] == losses[2]
+    assert probes[0] == probes[1] == probes[2]
 
 
 def test_images_that_are_not_gray_digits_are_read_too(tmp_path):

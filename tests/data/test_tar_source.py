@@ -12,6 +12,7 @@ import pytest
 from etils import epath
 from processes import run
 
+from music_jax.data import tar_source
 from music_jax.data.datasets import open_path
 from music_jax.data.decode import decode
 from music_jax.data.file_patterns import expand
@@ -81,6 +82,25 @@ def test_samples_are_those_of_webdataset_in_order(tmp_path):
     assert _values(by_field) == [(1, -1), (2, 1), (3, -1), (4, -1)]
     with pytest.raises(UserError, match=r"no images with the extension 'gif'.*'jpg'.*--image_key"):
         _open(tmp_path / "s-00.tar", image_key="gif")
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_files_are_found_where_tarfile_finds_them(tmp_path, format):
+    rng = np.random.default_rng(format)
+    with tarfile.open(tmp_path / "a.tar", "w", format=format) as tar:
+        for i in range(60):
+            parts = ["a" * int(rng.integers(1, 90)), "bé"[i % 2] * int(rng.integers(1, 45))]
+            longer = [] if format == tarfile.USTAR_FORMAT else ["c" * int(rng.integers(1, 200))]
+            info = tarfile.TarInfo("/".join([*longer, *parts])[:250] + ".png")
+            info.size = int(rng.choice([0, 1, 511, 512, 513, 1025, 3000]))
+            info.mtime = 1.5 if format == tarfile.PAX_FORMAT else 1
+            tar.addfile(info, io.BytesIO(rng.bytes(info.size)))
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        expected = [(m.name, m.offset_data, m.size) for m in tar]
+    assert len(expected) == 60
+    with open(tmp_path / "a.tar", "rb") as file:
+        found = list(tar_source._files(file.fileno(), os.path.getsize(tmp_path / "a.tar")))
+    assert [(name.decode(), offset, size) for name, offset, size in found] == expected
 
 
 def test_labels_that_are_texts_become_classes(tmp_path):
