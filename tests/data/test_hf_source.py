@@ -222,13 +222,13 @@ def test_a_table_that_refers_to_memory_outside_of_it_is_an_error(tmp_path):
     rows = _rows(0, 2)
     rows.save_to_disk(tmp_path / "saved")
     (file,) = (tmp_path / "saved").glob("*.arrow")
-    ends = pa.py_buffer(np.asarray([0, 10, 2**30], np.int32))
+    ends = pa.py_buffer(np.asarray([0, 2**30, 10], np.int32))
     cells = pa.Array.from_buffers(pa.binary(), 2, [None, ends, pa.py_buffer(bytes(10))])
     images = pa.StructArray.from_arrays([cells, pa.array(["0", "1"])], ["bytes", "path"])
     table = pa.table({"image": images, "label": pa.array([0, 1])})
     with pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
-    with pytest.raises(UserError, match=r"are damaged: .* offsets"):
+    with pytest.raises(UserError, match=r"are damaged: .*offset"):
         _open(tmp_path, tmp_path / "saved")
 
 
