@@ -70,12 +70,14 @@ class _Listener:
     def close(self) -> None:
         """Waits until all earlier signals are handled; later ones are ignored until `restore`."""
         ignore_signals()
-        signal.set_wakeup_fd(self._outer, warn_on_full_buffer=False)
+        # Another thread may still be about to write a signal that came before.
+        signal.set_wakeup_fd(-1)
         os.close(self._writer)
         self._thread.join()
 
     def restore(self) -> None:
         """Restores the previous handlers."""
+        signal.set_wakeup_fd(self._outer, warn_on_full_buffer=False)
         for number, previous in self._previous.items():
             # None: it was not installed from Python.
             signal.signal(number, signal.SIG_DFL if previous is None else previous)

@@ -169,7 +169,7 @@ def test_the_torchvision_format_can_be_loaded(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_s16"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("vit_s16", marks=pytest.mark.slow)])
 def test_the_timm_format_is_the_folder_that_timm_writes(name, tmp_path):
     """`reference/round_trips.py` loads such folders in timm."""
     config = small_config(name=name, stem=None)

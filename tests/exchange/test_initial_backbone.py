@@ -158,6 +158,7 @@ def test_a_file_of_torchvision_is_reported_with_its_prefix_and_classifier(tmp_pa
     assert out.endswith("not used: model.fc (2)\n")
 
 
+@pytest.mark.slow
 def test_exports_in_the_layouts_of_torchvision_and_timm_describe_themselves(tmp_path, capsys):
     config = small_config(name="vit_s16", stem=None, num_heads=12)
     config.crop.size = config.crop.eval_resize = 32

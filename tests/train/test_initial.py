@@ -48,6 +48,7 @@ class _InterruptAtStep3(Stop):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_resumed_run_needs_the_weights_no_longer(config, source, tmp_path, capsys):
     shutil.copytree(source[0], tmp_path / "source")
     config = _from(config, tmp_path / "source")

@@ -142,8 +142,8 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(finished, config
 @pytest.mark.parametrize(
     "fields",
     [
-        {"objective": {"center": True}},
-        {"objective": {"name": "sigreg", "num_slices": 16}},
+        pytest.param({"objective": {"center": True}}, marks=pytest.mark.slow),
+        pytest.param({"objective": {"name": "sigreg", "num_slices": 16}}, marks=pytest.mark.slow),
         {"local_views": {"count": 2, "size": 6}},
     ],
 )
