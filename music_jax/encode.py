@@ -1,7 +1,8 @@
 """Computes the features of every image in a folder.
 
 They come from the backbone of a run; with --codes, the most probable unit of each segment is
-written too. To resume a stopped command, rerun it with the same arguments.
+written too. To resume a stopped command, rerun it with the same arguments. With --worker, several
+processes encode shares of the images; the last one to finish writes the output.
 
   python -m music_jax.encode --workdir=runs/mnist5k --images=photos --output=photos.npy
   python -m music_jax.encode --workdir=runs/mnist5k --images=photos --output=photos.parquet --codes
@@ -25,14 +26,16 @@ def main() -> None:
     from music_jax.data import datasets
     from music_jax.distributed import progress
     from music_jax.distributed.mesh import use_cores
+    from music_jax.distributed.shares import parse_share
     from music_jax.exchange.encoder import Encoder, load_backbone
     from music_jax.exchange.folder_encoding import encode_folder
 
+    share = parse_share(given.worker)
     use_cores(batch_size=4)  # Batches are padded, so that each device gets a part of any of them.
     source = datasets.open_path(given.images)
     trained = load_backbone(given.workdir, checkpoint=given.checkpoint)
     encoder = Encoder(trained, batch_size=given.batch_size)
-    progress.say(encode_folder(encoder, source, given.output, codes=given.codes))
+    progress.say(encode_folder(encoder, source, given.output, codes=given.codes, share=share))
 
 
 if __name__ == "__main__":
@@ -43,4 +46,7 @@ if __name__ == "__main__":
         "checkpoint", None, "Step of the checkpoint, or its directory; the latest by default."
     )
     flags.DEFINE_integer("batch_size", 128, "Images per forward pass.", lower_bound=1)
+    flags.DEFINE_string(
+        "worker", "0/1", "I/N: encodes share I, from 0, of N; all workers have the same --output."
+    )
     cli.run(main, __doc__, workdir=True, required=["workdir", "images", "output"])

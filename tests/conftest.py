@@ -12,6 +12,8 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
 # Tests leave nothing in the home of whoever runs them.
 os.environ["XDG_CACHE_HOME"] = str(pathlib.Path(__file__).parents[1] / "build" / "tests" / "cache")
 os.environ["XDG_STATE_HOME"] = str(pathlib.Path(__file__).parents[1] / "build" / "tests" / "state")
+os.environ["HF_HOME"] = str(pathlib.Path(__file__).parents[1] / "build" / "tests" / "hugging_face")
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 

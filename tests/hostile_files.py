@@ -40,7 +40,7 @@ from music_jax.data.datasets import open_path
 from music_jax.data.decode import decode, largest_reduction, read_header
 from music_jax.data.folder import open_folder
 from music_jax.data.order import TrainingOrder
-from music_jax.data.packed import Packing, pack, shrink
+from music_jax.data.packing import Packing, pack, shrink
 from music_jax.data.skipped import SkippedImages
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import UndecodableError, UserError

@@ -69,13 +69,15 @@ def default_config() -> config_dict.ConfigDict:
     config.objective.options = config_dict.ConfigDict()  # Arguments of a registered objective.
 
     config.dataset = config_dict.ConfigDict()
-    config.dataset.name = ""  # Name of a TFDS dataset or of a registered one.
+    # Name of a TFDS dataset or of a registered one; or hf: and a folder or name of Hugging Face.
+    config.dataset.name = ""
     # Folder of images, or output of music_jax.pack, to use instead of a TFDS dataset.
     config.dataset.path = ""
     config.dataset.train_split = "train"
     config.dataset.test_split = "test"
     config.dataset.options = config_dict.ConfigDict()  # Arguments of a registered dataset.
-    config.dataset.data_dir = config_dict.placeholder(str)  # None: the default of TFDS.
+    # None: the default of TFDS or of Hugging Face.
+    config.dataset.data_dir = config_dict.placeholder(str)
     # Files that TFDS cannot download itself. None: downloads/manual in data_dir.
     config.dataset.manual_dir = config_dict.placeholder(str)
     config.dataset.try_gcs = False  # Looks in the public bucket of TFDS first; needs gcsfs.

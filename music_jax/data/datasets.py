@@ -5,14 +5,14 @@ import os
 import re
 import unicodedata
 from collections.abc import Collection
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from ml_collections import config_dict
 
 from music_jax import registry
 from music_jax.config import normalize_path
-from music_jax.data import tfds_source
+from music_jax.data import hf_source, tfds_source
 from music_jax.data.decode import decode
 from music_jax.data.folder import open_folder
 from music_jax.data.loader import evaluation_batches
@@ -78,18 +78,18 @@ def load_images(
 
 
 def prepare(config: config_dict.ConfigDict, fields: Collection[str] = _FIELDS) -> None:
-    """Prepares the TFDS datasets that some fields of a config name.
+    """Prepares the datasets of TFDS and Hugging Face that some fields of a config name.
 
     Raises:
       UserError: A dataset is unknown or cannot be prepared.
     """
     parts = [part for part in ("train", "test") if f"evaluation.{part}" in fields]
-    named = [_tfds_split(config, config.evaluation[part]) for part in parts]
+    named = [_dataset_split(config, config.evaluation[part]) for part in parts]
     if "dataset.name" in fields and not config.dataset.path:
         named.append((config.dataset, ""))
     for dataset in {found[0].name: found[0] for found in named if found}.values():
         if not _is_registered(dataset):
-            tfds_source.prepare(dataset)
+            _library(dataset).prepare(dataset)
 
 
 def training_source(config: config_dict.ConfigDict) -> Source:
@@ -169,7 +169,7 @@ def _test_source(config: config_dict.ConfigDict) -> Source | None:
     if dataset.test_split == _TEST_SPLIT:
         if _is_registered(dataset):
             return open_registered(dataset, _TEST_SPLIT)
-        if not tfds_source.has_split(dataset, _TEST_SPLIT):
+        if not _library(dataset).has_split(dataset, _TEST_SPLIT):
             return None
     return _open_split(dataset, dataset.test_split)
 
@@ -197,6 +197,11 @@ def _check_pixels(config: config_dict.ConfigDict, source: Source) -> Source:
     return source
 
 
+def _library(dataset: config_dict.ConfigDict) -> Any:
+    """Returns the module that reads a dataset which is not registered."""
+    return hf_source if dataset.name.startswith(hf_source.PREFIX) else tfds_source
+
+
 def _is_registered(dataset: config_dict.ConfigDict) -> bool:
     """Returns whether a dataset is registered.
 
@@ -212,9 +217,9 @@ def _is_registered(dataset: config_dict.ConfigDict) -> bool:
 
 
 def _open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
-    """Opens a split of a registered dataset or of a TFDS dataset."""
+    """Opens a split of a registered dataset, or of one of TFDS or Hugging Face."""
     if not _is_registered(dataset):
-        return tfds_source.open_split(dataset, split)
+        return _library(dataset).open_split(dataset, split)
     source = open_registered(dataset, split)
     if source is None:
         raise UserError(f"the dataset {dataset.name!r} has no split {split!r}")
@@ -250,23 +255,25 @@ def open_path(path: str) -> Source:
 def open_named(config: config_dict.ConfigDict, name: str, *, prepare: bool = False) -> Source:
     """Opens a folder, or a split of a dataset: `NAME:SPLIT`, or with a config and a version.
 
-    The config has TFDS's directory and the names of the features. With `prepare`, the TFDS dataset
-    is prepared first.
+    The config has the directory of the datasets and the names of the features. With `prepare`, the
+    dataset is prepared first.
 
     Raises:
       UserError: There is no such folder or split.
     """
-    found = _tfds_split(config, name)
+    found = _dataset_split(config, name)
     if found and prepare and not _is_registered(found[0]):
-        tfds_source.prepare(found[0])
+        _library(found[0]).prepare(found[0])
     return _open_split(*found) if found else open_path(name)
 
 
-def _tfds_split(
+def _dataset_split(
     config: config_dict.ConfigDict, name: str
 ) -> tuple[config_dict.ConfigDict, str] | None:
     """Returns the group `dataset` and the split that a name stands for; None for a folder."""
     *first, split = _parts(name)
+    if not first and name.startswith(hf_source.PREFIX):
+        raise UserError(f"{name!r} names no split; add one, as in {name}:train")
     if not first or os.path.isdir(os.path.expanduser(name)):
         return None
     dataset = config_dict.ConfigDict(config.dataset.to_dict())
@@ -279,8 +286,8 @@ def _tfds_split(
 def parse_pair(spec: str) -> tuple[str, str] | None:
     """Splits a text into the names of two sets, one to train on and one to test on.
 
-    The names are joined by a colon. Each is an existing folder, or a split of TFDS as `open_named`
-    takes it. The name of a dataset is given once for two splits of it: `NAME:TRAIN:TEST`, or
+    The names are joined by a colon. Each is an existing folder, or a split as `open_named` takes
+    it. The name of a dataset is given once for two splits of it: `NAME:TRAIN:TEST`, or
     `NAME:VERSION:TRAIN:TEST`. Ambiguous text is read as two folders, or else one dataset, or else
     any two sets; `./FOLDER` is always a folder.
 
@@ -293,6 +300,8 @@ def parse_pair(spec: str) -> tuple[str, str] | None:
       ('cifar10:3.0.2:train[:90%]', 'cifar10:3.0.2:test')
       >>> parse_pair("mnist:train:digits:1.0.0:test")
       ('mnist:train', 'digits:1.0.0:test')
+      >>> parse_pair("hf:ylecun/mnist:train:test")
+      ('hf:ylecun/mnist:train', 'hf:ylecun/mnist:test')
     """
     parts = _parts(spec)
     if not all(parts):
@@ -320,8 +329,8 @@ def _is_split(name: str) -> bool:
 
 
 def _parts(spec: str) -> list[str]:
-    """Splits a text at colons outside brackets such as `train[:90%]`."""
-    return re.split(r":(?![^\[]*\])", spec)
+    """Splits a text at colons outside brackets such as `train[:90%]`, but not after `hf`."""
+    return re.split(r"(?<!^hf)(?<!:hf):(?![^\[]*\])", spec)
 
 
 def _with_classes(test: Source, train: Source) -> Source:

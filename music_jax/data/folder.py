@@ -200,7 +200,8 @@ class _Files:
         return len(self._names)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self._read(index), "label": self.labels[index]}
+        path, is_link = f"{self._root}/{self._names[index]}", bool(self._is_link[index])
+        return {"image": read_file(path, is_link=is_link), "label": self.labels[index]}
 
     def record_name(self, index: int) -> str:
         return escape_surrogates(self._names[index])
@@ -213,21 +214,27 @@ class _Files:
             digest.update(self._times.tobytes())
         return digest.digest()
 
-    def _read(self, index: int) -> bytes:
-        # The file may have become a pipe, which must not block, or a link, which is not followed.
-        flags = os.O_RDONLY | os.O_NONBLOCK | (0 if self._is_link[index] else os.O_NOFOLLOW)
-        try:
-            with open(os.open(f"{self._root}/{self._names[index]}", flags), "rb") as file:
-                status = os.fstat(file.fileno())
-                if not stat.S_ISREG(status.st_mode):
-                    raise UndecodableError("it is no longer a file, but a pipe, device or folder")
-                if status.st_size > MAX_FILE_BYTES:
-                    raise UndecodableError(
-                        f"its {status.st_size:,} bytes are more than {MAX_FILE_BYTES:,}"
-                    )
-                return file.read(status.st_size)
-        except OSError as error:
-            if error.errno == errno.ELOOP and not self._is_link[index]:
-                reason = "it has become a link since the folder was listed"
-                raise UndecodableError(reason) from error
-            raise UndecodableError(f"it cannot be read: {error.strerror}") from error
+
+def read_file(path: str, *, is_link: bool) -> bytes:
+    """Reads an image's file, which may be a link only if `is_link`.
+
+    Raises:
+      UndecodableError: It cannot be read, or is too large.
+    """
+    # The file may have become a pipe, which must not block, or a link, which is not followed.
+    flags = os.O_RDONLY | os.O_NONBLOCK | (0 if is_link else os.O_NOFOLLOW)
+    try:
+        with open(os.open(path, flags), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise UndecodableError("it is no longer a file, but a pipe, device or folder")
+            if status.st_size > MAX_FILE_BYTES:
+                raise UndecodableError(
+                    f"its {status.st_size:,} bytes are more than {MAX_FILE_BYTES:,}"
+                )
+            return file.read(status.st_size)
+    except OSError as error:
+        if error.errno == errno.ELOOP and not is_link:
+            reason = "it has become a link since the folder was listed"
+            raise UndecodableError(reason) from error
+        raise UndecodableError(f"it cannot be read: {error.strerror}") from error

@@ -104,24 +104,26 @@ class SkippedImages:
                 self._check()
 
     def merge(self) -> None:
-        """Joins the lists of all processes; called on process 0 when no process adds any more.
+        """Joins the lists of all processes; called when no process adds any more.
 
         Raises:
           UnusableDataError: More than the largest share of the images of a source are skipped, of
             which an image was skipped since this was opened.
         """
         with self._lock:
+            self._close()
+            parts = self._parts()
+            # Another process may do the same: it removes a part once the joined list has its lines.
+            lists = [_read(part) for part in parts]
             joined = _read(self.path)
-            for part in self._parts():
-                lines = _read(part)
-                for image in lines:
-                    if image not in joined:
-                        self._write(lines[image])
-                joined |= lines
-                if self._file is not None:
-                    self._file.close()
-                self._count(lines)
-                part.unlink()
+            lines = {image: line for found in lists for image, line in found.items()}
+            if parts:
+                lines = joined | {image: lines[image] for image in lines if image not in joined}
+                text = "".join(json.dumps(line) + "\n" for line in lines.values())
+                write_new(self.path, text.encode())
+            for part in parts:
+                part.unlink(missing_ok=True)
+            self._count(lines)
             self._check()
 
     def check(self, source: Source) -> None:
@@ -141,14 +143,17 @@ class SkippedImages:
           OSError: The list cannot be written, for example on a full disk.
         """
         with self._lock:
-            if self._file is not None:
-                self._file.close()
-                self._file = None
+            self._close()
 
     def summary(self) -> str:
         """Returns a line with the number of skipped images of each source."""
         counts = ", ".join(f"{count} of {source}" for source, count in sorted(self._counts.items()))
         return f"skipped images that cannot be read: {counts}; they are listed in {self.path}"
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def _check(self) -> None:
         for source, size in self._sizes.items():
@@ -189,6 +194,9 @@ class SkippedImages:
 
 class UnlistedImages(SkippedImages):
     """Counts skipped images without writing a list."""
+
+    def merge(self) -> None:
+        """Leaves the lists of other processes as they are."""
 
     def _write(self, line: dict[str, Any]) -> None:
         pass

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import pathlib
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,14 +16,17 @@ from etils import epath
 
 from music_jax.data.sources import Source
 from music_jax.distributed import progress, usable_cores
+from music_jax.distributed.shares import ALL, Share
 from music_jax.errors import UndecodableError, UnusableDataError, UserError, require_extra
 from music_jax.exchange.encoder import NO_CODES, Encoder
-from music_jax.workdir.files import new_file, parse_json, read_npz, read_record, write_new
+from music_jax.workdir.files import new_file, parse_json, read_npz, read_record
 
 _logger = logging.getLogger(__name__)
 
 PART_SIZE = 1024  # images
 _MAX_LISTING_BYTES = 1 << 30  # for the names of all images
+# What the directory of parts holds: one directory for each fingerprint, or parts of older versions.
+_PARTS = re.compile(r"[0-9a-f]{16}|parts\.json|\d{8}\.npz|\.new-.*")
 _STALE = "different images, weights or options, or by an older version of music_jax"
 
 
@@ -35,13 +39,22 @@ class _Part(NamedTuple):
     broken: list[tuple[str, str]]  # name and reason for each of the other images
 
 
-def encode_folder(encoder: Encoder, source: Source, output: str, *, codes: bool = False) -> str:
+def encode_folder(
+    encoder: Encoder, source: Source, output: str, *, codes: bool = False, share: Share = ALL
+) -> str:
     """Writes the features of every image of a source.
 
     `FILE.npy` holds the features and `FILE.codes.npy` the codes; `FILE.parquet` has the columns
     `file`, `features` and `codes`. `OUTPUT.json` lists the images that could not be read and, for
     npy, the file of each row. Finished parts are kept in `OUTPUT.parts` until all are done; a
-    repeated call resumes from them.
+    repeated call resumes from them. The call after which no part is missing writes the output.
+
+    Args:
+      encoder: Encoder of the images.
+      source: Images.
+      output: File to write.
+      codes: Whether to write the codes too.
+      share: The parts that this call computes.
 
     Returns:
       A message about the result.
@@ -67,27 +80,37 @@ def encode_folder(encoder: Encoder, source: Source, output: str, *, codes: bool 
         "fingerprint": _fingerprint(encoder, source, codes),
     }
     listing = path.with_name(path.name + ".json")
-    if path.exists():
-        if _read_record(listing).get("fingerprint") == record["fingerprint"]:
-            return f"{output} is done"
-        raise UserError(
-            f"--output={output} exists and was computed with {_STALE}; choose another path or "
-            "remove it"
-        )
+    if _is_done(path, listing, record):
+        return f"{output} is done"
     try:
-        directory = _open_parts(path, record)
-        parts, files, broken = _compute_parts(encoder, source, directory, codes)
-        if not files:
-            raise UnusableDataError(
-                f"none of the {len(broken):,} images can be read, such as {': '.join(broken[0])}"
+        directory = _open_parts(path, record["fingerprint"])
+        parts = [directory / f"{k:08d}.npz" for k in range(-(-len(source) // PART_SIZE))]
+        _compute_parts(encoder, source, parts, codes, share)
+        present = {part.name for part in directory.iterdir()}
+        if not all(part.name in present for part in parts):
+            return (
+                f"share {share} of {output} is done, and others are not; the last one writes the "
+                "output"
             )
-        record["broken"] = [{"file": name, "reason": reason} for name, reason in broken]
-        _write_output(path, listing, parts, files, record)
-        shutil.rmtree(directory)
-    except OSError as error:
+        num_files, num_broken = _write_output(path, listing, parts, record)
+        shutil.rmtree(directory.parent, ignore_errors=True)
+    except (OSError, ValueError) as error:
+        if _is_done(path, listing, record):  # by another worker in the meantime
+            return f"{output} is done"
         raise UserError(f"cannot write {output}: {error}") from error
-    message = f"{output} holds {encoder.num_features} features of {len(files):,} images"
-    return message + (f"; {len(broken):,} cannot be read, see {listing}" if broken else "")
+    message = f"{output} holds {encoder.num_features} features of {num_files:,} images"
+    return message + (f"; {num_broken:,} cannot be read, see {listing}" if num_broken else "")
+
+
+def _is_done(path: pathlib.Path, listing: pathlib.Path, record: dict[str, Any]) -> bool:
+    """Returns whether the output exists; raises UserError if it does with another fingerprint."""
+    if not path.exists():
+        return False
+    if _read_record(listing).get("fingerprint") == record["fingerprint"]:
+        return True
+    raise UserError(
+        f"--output={path} exists and was computed with {_STALE}; choose another path or remove it"
+    )
 
 
 def _fingerprint(encoder: Encoder, source: Source, codes: bool) -> str:
@@ -99,19 +122,20 @@ def _fingerprint(encoder: Encoder, source: Source, codes: bool) -> str:
     return digest.hexdigest()
 
 
-def _open_parts(path: pathlib.Path, record: dict[str, Any]) -> pathlib.Path:
-    """Returns the directory of the parts, emptied if they do not match the record."""
-    directory = path.with_name(path.name + ".parts")
-    record_file = directory / "parts.json"
-    if directory.is_symlink():
-        raise UserError(f"{directory} is a link; remove it")
-    if directory.exists() and _read_record(record_file) != record:
-        if not record_file.exists() and any(directory.iterdir()):
-            raise UserError(f"{directory} exists but is not a resumable `encode` directory")
-        _logger.warning(f"{directory} was computed with {_STALE}: starting from the first image")
-        shutil.rmtree(directory)
+def _open_parts(path: pathlib.Path, fingerprint: str) -> pathlib.Path:
+    """Returns the directory of the parts with a fingerprint, beside which others may exist."""
+    parent = path.with_name(path.name + ".parts")
+    directory = parent / fingerprint[:16]
+    for path in (parent, directory):
+        if path.is_symlink():
+            raise UserError(f"{path} is a link; remove it")
+    if parent.exists():
+        names = [entry.name for entry in parent.iterdir()]
+        if not all(map(_PARTS.fullmatch, names)):
+            raise UserError(f"{parent} exists but is not a resumable `encode` directory")
+        if names and directory.name not in names:
+            _logger.warning(f"{parent} was computed with {_STALE}: starting from the first image")
     directory.mkdir(parents=True, exist_ok=True)
-    write_new(record_file, json.dumps(record).encode())
     return directory
 
 
@@ -120,30 +144,24 @@ def _read_record(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _compute_parts(
-    encoder: Encoder, source: Source, directory: pathlib.Path, codes: bool
-) -> tuple[list[pathlib.Path], list[str], list[tuple[str, str]]]:
-    """Computes missing and damaged parts; returns all paths, names, and images not read."""
-    paths: list[pathlib.Path] = []
-    files: list[str] = []
-    broken: list[tuple[str, str]] = []
-    with progress.bar(len(source), unit="img", description="encoding") as bar:
-        for start in range(0, len(source), PART_SIZE):
-            indices = range(start, min(start + PART_SIZE, len(source)))
-            path = directory / f"{start // PART_SIZE:08d}.npz"
+    encoder: Encoder, source: Source, parts: list[pathlib.Path], codes: bool, share: Share
+) -> None:
+    """Computes the missing and damaged parts of a share."""
+    own = share.of(len(parts))
+    first, end = (min(k * PART_SIZE, len(source)) for k in (own.start, own.stop))
+    with progress.bar(end - first, unit="img", description="encoding") as bar:
+        for k in own:
+            indices = range(k * PART_SIZE, min((k + 1) * PART_SIZE, len(source)))
             try:
-                part = _read_part(path)
+                _read_part(parts[k])
                 bar.initial += len(indices)  # excluded from the rate
                 bar.update(len(indices))
             except (OSError, ValueError):
                 part = _compute_part(encoder, source, indices, codes, bar)
                 names = json.dumps({"files": part.files, "broken": part.broken}).encode()
                 raw = np.frombuffer(names, np.uint8)
-                with new_file(path) as file:
+                with new_file(parts[k]) as file:
                     np.savez(file, features=part.features, codes=part.codes, names=raw)
-            paths.append(path)
-            files += part.files
-            broken += part.broken
-    return paths, files, broken
 
 
 def _compute_part(encoder: Encoder, source: Source, indices: range, codes: bool, bar: Any) -> _Part:
@@ -185,47 +203,93 @@ def _read_part(file: pathlib.Path) -> _Part:
 
 
 def _write_output(
-    path: pathlib.Path,
-    listing: pathlib.Path,
-    parts: list[pathlib.Path],
-    files: list[str],
-    record: dict[str, Any],
-) -> None:
-    """Writes the output, with one part in memory at a time; the requested file appears last."""
-    codes = record["codes"]
-    if path.suffix == ".npy":
-        record = record | {"files": files}
-        if codes:
-            with new_file(path.with_suffix(".codes.npy")) as file:
-                _write_npy(file, len(files), (_read_part(part).codes for part in parts))
-    with new_file(path) as file:
-        if path.suffix == ".npy":
-            _write_npy(file, len(files), (_read_part(part).features for part in parts))
-        else:
-            _write_parquet(file, map(_read_part, parts), codes)
-        write_new(listing, (json.dumps(record, indent=1) + "\n").encode())
+    path: pathlib.Path, listing: pathlib.Path, parts: list[pathlib.Path], record: dict[str, Any]
+) -> tuple[int, int]:
+    """Writes the output, with one part in memory at a time; the requested file appears last.
 
+    Returns:
+      Numbers of images that could and could not be read.
 
-def _write_npy(file: IO[bytes], count: int, arrays: Iterator[np.ndarray]) -> None:
-    for i, array in enumerate(arrays):
-        if i == 0:
-            header = np.lib.format.header_data_from_array_1_0(array)
-            header |= {"shape": (count, array.shape[1]), "fortran_order": False}
-            np.lib.format.write_array_header_1_0(file, header)
-        file.write(array.tobytes())
-
-
-def _write_parquet(file: IO[bytes], parts: Iterable[_Part], codes: bool) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    def rows(array: np.ndarray) -> Any:
-        return pa.FixedSizeListArray.from_arrays(pa.array(array.ravel()), array.shape[1])
-
+    Raises:
+      OSError, ValueError: A part cannot be read, or the output cannot be written.
+      UnusableDataError: None of the images can be read.
+    """
+    is_npy, count = path.suffix == ".npy", 0
+    broken: list[dict[str, str]] = []
     with contextlib.ExitStack() as stack:
-        writer = None
-        for part in parts:
-            columns = {"file": pa.array(part.files, pa.string()), "features": rows(part.features)}
-            table = pa.table(columns | ({"codes": rows(part.codes)} if codes else {}))
-            writer = writer or stack.enter_context(pq.ParquetWriter(file, table.schema))
-            writer.write_table(table)
+        output, names = (stack.enter_context(new_file(file)) for file in (path, listing))
+        tables: list[Any] = [
+            _Npy("features", output) if is_npy else _Parquet(output, record["codes"])
+        ]
+        if is_npy and record["codes"]:
+            codes = stack.enter_context(new_file(path.with_suffix(".codes.npy")))
+            tables.append(_Npy("codes", codes))
+        names.write(json.dumps(record, indent=1).removesuffix("\n}").encode())
+        names.write(b',\n "files": [' if is_npy else b"")
+        for part in map(_read_part, parts):
+            for table in tables:
+                table.append(part)
+            if is_npy:
+                lines = [f"\n  {json.dumps(name)}" for name in part.files]
+                names.write(("," * (count > 0 < len(lines)) + ",".join(lines)).encode())
+            count += len(part.files)
+            broken += [{"file": name, "reason": reason} for name, reason in part.broken]
+        if not count:
+            raise UnusableDataError(
+                f"none of the {len(broken):,} images can be read, such as "
+                f"{': '.join(broken[0].values())}"
+            )
+        for table in tables:
+            table.close()
+        names.write(b"\n ]" if is_npy else b"")
+        names.write(f',\n "broken": {json.dumps(broken, indent=1)}\n}}\n'.encode())
+    return count, len(broken)
+
+
+class _Npy:
+    """An .npy file that is written part by part."""
+
+    def __init__(self, array: str, file: IO[bytes]):
+        self._array, self._file = array, file
+        self._header: dict[str, Any] = {}
+        self._count = 0
+
+    def append(self, part: _Part) -> None:
+        rows = getattr(part, self._array)
+        if not self._header:
+            self._header = np.lib.format.header_data_from_array_1_0(rows)
+            self._write_header(rows.shape)
+        self._file.write(rows.tobytes())
+        self._count += len(rows)
+
+    def close(self) -> None:
+        """Writes the header again, now with the number of rows; its length is the same."""
+        self._file.seek(0)
+        self._write_header((self._count, *self._header["shape"][1:]))
+
+    def _write_header(self, shape: tuple[int, ...]) -> None:
+        header = self._header | {"shape": shape, "fortran_order": False}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+
+class _Parquet:
+    """A Parquet file that is written part by part."""
+
+    def __init__(self, file: IO[bytes], codes: bool):
+        self._file, self._codes = file, codes
+        self._writer: Any = None
+
+    def append(self, part: _Part) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        def rows(array: np.ndarray) -> Any:
+            return pa.FixedSizeListArray.from_arrays(pa.array(array.ravel()), array.shape[1])
+
+        columns = {"file": pa.array(part.files, pa.string()), "features": rows(part.features)}
+        table = pa.table(columns | ({"codes": rows(part.codes)} if self._codes else {}))
+        self._writer = self._writer or pq.ParquetWriter(self._file, table.schema)
+        self._writer.write_table(table)
+
+    def close(self) -> None:
+        self._writer.close()

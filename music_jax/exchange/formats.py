@@ -313,7 +313,8 @@ def _training(
     if workdir is None:
         return "## Data and recipe\n\nNot recorded in the file that was exported."
     dataset = trained.config.dataset
-    kind = "registered by its user" if dataset.name in registry.DATASETS else "TFDS"
+    kind = "Hugging Face" if dataset.name.startswith("hf:") else "TFDS"
+    kind = "registered by its user" if dataset.name in registry.DATASETS else kind
     data = f"The split {_code(dataset.train_split)} of {_code(dataset.name)} ({kind}); no labels."
     if dataset.path:
         data = f"The images of the folder {_code(_last_part(dataset.path))}."

@@ -271,8 +271,12 @@ def new_file(path: pathlib.Path | epath.Path) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def new_path(path: _Path) -> Iterator[_Path]:
+def new_path(path: _Path, tag: str = "") -> Iterator[_Path]:
     """Provides the path of a file that replaces `path` when the block ends; see `new_file`.
+
+    Args:
+      path: Path of the file.
+      tag: Beginning of the temporary name after `PREFIX`, by which its writer can find it again.
 
     Yields:
       Path of an empty file with an unpredictable name in the same directory; for a bucket, path of
@@ -287,7 +291,7 @@ def new_path(path: _Path) -> Iterator[_Path]:
         return
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a directory; remove or rename it")
-    temporary = path.with_name(PREFIX + secrets.token_hex(8))
+    temporary = path.with_name(PREFIX + tag + secrets.token_hex(8))
     try:
         pathlib.Path(temporary).touch(exist_ok=False)
         yield temporary

@@ -16,6 +16,7 @@ from small_runs import save_run, small_config
 
 import music_jax
 from music_jax.data.folder import open_folder
+from music_jax.distributed.shares import Share
 from music_jax.errors import UnusableDataError, UserError
 from music_jax.exchange import folder_encoding
 from music_jax.exchange.encoder import Encoder
@@ -105,9 +106,10 @@ def test_a_stopped_run_resumes_from_its_valid_parts(encoder, folder, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         encode_folder(encoder, source, str(output), codes=True)
     parts = tmp_path / "f.npy.parts"
-    assert sorted(p.name for p in parts.glob("*.npz")) == ["00000000.npz", "00000001.npz"]
+    first, second = sorted(parts.glob("*/*.npz"))
+    assert (first.name, second.name) == ("00000000.npz", "00000001.npz")
     assert not output.exists()
-    (parts / "00000001.npz").write_bytes((parts / "00000001.npz").read_bytes()[:100])
+    second.write_bytes(second.read_bytes()[:100])
 
     encoded.clear()
     monkeypatch.setattr(encoder, "crop_file", until(100))
@@ -119,6 +121,29 @@ def test_a_stopped_run_resumes_from_its_valid_parts(encoder, folder, tmp_path, m
     np.testing.assert_allclose(features, encoder(images), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["f.npy", "f.parquet"])
+def test_shares_give_what_one_call_gives(encoder, folder, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(folder_encoding, "PART_SIZE", 2)
+    source = open_folder(str(folder[0]))
+    whole, output = tmp_path / "whole" / name, tmp_path / "shared" / name
+
+    def share(index, count):
+        return encode_folder(encoder, source, str(output), codes=True, share=Share(index, count))
+
+    encode_folder(encoder, source, str(whole), codes=True)
+    assert share(1, 3) == f"share 1/3 of {output} is done, and others are not; the last one " + (
+        "writes the output"
+    )
+    assert "share 2/3" in share(2, 3)
+    assert not output.exists()
+    assert "features of 7 images; 2 cannot be read" in share(0, 3)
+    assert share(1, 3).endswith("is done")
+    found, expected = (
+        {path.name: path.read_bytes() for path in file.parent.iterdir()} for file in (output, whole)
+    )
+    assert found == expected
+
+
 def test_parts_of_other_images_are_recomputed(encoder, folder, tmp_path, capsys):
     photos, names, _ = folder
     output = tmp_path / "f.npy"
@@ -127,7 +152,7 @@ def test_parts_of_other_images_are_recomputed(encoder, folder, tmp_path, capsys)
     (parts / "letter.txt").write_text("dear")
     with pytest.raises(UserError, match="is not a resumable `encode` directory"):
         encode_folder(encoder, open_folder(str(photos)), str(output), codes=True)
-    (parts / "parts.json").write_text('{"fingerprint": "another"}')
+    (parts / "letter.txt").rename(parts / "parts.json")  # as of an older version
     encode_folder(encoder, open_folder(str(photos)), str(output), codes=True)
     assert "by an older version of music_jax: starting from" in capsys.readouterr().out
     assert _npy(output)[0]["files"] == names
@@ -196,13 +221,22 @@ def test_a_stopped_command_resumes(workdir, tmp_path):
     )
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob("f.npy.parts/*.npz")) and process.poll() is None:
+    while not list(tmp_path.glob("f.npy.parts/*/*.npz")) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate()
     assert process.returncode == 75, err
+    shares = [
+        subprocess.Popen(
+            [*command, f"--worker={i}/2"], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for i in range(2)
+    ]
+    outputs = [share.communicate()[0] for share in shares]
+    assert [share.returncode for share in shares] == [0, 0], outputs
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "f.npy holds 1024 features of 30,000 images" in done.stdout
+    assert "f.npy is done" in done.stdout
+    assert "f.npy holds 1024 features of 30,000 images" in "".join(outputs)
     features = np.load(output)
     np.testing.assert_allclose(features, np.broadcast_to(features[0], features.shape), rtol=1e-5)

@@ -12,7 +12,7 @@ from small_runs import small_config
 from music_jax.config import default_config
 from music_jax.data.datasets import open_path
 from music_jax.data.order import TrainingOrder
-from music_jax.data.packed import Packing, pack
+from music_jax.data.packing import Packing, pack
 from music_jax.errors import UserError
 from music_jax.train import train_and_evaluate
 from music_jax.train.input import check_same_images, small_data_warnings

@@ -14,7 +14,8 @@ from small_runs import save_run, small_config
 
 from music_jax import load
 from music_jax.data.folder import open_folder
-from music_jax.data.packed import Packing, open_packed, pack
+from music_jax.data.packed import open_packed
+from music_jax.data.packing import Packing, pack
 from music_jax.data.skipped import SkippedImages, UnlistedImages
 from music_jax.data.sources import Source
 from music_jax.errors import UserError

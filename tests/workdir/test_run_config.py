@@ -10,9 +10,12 @@ import sys
 
 import cv2
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from etils import epath
 from small_runs import save_run, small_config
+from tfds_sets import IMAGES, png
 
 from music_jax.config import default_config, from_json
 from music_jax.data import tfds_source
@@ -178,6 +181,8 @@ def test_data_of_a_foreign_run_is_read_once_the_user_names_it(foreign, photos, t
         ("dataset.manual_dir", "/there"),
         ("dataset.name", "huggingface:mnist"),
         ("dataset.name", "mnist/data_dir=there"),
+        ("dataset.name", "hf:somebody/digits"),
+        ("dataset.name", "hf:/there"),
         ("evaluation.train", "mnist:train"),
         ("evaluation.test", "/there"),
         ("semi_supervised.lists", ("/there", "")),
@@ -226,6 +231,27 @@ def test_evaluation_writes_a_dataset_only_where_the_user_names_it(foreign, tmp_p
             overrides=given | {"dataset.name": "digits"},
         )
     assert (tmp_path / "tfds" / "digits" / "1.0.0" / "dataset_info.json").exists()
+
+
+def test_a_foreign_run_reads_hugging_face_datasets_only_where_the_user_names_them(
+    foreign, tmp_path
+):
+    (tmp_path / "set").mkdir()
+    files = {"image": [png(image) for image in IMAGES[:8]], "label": [0, 1] * 4}
+    for split in ("train", "test"):
+        pq.write_table(pa.table(files), tmp_path / "set" / f"{split}.parquet")
+    record = json.loads((foreign / "config.json").read_text())
+    record["config"]["dataset"] |= {"name": f"hf:{tmp_path / 'set'}", "path": ""}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(record))
+    run, output = str(tmp_path / "run"), str(tmp_path / "out")
+    given: dict[str, object] = {"dataset.data_dir": str(tmp_path / "cache")}
+    with pytest.raises(UserError, match=r"not trained by this user.*--config\.dataset\.name=hf:/"):
+        load_run(run, output=output, overrides=given)
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(UserError, match="no checkpoint"):  # all images have been opened
+        load_run(run, output=output, overrides=given | {"dataset.name": f"hf:{tmp_path / 'set'}"})
+    assert (tmp_path / "cache" / "parquet").exists()
 
 
 def test_results_go_to_the_output_and_the_run_is_unchanged(foreign, photos, tmp_path):

@@ -14,8 +14,10 @@ from processes import run, start
 from music_jax.data.datasets import open_path
 from music_jax.data.decode import decode
 from music_jax.data.folder import open_folder
-from music_jax.data.packed import Packing, largest_chunk, pack
+from music_jax.data.packed import largest_chunk
+from music_jax.data.packing import Packing, pack
 from music_jax.data.sources import Source
+from music_jax.distributed.shares import ALL, Share, parse_share
 from music_jax.errors import UndecodableError, UnusableDataError, UserError
 
 
@@ -25,9 +27,14 @@ def photos(tmp_path_factory):
     return folder, write_mixed(folder, 40, broken_every=9)
 
 
-def _pack(photos, directory, **fields):
+def _pack(photos, directory, share=ALL, **fields):
     packing = Packing(**{"shorter_side": 24, "shard_size": 16} | fields)
-    return pack(open_folder(str(photos)), epath.Path(directory), packing, max_skipped_share=0.2)
+    source = open_folder(str(photos))
+    return pack(source, epath.Path(directory), packing, share=share, max_skipped_share=0.2)
+
+
+def _contents(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 @pytest.mark.parametrize(("encoding", "tolerance"), [("raw", 10), ("jpeg", 40)])
@@ -148,6 +155,49 @@ def test_partly_packed_images_are_not_read_until_packing_is_resumed(photos, tmp_
     ]
 
 
+def test_shares_give_what_one_call_gives_whatever_their_number_and_order(photos, tmp_path):
+    _pack(photos[0], tmp_path / "whole", shard_size=4)
+    shared = tmp_path / "shared"
+    for share in (Share(2, 3), Share(0, 3)):
+        assert _pack(photos[0], shared, share, shard_size=4) is None
+    assert {"skipped.jsonl", "skipped.process_2.jsonl"} <= {p.name for p in shared.iterdir()}
+    with pytest.raises(UserError, match="is not fully packed: it has 7 of 10 shards; rerun"):
+        open_path(str(shared))
+    (shared / "images-00005-of-00010.array_record").write_bytes(b"damaged")
+    assert _pack(photos[0], shared, Share(0, 3), shard_size=4) is None
+    assert _pack(photos[0], shared, Share(1, 2), shard_size=4) is None
+    assert _pack(photos[0], shared, Share(0, 2), shard_size=4) == 36
+    found, expected = _contents(shared), _contents(tmp_path / "whole")
+    lines = [set(files.pop("skipped.jsonl").splitlines()) for files in (found, expected)]
+    assert lines[0] == lines[1]
+    assert found == expected
+    assert _pack(photos[0], shared, Share(1, 3), shard_size=4) == 36
+    with pytest.raises(UserError, match="different settings"):
+        _pack(photos[0], shared, Share(1, 3), shard_size=5)
+
+
+def test_all_shares_together_skip_at_most_the_allowed_share(photos, tmp_path):
+    source = open_folder(str(photos[0]))
+
+    def share(index, limit):
+        packing = Packing(shorter_side=24, shard_size=4)
+        return pack(
+            source, epath.Path(tmp_path), packing, share=Share(index, 2), max_skipped_share=limit
+        )
+
+    assert share(0, 0.07) is None  # 2 of 40
+    with pytest.raises(UnusableDataError, match="of the 40 images"):
+        share(1, 0.07)
+    with pytest.raises(UserError, match="is not fully packed"):
+        open_path(str(tmp_path))
+
+
+@pytest.mark.parametrize("worker", ["2/2", "1", "-1/2", "0/0", "1/2/3", "a/b"])
+def test_invalid_workers_are_errors(worker):
+    with pytest.raises(UserError, match="must be I/N, such as 0/4"):
+        parse_share(worker)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -223,8 +273,8 @@ def test_the_largest_chunk_is_found_wherever_blocks_begin(options, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_command_resumes_and_writes_the_same_files(photos, tmp_path):
-    def arguments(output):
+def test_killed_workers_side_by_side_resume_and_write_the_same_files(photos, tmp_path):
+    def arguments(output, worker):
         return (
             "music_jax.pack",
             f"--source={photos[0]}",
@@ -232,22 +282,33 @@ def test_a_killed_command_resumes_and_writes_the_same_files(photos, tmp_path):
             "--shorter_side=24",
             "--shard_size=1",
             "--max_skipped_share=0.2",
+            f"--worker={worker}",
         )
 
-    code, out, err = run(*arguments(tmp_path / "whole"))
+    code, out, err = run(*arguments(tmp_path / "whole", "0/1"))
     assert code == 0, err
     assert "holds 36 images; train on them with --config.dataset.path=" in out
-    process = start(*arguments(tmp_path / "killed"))
+    shared = tmp_path / "shared"
+    workers = [start(*arguments(shared, f"{i}/3")) for i in range(3)]
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline:
-        if len(list((tmp_path / "killed").glob("images-*"))) > 5:
+        if len(list(shared.glob("images-*"))) > 5:
             break
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    code, _, err = run(*arguments(tmp_path / "killed"))
+    for worker in workers:
+        worker.send_signal(signal.SIGKILL)
+        worker.communicate()
+    assert not json.loads((shared / "index.json").read_text())["complete"]
+    code, out, err = run(*arguments(shared, "2/3"))
     assert code == 0, err
-    for path in (tmp_path / "whole").glob("images-*"):
-        assert (tmp_path / "killed" / path.name).read_bytes() == path.read_bytes()
+    assert f"share 2/3 of {shared} is done, and others are not" in out
+    workers = [start(*arguments(shared, f"{i}/3")) for i in (0, 1, 1)]  # one of them twice
+    outputs = [worker.communicate() for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0, 0], outputs
+    assert "holds 36 images" in "".join(out for out, _ in outputs)
+    found, expected = _contents(shared), _contents(tmp_path / "whole")
+    lines = [set(files.pop("skipped.jsonl").splitlines()) for files in (found, expected)]
+    assert lines[0] == lines[1]
+    assert found == expected
 
 
 def test_the_command_helps_with_its_own_flags_only():
@@ -261,10 +322,7 @@ def test_the_command_helps_with_its_own_flags_only():
 def test_the_command_names_what_is_missing(tmp_path):
     code, _, err = run("music_jax.pack", f"--output={tmp_path}")
     assert code == 2
-    assert (
-        err.splitlines()[-1]
-        == "error: --source is missing: A folder of images, or NAME:SPLIT of a TFDS dataset"
-    )
+    assert err.splitlines()[-1].startswith("error: --source is missing: A folder of images; NAME:")
 
 
 def test_the_command_names_its_own_flags_not_fields_of_a_config(photos, tmp_path):

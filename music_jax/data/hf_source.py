@@ -1,0 +1,309 @@
+"""Datasets of the Hugging Face library `datasets` as sources, and their preparation.
+
+A dataset is named `hf:PATH` for a folder of Parquet files or what `save_to_disk` has written, or
+`hf:NAME` or `hf:NAMESPACE/NAME/CONFIG` for one of the hub. The library keeps a copy in Arrow's
+format in its cache, except of what `save_to_disk` has written. No code of a dataset is run, and
+only `prepare` uses the network.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+from ml_collections import config_dict
+
+from music_jax.data.folder import read_file
+from music_jax.data.label_values import number_labels
+from music_jax.data.sources import Source
+from music_jax.errors import UndecodableError, UserError, require_extra
+
+PREFIX = "hf:"
+# NAME, NAMESPACE/NAME or NAMESPACE/NAME/CONFIG
+_HUB_NAME = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:/([\w.-]+))?")
+_SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}[^/]*")
+_SPLIT_WORDS = {  # in the names of files and folders, as the library has them
+    "test": {"test", "testing", "eval", "evaluation"},
+    "validation": {"validation", "valid", "dev", "val"},
+    "train": {"train", "training"},
+}
+_SAVED = ("dataset_dict.json", "state.json")  # of several splits, of one
+_FORMATS = ("arrow", "cache", "imagefolder", "parquet", "webdataset")  # without other code
+_LABEL_KEY = "label"  # the config's default, which a dataset need not have
+
+
+def prepare(dataset: config_dict.ConfigDict) -> None:
+    """Writes the dataset's Arrow files if they do not exist, downloading from the hub if needed.
+
+    Args:
+      dataset: Group `dataset` of the config: `name`, and `data_dir`, the cache of `datasets` (None
+        for its default).
+
+    Raises:
+      UserError: The dataset is unknown, is in no supported format, or cannot be written.
+    """
+    datasets, path = _import(), _path(dataset)
+    if _is_saved(path) or (not os.path.isdir(path) and _cached(dataset) is not None):
+        return
+    try:
+        builder = _local(dataset) if os.path.isdir(path) else None
+        if builder is None:
+            name, config = _hub_name(dataset)
+            cache_dir = os.path.expanduser(dataset.data_dir or "") or None
+            builder = datasets.load_dataset_builder(name, config, cache_dir=cache_dir)
+            kind = type(builder).__module__.rpartition(".")[2]
+            if kind not in _FORMATS:
+                raise UserError(
+                    f"the files of {dataset.name!r} are of the kind {kind!r}; datasets of images "
+                    f"are {', '.join(_FORMATS)}"
+                )
+        builder.download_and_prepare()
+    except UserError:
+        raise
+    except Exception as error:  # whatever the library raises on missing or damaged files
+        raise UserError(f"cannot prepare dataset {dataset.name!r}: {_one_line(error)}") from error
+
+
+def has_split(dataset: config_dict.ConfigDict, split: str) -> bool:
+    """Returns whether a dataset that was prepared has a split of this name."""
+    return split in _split_sizes(_open(dataset))
+
+
+def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
+    """Opens one split of a dataset that `prepare` has prepared.
+
+    The labels are those of a ClassLabel, or of a column of whole numbers or texts. The images have
+    no labels if `dataset.label_key` names another column, or is "" or the default and there is no
+    such column.
+
+    Args:
+      dataset: Group `dataset` of the config.
+      split: Split such as `train` or `train[:90%]`.
+
+    Raises:
+      UserError: The dataset was not prepared; or the split, the image or the label does not exist.
+    """
+    datasets, opened = _import(), _open(dataset)
+    name = f"{dataset.name}:{split}"
+    try:
+        rows = _read_split(opened, split)
+    except Exception as error:  # whatever the library raises on an unknown split or damage
+        raise UserError(
+            f"cannot read split {split!r} of {dataset.name!r}, which has the splits "
+            f"{sorted(_split_sizes(opened))}: {_one_line(error)}"
+        ) from error
+    features, label_key = rows.features, dataset.label_key
+    for key in (dataset.image_key, label_key):
+        if key not in features and (key == dataset.image_key or key not in (_LABEL_KEY, "")):
+            raise UserError(
+                f"dataset {dataset.name!r} has no column {key!r}; it has {sorted(features)}: name "
+                f"another with --config.dataset."
+                f"{'image' if key == dataset.image_key else 'label'}_key="
+            )
+    try:  # reads no images, and keeps Arrow from reading outside of its memory
+        used = [key for key in (dataset.image_key, label_key) if key in features]
+        rows.data.select(used).validate(full=True)
+    except Exception as error:
+        raise UserError(f"the files of {name} are damaged: {_one_line(error)}") from error
+    image = rows.select_columns([dataset.image_key])
+    if isinstance(features[dataset.image_key], datasets.Image):
+        image = image.cast_column(dataset.image_key, datasets.Image(decode=False))
+    names, num_classes, labels, no_classes = _labels(rows, dataset, name)
+    files = [file["filename"] for file in rows.cache_files]
+    content = [split, len(rows), str(features), names]
+
+    def identity(times: bool) -> bytes:
+        digest = hashlib.sha256(json.dumps(content).encode() + labels.tobytes())
+        if times:
+            states = [os.stat(file) for file in files]
+            digest.update(str([(s.st_size, s.st_mtime_ns) for s in states]).encode())
+        return digest.digest()
+
+    path = _path(dataset)
+    root = path if os.path.isdir(path) else datasets.config.HF_CACHE_HOME
+    return Source(
+        name=name,
+        records=_Rows(image, dataset.image_key, labels, root),
+        num_classes=num_classes,
+        class_names=names,
+        no_classes=no_classes,
+        identity=identity,
+    )
+
+
+def _import() -> Any:
+    with require_extra("hf"):
+        import datasets
+
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    return datasets
+
+
+def _path(dataset: config_dict.ConfigDict) -> str:
+    return os.path.expanduser(dataset.name.removeprefix(PREFIX))
+
+
+def _is_saved(path: str) -> bool:
+    return any(os.path.isfile(os.path.join(path, file)) for file in _SAVED)
+
+
+def _hub_name(dataset: config_dict.ConfigDict) -> tuple[str, str | None]:
+    """Returns the name on the hub, and that of a config."""
+    match = _HUB_NAME.fullmatch(dataset.name.removeprefix(PREFIX))
+    if match is None:
+        raise UserError(
+            f"dataset {dataset.name!r} is neither a folder nor the name of a dataset of the hub, "
+            "hf:NAMESPACE/NAME or hf:NAMESPACE/NAME/CONFIG"
+        )
+    return match[1], match[2]
+
+
+def _local(dataset: config_dict.ConfigDict) -> Any:
+    """Returns the builder for a folder of Parquet files."""
+    from datasets.data_files import DataFilesDict, DataFilesList
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    root = pathlib.Path(_path(dataset)).absolute()
+    files: dict[str, list[pathlib.Path]] = {}
+    for file in sorted(root.rglob("*.parquet")):
+        files.setdefault(_split_of(file.relative_to(root)), []).append(file)
+    if not files:
+        raise UserError(
+            f"the folder {os.fspath(root)!r} holds no Parquet files, and nothing that save_to_disk "
+            "has written"
+        )
+
+    def listed(paths: list[pathlib.Path]) -> Any:  # the cache is found by these times and sizes
+        states = [path.stat() for path in paths]
+        return DataFilesList(
+            list(map(str, paths)), [(str(s.st_mtime_ns), str(s.st_size)) for s in states]
+        )
+
+    return Parquet(
+        cache_dir=os.path.expanduser(dataset.data_dir or "") or None,
+        dataset_name="parquet",
+        data_files=DataFilesDict({split: listed(paths) for split, paths in files.items()}),
+    )
+
+
+def _split_of(file: pathlib.Path) -> str:
+    """Returns the split of a Parquet file, by its name or those of its folders."""
+    if sharded := _SHARD.fullmatch(file.name):
+        return sharded[1]
+    words = set(re.split(r"[-._ 0-9/]+", os.fspath(file.with_suffix("")).lower()))
+    return next((split for split, known in _SPLIT_WORDS.items() if words & known), "train")
+
+
+def _cached(dataset: config_dict.ConfigDict) -> Any:
+    """Returns the builder for what is cached of a dataset of the hub; None if nothing is."""
+    from datasets.packaged_modules.cache.cache import Cache
+
+    name, config = _hub_name(dataset)
+    try:
+        return Cache(
+            cache_dir=os.path.expanduser(dataset.data_dir or "") or None,
+            dataset_name=name.rpartition("/")[2],
+            config_name=config,
+            version="auto",
+            hash="auto",
+            repo_id=name,
+        )
+    except ValueError as error:
+        if "multiple" in str(error):
+            raise UserError(
+                f"several configs of {dataset.name!r} are cached; name one as in "
+                f"--config.dataset.name={PREFIX}{name}/CONFIG: {_one_line(error)}"
+            ) from error
+        return None
+
+
+def _open(dataset: config_dict.ConfigDict) -> Any:
+    """Returns what `load_from_disk` gives, or else the builder of a prepared dataset."""
+    datasets, path = _import(), _path(dataset)
+    try:
+        if _is_saved(path):
+            return datasets.load_from_disk(path, keep_in_memory=False)
+        builder = _local(dataset) if os.path.isdir(path) else _cached(dataset)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the library raises on damaged or missing files
+        raise UserError(f"cannot open dataset {dataset.name!r}: {_one_line(error)}") from error
+    if builder is None or not builder.info.splits:
+        raise UserError(
+            f"dataset {dataset.name!r} was not prepared in the cache of Hugging Face; name it with "
+            f"--config.dataset.name={dataset.name} to prepare it, or give the directory where it "
+            "was prepared with --config.dataset.data_dir=DIR"
+        )
+    return builder
+
+
+def _splits(saved: Any) -> dict[str, Any]:
+    """Returns the splits that were saved; one without a name is `train`."""
+    return dict(saved) if isinstance(saved, dict) else {str(saved.split or "train"): saved}
+
+
+def _split_sizes(opened: Any) -> dict[str, int]:
+    if hasattr(opened, "as_dataset"):
+        return {name: info.num_examples for name, info in opened.info.splits.items()}
+    return {name: len(rows) for name, rows in _splits(opened).items()}
+
+
+def _read_split(opened: Any, split: str) -> Any:
+    import datasets
+
+    if hasattr(opened, "as_dataset"):
+        return opened.as_dataset(split, in_memory=False)
+    saved, sizes = _splits(opened), _split_sizes(opened)
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+    rows = [saved[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    return datasets.concatenate_datasets(rows).with_format(None)
+
+
+def _labels(
+    rows: Any, dataset: config_dict.ConfigDict, name: str
+) -> tuple[tuple[str, ...], int, np.ndarray, str]:
+    """Returns the names and the number of classes, the labels, and why there are none."""
+    import datasets
+
+    key = dataset.label_key
+    if key not in rows.features:
+        return (), 0, np.full(len(rows), -1, np.int32), f"{dataset.name} has no column {key!r}"
+    column = rows.select_columns([key]).with_format("arrow")[:].column(key)
+    found = number_labels(column.to_pylist(), f"the column {key!r} of {name}")
+    feature = rows.features[key]
+    if isinstance(feature, datasets.ClassLabel) and found.num_classes <= len(feature.names):
+        return tuple(feature.names), len(feature.names), found.labels, found.no_classes
+    return found.class_names, found.num_classes, found.labels, found.no_classes
+
+
+class _Rows:
+    """Rows of a split, of which the image is read as a file."""
+
+    def __init__(self, rows: Any, image_key: str, labels: np.ndarray, root: str):
+        self._rows, self._image_key, self.labels, self._root = rows, image_key, labels, root
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = self._rows[index][self._image_key]
+        if isinstance(image, dict):
+            image = image.get("bytes") or self._read(image.get("path"))
+        return {"image": image, "label": self.labels[index]}
+
+    def _read(self, path: Any) -> bytes:
+        """Reads an image of which the dataset has the path, in the directory of the dataset."""
+        if not isinstance(path, str):
+            raise UndecodableError("its cell of the table holds neither a file nor a path")
+        root, file = os.path.realpath(self._root), os.path.join(self._root, path)
+        if not os.path.realpath(file).startswith(f"{root}/"):
+            raise UndecodableError(f"its path {path!r} leads out of {self._root!r}")
+        return read_file(file, is_link=True)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
