@@ -217,7 +217,7 @@ def test_the_console_script_runs_a_command():
 
 @pytest.mark.parametrize(
     ("argument", "message"),
-    [("evalute", "did you mean evaluate?"), ("--x", "expected claims, encode, evaluate, ")],
+    [("evalute", "did you mean evaluate?"), ("--x", "expected channel_statistics, claims, ")],
 )
 def test_an_unknown_command_is_one_clear_line(argument, message):
     code, out, err = run("music_jax", argument)

@@ -227,7 +227,7 @@ def test_labels_as_an_attribute_save_reading_the_records():
     source = _source(_Images(images, labels=labels, class_names="abcdef"))
     assert source.num_classes == 6
     assert source.class_names == tuple("abcdef")
-    assert source.records._records.reads == 0
+    assert source.records._records.reads == 1  # whose channels are checked
 
 
 @pytest.mark.parametrize(
@@ -280,20 +280,13 @@ def test_wrong_records_are_one_clear_error(records, expected):
 
 
 def test_arrays_that_are_no_images_are_told():
-    source = _source(_Images([np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8), np.float32)]))
-    with pytest.raises(Exception, match="4 channels, not 1"):
-        list(
-            evaluation_batches(
-                source,
-                size=8,
-                resize_shorter_side=8,
-                channels=1,
-                batch_size=1,
-                positions=np.arange(1),
-            )
-        )
-    with pytest.raises(Exception, match="neither an encoded image nor a uint8 array"):
-        source.example(1)
+    images = [np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8), np.float32), np.zeros(8, np.uint8)]
+    with pytest.raises(UserError, match="4 channels, not 1"):
+        _source(_Images(images[:1]))
+    with pytest.raises(UserError, match="values are float32, not uint8"):
+        _source(_Images(images[1:]))
+    with pytest.raises(Exception, match="neither an encoded image nor an array of numbers"):
+        _source(_Images(images[2:])).example(0)
 
 
 def _two(train, test):

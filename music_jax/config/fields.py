@@ -321,7 +321,8 @@ def _expected_type(value: Any, default: Any, kind: type) -> str | None:
     entry = type(default[0]) if default else float
     if isinstance(value, tuple) and all(_has_kind(v, entry) for v in value):
         return None
-    return f"be a tuple of {'texts without a zero byte' if entry is str else 'numbers'}"
+    numbers = f"numbers of at most {_MAX_NUMBER}"
+    return f"be a tuple of {'texts without a zero byte' if entry is str else numbers}"
 
 
 def _has_kind(value: Any, kind: type) -> bool:

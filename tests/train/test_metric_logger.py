@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from music_jax.config import default_config
 from music_jax.data.augment import normalize_images
 from music_jax.data.order import TrainingOrder
+from music_jax.data.pictures import as_pictures
 from music_jax.distributed.mesh import batch_sharding, make_data_mesh
 from music_jax.errors import UserError
 from music_jax.objectives import joint_probability
@@ -167,7 +168,8 @@ def test_sheet_shows_each_sample_above_its_other_view(side, times, channels):
     rng = np.random.Generator(np.random.Philox(key=1))
     images = rng.integers(0, 256, (3, 2, side, side, channels), np.uint8)
     mean, std = (0.4, 0.5, 0.6)[:channels], (0.2, 0.3, 0.25)[:channels]
-    sheet = _view_sheet(np.asarray(normalize_images(images, mean=mean, std=std)), mean, std)
+    normalized = np.asarray(normalize_images(images, mean=mean, std=std))
+    sheet = _view_sheet(as_pictures(normalized, mean=mean, std=std, pixel_type="uint8"))
     assert sheet.shape == (2 * side * times, 3 * side * times, channels)
     for sample in range(3):
         for view in range(2):
@@ -222,9 +224,10 @@ def test_pictures_show_the_views_of_the_training_step(devices, center, local_vie
     if center:
         z -= jnp.mean(z, axis=0, keepdims=True)
     joint = np.asarray(joint_probability(z[:, 0], z[:, 1], num_segments=25))
-    np.testing.assert_array_equal(
-        drawn["views"], _view_sheet(np.asarray(views[:8]), recipe.mean, recipe.std)
+    pictures = as_pictures(
+        np.asarray(views[:8]), mean=recipe.mean, std=recipe.std, pixel_type="uint8"
     )
+    np.testing.assert_array_equal(drawn["views"], _view_sheet(pictures))
     assert ("local_views" in drawn) == bool(local_views)
     for others in local:
         sheet = _view_sheet(np.asarray(others[:8]), recipe.mean, recipe.std)
