@@ -158,6 +158,7 @@ def default_config() -> config_dict.ConfigDict:
     config.optimizer.weight_decay = 1e-6
     config.optimizer.momentum = 0.9  # lars and sgd.
     config.optimizer.warmup_epochs = 10
+    config.optimizer.min_warmup_steps = 0  # Lengthens a warm-up that has fewer steps.
     config.optimizer.final_scale = 1e-3  # Last learning rate as a fraction of the peak.
 
     config.sharding = config_dict.ConfigDict()

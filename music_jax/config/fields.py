@@ -43,7 +43,8 @@ _INTERVALS = {
     " objective.num_points",
     "[0, inf)": "guards.check_*_every_steps guards.loss_spike_deviations guards.max_rewinds"
     " guards.min_effective_rank guards.warmup_steps *.weight_decay *.brightness *.contrast"
-    " *.saturation *.noise_std backbone.frozen_stages optimizer.backbone_scale",
+    " *.saturation *.noise_std backbone.frozen_stages optimizer.backbone_scale"
+    " optimizer.min_warmup_steps",
     "[1, inf)": "*num_epochs *every_steps *.batch_size accumulation_steps *.max_to_keep crop.size"
     " evaluation.view_images few_shot.draws few_shot.shots knn.k knn.more_k projector.*"
     " guards.loss_spike_window guards.collapse_steps sharding.fsdp objective.num_slices"
