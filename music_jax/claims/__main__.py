@@ -68,7 +68,7 @@ def main() -> None:
             from music_jax.data import datasets
 
             runs = open_workdir(given.runs or os.path.join("runs", "claims", name))
-            own = runs / "workers" / f"lock-{share[0]}-of-{share[1]}"
+            own = runs / "locks" / f"{share[0]}-of-{share[1]}"
             own.mkdir(parents=True, exist_ok=True)
             with WorkdirLock(own):
                 datasets.prepare(config)

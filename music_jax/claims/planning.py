@@ -137,8 +137,8 @@ class _Planning:
         sweep, budget, images = self._sweep, self._budget, self._sweep.images
         few = min(sweep.seeds, budget.few_seeds)
         default = sweep.config.batch_size
-        sizes = sorted({default, *(int(default * 4.0**power) for power in budget.batch_sizes)})
-        sizes = [size for size in sizes if 2 <= size <= images.num_train // 8]
+        others = (int(default * 4.0**power) for power in budget.batch_sizes)
+        sizes = sorted({default, *(n for n in others if 2 <= n <= images.num_train // 8)})
         steps = sweep.epochs(budget.step_share) * (images.num_train // default)
         whole = f"{images.dataset}:{images.train}"
         for method in (*self._music, *self._rivals):

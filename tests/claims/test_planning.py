@@ -11,6 +11,7 @@ from music_jax.claims.cells import Cell
 from music_jax.claims.methods import BUILT_IN
 from music_jax.claims.planning import check_cells, make_plan, missing_cells
 from music_jax.claims.run_cells import choose
+from music_jax.claims.tables import make_tables
 from music_jax.errors import UserError
 from music_jax.workdir.run_config import as_json
 
@@ -114,6 +115,13 @@ def test_the_peak_grows_with_the_root_of_the_batch_size(tmp_path):
             assert (config.num_epochs, count) == (20, 50_000)
         assert warmup == 100
         assert steps > 200
+
+
+def test_a_dataset_of_a_few_batches_is_compared_at_its_own_size(tmp_path):
+    sweep = faked.make_sweep(tmp_path, "digits", methods=("vicreg",), claims=(4,))
+    faked.finish_all(sweep)
+    assert {point.x for point in make_plan(sweep).points} == {8, 128}
+    assert make_tables(sweep)[0]["tests"]
 
 
 def test_the_expected_cost_does_not_change_much(tmp_path):
