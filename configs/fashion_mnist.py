@@ -37,7 +37,7 @@ def get_config() -> config_dict.ConfigDict:
     config.crop.scale = (0.3, 1.0)
     set_views(config, flip_probability=0.5)
 
-    config.backbone.name = "tiny_resnet"
+    config.backbone.name = "pooled_resnet"
     config.backbone.stem = "strided"
     config.backbone.zero_init_residual = False
     config.projector.hidden_sizes = (512,)

@@ -128,7 +128,8 @@ def default_config() -> config_dict.ConfigDict:
     config.augmentation.local = config_dict.ConfigDict(view.to_dict())  # Of all local views.
 
     config.backbone = config_dict.ConfigDict()
-    # small_resnet, tiny_resnet, resnet18, resnet34, resnet50, vit_s16, vit_b16 or a registered one.
+    # small_resnet, tiny_resnet, pooled_resnet, resnet18, resnet34, resnet50, vit_s16, vit_b16 or a
+    # registered one.
     config.backbone.name = "resnet50"
     config.backbone.remat = False  # Computes each block's activations twice to save memory.
     config.backbone.stem = config_dict.placeholder(str)  # ResNets: imagenet, cifar or strided.
