@@ -7,7 +7,7 @@ MUlti-Segmental Informational Coding, Niu & Wang, arXiv 2206.06461 (2022).
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -61,7 +61,9 @@ def register_backbone(name: str, make: Callable[..., Any]) -> None:
     registry.register(BACKBONES, name, spec, replaceable=free)
 
 
-def register_objective(name: str, make: Callable[..., Any]) -> None:
+def register_objective(
+    name: str, make: Callable[..., Any], *, search: Mapping[str, Sequence[Any]] | None = None
+) -> None:
     """Registers an objective as `config.objective.name`.
 
     Args:
@@ -69,13 +71,16 @@ def register_objective(name: str, make: Callable[..., Any]) -> None:
       make: Function, called with the keyword arguments in `config.objective.options`. It returns a
         function from the embeddings of two views, [batch, dim] each, of the global batch, to the
         loss and a dictionary of scalars to log.
+      search: Values of some of these arguments for `music_jax.claims` to search, in ascending
+        order; the ranges of positive numbers are extended if one of their ends is the best.
 
     Raises:
       ValueError: The name is that of an objective of music_jax, or is not valid.
     """
     from music_jax.train.recipe import OBJECTIVES
 
-    objective = registry.RegisteredObjective(make)
+    options = {option: tuple(values) for option, values in (search or {}).items()}
+    objective = registry.RegisteredObjective(make, options)
     free = isinstance(OBJECTIVES.get(name, objective), registry.RegisteredObjective)
     registry.register(OBJECTIVES, name, objective, replaceable=free)
 

@@ -87,7 +87,7 @@ def warmup_cosine(
     batch_size: int,
     steps_per_epoch: int,
     num_epochs: int,
-    warmup_epochs: int = 10,
+    warmup_epochs: float = 10,
     final_scale: float = 1e-3,
 ) -> optax.Schedule:
     """Returns a schedule with a linear warm-up from zero and a cosine decay.
@@ -129,7 +129,7 @@ def warmup_cosine(
     schedule = optax.warmup_cosine_decay_schedule(
         0.0,
         1.0,
-        warmup_steps=warmup_epochs * steps_per_epoch,
+        warmup_steps=round(warmup_epochs * steps_per_epoch),
         decay_steps=num_epochs * steps_per_epoch,
         end_value=final_scale,
     )

@@ -50,9 +50,11 @@ class RegisteredObjective:
 
     Attributes:
       make: Function from options to an objective.
+      search: Values of options that `music_jax.claims` searches, in ascending order.
     """
 
     make: Callable[..., Callable[..., Any]]
+    search: dict[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict, hash=False)
 
     def __call__(self, config: Any) -> Callable[..., Any]:
         """Returns the objective for the group `objective` of a config."""

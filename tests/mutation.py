@@ -40,9 +40,13 @@ LIBRARIES += ("pytest", "scipy.stats", "sklearn.cluster")
 ROOT = pathlib.Path(__file__).parents[1]
 # Which other tests are near to a module. Quick ones first: the first failure ends a trial.
 NEAREST = {
-    "claims/grid": ("claims/test_sweep.py",),
-    "claims/report": ("claims/test_sweep.py",),
-    "claims/run_cells": ("claims/test_sweep.py", "claims/test_command.py"),
+    "claims/budget": ("claims/test_planning.py",),
+    "claims/cells": ("claims/test_planning.py", "claims/test_tables.py"),
+    "claims/measure": ("claims/test_run_cells.py",),
+    "claims/references": ("claims/test_run_cells.py",),
+    "claims/report": ("claims/test_tables.py",),
+    "claims/search": ("claims/test_planning.py",),
+    "claims/sweep": ("claims/test_planning.py",),
     "claims/__main__": ("claims/test_command.py",),
     "data/registered": ("test_registry.py",),
     "data/augment": ("data/test_transforms.py",),

@@ -1,4 +1,4 @@
-"""`python -m music_jax.claims`: test the paper's claims with a resumable sweep of trainings."""
+"""`python -m music_jax.claims`: compare objectives, and test the paper's claims."""
 
 import contextlib
 import os
@@ -6,61 +6,72 @@ import subprocess
 import sys
 
 from absl import flags
-from etils import epath
 
 from music_jax import cli
 from music_jax.distributed import usable_cores
+from music_jax.distributed.shares import parse_share
 from music_jax.errors import NotMeasurableError, UserError
 
 _USAGE = """
-Tests the paper's claims with a sweep of trainings, each in a directory of its own, and writes a
-table and a plot for each claim. Rerun the command to run the missing trainings; those
-that were interrupted resume from their last checkpoint.
+Compares objectives, each with the same search and the same number of fresh seeds, and tests the
+claims of the paper. Rerun the command to run the missing trainings; those that were interrupted
+resume from their last checkpoint.
 
-  python -m music_jax.claims --config=configs/mnist5k.py --seeds=5 --output=claims/mnist5k
-  python -m music_jax.claims --config=configs/shapes.py --seeds=3 --only=1,7 --results=RESULTS.md
+  python -m music_jax.claims --config=configs/fashion_mnist.py --budget=small
+  python -m music_jax.claims --config=configs/fashion_mnist.py
+  python -m music_jax.claims --config=configs/fashion_mnist.py --objectives=music,vicreg,mine \\
+      --import=my_objective
 
   1 objectives; 2 projector depth; 3 embedding dimension; 4 batch size; 5 trivial solutions;
-  6 temperature and weights; 7 what each segment is about (shapes)
+  6 information that segments share
 
-With --only, the tables of other claims that the directory already has are kept, and recomputed from
-all existing results. --results has one section for each sweep, named after its directory.
+Results that the output directory has are used, so that a clone with the results of the built-in
+objectives only trains yours. The tables are claims.md, claims.json, claims.csv and claim-N.png in
+that directory. --tables_only recomputes them from the results and predictions there.
 
-Learning rates are chosen on a part of the training split. All grids, and the fields that differ
-from the config file, are in music_jax/claims/grid.py. --config.FIELD=VALUE overrides both.
+--worker=I/N runs the Ith of N shares of the cells, from 0: start N such commands with one output
+directory, on any machines. Each waits for the others' results that it needs.
 
-Exit codes: 0 done; 2 wrong input; 3 some cells failed; 75 stopped by a signal.
+Exit codes: 0 done; 2 wrong input; 3 some cells failed; 75 stopped by a signal, or results of
+workers that do not run are missing: rerun the command.
 """
 
 
 def main() -> None:
     """Reads the flags, runs the missing trainings and writes the tables."""
-    config = flags.FLAGS.config
-    if flags.FLAGS.seeds < 1:
-        raise UserError(f"--seeds must be at least 1; got {flags.FLAGS.seeds}")
+    given, config = flags.FLAGS, flags.FLAGS.config
+    share = parse_share(given.worker)
+    cores = [] if given.tables_only else _cores()
+    from music_jax.claims.budget import BUDGETS, images_of
+    from music_jax.claims.cells import Results
+    from music_jax.claims.methods import BUILT_IN, find_methods
+    from music_jax.claims.planning import check_cells
+    from music_jax.claims.sweep import Sweep
+    from music_jax.claims.tables import CLAIMS, make_tables
+    from music_jax.workdir.directory import WorkdirLock, open_workdir
 
-    results_file = _results_file()
-    cores = _cores()
-    from music_jax.claims import report
-    from music_jax.claims.run_cells import run_missing
-    from music_jax.claims.sweep import make_sweep
-    from music_jax.data import datasets
-    from music_jax.distributed import progress
-    from music_jax.workdir.directory import WorkdirLock
-
-    output = os.path.join("claims", config.dataset.name.partition("/")[0])
-    sweep = make_sweep(
-        config,
-        only=flags.FLAGS.only,
-        seeds=flags.FLAGS.seeds,
-        directory=flags.FLAGS.output or output,
-        overridden=cli.config_overrides(),
+    budget = BUDGETS[given.budget]
+    name = config.dataset.name.partition("/")[0] + ("-small" if given.budget == "small" else "")
+    sweep = Sweep(
+        config=config,
+        images=images_of(config.dataset.name, budget),
+        budget=budget,
+        methods=find_methods([text.strip() for text in given.objectives] or list(BUILT_IN)),
+        claims=_claims(given.only, tuple(CLAIMS)) or budget.claims,
+        seeds=budget.seeds if given.seeds is None else given.seeds,
+        results=Results(open_workdir(given.output or os.path.join("results", name))),
     )
-    sweep.validate()
-    shown = sweep.with_earlier()
+    check_cells(sweep)
+    sweep.results.check_config(config, budget=given.budget)
     try:
-        if not flags.FLAGS.tables_only:
-            with WorkdirLock(sweep.directory):
+        if not given.tables_only:
+            from music_jax.claims.run_cells import run_missing
+            from music_jax.data import datasets
+
+            runs = open_workdir(given.runs or os.path.join("runs", "claims", name))
+            own = runs / "locks" / f"{share.index}-of-{share.count}"
+            own.mkdir(parents=True, exist_ok=True)
+            with WorkdirLock(own):
                 datasets.prepare(config)
                 with contextlib.suppress(NotMeasurableError):  # which the cells report
                     if datasets.evaluation_sources(config).train.multi_label:
@@ -68,33 +79,26 @@ def main() -> None:
                             f"the images of {config.dataset.name} may have several classes each; "
                             "the claims need one class, such as that of one feature"
                         )
-                run_missing(sweep, cores=cores)
+                run_missing(sweep, runs=runs, cores=cores, share=share)
     finally:
-        tables = shown.tables()
-        report.write_tables(tables, sweep.directory)
-        report.write_plots(tables, sweep.directory)
+        from music_jax.claims import report
+        from music_jax.distributed import progress
+
+        tables = make_tables(sweep)
+        report.write_report(sweep, tables, sweep.results.directory)
         progress.say_lines(report.as_text(tables))
-        if results_file is not None:
-            report.write_section(results_file, shown, tables)
 
 
-def _results_file() -> epath.Path | None:
-    """Returns the Markdown file after checking that it can be written."""
-    if not flags.FLAGS.results:
-        return None
-    path = epath.Path(flags.FLAGS.results).expanduser()
-    try:
-        (path.parent / "results").mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError("it is a directory")
-        if not path.exists():  # the only reliable check
-            path.touch()
-            path.unlink()
-    except OSError as error:
-        raise UserError(
-            f"--results={path} cannot be written: {error}; name a Markdown file"
-        ) from error
-    return path
+def _claims(only: list[str], known: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the numbers of claims in a list of texts."""
+    numbers = {str(number): number for number in known}
+    for text in only:
+        if text.strip() not in numbers:
+            raise UserError(
+                f"--only={','.join(only)}: there is no claim {text!r}; there are "
+                f"{', '.join(numbers)}"
+            )
+    return tuple(sorted({numbers[text.strip()] for text in only}))
 
 
 def _cores() -> list[int | None]:
@@ -121,10 +125,15 @@ def _cores() -> list[int | None]:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("seeds", 5, "Number of seeds of each setting.")
-    flags.DEFINE_list("only", [], "Numbers of the claims to test; all by default.")
-    flags.DEFINE_string("output", None, "Directory of the sweep. [claims/DATASET]")
-    flags.DEFINE_string("results", None, "Markdown file to write the sweep's section to.")
+    flags.DEFINE_list("objectives", [], "Objectives to compare; all built-in ones by default.")
+    flags.DEFINE_integer(
+        "seeds", None, "Number of final seeds. [10; 3 with --budget=small]", lower_bound=1
+    )
+    flags.DEFINE_enum("budget", "full", ["full", "small"], "Size of the search and trainings.")
+    flags.DEFINE_list("only", [], "Numbers of the claims to test. [all; 1,6 if small]")
+    flags.DEFINE_string("output", None, "Directory of the results. [results/DATASET]")
+    flags.DEFINE_string("runs", None, "Directory of the trainings. [runs/claims/DATASET]")
+    flags.DEFINE_string("worker", "0/1", "I/N: run the Ith of N shares of the cells, from 0.")
     flags.DEFINE_integer(
         "workers", None, "Number of processes on CPU. [one per core]", lower_bound=1
     )

@@ -1,19 +1,19 @@
-"""Writes the tables and plots of the claims, and the section of RESULTS.md with findings."""
+"""Writes the tables and plots of a comparison, with what they show, as Markdown, JSON and CSV."""
 
 import csv
 import io
+import itertools
 import shlex
 import sys
-import urllib.parse
-import warnings
 from typing import Any
 
 import matplotlib
 import numpy as np
-import scipy.stats
 from etils import epath
 
-from music_jax.claims.sweep import MEASURES, SHARES, Sweep, Table
+from music_jax.claims.planning import REFERENCES, make_plan
+from music_jax.claims.sweep import Sweep
+from music_jax.claims.tables import MARGIN, MEASURES, PROBES, SHARES, Row, Table, progress_of
 from music_jax.distributed import progress
 from music_jax.workdir.files import new_file, write_json, write_new
 
@@ -23,32 +23,31 @@ from matplotlib import pyplot as plt
 
 # Measures in the table of each claim.
 _SHOWN = {
-    1: "linear_top1 knn_top1 ten_shot_top1 all_factors_top1 segment_accuracy joint_code_accuracy",
-    5: "linear_top1 knn_top1 embedding_rankme usage_entropy dead_units segment_information"
-    " segments_label_nmi_mean joint_code_accuracy",
-    6: "linear_top1 knn_top1 ten_shot_top1 usage_entropy joint_code_accuracy",
-    7: "linear_top1 knn_top1 joint_code_accuracy usage_entropy",
+    1: "linear_top1 knn_top1 ten_shot_top1 rankme embedding_rankme embedding_std",
+    5: "linear_top1 knn_top1 embedding_rankme embedding_std start_embedding_std first_grad_norm",
+    6: "usage_entropy dead_units segment_information null_information null_p dependent_pairs",
 }
-_SHOWN_ELSE = "linear_top1 knn_top1 ten_shot_top1 all_factors_top1"
-_PROBES = ("linear_top1", "knn_top1", "ten_shot_top1")
+_SHOWN_ELSE = "linear_top1 knn_top1 ten_shot_top1"
 
-_PREAMBLE = """# Results: the paper's claims, put to the test
+_NOTES = {
+    2: "Each depth has its own learning rate.",
+    3: "Each dimension has its own learning rate.",
+    4: "The learning rate in this table is the peak at the config's batch size; at another size it "
+    "is multiplied by the square root of the sizes' ratio, which would be constant in this column "
+    "if that were exact. At equal epochs a larger batch takes fewer steps.",
+    5: "`constant` was trained for equal embeddings alone and `saturated` for MUSIC's invariance "
+    "alone; all methods start from the same states, with one hidden layer and 512 dimensions.",
+    6: "The mutual information of two segments is compared with that of segments whose codes are "
+    "permuted among the images.",
+}
 
-Every table is written by `python -m music_jax.claims ... --results=RESULTS.md` from the runs' own
-files. Entries are means ± half-widths of 95 % Student-t intervals over seeds; accuracies are in
-percent on the whole test split. The intervals show how seeds vary, not how test sets do. A learning
-rate with * was the smallest or largest that was tried, so another one may be better. Differences
-have 95 % intervals of Welch's t-test, without a correction for their number. These are small
-images, small backbones and short runs: nothing here says how the methods compare on ImageNet.
-"""
 
-
-def write_tables(tables: list[Table], directory: epath.Path) -> None:
-    """Writes claims.json, claims.csv and claims.md."""
+def write_report(sweep: Sweep, tables: list[Table], directory: epath.Path) -> None:
+    """Writes claims.json, claims.csv, claims.md and claim-N.png into a directory."""
     write_json(directory / "claims.json", {"claims": tables})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    key = ("series", "x", "setting", "learning_rate", "seeds", "diverged")
+    key = ("series", "group", "x", "seeds", "diverged")
     writer.writerow(("claim", *key, "measure", "mean", "half_width_95"))
     for table in tables:
         for row in table["rows"]:
@@ -56,53 +55,102 @@ def write_tables(tables: list[Table], directory: epath.Path) -> None:
             for name, measure in row["measures"].items():
                 writer.writerow([*first, name, measure["mean"], measure["half_width"]])
     write_new(directory / "claims.csv", text.getvalue().encode())
-    sections = (f"## {t['claim']}. {t['title']}\n\n{markdown(t)}" for t in tables)
-    write_new(directory / "claims.md", ("\n\n".join(sections) + "\n").encode())
-
-
-def markdown(table: Table) -> str:
-    """Formats a claim's table in Markdown."""
-    header, rows = _cells(table)
-    rule = ["---" if i < 2 else "---:" for i in range(len(header))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *rows))
+    write_new(directory / "claims.md", _markdown(sweep, tables).encode())
+    for table in tables:
+        if any(row["measures"] for row in table["rows"]):
+            figure = _plot(table)
+            with new_file(directory / f"claim-{table['claim']}.png") as file:
+                figure.savefig(file, dpi=120)
+            plt.close(figure)
 
 
 def as_text(tables: list[Table]) -> str:
     """Formats all tables for a terminal."""
-    return "\n".join(
-        f"\n{table['claim']}. {table['title']}\n{progress.table(*_cells(table))}"
-        for table in tables
-    )
+    parts = []
+    for table in tables:
+        header, rows = _cells(table)
+        parts.append(f"\n{table['claim']}. {table['title']}\n{progress.table(header, rows)}")
+        parts += [f"- {line}" for line in findings(table)]
+    return "\n".join(parts)
+
+
+def _markdown(sweep: Sweep, tables: list[Table]) -> str:
+    done, total, hours = progress_of(sweep, make_plan(sweep))
+    arguments = [a for a in sys.argv[1:] if not a.startswith(("--output", "--worker", "--tables"))]
+    command = shlex.join(["python", "-m", "music_jax.claims", *arguments])
+    lines = [f"# {sweep.config.dataset.name}", ""]
+    lines += [f"`{command}`: {done} of {total} cells done, in {hours:.1f} hours of a CPU core.", ""]
+    if done < total:
+        lines += ["**Not complete**: the last column gives the number of seeds.", ""]
+    lines += [
+        f"Trained on `{sweep.images.train}` for {sweep.config.num_epochs} epochs in batches of "
+        f"{sweep.config.batch_size}; options were chosen on `{sweep.images.validation}`, and the "
+        f"accuracies are those on `{sweep.config.dataset.test_split}`, which each final run was "
+        "measured on once. ± is the half-width of a 95 % Student-t interval over seeds. An option "
+        "with * has the smallest or the largest value that was tried. Intervals in brackets are "
+        "95 %: over seeds (paired t), and over seeds and test images (crossed bootstrap). "
+        "p-values are adjusted by Holm's method within each family of tests."
+    ]
+    for table in tables:
+        lines += ["", f"## {table['claim']}. {table['title']}", "", f"*{table['question']}*", ""]
+        header, rows = _cells(table)
+        rule = ["---" if i < 2 else "---:" for i in range(len(header))]
+        lines += ["| " + " | ".join(line) + " |" for line in (header, rule, *rows)]
+        if note := _NOTES.get(table["claim"]):
+            lines += ["", note]
+        lines += ["", *(f"- {line}" for line in findings(table))]
+        if any(row["measures"] for row in table["rows"]):
+            lines += ["", f"![{table['title']}](claim-{table['claim']}.png)"]
+    return "\n".join(lines) + "\n"
 
 
 def _cells(table: Table) -> tuple[list[str], list[list[str]]]:
     """Returns the header and the rows of a claim's table, with the measures that any row has."""
+    rows = table["rows"]
     shown = _SHOWN.get(table["claim"], _SHOWN_ELSE).split()
-    names = [name for name in shown if any(name in row["measures"] for row in table["rows"])]
-    header = ["", table["axis"], *(MEASURES[name] for name in names), "rate", "seeds"]
-    rows = []
-    for row in table["rows"]:
-        rate = "" if row["learning_rate"] is None else f"{row['learning_rate']:g}"
-        seeds = f"{row['seeds']}/{row['seeds_wanted']}"
-        if row["diverged"]:
-            seeds += f", {row['diverged']} diverged"
-        values = [_format(name, row["measures"].get(name)) for name in names]
-        line = [str(row["x"]), *values, rate + "*" * row["rate_at_edge"], seeds]
-        rows.append([_series(row), *line])
-        if row.get("start"):
-            values = [_format(name, row["start"].get(name)) for name in names]
-            rows.append([_series(row), "that start", *values, "", ""])
-    return header, rows
+    names = [name for name in shown if any(name in row["measures"] for row in rows)]
+    if table["claim"] == 1:
+        rows = sorted(rows, key=lambda row: -_mean(row, "linear_top1"))
+    header = ["", *([table["quantity"]] * bool(table["quantity"]))]
+    header += [*(MEASURES[name] for name in names), "validation", "chosen", "seeds"]
+    lines = []
+    for row in rows:
+        seeds = f"{row['seeds']}/{row['seeds_wanted'] or '?'}"
+        seeds += f", {row['diverged']} diverged" if row["diverged"] else ""
+        x = [f"{row['x']}, {row['group']}" if row["group"] else str(row["x"])]
+        top1 = row["validation_top1"]
+        lines.append([
+            _name(row["series"]),
+            *(x * bool(table["quantity"])),
+            *(_format(name, row["measures"].get(name)) for name in names),
+            "" if top1 is None else f"{100 * top1:.1f}",
+            _chosen(row),
+            seeds,
+        ])  # fmt: skip
+    return header, lines
 
 
-def _series(row: dict[str, Any]) -> str:
-    return row["series"].replace("_", " ")
+def _chosen(row: Row) -> str:
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value}{'*' * (name in row['at_edge'])}"
+        for name, value in (row["choice"] or {}).items()
+    )
+
+
+def _mean(row: Row, name: str) -> float:
+    return row["measures"].get(name, {"mean": -1.0})["mean"]
+
+
+def _name(series: str) -> str:
+    return series.replace("_", " ")
 
 
 def _format(name: str, measure: dict[str, Any] | None) -> str:
     """Formats a measure with its interval, in percent if it is a share."""
     if measure is None:
         return ""
+    if name in ("null_p", "first_grad_norm", "embedding_std", "start_embedding_std"):
+        return f"{measure['mean']:.2g}"
     factor, digits = (100, 1) if name in SHARES else (1, 0)
     text = f"{factor * measure['mean']:.{digits}f}"
     if measure["half_width"] is not None:
@@ -110,259 +158,106 @@ def _format(name: str, measure: dict[str, Any] | None) -> str:
     return text
 
 
-def write_section(path: epath.Path, sweep: Sweep, tables: list[Table]) -> None:
-    """Writes or replaces the sweep's section in a Markdown file.
-
-    The section is named after the sweep's directory. The plots and the tables as JSON and CSV are
-    copied from there to `results/NAME` beside the file.
-    """
-    name = urllib.parse.quote(sweep.directory.resolve().name, safe="")
-    beside = path.parent / "results" / name
-    beside.mkdir(parents=True, exist_ok=True)
-    for file in ("claims.json", "claims.csv", *map(_plot, tables)):
-        if (sweep.directory / file).exists():
-            (sweep.directory / file).copy(beside / file, overwrite=True)
-    begin, end = f"<!-- claims: {name} -->", f"<!-- end of claims: {name} -->"
-    section = f"{begin}\n{_section(sweep, tables, name)}\n{end}"
-    text = path.read_text() if path.exists() else _PREAMBLE
-    before, found, rest = text.partition(begin)
-    if found and end in rest:
-        text = before + section + rest.partition(end)[2]
-    else:
-        text = f"{text.rstrip()}\n\n{section}\n"
-    write_new(path, text.encode())
-
-
-def _plot(table: Table) -> str:
-    return f"claim-{table['claim']}.png"
-
-
-def _section(sweep: Sweep, tables: list[Table], name: str) -> str:
-    config, settings = sweep.config, sweep.settings
-    rest, held_out = settings.search_splits
-    results, total = sweep.results(), sweep.num_cells()
-    hours = sum(result.get("core_seconds", 0.0) for result in results) / 3600
-    changes = [f"`{field}` {value!r}" for field, value in settings.overrides.items()]
-    state = f"{len(results)} of {total} cells done, in {hours:.1f} hours of a CPU core."
-    lines = [f"## {config.dataset.name}", "", f"{_commands(sweep)}: {state}", ""]
-    if len(results) < total:
-        lines += ["**The tables are not complete**: the last column gives the number of seeds.", ""]
-    lines += [
-        "Every run has the config's augmentations, optimizer and objective, except for "
-        f"{', '.join(changes) or 'nothing'}; embedding {config.objective.num_segments} x "
-        f"{config.objective.units_per_segment}, batch {config.batch_size}. Learning rates are "
-        f"chosen by the linear probe's accuracy on `{held_out}` after training on `{rest}`, once, "
-        "with the first seed: for each method among "
-        f"{', '.join(f'{rate:g}' for rate in settings.learning_rates)}, and for its other depths, "
-        f"dimensions and batch sizes among that rate and {settings.rate_step:g} times less and "
-        "more. One training on few images decides, so neighboring rates may be told apart by "
-        "chance. Where the objective's weights or the augmentations change, the rate stays."
-    ]
-    for table in tables:
-        lines += ["", f"### {table['claim']}. {table['title']}", "", f"*{table['question']}*", ""]
-        lines += [markdown(table), "", *(f"- {text}" for text in _findings(table))]
-        if (sweep.directory / _plot(table)).exists():
-            place = f"results/{urllib.parse.quote(name)}/{_plot(table)}"
-            lines += ["", f"![{table['title']}]({place})"]
-    return "\n".join(lines)
-
-
-def _commands(sweep: Sweep) -> str:
-    """Returns the commands that make the tables, one for each number of seeds."""
-    config = []
-    for argument, after in zip(sys.argv[1:], [*sys.argv[2:], "--"], strict=False):
-        if argument.startswith(("--config", "--import")):
-            config.append(argument)
-            if "=" not in argument and not after.startswith("--"):
-                config.append(after)
-    claims: dict[int, list[str]] = {}
-    for claim in sweep.tested():
-        claims.setdefault(sweep.num_seeds[claim.number], []).append(str(claim.number))
-    commands = [
-        shlex.join([*config, f"--seeds={seeds}", f"--only={','.join(claims[seeds])}"])
-        for seeds in sorted(claims, reverse=True)
-    ]
-    return " and ".join(f"`python -m music_jax.claims {arguments}`" for arguments in commands)
-
-
-def _findings(table: Table) -> list[str]:
+def findings(table: Table) -> list[str]:
+    """Returns a sentence for each test of a table, and for what is missing."""
+    lines = [_sentence(table, test) for test in table["tests"]]
     rows = table["rows"]
-    by_claim = {1: _objectives, 2: _dependence, 3: _dependence, 4: _dependence, 7: _factors}
-    found = by_claim.get(table["claim"], _differences_from_first)(table)
-    if table["claim"] == 4:
-        found.append(
-            "All have the same epochs, so a batch twice as large takes half the steps: a loss at a "
-            "large batch may come from the number of steps."
-        )
-    if missing := sum(row["seeds"] < row["seeds_wanted"] for row in rows):
-        found.append(f"Not complete: {missing} of {len(rows)} rows lack seeds.")
-    if edge := sum(row["rate_at_edge"] for row in rows):
-        found.append(f"{edge} rows took the smallest or the largest learning rate that was tried.")
-    return found
+    if table["claim"] == 6:
+        lines += [line for row in rows if "factor_nmi" in row for line in _factor_lines(row)]
+    if edge := sum(bool(row["at_edge"]) for row in rows):
+        lines.append(f"Rows with an option at the end of the values that were tried: {edge}.")
+    if missing := sum(
+        not row["seeds_wanted"] or row["seeds"] < row["seeds_wanted"] for row in rows
+    ):
+        lines.append(f"Not complete: {missing} of {len(rows)} rows lack seeds.")
+    return lines
 
 
-def difference(a: list[float], b: list[float]) -> tuple[float, float] | None:
-    """Returns the mean of a minus that of b and its 95 % half-width by Welch's t-test."""
-    if min(len(a), len(b)) < 2:
-        return None
-    mean = float(np.mean(a) - np.mean(b))
-    if np.var(a) + np.var(b) == 0:
-        return mean, 0.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # identical seeds
-        interval = scipy.stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
-    return mean, float(interval.high - interval.low) / 2
+def _sentence(table: Table, test: Row) -> str:
+    a, b = (_place(table, test[side]) for side in "ab")
+    mean, low, high = (100 * test[name] for name in ("mean", "low", "high"))
+    text = f"{a} minus {b}, {SHARES[test['measure']]}: {mean:+.2f} points "
+    if test["kind"] == "equivalence":
+        text += f"[{low:+.2f}, {high:+.2f}] (90 %), margin ± {100 * MARGIN:g}"
+    else:
+        text += f"[{low:+.2f}, {high:+.2f}]"
+    if "bootstrap" in test:
+        text += " and [{:+.2f}, {:+.2f}]".format(*(100 * value for value in test["bootstrap"]))
+    family = f" ({test['family']})" if table["claim"] == 1 else ""
+    return f"{text}, p = {test['p_holm']:.2g}{family}: {test['verdict']}."
 
 
-def _compare(a: dict[str, Any], b: dict[str, Any], name: str = "linear_top1") -> str:
-    """Formats a measure's difference between two rows."""
-    found = difference(*(row["measures"].get(name, {}).get("values", []) for row in (a, b)))
-    if found is None:
-        return f"{SHARES[name]} too few seeds to tell"
-    mean, half = (100 * value for value in found)
-    verdict = "more" if mean > half else "less" if -mean > half else "no difference shown"
-    return f"{SHARES[name]} {mean:+.1f} ± {half:.1f} points ({verdict})"
+def _place(table: Table, side: Row) -> str:
+    text = _name(side["series"])
+    if table["quantity"]:
+        text += f" at {table['quantity']} {side['x']}"
+    return text + (f", {side['group']}" if side["group"] else "")
 
 
-def _objectives(table: Table) -> list[str]:
-    rows = {row["setting"]: row for row in table["rows"]}
-    found = []
-    for setting, row in rows.items():
-        if row["series"] != "music":
-            each = "; ".join(_compare(rows["music"], row, name) for name in _PROBES)
-            found.append(f"MUSIC minus {setting.replace('_', ' ')}: {each}.")
-    recipe = rows.get("music,full_recipe")
-    if recipe and recipe["measures"]:
-        found.append(
-            "The config's own recipe is longer and has a larger backbone: do not compare it with "
-            "the other rows."
-        )
-    return found
-
-
-def _dependence(table: Table) -> list[str]:
-    found = []
-    for series, rows in _by_series(table).items():
-        rows = [row for row in rows if row["measures"]]
-        if len(rows) < 2:
-            continue
-        best = max(rows, key=lambda row: row["measures"]["linear_top1"]["mean"])
-        text = f"{series}: best at {table['axis']} {best['x']}"
-        for end in (min(rows, key=lambda row: row["x"]), max(rows, key=lambda row: row["x"])):
-            if end is not best:
-                text += f"; at {end['x']}, {_compare(end, best)}"
-        found.append(text + ".")
-    return found
-
-
-def _by_series(table: Table) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
-    for row in table["rows"]:
-        found.setdefault(_series(row), []).append(row)
-    return found
-
-
-def _differences_from_first(table: Table) -> list[str]:
-    first, *others = table["rows"]
-    measured = [row for row in others if row["measures"]]
-    return [f"{row['x']} against {first['x']}: {_compare(row, first)}." for row in measured]
-
-
-def _factors(table: Table) -> list[str]:
-    rows = [row for row in table["rows"] if row.get("factor_nmi")]
-    if not rows:
-        return []
-    names = rows[0]["factors"]
-    lines = [
-        "For each factor: the largest NMI that a segment has with it / the share of segments that "
-        "have more with it than with any other / a linear probe's accuracy, %, means over seeds.",
-        "",
-        "  | | " + " | ".join(name.replace("_", " ") for name in names) + " |",
-        "  |---|" + "---:|" * len(names),
+def _factor_lines(row: Row) -> list[str]:
+    """Describes which factors the segments of a row share most information with."""
+    nmi = np.asarray(row["factor_nmi"])  # [seeds, segments, factors]
+    most = nmi.argmax(axis=2)[..., None] == np.arange(nmi.shape[2])
+    used = most.any(axis=1).sum(axis=1).mean()
+    shares = most.mean(axis=(0, 1))
+    names = [
+        f"{_name(name)} {100 * share:.0f} %"
+        for share, name in sorted(zip(shares, row["factors"], strict=True), reverse=True)
+        if share > 0
     ]
-    for row in rows:
-        nmi = np.asarray(row["factor_nmi"])  # [seeds, segments, factors]
-        largest = nmi.max(axis=1).mean(axis=0)
-        most = nmi.argmax(axis=2)[..., None] == np.arange(len(names))
-        share = most.mean(axis=(0, 1))
-        probe = np.mean(row["factor_linear_top1"], axis=0)
-        cells = [
-            f"{a:.2f} / {b:.2f} / {100 * c:.0f}"
-            for a, b, c in zip(largest, share, probe, strict=True)
-        ]
-        lines.append(f"  | {row['x']} | " + " | ".join(cells) + " |")
-    return ["\n".join(lines), *_differences_from_first(table)]
+    return [
+        f"{_name(row['series'])}: the factor with which a segment shares the most information is "
+        f"{', '.join(names)} of the segments; {used:.1f} of {nmi.shape[2]} factors in a run."
+    ]
 
 
-def write_plots(tables: list[Table], directory: epath.Path) -> None:
-    """Writes claim-N.png into a directory for each claim that has a result."""
-    for table in tables:
-        if not any(row["measures"] for row in table["rows"]):
-            continue
-        if any(row.get("factor_nmi") for row in table["rows"]):
-            figure = _heat_maps(table)
-        elif all(isinstance(row["x"], int) for row in table["rows"]):
-            figure = _lines(table)
-        else:
-            figure = _bars(table)
-        figure.suptitle(f"{table['claim']}. {table['title']}")
-        with new_file(directory / _plot(table)) as file:
-            figure.savefig(file, dpi=120)
-        plt.close(figure)
+def _plot(table: Table) -> Any:
+    numbers = all(isinstance(row["x"], int) for row in table["rows"])
+    return _lines(table) if numbers and table["quantity"] else _dots(table)
 
 
-def _percent(rows: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
+def _lines(table: Table) -> Any:
+    groups = list(dict.fromkeys(row["group"] for row in table["rows"]))
+    size = (5 * len(groups) + 1, 4)
+    figure, axes = plt.subplots(1, len(groups), figsize=size, layout="constrained", squeeze=False)
+    for axis, group in zip(axes[0], groups, strict=True):
+        rows = [r for r in table["rows"] if r["group"] == group and "linear_top1" in r["measures"]]
+        for series, members in itertools.groupby(rows, lambda row: row["series"]):
+            line = list(members)
+            means, halves = _percent(line, "linear_top1")
+            x = [row["x"] for row in line]
+            axis.errorbar(x, means, halves, marker="o", capsize=3, label=_name(series))
+        if max((row["x"] for row in rows), default=0) > 8:
+            axis.set_xscale("log", base=2)
+        axis.set(xlabel=table["quantity"], ylabel="linear top-1, %", title=group)
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend()
+    figure.suptitle(f"{table['claim']}. {table['title']}")
+    return figure
+
+
+def _dots(table: Table) -> Any:
+    names = [name for name in PROBES if any(name in row["measures"] for row in table["rows"])]
+    names = ["segment_information", "null_information"] if table["claim"] == 6 else names
+    rows = sorted(table["rows"], key=lambda row: row["series"] in REFERENCES)
+    size = (4.5 * len(names) + 1.5, 1.4 + 0.32 * len(rows))
+    figure, axes = plt.subplots(
+        1, len(names), figsize=size, layout="constrained", sharey=True, squeeze=False
+    )
+    for axis, name in zip(axes[0], names, strict=True):
+        means, halves = _percent(rows, name)
+        axis.errorbar(means, range(len(rows)), xerr=halves, fmt="o", capsize=3)
+        axis.set_xlabel(f"{SHARES[name]}, %")
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_yticks(range(len(rows)), [f"{_name(r['series'])} {r['x']}" for r in rows])
+    axes[0, 0].invert_yaxis()
+    figure.suptitle(f"{table['claim']}. {table['title']}")
+    return figure
+
+
+def _percent(rows: list[Row], name: str) -> tuple[list[float], list[float]]:
     """Returns the mean of a measure and its half-width for each row, in percent."""
     missing = {"mean": np.nan, "half_width": 0.0}
     measures = [row["measures"].get(name, missing) for row in rows]
     means = [100 * measure["mean"] for measure in measures]
     return means, [100 * (measure["half_width"] or 0.0) for measure in measures]
-
-
-def _lines(table: Table) -> Any:
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for axis, name in zip(axes, _PROBES, strict=True):
-        for label, rows in _by_series(table).items():
-            x, (means, halves) = [row["x"] for row in rows], _percent(rows, name)
-            axis.errorbar(x, means, halves, marker="o", capsize=3, label=label)
-        if max(row["x"] for row in table["rows"]) > 8:
-            axis.set_xscale("log", base=2)
-        axis.set_xlabel(table["axis"])
-        axis.set_ylabel(f"{SHARES[name]} top-1, %")
-    axes[0].legend()
-    return figure
-
-
-def _bars(table: Table) -> Any:
-    labels = [f"{_series(row)} {row['x']}".strip() for row in table["rows"]]
-    size = (14, 1.2 + 0.35 * len(labels))
-    figure, axes = plt.subplots(1, 4, figsize=size, layout="constrained", sharey=True)
-    for axis, name in zip(axes, (*_PROBES, "joint_code_accuracy"), strict=True):
-        means, halves = _percent(table["rows"], name)
-        axis.errorbar(means, range(len(labels)), xerr=halves, fmt="o", capsize=3)
-        axis.set_xlabel(f"{SHARES[name]}, %")
-        axis.grid(axis="y", alpha=0.3)
-    axes[0].set_yticks(range(len(labels)), labels)
-    axes[0].invert_yaxis()
-    return figure
-
-
-def _heat_maps(table: Table) -> Any:
-    """Plots the normalized mutual information of segments and factors, of each first seed."""
-    rows = [row for row in table["rows"] if row.get("factor_nmi")]
-    columns = min(len(rows), 4)
-    lines = -(-len(rows) // columns)
-    size = (3.2 * columns, 4.2 * lines)
-    figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
-    for axis in axes.flat[len(rows) :]:
-        axis.axis("off")
-    for axis, row in zip(axes.flat, rows, strict=False):
-        nmi = np.asarray(row["factor_nmi"][0])  # [segments, factors]
-        order = np.lexsort((-nmi.max(axis=1), nmi.argmax(axis=1)))
-        image = axis.imshow(nmi[order], vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-        axis.set_xticks(range(len(row["factors"])), row["factors"], rotation=90)
-        axis.set_ylabel("segments")
-        axis.set_yticks([])
-        axis.set_title(row["x"], fontsize=9)
-    figure.colorbar(image, ax=axes, shrink=0.5, label="NMI")
-    return figure

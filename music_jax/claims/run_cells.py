@@ -1,4 +1,4 @@
-"""Runs the cells of a sweep: trains and evaluates each as the commands do, in worker processes."""
+"""Runs the cells of a comparison in worker processes, and waits for those of other workers."""
 
 import collections
 import concurrent.futures
@@ -13,75 +13,118 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
-from sklearn.metrics import normalized_mutual_info_score
 
 from music_jax import registry
-from music_jax.claims.sweep import RESULT, Cell, Sweep
-from music_jax.config import default_config, from_json, get_field
-from music_jax.data.sources import Source
+from music_jax.claims.cells import Cell, Results
+from music_jax.claims.planning import make_plan, missing_cells
+from music_jax.claims.sweep import Sweep
 from music_jax.distributed import progress
+from music_jax.distributed.shares import ALL, Share
 from music_jax.distributed.signals import end_with_parent
-from music_jax.errors import DivergedError, UnusableDataError
-from music_jax.evaluation.protocols import read_final_results, run_protocols
-from music_jax.evaluation.run import Run, load_run
-from music_jax.metrics.linear_probe import ProbeRecipe, linear_probe
-from music_jax.train import train_and_evaluate
-from music_jax.workdir.directory import open_workdir, use_compilation_cache
-from music_jax.workdir.files import write_json
-from music_jax.workdir.run_config import DATA_FIELDS, as_json
+from music_jax.errors import StoppedError, UnusableDataError
+from music_jax.workdir.directory import use_compilation_cache
+from music_jax.workdir.run_config import as_json
 
 _logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 2  # per cell, if it fails or its process is killed
-_PROTOCOLS = ("linear", "knn", "fewshot", "label_free", "segments", "clustering")
+_POLL_SECONDS = 10.0
+_PATIENCE_SECONDS = 300.0  # after which a worker that gives no sign of life has ended
+_SCALED = 1_000_000  # images: numbers on the bar have units, whatever the total
+_IMAGES_PER_EVALUATION = 0.5  # costs of an evaluation, in training images per image
 
 
-def run_missing(sweep: Sweep, *, cores: Sequence[int | None]) -> None:
-    """Runs every cell of the sweep that has no result.
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a worker process needs to run a cell."""
 
-    Each worker runs on its core as a single device, or on all devices if its core is None.
+    cell: Cell
+    config: dict[str, Any]
+    runs: str  # directory of the trainings
+    results: str
+    test_split: str
+    validation: str
+
+
+def run_missing(
+    sweep: Sweep,
+    *,
+    runs: epath.Path,
+    cores: Sequence[int | None],
+    share: Share = ALL,
+    patience: float = _PATIENCE_SECONDS,
+) -> None:
+    """Runs every cell of a share that has no result, as soon as those it depends on have one.
+
+    Each worker process runs on its core as a single device, or on all devices if its core is None.
+    Once no cell of the share is left to run, the results of other shares are awaited as long as
+    their workers run.
+
+    Args:
+      sweep: The comparison.
+      runs: Directory of the trainings, and of the files by which workers tell that they run.
+      cores: Core of each worker process.
+      share: The cells that this call runs.
+      patience: Seconds after which another worker that gives no sign of life has ended.
 
     Raises:
       UnusableDataError: Cells failed. All others have been run.
+      StoppedError: Cells of other shares are missing, and no other worker runs.
     """
-    logs = [sweep.directory / f"worker-{number}.log" for number in range(len(cores))]
+    signs = _SignsOfLife(runs, share)
+    logs = [runs / f"worker-{share.index}-{number}.log" for number in range(len(cores))]
     # One process per executor, so that the death of a process affects only its own cell.
     workers = list(map(start_worker, logs, cores))
     running: dict[concurrent.futures.Future[str | None], tuple[int, Cell]] = {}
-    attempts: collections.Counter[Cell] = collections.Counter()
-    failed: dict[Cell, str] = {}
-    total, done = sweep.num_cells(), len(sweep.results())
+    attempts: collections.Counter[str] = collections.Counter()
+    failed: dict[str, str] = {}
     try:
-        with progress.bar(total, unit="cell", description="claims", done=done) as bar:
+        with progress.bar(_SCALED, unit="img", description="claims") as bar:
             while True:
-                for number in set(range(len(workers))) - {number for number, _ in running.values()}:
-                    busy = [cell for _, cell in running.values()]
-                    free = [c for c in sweep.missing() if c not in busy and c not in failed]
+                missing = missing_cells(sweep)
+                _show(bar, sweep)
+                busy = [cell for _, cell in running.values()]
+                free = [
+                    cell
+                    for cell in missing
+                    if cell.is_in_share(share) and cell not in busy and cell.name not in failed
+                ]
+                for number in set(range(len(workers))) - {n for n, _ in running.values()}:
                     if free:
                         cell = choose(free, busy)
-                        config = as_json(sweep.cell_config(cell))
-                        directory = os.fspath(sweep.directory / cell.name)
-                        future = workers[number].submit(_try_cell, cell, config, directory)
-                        running[future] = number, cell
+                        free.remove(cell)
+                        busy.append(cell)
+                        job = _job(sweep, cell, runs)
+                        running[workers[number].submit(_try_job, job)] = number, cell
+                signs.give()
                 if not running:
-                    break
-                for future in concurrent.futures.wait(
-                    running, return_when=concurrent.futures.FIRST_COMPLETED
-                ).done:
+                    others = [c for c in missing if not c.is_in_share(share)]
+                    if failed or not others:
+                        break
+                    if not signs.others_run(patience):
+                        raise StoppedError(
+                            f"{len(others)} cells of other workers are missing, such as "
+                            f"{others[0].name}, and none of these workers runs; start them, and "
+                            "rerun this command"
+                        )
+                    time.sleep(_POLL_SECONDS)
+                    continue
+                ended = concurrent.futures.wait(
+                    running, timeout=_POLL_SECONDS, return_when=concurrent.futures.FIRST_COMPLETED
+                ).done
+                for future in ended:
                     number, cell = running.pop(future)
                     try:
                         error = future.result()
                     except concurrent.futures.process.BrokenProcessPool:
                         error = "its process was killed"
                         workers[number] = start_worker(logs[number], cores[number])
-                    attempts[cell] += 1
+                    attempts[cell.name] += 1
                     if error is None:
                         bar.set_postfix_str(cell.name, refresh=False)
-                        bar.update(1)
-                    elif attempts[cell] == _ATTEMPTS:
-                        failed[cell] = error
+                    elif attempts[cell.name] == _ATTEMPTS:
+                        failed[cell.name] = error
                         _logger.warning(f"{cell.name} failed: {error}; see {logs[number]}")
     finally:
         for worker in workers:
@@ -89,20 +132,70 @@ def run_missing(sweep: Sweep, *, cores: Sequence[int | None]) -> None:
         for process in multiprocessing.active_children():
             process.kill()
     if failed:
-        cell, error = next(iter(failed.items()))
+        name, error = next(iter(failed.items()))
         raise UnusableDataError(
-            f"{len(failed)} of {total} cells failed, {cell.name} first: {error}; rerun the command "
-            "to try them again"
+            f"{len(failed)} cells failed, {name} first: {error}; rerun the command to try them "
+            "again"
         )
 
 
-def choose(free: list[Cell], busy: list[Cell]) -> Cell:
-    """Returns the first free cell of a setting that no worker runs, or else the first of all.
+class _SignsOfLife:
+    """Files by which workers on any machine tell each other that they run."""
 
-    Cells of one setting share their compiled programs, so one worker should compile them.
+    def __init__(self, directory: epath.Path, share: Share):
+        self._directory = directory / "workers"
+        self._own = f"{share.index}-of-{share.count}"
+        self._count = 0
+        self._seen: dict[str, tuple[str, float]] = {}  # content, and when it changed
+        self._directory.mkdir(parents=True, exist_ok=True)
+
+    def give(self) -> None:
+        """Changes the own file."""
+        self._count += 1
+        (self._directory / self._own).write_text(f"{os.getpid()} {self._count}")
+
+    def others_run(self, patience: float) -> bool:
+        """Returns whether another worker's file has changed within some seconds."""
+        now = time.monotonic()
+        for path in self._directory.iterdir():
+            if path.name == self._own:
+                continue
+            content = path.read_text()
+            if self._seen.get(path.name, ("", 0.0))[0] != content:
+                self._seen[path.name] = content, now
+        return any(now - changed < patience for _, changed in self._seen.values())
+
+
+def _show(bar: Any, sweep: Sweep) -> None:
+    """Updates a bar to the costs of the cells that are done, of all that there will be."""
+    cells = make_plan(sweep, assume=True).cells
+    fixed = _IMAGES_PER_EVALUATION * sweep.images.num_train
+    costs = {cell.name: cell.cost + fixed for cell in cells}
+    bar.total = max(1, round(sum(costs.values())))
+    done = round(sum(cost for name, cost in costs.items() if sweep.results.has(name)))
+    if not bar.n:  # what was done before does not count for the time left
+        bar.initial = bar.n = done
+    bar.update(done - bar.n)
+
+
+def _job(sweep: Sweep, cell: Cell, runs: epath.Path) -> Job:
+    return Job(
+        cell=cell,
+        config=as_json(sweep.cell_config(cell)),
+        runs=os.fspath(runs),
+        results=os.fspath(sweep.results.directory),
+        test_split=sweep.config.dataset.test_split,
+        validation=sweep.images.validation,
+    )
+
+
+def choose(free: list[Cell], busy: list[Cell]) -> Cell:
+    """Returns the first free cell of a group that no worker process runs, or else the first of all.
+
+    Cells of one group share their compiled programs, so one process should compile them.
     """
-    others = {cell.setting.name for cell in busy}
-    return min(free, key=lambda cell: cell.setting.name in others)
+    others = {cell.group for cell in busy}
+    return min(free, key=lambda cell: cell.group in others)
 
 
 def start_worker(log: epath.Path, core: int | None) -> concurrent.futures.ProcessPoolExecutor:
@@ -135,141 +228,22 @@ def _begin(log: str, one_device: bool) -> None:
     use_compilation_cache()
 
 
-def _try_cell(cell: Cell, config: dict[str, Any], directory: str) -> str | None:
-    """Runs a cell; returns the error message, or None if it succeeded."""
+def _try_job(job: Job) -> str | None:
+    """Runs a cell and writes its result; returns the error message, or None if it succeeded."""
+    # Imported here because it takes seconds, which --tables_only should not.
+    from music_jax.claims.measure import run_cell
+
+    directory = epath.Path(job.runs) / job.cell.name
     try:
-        run_cell(cell, config, directory)
+        result, arrays = run_cell(
+            job.cell, job.config, os.fspath(directory), job.test_split, job.validation
+        )
+        Results(epath.Path(job.results)).write(job.cell, result, arrays)
+        # Not needed once a cell has its result; a final one keeps its checkpoint.
+        unneeded = ["features", "start"] if job.cell.kind == "final" else [""]
+        for name in unneeded:
+            (directory / name).rmtree(missing_ok=True)
     except Exception as error:
         traceback.print_exc()
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return None
-
-
-def run_cell(cell: Cell, config_json: dict[str, Any], directory: str) -> None:
-    """Trains and measures a cell, resuming if it was interrupted, and writes its result.json."""
-    started, cpu_started = time.monotonic(), time.process_time()
-    config, default = from_json(config_json), default_config()
-    given = {field: get_field(config, field) for field in DATA_FIELDS}  # by the user, not by a run
-    data = {field: value for field, value in given.items() if value != get_field(default, field)}
-    path = open_workdir(directory)
-    start_path = path / "start"
-    result: dict[str, Any] = {"learning_rate": config.optimizer.base_learning_rate, "start": None}
-    try:
-        start = None
-        if cell.setting.collapsed_start:
-            weights = {f"objective.{term}_weight": 0.0 for term in ("diagonal", "cross_segment")}
-            collapsed = from_json(config_json)
-            collapsed.update_from_flattened_dict(weights)
-            state = train_and_evaluate(collapsed, os.fspath(start_path))
-            start = (state.params, state.batch_stats)
-            result["start"] = measure(load_run(os.fspath(start_path), overrides=data))
-        state = train_and_evaluate(config, directory, initial=start)
-        if cell.searching:
-            found = read_final_results(config, path, int(state.step))
-            if found is None:
-                raise UnusableDataError(f"{path} has no labeled images to choose a rate with")
-            result["linear_top1"] = found["linear"]["top1"]
-        else:
-            result |= measure(load_run(directory, overrides=data))
-    except DivergedError as error:
-        result["diverged"] = str(error)
-    result["seconds"] = time.monotonic() - started
-    result["core_seconds"] = time.process_time() - cpu_started
-    # What is not needed once a cell has its result.
-    large = [path / "features", start_path / "features", start_path / "checkpoints"]
-    for folder in (*large, path / "checkpoints") if cell.searching else large:
-        folder.rmtree(missing_ok=True)
-    write_json(path / RESULT, result)
-
-
-def measure(run: Run) -> dict[str, Any]:
-    """Returns the measures of a trained run that the tables show, by name."""
-    found = run_protocols(run, _PROTOCOLS)
-    result = {
-        "linear_top1": found["linear"]["top1"],
-        "knn_top1": found["knn"]["top1"],
-        "ten_shot_top1": found["fewshot"]["top1_by_shots"]["10"]["top1"],
-        "rankme": found["label_free"]["features"]["rankme"],
-        "embedding_rankme": found["label_free"]["embeddings"]["rankme"],
-    }
-    if "segments" in found:
-        segments = found["segments"]
-        result |= {
-            "segment_information": segments["mutual_information"]["mean"] / segments["log_units"],
-            "usage_entropy": segments["usage_entropy_share"],
-            "confidence": segments["confidence"]["mean"],
-            "dead_units": segments["dead_units"] / segments["num_units"],
-        }
-    if "clustering" in found:
-        clusters = found["clustering"]
-        nmi = [segment["nmi"] for segment in clusters["segments"]]
-        result |= {
-            "segment_accuracy": clusters["chosen_segment"]["accuracy"],
-            "segment_purity": clusters["chosen_segment"]["purity"],
-            "joint_code_accuracy": clusters["joint_code"]["accuracy"],
-            "joint_code_nmi": clusters["joint_code"]["nmi"],
-            "segments_label_nmi": nmi,
-            "segments_label_nmi_mean": float(np.mean(nmi)),
-        }
-    return result | _measure_factors(run, result["linear_top1"])
-
-
-def _measure_factors(run: Run, linear_top1: float) -> dict[str, Any]:
-    """Returns measures of each label, if the images have several.
-
-    These are the accuracy of a linear probe of each label, on one view of each image, and, for
-    MUSIC, the normalized mutual information of each segment with each label.
-    """
-    sources, train, test = run.evaluation_sources(), run.train(), run.test()
-    train_labels = label_columns(sources.train, train.indices)
-    if len(train_labels) < 2:
-        return {}
-    test_labels = label_columns(sources.test, test.indices)
-    settings = run.config.linear_eval
-    fields = [field.name for field in dataclasses.fields(ProbeRecipe)]
-    top1 = [linear_top1]  # of the first label, which the run is evaluated with
-    for name in list(train_labels)[1:]:
-        probe = linear_probe(
-            train.features,
-            train_labels[name],
-            test.features,
-            test_labels[name],
-            ProbeRecipe(**{field: settings[field] for field in fields}),
-            num_classes=int(train_labels[name].max()) + 1,
-            feature_scaling=settings.feature_scaling,
-            validation_fraction=settings.validation_fraction,
-            seed=run.config.seed,
-        )
-        top1.append(probe.top1)
-    result: dict[str, Any] = {"factors": list(train_labels), "factor_linear_top1": top1}
-    if run.config.objective.name == "music":
-        labeled = np.flatnonzero(run.unlabeled().labels >= 0)
-        codes = run.probabilities()[labeled].argmax(axis=2)  # [images, segments]
-        result["factor_nmi"] = [
-            [float(normalized_mutual_info_score(test_labels[name], code)) for name in train_labels]
-            for code in codes.T
-        ]
-    return result
-
-
-def label_columns(source: Source, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns all integer labels of some images by name, the source's own label first.
-
-    A label that equals an earlier one of another name is omitted.
-    """
-    first = source.record(int(indices[0]))
-    others = [
-        name
-        for name, value in first.items()
-        if np.ndim(value) == 0 and np.issubdtype(np.asarray(value).dtype, np.integer)
-    ]
-    names = list(dict.fromkeys([source.label_key, *others]))
-    if len(names) == 1:
-        return {names[0]: np.empty(0, np.int32)}
-    rows = [source.record(int(index)) for index in indices]
-    columns: dict[str, np.ndarray] = {}
-    for name in names:
-        column = np.array([int(row[name]) for row in rows])
-        if not any(np.array_equal(column, other) for other in columns.values()):
-            columns[name] = column
-    return columns

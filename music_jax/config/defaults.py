@@ -139,7 +139,8 @@ def default_config() -> config_dict.ConfigDict:
     config.augmentation.local = config_dict.ConfigDict(view.to_dict())  # Of all local views.
 
     config.backbone = config_dict.ConfigDict()
-    # small_resnet, tiny_resnet, resnet18, resnet34, resnet50, vit_s16, vit_b16 or a registered one.
+    # small_resnet, tiny_resnet, pooled_resnet, resnet18, resnet34, resnet50, vit_s16, vit_b16 or a
+    # registered one.
     config.backbone.name = "resnet50"
     config.backbone.remat = False  # Computes each block's activations twice to save memory.
     config.backbone.stem = config_dict.placeholder(str)  # ResNets: imagenet, cifar or strided.
@@ -169,6 +170,7 @@ def default_config() -> config_dict.ConfigDict:
     config.optimizer.weight_decay = 1e-6
     config.optimizer.momentum = 0.9  # lars and sgd.
     config.optimizer.warmup_epochs = 10
+    config.optimizer.min_warmup_steps = 0  # Lengthens a warm-up that has fewer steps.
     config.optimizer.final_scale = 1e-3  # Last learning rate as a fraction of the peak.
 
     config.sharding = config_dict.ConfigDict()

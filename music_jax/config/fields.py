@@ -45,7 +45,7 @@ _INTERVALS = {
     "[0, inf)": "guards.check_*_every_steps guards.loss_spike_deviations guards.max_rewinds"
     " guards.min_effective_rank guards.warmup_steps *.weight_decay *.brightness *.contrast"
     " *.saturation *.noise_std backbone.frozen_stages optimizer.backbone_scale"
-    " online.every_steps",
+    " online.every_steps optimizer.min_warmup_steps",
     "[1, inf)": "*num_epochs *every_steps *.batch_size accumulation_steps *.max_to_keep crop.size"
     " evaluation.view_images few_shot.draws few_shot.shots knn.k knn.more_k projector.*"
     " guards.loss_spike_window guards.collapse_steps sharding.fsdp objective.num_slices"

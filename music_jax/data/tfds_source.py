@@ -126,6 +126,11 @@ def prepare(dataset: config_dict.ConfigDict) -> None:
     builder = _builder(dataset)
     if builder.is_prepared():
         return
+    manual_dir = os.path.expanduser(dataset.manual_dir or "") or None
+    if manual_dir is not None:
+        from music_jax.data.idx import idx_builder
+
+        builder = idx_builder(builder, manual_dir) or builder
     if not type(builder).__module__.startswith("music_jax.data."):
         try:  # most other datasets import it
             os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -142,7 +147,7 @@ def prepare(dataset: config_dict.ConfigDict) -> None:
             ) from error
     options = tfds.download.DownloadConfig(
         try_download_gcs=dataset.try_gcs,
-        manual_dir=os.path.expanduser(dataset.manual_dir or "") or None,
+        manual_dir=manual_dir,
     )
     try:
         builder.download_and_prepare(download_config=options, file_format="array_record")

@@ -59,6 +59,14 @@ BACKBONES |= {
     "small_resnet": _small_resnet(widths=(32, 64), stem_width=24),
     # Narrower, for sweeps of many small runs.
     "tiny_resnet": _small_resnet(widths=(24, 48), stem_width=16),
+    # For comparisons: the global average makes the features of random weights poor.
+    "pooled_resnet": _resnet(
+        block=BasicBlock,
+        stage_sizes=(1, 1, 1),
+        widths=(24, 48, 96),
+        stem_width=16,
+        first_stride=2,
+    ),
     "resnet18": _resnet(block=BasicBlock, stage_sizes=(2, 2, 2, 2), widths=_IMAGENET_WIDTHS),
     "resnet34": _resnet(block=BasicBlock, stage_sizes=(3, 4, 6, 3), widths=_IMAGENET_WIDTHS),
     "resnet50": _resnet(block=Bottleneck, stage_sizes=(3, 4, 6, 3), widths=_IMAGENET_WIDTHS),

@@ -13,6 +13,7 @@ from ml_collections import config_dict
 
 from music_jax.config import from_json, is_centered
 from music_jax.data.augment import ViewAugmentation, local_augmentations, view_augmentations
+from music_jax.errors import UserError
 from music_jax.models.network import Network, make_network
 from music_jax.objectives import (
     barlow_twins_loss,
@@ -171,13 +172,20 @@ def _frozen(config: config_dict.ConfigDict, params: Any) -> Any:
 def _make_schedule(
     config: config_dict.ConfigDict, steps_per_epoch: int, base_learning_rate: float | jax.Array
 ) -> optax.Schedule:
+    optimizer = config.optimizer
+    warmup = max(optimizer.warmup_epochs, optimizer.min_warmup_steps / steps_per_epoch)
+    if optimizer.min_warmup_steps and warmup >= config.num_epochs:
+        raise UserError(
+            f"config.optimizer.min_warmup_steps = {optimizer.min_warmup_steps} is not less than "
+            f"the {config.num_epochs * steps_per_epoch} steps of the training; lower it"
+        )
     return warmup_cosine(
         base_learning_rate,
         batch_size=config.batch_size,
         steps_per_epoch=steps_per_epoch,
         num_epochs=config.num_epochs,
-        warmup_epochs=config.optimizer.warmup_epochs,
-        final_scale=config.optimizer.final_scale,
+        warmup_epochs=warmup,
+        final_scale=optimizer.final_scale,
     )
 
 

@@ -200,11 +200,15 @@ def read_record(path: epath.Path, *, max_bytes: int = _MAX_BYTES) -> dict[str, A
 
 
 def read_npz(
-    path: pathlib.Path | epath.Path, *, max_bytes: int = _MAX_BYTES
+    path: pathlib.Path | epath.Path,
+    *,
+    max_bytes: int = _MAX_BYTES,
+    max_array_bytes: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Reads all arrays of numbers of an .npz file by name.
 
-    The file may come from anyone: its arrays take no more memory than the file itself.
+    The file may come from anyone: its arrays take no more memory than `max_array_bytes`, or by
+    default than the file itself, which a compressed file exceeds.
 
     Raises:
       OSError: The file cannot be read, is larger than `max_bytes`, or is a pipe or a device.
@@ -216,7 +220,7 @@ def read_npz(
         if content.count(_ZIP_ENTRY) > _MAX_ARRAYS:
             raise ValueError(f"it has more than {_MAX_ARRAYS} arrays")
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            left = len(content)
+            left = len(content) if max_array_bytes is None else max_array_bytes
             for entry in archive.infolist():
                 with archive.open(entry) as file:
                     array = read_npy(file, max_bytes=left)

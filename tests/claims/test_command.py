@@ -2,33 +2,29 @@
 
 import json
 import os
+import re
 import signal
 import time
 
 import psutil
 import pytest
-from processes import DIGITS, run, start
+from processes import DIGITS, ROOT, run, start
 
 _CLAIMS = "music_jax.claims"
-_TINY = (
-    "--config.num_epochs=1",
+_SMALL = (
+    DIGITS,
+    "--budget=small",
+    "--config.num_epochs=10",
     "--config.optimizer.warmup_epochs=0",
-    "--config.linear_eval.num_epochs=2",
-    "--config.objective.num_segments=4",
-    "--config.objective.units_per_segment=4",
-    "--only=1",
+    "--config.backbone.name=tiny_resnet",
     "--seeds=2",
+    "--only=1",
 )
-_NUM_CELLS = 4 * (5 + 2) + 2
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return f"--config.dataset.data_dir={tmp_path_factory.mktemp('tfds')}"
+_SEARCHED, _REFERENCES = 4 + 2 + 2, 1 + 1 + 2 + 2
 
 
 def _done(output):
-    return {path: path.stat().st_mtime_ns for path in output.glob("*/*/result.json")}
+    return {path: path.stat().st_mtime_ns for path in output.glob("*/*/**/*.json")}
 
 
 def _workers(process):
@@ -37,60 +33,108 @@ def _workers(process):
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_resumes_with_what_is_missing(tmp_path, data):
-    output, table = tmp_path / "out", tmp_path / "RESULTS.md"
-    arguments = (DIGITS, *_TINY, data, f"--output={output}", f"--results={table}", "--workers=2")
-    process = start(_CLAIMS, *arguments)
-    deadline = time.monotonic() + 300
-    while len(_done(output)) < 3 and time.monotonic() < deadline:
+def test_workers_share_a_comparison_and_another_objective_joins_it(tmp_path):
+    output = tmp_path / "out"
+    arguments = (
+        *_SMALL,
+        f"--config.dataset.data_dir={tmp_path / 'tfds'}",
+        f"--output={output}",
+        f"--runs={tmp_path / 'runs'}",
+        "--workers=1",
+    )
+    compared = (*arguments, "--objectives=vicreg")
+    killed = start(_CLAIMS, *compared, "--worker=0/2")
+    deadline = time.monotonic() + 600
+    while not _done(output) and time.monotonic() < deadline:
         time.sleep(0.1)
-    before = _done(output)
-    workers = _workers(process)
-    assert len(workers) == 2
-    os.kill(workers[0].pid, signal.SIGKILL)  # the sweep starts another one
+    before, workers = _done(output), _workers(killed)
+    os.kill(workers[0].pid, signal.SIGKILL)  # the command starts another one
     time.sleep(1)
-    workers = _workers(process)
-    process.kill()
-    process.communicate()
+    workers = _workers(killed)
+    killed.kill()
+    killed.communicate()
     assert not psutil.wait_procs(workers, timeout=30)[1]  # none is left behind
-    assert len(before) < _NUM_CELLS
+    assert before
 
-    code, out, err = run(_CLAIMS, *arguments, timeout=1800)
-    assert code == 0, err
+    both = [start(_CLAIMS, *compared, f"--worker={i}/2") for i in range(2)]
+    ended = [process.communicate(timeout=1800) for process in both]
+    assert [process.returncode for process in both] == [0, 0], ended
     after = _done(output)
-    assert len(after) == _NUM_CELLS
+    assert len(after) == _SEARCHED + _REFERENCES
     assert before.items() <= after.items()  # what was done was left alone
-    assert f"{_NUM_CELLS}/{_NUM_CELLS}" in err.replace(".0", "")
+    (table,) = json.loads((output / "claims.json").read_text())["claims"]
+    assert {row["series"]: row["seeds"] for row in table["rows"]} == {
+        "vicreg": 2, "raw_pixels": 1, "hog_svm": 1, "random_backbone": 2, "supervised": 2,
+    }  # fmt: skip
+    for row in table["rows"]:
+        assert 0.2 < row["measures"]["linear_top1"]["mean"] < 1
+
+    pages = [(output / name).read_bytes() for name in ("claims.json", "claims.csv")]
+    code, out, err = run(_CLAIMS, *compared, "--tables_only")
+    assert code == 0, err
     assert "1. Objectives" in out
+    assert [(output / name).read_bytes() for name in ("claims.json", "claims.csv")] == pages
 
-    tables = json.loads((output / "claims.json").read_text())["claims"]
-    assert [row["seeds"] for row in tables[0]["rows"]] == [2] * 5
-    for row in tables[0]["rows"]:
-        assert 0.1 < row["measures"]["linear_top1"]["mean"] < 1
-        assert ("joint_code_accuracy" in row["measures"]) == (row["series"] == "music")
-    assert (output / "claim-1.png").exists()
-    assert f"{_NUM_CELLS} of {_NUM_CELLS} cells done" in table.read_text()
-
-    code, out, _ = run(_CLAIMS, *arguments)
-    assert code == 0
-    assert _done(output) == after
+    page = (ROOT / "docs" / "how_to" / "claims.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "my_objective.py").write_text(example)
+    joined = (*arguments, "--objectives=vicreg,mine", "--import=my_objective")
+    process = start(_CLAIMS, *joined, env={"PYTHONPATH": str(tmp_path)})
+    out, err = process.communicate(timeout=1800)
+    assert process.returncode == 0, err
+    assert len(_done(output)) == len(after) + _SEARCHED
+    assert after.items() <= _done(output).items()
+    assert "mine minus vicreg, linear: " in out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((), "--config=FILE is missing"),
-        ((DIGITS, "--seeds=0"), "--seeds must be at least 1; got 0"),
-        ((DIGITS, "--only=9"), "no claim '9'"),
+        ((DIGITS, "--seeds=0"), "--seeds=0"),
+        ((DIGITS, "--only=9"), "there is no claim '9'"),
+        ((DIGITS, "--budget=tiny"), "--budget=tiny"),
+        ((DIGITS, "--worker=2/2"), "--worker=2/2: give I/N with I from 0 to N - 1"),
+        ((DIGITS, "--worker=1"), "--worker=1: give I/N"),
+        ((DIGITS, "--objectives=music,mine"), "'mine' is neither one of music, music_centered"),
         ((DIGITS, "--tables_only", "--workers=0"), "--workers=0"),
-        ((DIGITS, "--tables_only", "--results={tmp}"), "cannot be written: it is a directory"),
-        ((DIGITS, "--tables_only", "--results=/dev/null/R.md"), "R.md cannot be written"),
         ((DIGITS, "--config.knn.k=0"), "config.knn.k must be at least 1; got 0"),
+        ((DIGITS, "--config.dataset.path=/photos"), "leave config.dataset.path unset"),
     ],
 )
 def test_wrong_input_is_one_clear_line(tmp_path, arguments, message):
-    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
-    code, _, err = run(_CLAIMS, *arguments, f"--output={tmp_path / 'sweep'}")
-    assert code == 2
+    output = (f"--output={tmp_path / 'out'}", f"--runs={tmp_path / 'runs'}")
+    code, out, err = run(_CLAIMS, *arguments, *output)
+    assert (code, out) == (2, "")
     assert message in err
     assert "Traceback" not in err
+    assert err.count("\n") == 1
+
+
+def test_cells_of_a_worker_that_does_not_run_are_named(tmp_path, monkeypatch):
+    import faked_claims as faked
+
+    from music_jax.distributed.shares import Share
+from music_jax.claims import run_cells
+    from music_jax.claims.planning import missing_cells
+    from music_jax.errors import StoppedError
+
+    sweep = faked.make_sweep(tmp_path / "out", methods=("vicreg",))
+    runs = faked.epath.Path(tmp_path / "runs")
+    mine = [cell for cell in missing_cells(sweep) if cell.is_in_share(Share(1, 3))]
+    for cell in mine:
+        faked.finish(sweep, cell)
+    monkeypatch.setattr(run_cells, "_POLL_SECONDS", 0.1)
+    other = run_cells._SignsOfLife(runs, (0, 3))
+    other.give()
+    assert not other.others_run(10.0)
+    own = run_cells._SignsOfLife(runs, (1, 3))
+    assert own.others_run(0.2)
+    time.sleep(0.3)
+    assert not own.others_run(0.2)
+    other.give()
+    assert own.others_run(0.2)
+    begun = time.monotonic()
+    with pytest.raises(StoppedError, match=r"cells of other workers are missing, such as search"):
+        run_cells.run_missing(sweep, runs=runs, cores=[], share=Share(1, 3), patience=1.0)
+    assert 1.0 < time.monotonic() - begun < 10.0  # waited for the other's sign of life

@@ -1,56 +1,22 @@
-"""One cell: its training, its measures and its labels; and the workers that run the cells."""
+"""One cell: its training, its measures and its labels; and the process that runs it."""
 
-import json
+import dataclasses
 import os
-import runpy
 
+import faked_claims as faked
+import jax
 import numpy as np
 import pytest
 import threadpoolctl
 from etils import epath
-from processes import ROOT
-from sklearn.metrics import normalized_mutual_info_score
+from sklearn.metrics import mutual_info_score
 
-from music_jax.claims import run_cells
-from music_jax.claims.grid import Setting
-from music_jax.claims.sweep import Cell
-from music_jax.data.datasets import EvaluationSources
+from music_jax.claims import measure, references, run_cells
+from music_jax.claims.cells import Cell, Results
+from music_jax.claims.planning import make_plan
 from music_jax.data.sources import Source
 from music_jax.errors import DivergedError
-from music_jax.evaluation.features import SplitFeatures
 from music_jax.workdir.run_config import as_json
-
-_ALWAYS = {"learning_rate", "start", "seconds", "core_seconds"}
-_GENERAL = {"linear_top1", "knn_top1", "ten_shot_top1", "rankme", "embedding_rankme"}
-_SEGMENTS = {
-    "segment_information", "usage_entropy", "confidence", "dead_units", "segment_accuracy",
-    "segment_purity", "joint_code_accuracy", "joint_code_nmi", "segments_label_nmi",
-    "segments_label_nmi_mean",
-}  # fmt: skip
-
-
-def _config(data, **fields):
-    config = runpy.run_path(str(ROOT / "configs" / "digits.py"))["get_config"]()
-    config.update_from_flattened_dict(
-        {
-            "dataset.data_dir": str(data),
-            "num_epochs": 1,
-            "optimizer.warmup_epochs": 0,
-            "backbone.name": "tiny_resnet",
-            "optimizer.name": "lars",  # optax.adamw needs implicit promotion, which tests forbid
-            "objective.num_segments": 4,
-            "objective.units_per_segment": 4,
-            "linear_eval.num_epochs": 2,
-            "linear_eval.raw_pixels": False,
-            "linear_eval.random_init": False,
-            "few_shot.shots": (10,),
-            "few_shot.draws": 2,
-            "evaluation.view_images": 8,
-            "evaluation.num_views": 2,
-            **fields,
-        }
-    )
-    return config
 
 
 @pytest.fixture(scope="module")
@@ -58,155 +24,151 @@ def data(tmp_path_factory):
     return tmp_path_factory.mktemp("tfds")
 
 
-def _run(directory, config, *, searching=False, collapsed_start=False):
-    setting = Setting("music", "music", collapsed_start=collapsed_start)
-    cell = Cell(setting, config.optimizer.base_learning_rate, config.seed, searching)
-    run_cells.run_cell(cell, as_json(config), str(directory))
-    return json.loads((directory / "result.json").read_text())
+def _sweep(tmp_path, data, **options):
+    config = faked.load("digits")
+    config.dataset.data_dir = str(data)
+    config.num_epochs = 10
+    config.optimizer.warmup_epochs = 0
+    config.optimizer.name = "lars"  # optax.adamw needs implicit promotion, which tests forbid
+    config.backbone.name = "tiny_resnet"
+    return faked.make_sweep(tmp_path / "results", config=config, seeds=2, **options)
+
+
+def _run(sweep, tmp_path, name, **fields):
+    cells = {cell.name: cell for cell in make_plan(sweep, assume=True).cells}
+    cell = dataclasses.replace(cells[name], fields={**cells[name].fields, **fields})
+    error = run_cells._try_job(run_cells._job(sweep, cell, epath.Path(tmp_path / "runs")))
+    assert error is None, error
+    return cell, sweep.results.read(cell)
 
 
 @pytest.mark.slow
-def test_a_cell_starts_from_a_collapse_and_is_measured(tmp_path, data):
-    result = _run(tmp_path / "cell", _config(data), collapsed_start=True)
-    assert (
-        set(result) == {"learning_rate", "start", "seconds", "core_seconds"} | _GENERAL | _SEGMENTS
-    )
-    assert set(result["start"]) == _GENERAL | _SEGMENTS
-    assert result["start"]["linear_top1"] != result["linear_top1"]
-    assert len(result["segments_label_nmi"]) == 4
-    shares = _GENERAL - {"rankme", "embedding_rankme"} | _SEGMENTS - {"segments_label_nmi"}
-    assert all(0 <= result[name] <= 1 for name in shares)
-    assert not list((tmp_path / "cell").glob("**/features"))
-    assert (tmp_path / "cell" / "checkpoints").exists()
+def test_a_final_cell_is_measured_on_test_images_and_its_predictions_are_kept(tmp_path, data):
+    sweep = _sweep(tmp_path, data)
+    cell, result = _run(sweep, tmp_path, "final/music/01")
+    kept = sweep.results.predictions(cell)
+    labels = sweep.results.labels()
+    assert len(labels) == 360
+    assert np.mean(kept["linear"] == labels) == pytest.approx(result["linear_top1"])
+    assert np.mean(kept["knn"] == labels) == pytest.approx(result["knn_top1"])
+    assert 0.3 < result["ten_shot_top1"] < 1
+    assert result["linear_top1"] != result["validation_top1"]
+    assert result["first_grad_norm"] > 0
+    assert result["converged"]
+    assert result["segment_information"] > result["null_information"]
+    assert (tmp_path / "runs" / cell.name / "checkpoints").exists()
+    assert not list((tmp_path / "runs").glob("**/features"))
 
 
 @pytest.mark.slow
-def test_a_cell_of_a_search_has_only_the_linear_probe(tmp_path, data):
-    config = _config(data, **{"objective.name": "vicreg", "knn.enabled": False})
-    result = _run(tmp_path / "cell", config, searching=True)
-    assert set(result) == _ALWAYS | {"linear_top1"}
-    probe = json.loads((tmp_path / "cell" / "linear_eval.json").read_text())
-    assert result["linear_top1"] == probe["top1"]
-    assert not (tmp_path / "cell" / "checkpoints").exists()
+def test_a_cell_of_a_search_has_only_the_probe_of_validation_images(tmp_path, data):
+    sweep = _sweep(tmp_path, data)
+    cell, result = _run(sweep, tmp_path, "search/vicreg/01")
+    assert {"validation_top1", "penalty", "converged"} < set(result)
+    assert not {"linear_top1", "knn_top1"} & set(result)
+    assert not (tmp_path / "results" / f"{cell.name}.npz").exists()
+    assert not (tmp_path / "results" / "labels.npz").exists()
+    assert not (tmp_path / "runs" / cell.name).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["constant", "saturated"])
+def test_all_methods_start_from_the_same_collapse(tmp_path, data, start):
+    sweep = _sweep(tmp_path, data, methods=("music_centered", "vicreg"), claims=(5,))
+    found = [
+        _run(sweep, tmp_path, f"start={start}/{method}/00", num_epochs=8)[1]["start_state"]
+        for method in ("music_centered", "vicreg")
+    ]
+    assert found[0]["embedding_std"] == pytest.approx(found[1]["embedding_std"], rel=1e-4)
+    assert found[0]["embedding_std"] < 0.7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("raw_pixels", 0.85), ("hog_svm", 0.6), ("random_backbone", 0.5), ("supervised", 0.2)],
+)
+def test_references_are_measured_on_the_same_images(tmp_path, data, name, least):
+    sweep = _sweep(tmp_path, data)
+    with jax.numpy_dtype_promotion("standard"):  # for the schedules of optax
+        cell, result = _run(sweep, tmp_path, f"final/{name}/00")
+    kept = sweep.results.predictions(cell)
+    assert np.mean(kept["linear"] == sweep.results.labels()) == result["linear_top1"] > least
+    assert ("knn" in kept) == (name in ("raw_pixels", "random_backbone"))
 
 
 def test_a_training_that_diverges_is_a_result(tmp_path, data, monkeypatch):
     def train_and_evaluate(config, workdir, *, initial):
         raise DivergedError("the loss was not finite at step 4")
 
-    monkeypatch.setattr(run_cells, "train_and_evaluate", train_and_evaluate)
-    result = _run(tmp_path / "cell", _config(data))
+    monkeypatch.setattr(measure, "train_and_evaluate", train_and_evaluate)
+    sweep = _sweep(tmp_path, data)
+    _, result = _run(sweep, tmp_path, "final/vicreg/00")
     assert result["diverged"] == "the loss was not finite at step 4"
     assert "linear_top1" not in result
 
 
-def _source(labels):
-    records = [
-        {"image": b"", "area": 0.5, **{name: int(column[i]) for name, column in labels.items()}}
-        for i in range(len(labels["label"]))
-    ]
-    return Source("shapes:train", records, "image", "label", num_classes=4)
+def test_a_cell_that_fails_names_the_error(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(measure, "train_and_evaluate", lambda *_, **__: 1 / 0)
+    sweep = _sweep(tmp_path, data)
+    cell = make_plan(sweep).cells[0]
+    error = run_cells._try_job(run_cells._job(sweep, cell, epath.Path(tmp_path / "runs")))
+    assert error == "ZeroDivisionError: division by zero"
+    assert Results(sweep.results.directory).read(cell) is None
+
+
+def test_the_information_of_segments_is_compared_with_permutations():
+    rng = np.random.default_rng(0)
+    codes = rng.integers(4, size=(300, 3))
+    codes[:, 1] = (codes[:, 0] + (rng.random(300) < 0.3)) % 4  # depends on segment 0
+    found = measure.measure_codes(np.eye(4)[codes], seed=1)
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    expected = np.mean([mutual_info_score(codes[:, a], codes[:, b]) for a, b in pairs])
+    assert found["segment_information"] * np.log(4) == pytest.approx(expected, rel=1e-4)
+    # The expectation under independence is about (K - 1)² / 2N.
+    assert found["null_information"] * np.log(4) == pytest.approx(9 / 600, rel=0.15)
+    assert found["null_p"] == 0.01  # the smallest of 99 permutations
+    assert found["dependent_pairs"] == pytest.approx(1 / 3)
+    codes = np.random.default_rng(2).integers(4, size=(300, 3))
+    assert measure.measure_codes(np.eye(4)[codes], seed=1)["null_p"] > 0.1
+
+
+def test_the_spread_of_embeddings_is_1_without_a_mean_and_0_without_a_difference():
+    x = np.random.default_rng(0).normal(size=(500, 8))
+    assert measure._normalized_std(x) == pytest.approx(1.0, abs=0.01)
+    assert measure._normalized_std(np.ones((5, 3))) == 0.0
+    assert measure._normalized_std(np.zeros((5, 3))) == 0.0
 
 
 def test_all_labels_of_the_chosen_images_are_read_once():
-    rng = np.random.default_rng(0)
-    label, hue = rng.integers(4, size=(2, 30))
-    source = _source({"hue": hue, "label": label, "shape": label})
-    columns = run_cells.label_columns(source, np.array([3, 5, 29]))
+    label, hue = np.random.default_rng(0).integers(4, size=(2, 30))
+    records = [
+        {"image": b"", "area": 0.5, "hue": int(h), "label": int(x), "shape": int(x)}
+        for x, h in zip(label, hue, strict=True)
+    ]
+    source = Source("shapes:train", records, "image", "label", num_classes=4)
+    columns = measure.label_columns(source, np.array([3, 5, 29]))
     assert list(columns) == ["label", "hue"]  # shape is the label under another name
     np.testing.assert_array_equal(columns["hue"], hue[[3, 5, 29]])
     np.testing.assert_array_equal(columns["label"], label[[3, 5, 29]])
 
 
-class _Run:
-    """Features that hold the label, and segments of which two are the labels and two are noise."""
+def test_classifiers_are_the_ones_they_are_named_after(tmp_path, data):
+    class Run:
+        config, num_classes = _sweep(tmp_path, data).config, 4
 
-    def __init__(self, config):
-        self.config = config
-        self._splits, sources = [], []
-        for seed, samples in enumerate((800, 400)):
-            rng = np.random.default_rng(seed)
-            labels = {name: rng.integers(4, size=samples) for name in ("label", "hue")}
-            self.codes = [*labels.values(), *rng.integers(4, size=(2, samples))]
-            features = np.eye(4)[labels["label"]] + rng.normal(scale=0.1, size=(samples, 4))
-            arrays = {"features": features.astype(np.float32)}
-            self._splits.append(SplitFeatures(arrays, labels["label"], np.arange(samples)))
-            sources.append(_source(labels))
-        self.sources = EvaluationSources(*sources)
-
-    def evaluation_sources(self):
-        return self.sources
-
-    def train(self):
-        return self._splits[0]
-
-    def test(self):
-        return self._splits[1]
-
-    unlabeled = test
-
-    def probabilities(self):
-        return np.stack([np.eye(4)[code] for code in self.codes], axis=1)
-
-
-def test_each_label_has_a_probe_and_shares_information_with_each_segment(tmp_path):
-    run = _Run(_config(tmp_path, **{"linear_eval.num_epochs": 20}))
-    found = run_cells._measure_factors(run, 0.99)
-    assert found["factors"] == ["label", "hue"]
-    assert found["factor_linear_top1"][0] == 0.99
-    assert found["factor_linear_top1"][1] < 0.4  # the features do not hold it
-    expected = [
-        [normalized_mutual_info_score(labels, code) for labels in run.codes[:2]]
-        for code in run.codes
-    ]
-    np.testing.assert_allclose(found["factor_nmi"], expected, atol=1e-9)
-    np.testing.assert_allclose(np.diag(expected[:2]), 1)
-    run.config.objective.name = "vicreg"
-    assert set(run_cells._measure_factors(run, 0.99)) == {"factors", "factor_linear_top1"}
-
-
-def test_each_measure_of_a_cell_is_the_one_it_is_named_after(monkeypatch):
-    found = {
-        "linear": {"top1": 0.11},
-        "knn": {"top1": 0.12},
-        "fewshot": {"top1_by_shots": {"1": {"top1": 0.13}, "10": {"top1": 0.14}}},
-        "label_free": {"features": {"rankme": 15.0}, "embeddings": {"rankme": 16.0}},
-        "segments": {
-            "mutual_information": {"mean": 0.5},
-            "log_units": 2.0,
-            "usage_entropy_share": 0.17,
-            "confidence": {"mean": 0.18},
-            "dead_units": 3,
-            "num_units": 12,
-        },
-        "clustering": {
-            "segments": [{"nmi": 0.2}, {"nmi": 0.4}],
-            "chosen_segment": {"accuracy": 0.21, "purity": 0.22},
-            "joint_code": {"accuracy": 0.23, "nmi": 0.24},
-        },
-    }
-    monkeypatch.setattr(run_cells, "run_protocols", lambda run, names: found)
-    monkeypatch.setattr(run_cells, "_measure_factors", lambda run, linear_top1: {})
-    measured = run_cells.measure(None)
-    assert measured.pop("segments_label_nmi") == [0.2, 0.4]
-    assert measured == pytest.approx(
-        {
-            "linear_top1": 0.11,
-            "knn_top1": 0.12,
-            "ten_shot_top1": 0.14,
-            "rankme": 15.0,
-            "embedding_rankme": 16.0,
-            "segment_information": 0.25,
-            "usage_entropy": 0.17,
-            "confidence": 0.18,
-            "dead_units": 0.25,
-            "segment_accuracy": 0.21,
-            "segment_purity": 0.22,
-            "joint_code_accuracy": 0.23,
-            "joint_code_nmi": 0.24,
-            "segments_label_nmi_mean": 0.3,
-        }
-    )
+    rng = np.random.default_rng(0)
+    centers = rng.normal(size=(4, 6))
+    parts = []
+    for count in (400, 100, 200):
+        labels = rng.integers(4, size=count)
+        features = centers[labels] + 0.8 * rng.normal(size=(count, 6))
+        parts.append((features.astype(np.float32), labels))
+    result, arrays = references.classify(*parts, Run)
+    assert set(arrays) == {"linear", "knn", "labels"}
+    for name, measured in (("linear", "linear_top1"), ("knn", "knn_top1")):
+        assert np.mean(arrays[name] == parts[2][1]) == result[measured]
+    assert 0.5 < result["ten_shot_top1"] < result["linear_top1"] < 1
 
 
 def test_a_worker_uses_only_its_core_from_the_start(tmp_path):
@@ -218,3 +180,12 @@ def test_a_worker_uses_only_its_core_from_the_start(tmp_path):
     assert {library["num_threads"] for library in libraries} == {1}
     assert os.sched_getaffinity(0) == before
     assert (tmp_path / "worker-0.log").exists()
+
+
+def test_a_reference_needs_no_training_to_be_planned(tmp_path, data):
+    cells = {cell.name: cell for cell in make_plan(_sweep(tmp_path, data)).cells}
+    found: list[Cell] = [cell for cell in cells.values() if cell.reference]
+    assert [cell.reference for cell in found if cell.index == 0] == [
+        "raw_pixels", "hog_svm", "random_backbone", "supervised",
+    ]  # fmt: skip
+    assert as_json(_sweep(tmp_path, data).cell_config(found[0]))["dataset"]["test_split"] == ""

@@ -47,6 +47,7 @@ def test_resnets_have_as_many_parameters_as_torchvisions(name):
     [
         ("small_resnet", "strided", 28, 1024),
         ("small_resnet", "cifar", 8, 1024),
+        ("pooled_resnet", "strided", 28, 96),
         ("resnet18", "cifar", 32, 512),
         ("resnet50", "imagenet", 64, 2048),
     ],

@@ -132,6 +132,7 @@ _VALUES = {
         "weight_decay": 0.01,
         "momentum": 0.7,
         "warmup_epochs": 1,
+        "min_warmup_steps": 2,
         "final_scale": 0.05,
     },
     "sharding": {"fsdp": 1},

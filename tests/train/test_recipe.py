@@ -11,6 +11,7 @@ import pytest
 from ml_collections import config_dict
 
 from music_jax.config import default_config
+from music_jax.errors import UserError
 from music_jax.exchange.weights import tensors_by_name, torch_names
 from music_jax.models.network import init_network
 from music_jax.objectives import music_terms
@@ -277,3 +278,18 @@ def test_the_schedule_is_that_of_the_config(step):
     cosine = 0.5 * (1 + math.cos(math.pi * (step - 15) / 20))
     expected = peak * step / 15 if step < 15 else peak * (0.02 + 0.98 * cosine)
     assert _make_schedule(config, 5, 0.4)(step) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_short_warmup_is_lengthened_to_its_least_steps():
+    config = default_config()
+    config.dataset.name = "digits"
+    config.num_epochs, config.batch_size = 20, 256
+    config.optimizer.warmup_epochs, config.optimizer.min_warmup_steps = 1, 100
+    schedule = make_recipe(config, 12).schedule  # an epoch has 12 steps
+    peak = config.optimizer.base_learning_rate
+    assert schedule(50) == pytest.approx(peak / 2)
+    assert schedule(100) == pytest.approx(peak)
+    assert make_recipe(config, 200).schedule(200) == pytest.approx(peak)  # one epoch is longer
+    assert make_recipe(config, 200).schedule(100) == pytest.approx(peak / 2)
+    with pytest.raises(UserError, match="min_warmup_steps = 100 is not less than the 100 steps"):
+        _ = make_recipe(config, 5).schedule

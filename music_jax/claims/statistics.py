@@ -1,0 +1,140 @@
+"""Statistics of comparisons: paired differences, equivalence, and corrections for their number."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import scipy.stats
+
+Values = Sequence[float] | np.ndarray
+
+
+class Difference(NamedTuple):
+    """The mean difference of paired values, with an interval and a p-value."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+def paired_difference(a: Values, b: Values, *, confidence: float = 0.95) -> Difference | None:
+    """Compares paired values by Student's t-test.
+
+    Args:
+      a: Values, [pairs].
+      b: Values of the same seeds in the same order, [pairs].
+      confidence: Probability that the interval contains the true difference.
+
+    Returns:
+      The mean of a - b, its interval, and the two-sided p-value; None for fewer than two pairs.
+
+    Raises:
+      ValueError: The numbers of values differ.
+    """
+    differences = _differences(a, b)
+    if len(differences) < 2:
+        return None
+    mean, error, freedom = _moments(differences)
+    half = error * float(scipy.stats.t.ppf((1 + confidence) / 2, freedom))
+    if error == 0:
+        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0)
+    p = 2 * float(scipy.stats.t.sf(abs(mean) / error, freedom))
+    return Difference(mean, mean - half, mean + half, p)
+
+
+def equivalence(a: Values, b: Values, *, margin: float) -> Difference | None:
+    """Tests by two one-sided t-tests (TOST) whether paired values differ by less than a margin.
+
+    Returns:
+      The mean of a - b, its 90 % interval, which lies within the margin if p < 0.05, and the
+      larger p-value of the two tests; None for fewer than two pairs.
+
+    Raises:
+      ValueError: The numbers of values differ.
+
+    Reference:
+      Schuirmann, A comparison of the two one-sided tests procedure, 1987
+    """
+    found = paired_difference(a, b, confidence=0.9)
+    if found is None:
+        return None
+    mean, error, freedom = _moments(_differences(a, b))
+    if error == 0:
+        return found._replace(p=0.0 if abs(mean) < margin else 1.0)
+    above = float(scipy.stats.t.sf((mean + margin) / error, freedom))
+    below = float(scipy.stats.t.cdf((mean - margin) / error, freedom))
+    return found._replace(p=max(above, below))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusts p-values for their number by Holm's step-down method.
+
+    Example:
+      >>> from music_jax.claims.statistics import holm
+      >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
+      [0.03, 0.06, 0.06]
+
+    Reference:
+      Holm, A simple sequentially rejective multiple test procedure, 1979
+    """
+    count, largest = len(p_values), 0.0
+    adjusted = [0.0] * count
+    for rank, i in enumerate(sorted(range(count), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (count - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def crossed_bootstrap(
+    correct_a: np.ndarray,
+    correct_b: np.ndarray,
+    *,
+    samples: int,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    """Returns an interval of the difference of two accuracies over other seeds and test images.
+
+    Each bootstrap sample draws seeds and images with replacement, independently of each other; both
+    methods get the same ones. The interval is that of the percentiles.
+
+    Args:
+      correct_a: Whether each prediction of one method is correct, bool [seeds, images].
+      correct_b: Those of the other method, for the same seeds and images.
+      samples: Number of bootstrap samples.
+      seed: Seed of the draws.
+      confidence: Probability that the interval contains the true difference.
+
+    Raises:
+      ValueError: The shapes differ.
+
+    Reference:
+      Owen, The pigeonhole bootstrap, 2007
+    """
+    if correct_a.shape != correct_b.shape or correct_a.ndim != 2:
+        raise ValueError(
+            f"expected two arrays [seeds, images]; got {correct_a.shape} and {correct_b.shape}"
+        )
+    difference = correct_a.astype(np.float32) - correct_b.astype(np.float32)
+    seeds, images = difference.shape
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    means = np.empty(samples)
+    for i in range(samples):
+        by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds)) / seeds
+        by_image = np.bincount(rng.integers(images, size=images), minlength=images) / images
+        means[i] = by_seed @ (difference @ by_image.astype(np.float32))
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def _differences(a: Values, b: Values) -> np.ndarray:
+    if len(a) != len(b):
+        raise ValueError(f"expected pairs of values; got {len(a)} and {len(b)}")
+    return np.asarray(a, np.float64) - np.asarray(b, np.float64)
+
+
+def _moments(differences: np.ndarray) -> tuple[float, float, int]:
+    """Returns the mean, its standard error and the degrees of freedom."""
+    error = differences.std(ddof=1) / np.sqrt(len(differences))
+    return float(differences.mean()), float(error), len(differences) - 1
