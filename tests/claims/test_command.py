@@ -94,8 +94,8 @@ def test_workers_share_a_comparison_and_another_objective_joins_it(tmp_path):
         ((DIGITS, "--seeds=0"), "--seeds=0"),
         ((DIGITS, "--only=9"), "there is no claim '9'"),
         ((DIGITS, "--budget=tiny"), "--budget=tiny"),
-        ((DIGITS, "--worker=2/2"), "--worker=2/2: give I/N with I from 0 to N - 1"),
-        ((DIGITS, "--worker=1"), "--worker=1: give I/N"),
+        ((DIGITS, "--worker=2/2"), "--worker=2/2 must be I/N"),
+        ((DIGITS, "--worker=1"), "--worker=1 must be I/N"),
         ((DIGITS, "--objectives=music,mine"), "'mine' is neither one of music, music_centered"),
         ((DIGITS, "--tables_only", "--workers=0"), "--workers=0"),
         ((DIGITS, "--config.knn.k=0"), "config.knn.k must be at least 1; got 0"),
@@ -114,9 +114,9 @@ def test_wrong_input_is_one_clear_line(tmp_path, arguments, message):
 def test_cells_of_a_worker_that_does_not_run_are_named(tmp_path, monkeypatch):
     import faked_claims as faked
 
-    from music_jax.distributed.shares import Share
-from music_jax.claims import run_cells
+    from music_jax.claims import run_cells
     from music_jax.claims.planning import missing_cells
+    from music_jax.distributed.shares import Share
     from music_jax.errors import StoppedError
 
     sweep = faked.make_sweep(tmp_path / "out", methods=("vicreg",))
