@@ -30,12 +30,16 @@ def test_a_run_on_images_of_several_classes_is_probed_evaluated_and_reported(tmp
         "--config.linear_eval.num_epochs=20",
         "--config.linear_eval.batch_size=16",
         "--config.online_probe.enabled=true",
+        "--config.online.every_steps=4",
+        "--config.online.num_images=64",
+        "--config.online.view_images=64",
         "--config.tensorboard=false",
         f"--workdir={workdir}",
     )
     code, out, err = run(*arguments)
     assert code == 0, err
     assert "the online probe is off" in out
+    assert "online_knn is not measured: the images of tags:train may have several" in out + err
     assert "linear mAP" in out
     linear = json.loads((workdir / "linear_eval.json").read_text())
     assert list(linear["average_precision_by_class"]) == ["even", "odd", "large"]
