@@ -5,6 +5,14 @@ export ACCELERATOR=${ACCELERATOR:-cuda13}
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
+# Whether Slurm requeues the job at its end: from 24.05 on, if the job was preempted. Requeued by the script as well, it
+# would run once more after it is done.
+requeues_by_itself() {
+  local version first=24.05
+  version=$(scontrol --version)
+  [[ ${version##* } > $first && $(scontrol show job "$SLURM_JOB_ID") == *PreemptTime=[0-9]* ]]
+}
+
 # run_job MODULE ARGUMENT...: --dry-run among the arguments prints the options of the script and the command instead.
 run_job() {
   # music_jax ends all processes of a run when one fails; Slurm would kill them while they save. --wait: if a node is
@@ -32,11 +40,13 @@ run_job() {
   if ((code == 75 || code == 143)); then
     # A canceled job is completing instead of running.
     state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) || state=RUNNING
-    if [[ $state == RUNNING ]]; then
+    if [[ $state != RUNNING ]]; then
+      echo "stopped by a signal; the job is $state: not requeued" >&2
+    elif requeues_by_itself; then
+      echo "stopped by a preemption; Slurm requeues the job" >&2
+    else
       echo "stopped by a signal; requeueing" >&2
       scontrol requeue "$SLURM_JOB_ID"
-    else
-      echo "stopped by a signal; the job is $state: not requeued" >&2
     fi
   fi
   exit "$code"
