@@ -82,9 +82,11 @@ def register_dataset(name: str, open: Callable[..., Any]) -> None:
         `config.dataset.options`. It returns None if there is no such split, or else an object with
         `len()` and `[index]`, which may be called by several threads. `[index]` returns a
         dictionary: `image` is uint8 [height, width, channels] or the bytes of an image file, and
-        `label`, if there is one, an integer from 0. The object may have the attributes `labels`,
-        integers [images] with -1 for none, which saves reading all records for them, and
-        `class_names`.
+        `label`, if there is one, an integer from 0. For images of several classes it is an array
+        with an element for each class, 1, 0 or -1 for unknown, or else, with `class_names`, a list
+        of the numbers of the image's classes. The object may have the attributes `labels`, integers
+        [images] with -1 for none, or [images, classes], which saves reading all records for them,
+        and `class_names`.
 
     Raises:
       ValueError: The name is not valid.

@@ -231,8 +231,40 @@ def test_labels_as_an_attribute_save_reading_the_records():
 
 
 @pytest.mark.parametrize(
+    ("labels", "names", "expected"),
+    [
+        ([[1, 0, -1], [0, 0, 1]], "", [[1, 0, -1], [0, 0, 1]]),
+        (np.asarray([[1, 0], [1, 1]]), "", [[1, 0], [1, 1]]),
+        ([np.asarray([True, False]), None], "ab", [[1, 0], [-1, -1]]),
+        ([[2], [0, 1], [], -1], "abc", [[0, 0, 1], [1, 1, 0], [0, 0, 0], [-1, -1, -1]]),
+        ([[1, 0, 1], (2, 0)], "abc", [[1, 0, 1], [1, 0, 1]]),
+    ],
+)
+@pytest.mark.parametrize("as_attribute", [True, False])
+def test_an_image_may_have_several_classes(labels, names, expected, as_attribute):
+    records = _Images(np.zeros((len(labels), 8, 8, 1), np.uint8), [*labels])
+    if names:
+        records.class_names = names
+    if as_attribute:
+        records.labels = labels
+    source = _source(records)
+    assert (source.multi_label, source.num_classes) == (True, len(expected[0]))
+    assert source.class_names == tuple(names or map(str, range(len(expected[0]))))
+    assert source.labels().tolist() == expected
+    assert [source.example(i)[1].tolist() for i in range(len(labels))] == expected
+    others = source.no_labels(2)
+    assert (others.dtype, others.shape) == (np.int8, (2, len(expected[0])))
+
+
+@pytest.mark.parametrize(
     ("records", "expected"),
     [
+        ([{"image": b"", "label": [1]}, {"image": b"", "label": [0, 2]}], "attribute class_names"),
+        (_Images([b""], [[1]], class_names="ab"), "expected 2 elements of -1, 0 or 1; got"),
+        ([{"image": b"", "label": [1, 2]}] * 2, "the label 0 of mine:train cannot be used: expe"),
+        ([{"image": b"", "label": [0.5, 1]}] * 2, "the label 0 of .*float64"),
+        (_Images([b""], labels=[[0, 3]], class_names="abc"), "numbers of classes below 3"),
+        (_Images([b""], labels=np.eye(2, dtype=int)), "must be 1 integers"),
         (7, "must give an object with len"),
         ([], "has no images"),
         (["a"], "must be dictionaries with the key 'image'"),

@@ -1,5 +1,6 @@
 """`python -m music_jax.claims`: test the paper's claims with a resumable sweep of trainings."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from etils import epath
 
 from music_jax import cli
 from music_jax.distributed import usable_cores
-from music_jax.errors import UserError
+from music_jax.errors import NotMeasurableError, UserError
 
 _USAGE = """
 Tests the paper's claims with a sweep of trainings, each in a directory of its own, and writes a
@@ -61,6 +62,12 @@ def main() -> None:
         if not flags.FLAGS.tables_only:
             with WorkdirLock(sweep.directory):
                 datasets.prepare(config)
+                with contextlib.suppress(NotMeasurableError):  # which the cells report
+                    if datasets.evaluation_sources(config).train.multi_label:
+                        raise UserError(
+                            f"the images of {config.dataset.name} may have several classes each; "
+                            "the claims need one class, such as that of one feature"
+                        )
                 run_missing(sweep, cores=cores)
     finally:
         tables = shown.tables()

@@ -82,7 +82,9 @@ def default_config() -> config_dict.ConfigDict:
     config.dataset.manual_dir = config_dict.placeholder(str)
     config.dataset.try_gcs = False  # Looks in the public bucket of TFDS first; needs gcsfs.
     config.dataset.max_skipped_share = 0.01  # Largest share of unreadable images.
+    # Feature of a TFDS dataset that is the image; several, with commas between, are its channels.
     config.dataset.image_key = "image"
+    # Feature that is the label; several, with commas between, for images of several classes.
     config.dataset.label_key = "label"
     config.dataset.num_channels = 3  # 1 or 3.
     config.dataset.mean = (0.485, 0.456, 0.406)  # Mean of each channel, for values in [0, 1].

@@ -48,7 +48,7 @@ def load_images(
       at_most: Maximum number of images, from the first; by default all.
 
     Returns:
-      uint8 [images, size, size, channels], and int32 labels [images], -1 for images without one.
+      uint8 [images, size, size, channels], and their labels as `Source.no_labels` describes them.
 
     Raises:
       UserError: The dataset does not exist or cannot be prepared, or has no images to test with.
@@ -196,6 +196,8 @@ def _missing_labels(source: Source, classes: int) -> str:
     """Returns why a source does not have images of `classes` classes, or "" if it has."""
     if source.no_classes:
         return source.no_classes
+    if source.multi_label:
+        return "" if source.count_classes(1) else "none of its images has a class"
     if source.num_classes < classes:
         folder = "one of two or more class folders" if classes > 1 else "a class folder"
         return f"every image must be in {folder}"
@@ -302,6 +304,12 @@ def _with_classes(test: Source, train: Source) -> Source:
 
     Names that differ only in Unicode normalization are the same, unless one source has both forms.
     """
+    if test.multi_label != train.multi_label:
+        several, one = (test, train) if test.multi_label else (train, test)
+        raise UserError(
+            f"images of {several.name} may have several classes, those of {one.name} one; "
+            "the labels of both must be of one kind"
+        )
     if not (test.class_names or train.class_names):  # registered datasets
         if test.num_classes > train.num_classes:
             raise UserError(

@@ -28,6 +28,7 @@ from music_jax.data.decode import (
     largest_reduction,
     read_header,
 )
+from music_jax.data.labels import Label
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed import usable_cores
@@ -162,8 +163,8 @@ def training_batches(
 
     Yields:
       Dictionaries of `images`, uint8 [positions, views, size, size, channels]; `local_images`
-      likewise, if there are local views; `sample_index`, uint32 [positions]; `label`, int32
-      [positions].
+      likewise, if there are local views; `sample_index`, uint32 [positions]; `label`, as
+      `Source.no_labels` returns them.
 
     Raises:
       UnusableDataError: While iterating, if images cannot be decoded and must not be skipped.
@@ -200,15 +201,15 @@ def evaluation_batches(
       num_threads: Number of decoding threads; by default one per core that the process may use.
 
     Yields:
-      Dictionaries of `images`, uint8 [positions, size, size, channels]; `label`, int32 [positions],
-      -1 for images without a label; `decoded`, bool [positions], False for black images.
+      Dictionaries of `images`, uint8 [positions, size, size, channels]; `label`, as
+      `Source.no_labels` returns them; `decoded`, bool [positions], False for black images.
     """
     count = len(positions)
 
     def new() -> _Batch:
         return {
             "images": np.zeros((count, size, size, channels), np.uint8),
-            "label": np.full(count, -1, np.int32),
+            "label": source.no_labels(count),
             "decoded": np.zeros(count, bool),
         }
 
@@ -237,7 +238,7 @@ class _Sample(NamedTuple):
     """A sample that was read but not decoded; with an error, its other fields are unused."""
 
     encoded: EncodedImage
-    label: int
+    label: Label
     header: Header
     error: UndecodableError | None = None
 
@@ -267,7 +268,7 @@ class _TrainingBatches:
         count = len(self.positions)
         batch = {
             "sample_index": np.empty(count, np.uint32),
-            "label": np.empty(count, np.int32),
+            "label": self.source.no_labels(count),
         }
         for name, crop, num_views in self.groups:
             shape = (count, num_views, crop.size, crop.size, self.channels)
@@ -311,7 +312,7 @@ class _TrainingBatches:
 
     def _fill(
         self, index: int, key: int, sample: _Sample, cuts: list[_Cut], views: list[np.ndarray]
-    ) -> int:
+    ) -> Label:
         """Fills in the views, each [size, size, channels], of a sample; returns its label."""
         for attempt in range(_MAX_TRIES):
             try:

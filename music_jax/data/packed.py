@@ -1,6 +1,7 @@
 """Packed images: array_record shards and an index, which `packing.pack` writes.
 
-A record is the label, a little-endian int32, followed by an image file. `index.json` names the
+A record is the label, a little-endian int32, followed by an image file. If images may have several
+classes (`multi_label` in the index), the label is an int8 for each class. `index.json` names the
 shards, in order, and the classes; a directory that holds one is a packed dataset. While packing is
 in progress, `complete` is false in the index.
 """
@@ -13,8 +14,10 @@ import os
 import re
 import stat
 import struct
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 
@@ -28,7 +31,6 @@ from music_jax.workdir.files import read_json
 
 INDEX_FILE = "index.json"
 FORMAT = "music_jax packed images, version 1"
-LABEL = struct.Struct("<i")
 _SHARD = re.compile(r"images-\d+-of-\d+\.array_record")
 
 # An array_record file has Riegeli's format: chunks of records, each after a header with the size of
@@ -62,7 +64,8 @@ def open_packed(path: str) -> Source:
         states = [os.lstat(file) for file in files]
         if not all(stat.S_ISREG(state.st_mode) for state in states):
             raise ValueError("one of them is a link or no file")
-        records = _Records(files, [ArrayRecordDataSource([file]) for file in files])
+        kind = label_type(index["class_names"] if index["multi_label"] else None)
+        records = _Records(files, [ArrayRecordDataSource([file]) for file in files], kind)
         if len(records) != index["num_images"]:
             raise ValueError(f"they hold {len(records)} images, not {index['num_images']}")
     except Exception as error:  # whatever the reader raises on damage
@@ -77,7 +80,13 @@ def open_packed(path: str) -> Source:
         num_classes=len(names),
         class_names=names,
         identity=lambda times: json.dumps([*content, stamps] if times else content).encode(),
+        multi_label=index["multi_label"],
     )
+
+
+def label_type(classes: Sequence[str] | None) -> np.dtype:
+    """Returns the type of a label in a record; `classes` are those of which images have several."""
+    return np.dtype("<i4") if classes is None else np.dtype((np.int8, (len(classes),)))
 
 
 def read_index(directory: epath.Path) -> dict[str, Any]:
@@ -98,6 +107,7 @@ def read_index(directory: epath.Path) -> dict[str, Any]:
         index["complete"] = bool(index["complete"])
         if not (index["complete"] or index["source_images"] > 0 < index["shard_size"]):
             raise ValueError("it has no number of images or of images per shard")
+        index["multi_label"] = bool(index.get("multi_label"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is no index of packed images: {error!r}") from error
     return index
@@ -111,8 +121,8 @@ def num_shards(index: dict[str, Any]) -> int:
 class _Records:
     """Records of all shards; each shard is checked before one of its records is read."""
 
-    def __init__(self, files: list[str], shards: list[Any]):
-        self._files, self._shards = files, shards
+    def __init__(self, files: list[str], shards: list[Any], label_type: np.dtype):
+        self._files, self._shards, self._label_type = files, shards, label_type
         self._ends = list(itertools.accumulate(map(len, shards)))
         self._problem = functools.cache(_shard_problem)
 
@@ -121,19 +131,21 @@ class _Records:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         shard = bisect.bisect_right(self._ends, index)
-        if problem := self._problem(self._files[shard]):
+        label_type = self._label_type
+        if problem := self._problem(self._files[shard], label_type.itemsize):
             raise UndecodableError(problem)
         record = self._shards[shard][index - self._ends[shard] + len(self._shards[shard])]
-        return {"image": record[LABEL.size :], "label": LABEL.unpack_from(record)[0]}
+        label = np.frombuffer(record, label_type, 1)[0]
+        return {"image": record[label_type.itemsize :], "label": label}
 
 
-def _shard_problem(file: str) -> str:
+def _shard_problem(file: str, label_bytes: int) -> str:
     """Returns why a shard cannot be read, such as a record larger than any image; "" if it can."""
     try:
         size = largest_chunk(file)
     except (OSError, ValueError) as error:
         return f"its shard cannot be read: {error}"
-    if size > MAX_FILE_BYTES + LABEL.size:
+    if size > MAX_FILE_BYTES + label_bytes:
         return (
             f"its shard has a record of {size:,} bytes, and images have {MAX_FILE_BYTES:,} at most"
         )

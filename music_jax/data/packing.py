@@ -20,7 +20,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 from music_jax.data.decode import EncodedImage, decode, largest_reduction, read_header, resize
-from music_jax.data.packed import FORMAT, INDEX_FILE, LABEL, num_shards, read_index
+from music_jax.data.packed import FORMAT, INDEX_FILE, label_type, num_shards, read_index
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed import progress, usable_cores
@@ -107,6 +107,9 @@ def pack(
         "class_names": list(names),
         "shards": [],
     }
+    if source.multi_label:
+        index["multi_label"] = True
+    kind = label_type(names if source.multi_label else None).base
     tag = f"{share.index}-of-{share.count}-"
     if _start(directory, index, tag):
         return int(read_index(directory)["num_images"])
@@ -123,7 +126,7 @@ def pack(
     def make_record(key: int) -> bytes | None:  # Grain leaves out None
         try:
             encoded, label = source.example(key)
-            return LABEL.pack(label) + shrink(encoded, packing)
+            return np.asarray(label, kind).tobytes() + shrink(encoded, packing)
         except UndecodableError as error:
             skipped.add(source, key, str(error))
             return None

@@ -1,15 +1,15 @@
 """Registered datasets as sources."""
 
-import concurrent.futures
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from ml_collections import config_dict
 
 from music_jax import registry
+from music_jax.data.labels import DAMAGED, UNKNOWN, by_class, read_values
 from music_jax.data.sources import Source
-from music_jax.distributed import progress
 from music_jax.errors import UserError
 
 _LOOKED_AT = 16  # records
@@ -43,9 +43,14 @@ def open_registered(dataset: config_dict.ConfigDict, split: str) -> Source | Non
         )
     if not len(records):
         raise UserError(f"{name} has no images")
-    labels = _labels(records, name)
     class_names = tuple(getattr(records, "class_names", ()))
-    found = max(int(labels.max()) + 1, 0)
+    labels = _labels(records, name, len(class_names))
+    multi_label = labels.ndim == 2
+    if multi_label:
+        class_names = class_names or tuple(map(str, range(labels.shape[1])))
+        found = len(class_names)
+    else:
+        found = max(int(labels.max()) + 1, 0)
     if class_names and found > len(class_names):
         raise UserError(f"{name} has the label {found - 1}, but {len(class_names)} class names")
     content = json.dumps([name, options, class_names], sort_keys=True).encode()
@@ -58,45 +63,73 @@ def open_registered(dataset: config_dict.ConfigDict, split: str) -> Source | Non
         class_names=class_names,
         no_classes="" if found else f"none of the {len(records):,} images of {name} has a label",
         identity=lambda _: content + labels.tobytes(),
+        multi_label=multi_label,
     )
 
 
-def _labels(records: Any, name: str) -> np.ndarray:
-    """Returns the labels, int32 [images]: -1 for images without one, -2 for damaged records.
+def _labels(records: Any, name: str, num_names: int) -> np.ndarray:
+    """Returns the labels: -1 for images without one, -2 for damaged records.
 
     They are the attribute `labels` of the records. Otherwise they are read from each record, unless
     a few records, evenly spaced, have no label.
+
+    Args:
+      records: Records.
+      name: Name of the split, for messages.
+      num_names: Number of class names; 0 if the classes have no names.
+
+    Returns:
+      int32 [images]; or int8 [images, classes] if a label is a list or an array.
     """
     if hasattr(records, "labels"):
-        labels = np.asarray(records.labels)
+        found = records.labels
     else:
         some = np.unique(np.linspace(0, len(records) - 1, _LOOKED_AT, dtype=np.int64))
         if all(_label(records, int(index), name) is None for index in some):
-            return np.full(len(records), -1, np.int32)
-        with (
-            concurrent.futures.ThreadPoolExecutor() as pool,
-            progress.bar(
-                len(records), unit="img", description=f"labels of {name}", delay=1.0
-            ) as bar,
-        ):
-            found = []
-            for label in pool.map(lambda i: _label(records, i, name), range(len(records))):
-                found.append(-1 if label is None else label)
-                bar.update(1)
-        labels = np.asarray(found)
+            return np.full(len(records), UNKNOWN, np.int32)
+        found = read_values(len(records), lambda i: _label(records, i, name), name)
+    if not isinstance(found, np.ndarray) or found.dtype == object:
+        found = [UNKNOWN if label is None else label for label in found]
+        if len(found) == len(records) and any(np.ndim(label) for label in found):
+            return _several_classes(found, name, num_names)
+    labels = np.asarray(found)
+    if labels.ndim == 2 and len(labels) == len(records):
+        return _several_classes(labels, name, num_names)
     if labels.shape != (len(records),) or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(
-            f"the labels of {name} must be {len(records)} integers; got {labels.dtype} of shape "
-            f"{labels.shape}"
+            f"the labels of {name} must be {len(records)} integers, or lists of integers; got "
+            f"{labels.dtype} of shape {labels.shape}"
         )
-    return np.maximum(labels, -2).astype(np.int32)
+    return np.maximum(labels, DAMAGED).astype(np.int32)
+
+
+def _several_classes(labels: Sequence[Any] | np.ndarray, name: str, num_names: int) -> np.ndarray:
+    """Returns labels that are lists or arrays, int8 [images, classes]."""
+    lengths = {len(label) for label in labels if np.ndim(label)}
+    if not num_names and len(lengths) > 1:
+        raise UserError(
+            f"the labels of {name} are lists of {min(lengths)} to {max(lengths)} integers: for "
+            "lists of the numbers of classes, give its records the attribute class_names; other "
+            "lists need one element of -1, 0 or 1 for each class"
+        )
+    num_classes = num_names or max(lengths)
+    found = np.full((len(labels), num_classes), UNKNOWN, np.int8)
+    for i, label in enumerate(labels):
+        try:
+            if np.ndim(label) or label >= 0:
+                found[i] = by_class(label, num_classes)
+            else:
+                found[i] = max(label, DAMAGED)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"the label {i} of {name} cannot be used: {error}") from error
+    return found
 
 
 def _label(records: Any, index: int, name: str) -> Any:
     try:
         record = records[index]
     except Exception:  # Whatever the user's code raises; the image is skipped when it is read.
-        return -2
+        return DAMAGED
     if not isinstance(record, dict) or "image" not in record:
         raise UserError(
             f"the records of {name} must be dictionaries with the key 'image'; got {record!r:.100}"

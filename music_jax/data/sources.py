@@ -1,6 +1,5 @@
 """Random access to the encoded images of a dataset."""
 
-import concurrent.futures
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable
@@ -9,10 +8,9 @@ from typing import Any
 import numpy as np
 
 from music_jax.data.decode import EncodedImage
-from music_jax.distributed import progress
+from music_jax.data.labels import DAMAGED, Label, by_class, classes_of, read_values
 from music_jax.errors import UndecodableError
 
-_LABELS_PER_TASK = 256  # read by one thread
 _FINGERPRINTED = 64  # images whose contents a fingerprint depends on
 
 
@@ -26,7 +24,7 @@ class Source:
         as an array, and the label. It may have a method `record_name(index)`, the name of an image,
         and an array `labels`, the labels if they are known without reading records.
       image_key: Key of the image in a record.
-      label_key: Key of the integer label.
+      label_key: Key of the label: an integer, or what `labels.by_class` takes if `multi_label`.
       num_classes: Number of classes; 0 if the images have no labels.
       class_names: Names of the classes, if they have any.
       no_classes: Reason why the images have no labels, or "".
@@ -34,6 +32,7 @@ class Source:
         as the names and sizes of files; with `True` also their modification times.
       numbers: Number of the class that each label in the records stands for; None if it is the
         label itself.
+      multi_label: Whether an image may have several classes; see `music_jax.data.labels`.
     """
 
     name: str
@@ -45,6 +44,7 @@ class Source:
     no_classes: str = ""
     identity: Callable[[bool], bytes] = lambda _: b""
     numbers: np.ndarray | None = None
+    multi_label: bool = False
 
     def __len__(self) -> int:
         return len(self.records)
@@ -68,7 +68,15 @@ class Source:
         labels = getattr(self.records, "labels", None)
         if labels is None or self.numbers is None:
             return labels
+        if self.multi_label:
+            return self._renumbered(labels)
         return np.where(labels >= 0, self.numbers[labels], -1)
+
+    def no_labels(self, count: int) -> np.ndarray:
+        """Returns the labels of images without one: int32 [count], or int8 [count, classes]."""
+        if self.multi_label:
+            return np.full((count, self.num_classes), -1, np.int8)
+        return np.full(count, -1, np.int32)
 
     def record_name(self, index: int) -> str:
         """Returns the name of an image: its path in a folder, else its index."""
@@ -107,8 +115,8 @@ class Source:
             reason = " ".join(str(error).split())[:300]
             raise UndecodableError(f"its record cannot be read: {reason}") from error
 
-    def example(self, index: int) -> tuple[EncodedImage, int]:
-        """Returns the encoded image and its label, -1 if it has none.
+    def example(self, index: int) -> tuple[EncodedImage, Label]:
+        """Returns the encoded image and its label; see `music_jax.data.labels`.
 
         Raises:
           UndecodableError: The record is damaged, or its label is not one of the classes.
@@ -127,11 +135,10 @@ class Source:
 
     def count_classes(self, at_most: int) -> int:
         """Returns how many classes have images; reading stops once `at_most` are found."""
-        labels: Iterable[int] | None = self.known_labels
+        labels: Iterable[Label] | None = self.known_labels
         found: set[int] = set()
         for label in map(self._read_label, range(len(self))) if labels is None else labels:
-            if label >= 0:
-                found.add(int(label))
+            found.update(classes_of(label))
             if len(found) >= at_most:
                 break
         return len(found)
@@ -143,43 +150,47 @@ class Source:
         are read: for ImageNet as TFDS stores it, this takes one to three minutes.
 
         Returns:
-          int32 [images], -1 for images without a label, -2 for damaged records.
+          int32 [images], or int8 [images, classes] if `multi_label`; -1 for images without a label,
+          -2 for damaged records.
         """
         if self.known_labels is not None:
             return self.known_labels
-        if not self.num_classes:
-            return np.full(len(self), -1, np.int32)
-        parts = np.array_split(np.arange(len(self)), -(-len(self) // _LABELS_PER_TASK))
-        found = []
-        with (
-            concurrent.futures.ThreadPoolExecutor() as pool,
-            progress.bar(len(self), unit="img", description=f"labels of {self.name}") as bar,
-        ):
-            for labels in pool.map(lambda part: [*map(self._read_label, part)], parts):
-                found += labels
-                bar.update(len(labels))
-        return np.asarray(found, np.int32)
+        found = self.no_labels(len(self))
+        if self.num_classes:
+            for i, label in enumerate(read_values(len(self), self._read_label, self.name)):
+                found[i] = label
+        return found
 
-    def _label_of(self, record: dict) -> int:
+    def _label_of(self, record: dict) -> Label:
         if not self.num_classes:
             return -1
+        num_classes = self.num_classes if self.numbers is None else len(self.numbers)
         try:
+            if self.multi_label:
+                return self._renumbered(by_class(record[self.label_key], num_classes)[None])[0]
             label = int(record[self.label_key])
         except Exception as error:  # whatever a damaged record holds in place of a label
             raise UndecodableError(
                 f"its record lacks a label: {type(error).__name__}: {error}"
             ) from error
-        num_classes = self.num_classes if self.numbers is None else len(self.numbers)
         if not -1 <= label < num_classes:
             raise UndecodableError(f"its label {label} is none of {num_classes} classes")
         return label if self.numbers is None or label < 0 else int(self.numbers[label])
 
-    def _read_label(self, index: int) -> int:
+    def _renumbered(self, labels: np.ndarray) -> np.ndarray:
+        """Returns labels [images, classes] by the numbers that stand for the records' classes."""
+        if self.numbers is None:
+            return labels
+        found = self.no_labels(len(labels))
+        found[:, self.numbers] = labels
+        return found
+
+    def _read_label(self, index: int) -> Label:
         """Returns the label of an image, as `labels` does."""
         try:
             return self._label_of(self.record(int(index)))
         except UndecodableError:
-            return -2
+            return DAMAGED
 
 
 class _Selected:

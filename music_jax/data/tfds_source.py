@@ -9,23 +9,24 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from ml_collections import config_dict
 
 import music_jax.workdir.files  # noqa: F401  (corrects the paths that TFDS uses)
 from music_jax.data.sources import Source
+from music_jax.data.tfds_features import Derived, image_reader, keys_of, open_labels
 from music_jax.errors import UserError
 
 _FEATURES = "tensorflow_datasets.core.features."
 _feature_lock = threading.RLock()
 _MAX_CACHED_BYTES = 64 * 2**20  # largest dataset whose records stay in memory
-_LABEL_KEY = "label"  # the config's default, which a dataset need not have
 
 
 def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
     """Opens one split of a TFDS dataset that `prepare` has prepared.
 
-    The labels are those of a ClassLabel feature. The images have no labels if `dataset.label_key`
-    names a feature of another kind, or is "" or the default and there is no such feature.
+    The images have no labels if `dataset.label_key` names a feature that is no label, or is "" or
+    the default and there is no such feature; see `music_jax.data.tfds_features`.
 
     Args:
       dataset: Group `dataset` of the config.
@@ -38,29 +39,16 @@ def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
     import tensorflow_datasets as tfds
 
     builder = _builder(dataset)
-    features = dict(builder.info.features.items())
-    for key in (dataset.image_key, dataset.label_key):
-        if key not in features and key not in (_LABEL_KEY, ""):
-            raise UserError(
-                f"dataset {dataset.name!r} has no feature {key!r}; it has {sorted(features)}"
-            )
-    if not isinstance(features.get(dataset.image_key), tfds.features.Image):
-        raise UserError(
-            f"the feature {dataset.image_key!r} of dataset {dataset.name!r} is not an Image; name "
-            f"one of {sorted(features)} that is, with --config.dataset.image_key="
-        )
-    label, names, no_classes = features.get(dataset.label_key), (), ""
-    if isinstance(label, tfds.features.ClassLabel):
-        names = tuple(label.names)
-    elif label is None:
-        no_classes = f"{dataset.name} has no feature {dataset.label_key!r}"
-    else:
-        kind = type(label).__name__
-        no_classes = f"its feature {dataset.label_key!r} is a {kind}, not a ClassLabel"
+    features, split_name = builder.info.features, f"{dataset.name}:{split}"
+    read_image = image_reader(features, dataset.image_key, dataset.name)
+    image_keys = keys_of(dataset.image_key)
+    channels = image_keys if len(image_keys) > 1 else []  # of which an array is made
     decoders = {
         key: tfds.decode.SkipDecoding()
         for key, feature in features.items()
         if isinstance(feature, tfds.features.Image)
+        and key not in channels
+        and feature.np_dtype != np.float32  # whose bytes TFDS packs in those of four channels
     }
     try:
         records = builder.as_data_source(split=split, decoders=decoders)
@@ -84,15 +72,22 @@ def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
             )
         raise UserError(problem) from error
     shards = [[s.name, s.num_bytes, list(s.shard_lengths)] for s in builder.info.splits.values()]
+    if builder.info.dataset_size <= _MAX_CACHED_BYTES:
+        records = _Cached(records)
+    labels = open_labels(features, dataset.label_key, dataset.name, records, split_name)
+    derive = {} if read_image is None else {dataset.image_key: read_image}
+    if labels.read is not None:
+        derive[dataset.label_key] = labels.read
     return Source(
-        name=f"{dataset.name}:{split}",
-        records=_Cached(records) if builder.info.dataset_size <= _MAX_CACHED_BYTES else records,
+        name=split_name,
+        records=Derived(records, derive, labels.known) if derive else records,
         image_key=dataset.image_key,
         label_key=dataset.label_key,
-        num_classes=len(names),
-        class_names=names,
-        no_classes=no_classes,
+        num_classes=len(labels.class_names),
+        class_names=labels.class_names,
+        no_classes=labels.missing,
         identity=lambda _: json.dumps([builder.info.full_name, split, shards]).encode(),
+        multi_label=labels.multi_label,
     )
 
 

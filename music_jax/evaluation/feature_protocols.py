@@ -11,13 +11,20 @@ import numpy as np
 from music_jax.distributed import progress
 from music_jax.errors import DivergedError, NotMeasurableError
 from music_jax.evaluation.features import Model
-from music_jax.evaluation.results import Predictions, Result, write_predictions
+from music_jax.evaluation.results import (
+    MEAN_AVERAGE_PRECISION,
+    Predictions,
+    Result,
+    write_predictions,
+)
 from music_jax.evaluation.run import Run
 from music_jax.metrics import linear_probe
 from music_jax.metrics.few_shot import few_shot, mean_interval
-from music_jax.metrics.knn import average_precisions, knn_predict
+from music_jax.metrics.knn import average_precisions, knn_predict, knn_scores
 from music_jax.metrics.label_free import alignment, alpha_req, lidar, rankme, uniformity
 from music_jax.metrics.linear_probe import ProbeRecipe, ProbeResult, fit_scaling
+from music_jax.metrics.multi_label import average_precisions as class_average_precisions
+from music_jax.metrics.multi_label import mean_average_precision
 from music_jax.metrics.segments import (
     agreement_between_segments,
     cluster_scores,
@@ -44,20 +51,21 @@ def linear(run: Run, *, save_predictions: bool = False) -> Result:
     """
     settings, test = run.config.linear_eval, run.test()
     trained = _linear_probe(run, "trained")
-    if save_predictions:
+    if save_predictions and not run.multi_label:
         found = Predictions(test.indices, test.labels, trained.predictions, run.step)
         write_predictions(run.workdir, found)
 
     def baseline(model: Model) -> float | None:
         try:
-            return _linear_probe(run, model).top1
+            found = _linear_probe(run, model)
         except DivergedError as error:
             _logger.warning(f"this baseline is missing: {error}")
             return None
+        precisions = found.average_precisions
+        return found.top1 if precisions is None else mean_average_precision(precisions)
 
     return {
-        "top1": trained.top1,
-        "top5": trained.top5,
+        **_scores(run, trained),
         "num_train": trained.num_train,
         "num_test": len(test),
         "num_classes": run.num_classes,
@@ -66,9 +74,29 @@ def linear(run: Run, *, save_predictions: bool = False) -> Result:
     }
 
 
-def _baselines(run: Run, top1: Callable[[Model], float | None]) -> Result:
+def _scores(run: Run, probe: ProbeResult) -> Result:
+    precisions = probe.average_precisions
+    if precisions is None:
+        return {"top1": probe.top1, "top5": probe.top5}
+    names = run.evaluation_sources().train.class_names
+    by_class = {n: _finite(float(x)) for n, x in zip(names, precisions, strict=True)}
+    return {
+        MEAN_AVERAGE_PRECISION: mean_average_precision(precisions),
+        f"chance_{MEAN_AVERAGE_PRECISION}": _chance(run),
+        "average_precision_by_class": by_class,
+    }
+
+
+def _chance(run: Run) -> float:
+    """Returns the mean average precision of constant scores."""
+    labels = run.test().labels
+    return mean_average_precision(class_average_precisions(np.zeros(labels.shape), labels))
+
+
+def _baselines(run: Run, score: Callable[[Model], float | None]) -> Result:
     models: tuple[Model, ...] = ("raw_pixels", "random_init")
-    return {f"{m}_top1": top1(m) if run.config.linear_eval[m] else None for m in models}
+    name = MEAN_AVERAGE_PRECISION if run.multi_label else "top1"
+    return {f"{m}_{name}": score(m) if run.config.linear_eval[m] else None for m in models}
 
 
 def _linear_probe(run: Run, model: Model) -> ProbeResult:
@@ -137,27 +165,27 @@ def knn(run: Run) -> Result:
     settings = run.config.knn
     ks = sorted({settings.k, *settings.more_k})
 
-    def top1_by_k(model: Model) -> dict[int, float]:
+    def score_by_k(model: Model) -> dict[int, float]:
         train, test = run.train(model), run.test(model)
-        predicted = knn_predict(
-            train.features,
-            train.labels,
-            test.features,
-            num_classes=run.num_classes,
-            k=ks,
-            temperature=settings.temperature,
-        )
+        arguments = train.features, train.labels, test.features
+        options = {"k": ks, "temperature": settings.temperature}
+        if run.multi_label:
+            scores = knn_scores(*arguments, **options)
+            precisions = (class_average_precisions(x, test.labels) for x in scores)
+            return dict(zip(ks, map(mean_average_precision, precisions), strict=True))
+        predicted = knn_predict(*arguments, num_classes=run.num_classes, **options)
         return dict(zip(ks, np.mean(predicted == test.labels, axis=1).tolist(), strict=True))
 
-    trained = top1_by_k("trained")
+    trained = score_by_k("trained")
+    name = MEAN_AVERAGE_PRECISION if run.multi_label else "top1"
     return {
-        "top1": trained[settings.k],
-        "top1_by_k": {str(k): top1 for k, top1 in trained.items()},
+        name: trained[settings.k],
+        f"{name}_by_k": {str(k): score for k, score in trained.items()},
         "k": settings.k,
         "temperature": settings.temperature,
         "num_train": len(run.train()),
         "num_test": len(run.test()),
-        **_baselines(run, lambda model: top1_by_k(model)[settings.k]),
+        **_baselines(run, lambda model: score_by_k(model)[settings.k]),
     }
 
 

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
 from music_jax.data.augment import augment_views, normalize_images, view_augmentations
+from music_jax.data.labels import has_label
 from music_jax.data.loader import Crop, TrainingOrder, evaluation_batches, training_batches
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
@@ -46,7 +47,7 @@ class SplitFeatures:
 
     Attributes:
       arrays: `features` [images, features] and any other output of the extractor.
-      labels: Labels, int32 [images]; -1 for images without a label.
+      labels: Labels, int32 [images] or int8 [images, classes]; see `music_jax.data.labels`.
       indices: Indices of the images in the source, int64 [images].
     """
 
@@ -69,7 +70,7 @@ class SplitFeatures:
 
     def labeled(self) -> "SplitFeatures":
         """Returns the output for the images that have a label."""
-        rows = np.flatnonzero(self.labels >= 0)
+        rows = np.flatnonzero(has_label(self.labels))
         return self if len(rows) == len(self) else self.select(rows)
 
 

@@ -17,10 +17,15 @@ from music_jax.distributed import progress
 from music_jax.distributed.mesh import shares_cores
 from music_jax.errors import DivergedError, NotMeasurableError, UndecodableError, UserError
 from music_jax.evaluation.features import Extractor
-from music_jax.evaluation.results import Result
+from music_jax.evaluation.results import MEAN_AVERAGE_PRECISION, Result
 from music_jax.evaluation.run import Run
 from music_jax.metrics.few_shot import stratified_subset
 from music_jax.metrics.linear_probe import ranks
+from music_jax.metrics.multi_label import (
+    average_precisions,
+    mean_average_precision,
+    sigmoid_losses,
+)
 from music_jax.models.network import Tree
 from music_jax.workdir.files import decode_text
 
@@ -109,10 +114,14 @@ def _finetune_and_test(
     logits = found.arrays["logits"]
     if not np.all(np.isfinite(logits)):
         raise DivergedError(f"{description} diverged; lower its learning rates")
-    rank = ranks(logits, found.labels)
+    if run.multi_label:
+        precisions = average_precisions(logits, found.labels)
+        scores = {MEAN_AVERAGE_PRECISION: mean_average_precision(precisions)}
+    else:
+        rank = ranks(logits, found.labels)
+        scores = {"top1": float(np.mean(rank < 1)), "top5": float(np.mean(rank < 5))}
     return {
-        "top1": float(np.mean(rank < 1)),
-        "top5": float(np.mean(rank < 5)),
+        **scores,
         "num_train": len(rows),
         "num_test": len(found),
         "batch_size": batch_size,
@@ -134,7 +143,8 @@ def train_classifier(
 
     Args:
       run: Run.
-      batches: Images [batch, height, width, channels] and integer labels [batch] of each step.
+      batches: Images [batch, height, width, channels] and labels, [batch] or [batch, classes], of
+        each step.
       num_steps: Number of steps, after which the learning rates have decayed to 0 by a cosine.
       learning_rates: Initial learning rates of the backbone and of the classifier.
       momentum: Momentum.
@@ -168,9 +178,11 @@ def train_classifier(
             features, new_stats = run.network.train_features(
                 classifier.backbone, batch_stats, run.normalize(images), key
             )
-            losses = optax.losses.softmax_cross_entropy_with_integer_labels(
-                classifier.logits(features), labels
-            )
+            logits = classifier.logits(features)
+            if run.multi_label:
+                losses = sigmoid_losses(logits, labels)
+            else:
+                losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
             return jnp.mean(losses), new_stats
 
         grads, new_stats = jax.grad(loss, has_aux=True)(classifier)

@@ -19,7 +19,13 @@ from music_jax.distributed.mesh import from_main_process, is_main_process
 from music_jax.errors import DivergedError, NotMeasurableError, UserError
 from music_jax.evaluation import feature_protocols, finetune
 from music_jax.evaluation.feature_protocols import knn, linear
-from music_jax.evaluation.results import Result, read_result, result_path, results_table
+from music_jax.evaluation.results import (
+    Result,
+    main_score,
+    read_result,
+    result_path,
+    results_table,
+)
 from music_jax.evaluation.run import Run, Split, agreed_fingerprint
 from music_jax.workdir.files import write_json
 from music_jax.workdir.run_config import as_json
@@ -37,24 +43,30 @@ class Protocol(NamedTuple):
       settings: Fields and groups of the config that it depends on, by dotted name.
       labels: Splits whose labels it needs; images without a label are excluded and counted.
       segments: Whether it needs the segments of the MUSIC objective.
+      multi_label: Whether it supports images of several classes.
     """
 
     measure: Callable[[Run], Result] | None
     settings: tuple[str, ...] = ()
     labels: tuple[Split, ...] = ("train", "test")
     segments: bool = False
+    multi_label: bool = False
 
 
 PROTOCOLS = {
-    "linear": Protocol(functools.partial(linear, save_predictions=True), ("linear_eval",)),
-    "knn": Protocol(knn, ("knn", "linear_eval.raw_pixels", "linear_eval.random_init")),
+    "linear": Protocol(
+        functools.partial(linear, save_predictions=True), ("linear_eval",), multi_label=True
+    ),
+    "knn": Protocol(
+        knn, ("knn", "linear_eval.raw_pixels", "linear_eval.random_init"), multi_label=True
+    ),
     "fewshot": Protocol(feature_protocols.fewshot, ("few_shot",)),
     "retrieval": Protocol(feature_protocols.retrieval),
     "clustering": Protocol(feature_protocols.clustering, labels=("test",), segments=True),
     "label_free": Protocol(feature_protocols.label_free, labels=()),
     "segments": Protocol(feature_protocols.segments, labels=(), segments=True),
     "semi": Protocol(finetune.semi_supervised, ("semi_supervised",)),
-    "finetune": Protocol(finetune.full_finetune, ("finetune",)),
+    "finetune": Protocol(finetune.full_finetune, ("finetune",), multi_label=True),
     "transfer": Protocol(None, ("linear_eval", "knn"), labels=()),
 }
 
@@ -105,6 +117,10 @@ def _run_protocol(run: Run, name: str, transfer_sets: Sequence[str], force: bool
     protocol, objective = PROTOCOLS[name], run.config.objective.name
     if protocol.segments and objective != "music":
         raise NotMeasurableError(f"the objective {objective} has no segments")
+    if protocol.labels and not protocol.multi_label and run.multi_label:
+        raise NotMeasurableError(
+            f"the images of {run.evaluation_sources().train.name} may have several classes each"
+        )
     about = provenance(name, run.config, run.step)
     if protocol.measure is None:
         runs, errors = _transfer_runs(run, transfer_sets)
@@ -323,7 +339,7 @@ class FinalEvaluation:
           **fields: `network`, `params`, `batch_stats`, `step`, `mesh` and `skipped`; see `Run`.
 
         Returns:
-          The top-1 accuracies by name.
+          The top-1 accuracies, or the mean average precisions, by name.
         """
         if self.sources is None:
             _logger.info(f"not probed: {self._why_not}")
@@ -337,4 +353,5 @@ class FinalEvaluation:
         )
         results = run_protocols(run, final_protocols(self._config), force=True)
         progress.log_lines(_logger, results_table(results))
-        return {f"{name}_top1": result["top1"] for name, result in results.items()}
+        scores = {name: main_score(result) for name, result in results.items()}
+        return {f"{name}_{metric}": value for name, (metric, value) in scores.items()}

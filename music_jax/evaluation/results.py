@@ -16,8 +16,12 @@ _logger = logging.getLogger(__name__)
 Result = dict[str, Any]  # result of a protocol, as JSON values
 Rows = list[tuple[str, str]]
 
-_ACCURACIES = ("top1", "top5", "random_init_top1", "raw_pixels_top1")
+MEAN_AVERAGE_PRECISION = "mean_average_precision"
+
+TITLES = {"top1": "top-1", "top5": "top-5", MEAN_AVERAGE_PRECISION: "mAP"}
 _BASELINES = (("random_init", "random backbone"), ("raw_pixels", "raw pixels"))
+_PREFIXES = ("", "random_init_", "raw_pixels_", "chance_")
+_ACCURACIES = tuple(f"{prefix}{score}" for score in TITLES for prefix in _PREFIXES)
 _PREDICTIONS = "linear_eval.npz"
 
 
@@ -112,20 +116,37 @@ def read_predictions(workdir: epath.Path) -> Predictions | None:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
+def main_score(result: Result) -> tuple[str, float]:
+    """Returns the name and the value of the main score of a classifier.
+
+    It is `mean_average_precision` if images may have several classes, else `top1`.
+    """
+    name = MEAN_AVERAGE_PRECISION if MEAN_AVERAGE_PRECISION in result else "top1"
+    return name, result[name]
+
+
 def results_table(results: dict[str, Result]) -> str:
     """Formats the results of the linear probe and kNN, with the baselines and chance level."""
     linear, knn = results.get("linear", {}), results.get("knn", {})
-    trained = linear.get("top1"), linear.get("top5"), knn.get("top1")
-    rows = [("trained backbone", *map(_percent, trained))]
+    if multi_label := MEAN_AVERAGE_PRECISION in linear | knn:
+        scores = [("linear", linear, MEAN_AVERAGE_PRECISION), ("kNN", knn, MEAN_AVERAGE_PRECISION)]
+    else:
+        scores = [("linear", linear, "top1"), ("linear", linear, "top5"), ("kNN", knn, "top1")]
+    rows = [["trained backbone", *(_percent(result.get(name)) for _, result, name in scores)]]
     for key, label in _BASELINES:
-        values = [linear.get(f"{key}_top1"), knn.get(f"{key}_top1")]
-        if values != [None, None]:
-            rows.append((label, _percent(values[0]), "", _percent(values[1])))
+        if any(result.get(f"{key}_{name}") is not None for _, result, name in scores):
+            values = [(f"{key}_{name}", result) for _, result, name in scores]
+            cells = [
+                "" if "top5" in name else _percent(result.get(name)) for name, result in values
+            ]
+            rows.append([label, *cells])
     classes = linear.get("num_classes")  # which earlier versions did not write
-    if isinstance(classes, int) and classes > 0:
+    if multi_label:
+        rows.append(["chance", *[_percent(linear.get(f"chance_{MEAN_AVERAGE_PRECISION}"))] * 2])
+    elif isinstance(classes, int) and classes > 0:
         chance = _percent(1 / classes)
-        rows.append(("chance", chance, _percent(min(1.0, 5 / classes)), chance))
-    return progress.table(("", "linear top-1", "linear top-5", "kNN top-1"), rows)
+        rows.append(["chance", chance, _percent(min(1.0, 5 / classes)), chance])
+    return progress.table(["", *(f"{probe} {TITLES[name]}" for probe, _, name in scores)], rows)
 
 
 def summary_table(results: dict[str, Result]) -> str:
@@ -156,10 +177,24 @@ def _number(value: float | None) -> str:
 
 
 def _linear(result: Result) -> Rows:
-    scores = {"top-1": result["top1"], "top-5": result["top5"]}
-    baselines = {f"top-1, {label}": result[f"{key}_top1"] for key, label in _BASELINES}
+    name, score = main_score(result)
+    scores = {TITLES[name]: score}
+    if name == "top1":
+        scores["top-5"] = result["top5"]
+    baselines = {f"{TITLES[name]}, {label}": result[f"{key}_{name}"] for key, label in _BASELINES}
     scores |= {label: score for label, score in baselines.items() if score is not None}
     return [(label, _percent(score)) for label, score in scores.items()]
+
+
+def _knn(result: Result) -> Rows:
+    name, _ = main_score(result)
+    scores = result[f"{name}_by_k"].items()
+    return [(f"{TITLES[name]}, k = {k}", _percent(score)) for k, score in scores]
+
+
+def _finetune(result: Result) -> Rows:
+    name, score = main_score(result)
+    return [(TITLES[name], _percent(score))]
 
 
 def _fewshot(result: Result) -> Rows:
@@ -210,17 +245,16 @@ def _segments(result: Result) -> Rows:
 
 def _transfer(result: Result) -> Rows:
     return [
-        (f"{spec}: {label} top-1", _percent(found[protocol]["top1"]))
+        (f"{spec}: {label} {TITLES[name]}", _percent(score))
         for spec, found in result["by_dataset"].items()
         for protocol, label in (("linear", "linear"), ("knn", "kNN"))
+        for name, score in [main_score(found[protocol])]
     ]
 
 
 _SUMMARIES: dict[str, Callable[[Result], Rows]] = {
     "linear": _linear,
-    "knn": lambda result: [
-        (f"top-1, k = {k}", _percent(top1)) for k, top1 in result["top1_by_k"].items()
-    ],
+    "knn": _knn,
     "fewshot": _fewshot,
     "retrieval": lambda result: [("mAP", _percent(result["map"]))],
     "clustering": _clustering,
@@ -230,6 +264,6 @@ _SUMMARIES: dict[str, Callable[[Result], Rows]] = {
         (f"top-1, {share} of the labels", _percent(found["top1"]))
         for share, found in result["by_share"].items()
     ],
-    "finetune": lambda result: [("top-1", _percent(result["top1"]))],
+    "finetune": _finetune,
     "transfer": _transfer,
 }

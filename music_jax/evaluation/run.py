@@ -15,6 +15,7 @@ from music_jax.checkpoint.manager import restore_network
 from music_jax.config import FREE_FIELDS, from_json, is_free, validate
 from music_jax.data import datasets
 from music_jax.data.datasets import EvaluationSources
+from music_jax.data.labels import lacks_label
 from music_jax.data.skipped import SkippedImages, UnlistedImages, open_skipped
 from music_jax.data.sources import Source
 from music_jax.distributed.mesh import from_main_process, make_data_mesh
@@ -101,7 +102,7 @@ class Run(FrozenNetwork):
         source = getattr(self.evaluation_sources(), split)
         labels = self._memoize("labels", source, source.labels)
         _check_classes(source, labels, split)
-        return np.flatnonzero(labels != -1)
+        return np.flatnonzero(~lacks_label(labels))
 
     def unlabeled(self) -> SplitFeatures:
         """Returns `features` and `embeddings` of all `images`, with or without a label."""
@@ -149,13 +150,18 @@ class Run(FrozenNetwork):
             source = getattr(self.evaluation_sources(), split)
             _, labels = self._memory.get(("labels", id(source)), (None, None))
             labels = self._split(source, "trained").labels if labels is None else labels
-            counts[split] = int(np.sum(labels == -1))
+            counts[split] = int(np.sum(lacks_label(labels)))
         return {"without_label": counts} if any(counts.values()) else {}
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
         return self.evaluation_sources().train.num_classes
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have several classes."""
+        return self.evaluation_sources().train.multi_label
 
     def evaluation_sources(self) -> EvaluationSources:
         """Returns the labeled training and test images.
@@ -188,8 +194,10 @@ class Run(FrozenNetwork):
             arrays = dict(self._memoize(model, source, compute))
         else:
             size = len(source)
+            none = source.no_labels(1)
+            highest = 1 if source.multi_label else max(source.num_classes - 1, 0)
             expected = self._expected(size) | {
-                "labels": Expected((size,), np.int32, range(-1, max(source.num_classes, 1))),
+                "labels": Expected((size, *none.shape[1:]), none.dtype, range(-1, highest + 1)),
                 "indices": Expected((size,), np.int64, range(size)),
             }
             if not embeddings:
@@ -261,6 +269,12 @@ class Run(FrozenNetwork):
 
 
 def _check_classes(source: Source, labels: np.ndarray, split: Split) -> None:
+    if source.multi_label:
+        if not np.any(labels == 1):
+            raise NotMeasurableError(
+                f"none of the images of {source.name} that can be decoded has a class"
+            )
+        return
     classes, needed = len(np.unique(labels[labels >= 0])), 2 if split == "train" else 1
     if classes < needed:
         raise NotMeasurableError(

@@ -17,6 +17,7 @@ from music_jax import registry
 from music_jax.data.augment import ViewAugmentation, local_augmentations, view_augmentations
 from music_jax.distributed.progress import escape_surrogates
 from music_jax.errors import UserError, require_extra
+from music_jax.evaluation.results import MEAN_AVERAGE_PRECISION, TITLES
 from music_jax.exchange.encoder import METADATA_KEY, TrainedBackbone
 from music_jax.exchange.onnx_graph import onnx_model
 from music_jax.exchange.weights import TIMM_NAMES, TORCHVISION_NAMES, tensors_by_name, to_torch
@@ -342,12 +343,18 @@ def _recipe(trained: TrainedBackbone) -> str:
 
 def _results(workdir: epath.Path | None, step: int) -> str:
     rows, tested_on = [], []
-    for name, file in (("linear probe, top-1", "linear_eval.json"), ("kNN, top-1", "knn.json")):
+    for name, file in (("linear probe", "linear_eval.json"), ("kNN", "knn.json")):
         record = _read_json(workdir, file)
         if record.get("step") == step:
-            values = (record.get(k) for k in ("top1", "random_init_top1", "raw_pixels_top1"))
+            key = MEAN_AVERAGE_PRECISION if MEAN_AVERAGE_PRECISION in record else "top1"
+            values = (record.get(f"{x}{key}") for x in ("", "random_init_", "raw_pixels_"))
             known = (x if isinstance(x, float) and 0 <= x <= 1 else None for x in values)
-            rows.append((name, *("-" if x is None else f"{100 * x:.1f} %" for x in known)))
+            rows.append(
+                (
+                    f"{name}, {TITLES[key]}",
+                    *("-" if x is None else f"{100 * x:.1f} %" for x in known),
+                )
+            )
             tested_on.append(_tested_on(record))
     if not rows:
         return "This checkpoint has not been evaluated."

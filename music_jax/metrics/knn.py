@@ -48,13 +48,8 @@ def knn_predict(
       <https://arxiv.org/abs/1805.01978>`_, 2018
     """
     check_samples(training=(train_features, train_labels))
-    similarities, nearest = nearest_neighbors(train_features, test_features, k=np.max(k))
+    nearest, weights = _weighted_neighbors(train_features, test_features, np.max(k), temperature)
     labels = np.asarray(train_labels)[nearest]
-    # Only ratios of weights matter. With the nearest neighbor's weight at 1, no temperature makes
-    # all weights 0.
-    exact = similarities.astype(np.float64)
-    with np.errstate(over="ignore"):  # to minus infinity, whose weight is 0
-        weights = np.exp((exact - exact.max(axis=1, keepdims=True)) / temperature)
 
     def vote(k: int) -> np.ndarray:
         votes = np.zeros((len(labels), num_classes))
@@ -62,6 +57,61 @@ def knn_predict(
         return np.argmax(votes, axis=1).astype(np.int32)
 
     return np.stack([vote(number) for number in k]) if isinstance(k, Sequence) else vote(k)
+
+
+def knn_scores(
+    train_features: np.ndarray | jax.Array,
+    train_labels: np.ndarray,
+    test_features: np.ndarray | jax.Array,
+    *,
+    k: Sequence[int],
+    temperature: float = 0.07,
+) -> np.ndarray:
+    """Scores each class by the nearest training samples, where samples have several classes.
+
+    The score is the share of the class in the weights of the neighbors for which it is known; 0 if
+    there are none. Neighbors and weights are those of `knn_predict`.
+
+    Args:
+      train_features: Training features, [train, features].
+      train_labels: Training labels, [train, classes]; see `music_jax.metrics.multi_label`.
+      test_features: Test features, [test, features].
+      k: Numbers of neighbors.
+      temperature: Temperature of the weights.
+
+    Returns:
+      float64 [len(k), test, classes], in [0, 1].
+
+    Raises:
+      ValueError: The shapes do not match, or there are no training samples.
+    """
+    check_samples(training=(train_features, train_labels))
+    nearest, weights = _weighted_neighbors(train_features, test_features, max(k), temperature)
+    last = np.minimum(k, nearest.shape[1]) - 1
+    scores = np.zeros((len(k), nearest.shape[0], train_labels.shape[1]))
+    for column, of_train in enumerate(train_labels.T):
+        labels = of_train[nearest]  # [test, neighbors]
+        positive, known = (
+            np.cumsum(weights * which, axis=1)[:, last].T for which in (labels == 1, labels >= 0)
+        )
+        scores[..., column] = np.divide(positive, known, where=known > 0, out=np.zeros(known.shape))
+    return scores
+
+
+def _weighted_neighbors(
+    train_features: np.ndarray | jax.Array,
+    test_features: np.ndarray | jax.Array,
+    k: int,
+    temperature: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the rows of the nearest training samples and their weights, [test, k] both."""
+    similarities, nearest = nearest_neighbors(train_features, test_features, k=k)
+    # Only ratios of weights matter. With the nearest neighbor's weight at 1, no temperature makes
+    # all weights 0.
+    exact = similarities.astype(np.float64)
+    with np.errstate(over="ignore"):  # to minus infinity, whose weight is 0
+        weights = np.exp((exact - exact.max(axis=1, keepdims=True)) / temperature)
+    return nearest, weights
 
 
 def nearest_neighbors(

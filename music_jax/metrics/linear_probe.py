@@ -12,6 +12,11 @@ import optax
 
 from music_jax.errors import DivergedError, NotMeasurableError
 from music_jax.metrics.knn import check_samples
+from music_jax.metrics.multi_label import (
+    average_precisions,
+    mean_average_precision,
+    sigmoid_losses,
+)
 
 FEATURE_SCALINGS = ("none", "standardize", "whiten")
 
@@ -60,11 +65,14 @@ class ProbeResult(NamedTuple):
     """Result of a linear probe.
 
     Attributes:
-      top1: Top-1 accuracy on all test samples, in [0, 1].
-      top5: Top-5 accuracy.
+      top1: Top-1 accuracy on all test samples, in [0, 1]; NaN if samples have several classes.
+      top5: Top-5 accuracy, likewise.
       base_learning_rate: Selected learning rate, for a batch of 256.
       num_train: Number of training samples.
-      predictions: Predicted labels of the test samples, int32 [test].
+      predictions: Predicted labels of the test samples, int32 [test]; if samples have several
+        classes, whether the score of each class is positive, [test, classes].
+      average_precisions: Average precision of each class on the test samples, [classes], if samples
+        have several classes.
     """
 
     top1: float
@@ -72,6 +80,7 @@ class ProbeResult(NamedTuple):
     base_learning_rate: float
     num_train: int
     predictions: np.ndarray
+    average_precisions: np.ndarray | None = None
 
 
 def linear_probe(
@@ -91,9 +100,10 @@ def linear_probe(
 
     Args:
       train_features: Training features, [train, features].
-      train_labels: Training labels, integers [train].
+      train_labels: Training labels, integers [train]; or [train, classes], as
+        `music_jax.metrics.multi_label` describes them, for a logistic regression of each class.
       test_features: Test features, [test, features].
-      test_labels: Test labels, integers [test].
+      test_labels: Test labels, likewise.
       recipe: Hyperparameters.
       num_classes: Number of classes.
       feature_scaling: Scaling of the features, one of `FEATURE_SCALINGS`.
@@ -102,7 +112,7 @@ def linear_probe(
       after_step: Function called after each step, such as the update of a progress bar.
 
     Returns:
-      The accuracies on the whole test set, and the predictions.
+      The accuracies or average precisions on the whole test set, and the predictions.
 
     Raises:
       DivergedError: The training diverged with every learning rate.
@@ -150,7 +160,8 @@ def train_and_test(
 ) -> ProbeResult:
     """Selects the learning rate on held-out training samples, then trains on all and tests.
 
-    With a single learning rate, nothing is held out. Test samples never influence the selection.
+    With a single learning rate, nothing is held out. Test samples never influence the selection,
+    which is by top-1 accuracy, or by mean average precision if samples have several classes.
 
     Args:
       batches: Function from a recipe and rows of the training samples to batches of scaled features
@@ -181,12 +192,27 @@ def train_and_test(
     if len(rates) > 1:
         rest, held_out = split_for_validation(num_train, validation_fraction, seed)
         heads = train(rates, rest)
-        top1 = accuracies(heads, *validation_samples(held_out))[:, 0]
-        rates = (rates[np.nanargmax(top1)],)
+        rates = (rates[np.nanargmax(_by_rate(heads, *validation_samples(held_out)))],)
     heads = train(rates, np.arange(num_train))
-    top1, top5 = accuracies(heads, features, labels)[0]
-    predictions = np.concatenate([scores[0].argmax(axis=1) for scores in _scores(heads, features)])
-    return ProbeResult(float(top1), float(top5), rates[0], num_train, predictions.astype(np.int32))
+    if labels.ndim == 2:
+        top1 = top5 = np.nan
+        (precisions,) = class_precisions(heads, features, labels)
+        chosen = [scores[0] > 0 for scores in _scores(heads, features)]
+    else:
+        (top1, top5), precisions = accuracies(heads, features, labels)[0], None
+        chosen = [scores[0].argmax(axis=1) for scores in _scores(heads, features)]
+    predictions = np.concatenate(chosen).astype(np.int32)
+    return ProbeResult(float(top1), float(top5), rates[0], num_train, predictions, precisions)
+
+
+def _by_rate(heads: Heads, features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Returns the score of each classifier that selects the learning rate, [rates]."""
+    if labels.ndim == 1:
+        return accuracies(heads, features, labels)[:, 0]
+    precisions = class_precisions(heads, features, labels)
+    return np.asarray(
+        [np.nan if row is None else mean_average_precision(row) for row in precisions]
+    )
 
 
 def split_for_validation(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -207,8 +233,8 @@ def fit(
 ) -> Heads:
     """Trains one classifier per learning rate, all on the same batches.
 
-    A batch has features [batch, features] and integer labels [batch]. The initial kernel is drawn
-    from N(0, 0.01²) by `seed`; `steps_per_epoch` sets the schedule.
+    A batch has features [batch, features] and labels as `linear_probe` takes them. The initial
+    kernel is drawn from N(0, 0.01²) by `seed`; `steps_per_epoch` sets the schedule.
     """
     num_rates = len(recipe.base_learning_rates)
     # Initialized on the host: on a small dataset, compiling this would take longer than training.
@@ -247,8 +273,11 @@ def _sgd_step(
 ) -> tuple[Heads, Heads]:
     def total_loss(heads: Heads) -> jax.Array:
         scores = logits(heads, features)  # [rates, batch, classes]
-        repeated = jnp.broadcast_to(labels[None], scores.shape[:2])
-        losses = optax.losses.softmax_cross_entropy_with_integer_labels(scores, repeated)
+        if labels.ndim == 2:
+            losses = sigmoid_losses(scores, labels[None])
+        else:
+            repeated = jnp.broadcast_to(labels[None], scores.shape[:2])
+            losses = optax.losses.softmax_cross_entropy_with_integer_labels(scores, repeated)
         return jnp.sum(jnp.mean(losses, axis=1))  # the loss of each rate has its own parameters
 
     grads = jax.grad(total_loss)(heads)
@@ -288,16 +317,40 @@ def accuracies(heads: Heads, features: np.ndarray, labels: np.ndarray) -> np.nda
       DivergedError: All classifiers have such a score.
       NotMeasurableError: There are no samples.
     """
-    if not len(labels):
-        raise NotMeasurableError("no images are left to choose the learning rate by, or to test")
+    _check_any(labels)
     correct = np.zeros((heads.bias.shape[0], 2))
     for i, scores in enumerate(_scores(heads, features)):
         rank = ranks(scores, labels[i * _BLOCK : (i + 1) * _BLOCK])
         correct += np.stack([np.sum(rank < k, axis=1) for k in (1, 5)], axis=1)
         correct[~np.all(np.isfinite(scores), axis=(1, 2))] = np.nan
-    if np.all(np.isnan(correct)):
-        raise DivergedError("the linear probe diverged; lower its learning rates")
+    _check_converged(~np.isnan(correct))
     return correct / len(labels)
+
+
+def class_precisions(
+    heads: Heads, features: np.ndarray, labels: np.ndarray
+) -> list[np.ndarray | None]:
+    """Returns the average precisions [classes] of each classifier.
+
+    They are None for a classifier with a score that is not finite. Raises as `accuracies` does.
+    """
+    _check_any(labels)
+    scores = np.concatenate([*_scores(heads, features)], axis=1)  # [rates, samples, classes]
+    finite = np.all(np.isfinite(scores), axis=(1, 2))
+    _check_converged(finite)
+    return [
+        average_precisions(x, labels) if ok else None for x, ok in zip(scores, finite, strict=True)
+    ]
+
+
+def _check_any(labels: np.ndarray) -> None:
+    if not len(labels):
+        raise NotMeasurableError("no images are left to choose the learning rate by, or to test")
+
+
+def _check_converged(converged: np.ndarray) -> None:
+    if not np.any(converged):
+        raise DivergedError("the linear probe diverged; lower its learning rates")
 
 
 def ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -40,7 +40,7 @@ class Sample(NamedTuple):
     source_size: int
     indices: np.ndarray  # int64 [images], in the source
     names: list[str]
-    labels: np.ndarray  # int32 [images], -1 for none
+    labels: np.ndarray  # int32 [images], -1 for none or several classes
     class_names: tuple[str, ...]
     num_classes: int  # 0 for no labels
     pixels: np.ndarray  # uint8 [images, height, width, channels], the central squares
@@ -84,9 +84,9 @@ def sample_images(run: Run, num_images: int) -> Sample:
         source_size=len(run.images),
         indices=chosen[split.indices],
         names=[source.record_name(int(i)) for i in split.indices],
-        labels=split.labels,
-        class_names=source.class_names,
-        num_classes=source.num_classes,
+        labels=np.full(len(split), -1, np.int32) if source.multi_label else split.labels,
+        class_names=() if source.multi_label else source.class_names,
+        num_classes=0 if source.multi_label else source.num_classes,
         pixels=split.arrays["pixels"],
         features=split.features,
         embeddings=embeddings,

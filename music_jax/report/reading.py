@@ -174,7 +174,7 @@ def _read_predictions(
     if predictions is None or linear is None:
         return None
     same_step = linear.get("step") == predictions.step
-    if same_step and math.isclose(linear["top1"], predictions.top1, abs_tol=1e-6):
+    if same_step and math.isclose(linear.get("top1", -1), predictions.top1, abs_tol=1e-6):
         return predictions
     notes.append(f"{path.name} does not belong to the probe of linear_eval.json")
     return None

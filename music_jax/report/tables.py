@@ -7,12 +7,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from music_jax.config import is_free
-from music_jax.evaluation.results import summary_rows
+from music_jax.evaluation.results import MEAN_AVERAGE_PRECISION, TITLES, summary_rows
 from music_jax.report.reading import RecordedRun, as_number, as_text
 
 _MAX_FIELDS = 400
 MAX_POINTS = 1000  # per curve
 _MAX_UNKNOWN_CURVES = 24
+_FEATURES = {  # by the prefix of their scores
+    "": "trained backbone",
+    "random_init_": "random initialization",
+    "raw_pixels_": "raw pixels",
+}
 
 
 class Row(NamedTuple):
@@ -214,23 +219,28 @@ def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
+def score_columns(runs: list[RecordedRun]) -> list[tuple[str, str, str]]:
+    """Returns the columns of the table of scores: title, protocol, and key of its result."""
+    top1 = [("linear", "linear", "top1"), ("linear", "linear", "top5"), ("kNN", "knn", "top1")]
+    several = [(title, protocol, MEAN_AVERAGE_PRECISION) for title, protocol, _ in top1[::2]]
+    found = [MEAN_AVERAGE_PRECISION in result for run in runs for result in run.results.values()]
+    columns = top1 * (not all(found) or not found) + several * any(found)
+    return [(f"{title} {TITLES[key]}, %", protocol, key) for title, protocol, key in columns]
+
+
 def scores(runs: list[RecordedRun]) -> list[tuple[int, str, list[float | None]]]:
-    """Returns the accuracies of each run, of its random backbone and of raw pixels.
+    """Returns the scores of each run, of its random backbone and of raw pixels.
 
     Returns:
-      Run, name, and top-1 and top-5 of the linear probe and top-1 of kNN, in [0, 1] or None.
+      Run, name, and the scores in `score_columns`, in [0, 1] or None.
     """
+    columns = score_columns(runs)
     found = []
     for i, run in enumerate(runs):
-        linear, knn = run.results.get("linear", {}), run.results.get("knn", {})
-        for prefix, name in (
-            ("", "trained backbone"),
-            ("random_init_", "random initialization"),
-            ("raw_pixels_", "raw pixels"),
-        ):
-            top1, top5 = f"{prefix}top1", f"{prefix}top5"
-            values = [as_number(x) for x in (linear.get(top1), linear.get(top5), knn.get(top1))]
-            if values != [None] * 3:
+        for prefix, name in _FEATURES.items():
+            results = [(run.results.get(protocol, {}), key) for _, protocol, key in columns]
+            values = [as_number(result.get(f"{prefix}{key}")) for result, key in results]
+            if any(value is not None for value in values):
                 found.append((i, name, values))
     return found
 
@@ -253,16 +263,14 @@ def results(runs: list[RecordedRun]) -> list[Row]:
 def headline(run: RecordedRun) -> list[tuple[str, str, str]]:
     """Returns the main results: name, value, and the values to compare it with."""
     found = []
-    accuracies = {name: values for _, name, values in scores([run])}
-    top1 = accuracies.pop("trained backbone", [None] * 3)
-    for title, column in (("linear probe, top-1", 0), ("kNN, top-1", 2)):
-        if (value := top1[column]) is not None:
-            baselines = [
-                f"{name} {100 * baseline:.1f} %"
-                for name, values in accuracies.items()
-                if (baseline := values[column]) is not None
-            ]
-            found.append((title, f"{100 * value:.1f} %", ", ".join(baselines)))
+    for title, protocol in (("linear probe", "linear"), ("kNN", "knn")):
+        result = run.results.get(protocol, {})
+        key = MEAN_AVERAGE_PRECISION if MEAN_AVERAGE_PRECISION in result else "top1"
+        values = {name: as_number(result.get(f"{x}{key}")) for x, name in _FEATURES.items()}
+        shown = {name: f"{100 * x:.1f} %" for name, x in values.items() if x is not None}
+        if value := shown.pop("trained backbone", ""):
+            baselines = ", ".join(f"{name} {baseline}" for name, baseline in shown.items())
+            found.append((f"{title}, {TITLES[key]}", value, baselines))
     loss = as_number(run.metrics[-1].get("loss")) if run.metrics else None
     if loss is not None:
         bound = bounds(run).get("loss")

@@ -107,7 +107,7 @@ def make_online_probe(
     mesh: Mesh,
     skipped: SkippedImages,
 ) -> "OnlineProbe | None":
-    """Returns the probe if a config enables it, or None.
+    """Returns the probe if a config enables it, or None; none if images have several classes.
 
     It learns from the images of `config.online_probe.train`, or else of the final evaluation.
 
@@ -123,6 +123,11 @@ def make_online_probe(
         source = sources.train
     else:
         raise UserError(f"config.online_probe.enabled needs labeled images; {advice}")
+    if source.multi_label:
+        _logger.warning(
+            f"the online probe is off: the images of {source.name} may have several classes each"
+        )
+        return None
     if source.num_classes < 2:
         reason = source.no_classes and f" ({source.no_classes})"
         raise UserError(f"{source.name} has no labels for the online probe{reason}; {advice}")

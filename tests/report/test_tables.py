@@ -18,6 +18,26 @@ def test_scores_are_in_the_rows_of_their_features():
     ]
 
 
+def test_scores_of_several_classes_have_columns_of_their_own():
+    metric = "mean_average_precision"
+    several = {"linear": {metric: 0.6, f"raw_pixels_{metric}": 0.4}, "knn": {metric: 0.5}}
+    one = {"linear": {"top1": 0.9, "top5": 1.0}}
+    run, other, empty = (types.SimpleNamespace(results=x, metrics=[]) for x in (several, one, {}))
+    titles = ["linear mAP, %", "kNN mAP, %"]
+    assert [title for title, _, _ in tables.score_columns([run])] == titles
+    assert tables.scores([run]) == [
+        (0, "trained backbone", [0.6, 0.5]),
+        (0, "raw pixels", [0.4, None]),
+    ]
+    assert tables.headline(run) == [
+        ("linear probe, mAP", "60.0 %", "raw pixels 40.0 %"),
+        ("kNN, mAP", "50.0 %", ""),
+    ]
+    assert [title for title, _, _ in tables.score_columns([run, other])][3:] == titles
+    assert tables.scores([run, other])[2] == (1, "trained backbone", [0.9, 1.0, None, None, None])
+    assert tables.score_columns([empty])[0][0] == "linear top-1, %"
+
+
 def test_the_headline_compares_results_with_their_baselines():
     linear = {"top1": 0.91, "random_init_top1": 0.32, "raw_pixels_top1": 0.53}
     knn = {"top1": 0.84, "random_init_top1": 0.25, "raw_pixels_top1": 0.46}

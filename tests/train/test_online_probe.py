@@ -88,11 +88,11 @@ def test_the_probe_is_restored_with_a_checkpoint_and_starts_from_scratch_without
     checkpoints.close()
 
 
-def _probe_of(tmp_path, labels, **fields):
+def _probe_of(tmp_path, labels, *, multi_label=False):
     config = default_config()
-    config.online_probe.update({"enabled": True, **fields})
+    config.online_probe.enabled = True
     records = [{"image": b"", "label": label} for label in labels]
-    source = Source("numbers", records, "image", "label", 10)
+    source = Source("numbers", records, "image", "label", 10, multi_label=multi_label)
     return make_online_probe(
         config,
         EvaluationSources(source, source),
@@ -109,6 +109,11 @@ def test_images_without_a_label_are_ignored(tmp_path, capsys):
     assert "online probe: 3 images without a label are ignored" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"only 1 of the 3 images.*online_probe\.train="):
         _probe_of(tmp_path, [-1, -1, 4])
+
+
+def test_the_probe_is_off_for_images_of_several_classes(tmp_path, capsys):
+    assert _probe_of(tmp_path, [[0, 1], [1, -1]], multi_label=True) is None
+    assert "the online probe is off: the images of numbers may have" in capsys.readouterr().out
 
 
 def test_a_probe_that_diverged_is_no_longer_reported(tmp_path, capsys):
