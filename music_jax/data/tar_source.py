@@ -98,6 +98,7 @@ def open_tars(pattern: str, *, image_key: str | None, label_key: str | None) -> 
         num_classes=found.num_classes,
         class_names=found.class_names,
         no_classes=found.no_classes,
+        multi_label=found.multi_label,
         identity=records.identity,
     )
 
@@ -221,7 +222,7 @@ def _read_label(sample: list[_Member], descriptor: int, label_key: str | None) -
             label = parse_json(text).get(label_key or _FIELD)
         except (ValueError, AttributeError):
             continue
-        return label if isinstance(label, int | str) else None
+        return label if isinstance(label, int | str | list) else None
     return None
 
 
