@@ -301,10 +301,7 @@ def test_the_command_helps_with_its_own_flags_only():
 def test_the_command_names_what_is_missing(tmp_path):
     code, _, err = run("music_jax.pack", f"--output={tmp_path}")
     assert code == 2
-    assert (
-        err.splitlines()[-1]
-        == "error: --source is missing: A folder of images, or NAME:SPLIT of a TFDS dataset"
-    )
+    assert err.splitlines()[-1].startswith("error: --source is missing: A folder of images; NAME:")
 
 
 def test_the_command_names_its_own_flags_not_fields_of_a_config(photos, tmp_path):
