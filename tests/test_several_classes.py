@@ -56,10 +56,10 @@ def test_a_run_on_images_of_several_classes_is_probed_evaluated_and_reported(tmp
     code, _, err = run(*evaluate, "--protocols=retrieval")
     assert code == 2
     assert "nothing can be measured: retrieval: the images of tags:train may have" in err
-    data = "--config.dataset.name=tags", f"--config.dataset.data_dir={tmp_path}"
+    data = "--config.dataset.label_key=label,label", f"--config.dataset.data_dir={tmp_path}"
     code, _, err = run("music_jax.claims", DIGITS, *data, f"--output={tmp_path / 'claims'}")
     assert code == 2
-    assert "the images of tags may have several classes each; the claims need one class" in err
+    assert "the images of digits may have several classes each; the claims need one class" in err
     code, _, err = run("music_jax.report", f"--workdir={workdir}")
     assert code == 0, err
     assert "linear mAP, %" in (workdir / "report.html").read_text()
