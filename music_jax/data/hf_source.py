@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import config_dict
 
 from music_jax.data.folder import read_file
-from music_jax.data.label_values import number_labels
+from music_jax.data.label_values import Labels, number_labels
 from music_jax.data.sources import Source
 from music_jax.errors import UndecodableError, UserError, require_extra
 
@@ -112,12 +112,12 @@ def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
     image = rows.select_columns([dataset.image_key])
     if isinstance(features[dataset.image_key], datasets.Image):
         image = image.cast_column(dataset.image_key, datasets.Image(decode=False))
-    names, num_classes, labels, no_classes = _labels(rows, dataset, name)
+    found = _labels(rows, dataset, name)
     files = [file["filename"] for file in rows.cache_files]
-    content = [split, len(rows), str(features), names]
+    content = [split, len(rows), str(features), found.class_names]
 
     def identity(times: bool) -> bytes:
-        digest = hashlib.sha256(json.dumps(content).encode() + labels.tobytes())
+        digest = hashlib.sha256(json.dumps(content).encode() + found.labels.tobytes())
         if times:
             states = [os.stat(file) for file in files]
             digest.update(str([(s.st_size, s.st_mtime_ns) for s in states]).encode())
@@ -127,11 +127,12 @@ def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
     root = path if os.path.isdir(path) else datasets.config.HF_CACHE_HOME
     return Source(
         name=name,
-        records=_Rows(image, dataset.image_key, labels, root),
-        num_classes=num_classes,
-        class_names=names,
-        no_classes=no_classes,
+        records=_Rows(image, dataset.image_key, found.labels, root),
+        num_classes=found.num_classes,
+        class_names=found.class_names,
+        no_classes=found.no_classes,
         identity=identity,
+        multi_label=found.multi_label,
     )
 
 
@@ -263,21 +264,15 @@ def _read_split(opened: Any, split: str) -> Any:
     return datasets.concatenate_datasets(rows).with_format(None)
 
 
-def _labels(
-    rows: Any, dataset: config_dict.ConfigDict, name: str
-) -> tuple[tuple[str, ...], int, np.ndarray, str]:
-    """Returns the names and the number of classes, the labels, and why there are none."""
-    import datasets
-
+def _labels(rows: Any, dataset: config_dict.ConfigDict, name: str) -> Labels:
     key = dataset.label_key
     if key not in rows.features:
-        return (), 0, np.full(len(rows), -1, np.int32), f"{dataset.name} has no column {key!r}"
+        none = np.full(len(rows), -1, np.int32)
+        return Labels(none, 0, (), f"{dataset.name} has no column {key!r}")
     column = rows.select_columns([key]).with_format("arrow")[:].column(key)
-    found = number_labels(column.to_pylist(), f"the column {key!r} of {name}")
-    feature = rows.features[key]
-    if isinstance(feature, datasets.ClassLabel) and found.num_classes <= len(feature.names):
-        return tuple(feature.names), len(feature.names), found.labels, found.no_classes
-    return found.class_names, found.num_classes, found.labels, found.no_classes
+    feature = getattr(rows.features[key], "feature", rows.features[key])  # of a list
+    names = getattr(feature, "names", None) or ()  # of a ClassLabel
+    return number_labels(column.to_pylist(), f"the column {key!r} of {name}", names)
 
 
 class _Rows:

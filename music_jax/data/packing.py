@@ -120,7 +120,7 @@ def pack(
     }
     if source.multi_label:
         index["multi_label"] = True
-    kind = label_type(names if source.multi_label else None)
+    kind = label_type(names if source.multi_label else None).base
     tag = f"{share.index}-of-{share.count}-"
     if _start(directory, index, tag):
         return int(read_index(directory)["num_images"])
@@ -137,7 +137,7 @@ def pack(
     def make_record(key: int) -> bytes | None:  # Grain leaves out None
         try:
             encoded, label = source.example(key)
-            return np.asarray(label, kind.base).tobytes() + shrink(encoded, packing)
+            return np.asarray(label, kind).tobytes() + shrink(encoded, packing)
         except UndecodableError as error:
             skipped.add(source, key, str(error))
             return None

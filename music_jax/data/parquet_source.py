@@ -69,14 +69,11 @@ def open_parquet(pattern: str, *, image_key: str | None, label_key: str | None) 
                 raise UnusableDataError(f"cannot read {path!r}: {_one_line(error)}") from error
     if not sum(sizes):
         raise UserError(f"{name} has no rows")
-    found = number_labels(labels, f"the column {label!r} of {name}")
-    names, no_classes = found.class_names, found.no_classes
+    class_names = _class_names(_open(files[0]).schema_arrow, label)
+    found = number_labels(labels, f"the column {label!r} of {name}", class_names)
+    no_classes = found.no_classes
     if label is None:
         no_classes = f"{name} has no column of labels; name one with --label_key="
-    elif hugging_face := _class_names(_open(files[0]).schema_arrow, label):
-        names = hugging_face
-    if len(names) < found.num_classes:
-        names = ()
     _logger.info(
         f"{name}: {sum(sizes):,} images in the column {image[0]!r}, {found.num_classes:,} classes, "
         f"{len(files):,} files"
@@ -85,9 +82,10 @@ def open_parquet(pattern: str, *, image_key: str | None, label_key: str | None) 
     return Source(
         name=name,
         records=records,
-        num_classes=0 if no_classes else len(names) or found.num_classes,
-        class_names=names,
+        num_classes=found.num_classes,
+        class_names=found.class_names,
         no_classes=no_classes,
+        multi_label=found.multi_label,
         identity=records.identity,
     )
 
@@ -132,12 +130,12 @@ def _label_column(name: str, schema: Any, label_key: str | None) -> str | None:
     return label_key or next((column for column in _LABELS if column in schema.names), None)
 
 
-def _class_names(schema: Any, label: str) -> tuple[str, ...]:
+def _class_names(schema: Any, label: str | None) -> tuple[str, ...]:
     """Returns the names of the classes that Hugging Face stores in the schema, if it does."""
     try:
         info = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label]
-        return tuple(map(str, info["names"]))
-    except (KeyError, TypeError, ValueError):
+        return tuple(map(str, info.get("feature", info)["names"]))
+    except (AttributeError, KeyError, TypeError, ValueError):
         return ()
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from music_jax.data.file_patterns import expand
-from music_jax.data.folder import EXTENSIONS, MAX_FILE_BYTES
+from music_jax.data.folder import ARRAY_EXTENSIONS, EXTENSIONS, MAX_FILE_BYTES
 from music_jax.data.label_values import number_labels
 from music_jax.data.sources import Source
 from music_jax.distributed import progress
@@ -26,7 +26,7 @@ from music_jax.workdir.files import parse_json
 
 _logger = logging.getLogger(__name__)
 
-_IMAGES = {extension[1:] for extension in EXTENSIONS} | {"npy", "tif", "tiff"}
+_IMAGES = {extension[1:] for extension in EXTENSIONS + ARRAY_EXTENSIONS}
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # sample and extension
 _LABEL, _RECORD, _FIELD = "cls", "json", "label"  # files with a label, and its field in a record
 _MAX_LABEL_BYTES = 1 << 20
@@ -98,6 +98,7 @@ def open_tars(pattern: str, *, image_key: str | None, label_key: str | None) -> 
         num_classes=found.num_classes,
         class_names=found.class_names,
         no_classes=found.no_classes,
+        multi_label=found.multi_label,
         identity=records.identity,
     )
 
@@ -221,7 +222,7 @@ def _read_label(sample: list[_Member], descriptor: int, label_key: str | None) -
             label = parse_json(text).get(label_key or _FIELD)
         except (ValueError, AttributeError):
             continue
-        return label if isinstance(label, int | str) else None
+        return label if isinstance(label, int | str | list) else None
     return None
 
 

@@ -137,7 +137,23 @@ def test_plain_tables_and_other_columns_are_read_by_their_keys(tmp_path):
     with pytest.raises(UserError, match=r"no column 'kinds'.*--config\.dataset\.label_key="):
         _open(tmp_path, tmp_path / "set", image_key="img", label_key="kinds")
     lists = _open(tmp_path, tmp_path / "set", image_key="img", label_key="kind")
-    assert "neither whole numbers nor texts, but list" in lists.no_classes
+    assert lists.multi_label
+    assert lists.labels().tolist() == [[0, 1, 0], [0, 0, 1], [0, 0, 0], [1, 0, 0], [0, 1, 0]]
+
+
+def test_lists_of_class_labels_have_the_names_of_the_classes(tmp_path):
+    features = hugging_face.Features(
+        {
+            "image": hugging_face.Image(),
+            "label": hugging_face.List(hugging_face.ClassLabel(names=_NAMES)),
+        }
+    )
+    images = [{"bytes": file, "path": None} for file in _files(0, 3)]
+    columns = {"image": images, "label": [[1, 0], [1], [1]]}
+    hugging_face.Dataset.from_dict(columns, features).save_to_disk(tmp_path / "saved")
+    source = _open(tmp_path, tmp_path / "saved")
+    assert source.class_names == _NAMES
+    assert [np.flatnonzero(label).tolist() for label in source.labels()] == [[0, 1], [1], [1]]
 
 
 def test_a_path_in_a_table_is_read_only_in_the_folder_of_the_dataset(tmp_path):

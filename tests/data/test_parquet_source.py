@@ -68,7 +68,7 @@ def test_structs_and_binaries_are_read_in_the_order_of_files_and_rows(tmp_path, 
 
 
 def test_columns_that_cannot_be_used_are_errors(tmp_path, images):
-    _write(tmp_path / "a.parquet", {"x": images, "y": images, "label": [[1]] * 50})
+    _write(tmp_path / "a.parquet", {"x": images, "y": images, "label": [[1.5]] * 50})
     with pytest.raises(UserError, match=r"\['x', 'y'\] hold files: name one with --image_key="):
         _open(tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"has no column 'z' of image files"):
@@ -77,7 +77,7 @@ def test_columns_that_cannot_be_used_are_errors(tmp_path, images):
         _open(tmp_path / "a.parquet", image_key="x", label_key="z")
     source = _open(tmp_path / "a.parquet", image_key="x")
     assert source.num_classes == 0
-    assert "neither whole numbers nor texts, but list" in source.no_classes
+    assert "neither whole numbers nor texts, but float" in source.no_classes
     _write(tmp_path / "b.parquet", {"x": images, "y": [1.5] * 50})
     assert "has no column of labels" in _open(tmp_path / "b.parquet").no_classes
     with pytest.raises(UnusableDataError, match=r"cannot read .*b\.parquet"):
@@ -105,6 +105,28 @@ def test_cells_without_a_file_and_damaged_pages_are_unreadable_images(tmp_path, 
     (tmp_path / "a.parquet").write_bytes(content[:1000])
     with pytest.raises(UnusableDataError, match=r"cannot read .*a\.parquet"):
         _open(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "expected"),
+    [
+        ([[2], [0, 2], None, []], "012", [[0, 0, 1], [1, 0, 1], [-1] * 3, [0] * 3]),
+        ([[1, 0, -1, 0], [0, 1, 1, 0]], "0123", [[1, 0, -1, 0], [0, 1, 1, 0]]),
+        ([["owl", "ant"], ["owl"]], ("ant", "owl"), [[1, 1], [0, 1]]),
+    ],
+)
+def test_lists_are_labels_of_several_classes_and_are_packed(
+    tmp_path, images, labels, names, expected
+):
+    _write(tmp_path / "a.parquet", {"image": images[: len(labels)], "label": labels})
+    source = _open(tmp_path / "a.parquet")
+    assert source.class_names == tuple(names)
+    assert source.labels().tolist() == expected
+    pack(source, epath.Path(tmp_path / "packed"), Packing(shorter_side=8))
+    packed = open_path(str(tmp_path / "packed"))
+    assert packed.multi_label
+    assert packed.class_names == tuple(names)
+    assert packed.labels().tolist() == expected
 
 
 @pytest.mark.parametrize("row_group_size", [10, 1000])

@@ -109,8 +109,11 @@ def test_labels_that_are_texts_become_classes(tmp_path):
     source = _open(tmp_path / "a.tar")
     assert source.class_names == ("ant", "owl")
     assert source.labels().tolist() == [1, 0]
-    _write_tar(tmp_path / "b.tar", [("0.png", _png(0)), ("0.json", b'{"label": [1, 2]}')])
-    assert _open(tmp_path / "b.tar").num_classes == 0
+    files = [("0.png", _png(0)), ("0.json", b'{"label": [1, 3]}'), ("1.png", _png(1))]
+    _write_tar(tmp_path / "b.tar", [*files, ("2.png", _png(2)), ("2.json", b'{"label": []}')])
+    source = _open(tmp_path / "b.tar")
+    assert source.multi_label
+    assert source.labels().tolist() == [[0, 1, 0, 1], [-1] * 4, [0] * 4]
     _write_tar(tmp_path / "c.tar", [("0.png", _png(0)), ("0.cls", b"123456789012")])
     assert "is not the number of a class" in _open(tmp_path / "c.tar").no_classes
 
