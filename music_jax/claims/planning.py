@@ -86,6 +86,11 @@ def check_cells(sweep: Sweep) -> None:
             "a comparison divides the splits of a TFDS dataset, and a folder has none; leave "
             "config.dataset.path unset"
         )
+    if sweep.config.evaluation.train or sweep.config.evaluation.test:
+        raise UserError(
+            "a comparison evaluates on the dataset's own splits; leave config.evaluation.train and "
+            "config.evaluation.test unset"
+        )
     cells = make_plan(sweep, assume=True).cells
     for group, members in itertools.groupby(cells, lambda cell: cell.group):
         try:

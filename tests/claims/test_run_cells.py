@@ -72,6 +72,14 @@ def test_a_cell_of_a_search_has_only_the_probe_of_validation_images(tmp_path, da
 
 
 @pytest.mark.slow
+def test_a_training_on_a_part_of_the_images_is_probed_with_all(tmp_path, data):
+    sweep = _sweep(tmp_path, data, methods=("vicreg",), claims=(4,))
+    cell, result = _run(sweep, tmp_path, "batch=8,steps=1/vicreg/00")
+    assert cell.fields["dataset.train_split"] == "train[:8]"  # whose labels are not all there are
+    assert result["linear_top1"] > 0.5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["constant", "saturated"])
 def test_all_methods_start_from_the_same_collapse(tmp_path, data, start):
     sweep = _sweep(tmp_path, data, methods=("music_centered", "vicreg"), claims=(5,))
