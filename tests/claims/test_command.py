@@ -14,7 +14,7 @@ _CLAIMS = "music_jax.claims"
 _SMALL = (
     DIGITS,
     "--budget=small",
-    "--config.num_epochs=10",
+    "--config.num_epochs=40",
     "--config.optimizer.warmup_epochs=0",
     "--config.backbone.name=tiny_resnet",
     "--seeds=2",
