@@ -2,7 +2,7 @@
 
 Paper: MUSIC, Niu & Wang, arXiv 2206.06461 (which has no experiment on this dataset).
 Expected: not measured yet; docs/comparison.md has the plan.
-Hardware and time: CPU cores; about 3,000 images a second on each.
+Hardware and time: CPU cores; about 1,900 images a second on each.
 Command: python -m music_jax.claims --config=configs/fashion_mnist.py --budget=small
 
 The images are those of Debian's package dataset-fashion-mnist if it is installed

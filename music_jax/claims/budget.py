@@ -16,6 +16,7 @@ class Budget:
       kept: Number of best choices that are trained again.
       kept_seeds: Number of fresh seeds of each of these.
       kept_share: Share of the config's epochs that these train.
+      final_share: Share of the config's epochs that final cells train.
       extensions: Number of times that ranges are extended at their ends.
       seeds: Default number of final seeds.
       study_seeds: Largest number of seeds of claims 2 and 3, and of the supervised reference.
@@ -33,6 +34,7 @@ class Budget:
     kept: int = 4
     kept_seeds: int = 2
     kept_share: float = 0.25
+    final_share: float = 1.0
     extensions: int = 3
     seeds: int = 10
     study_seeds: int = 5
@@ -53,6 +55,7 @@ BUDGETS = {
         kept=2,
         kept_seeds=1,
         kept_share=0.1,
+        final_share=0.25,
         extensions=0,
         seeds=3,
         study_seeds=2,

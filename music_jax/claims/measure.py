@@ -90,6 +90,7 @@ def run_cell(
             given = {field: get_field(config, field) for field in DATA_FIELDS}
             data = {f: value for f, value in given.items() if value != get_field(default, f)}
             data["dataset.test_split"] = validation
+            config.evaluation.train = ""  # which only the measures need
             start = None
             if cell.start:
                 start, result["start_state"] = _collapsed(cell, config, directory, data)

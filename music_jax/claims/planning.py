@@ -86,6 +86,11 @@ def check_cells(sweep: Sweep) -> None:
             "a comparison divides the splits of a TFDS dataset, and a folder has none; leave "
             "config.dataset.path unset"
         )
+    if sweep.config.evaluation.train or sweep.config.evaluation.test:
+        raise UserError(
+            "a comparison evaluates on the dataset's own splits; leave config.evaluation.train and "
+            "config.evaluation.test unset"
+        )
     cells = make_plan(sweep, assume=True).cells
     for group, members in itertools.groupby(cells, lambda cell: cell.group):
         try:
@@ -114,9 +119,9 @@ class _Planning:
         for name in REFERENCES:
             seeds = {"random_backbone": self._sweep.seeds, "supervised": self._study_seeds}
             count = seeds.get(name, 1)
-            fields = {"num_epochs": self._sweep.config.num_epochs}
+            fields = {"num_epochs": self._sweep.final_epochs}
             cost = self._sweep.images.num_train * (
-                self._sweep.config.num_epochs / 2 if name == "supervised" else 1
+                self._sweep.final_epochs / 2 if name == "supervised" else 1
             )
             cells = [
                 Cell(
@@ -237,7 +242,7 @@ class _Planning:
     def _finals(self, method: Method, choice: Choice | None, count: int) -> list[Cell]:
         if choice is None:
             return []
-        name, epochs = f"final/{method.name}", self._sweep.config.num_epochs
+        name, epochs = f"final/{method.name}", self._sweep.final_epochs
         seeds = range(FIRST_SEED, FIRST_SEED + count)
         return [
             self._sweep.make_cell(name, i, method, choice, seed, epochs)
@@ -291,7 +296,7 @@ class _Planning:
         least = -(-2 * MIN_WARMUP_STEPS // (sweep.images.num_train // size))
 
         def make_cell(directory: str, i: int, choice: Choice, seed: int, share: float) -> Cell:
-            epochs = min(max(sweep.epochs(share), least), sweep.config.num_epochs)
+            epochs = min(max(sweep.epochs(share), least), sweep.final_epochs)
             epochs = own_epochs or epochs
             return sweep.make_cell(
                 directory, i, method, choice, seed, epochs, kind="search", **more
@@ -309,7 +314,7 @@ class _Planning:
         found = self._run(search)
         cells = []
         if found.best is not None:
-            epochs = own_epochs or sweep.config.num_epochs
+            epochs = own_epochs or sweep.final_epochs
             cells = [
                 sweep.make_cell(name, i, method, found.best, FIRST_SEED + i, epochs, **more)
                 for i in range(seeds)

@@ -83,7 +83,7 @@ def _markdown(sweep: Sweep, tables: list[Table]) -> str:
     if done < total:
         lines += ["**Not complete**: the last column gives the number of seeds.", ""]
     lines += [
-        f"Trained on `{sweep.images.train}` for {sweep.config.num_epochs} epochs in batches of "
+        f"Trained on `{sweep.images.train}` for {sweep.final_epochs} epochs in batches of "
         f"{sweep.config.batch_size}; options were chosen on `{sweep.images.validation}`, and the "
         f"accuracies are those on `{sweep.config.dataset.test_split}`, which each final run was "
         "measured on once. ± is the half-width of a 95 % Student-t interval over seeds. An option "

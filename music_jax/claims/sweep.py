@@ -96,6 +96,11 @@ class Sweep:
         kind = more.pop("kind", "final")
         return Cell(f"{name}/{index:02d}", index, kind, fields, cost=epochs * count, **more)
 
+    @property
+    def final_epochs(self) -> int:
+        """Number of epochs of final cells."""
+        return self.epochs(self.budget.final_share)
+
     def epochs(self, share: float) -> int:
         """Returns a share of the config's epochs, at least one."""
         return max(1, round(share * self.config.num_epochs))

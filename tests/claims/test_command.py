@@ -14,7 +14,7 @@ _CLAIMS = "music_jax.claims"
 _SMALL = (
     DIGITS,
     "--budget=small",
-    "--config.num_epochs=10",
+    "--config.num_epochs=40",
     "--config.optimizer.warmup_epochs=0",
     "--config.backbone.name=tiny_resnet",
     "--seeds=2",
@@ -100,6 +100,7 @@ def test_workers_share_a_comparison_and_another_objective_joins_it(tmp_path):
         ((DIGITS, "--tables_only", "--workers=0"), "--workers=0"),
         ((DIGITS, "--config.knn.k=0"), "config.knn.k must be at least 1; got 0"),
         ((DIGITS, "--config.dataset.path=/photos"), "leave config.dataset.path unset"),
+        ((DIGITS, "--config.evaluation.test=/photos"), "config.evaluation.test unset"),
     ],
 )
 def test_wrong_input_is_one_clear_line(tmp_path, arguments, message):

@@ -27,7 +27,7 @@ def data(tmp_path_factory):
 def _sweep(tmp_path, data, **options):
     config = faked.load("digits")
     config.dataset.data_dir = str(data)
-    config.num_epochs = 10
+    config.num_epochs = 40
     config.optimizer.warmup_epochs = 0
     config.optimizer.name = "lars"  # optax.adamw needs implicit promotion, which tests forbid
     config.backbone.name = "tiny_resnet"
@@ -69,6 +69,14 @@ def test_a_cell_of_a_search_has_only_the_probe_of_validation_images(tmp_path, da
     assert not (tmp_path / "results" / f"{cell.name}.npz").exists()
     assert not (tmp_path / "results" / "labels.npz").exists()
     assert not (tmp_path / "runs" / cell.name).exists()
+
+
+@pytest.mark.slow
+def test_a_training_on_a_part_of_the_images_is_probed_with_all(tmp_path, data):
+    sweep = _sweep(tmp_path, data, methods=("vicreg",), claims=(4,))
+    cell, result = _run(sweep, tmp_path, "batch=8,steps=4/vicreg/00")
+    assert cell.fields["dataset.train_split"] == "train[:32]"  # whose labels are not all there are
+    assert result["linear_top1"] > 0.5
 
 
 @pytest.mark.slow
