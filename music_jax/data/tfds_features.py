@@ -90,10 +90,16 @@ def image_reader(features: Any, key: str, dataset: str) -> Read | None:
             )
         if not _is_image(feature):
             usable = [name for name, feature in sorted(features.items()) if _is_image(feature)]
+            advice = (
+                "none is"
+                if not usable
+                else (
+                    f"name one that is with --config.dataset.image_key=, or several with commas: {usable}"
+                )
+            )
             raise UserError(
                 f"the feature {name!r} of dataset {dataset!r} is not an Image, nor a Tensor of "
-                "numbers [height, width, channels]; name one of those that are with "
-                f"--config.dataset.image_key=, or several with commas between: {usable}"
+                f"numbers [height, width, channels]; {advice}"
             )
     if len(keys) > 1:
         return lambda record: _stack([value_at(record, name) for name in keys])
