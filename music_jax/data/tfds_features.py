@@ -90,13 +90,9 @@ def image_reader(features: Any, key: str, dataset: str) -> Read | None:
             )
         if not _is_image(feature):
             usable = [name for name, feature in sorted(features.items()) if _is_image(feature)]
-            advice = (
-                "none is"
-                if not usable
-                else (
-                    f"name one that is with --config.dataset.image_key=, or several with commas: {usable}"
-                )
-            )
+            advice = "none is"
+            if usable:
+                advice = f"name one or several of {usable} with --config.dataset.image_key=A,B"
             raise UserError(
                 f"the feature {name!r} of dataset {dataset!r} is not an Image, nor a Tensor of "
                 f"numbers [height, width, channels]; {advice}"
