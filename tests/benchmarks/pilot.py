@@ -66,7 +66,7 @@ def train(config, directory, random):
     speeds = [json.loads(line) for line in logged]
     run = load_run(directory, overrides={"dataset.test_split": VALIDATION})
     found = {"core_seconds": round(seconds), "features": run.network.num_features}
-    found["images_per_second"] = round(max(x.get("images_per_second", 0) for x in speeds))
+    found["images_per_second"] = round(max(x.get("images_per_second") or 0 for x in speeds))
     for model in ("trained", "random_init") if random else ("trained",):
         probe = logistic_probe(samples(run.train(model)), samples(run.test(model)))
         found[model] = round(probe.validation_top1, 4)
