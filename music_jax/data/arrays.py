@@ -155,7 +155,7 @@ def _npy_header(encoded: bytes) -> _NpyHeader:
 def _check_shape(shape: tuple[int, ...], dtype: np.dtype) -> None:
     if dtype.kind not in _NUMBERS:
         raise UndecodableError(f"its values are of type {dtype}, not numbers")
-    if len(shape) not in (2, 3) or not all(isinstance(size, int) for size in shape):
+    if len(shape) not in (2, 3) or not all(type(size) is int and size >= 0 for size in shape):
         raise UndecodableError(
             f"it has the shape {list(shape)}, not [height, width] or [height, width, channels]"
         )

@@ -186,7 +186,9 @@ def _number(field: bytes) -> int:
     """Returns the number in a field of a header: octal, or binary if it is too large for that."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
-    return int(field.partition(b"\0")[0].strip() or b"0", 8)
+    if (number := int(field.partition(b"\0")[0].strip() or b"0", 8)) < 0:
+        raise ValueError(f"a header holds the number {number}")
+    return number
 
 
 def _parse_attributes(content: bytes) -> dict[bytes, bytes]:

@@ -120,6 +120,8 @@ def _why_no_knn(source: Source, is_query: np.ndarray) -> str:
     """Returns why images cannot be classified, or "" if they can be."""
     if source.num_classes < 2:
         return source.no_classes or f"the images of {source.name} have no labels"
+    if source.multi_label:
+        return f"the images of {source.name} may have several classes each"
     labels = source.labels()
     bank, queries = labels[~is_query], labels[is_query]
     if len(np.unique(bank[bank >= 0])) < 2 or not np.any(queries >= 0):

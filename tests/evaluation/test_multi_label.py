@@ -12,7 +12,8 @@ from sklearn.metrics import average_precision_score
 from tfds_sets import IMAGES, LABELS
 
 from music_jax.data.datasets import _with_classes
-from music_jax.data.packed import Packing, open_packed, pack
+from music_jax.data.packed import open_packed
+from music_jax.data.packing import Packing, pack
 from music_jax.errors import UserError
 from music_jax.evaluation import protocols
 from music_jax.evaluation.protocols import PROTOCOLS, run_protocols
