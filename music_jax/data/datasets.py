@@ -100,7 +100,7 @@ def training_source(config: config_dict.ConfigDict) -> Source:
     """
     dataset, path = config.dataset, config.dataset.path
     source = open_path(path) if path else _open_split(dataset, dataset.train_split)
-    return _check_pixels(config, source)
+    return check_pixels(config, source)
 
 
 def evaluation_sources(
@@ -117,7 +117,7 @@ def evaluation_sources(
     """
     test = _test_source(config)
     if test is not None:
-        test = _check_pixels(config, test)
+        test = check_pixels(config, test)
     else:
         dataset = config.dataset
         if dataset.path or not dataset.test_split:
@@ -129,7 +129,7 @@ def evaluation_sources(
             "--config.evaluation.train= to learn from"
         )
     if normalize_path(config.evaluation.train) not in ("", normalize_path(config.dataset.path)):
-        train = _check_pixels(config, open_named(config, config.evaluation.train))
+        train = check_pixels(config, open_named(config, config.evaluation.train))
     else:
         train = training_source(config) if training is None else training
     for source, field, classes in ((train, "evaluation.train", 2), (test, "evaluation.test", 1)):
@@ -148,7 +148,7 @@ def evaluation_images(config: config_dict.ConfigDict) -> Source:
       UserError: They do not exist or cannot be used.
     """
     test = _test_source(config)
-    return training_source(config) if test is None else _check_pixels(config, test)
+    return training_source(config) if test is None else check_pixels(config, test)
 
 
 def _test_source(config: config_dict.ConfigDict) -> Source | None:
@@ -174,7 +174,7 @@ def _test_source(config: config_dict.ConfigDict) -> Source | None:
     return _open_split(dataset, dataset.test_split)
 
 
-def _check_pixels(config: config_dict.ConfigDict, source: Source) -> Source:
+def check_pixels(config: config_dict.ConfigDict, source: Source) -> Source:
     """Returns a source, after checking that an image has the config's channels and type.
 
     Raises:

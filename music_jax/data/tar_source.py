@@ -223,7 +223,8 @@ def _read_label(sample: list[_Member], descriptor: int, label_key: str | None) -
             label = parse_json(text).get(label_key or _FIELD)
         except (ValueError, AttributeError):
             continue
-        return label if isinstance(label, int | str) else None
+        # Of other labels, only the type is kept, which says why the images have no labels.
+        return label if isinstance(label, int | str | None) else type(label)()
     return None
 
 

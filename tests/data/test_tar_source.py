@@ -111,6 +111,7 @@ def test_labels_that_are_texts_become_classes(tmp_path):
     assert source.labels().tolist() == [1, 0]
     _write_tar(tmp_path / "b.tar", [("0.png", _png(0)), ("0.json", b'{"label": [1, 2]}')])
     assert _open(tmp_path / "b.tar").num_classes == 0
+    assert "neither whole numbers nor texts, but list" in _open(tmp_path / "b.tar").no_classes
     _write_tar(tmp_path / "c.tar", [("0.png", _png(0)), ("0.cls", b"123456789012")])
     assert "is not the number of a class" in _open(tmp_path / "c.tar").no_classes
 
@@ -156,6 +157,16 @@ def test_a_huge_file_or_name_in_a_tar_is_not_read_into_memory(tmp_path):
         file.truncate(1 << 33)
     with pytest.raises(UnusableDataError, match=r"is no tar, or is damaged.*a header of"):
         _open(tmp_path / "b.tar")
+
+
+def test_a_tar_whose_header_has_a_negative_size_is_refused(tmp_path):
+    info = tarfile.TarInfo("0.png")
+    header = bytearray(info.tobuf())
+    header[124:136] = b"-0000001000\0"  # minus one block: the next header would be this one
+    header[148:156] = b"%06o\0 " % (sum(header) - sum(header[148:156]) + 8 * ord(" "))
+    (tmp_path / "a.tar").write_bytes(bytes(header) + bytes(1024))
+    with pytest.raises(UnusableDataError, match=r"a header holds the number -512"):
+        _open(tmp_path / "a.tar")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "header", "other", "empty"])
@@ -233,3 +244,12 @@ def test_tars_are_packed_by_workers_as_by_one(tmp_path):
     )
     assert code == 0, err
     assert "holds 27 images" in out
+    code, _, err = run(
+        "music_jax.pack",
+        f"--source=wds:{tmp_path}/s-{{0..2}}.tar",
+        f"--output={tmp_path / 'bands'}",
+        *("--encoding=npy", "--channels=4"),
+    )
+    assert code == 2
+    assert "it has 3 channels, not 4" in err
+    assert "set --channels and --pixel_type, now 4 and uint8, to those of the images" in err
