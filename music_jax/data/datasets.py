@@ -344,24 +344,22 @@ def _with_classes(test: Source, train: Source) -> Source:
             f"images of {several.name} may have several classes, those of {one.name} one; "
             "the labels of both must be of one kind"
         )
-    if not (test.class_names or train.class_names):  # registered datasets
+    if not (test.class_names or train.class_names):
         if test.num_classes > train.num_classes:
             raise UserError(
                 f"{test.name} has labels of {test.num_classes} classes, {train.name} of "
                 f"{train.num_classes}; the labels of both must mean the same classes"
             )
         return dataclasses.replace(test, num_classes=train.num_classes)
-    if not (test.class_names and train.class_names):
-        nameless = train if test.class_names else test
-        raise UserError(
-            f"the classes of {nameless.name} have no names to match with the other set's; give its "
-            "records the attribute class_names"
-        )
-    if test.class_names == train.class_names:
-        return test
-    test_names, train_names = (_nfc(source.class_names) for source in (test, train))
-    if test_names is None or train_names is None:
-        test_names, train_names = test.class_names, train.class_names
+    # A number is the name of a class without one, as in packed images.
+    test_names, train_names = (
+        source.class_names or tuple(map(str, range(source.num_classes))) for source in (test, train)
+    )
+    if test_names == train_names:
+        return dataclasses.replace(test, class_names=train.class_names)
+    test_nfc, train_nfc = _nfc(test_names), _nfc(train_names)
+    if test_nfc is not None and train_nfc is not None:
+        test_names, train_names = test_nfc, train_nfc
     numbers = {name: number for number, name in enumerate(train_names)}
     unknown = [name for name in test_names if name not in numbers]
     if unknown:

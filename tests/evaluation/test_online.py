@@ -104,7 +104,8 @@ def test_without_labels_the_other_measures_remain(tmp_path, capsys):
 
 def test_images_of_several_classes_are_measured_without_knn(tmp_path, capsys):
     source = digits_source("tags", range(30))
-    records = [{**record, "label": np.eye(10, dtype=np.int8)[record["label"]]} for record in source.records]
+    tags = np.eye(10, dtype=np.int8)
+    records = [{**record, "label": tags[record["label"]]} for record in source.records]
     source = dataclasses.replace(source, records=records, multi_label=True)
     found = _evaluation(tmp_path, source, "knn", "rankme")[0]()
     assert list(found) == ["online_rankme", "online_seconds"]
