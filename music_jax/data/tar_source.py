@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from music_jax.data.file_patterns import expand
-from music_jax.data.folder import EXTENSIONS, MAX_FILE_BYTES
+from music_jax.data.folder import ARRAY_EXTENSIONS, EXTENSIONS, MAX_FILE_BYTES
 from music_jax.data.label_values import number_labels
 from music_jax.data.sources import Source
 from music_jax.distributed import progress
@@ -26,7 +26,7 @@ from music_jax.workdir.files import parse_json
 
 _logger = logging.getLogger(__name__)
 
-_IMAGES = {extension[1:] for extension in EXTENSIONS} | {"npy", "tif", "tiff"}
+_IMAGES = [{extension[1:] for extension in kind} for kind in (EXTENSIONS, ARRAY_EXTENSIONS)]
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # sample and extension
 _LABEL, _RECORD, _FIELD = "cls", "json", "label"  # files with a label, and its field in a record
 _MAX_LABEL_BYTES = 1 << 20
@@ -53,7 +53,8 @@ def open_tars(pattern: str, *, image_key: str | None, label_key: str | None) -> 
 
     Args:
       pattern: Pattern of file names, see `file_patterns.expand`.
-      image_key: Extension of the images; by default, the first of a sample that is an image's.
+      image_key: Extension of the images; by default, the first of a sample that is a picture's, or
+        else an array's.
       label_key: Extension of the files that hold the label, or else the field of the `.json` file
         that does; by default `cls`, or else the field `label`.
 
@@ -205,8 +206,9 @@ def _parse_attributes(content: bytes) -> dict[bytes, bytes]:
 
 
 def _find_image(sample: list[_Member], image_key: str | None) -> _Member | None:
-    wanted = {image_key.lower().removeprefix(".")} if image_key else _IMAGES
-    return next((member for member in sample if member.extension in wanted), None)
+    """Returns the first picture of a sample, or else its first array, which may be anything."""
+    wanted = [{image_key.lower().removeprefix(".")}] if image_key else _IMAGES
+    return next((x for kind in wanted for x in sample if x.extension in kind), None)
 
 
 def _read_label(sample: list[_Member], descriptor: int, label_key: str | None) -> Any:

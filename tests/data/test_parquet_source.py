@@ -75,6 +75,8 @@ def test_columns_that_cannot_be_used_are_errors(tmp_path, images):
         _open(tmp_path / "a.parquet", image_key="z")
     with pytest.raises(UserError, match=r"has no column 'z'; it has"):
         _open(tmp_path / "a.parquet", image_key="x", label_key="z")
+    with pytest.raises(UserError, match="'x' holds the images; --label_key= must name another"):
+        _open(tmp_path / "a.parquet", image_key="x", label_key="x")
     source = _open(tmp_path / "a.parquet", image_key="x")
     assert source.num_classes == 0
     assert "neither whole numbers nor texts, but list" in source.no_classes

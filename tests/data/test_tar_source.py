@@ -64,6 +64,7 @@ def test_samples_are_those_of_webdataset_in_order(tmp_path):
         ("a/0001.txt", b"a caption"),
         ("a/0002.JPG", _png(2, ".jpg")),
         ("a/0002.json", json.dumps({"label": 1}).encode()),
+        ("a.b/0003.npy", b"features"),
         ("a.b/0003.seg.png", _png(99)),  # its extension is seg.png
         ("a.b/0003.png", _png(3)),
         ("README", b"no extension"),
