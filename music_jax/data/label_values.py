@@ -23,9 +23,10 @@ def number_labels(values: Sequence[Any], what: str) -> Labels:
     Numbers are taken as they are. Texts are numbered in the order of the sorted names.
 
     Args:
-      values: The value of each image; negative numbers and None stand for no label.
+      values: The value of each image; negative numbers, empty texts and None stand for no label.
       what: Where the values come from, for the reason why there are no labels.
     """
+    values = [None if value == "" else value for value in values]
     reason = ""
     kinds = {type(value) for value in values} - {type(None)}
     found = set(values) - {None} if kinds <= {int, bool} or kinds == {str} else set()

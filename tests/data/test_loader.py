@@ -432,8 +432,9 @@ def _coordinates(count=4, height=200, width=250):
 
     class Numbered(_Records):
         def __getitem__(self, i):
-            image[..., 2] = 10 * i
-            return {"image": cv2.imencode(".png", image[..., ::-1])[1].tobytes(), "label": i}
+            numbered = image.copy()  # several threads read
+            numbered[..., 2] = 10 * i
+            return {"image": cv2.imencode(".png", numbered[..., ::-1])[1].tobytes(), "label": i}
 
     return Source("coordinates", Numbered(count), "image", "label", count)
 
