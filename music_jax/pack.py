@@ -45,6 +45,7 @@ def main() -> None:
     config = default_config()
     config.dataset.data_dir = given.data_dir
     config.dataset.manual_dir = given.manual_dir
+    config.dataset.num_channels, config.dataset.pixel_type = given.channels, given.pixel_type
     keys = {"image_key": given.image_key, "label_key": given.label_key}
     config.dataset.update({name: key for name, key in keys.items() if key is not None})
     kind, _, pattern = given.source.partition(":")
@@ -54,7 +55,7 @@ def main() -> None:
         else:
             source = datasets.open_named(config, given.source, prepare=True)
         num_images = pack(
-            source,
+            datasets.check_pixels(config, source),
             epath.Path(given.output).expanduser(),
             packing,
             share=share,
@@ -77,11 +78,9 @@ def main() -> None:
 
 def _with_own_flags(message: str) -> str:
     """Returns a message with the fields of a config replaced by the flags of this command."""
-    return re.sub(
-        r"(--)?config\.dataset\.(data_dir|manual_dir|image_key|label_key|max_skipped_share)",
-        r"--\2",
-        message,
-    )
+    names = "data_dir|manual_dir|image_key|label_key|max_skipped_share|pixel_type"
+    message = message.replace("config.dataset.num_channels", "--channels")
+    return re.sub(rf"(--)?config\.dataset\.({names})", r"--\2", message)
 
 
 if __name__ == "__main__":

@@ -300,8 +300,10 @@ def test_the_labels_of_two_splits_mean_the_same_classes():
     with pytest.raises(UserError, match="mine:test has labels of 4 classes, mine:train of 3"):
         _two(_Images(images, [0, 1, 2, 0]), _Images(images, [0, 3, 1, 0]))
     named = _Images(images, [0, 1, 0, 1], class_names=("a", "b"))
-    with pytest.raises(UserError, match="the classes of mine:test have no names"):
+    with pytest.raises(UserError, match="mine:test has classes that mine:train does not have: 0, "):
         _two(named, _Images(images, [0, 1, 0, 1]))
+    numbers = _Images(images, [0, 1, 2, 0], class_names=("2", "0", "1"))  # as in packed images
+    assert _two(numbers, _Images(images, [0, 1, 0, 1])).test.labels().tolist() == [1, 2, 1, 2]
     swapped = _Images(images, [0, 1, 0, 1], class_names=("b", "a"))
     assert _two(named, swapped).test.labels().tolist() == [1, 0, 1, 0]
 

@@ -31,7 +31,8 @@ _MAX_TILE_BYTES = 2**26
 _NUMBERS = "biuf"  # kinds of dtypes
 _DEFLATE = (8, 32946)  # numbers of compressions in TIFF
 _COMPRESSIONS = (1, 5, *_DEFLATE)  # none, LZW
-_PHOTOMETRICS = (0, 1, 2)  # gray and RGB; others, such as palettes, are not values of channels
+# Gray and RGB; others, such as palettes and gray with white as 0, are not values of channels.
+_PHOTOMETRICS = (1, 2)
 
 
 def is_array_file(encoded: bytes) -> bool:
@@ -155,7 +156,7 @@ def _npy_header(encoded: bytes) -> _NpyHeader:
 def _check_shape(shape: tuple[int, ...], dtype: np.dtype) -> None:
     if dtype.kind not in _NUMBERS:
         raise UndecodableError(f"its values are of type {dtype}, not numbers")
-    if len(shape) not in (2, 3) or not all(isinstance(size, int) for size in shape):
+    if len(shape) not in (2, 3) or not all(type(size) is int and size >= 0 for size in shape):
         raise UndecodableError(
             f"it has the shape {list(shape)}, not [height, width] or [height, width, channels]"
         )
@@ -185,7 +186,9 @@ def _layout(tiff: Any, channels: int | None) -> tuple[tuple[int, ...], tuple[int
         page = tiff.pages[0]
         shape, dtype, axes = page.shape, page.dtype, page.axes
         if page.photometric not in _PHOTOMETRICS:
-            raise UndecodableError("its pixels are not gray, RGB or values of channels")
+            raise UndecodableError(
+                "its pixels are not gray with black as 0, RGB or values of channels"
+            )
         if page.compression not in _COMPRESSIONS:
             raise UndecodableError(f"its compression {page.compression} is not supported")
         if axes == "YX":

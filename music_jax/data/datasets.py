@@ -100,7 +100,7 @@ def training_source(config: config_dict.ConfigDict) -> Source:
     """
     dataset, path = config.dataset, config.dataset.path
     source = open_path(path) if path else _open_split(dataset, dataset.train_split)
-    return _check_pixels(config, source)
+    return check_pixels(config, source)
 
 
 def evaluation_sources(
@@ -117,7 +117,7 @@ def evaluation_sources(
     """
     test = _test_source(config)
     if test is not None:
-        test = _check_pixels(config, test)
+        test = check_pixels(config, test)
     else:
         dataset = config.dataset
         if dataset.path or not dataset.test_split:
@@ -129,7 +129,7 @@ def evaluation_sources(
             "--config.evaluation.train= to learn from"
         )
     if normalize_path(config.evaluation.train) not in ("", normalize_path(config.dataset.path)):
-        train = _check_pixels(config, open_named(config, config.evaluation.train))
+        train = check_pixels(config, open_named(config, config.evaluation.train))
     else:
         train = training_source(config) if training is None else training
     for source, field, classes in ((train, "evaluation.train", 2), (test, "evaluation.test", 1)):
@@ -148,7 +148,7 @@ def evaluation_images(config: config_dict.ConfigDict) -> Source:
       UserError: They do not exist or cannot be used.
     """
     test = _test_source(config)
-    return training_source(config) if test is None else _check_pixels(config, test)
+    return training_source(config) if test is None else check_pixels(config, test)
 
 
 def _test_source(config: config_dict.ConfigDict) -> Source | None:
@@ -174,7 +174,7 @@ def _test_source(config: config_dict.ConfigDict) -> Source | None:
     return _open_split(dataset, dataset.test_split)
 
 
-def _check_pixels(config: config_dict.ConfigDict, source: Source) -> Source:
+def check_pixels(config: config_dict.ConfigDict, source: Source) -> Source:
     """Returns a source, after checking that an image has the config's channels and type.
 
     Raises:
@@ -344,24 +344,22 @@ def _with_classes(test: Source, train: Source) -> Source:
             f"images of {several.name} may have several classes, those of {one.name} one; "
             "the labels of both must be of one kind"
         )
-    if not (test.class_names or train.class_names):  # registered datasets
+    if not (test.class_names or train.class_names):
         if test.num_classes > train.num_classes:
             raise UserError(
                 f"{test.name} has labels of {test.num_classes} classes, {train.name} of "
                 f"{train.num_classes}; the labels of both must mean the same classes"
             )
         return dataclasses.replace(test, num_classes=train.num_classes)
-    if not (test.class_names and train.class_names):
-        nameless = train if test.class_names else test
-        raise UserError(
-            f"the classes of {nameless.name} have no names to match with the other set's; give its "
-            "records the attribute class_names"
-        )
-    if test.class_names == train.class_names:
-        return test
-    test_names, train_names = (_nfc(source.class_names) for source in (test, train))
-    if test_names is None or train_names is None:
-        test_names, train_names = test.class_names, train.class_names
+    # A number is the name of a class without one, as in packed images.
+    test_names, train_names = (
+        source.class_names or tuple(map(str, range(source.num_classes))) for source in (test, train)
+    )
+    if test_names == train_names:
+        return dataclasses.replace(test, class_names=train.class_names)
+    test_nfc, train_nfc = _nfc(test_names), _nfc(train_names)
+    if test_nfc is not None and train_nfc is not None:
+        test_names, train_names = test_nfc, train_nfc
     numbers = {name: number for number, name in enumerate(train_names)}
     unknown = [name for name in test_names if name not in numbers]
     if unknown:

@@ -104,6 +104,12 @@ def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
                 f"another with --config.dataset."
                 f"{'image' if key == dataset.image_key else 'label'}_key="
             )
+    if not _holds_files(features[dataset.image_key]):
+        raise UserError(
+            f"the column {dataset.image_key!r} of dataset {dataset.name!r} does not hold image "
+            f"files, but {_one_line(features[dataset.image_key])}; name one that does with "
+            "--config.dataset.image_key="
+        )
     try:  # reads no images, and keeps Arrow from reading outside of its memory
         used = [key for key in (dataset.image_key, label_key) if key in features]
         rows.data.select(used).validate(full=True)
@@ -264,6 +270,14 @@ def _read_split(opened: Any, split: str) -> Any:
     return datasets.concatenate_datasets(rows).with_format(None)
 
 
+def _holds_files(feature: Any) -> bool:
+    import datasets
+
+    if isinstance(feature, datasets.Value):
+        return feature.dtype in ("binary", "large_binary")
+    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
+
+
 def _labels(rows: Any, dataset: config_dict.ConfigDict, name: str) -> Labels:
     key = dataset.label_key
     if key not in rows.features:
@@ -300,5 +314,5 @@ class _Rows:
         return read_file(file, is_link=True)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: object) -> str:
     return " ".join(str(error).split())[:300]

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from music_jax.data.labels import UNKNOWN
+from music_jax.data.labels import UNKNOWN, are_too_many
 
 _MAX_CLASSES = 2**20  # larger numbers, such as hashes, are not those of classes
 
@@ -28,10 +28,11 @@ def number_labels(values: Sequence[Any], what: str, names: Sequence[str] = ()) -
     numbers and have the same length, and the classes have no names.
 
     Args:
-      values: The value of each image; negative numbers and None stand for no label.
+      values: The value of each image; negative numbers, empty texts and None stand for no label.
       what: Where the values come from, for the reason why there are no labels.
       names: Names of the classes, if numbers stand for them.
     """
+    values = [None if value == "" else value for value in values]
     reason = ""
     kinds = {type(value) for value in values} - {type(None)}
     if kinds == {list}:
@@ -44,6 +45,8 @@ def number_labels(values: Sequence[Any], what: str, names: Sequence[str] = ()) -
         reason = f"none of the {len(values):,} images has a label in {what}"
     elif kinds != {str} and max(found) >= _MAX_CLASSES:
         reason = f"the largest label in {what}, {max(found)}, is not the number of a class"
+    elif are_too_many(len(found), len(values)):
+        reason = f"the {len(found):,} values in {what} are too many for classes of {len(values):,}"
     if reason:
         return Labels(np.full(len(values), -1, np.int32), 0, (), reason)
     if kinds == {str}:

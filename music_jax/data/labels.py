@@ -17,7 +17,13 @@ Label = int | np.ndarray  # a number, or int8 [classes]
 
 UNKNOWN, DAMAGED = -1, -2
 
+_FEW = 1000  # distinct values, which are classes however few images there are
 _READ_AT_ONCE = 256  # by one thread
+
+
+def are_too_many(num_classes: int, num_images: int) -> bool:
+    """Returns whether so many distinct values are not classes, but names or numbers of images."""
+    return num_classes > max(_FEW, num_images // 2)
 
 
 def by_class(label: Any, num_classes: int) -> np.ndarray:

@@ -124,6 +124,8 @@ def pack(
     tag = f"{share.index}-of-{share.count}-"
     if _start(directory, index, tag):
         return int(read_index(directory)["num_images"])
+    if source.no_classes:
+        _logger.warning(f"the images are packed without labels: {source.no_classes}")
     source = dataclasses.replace(source, name=index["source"])
     skipped = SkippedImages(
         directory,
@@ -150,13 +152,22 @@ def pack(
     with progress.bar(end - first, unit="img", description="packing") as bar:
         for k in own:
             stop = min((k + 1) * packing.shard_size, len(source))
-            if _count_images(directory / files[k]) is None:
+            while _count_images(directory / files[k]) is None:
                 keys = grain.MapDataset.range(k * packing.shard_size, stop)
                 records = keys.map(make_record).to_iter_dataset(options)
-                _write_shard(directory / files[k], records, bar, tag)
+                try:
+                    _write_shard(directory / files[k], records, bar, tag)
+                except FileNotFoundError:  # removed, since the same worker was started twice
+                    if not directory.exists():
+                        raise
             bar.update(stop - first - bar.n)
     skipped.close()
-    return _finish(source, directory, index, files, max_skipped_share)
+    try:
+        return _finish(source, directory, index, files, max_skipped_share)
+    except FileNotFoundError:  # removed by another worker that completed the index meanwhile
+        if (existing := read_index(directory))["complete"]:
+            return int(existing["num_images"])
+        raise
 
 
 def _finish(

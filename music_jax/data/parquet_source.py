@@ -55,6 +55,8 @@ def open_parquet(pattern: str, *, image_key: str | None, label_key: str | None) 
     labels: list[Any] = []
     image = _image_column(name, _open(files[0]).schema_arrow, image_key)
     label = _label_column(name, _open(files[0]).schema_arrow, label_key)
+    if label == image[0]:  # All labels are read into memory.
+        raise UserError(f"the column {label!r} holds the images; --label_key= must name another")
     for number, path in enumerate(files):
         with _open(path) as file:
             try:

@@ -67,6 +67,7 @@ class SkippedImages:
         self._listed: set[tuple[str, str]] = set()
         self._counts: collections.Counter[str] = collections.Counter()
         self._sizes: dict[str, int] = {}  # of the sources that are checked
+        self._examples: dict[str, str] = {}  # an image of each source, with the reason
         for path in (self._own, *self._others()):
             self._count(_read(path))
         self._sizes.clear()  # images that earlier runs listed may have been repaired
@@ -163,8 +164,8 @@ class SkippedImages:
                 raise UnusableDataError(
                     f"{count} of the {size} images of {source} cannot be read, more than the share "
                     f"config.dataset.max_skipped_share = {self._max_share:g}; they are listed in "
-                    f"{lists}. Once the images are repaired, delete skipped*.jsonl (and "
-                    "images.json) there."
+                    f"{lists}, such as {self._examples[source]}. Once the images are repaired, "
+                    "delete skipped*.jsonl (and images.json) there."
                 )
 
     def _count(self, lines: _Lines) -> None:
@@ -173,6 +174,7 @@ class SkippedImages:
             if (source, name) not in self._listed:
                 self._listed.add((source, name))
                 self._counts[source] += 1
+                self._examples.setdefault(source, f"{name}: {line['reason']}"[:300])
                 if "source_images" in line:
                     self._sizes.setdefault(source, line["source_images"])
 

@@ -26,7 +26,7 @@ from music_jax.workdir.files import parse_json
 
 _logger = logging.getLogger(__name__)
 
-_IMAGES = {extension[1:] for extension in EXTENSIONS + ARRAY_EXTENSIONS}
+_IMAGES = [{extension[1:] for extension in kind} for kind in (EXTENSIONS, ARRAY_EXTENSIONS)]
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # sample and extension
 _LABEL, _RECORD, _FIELD = "cls", "json", "label"  # files with a label, and its field in a record
 _MAX_LABEL_BYTES = 1 << 20
@@ -53,7 +53,8 @@ def open_tars(pattern: str, *, image_key: str | None, label_key: str | None) -> 
 
     Args:
       pattern: Pattern of file names, see `file_patterns.expand`.
-      image_key: Extension of the images; by default, the first of a sample that is an image's.
+      image_key: Extension of the images; by default, the first of a sample that is a picture's, or
+        else an array's.
       label_key: Extension of the files that hold the label, or else the field of the `.json` file
         that does; by default `cls`, or else the field `label`.
 
@@ -187,7 +188,9 @@ def _number(field: bytes) -> int:
     """Returns the number in a field of a header: octal, or binary if it is too large for that."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
-    return int(field.partition(b"\0")[0].strip() or b"0", 8)
+    if (number := int(field.partition(b"\0")[0].strip() or b"0", 8)) < 0:
+        raise ValueError(f"a header holds the number {number}")
+    return number
 
 
 def _parse_attributes(content: bytes) -> dict[bytes, bytes]:
@@ -204,8 +207,9 @@ def _parse_attributes(content: bytes) -> dict[bytes, bytes]:
 
 
 def _find_image(sample: list[_Member], image_key: str | None) -> _Member | None:
-    wanted = {image_key.lower().removeprefix(".")} if image_key else _IMAGES
-    return next((member for member in sample if member.extension in wanted), None)
+    """Returns the first picture of a sample, or else its first array, which may be anything."""
+    wanted = [{image_key.lower().removeprefix(".")}] if image_key else _IMAGES
+    return next((x for kind in wanted for x in sample if x.extension in kind), None)
 
 
 def _read_label(sample: list[_Member], descriptor: int, label_key: str | None) -> Any:
@@ -222,7 +226,8 @@ def _read_label(sample: list[_Member], descriptor: int, label_key: str | None) -
             label = parse_json(text).get(label_key or _FIELD)
         except (ValueError, AttributeError):
             continue
-        return label if isinstance(label, int | str | list) else None
+        # Of other labels, only the type is kept, which says why the images have no labels.
+        return label if isinstance(label, int | str | list | None) else type(label)()
     return None
 
 

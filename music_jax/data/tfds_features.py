@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from music_jax.data.labels import by_class, read_values
+from music_jax.data.labels import are_too_many, by_class, read_values
 from music_jax.errors import UserError
 
 DEFAULT_LABEL_KEY = "label"  # the config's default, which a dataset need not have
 
 _LOOKED_AT = 16  # records, to check their labels
-_FEW = 1000  # distinct values, which are classes however few images there are
 _OUTCOMES = {"positive": 1, "negative": 0}  # in CheXpert, besides `uncertain` and `unmentioned`
 _KINDS = "a ClassLabel, an int, bool or text, or an array or sequence of classes"
 
@@ -182,7 +181,7 @@ def _one_class(feature: Any, key: str, records: Any, name: str) -> Labels:
 
     values = read_values(len(records), lambda i: _try(distinct, records, i), name)
     classes = sorted(set(filter(has_class, values)))
-    if len(classes) > max(_FEW, len(records) // 2):
+    if are_too_many(len(classes), len(records)):
         return Labels(
             missing=f"its feature {key!r} has {len(classes):,} values in {len(records):,} images, "
             "too many for classes"

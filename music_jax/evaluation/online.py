@@ -118,10 +118,10 @@ class OnlineEvaluation:
 
 def _why_no_knn(source: Source, is_query: np.ndarray) -> str:
     """Returns why images cannot be classified, or "" if they can be."""
-    if source.num_classes < 2:
-        return source.no_classes or f"the images of {source.name} have no labels"
     if source.multi_label:
         return f"the images of {source.name} may have several classes each"
+    if source.num_classes < 2:
+        return source.no_classes or f"the images of {source.name} have no labels"
     labels = source.labels()
     bank, queries = labels[~is_query], labels[is_query]
     if len(np.unique(bank[bank >= 0])) < 2 or not np.any(queries >= 0):

@@ -234,6 +234,14 @@ def test_files_that_are_no_parquet_are_errors(tmp_path):
         _open(tmp_path, tmp_path / "set")
 
 
+def test_a_column_that_holds_no_files_is_an_error(tmp_path):
+    arrays = hugging_face.Features({"image": hugging_face.Array3D((2, 2, 3), "float32")})
+    pixels = np.zeros((4, 2, 2, 3), np.float32).tolist()
+    hugging_face.Dataset.from_dict({"image": pixels}, arrays).save_to_disk(tmp_path / "set")
+    with pytest.raises(UserError, match=r"does not hold image files, but Array3D.*image_key="):
+        _open(tmp_path, tmp_path / "set")
+
+
 def test_a_table_that_refers_to_memory_outside_of_it_is_an_error(tmp_path):
     rows = _rows(0, 2)
     rows.save_to_disk(tmp_path / "saved")

@@ -11,6 +11,7 @@ from etils import epath
 from mixed_images import write_mixed
 from processes import run, start
 
+from music_jax.data import packing
 from music_jax.data.datasets import open_path
 from music_jax.data.decode import decode
 from music_jax.data.folder import open_folder
@@ -200,6 +201,33 @@ def test_all_shares_together_skip_at_most_the_allowed_share(photos, tmp_path):
         share(1, 0.07)
     with pytest.raises(UserError, match="is not fully packed"):
         open_path(str(tmp_path))
+
+
+@pytest.mark.parametrize("removed", ["shard", "index"])
+def test_a_worker_goes_on_if_another_one_removes_its_temporary_files(
+    removed, photos, tmp_path, monkeypatch
+):
+    folder, broken = photos
+    function, others = {"shard": "_write_shard", "index": "_write_index"}[removed], []
+    write = getattr(packing, function)
+
+    def interrupted(path, *given):
+        if others or (removed == "index" and not given[0]["complete"]):
+            write(path, *given)
+        else:  # the same worker is started again, and is faster
+            others.append("")
+            others.append(_pack(folder, tmp_path / "packed"))
+            raise FileNotFoundError(".new-1 was removed")
+
+    monkeypatch.setattr(packing, function, interrupted)
+    assert _pack(folder, tmp_path / "packed") == 40 - len(broken) == others[1]
+
+
+def test_images_that_are_packed_without_labels_are_said_to_be(tmp_path, capsys):
+    records = [{"image": np.zeros((8, 8, 3), np.uint8)}]
+    source = Source("a", records, no_classes="its labels are floats")
+    assert pack(source, epath.Path(tmp_path / "packed"), Packing()) == 1
+    assert "packed without labels: its labels are floats" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("worker", ["2/2", "1", "-1/2", "0/0", "1/2/3", "a/b"])

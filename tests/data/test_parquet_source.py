@@ -54,7 +54,7 @@ def test_structs_and_binaries_are_read_in_the_order_of_files_and_rows(tmp_path, 
     assert [source.example(i)[0] for i in (40, 3, 49, 0, 41, 2)] == [
         images[i] for i in (40, 3, 49, 0, 41, 2)
     ]
-    text = ["owl" if i % 2 else None for i in range(50)]
+    text = ["owl" if i % 2 else None if i % 4 else "" for i in range(50)]
     thumbnails = pa.array(images, pa.large_binary())
     _write(tmp_path / "b.parquet", {"thumb": thumbnails, "jpg": images, "kind": text})
     source = _open(tmp_path / "b.parquet", label_key="kind")
@@ -75,6 +75,8 @@ def test_columns_that_cannot_be_used_are_errors(tmp_path, images):
         _open(tmp_path / "a.parquet", image_key="z")
     with pytest.raises(UserError, match=r"has no column 'z'; it has"):
         _open(tmp_path / "a.parquet", image_key="x", label_key="z")
+    with pytest.raises(UserError, match="'x' holds the images; --label_key= must name another"):
+        _open(tmp_path / "a.parquet", image_key="x", label_key="x")
     source = _open(tmp_path / "a.parquet", image_key="x")
     assert source.num_classes == 0
     assert "neither whole numbers nor texts, but float" in source.no_classes

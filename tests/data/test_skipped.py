@@ -104,7 +104,7 @@ def test_the_limit_applies_to_what_all_processes_skip(tmp_path, clock, processes
     with pytest.raises(UnusableDataError, match="11 of the 100 images of numbers") as caught:
         lists[10 % processes].add(_SOURCE, 10, "broken")
     name = "skipped.jsonl" if processes == 1 else "skipped*.jsonl"
-    assert f"listed in {tmp_path / name}. Once" in str(caught.value)
+    assert f"listed in {tmp_path / name}, such as " in str(caught.value)
 
 
 def test_an_image_that_two_processes_skip_counts_once(tmp_path, clock):
@@ -162,7 +162,7 @@ def test_an_exceeded_limit_that_no_process_noticed_is_found_by_merge(tmp_path, c
         lists[1 if index < 8 else 2].add(_SOURCE, index, "broken")
     with pytest.raises(UnusableDataError, match="11 of the 100") as caught:
         lists[0].merge()
-    assert f"listed in {tmp_path / 'skipped.jsonl'}. Once" in str(caught.value)
+    assert f"listed in {tmp_path / 'skipped.jsonl'}, such as " in str(caught.value)
     assert sorted(_images(tmp_path)) == list(range(11))
     assert [path.name for path in tmp_path.iterdir()] == ["skipped.jsonl"]
 

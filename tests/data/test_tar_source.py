@@ -64,6 +64,7 @@ def test_samples_are_those_of_webdataset_in_order(tmp_path):
         ("a/0001.txt", b"a caption"),
         ("a/0002.JPG", _png(2, ".jpg")),
         ("a/0002.json", json.dumps({"label": 1}).encode()),
+        ("a.b/0003.npy", b"features"),
         ("a.b/0003.seg.png", _png(99)),  # its extension is seg.png
         ("a.b/0003.png", _png(3)),
         ("README", b"no extension"),
@@ -161,6 +162,16 @@ def test_a_huge_file_or_name_in_a_tar_is_not_read_into_memory(tmp_path):
         _open(tmp_path / "b.tar")
 
 
+def test_a_tar_whose_header_has_a_negative_size_is_refused(tmp_path):
+    info = tarfile.TarInfo("0.png")
+    header = bytearray(info.tobuf())
+    header[124:136] = b"-0000001000\0"  # minus one block: the next header would be this one
+    header[148:156] = b"%06o\0 " % (sum(header) - sum(header[148:156]) + 8 * ord(" "))
+    (tmp_path / "a.tar").write_bytes(bytes(header) + bytes(1024))
+    with pytest.raises(UnusableDataError, match=r"a header holds the number -512"):
+        _open(tmp_path / "a.tar")
+
+
 @pytest.mark.parametrize("damage", ["truncated", "header", "other", "empty"])
 def test_a_damaged_tar_is_an_error_that_names_it(tmp_path, damage):
     path = tmp_path / "a.tar"
@@ -236,3 +247,12 @@ def test_tars_are_packed_by_workers_as_by_one(tmp_path):
     )
     assert code == 0, err
     assert "holds 27 images" in out
+    code, _, err = run(
+        "music_jax.pack",
+        f"--source=wds:{tmp_path}/s-{{0..2}}.tar",
+        f"--output={tmp_path / 'bands'}",
+        *("--encoding=npy", "--channels=4"),
+    )
+    assert code == 2
+    assert "it has 3 channels, not 4" in err
+    assert "set --channels and --pixel_type, now 4 and uint8, to those of the images" in err

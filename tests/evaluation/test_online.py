@@ -102,6 +102,17 @@ def test_without_labels_the_other_measures_remain(tmp_path, capsys):
     assert 0 <= _evaluation(tmp_path, half, "knn")[0]()["online_knn"] <= 1
 
 
+def test_images_of_several_classes_are_measured_without_knn(tmp_path, capsys):
+    source = digits_source("tags", range(30))
+    tags = np.eye(10, dtype=np.int8)
+    records = [{**record, "label": tags[record["label"]]} for record in source.records]
+    source = dataclasses.replace(source, records=records, multi_label=True)
+    found = _evaluation(tmp_path, source, "knn", "rankme")[0]()
+    assert list(found) == ["online_rankme", "online_seconds"]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == "online_knn is not measured: the images of tags may have several classes each"
+
+
 def test_images_that_cannot_be_decoded_are_excluded(tmp_path):
     source = digits_source("a", range(30))
     for i in range(0, 10):
