@@ -157,7 +157,7 @@ def test_other_features_are_no_labels(data_dir, key, reason):
 
 
 def test_as_many_values_as_images_are_no_classes(data_dir, monkeypatch):
-    monkeypatch.setattr("music_jax.data.tfds_features._FEW", 5)
+    monkeypatch.setattr("music_jax.data.labels._FEW", 5)
     assert "'id' has 12 values in 12 images" in _open(data_dir, label_key="id").no_classes
 
 
