@@ -51,12 +51,10 @@ def _open(split, *, slow_while=""):
     return _Digits(*{"train": (0, 480), "test": (480, 160)}[split], slow_while)
 
 
-music_jax.register_backbone("pixels", _Pixels)
-music_jax.register_dataset("paced_digits", _open)
-
-
 def get_config():
-    """Returns the config."""
+    """Returns the config, after registering its backbone and its dataset."""
+    music_jax.register_backbone("pixels", _Pixels)
+    music_jax.register_dataset("paced_digits", _open)
     print("cores:", usable_cores(), flush=True)
     config = default_config()
     config.dataset.name = "paced_digits"
