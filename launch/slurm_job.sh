@@ -5,12 +5,16 @@ export ACCELERATOR=${ACCELERATOR:-cuda13}
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
+# The job, or one member of an array: SLURM_JOB_ID of its last member stands for all of them.
+job=${SLURM_JOB_ID:-}
+if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+
 # Whether Slurm requeues the job at its end: from 24.05 on, if the job was preempted. Requeued by the script as well, it
 # would run once more after it is done.
 requeues_by_itself() {
   local version first=24.05
   version=$(scontrol --version)
-  [[ ${version##* } > $first && $(scontrol show job "$SLURM_JOB_ID") == *PreemptTime=[0-9]* ]]
+  [[ ${version##* } > $first && $(scontrol show job "$job") == *PreemptTime=[0-9]* ]]
 }
 
 # run_job MODULE ARGUMENT...: --dry-run among the arguments prints the options of the script and the command instead.
@@ -39,14 +43,14 @@ run_job() {
   # 75: a signal stopped the run, and everything is saved. 143: SIGTERM ended Python before it could handle signals.
   if ((code == 75 || code == 143)); then
     # A canceled job is completing instead of running.
-    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) || state=RUNNING
+    state=$(squeue --noheader --jobs="$job" --format=%T) || state=RUNNING
     if [[ $state != RUNNING ]]; then
       echo "stopped by a signal; the job is $state: not requeued" >&2
     elif requeues_by_itself; then
       echo "stopped by a preemption; Slurm requeues the job" >&2
     else
       echo "stopped by a signal; requeueing" >&2
-      scontrol requeue "$SLURM_JOB_ID"
+      scontrol requeue "$job"
     fi
   fi
   exit "$code"

@@ -46,6 +46,10 @@ class UnexpectedPixelsError(UndecodableError):
     """An image with another number of channels, or another type of values, than the config says."""
 
 
+class NonFiniteError(UserError):
+    """Features of a network that are not finite."""
+
+
 class StoppedError(MusicError):
     """A signal stopped the run after everything was saved; the same command resumes it."""
 

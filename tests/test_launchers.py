@@ -264,6 +264,17 @@ def test_slurm_requeues_a_preempted_job_once(slurm, version, preempted, requeued
     assert ("scontrol requeue 7" in slurm.notes.read_text()) == requeued
 
 
+def test_slurm_asks_about_one_member_of_an_array_alone(slurm):
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}  # SLURM_JOB_ID of the last is 7
+    slurm(SRUN_EXITS="75", STATE="RUNNING", VERSION="24.11.5", **array)
+    asked = [line for line in slurm.notes.read_text().splitlines() if "7" in line]
+    assert asked == [
+        "squeue --noheader --jobs=7_3 --format=%T",
+        "scontrol show job 7_3",
+        "scontrol requeue 7_3",
+    ]
+
+
 @pytest.mark.parametrize("given", [{"SLURM_CPUS_PER_TASK": "12"}, {}])
 def test_slurm_forwards_the_number_of_cores_per_task(slurm, given):
     result = slurm("--config=c.py", SRUN_EXITS="0", STATE="RUNNING", **given)

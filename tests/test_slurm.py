@@ -164,12 +164,13 @@ def test_wrong_input_and_divergence_end_the_job(slurm, tmp_path, argument, code)
     assert "error: " in training.log()
 
 
-# Plays python: member 2 is stopped by a signal the first time, with everything saved.
+# Plays python: members 2 and 3 are stopped by a signal the first time, with everything saved.
+# Member 3, the last one, has the number of the whole array as its own.
 _STAND_IN = """#!/usr/bin/env bash
 echo "$*"
-if [[ $SLURM_ARRAY_TASK_ID == 2 && ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
+if ((SLURM_ARRAY_TASK_ID >= 2 && ${SLURM_RESTART_COUNT:-0} == 0)); then
   trap 'exit 75' TERM
-  touch waiting
+  touch "waiting-$SLURM_ARRAY_TASK_ID"
   sleep 60 &
   wait
 fi
@@ -177,7 +178,7 @@ fi
 
 
 @pytest.mark.slow
-def test_a_sweep_gives_each_member_its_share_and_requeues_the_one_that_is_stopped(slurm, tmp_path):
+def test_a_sweep_gives_each_member_its_share_and_requeues_those_that_are_stopped(slurm, tmp_path):
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
     (tmp_path / "launch/environment.sh").write_text("venv=.\nensure_environment() { :; }\n")
     (tmp_path / "bin").mkdir()
@@ -189,12 +190,13 @@ def test_a_sweep_gives_each_member_its_share_and_requeues_the_one_that_is_stoppe
         *("--config=c.py", "--output=a b"),
         directory=tmp_path,
     )
-    wait(lambda: (tmp_path / "waiting").exists(), timeout=60)
-    slurm.run("scancel", "--signal=TERM", f"{number}_2")
+    for i in (2, 3):
+        wait((tmp_path / f"waiting-{i}").exists, timeout=60)
+        slurm.run("scancel", "--signal=TERM", f"{number}_{i}")
     jobs = [slurm.wait_for(f"{number}_{i}", "COMPLETED", "FAILED", timeout=60) for i in range(4)]
     assert [job["ExitCode"] for job in jobs] == 4 * ["0:0"]
-    assert [job["Restarts"] for job in jobs] == ["0", "0", "1", "0"]
+    assert [job["Restarts"] for job in jobs] == ["0", "0", "1", "1"]
     for i in range(4):
         given = f"-m music_jax.claims --worker={i}/4 --config=c.py --output=a b\n"
         log = (tmp_path / f"music_jax_sweep-{number}_{i}.log").read_text()
-        assert log.count(given) == 1 + (i == 2), log
+        assert log.count(given) == 1 + (i >= 2), log

@@ -32,8 +32,8 @@ that directory. --tables_only recomputes them from the results and predictions t
 --worker=I/N runs the Ith of N shares of the cells, from 0: start N such commands with one output
 directory, on any machines. Each waits for the others' results that it needs.
 
-Exit codes: 0 done; 2 wrong input; 3 some cells failed; 75 stopped by a signal, or results of
-workers that do not run are missing: rerun the command.
+Exit codes: 0 done; 2 wrong input; 3 some cells failed, of this worker or of one that it waits for;
+75 stopped by a signal, or results of workers that do not run are missing: rerun the command.
 """
 
 

@@ -96,14 +96,25 @@ class Results:
         return name in self._found
 
     def write(self, cell: Cell, result: Result, arrays: Mapping[str, np.ndarray]) -> None:
-        """Writes a cell's predictions, if there are any, and then its result."""
+        """Writes a cell's predictions, if there are any, and then its result.
+
+        Raises:
+          UserError: The labels of the test images are not those of earlier results.
+        """
         path = self.directory / f"{cell.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         predictions = {name: array for name, array in arrays.items() if name != "labels"}
+        if "labels" in arrays:
+            shared = self.directory / "labels.npz"
+            if not shared.exists():
+                _write_arrays(shared, {"labels": arrays["labels"]})
+            elif not np.array_equal(self.labels(), arrays["labels"]):
+                raise UserError(
+                    f"the test images are others, or in another order, than those of {shared}; "
+                    "prepare the dataset as for the earlier results, or choose another --output"
+                )
         if predictions:
             _write_arrays(self.directory / f"{cell.name}.npz", predictions)
-        if "labels" in arrays and not (self.directory / "labels.npz").exists():
-            _write_arrays(self.directory / "labels.npz", {"labels": arrays["labels"]})
         write_json(path, _identity(cell) | result)
 
     def predictions(self, cell: Cell) -> dict[str, np.ndarray]:

@@ -24,7 +24,7 @@ from music_jax.claims.references import (
 )
 from music_jax.config import default_config, from_json, get_field
 from music_jax.data.sources import Source
-from music_jax.errors import DivergedError
+from music_jax.errors import DivergedError, NonFiniteError
 from music_jax.evaluation.features import Model
 from music_jax.evaluation.run import Run, load_run
 from music_jax.metrics.label_free import rankme
@@ -103,7 +103,7 @@ def run_cell(
             else:
                 found, arrays = _measure(run, with_test(run, test_split))
                 result |= found
-    except DivergedError as error:
+    except (DivergedError, NonFiniteError) as error:
         result["diverged"] = str(error)
         arrays = {}
     result["seconds"] = round(time.monotonic() - started, 1)
@@ -236,8 +236,8 @@ def _finite(value: float) -> float | None:
 def _first_grad_norm(directory: str) -> float | None:
     """Returns the norm of the gradient by the parameters in the first step, from its log."""
     with (epath.Path(directory) / "metrics.jsonl").open("r") as file:
-        first = json.loads(file.readline())
-    return first.get("grad_norm")
+        lines = map(json.loads, file)  # the first may have online measures alone
+        return next((line["grad_norm"] for line in lines if "grad_norm" in line), None)
 
 
 def _collapsed(
@@ -248,6 +248,7 @@ def _collapsed(
     start.update_from_flattened_dict(
         _COLLAPSING[cell.start] | {"optimizer.base_learning_rate": _START_RATE}
     )
+    start.objective.options = config_dict.ConfigDict()  # of a registered objective
     path = os.path.join(directory, "start")
     state = train_and_evaluate(start, path)
     run = load_run(path, overrides=data)

@@ -91,6 +91,13 @@ def check_cells(sweep: Sweep) -> None:
             "a comparison evaluates on the dataset's own splits; leave config.evaluation.train and "
             "config.evaluation.test unset"
         )
+    if sweep.config.seed + sweep.budget.kept_seeds >= FIRST_SEED:
+        raise UserError(
+            f"the final trainings have the seeds from {FIRST_SEED} on, which no search may use; "
+            f"lower config.seed = {sweep.config.seed}"
+        )
+    if taken := sorted({method.name for method in sweep.methods} & {*REFERENCES}):
+        raise UserError(f"--objectives: {taken[0]!r} is the name of a reference; rename yours")
     cells = make_plan(sweep, assume=True).cells
     for group, members in itertools.groupby(cells, lambda cell: cell.group):
         try:

@@ -76,7 +76,8 @@ def as_text(tables: list[Table]) -> str:
 
 def _markdown(sweep: Sweep, tables: list[Table]) -> str:
     done, total, hours = progress_of(sweep, make_plan(sweep))
-    arguments = [a for a in sys.argv[1:] if not a.startswith(("--output", "--worker", "--tables"))]
+    local = ("--output", "--runs", "--worker", "--tables")
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith(local)]
     command = shlex.join(["python", "-m", "music_jax.claims", *arguments])
     lines = [f"# {sweep.config.dataset.name}", ""]
     lines += [f"`{command}`: {done} of {total} cells done, in {hours:.1f} hours of a CPU core.", ""]

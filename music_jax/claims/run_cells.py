@@ -31,6 +31,7 @@ _logger = logging.getLogger(__name__)
 _ATTEMPTS = 2  # per cell, if it fails or its process is killed
 _POLL_SECONDS = 10.0
 _PATIENCE_SECONDS = 300.0  # after which a worker that gives no sign of life has ended
+_FAILED = "failed"  # in place of a sign of life
 _SCALED = 1_000_000  # images: numbers on the bar have units, whatever the total
 _IMAGES_PER_EVALUATION = 0.5  # costs of an evaluation, in training images per image
 
@@ -69,7 +70,7 @@ def run_missing(
       patience: Seconds after which another worker that gives no sign of life has ended.
 
     Raises:
-      UnusableDataError: Cells failed. All others have been run.
+      UnusableDataError: Cells failed, of this share or another one. All others have been run.
       StoppedError: Cells of other shares are missing, and no other worker runs.
     """
     signs = _SignsOfLife(runs, share)
@@ -103,6 +104,12 @@ def run_missing(
                     if failed or not others:
                         break
                     if not signs.others_run(patience):
+                        if unsuccessful := signs.failed():
+                            raise UnusableDataError(
+                                f"{len(others)} cells of other workers are missing, such as "
+                                f"{others[0].name}, and worker {unsuccessful[0]} failed: see its "
+                                "output, and rerun its command and this one"
+                            )
                         raise StoppedError(
                             f"{len(others)} cells of other workers are missing, such as "
                             f"{others[0].name}, and none of these workers runs; start them, and "
@@ -132,6 +139,7 @@ def run_missing(
         for process in multiprocessing.active_children():
             process.kill()
     if failed:
+        signs.fail()
         name, error = next(iter(failed.items()))
         raise UnusableDataError(
             f"{len(failed)} cells failed, {name} first: {error}; rerun the command to try them "
@@ -144,7 +152,8 @@ class _SignsOfLife:
 
     def __init__(self, directory: epath.Path, share: Share):
         self._directory = directory / "workers"
-        self._own = f"{share.index}-of-{share.count}"
+        self._of = f"-of-{share.count}"
+        self._own = f"{share.index}{self._of}"
         self._count = 0
         self._seen: dict[str, tuple[str, float]] = {}  # content, and when it changed
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -153,6 +162,15 @@ class _SignsOfLife:
         """Changes the own file."""
         self._count += 1
         (self._directory / self._own).write_text(f"{os.getpid()} {self._count}")
+
+    def fail(self) -> None:
+        """Tells the other workers that this one has ended with failed cells."""
+        (self._directory / self._own).write_text(_FAILED)
+
+    def failed(self) -> list[str]:
+        """Returns the other workers that have ended with failed cells."""
+        seen = ((name, content) for name, (content, _) in self._seen.items())
+        return sorted(x for x, content in seen if content == _FAILED and x.endswith(self._of))
 
     def others_run(self, patience: float) -> bool:
         """Returns whether another worker's file has changed within some seconds."""
@@ -218,9 +236,10 @@ def start_worker(log: epath.Path, core: int | None) -> concurrent.futures.Proces
 def _begin(log: str, one_device: bool) -> None:
     """Prepares a worker process: ends it with the sweep, and sets its log and its devices."""
     end_with_parent()
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    if "://" not in log:  # a file in a bucket cannot grow: the output stays that of the command
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
     if one_device:
         jax.config.update("jax_num_cpu_devices", 1)
     progress.log_to_stdout()

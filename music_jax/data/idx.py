@@ -3,6 +3,7 @@
 import gzip
 import io
 import pathlib
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,7 +62,7 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
     """
     try:
         data = gzip.decompress(path.read_bytes())
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a complete gzip file: {error}") from error
     if data[:3] != _UNSIGNED_BYTES:
         raise ValueError(f"{path} is not an IDX file of unsigned bytes")

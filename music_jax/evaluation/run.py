@@ -19,7 +19,7 @@ from music_jax.data.labels import lacks_label
 from music_jax.data.skipped import SkippedImages, UnlistedImages, open_skipped
 from music_jax.data.sources import Source
 from music_jax.distributed.mesh import from_main_process, make_data_mesh
-from music_jax.errors import NotMeasurableError, UserError
+from music_jax.errors import NonFiniteError, NotMeasurableError, UserError
 from music_jax.evaluation.features import (
     Arrays,
     Expected,
@@ -252,7 +252,7 @@ class Run(FrozenNetwork):
             directory, file = self.workdir / "features", f"step_{self.step}-{name}"
             arrays = cached_arrays(directory, file, key, compute, expected=expected)
             if not all(np.all(np.isfinite(array)) for array in arrays.values()):
-                raise UserError(
+                raise NonFiniteError(
                     f"some features of {source.name} are not finite: the network has diverged; "
                     "evaluate an earlier checkpoint with --checkpoint=STEP"
                 )

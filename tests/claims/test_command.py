@@ -99,6 +99,7 @@ def test_workers_share_a_comparison_and_another_objective_joins_it(tmp_path):
         ((DIGITS, "--objectives=music,mine"), "'mine' is neither one of music, music_centered"),
         ((DIGITS, "--tables_only", "--workers=0"), "--workers=0"),
         ((DIGITS, "--config.knn.k=0"), "config.knn.k must be at least 1; got 0"),
+        ((DIGITS, "--config.seed=98"), "the final trainings have the seeds from 100 on"),
         ((DIGITS, "--config.dataset.path=/photos"), "leave config.dataset.path unset"),
         ((DIGITS, "--config.evaluation.test=/photos"), "config.evaluation.test unset"),
     ],
@@ -118,7 +119,7 @@ def test_cells_of_a_worker_that_does_not_run_are_named(tmp_path, monkeypatch):
     from music_jax.claims import run_cells
     from music_jax.claims.planning import missing_cells
     from music_jax.distributed.shares import Share
-    from music_jax.errors import StoppedError
+    from music_jax.errors import StoppedError, UnusableDataError
 
     sweep = faked.make_sweep(tmp_path / "out", methods=("vicreg",))
     runs = faked.epath.Path(tmp_path / "runs")
@@ -126,10 +127,10 @@ def test_cells_of_a_worker_that_does_not_run_are_named(tmp_path, monkeypatch):
     for cell in mine:
         faked.finish(sweep, cell)
     monkeypatch.setattr(run_cells, "_POLL_SECONDS", 0.1)
-    other = run_cells._SignsOfLife(runs, (0, 3))
+    other = run_cells._SignsOfLife(runs, Share(0, 3))
     other.give()
     assert not other.others_run(10.0)
-    own = run_cells._SignsOfLife(runs, (1, 3))
+    own = run_cells._SignsOfLife(runs, Share(1, 3))
     assert own.others_run(0.2)
     time.sleep(0.3)
     assert not own.others_run(0.2)
@@ -139,3 +140,8 @@ def test_cells_of_a_worker_that_does_not_run_are_named(tmp_path, monkeypatch):
     with pytest.raises(StoppedError, match=r"cells of other workers are missing, such as search"):
         run_cells.run_missing(sweep, runs=runs, cores=[], share=Share(1, 3), patience=1.0)
     assert 1.0 < time.monotonic() - begun < 10.0  # waited for the other's sign of life
+    # A launcher that starts this command again would do so forever.
+    other.fail()
+    run_cells._SignsOfLife(runs, Share(0, 2)).fail()  # an earlier comparison of two workers
+    with pytest.raises(UnusableDataError, match=r"worker 0-of-3 failed: see its output"):
+        run_cells.run_missing(sweep, runs=runs, cores=[], share=Share(1, 3), patience=0.5)

@@ -6,6 +6,7 @@ import faked_claims as faked
 import pytest
 
 from music_jax import config as config_lib
+from music_jax import registry
 from music_jax.claims.budget import BUDGETS, images_of
 from music_jax.claims.cells import Cell
 from music_jax.claims.methods import BUILT_IN
@@ -172,6 +173,40 @@ def test_results_of_another_config_are_an_error(tmp_path):
     config.crop.scale = (0.9, 1.0)
     with pytest.raises(UserError, match=r"another config: crop.scale differ"):
         sweep.results.check_config(config, budget="small")
+
+
+def test_predictions_for_other_test_images_are_an_error(tmp_path):
+    sweep = faked.make_sweep(tmp_path)
+    finals = [cell for cell in make_plan(sweep, assume=True).cells if cell.kind == "final"]
+    faked.finish(sweep, finals[0])
+    labels = faked.LABELS[::-1]
+    with pytest.raises(UserError, match=r"in another order, than those of .*labels.npz"):
+        sweep.results.write(finals[1], {}, {"linear": labels, "labels": labels})
+    assert not (tmp_path / f"{finals[1].name}.npz").exists()
+    assert sweep.results.read(finals[1]) is None
+
+
+def test_no_search_has_a_seed_of_the_final_trainings(tmp_path):
+    config = faked.load("fashion_mnist")
+    for seed, wrong in ((97, False), (98, True)):  # with two fresh seeds after it
+        config.seed = seed
+        sweep = faked.make_sweep(tmp_path / str(seed), config=config, budget="full", seeds=2)
+        if wrong:
+            with pytest.raises(UserError, match=r"lower config.seed = 98"):
+                check_cells(sweep)
+        else:
+            faked.finish_all(sweep)
+            cells = make_plan(sweep).cells
+            seeds = [{c.fields["seed"] for c in cells if c.kind == kind} for kind in
+                     ("search", "final")]  # fmt: skip
+            assert not seeds[0] & seeds[1]
+
+
+def test_an_objective_with_the_name_of_a_reference_is_an_error(tmp_path, monkeypatch):
+    mine = registry.RegisteredObjective(lambda **_: None)
+    monkeypatch.setitem(registry.OBJECTIVES, "supervised", mine)
+    with pytest.raises(UserError, match="'supervised' is the name of a reference"):
+        check_cells(faked.make_sweep(tmp_path, methods=("supervised",)))
 
 
 def test_a_damaged_result_is_an_error_that_names_it(tmp_path):

@@ -1,6 +1,7 @@
 """One cell: its training, its measures and its labels; and the process that runs it."""
 
 import dataclasses
+import json
 import os
 
 import faked_claims as faked
@@ -11,11 +12,13 @@ import threadpoolctl
 from etils import epath
 from sklearn.metrics import mutual_info_score
 
+from music_jax import config as config_lib
+from music_jax import registry
 from music_jax.claims import measure, references, run_cells
 from music_jax.claims.cells import Cell, Results
 from music_jax.claims.planning import make_plan
 from music_jax.data.sources import Source
-from music_jax.errors import DivergedError
+from music_jax.errors import DivergedError, NonFiniteError
 from music_jax.workdir.run_config import as_json
 
 
@@ -114,6 +117,51 @@ def test_a_training_that_diverges_is_a_result(tmp_path, data, monkeypatch):
     _, result = _run(sweep, tmp_path, "final/vicreg/00")
     assert result["diverged"] == "the loss was not finite at step 4"
     assert "linear_top1" not in result
+
+
+def test_features_that_are_not_finite_are_a_divergence(tmp_path, data, monkeypatch):
+    class Run:
+        def train(self):
+            raise NonFiniteError("some features are not finite")
+
+    monkeypatch.setattr(measure, "train_and_evaluate", lambda *_, **__: None)
+    monkeypatch.setattr(measure, "_first_grad_norm", lambda _: 1.0)
+    monkeypatch.setattr(measure, "load_run", lambda *_, **__: Run())
+    _, result = _run(_sweep(tmp_path, data), tmp_path, "search/vicreg/00")
+    assert result["diverged"] == "some features are not finite"
+    assert "validation_top1" not in result
+
+
+def test_the_first_gradient_is_that_of_the_first_step(tmp_path):
+    lines = [{"step": 0, "online_knn": 0.1}, {"step": 1, "grad_norm": 2.5}, {"step": 9}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert measure._first_grad_norm(str(tmp_path)) == 2.5
+
+
+def test_a_registered_objective_starts_from_the_same_collapse(tmp_path, data, monkeypatch):
+    mine = registry.RegisteredObjective(lambda weight: None, {"weight": (0.5, 1.0)})
+    monkeypatch.setitem(registry.OBJECTIVES, "mine", mine)
+
+    class ValidError(Exception):
+        pass
+
+    def train_and_evaluate(config, workdir):
+        config_lib.validate(config)
+        raise ValidError
+
+    monkeypatch.setattr(measure, "train_and_evaluate", train_and_evaluate)
+    sweep = _sweep(tmp_path, data, methods=("mine",), claims=(5,))
+    cells = [cell for cell in make_plan(sweep, assume=True).cells if cell.start]
+    assert {cell.start for cell in cells} == {"constant", "saturated"}
+    for cell in cells:
+        with pytest.raises(ValidError):
+            measure._collapsed(cell, sweep.cell_config(cell), str(tmp_path), {})
+
+
+def test_the_output_of_a_worker_in_a_bucket_is_that_of_the_command():
+    log = epath.Path("gs://bucket/runs/worker-0-0.log")
+    with run_cells.start_worker(log, None) as worker:
+        assert worker.submit(os.getpid).result() != os.getpid()
 
 
 def test_a_cell_that_fails_names_the_error(tmp_path, data, monkeypatch):

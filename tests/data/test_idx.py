@@ -62,6 +62,11 @@ def test_a_damaged_file_is_an_error(tmp_path, files):
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(UserError, match=r"t10k-labels.* is not a complete gzip file"):
         datasets.prepare(_config(tmp_path, directory))
+    whole = bytearray(gzip.compress(bytes(range(200))))
+    whole[12:40] = bytes(28)
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="is not a complete gzip file"):
+        read_idx(path)
 
 
 @pytest.mark.parametrize(
