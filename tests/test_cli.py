@@ -20,7 +20,7 @@ _EMPTY = "from ml_collections.config_dict import ConfigDict as get_config"
     [
         ("main", ("--config={file}",), "{file}' is not a config file, such as configs/digits.py"),
         ("main", ("--config", "nowhere.py"), "there is no config file 'nowhere.py'"),
-        ("main", ("--config=mnist",), "one of the names cifar10, cifar100, digits, fashion_mnist, "),
+        ("main", ("--config=mnist",), "one of the names cifar10, cifar100, digits, fashion_mnist"),
         ("main", ("--config={nothing}",), "must return a config"),
         ("main", ("--config={empty}",), "the config lacks the field 'accumulation_steps'"),
         ("main", ("--config={typo}",), 'Did you mean "batch_size" instead of "batchsize"?'),
