@@ -212,9 +212,9 @@ def test_pictures_show_the_views_of_the_training_step(devices, center, local_vie
     images = jax.tree.map(lambda x: rng.integers(0, 256, x.shape, np.uint8), crop_shapes(config))
     indices = np.arange(16, dtype=np.uint32)
     state = init_state(config, recipe.optimizer, mesh)
-    pictures = make_draw(config, recipe, abstract_state(config, recipe.optimizer), mesh)
+    draw = make_draw(config, recipe, abstract_state(config, recipe.optimizer), mesh)
     batch = jax.device_put((images, indices), batch_sharding(mesh))
-    drawn = pictures(state, *batch)
+    drawn = draw(state, *batch)
 
     augmented = jax.jit(functools.partial(augmented_views, recipe))(images, indices)
     views, *local = jax.tree.leaves(augmented)
@@ -224,14 +224,12 @@ def test_pictures_show_the_views_of_the_training_step(devices, center, local_vie
     if center:
         z -= jnp.mean(z, axis=0, keepdims=True)
     joint = np.asarray(joint_probability(z[:, 0], z[:, 1], num_segments=25))
-    pictures = as_pictures(
-        np.asarray(views[:8]), mean=recipe.mean, std=recipe.std, pixel_type="uint8"
-    )
-    np.testing.assert_array_equal(drawn["views"], _view_sheet(pictures))
     assert ("local_views" in drawn) == bool(local_views)
-    for others in local:
-        sheet = _view_sheet(np.asarray(others[:8]), recipe.mean, recipe.std)
-        np.testing.assert_array_equal(drawn["local_views"], sheet)
+    for name, group in zip(("views", "local_views"), (views, *local), strict=False):
+        pictures = as_pictures(
+            np.asarray(group[:8]), mean=recipe.mean, std=recipe.std, pixel_type="uint8"
+        )
+        np.testing.assert_array_equal(drawn[name], _view_sheet(pictures))
     assert drawn["joint_probability"].shape == (500, 500, 3)
     difference = drawn["joint_probability"].astype(int) - _heat_map(joint, 20).astype(int)
     assert np.abs(difference).max() <= 2
