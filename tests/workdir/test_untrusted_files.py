@@ -159,7 +159,9 @@ def test_archives_larger_than_their_file_are_refused_before_reading(kind, tmp_pa
             )
         if kind == "repeated":  # several entries that are the same bytes of the file
             archive.filelist *= 30
-    with pytest.raises(ValueError, match=r"bytes are more than|more than 64 arrays"):
+    # Newer versions of zipfile refuse entries of the same bytes themselves.
+    refused = r"bytes are more than|more than 64 arrays|Overlapped entries"
+    with pytest.raises(ValueError, match=refused):
         read_npz(tmp_path / "a.npz")
 
 
