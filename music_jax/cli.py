@@ -22,7 +22,7 @@ from music_jax import config as config_lib
 from music_jax import registry
 from music_jax.distributed.progress import printable
 from music_jax.distributed.signals import end_on_signal, ignore_signals
-from music_jax.errors import MusicError, StoppedError, UserError
+from music_jax.errors import MusicError, StoppedError, UserError, one_line
 
 # The flags defined here are listed by `--help` as the command's own.
 flags.disclaim_key_flags()
@@ -114,7 +114,7 @@ def run(
             if expected is not None:
                 fail(expected)
             check_devices()
-            _end_peers(1, f"{type(error).__name__}: {_one_line(error)}", unexpected=error)
+            _end_peers(1, f"{type(error).__name__}: {one_line(error)}", unexpected=error)
             raise
         if peers := _peers():
             peers.stop_watching()
@@ -155,10 +155,10 @@ def parse(
     except UserError:
         raise
     except flags.Error as error:
-        message = _suggest_field(error) or f"{_one_line(error)}; --help lists the flags"
+        message = _suggest_field(error) or f"{one_line(error)}; --help lists the flags"
         raise UserError(message) from error
     except Exception as error:  # The parsers of fields may raise anything.
-        raise UserError(f"{type(error).__name__}: {_one_line(error)}") from error
+        raise UserError(f"{type(error).__name__}: {one_line(error)}") from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; every option starts with --")
     if config:
@@ -341,11 +341,7 @@ def check_devices() -> None:
         if platforms := os.environ.get("JAX_PLATFORMS"):
             problem = f"JAX_PLATFORMS={platforms} cannot be used here"
             advice = "unset it, or install what it names"
-        fail(UserError(f"{problem}: {_one_line(error)}; {advice}"))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+        fail(UserError(f"{problem}: {one_line(error)}; {advice}"))
 
 
 def _as_music_error(error: Exception) -> MusicError | None:

@@ -56,6 +56,14 @@ class StoppedError(MusicError):
     exit_code = 75
 
 
+def one_line(error: object, limit: int | None = None) -> str:
+    """Returns the message of an error in one line of at most `limit` characters.
+
+    An error without a message is described by the name of its type.
+    """
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 @contextlib.contextmanager
 def require_extra(extra: str) -> Iterator[None]:
     """Turns a failed import in the block into an error that names the extra to install.

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from numpy.typing import DTypeLike
 
-from music_jax.errors import UndecodableError, UnexpectedPixelsError
+from music_jax.errors import UndecodableError, UnexpectedPixelsError, one_line
 
 PIXEL_TYPES = ("uint8", "uint16", "float32")
 
@@ -88,7 +88,7 @@ def read_array(encoded: bytes, channels: int | None = None) -> np.ndarray:
         except UndecodableError:
             raise
         except Exception as error:  # whatever tifffile raises on damage
-            raise UndecodableError(f"it cannot be decoded: {_one_line(error)}") from error
+            raise UndecodableError(f"it cannot be decoded: {one_line(error, 200)}") from error
         image = np.stack(pages) if len(shape) > pages[0].ndim else pages[0]
         return image.transpose(axes)
 
@@ -146,7 +146,7 @@ def _npy_header(encoded: bytes) -> _NpyHeader:
         }[version]
         shape, is_fortran, dtype = read(file)
     except Exception as error:  # Python literals: SyntaxError, MemoryError and others
-        raise UndecodableError(f"it is not a valid .npy file: {_one_line(error)}") from error
+        raise UndecodableError(f"it is not a valid .npy file: {one_line(error, 200)}") from error
     _check_shape(shape, dtype)
     if math.prod(shape) * dtype.itemsize > len(encoded) - file.tell():
         raise UndecodableError("it is cut off")
@@ -177,7 +177,7 @@ def _open_tiff(encoded: bytes) -> Any:
     try:
         return tifffile.TiffFile(io.BytesIO(encoded))
     except Exception as error:  # whatever tifffile raises on damage
-        raise UndecodableError(f"it is not a valid TIFF file: {_one_line(error)}") from error
+        raise UndecodableError(f"it is not a valid TIFF file: {one_line(error, 200)}") from error
 
 
 def _layout(tiff: Any, channels: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -202,7 +202,7 @@ def _layout(tiff: Any, channels: int | None) -> tuple[tuple[int, ...], tuple[int
     except UndecodableError:
         raise
     except Exception as error:  # whatever tifffile raises on damage
-        raise UndecodableError(f"it is not a valid TIFF file: {_one_line(error)}") from error
+        raise UndecodableError(f"it is not a valid TIFF file: {one_line(error, 200)}") from error
     _check_shape(shape, dtype)
     return shape, tuple(axes.index(axis) for axis in "YXS" if axis in axes)
 
@@ -246,7 +246,3 @@ def _check_parts(encoded: bytes, page: Any) -> None:
         found = zlib.decompressobj().decompress(encoded[offset : offset + count], size + 1)
         if len(found) > size:
             raise UndecodableError("its data are larger than its header says")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

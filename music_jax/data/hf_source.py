@@ -20,7 +20,7 @@ from ml_collections import config_dict
 from music_jax.data.folder import read_file
 from music_jax.data.label_values import Labels, number_labels
 from music_jax.data.sources import Source
-from music_jax.errors import UndecodableError, UserError, require_extra
+from music_jax.errors import UndecodableError, UserError, one_line, require_extra
 
 PREFIX = "hf:"
 # NAME, NAMESPACE/NAME or NAMESPACE/NAME/CONFIG
@@ -65,7 +65,9 @@ def prepare(dataset: config_dict.ConfigDict) -> None:
     except UserError:
         raise
     except Exception as error:  # whatever the library raises on missing or damaged files
-        raise UserError(f"cannot prepare dataset {dataset.name!r}: {_one_line(error)}") from error
+        raise UserError(
+            f"cannot prepare dataset {dataset.name!r}: {one_line(error, 300)}"
+        ) from error
 
 
 def has_split(dataset: config_dict.ConfigDict, split: str) -> bool:
@@ -94,7 +96,7 @@ def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
     except Exception as error:  # whatever the library raises on an unknown split or damage
         raise UserError(
             f"cannot read split {split!r} of {dataset.name!r}, which has the splits "
-            f"{sorted(_split_sizes(opened))}: {_one_line(error)}"
+            f"{sorted(_split_sizes(opened))}: {one_line(error, 300)}"
         ) from error
     features, label_key = rows.features, dataset.label_key
     for key in (dataset.image_key, label_key):
@@ -107,14 +109,14 @@ def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
     if not _holds_files(features[dataset.image_key]):
         raise UserError(
             f"the column {dataset.image_key!r} of dataset {dataset.name!r} does not hold image "
-            f"files, but {_one_line(features[dataset.image_key])}; name one that does with "
+            f"files, but {one_line(features[dataset.image_key], 300)}; name one that does with "
             "--config.dataset.image_key="
         )
     try:  # reads no images, and keeps Arrow from reading outside of its memory
         used = [key for key in (dataset.image_key, label_key) if key in features]
         rows.data.select(used).validate(full=True)
     except Exception as error:
-        raise UserError(f"the files of {name} are damaged: {_one_line(error)}") from error
+        raise UserError(f"the files of {name} are damaged: {one_line(error, 300)}") from error
     image = rows.select_columns([dataset.image_key])
     if isinstance(features[dataset.image_key], datasets.Image):
         image = image.cast_column(dataset.image_key, datasets.Image(decode=False))
@@ -223,7 +225,7 @@ def _cached(dataset: config_dict.ConfigDict) -> Any:
         if "multiple" in str(error):
             raise UserError(
                 f"several configs of {dataset.name!r} are cached; name one as in "
-                f"--config.dataset.name={PREFIX}{name}/CONFIG: {_one_line(error)}"
+                f"--config.dataset.name={PREFIX}{name}/CONFIG: {one_line(error, 300)}"
             ) from error
         return None
 
@@ -238,7 +240,7 @@ def _open(dataset: config_dict.ConfigDict) -> Any:
     except UserError:
         raise
     except Exception as error:  # whatever the library raises on damaged or missing files
-        raise UserError(f"cannot open dataset {dataset.name!r}: {_one_line(error)}") from error
+        raise UserError(f"cannot open dataset {dataset.name!r}: {one_line(error, 300)}") from error
     if builder is None or not builder.info.splits:
         raise UserError(
             f"dataset {dataset.name!r} was not prepared in the cache of Hugging Face; name it with "
@@ -312,7 +314,3 @@ class _Rows:
         if not os.path.realpath(file).startswith(f"{root}/"):
             raise UndecodableError(f"its path {path!r} leads out of {self._root!r}")
         return read_file(file, is_link=True)
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:300]

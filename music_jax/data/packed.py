@@ -25,7 +25,7 @@ from music_jax.config import normalize_path
 from music_jax.data.folder import MAX_FILE_BYTES
 from music_jax.data.sources import Source
 from music_jax.distributed.progress import escape_surrogates
-from music_jax.errors import UndecodableError, UserError
+from music_jax.errors import UndecodableError, UserError, one_line
 from music_jax.workdir.directory import check_utf8
 from music_jax.workdir.files import read_json
 
@@ -69,7 +69,7 @@ def open_packed(path: str) -> Source:
         if len(records) != index["num_images"]:
             raise ValueError(f"they hold {len(records)} images, not {index['num_images']}")
     except Exception as error:  # whatever the reader raises on damage
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise UserError(f"cannot read the shards of {path!r}: {reason}") from error
     names = tuple(index["class_names"])
     content = [index["shards"], index["class_names"], [state.st_size for state in states]]

@@ -21,7 +21,7 @@ from music_jax.data.folder import MAX_FILE_BYTES
 from music_jax.data.label_values import number_labels
 from music_jax.data.sources import Source
 from music_jax.distributed.progress import escape_surrogates
-from music_jax.errors import UndecodableError, UnusableDataError, UserError, require_extra
+from music_jax.errors import UndecodableError, UnusableDataError, UserError, one_line, require_extra
 
 _logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def open_parquet(pattern: str, *, image_key: str | None, label_key: str | None) 
                 if file.schema_arrow.field(image[0]).type != image[1]:
                     raise ValueError(f"its column {image[0]!r} has another type")
             except Exception as error:  # whatever pyarrow raises on damage or a missing column
-                raise UnusableDataError(f"cannot read {path!r}: {_one_line(error)}") from error
+                raise UnusableDataError(f"cannot read {path!r}: {one_line(error, 300)}") from error
     if not sum(sizes):
         raise UserError(f"{name} has no rows")
     class_names = _class_names(_open(files[0]).schema_arrow, label)
@@ -98,7 +98,7 @@ def _open(path: str) -> Any:
     try:
         return pq.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES)
     except Exception as error:  # whatever pyarrow raises on damage
-        raise UnusableDataError(f"cannot read {path!r}: {_one_line(error)}") from error
+        raise UnusableDataError(f"cannot read {path!r}: {one_line(error, 300)}") from error
 
 
 def _image_column(name: str, schema: Any, image_key: str | None) -> tuple[str, Any]:
@@ -208,7 +208,9 @@ class _Rows:
                     return column[index - first].as_py()
         except Exception as error:  # whatever pyarrow raises on damage, or StopIteration
             self._group = -1
-            problem = f"its row group cannot be read: {_one_line(error) or 'it ends early'}"
+            is_end = isinstance(error, StopIteration)
+            reason = "it ends early" if is_end else one_line(error, 300)
+            problem = f"its row group cannot be read: {reason}"
             self._damage[group] = (self._next - start, problem)
             raise UndecodableError(problem) from error
 
@@ -216,7 +218,3 @@ class _Rows:
         with _open(self._files[file]) as opened:
             for batch in opened.iter_batches(_BATCH_ROWS, [group], [self._column]):
                 yield batch.column(0)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -9,7 +9,7 @@ import numpy as np
 
 from music_jax.data.decode import EncodedImage
 from music_jax.data.labels import DAMAGED, Label, by_class, classes_of, read_values
-from music_jax.errors import UndecodableError
+from music_jax.errors import UndecodableError, one_line
 
 _FINGERPRINTED = 64  # images whose contents a fingerprint depends on
 
@@ -112,7 +112,7 @@ class Source:
         except UndecodableError:
             raise
         except Exception as error:  # whatever a format's reader raises on damage
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, 300)
             raise UndecodableError(f"its record cannot be read: {reason}") from error
 
     def example(self, index: int) -> tuple[EncodedImage, Label]:

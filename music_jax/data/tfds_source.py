@@ -15,7 +15,7 @@ from ml_collections import config_dict
 import music_jax.workdir.files  # noqa: F401  (corrects the paths that TFDS uses)
 from music_jax.data.sources import Source
 from music_jax.data.tfds_features import Derived, image_reader, keys_of, open_labels
-from music_jax.errors import UserError
+from music_jax.errors import UserError, one_line
 
 _FEATURES = "tensorflow_datasets.core.features."
 _feature_lock = threading.RLock()
@@ -68,7 +68,7 @@ def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
         else:
             problem = (
                 f"cannot read split {split!r} of {dataset.name!r}, which has the splits "
-                f"{sorted(builder.info.splits)}: {_one_line(error)}"
+                f"{sorted(builder.info.splits)}: {one_line(error)}"
             )
         raise UserError(problem) from error
     shards = [[s.name, s.num_bytes, list(s.shard_lengths)] for s in builder.info.splits.values()]
@@ -161,7 +161,7 @@ def prepare(dataset: config_dict.ConfigDict) -> None:
         else:
             advice = "another place for such files is --config.dataset.manual_dir=DIR"
         raise UserError(
-            f"cannot prepare dataset {dataset.name!r} in {builder.data_path}: {_one_line(error)}; "
+            f"cannot prepare dataset {dataset.name!r} in {builder.data_path}: {one_line(error)}; "
             f"{advice}"
         ) from error
 
@@ -200,7 +200,7 @@ def _builder(dataset: config_dict.ConfigDict) -> Any:
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise UserError(f"TFDS has no dataset {dataset.name!r}{hint}") from error
     except Exception as error:  # whatever TFDS raises on an unknown version or damaged metadata
-        raise UserError(f"cannot open dataset {dataset.name!r}: {_one_line(error)}") from error
+        raise UserError(f"cannot open dataset {dataset.name!r}: {one_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -228,7 +228,3 @@ def _known_features_only() -> Iterator[None]:
             yield
         finally:
             connector.cls_from_name = original
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

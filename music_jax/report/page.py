@@ -20,7 +20,7 @@ import plotly.offline
 from etils import epath
 
 from music_jax.distributed.progress import escape_surrogates
-from music_jax.errors import MusicError, UserError
+from music_jax.errors import MusicError, UserError, one_line
 from music_jax.evaluation.run import load_run
 from music_jax.report import measures, tables
 from music_jax.report.reading import RecordedRun, as_text, count_texts, read_workdirs
@@ -106,7 +106,7 @@ def measure_run(
         run = load_run(str(recorded.path), read_only=True, overrides=overrides)
         sample = measures.sample_images(run, num_images)
     except (MusicError, OSError) as error:
-        missing = " ".join(str(error).split())
+        missing = one_line(error)
         _logger.warning(f"{recorded.name}: no images are shown: {missing}")
         return measure_sample(recorded, missing=missing)
     _logger.info(f"{recorded.name}: map of {len(sample.indices):,} images")

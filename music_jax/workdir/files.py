@@ -32,7 +32,7 @@ from etils import epath
 from etils.epath import gpath
 from etils.epath.stat_utils import StatResult
 
-from music_jax.errors import UserError
+from music_jax.errors import UserError, one_line
 
 # Prefix of the names of files that are being written; a killed process leaves such a file behind.
 PREFIX = ".new-"
@@ -228,7 +228,7 @@ def read_npz(
                 left -= array.nbytes
         return arrays
     except Exception as error:  # zipfile raises many kinds
-        raise ValueError(f"it is not a valid .npz file: {_one_line(error)}") from error
+        raise ValueError(f"it is not a valid .npz file: {one_line(error)}") from error
 
 
 def read_npy(file: IO[bytes], *, max_bytes: int) -> np.ndarray:
@@ -255,11 +255,7 @@ def read_npy(file: IO[bytes], *, max_bytes: int) -> np.ndarray:
     except OSError:
         raise
     except Exception as error:  # Python literals: SyntaxError, MemoryError and others
-        raise ValueError(f"it is not a valid .npy file: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"it is not a valid .npy file: {one_line(error)}") from error
 
 
 @contextlib.contextmanager
