@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from etils import epath
 
+from music_jax.claims.code import package_codes
 from music_jax.claims.planning import REFERENCES, make_plan
 from music_jax.claims.sweep import Sweep
 from music_jax.claims.tables import MARGIN, MEASURES, PROBES, SHARES, Row, Table, progress_of
@@ -75,12 +76,21 @@ def as_text(tables: list[Table]) -> str:
 
 
 def _markdown(sweep: Sweep, tables: list[Table]) -> str:
-    done, total, hours = progress_of(sweep, make_plan(sweep))
+    plan = make_plan(sweep)
+    done, total, hours = progress_of(sweep, plan)
     local = ("--output", "--runs", "--worker", "--tables")
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith(local)]
     command = shlex.join(["python", "-m", "music_jax.claims", *arguments])
     lines = [f"# {sweep.config.dataset.name}", ""]
     lines += [f"`{command}`: {done} of {total} cells done, in {hours:.1f} hours of a CPU core.", ""]
+    made_by = package_codes(sweep, plan.cells)
+    if len(made_by) > 1:
+        counts = ", ".join(f"{code or 'unknown'} {count}" for code, count in made_by.most_common())
+        lines += [
+            f"**Results of different code**: {counts}. A difference between methods may be one "
+            "between versions of the code.",
+            "",
+        ]
     if done < total:
         lines += ["**Not complete**: the last column gives the number of seeds.", ""]
     lines += [

@@ -17,8 +17,10 @@ from etils import epath
 
 from music_jax import registry
 from music_jax.claims.cells import Cell, Results
+from music_jax.claims.code import fingerprint, made_by_other_code
 from music_jax.claims.planning import make_plan, missing_cells
 from music_jax.claims.sweep import Sweep
+from music_jax.config import from_json
 from music_jax.distributed import progress
 from music_jax.distributed.shares import ALL, Share
 from music_jax.distributed.signals import end_with_parent
@@ -73,6 +75,11 @@ def run_missing(
       UnusableDataError: Cells failed, of this share or another one. All others have been run.
       StoppedError: Cells of other shares are missing, and no other worker runs.
     """
+    if differing := made_by_other_code(sweep, make_plan(sweep).cells):
+        _logger.warning(
+            f"{len(differing)} results were made by other code than this, {differing[0]} first; to "
+            f"train these again, remove their files from {sweep.results.directory}"
+        )
     signs = _SignsOfLife(runs, share)
     logs = [runs / f"worker-{share.index}-{number}.log" for number in range(len(cores))]
     # One process per executor, so that the death of a process affects only its own cell.
@@ -257,6 +264,7 @@ def _try_job(job: Job) -> str | None:
         result, arrays = run_cell(
             job.cell, job.config, os.fspath(directory), job.test_split, job.validation
         )
+        result["code"] = fingerprint(from_json(job.config))
         Results(epath.Path(job.results)).write(job.cell, result, arrays)
         # Not needed once a cell has its result; a final one keeps its checkpoint.
         unneeded = ["features", "start"] if job.cell.kind == "final" else [""]
