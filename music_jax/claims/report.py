@@ -39,7 +39,8 @@ _NOTES = {
     5: "`constant` was trained for equal embeddings alone and `saturated` for MUSIC's invariance "
     "alone; all methods start from the same states, with one hidden layer and 512 dimensions.",
     6: "The mutual information of two segments is compared with that of segments whose codes are "
-    "permuted among the images.",
+    "permuted among the images. A pair counts as dependent if it shares more than in 95 % of the "
+    "permutations.",
 }
 
 
@@ -194,6 +195,7 @@ def _sentence(table: Table, test: Row) -> str:
         text += f"[{low:+.2f}, {high:+.2f}]"
     if "bootstrap" in test:
         text += " and [{:+.2f}, {:+.2f}]".format(*(100 * value for value in test["bootstrap"]))
+    text += f", {test['seeds']} seeds"
     family = f" ({test['family']})" if table["claim"] == 1 else ""
     return f"{text}, p = {test['p_holm']:.2g}{family}: {test['verdict']}."
 

@@ -34,7 +34,7 @@ SHARES = {
     "dead_units": "dead units",
     "segment_information": "MI of segments / log K",
     "null_information": "MI if independent / log K",
-    "dependent_pairs": "pairs above 95 % of chance",
+    "dependent_pairs": "dependent pairs",
 }
 MEASURES = SHARES | {
     "rankme": "RankMe",

@@ -189,6 +189,16 @@ def test_the_information_of_segments_is_compared_with_permutations():
     assert measure.measure_codes(np.eye(4)[codes], seed=1)["null_p"] > 0.1
 
 
+def test_a_pair_of_segments_is_compared_with_its_own_permutations():
+    rng = np.random.default_rng(0)
+    codes = np.zeros((300, 4), int)  # of the first three, one image in 100 has another unit
+    codes[:3] = rng.integers(1, 8, size=(3, 4))
+    codes[:, 2:] = rng.integers(8, size=(300, 2))  # by chance these share much more
+    codes[:3, 1] = codes[:3, 0]
+    found = measure.measure_codes(np.eye(8)[codes], seed=1)
+    assert found["dependent_pairs"] == pytest.approx(1 / 6)
+
+
 def test_the_spread_of_embeddings_is_1_without_a_mean_and_0_without_a_difference():
     x = np.random.default_rng(0).normal(size=(500, 8))
     assert measure._normalized_std(x) == pytest.approx(1.0, abs=0.01)
