@@ -28,7 +28,7 @@ def test_the_readme_is_short_and_its_links_exist():
 def test_figures_of_the_readme_are_among_the_measurements():
     table = _read("README.md").partition("## Results")[2].partition("[All")[0]
     values = [cell.strip() for row in table.splitlines()[4:] for cell in row.split("|")[2:4]]
-    measured = _read("docs/measured.md") + _read("RESULTS.md")
+    measured = _read("docs/measured.md")
     assert len(values) >= 12
     for value in values:
         number = re.escape(value.split()[0])  # without its unit
