@@ -13,10 +13,12 @@ import importlib.metadata
 import json
 import logging
 import os
+import pathlib
 import re
 import secrets
 import shlex
 import stat
+import subprocess
 import sys
 from collections.abc import Collection
 from typing import Any
@@ -31,7 +33,7 @@ from music_jax.config import default_config, differences, from_json, get_field
 from music_jax.errors import UserError
 from music_jax.version import __version__
 from music_jax.workdir.directory import user_directory
-from music_jax.workdir.files import read_bytes, read_json, write_json
+from music_jax.workdir.files import read_bytes, read_json, read_record, write_json
 
 _logger = logging.getLogger(__name__)
 
@@ -59,14 +61,20 @@ def as_json(config: config_dict.ConfigDict) -> dict[str, Any]:
 
 
 def write_config(workdir: epath.Path, config: config_dict.ConfigDict) -> None:
-    """Writes config.json: the resolved config, its signature, versions of packages and devices."""
+    """Writes config.json: the resolved config, its signature, versions of packages and devices.
+
+    Versions with which the run was started or resumed before stay in `earlier_versions`.
+    """
+    versions = _versions()
+    before = read_record(workdir / "config.json")
+    earlier = before.get("earlier_versions")
+    earlier = earlier if isinstance(earlier, list) else []
+    if before.get("versions", versions) != versions:
+        earlier = [*earlier, before["versions"]]
     record = {
         "config": as_json(config),
-        "versions": {
-            "music_jax": __version__,
-            "python": sys.version.split()[0],
-            **{name: importlib.metadata.version(name) for name in _PACKAGES},
-        },
+        "versions": versions,
+        "earlier_versions": earlier,
         "devices": {
             "platform": jax.devices()[0].platform,
             "kind": jax.devices()[0].device_kind,
@@ -77,6 +85,29 @@ def write_config(workdir: epath.Path, config: config_dict.ConfigDict) -> None:
         "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     write_json(workdir / "config.json", record)
+
+
+def _versions() -> dict[str, str]:
+    """Returns the versions of this package, of Python and of the packages that affect results."""
+    return {
+        "music_jax": __version__,
+        **({"commit": commit} if (commit := _commit()) else {}),
+        "python": sys.version.split()[0],
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def _commit() -> str:
+    """Returns the commit of the clone that this is run from, with `-dirty` if files differ."""
+    clone = pathlib.Path(__file__).parents[2]
+    if not (clone / ".git").exists():
+        return ""
+    ask = ["git", "--no-optional-locks", "describe", "--always", "--exclude=*", "--abbrev=12"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(
+            [*ask, "--dirty"], cwd=clone, capture_output=True, text=True, check=True, timeout=30
+        ).stdout.strip()
+    return ""
 
 
 def read_config(workdir: epath.Path) -> dict[str, Any] | None:

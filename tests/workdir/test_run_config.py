@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+import subprocess
 import sys
 
 import cv2
@@ -24,6 +25,8 @@ from music_jax.evaluate import evaluate
 from music_jax.evaluation.run import load_run
 from music_jax.linear_eval import linear_eval
 from music_jax.report.page import write_report
+from music_jax.version import __version__
+from music_jax.workdir import run_config
 from music_jax.workdir.run_config import (
     as_json,
     check_same_run,
@@ -446,3 +449,36 @@ def test_another_precision_resumes_the_run_with_a_warning(tmp_path, capsys):
     config.compute_dtype = "bfloat16"
     check_same_run(epath.Path(tmp_path), config)
     assert "computing in bfloat16 from here on, in float32 before" in capsys.readouterr().out
+
+
+def test_a_run_keeps_all_versions_and_commits_with_which_it_was_started(tmp_path, monkeypatch):
+    module = tmp_path / "music_jax" / "workdir" / "run_config.py"
+    module.parent.mkdir(parents=True)
+    module.touch()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=a"]):
+        subprocess.run([*git, *command], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    monkeypatch.setattr(run_config, "__file__", str(module))
+    run = epath.Path(tmp_path / "run")
+    run.mkdir()
+
+    def start():
+        write_config(run, default_config())
+        return json.loads((run / "config.json").read_text())
+
+    first = start()
+    assert first["versions"]["music_jax"] == __version__
+    assert first["versions"]["commit"] == head.stdout[:12]
+    assert start()["earlier_versions"] == []
+    monkeypatch.setattr(run_config, "__version__", "9.9")
+    module.write_text("# changed")
+    for _ in range(2):
+        later = start()
+        assert later["versions"]["music_jax"] == "9.9"
+        assert later["versions"]["commit"] == head.stdout[:12] + "-dirty"
+        assert later["earlier_versions"] == [first["versions"]]
+    shutil.rmtree(tmp_path / ".git")
+    last = start()
+    assert "commit" not in last["versions"]
+    assert last["earlier_versions"] == [first["versions"], later["versions"]]
