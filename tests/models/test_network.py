@@ -1,6 +1,7 @@
 """Networks: shapes, sizes compared with torchvision, and the initial state."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,33 @@ def test_shapes_of_features_and_embeddings(name, stem, side, features):
     assert found.shape == (3, 2, features)
     assert embeddings.shape == (3, 2, 24)
     assert jax.tree.structure(new_stats) == jax.tree.structure(stats)
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "side", "widths"),
+    [
+        ("tiny_resnet", "strided", 28, {14: (16,), 7: (24,), 4: (48,)}),
+        ("small_resnet", "strided", 28, {14: (24,), 7: (32,), 4: (64,)}),
+        ("pooled_resnet", "strided", 28, {14: (16,), 7: (24,), 4: (48,), 2: (96,)}),
+        ("resnet18", "imagenet", 64, {32: (64,), 16: (64,), 8: (128,), 4: (256,), 2: (512,)}),
+        ("resnet50", "cifar", 32, {
+            32: (64, 128, 256), 16: (128, 256, 512), 8: (256, 512, 1024), 4: (512, 2048),
+        }),
+    ],
+)  # fmt: skip
+def test_channels_of_the_convolutions_at_each_resolution(name, stem, side, widths):
+    config = _config(name=name, stem=stem)
+    network = make_network(config)
+    params, stats = jax.eval_shape(lambda: init_network(config, jax.random.key(0)))
+    images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
+    text = str(jax.make_jaxpr(network.infer)(params, stats, images))
+    found = {}
+    for height, width, channels in re.findall(
+        r"f32\[2,(\d+),(\d+),(\d+)\] = conv_general_dilated", text
+    ):
+        assert height == width
+        found.setdefault(int(height), set()).add(int(channels))
+    assert found == {resolution: set(channels) for resolution, channels in widths.items()}
 
 
 def test_centered_embeddings_of_inference_are_those_less_the_running_mean():
