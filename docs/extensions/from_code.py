@@ -68,7 +68,7 @@ class FieldsDirective(SphinxDirective):
         section += nodes.title(text=title)
         if description:
             section += nodes.paragraph(text=description)
-        lines = ["| field | default | |", "|---|---|---|", *rows]
+        lines = ["| field | default | description |", "|---|---|---|", *rows]
         holder = nodes.container()
         self.state.nested_parse(StringList(lines, source="config"), 0, holder)
         section += holder.children
