@@ -57,6 +57,7 @@ class FieldsDirective(SphinxDirective):
                 group, _, field = name.rpartition(".")
                 groups[group].append(f"| `{field}` | `{value!r}` | {text} |")
         described[""] = "Fields outside the groups below."
+        described["augmentation.view_1"] = described["augmentation"]
         return [self._section(n, described[n], rows) for n, rows in groups.items() if rows]
 
     def _section(self, group: str, description: str, rows: list[str]) -> nodes.section:
