@@ -36,10 +36,19 @@ napoleon_numpy_docstring = False
 napoleon_custom_sections = ["Reference"]
 napoleon_use_ivar = True
 napoleon_use_rtype = False
-add_module_names = False
+napoleon_attr_annotations = False  # the signature has the types
+add_module_names = True
+toc_object_entries_show_parents = "hide"
 python_maximum_signature_line_length = 88
 default_role = "literal"  # docstrings write code in single backticks
 html_math_renderer = "mathml"
+
+# References are checked, but those to other libraries have no target without the network.
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:.*", r"(collections|etils|flax|jax|ml_collections|numpy|optax|os)\..*"),
+    ("py:class", "ArrayTree"),  # of jax.typing
+]
 
 html_theme = "furo"
 html_title = f"music_jax {version}"
@@ -47,6 +56,7 @@ html_static_path = ["static"]
 html_css_files = ["music_jax.css"]
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
 html_theme_options = {"navigation_with_keys": True}
 
 
@@ -56,6 +66,12 @@ def _skip_field(app, what, name, thing, skip, options):
     return True if generated else None
 
 
+def _remove_generated_text(app, what, name, thing, options, lines):
+    """Removes the generated docstring of a NamedTuple's constructor."""
+    lines[:] = [line for line in lines if not line.startswith("Create new instance of ")]
+
+
 def setup(app):
     """Called by Sphinx."""
     app.connect("autodoc-skip-member", _skip_field)
+    app.connect("autodoc-process-docstring", _remove_generated_text)

@@ -1,6 +1,7 @@
 """A user's backbone, objective and dataset, from modules that are installed nowhere."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def workdir(tmp_path_factory, modules):
 
 def test_the_examples_are_short():
     code = examples()
-    assert sorted(code) == ["my_backbone", "my_dataset", "my_objective"]
+    assert sorted(code) == ["my_backbone", "my_dataset", "my_objective", "my_protocol"]
     assert all(len(text.splitlines()) < 20 for text in code.values())
 
 
@@ -63,6 +64,14 @@ def test_all_three_train_and_are_probed(workdir):
     assert (result["num_train"], result["num_test"]) == (96, 96)
     saved = json.loads((workdir / "config.json").read_text())["config"]
     assert saved["backbone"]["options"] == {"width": 24}
+
+
+@pytest.mark.slow
+def test_the_protocol_measures_the_run(workdir, modules):
+    code, out, err = _run(modules, "my_protocol", workdir)
+    assert code == 0, err
+    accuracy = re.fullmatch(r"nearest class mean: (\d\.\d{3})", out.strip().splitlines()[-1])
+    assert 0 < float(accuracy[1]) <= 1
 
 
 @pytest.mark.slow

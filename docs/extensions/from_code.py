@@ -1,6 +1,7 @@
 """Sphinx directives for the `--help` of the commands and for the fields of a config."""
 
 import concurrent.futures
+import inspect
 import os
 import subprocess
 import sys
@@ -43,6 +44,7 @@ class FieldsDirective(SphinxDirective):
     """A section for each group of fields, with a table of them."""
 
     def run(self) -> list[nodes.Node]:
+        self.env.note_dependency(inspect.getsourcefile(default_config))
         config, described = default_config(), descriptions()
         groups: dict[str, list[str]] = {"": []}
         for name, text in described.items():
@@ -51,11 +53,11 @@ class FieldsDirective(SphinxDirective):
                 groups[name] = []
             elif not name.startswith(("augmentation.view_2.", "augmentation.local.")):
                 value = value.to_dict() if isinstance(value, config_dict.ConfigDict) else value
-                default = f"`{value!r}`" if value is not None else ""
                 text = text.replace("|", "\\|").replace("<", "\\<").replace("*", "\\*")
                 group, _, field = name.rpartition(".")
-                groups[group].append(f"| `{field}` | {default} | {text} |")
-        described[""] = "Fields that are in no group."
+                groups[group].append(f"| `{field}` | `{value!r}` | {text} |")
+        described[""] = "Fields outside the groups below."
+        described["augmentation.view_1"] = described["augmentation"]
         return [self._section(n, described[n], rows) for n, rows in groups.items() if rows]
 
     def _section(self, group: str, description: str, rows: list[str]) -> nodes.section:
@@ -68,10 +70,10 @@ class FieldsDirective(SphinxDirective):
         section += nodes.title(text=title)
         if description:
             section += nodes.paragraph(text=description)
-        lines = ["| field | default | |", "|---|---|---|", *rows]
-        holder = nodes.container()
+        lines = ["| field | default | description |", "|---|---|---|", *rows]
+        holder = nodes.container(classes=["config-fields"])
         self.state.nested_parse(StringList(lines, source="config"), 0, holder)
-        section += holder.children
+        section += holder
         return section
 
 

@@ -7,13 +7,15 @@ from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util import logging
 
-# Browsers put no space between a function and its argument.
+# Browsers put no space between a function and its argument, or what precedes it.
+_BEFORE_FUNCTION = re.compile(r"(?<=[\w)}])\s+(?=\\(?:log|exp|max)\b)")
 _FUNCTION = re.compile(r"\\(log|exp|max)\s+")
 _logger = logging.getLogger(__name__)
 
 
 def _convert(node, *, block: bool) -> str:
-    tex = _FUNCTION.sub(r"\\\1\\,", node.astext().strip())
+    tex = _BEFORE_FUNCTION.sub(r"\\,", node.astext().strip())
+    tex = _FUNCTION.sub(r"\\\1\\,", tex)
     if block and "\\\\" in tex and "\\begin" not in tex:
         tex = "\\begin{aligned}" + tex + "\\end{aligned}"
     try:

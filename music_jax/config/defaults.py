@@ -26,16 +26,17 @@ def default_config() -> config_dict.ConfigDict:
     """
     # The comments below are what `--helpfields` and the documentation print.
     config = config_dict.ConfigDict()
-    config.seed = 0
+    config.seed = 0  # Seed of the initial weights, image order, crops and augmentations.
     config.batch_size = 256  # Global batch size, over all devices and processes.
     config.accumulation_steps = 1  # Number of microbatches per batch; more of them save memory.
-    config.num_epochs = 100
+    config.num_epochs = 100  # Passes over the training images.
     # float32 or bfloat16; parameters and statistics stay float32.
     config.compute_dtype = "float32"
     # Disables nondeterministic GPU operations; ResNet-50 takes 1.5 times as long on an H200.
     config.deterministic = True
-    config.log_every_steps = 50
-    config.num_decode_threads = config_dict.placeholder(int)  # None: one per usable core.
+    config.log_every_steps = 50  # Interval of the lines in metrics.jsonl.
+    # Threads that decode and crop images. None: one per usable core.
+    config.num_decode_threads = config_dict.placeholder(int)
     # Writes TensorBoard event files beside metrics.jsonl, if the extra `tensorboard` is installed.
     config.tensorboard = True
     # Also logs to this project of Weights & Biases; its WANDB_ variables set everything else.
@@ -44,25 +45,25 @@ def default_config() -> config_dict.ConfigDict:
     config.objective = config_dict.ConfigDict()
     # music, barlow_twins, vicreg, simclr, sigreg, tcr, discrete or a registered one.
     config.objective.name = "music"
-    config.objective.num_segments = 102  # Segments of the embedding.
-    config.objective.units_per_segment = 80  # Units of each segment.
+    config.objective.num_segments = 102  # MUSIC: number of segments of the embedding.
+    config.objective.units_per_segment = 80  # MUSIC: number of units of each segment.
     config.objective.temperature = 1.0  # Temperature of the softmax over a segment's units.
     # MUSIC: whether each view's mean is subtracted from its embeddings first. Inference subtracts a
     # running mean.
     config.objective.center = False
-    config.objective.diagonal_weight = 1.0
-    config.objective.cross_segment_weight = 1.0
-    config.objective.invariance_weight = 1.0
-    config.objective.off_diagonal_weight = 0.0051  # Barlow Twins.
-    config.objective.similarity_weight = 25.0  # VICReg.
-    config.objective.variance_weight = 25.0  # VICReg.
-    config.objective.covariance_weight = 1.0  # VICReg.
-    config.objective.contrast_temperature = 0.1  # SimCLR.
+    config.objective.diagonal_weight = 1.0  # MUSIC: weight of the diagonal term.
+    config.objective.cross_segment_weight = 1.0  # MUSIC: weight of the cross-segment term.
+    config.objective.invariance_weight = 1.0  # MUSIC: weight of the invariance term.
+    config.objective.off_diagonal_weight = 0.0051  # Barlow Twins: weight of the second sum.
+    config.objective.similarity_weight = 25.0  # VICReg: weight of the distance of views.
+    config.objective.variance_weight = 25.0  # VICReg: weight of the variance term.
+    config.objective.covariance_weight = 1.0  # VICReg: weight of the covariance term.
+    config.objective.contrast_temperature = 0.1  # SimCLR: temperature of the softmax.
     config.objective.sigreg_weight = 0.05  # SIGReg; the invariance has the rest, 1 - sigreg_weight.
     config.objective.num_slices = 1024  # SIGReg: random directions per step.
     config.objective.num_points = 17  # SIGReg: points of the trapezoidal rule.
     config.objective.t_max = 5.0  # SIGReg: limit of the integral.
-    config.objective.cosine_weight = 200.0  # TCR.
+    config.objective.cosine_weight = 200.0  # TCR: weight of the cosine similarity of views.
     config.objective.epsilon_squared = 0.2  # TCR: squared distortion of the coding rate.
     config.objective.sharpness_weight = 1.0  # Discrete: weight of the mean entropy.
     config.objective.diversity_weight = 1.0  # Discrete: weight of the entropy of the mean.
@@ -73,10 +74,10 @@ def default_config() -> config_dict.ConfigDict:
     config.dataset.name = ""
     # Folder of images, or output of music_jax.pack, to use instead of a TFDS dataset.
     config.dataset.path = ""
-    config.dataset.train_split = "train"
-    config.dataset.test_split = "test"
+    config.dataset.train_split = "train"  # Split of `name` to train on, such as train[:90%].
+    config.dataset.test_split = "test"  # Split of `name` to test on.
     config.dataset.options = config_dict.ConfigDict()  # Arguments of a registered dataset.
-    # None: the default of TFDS or of Hugging Face.
+    # Directory of prepared datasets. None: the default of TFDS or of Hugging Face.
     config.dataset.data_dir = config_dict.placeholder(str)
     # Files that TFDS cannot download itself. None: downloads/manual in data_dir.
     config.dataset.manual_dir = config_dict.placeholder(str)
@@ -107,8 +108,9 @@ def default_config() -> config_dict.ConfigDict:
     config.local_views.size = 96  # Side in pixels of the square that the network gets.
     config.local_views.scale = (0.05, 0.3)  # Range of the crop's share of the image's area.
 
-    # The augmentation of each view, in the order in which it is applied after the crop. Jitter,
-    # grayscale and solarize leave images of other numbers of channels than 1 and 3 unchanged.
+    # The augmentation of each view, in the order in which it is applied after the crop. Strengths
+    # are those of torchvision. Jitter, grayscale and solarize leave images of other numbers of
+    # channels than 1 and 3 unchanged.
     config.augmentation = config_dict.ConfigDict()
     config.augmentation.view_1 = view = config_dict.ConfigDict()
     # Probability of an affine warp (bilinear; outside, black for uint8, else each channel's mean).
@@ -167,9 +169,9 @@ def default_config() -> config_dict.ConfigDict:
     # Learning rate of the backbone relative to that of the projector. 0: its parameters are frozen,
     # but its running statistics are updated.
     config.optimizer.backbone_scale = 1.0
-    config.optimizer.weight_decay = 1e-6
-    config.optimizer.momentum = 0.9  # lars and sgd.
-    config.optimizer.warmup_epochs = 10
+    config.optimizer.weight_decay = 1e-6  # Weight decay of parameters of two or more dimensions.
+    config.optimizer.momentum = 0.9  # Momentum of lars and sgd.
+    config.optimizer.warmup_epochs = 10  # Epochs of the linear warm-up from 0.
     config.optimizer.min_warmup_steps = 0  # Lengthens a warm-up that has fewer steps.
     config.optimizer.final_scale = 1e-3  # Last learning rate as a fraction of the peak.
 
@@ -203,7 +205,7 @@ def default_config() -> config_dict.ConfigDict:
     config.guards.check_determinism_every_steps = 0
 
     config.checkpoint = config_dict.ConfigDict()
-    config.checkpoint.every_steps = 1000
+    config.checkpoint.every_steps = 1000  # Interval of checkpoints.
     config.checkpoint.max_to_keep = 2  # Number of newest checkpoints to keep.
     # Continues after a failed save with a warning, in runs of one process.
     config.checkpoint.ignore_failed_saves = False
@@ -220,17 +222,17 @@ def default_config() -> config_dict.ConfigDict:
     config.evaluation.num_views = 10  # Views of each of these images.
 
     config.linear_eval = config_dict.ConfigDict()
-    config.linear_eval.num_epochs = 100
-    config.linear_eval.batch_size = 256
-    # Candidates, of which the best is used; they scale with batch_size / 256.
+    config.linear_eval.num_epochs = 100  # Epochs of the linear probe.
+    config.linear_eval.batch_size = 256  # Its batch size.
+    # Candidate learning rates, of which the best is used; they scale with batch_size / 256.
     config.linear_eval.base_learning_rates = (0.02,)
-    config.linear_eval.momentum = 0.9
-    config.linear_eval.weight_decay = 1e-6
+    config.linear_eval.momentum = 0.9  # Its momentum.
+    config.linear_eval.weight_decay = 1e-6  # Its weight decay.
     # Epochs after which the learning rate is divided by 10. (): a cosine schedule.
     config.linear_eval.drop_epochs = ()
     # New crops and flips in each epoch; False: one center crop per image.
     config.linear_eval.random_crops = True
-    # none, standardize or whiten, fitted on the training split.
+    # Scaling of features, fitted on the training split: none, standardize or whiten.
     config.linear_eval.feature_scaling = "none"
     # Share of the training split on which the learning rate is chosen.
     config.linear_eval.validation_fraction = 0.1
@@ -239,36 +241,37 @@ def default_config() -> config_dict.ConfigDict:
 
     config.knn = config_dict.ConfigDict()
     config.knn.enabled = True  # Holds the features of the training split in memory.
-    config.knn.k = 20
+    config.knn.k = 20  # Number of neighbors that vote.
     config.knn.more_k = (10, 200)  # Further numbers of neighbors to report.
-    config.knn.temperature = 0.07
+    config.knn.temperature = 0.07  # A neighbor's vote counts exp(similarity / temperature).
 
     config.few_shot = config_dict.ConfigDict()
     config.few_shot.shots = (1, 5, 10)  # Labeled samples per class.
-    config.few_shot.draws = 20
+    config.few_shot.draws = 20  # Random choices of the labeled samples.
 
     # Fine-tuning on a fraction of the labels.
     config.semi_supervised = config_dict.ConfigDict()
-    config.semi_supervised.fractions = (0.01, 0.1)
+    config.semi_supervised.fractions = (0.01, 0.1)  # Fractions of the labeled images.
     # Files that list the images of each fraction, one per line, such as those that SimCLR gives
     # for ImageNet. "": a stratified draw.
     config.semi_supervised.lists = ("", "")
-    # Scale with batch_size / 256.
+    # Learning rate of the backbone for each fraction; scales with batch_size / 256.
     config.semi_supervised.backbone_learning_rates = (0.03, 0.01)
-    config.semi_supervised.head_learning_rates = (0.08, 0.1)
-    config.semi_supervised.num_epochs = 20
-    config.semi_supervised.batch_size = 256
-    config.semi_supervised.momentum = 0.9
-    config.semi_supervised.weight_decay = 0.0
+    config.semi_supervised.head_learning_rates = (0.08, 0.1)  # Of the classifier, likewise.
+    config.semi_supervised.num_epochs = 20  # Epochs of the fine-tuning.
+    config.semi_supervised.batch_size = 256  # Its batch size.
+    config.semi_supervised.momentum = 0.9  # Its momentum.
+    config.semi_supervised.weight_decay = 0.0  # Its weight decay.
 
     # Fine-tuning on all labels.
     config.finetune = config_dict.ConfigDict()
-    config.finetune.backbone_learning_rate = 0.01  # Scales with batch_size / 256.
-    config.finetune.head_learning_rate = 0.1
-    config.finetune.num_epochs = 20
-    config.finetune.batch_size = 256
-    config.finetune.momentum = 0.9
-    config.finetune.weight_decay = 0.0
+    # Learning rate of the backbone; scales with batch_size / 256.
+    config.finetune.backbone_learning_rate = 0.01
+    config.finetune.head_learning_rate = 0.1  # Of the classifier, likewise.
+    config.finetune.num_epochs = 20  # Epochs of the fine-tuning.
+    config.finetune.batch_size = 256  # Its batch size.
+    config.finetune.momentum = 0.9  # Its momentum.
+    config.finetune.weight_decay = 0.0  # Its weight decay.
 
     # Measures of the backbone during the pre-training, on a fixed subset of the images of
     # evaluation.train.
@@ -276,21 +279,21 @@ def default_config() -> config_dict.ConfigDict:
     config.online.every_steps = 0  # Interval, from step 0 on; 0 disables them.
     # Logged as online_knn etc.: knn, rankme and lidar, or some of them.
     config.online.measures = ("knn", "rankme")
-    config.online.num_images = 5000  # knn and rankme: images; a fifth are the queries of knn.
-    config.online.view_images = 512  # lidar: images.
-    config.online.num_views = 10  # lidar: training views of each image.
+    config.online.num_images = 5000  # Images for knn and rankme; a fifth are queries.
+    config.online.view_images = 512  # Images for lidar.
+    config.online.num_views = 10  # Training views of each image for lidar.
 
-    # A linear classifier that is trained during the pre-training.
+    # A linear classifier that is trained during the pre-training, without affecting it.
     config.online_probe = config_dict.ConfigDict()
     # Logs online_top1; costs a forward pass of its batch.
     config.online_probe.enabled = False
     # Labeled images, named like evaluation.train. "": those of evaluation.train.
     config.online_probe.train = ""
-    config.online_probe.every_steps = 1
-    config.online_probe.batch_size = 256
-    config.online_probe.learning_rate = 0.03
-    config.online_probe.momentum = 0.9
-    config.online_probe.weight_decay = 1e-3
+    config.online_probe.every_steps = 1  # Interval of its steps.
+    config.online_probe.batch_size = 256  # Its batch size.
+    config.online_probe.learning_rate = 0.03  # Its learning rate.
+    config.online_probe.momentum = 0.9  # Its momentum.
+    config.online_probe.weight_decay = 1e-3  # Its weight decay.
     config.lock()
     for group in (config.backbone, config.dataset, config.objective):
         group.options.unlock()

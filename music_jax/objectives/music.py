@@ -126,15 +126,8 @@ def music_loss(
     where s(i) is the segment of unit i.
 
     *Lower bound.* At the default weights, and up to the clamp, the value is at least
-    :math:`-3 \log K`. Let q in (0, 1] be the sum of the K diagonal elements of P of one segment. By
-    the log-sum inequality, the segment's part of the diagonal term is at least q log(q / K). The
-    mean over n of :math:`\sum_k p^a_{nsk} p^b_{nsk}` is q, so by Jensen's inequality the segment's
-    part of the invariance term is at least -log q. Their sum, (q - 1) log q - q log K, decreases in
-    q: its derivative log q + 1 - 1/q - log K is at most -log K <= 0. It is therefore at least its
-    value at q = 1, -log K. The K² joint probabilities of a pair of segments sum to 1, and so their
-    negative entropy is at least -2 log K. Both bounds are reached if every segment is one-hot,
-    equal in both views and uniform over its units, and the segments are pairwise independent. See
-    :func:`music_lower_bound`.
+    :math:`-3 \log K`: see :func:`music_lower_bound`. "Theory and its limits" in the documentation
+    derives it.
 
     *Collapse.* The bound excludes a collapsed embedding as a minimum, not as a stationary point:
     where the softmax is saturated alike for all samples, the gradient vanishes. With `center`, each

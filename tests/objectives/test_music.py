@@ -177,6 +177,30 @@ def test_no_value_is_below_the_lower_bound(scale):
             assert value >= music_lower_bound(units) - 1e-5
 
 
+@pytest.mark.parametrize("weights", [(1, 1, 1), (1, 1.5, 1), (2, 1, 0.5)])
+def test_curvature_at_the_uniform_distribution(weights):
+    """The formulas of docs/theory.md: redundant segments cost nothing at second order."""
+    diagonal, cross, invariance = weights
+    names = ("diagonal_weight", "cross_segment_weight", "invariance_weight")
+    options = {"num_segments": 3, **dict(zip(names, weights, strict=True))}
+    u = np.random.default_rng(0).normal(size=(24, 3, 6))  # samples, segments, units
+    u -= u.mean(axis=2, keepdims=True)
+    common, rest = np.broadcast_to(u[:1], u.shape), u - u.mean(axis=0)
+    redundant = np.broadcast_to(rest[:, :1], u.shape)
+    unstable = (cross - invariance) / 6 - diagonal * (2 * np.log(6) - 3) / 36
+    useful = -invariance / 6 - diagonal * (2 * np.log(6) - 1) / 36
+
+    def loss(u):
+        z = jnp.log1p(u).reshape(24, 18)
+        return float(music_loss(z, z, **options))
+
+    with jax.enable_x64(True):
+        for direction, expected in ((common, unstable), (rest, useful), (redundant, useful)):
+            step = 1e-2 * direction
+            second = (loss(step) + loss(-step)) / 2 - loss(0 * step)
+            np.testing.assert_allclose(second * 24 * 3 / np.sum(step**2), expected, rtol=1e-2)
+
+
 def test_gradient_descent_approaches_the_lower_bound():
     za = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8)), jnp.float32)
     step = jax.jit(jax.value_and_grad(lambda z: music_loss(z, z, num_segments=2)))
