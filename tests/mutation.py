@@ -53,6 +53,7 @@ NEAREST = {
     "evaluation/feature_protocols": ("evaluation", "train/test_every_field.py"),
     "evaluation/finetune": ("evaluation", "train/test_every_field.py"),
     "evaluation/protocols": ("test_evaluate.py",),
+    "evaluation/results": ("evaluation/test_multi_label.py", "workdir/test_files.py"),
     "metrics/few_shot": ("metrics/test_extremes.py",),
     "metrics/knn": ("metrics/test_extremes.py",),
     "metrics/label_free": ("metrics/test_extremes.py",),

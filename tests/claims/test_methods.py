@@ -1,12 +1,13 @@
 """The options of methods, and how they are drawn and become config fields."""
 
 import collections
+import itertools
 
 import pytest
 
 import music_jax
 from music_jax import registry
-from music_jax.claims.methods import BUILT_IN, beyond, find_methods
+from music_jax.claims.methods import BUILT_IN, COMMON, beyond, find_methods
 from music_jax.errors import UserError
 
 
@@ -20,6 +21,15 @@ def test_draws_use_all_values_of_each_option_equally_often(name):
         counts = collections.Counter(choice[option] for choice in draws)
         assert set(counts) == set(values)
         assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_the_common_options_are_those_of_the_plan():
+    """See docs/comparison.md."""
+    rates = COMMON["learning_rate"]
+    assert (rates[0], rates[-1]) == (0.001, 0.032)
+    assert [b / a for a, b in itertools.pairwise(rates)] == pytest.approx([2] * 5)
+    assert COMMON["depth"] == (0, 1, 2)
+    assert COMMON["dimension"] == (128, 512, 2048)
 
 
 def test_methods_draw_differently():

@@ -393,6 +393,28 @@ def test_one_channel_goes_through_every_operation(key):
         np.testing.assert_allclose(plane, one[..., 0], atol=2e-5)
 
 
+def test_four_channels_have_no_gray_version(key):
+    images, indices = images_of(4, channels=4), np.arange(4, dtype=np.int32)
+    statistics = {"mean": (0.5,) * 4, "std": (0.2,) * 4}
+    plain, gray = (
+        augment(images, indices, key, views=(view, view), dtype=jnp.float32, **statistics)
+        for view in (ViewAugmentation(), ViewAugmentation(grayscale_probability=1.0))
+    )
+    np.testing.assert_array_equal(gray, plain)
+
+
+def test_float_images_are_inverted_at_half_of_one(key):
+    """Their values before the standardization are taken as they are."""
+    images = np.random.default_rng(0).uniform(0, 1, (4, 2, 8, 8, 3)).astype(np.float32)
+    view = ViewAugmentation(solarize_probability=1.0)
+    got = augment(
+        images, np.arange(4), key, views=(view, view), mean=MEAN, std=STD, dtype=jnp.float32
+    )
+    expected = np.where(images >= 0.5, 1 - images, images)
+    got = np.asarray(got)
+    np.testing.assert_allclose(got * np.array(STD) + np.array(MEAN), expected, atol=1e-5)
+
+
 def test_bfloat16_is_float32_but_for_rounding(key):
     images, indices = images_of(16), np.arange(16, dtype=np.int32)
     exact = augmented(images, indices, key, views=(QUIET, QUIET))

@@ -281,3 +281,12 @@ def test_the_central_view_of_an_array_file_has_its_type():
     view = crops.central_view(image, size=20, resize_shorter_side=20, channels=13, dtype=np.float32)
     means = image.reshape(30, 2, 20, 2, 13).mean(axis=(1, 3))
     np.testing.assert_allclose(view, means[5:25], rtol=1e-5)
+
+
+def test_a_box_is_never_rounded_to_no_pixels():
+    crop = Crop(size=8, scale=(0.001, 0.3), aspect_ratio=(1 / 4, 4.0))
+    for height, width in ((1, 30), (30, 1), (2, 3)):
+        boxes = _boxes(height, width, crop, 500)
+        assert min(min(box.height, box.width) for box in boxes) == 1
+        assert all(box.top + box.height <= height for box in boxes)
+        assert all(box.left + box.width <= width for box in boxes)

@@ -40,3 +40,18 @@ def test_no_two_pairs_of_seed_and_epoch_share_an_order():
     same = (orders[:, None] == orders[None]).sum(axis=-1)[np.triu_indices(len(orders), 1)]
     assert same.max() < 10  # random orders have one place in common on average
     assert same.mean() == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize(("num_records", "batch_size"), [(10, 4), (12, 4), (7, 7), (9, 2)])
+def test_an_epoch_has_all_full_batches_and_the_indices_of_its_images(num_records, batch_size):
+    order = TrainingOrder(num_records, batch_size, seed=0)
+    full = num_records // batch_size
+    assert order.steps_per_epoch == full
+    expected = np.concatenate(
+        [epoch * num_records + np.arange(full * batch_size) for epoch in range(3)]
+    ).reshape(3 * full, batch_size)
+    found = [
+        [order.sample_index(step, position) for position in range(batch_size)]
+        for step in range(3 * full)
+    ]
+    np.testing.assert_array_equal(found, expected)

@@ -179,6 +179,13 @@ def test_affine_matches_scipy(channels):
         np.testing.assert_allclose(got[n], expected, atol=5e-3)  # of 255
 
 
+def test_affine_of_float32_is_that_of_uint8():
+    images = noise_images(3)
+    draws = still(6, rotation=np.linspace(-1, 1, 6), translation_x=np.linspace(-4, 4, 6))
+    expected = warped(images, **draws)
+    np.testing.assert_allclose(warped(images.astype(np.float32), **draws), expected, atol=1e-4)
+
+
 def test_rotation_matches_opencv():
     """Same sense of rotation (clockwise), same center; OpenCV interpolates on a grid of 1/32 px."""
     images = cv2.GaussianBlur(noise_images(1, count=1)[0], (0, 0), 3)[None, ..., None]

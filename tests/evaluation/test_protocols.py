@@ -22,6 +22,7 @@ from music_jax.evaluation.protocols import (
     FinalEvaluation,
     _transfer_runs,
     provenance,
+    read_final_results,
     run_protocols,
 )
 from music_jax.evaluation.run import Run
@@ -316,3 +317,22 @@ def test_images_without_labels_are_not_evaluated_unless_they_are_named(tmp_path,
     config.evaluation.test = str(tmp_path)
     with pytest.raises(NotMeasurableError, match="every image must be in one of two or more"):
         FinalEvaluation(config, tmp_path, source)
+
+
+def test_final_results_belong_to_a_step_and_to_the_images_unless_these_are_unknown(tmp_path):
+    config, workdir, images = small_config(), epath.Path(tmp_path), ["train 1", "test 2"]
+
+    def write(more):
+        for name, file in (("linear", "linear_eval.json"), ("knn", "knn.json")):
+            scores = {"top1": 0.5, "top5": 0.9, "top1_by_k": {"20": 0.5}}
+            scores |= {"raw_pixels_top1": None, "random_init_top1": None}
+            result = scores | json.loads(json.dumps(provenance(name, config, 3))) | more
+            (tmp_path / file).write_text(json.dumps(result))
+
+    write({"images_fingerprint": images})
+    assert set(read_final_results(config, workdir, 3, images)) == {"linear", "knn"}
+    assert set(read_final_results(config, workdir, 3)) == {"linear", "knn"}
+    assert read_final_results(config, workdir, 4, images) is None
+    assert read_final_results(config, workdir, 3, ["train 1", "test 3"]) is None
+    write({})  # as earlier versions did
+    assert set(read_final_results(config, workdir, 3, images)) == {"linear", "knn"}
