@@ -51,6 +51,7 @@ NEAREST = {
     "data/registered": ("test_registry.py",),
     "data/augment": ("data/test_transforms.py",),
     "evaluation/feature_protocols": ("evaluation", "train/test_every_field.py"),
+    "evaluation/features": ("evaluation/test_run.py", "evaluation/test_protocols.py"),
     "evaluation/finetune": ("evaluation", "train/test_every_field.py"),
     "evaluation/protocols": ("test_evaluate.py",),
     "evaluation/results": ("evaluation/test_multi_label.py", "workdir/test_files.py"),

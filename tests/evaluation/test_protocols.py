@@ -53,6 +53,17 @@ def partly(tmp_path_factory):
     return found
 
 
+def test_the_training_images_have_features_alone_and_the_test_images_embeddings_too(partly):
+    run, _ = partly
+    assert {name: x.shape[1] for name, x in run.train("trained").arrays.items()} == {
+        "features": run.network.num_features
+    }
+    assert {name: x.shape[1] for name, x in run.test("trained").arrays.items()} == {
+        "features": run.network.num_features,
+        "embeddings": run.network.num_embedding,
+    }
+
+
 @pytest.mark.parametrize("name", ["linear, fixed", *_LABELED])
 def test_results_are_those_of_the_labeled_images_alone(partly, name, capsys):
     counts = {"test": 16} if name == "clustering" else {"train": 34, "test": 16}
