@@ -2,10 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 from etils import epath
 
-from music_jax.evaluation.results import results_table
+from music_jax.evaluation.results import Predictions, results_table, write_predictions
 from music_jax.workdir.files import write_json
 
 
@@ -36,3 +37,10 @@ def test_non_finite_numbers_are_not_written_as_json(tmp_path):
         with pytest.raises(ValueError, match="JSON"):
             write_json(path, {"a": number})
     assert json.loads(path.read_text()) == {"a": 1.5}
+
+
+def test_predictions_that_cannot_be_saved_are_a_warning(tmp_path, caplog):
+    (tmp_path / "linear_eval.npz" / "in_the_way").mkdir(parents=True)
+    one = np.ones(3, np.int32)
+    write_predictions(epath.Path(tmp_path), Predictions(one.astype(np.int64), one, one, 7))
+    assert "the predictions of the linear probe are not saved" in caplog.text
