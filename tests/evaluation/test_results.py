@@ -40,7 +40,6 @@ def test_non_finite_numbers_are_not_written_as_json(tmp_path):
 
 
 def test_predictions_that_cannot_be_saved_are_a_warning(tmp_path, caplog):
-    (tmp_path / "linear_eval.npz" / "in_the_way").mkdir(parents=True)
-    one = np.ones(3, np.int32)
-    write_predictions(epath.Path(tmp_path), Predictions(one.astype(np.int64), one, one, 7))
+    one, removed = np.ones(3, np.int32), epath.Path(tmp_path / "removed")
+    write_predictions(removed, Predictions(one.astype(np.int64), one, one, 7))
     assert "the predictions of the linear probe are not saved" in caplog.text
