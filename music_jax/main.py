@@ -16,6 +16,13 @@ a GPU `gpu`, a TPU `tpu`.
 Exit codes: 0 done; 2 wrong input; 3 diverged or unusable data; 75 stopped by a signal, all saved.
 """
 
+import logging
+import os
+import pathlib
+import shlex
+import shutil
+import sys
+
 from absl import flags
 
 from music_jax import cli
@@ -33,12 +40,14 @@ def main() -> None:
     profile_steps = None if text is None else parse_steps(text)
     cli.join_cluster()
     from music_jax.config import validate
-    from music_jax.distributed import cluster
+    from music_jax.distributed import cluster, progress
     from music_jax.distributed.mesh import use_cores, use_deterministic_gpu_operations
     from music_jax.distributed.signals import StopSignal
     from music_jax.train import train_and_evaluate
     from music_jax.workdir.directory import absolute_path, use_compilation_cache
 
+    if flags.FLAGS.verbose:
+        progress.log_to_stdout(logging.DEBUG)
     validate(config)
     use_cores(config.batch_size // config.accumulation_steps)
     absolute_path(workdir)  # checks it
@@ -47,10 +56,37 @@ def main() -> None:
     use_compilation_cache()
     stop = StopSignal(alone=not cluster.has_peers(), grace_seconds=config.checkpoint.grace_seconds)
     train_and_evaluate(config, workdir, profile_steps=profile_steps, stop=stop)
+    if sys.stdout.isatty():
+        progress.say_lines(_next_commands(workdir, flags.FLAGS["import"].value or ""))
+
+
+def _next_commands(workdir: str, modules: str) -> str:
+    """Returns the commands that use a finished run, quoted for a shell, with their `--import`."""
+    run = [f"--import={modules}"] * bool(modules) + [f"--workdir={workdir}"]
+    file = os.path.join(workdir, "backbone.safetensors")
+    commands = {
+        "a report for a browser": ["report", *run],
+        "more measures": ["evaluate", *run],
+        "the backbone as a file": ["export", *run, "--format=safetensors", f"--output={file}"],
+    }
+    lines = ["", "Next:"]
+    for purpose, (name, *arguments) in commands.items():
+        command = shlex.join([_python(), "-m", f"music_jax.{name}", *arguments])
+        lines.append(f"  {purpose:24s}{command}")
+    return "\n".join(lines)
+
+
+def _python() -> str:
+    """Returns the shortest name of this interpreter in a shell."""
+    if shutil.which("python") == os.path.join(os.path.dirname(sys.executable), "python"):
+        return "python"
+    path = pathlib.Path(sys.executable)
+    return str(path.relative_to(os.getcwd()) if path.is_relative_to(os.getcwd()) else path)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string(
         "profile", None, "START:STOP, the steps to profile with JAX, into WORKDIR/profile."
     )
+    flags.DEFINE_bool("verbose", False, "Also prints a table of all parameters.")
     cli.run(main, __doc__, workdir=True, processes=True, config="file", required=["workdir"])

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import pty
 import random
 import socket
 import subprocess
@@ -50,6 +51,24 @@ def run(module, *arguments, devices=1, timeout=900):
     finally:
         process.kill()
     return process.returncode, out, err
+
+
+def run_in_terminal(command, *, stream="stdout", env=None):
+    """Runs a command with one of its streams on a terminal; returns exit code, and what it drew."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | (env or {}),
+        **{stream: theirs},
+    )
+    os.close(theirs)
+    drawn = b""
+    with contextlib.suppress(OSError):  # Linux's way of saying that this is all
+        while part := os.read(ours, 65536):
+            drawn += part
+    os.close(ours)
+    return process.wait(timeout=60), drawn.decode()
 
 
 def free_port():

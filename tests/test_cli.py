@@ -242,4 +242,5 @@ def test_help_lists_the_commands_own_flags_without_importing_jax():
     assert (done.returncode, done.stderr) == (0, "")
     listed = re.findall(r"^  --(?:\[no\])?(\w+):", done.stdout, re.MULTILINE)
     processes = ["coordinator_address", "num_processes", "process_id"]
-    assert listed == sorted(["config", "helpfields", "import", "profile", "workdir", *processes])
+    own = ["config", "helpfields", "import", "profile", "verbose", "workdir"]
+    assert listed == sorted([*own, *processes])

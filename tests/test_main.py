@@ -1,7 +1,10 @@
 """`python -m music_jax.main` and `linear_eval` from start to end, as processes."""
 
 import json
+import os
 import random
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from processes import DIGITS, ROOT, SMALL, checkpoint, metrics, run, start
+from processes import DIGITS, ROOT, SMALL, checkpoint, metrics, run, run_in_terminal, start
 
 _MAIN, _LINEAR_EVAL = "music_jax.main", "music_jax.linear_eval"
 
@@ -29,8 +32,6 @@ def finished(tmp_path_factory, data):
 
 
 def _copy(finished, tmp_path):
-    import shutil
-
     return shutil.copytree(finished[0], tmp_path / "copy")
 
 
@@ -52,7 +53,10 @@ def test_a_run_writes_the_documented_files(finished):
     assert linear["hyper_parameters"]["linear_eval"]["num_epochs"] == 2
     assert linear["learning_rate"] > 0
     assert (workdir / "checkpoints" / "22").is_dir()
-    for text in ("kernel", "lower bound", "trained backbone", "random backbone", "raw pixels"):
+    assert "parameters   599,368 (backbone 75,080, projector 524,288)\n" in out
+    assert "kernel" not in out
+    assert "Next:" not in out  # no terminal
+    for text in ("lower bound", "trained backbone", "random backbone", "raw pixels"):
         assert text in out
     assert f"{100 * linear['top1']:.1f} %" in out
 
@@ -76,6 +80,30 @@ def test_rerunning_trains_nothing_and_reports_it(finished, data):
     assert "is done: 22 steps" in out
     assert "trained backbone" in out
     assert "pre-training" not in err
+
+
+@pytest.mark.slow
+def test_the_commands_that_a_terminal_shows_at_the_end_work(finished, data, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "a user's $run")
+    command = [
+        sys.executable,
+        "-m",
+        _MAIN,
+        DIGITS,
+        *SMALL,
+        data,
+        f"--workdir={workdir}",
+        "--verbose",
+    ]
+    code, drawn = run_in_terminal(command)
+    assert code == 0, drawn
+    shown = [line for line in drawn.splitlines() if " -m music_jax." in line]
+    assert len(shown) == 3
+    for line in shown:
+        shell = line[line.index(sys.executable) :] if sys.executable in line else line[26:]
+        subprocess.run(["bash", "-c", shell], cwd=ROOT, check=True, timeout=600)
+    for file in ("report.html", "segments.json", "backbone.safetensors"):
+        assert (workdir / file).exists()
 
 
 @pytest.mark.slow
@@ -314,6 +342,34 @@ def test_main_trains_what_its_flags_say_and_stops_on_signals(tmp_path):
     assert result.stderr.splitlines()[-1] == "error: it diverged"
     given = json.loads(result.stdout.splitlines()[-1])
     assert given == [64, str(tmp_path / "run"), [2, 5], "StopSignal", True, 7.5]
+
+
+_FINISHED = """
+import runpy
+import music_jax.train
+music_jax.train.train_and_evaluate = lambda *_, **__: None
+runpy.run_module("music_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "more"), [("it's mine; $HOME", ()), ("größer/", ("--import=uuid",))]
+)
+def test_a_finished_run_shows_the_next_commands_in_a_terminal_only(name, more, tmp_path):
+    run = [*more, f"--workdir={tmp_path}/{name}"]
+    command = [sys.executable, "-c", _FINISHED, DIGITS, *run]
+    code, drawn = run_in_terminal(command, env={"PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"})
+    assert code == 0
+    head, *lines = drawn.strip().splitlines()
+    assert head == "Next:"
+    output = f"--output={os.path.join(tmp_path, name, 'backbone.safetensors')}"
+    assert [shlex.split(line[26:]) for line in lines] == [
+        ["python", "-m", "music_jax.report", *run],
+        ["python", "-m", "music_jax.evaluate", *run],
+        ["python", "-m", "music_jax.export", *run, "--format=safetensors", output],
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize("module", [_MAIN, _LINEAR_EVAL])

@@ -6,6 +6,7 @@
 
 import os
 import pathlib
+import re
 import sys
 import tempfile
 import time
@@ -25,15 +26,25 @@ _LOGGED = (
 )
 
 
+_BAR = re.compile(r"^.*: +\d+%\|.*\n?", re.MULTILINE)
+_WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
 def _drop_logs(notebook: nbformat.NotebookNode) -> None:
-    """Removes what libtpu, XLA and JAX log about the machine."""
+    """Removes progress bars, and what libtpu, XLA and JAX log about the machine."""
     for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs = [
-                output
-                for output in cell.outputs
-                if output.get("name") != "stderr" or not any(log in output.text for log in _LOGGED)
-            ]
+        if cell.cell_type != "code":
+            continue
+        for output in cell.outputs:
+            if output.get("name") == "stdout":
+                output.text = _BAR.sub("", output.text)
+        cell.outputs = [
+            output
+            for output in cell.outputs
+            if output.get("text") != ""
+            and _WIDGET not in output.get("data", {})
+            and not (output.get("name") == "stderr" and any(log in output.text for log in _LOGGED))
+        ]
 
 
 def execute(path: pathlib.Path, *, timeout: float = 1800) -> nbformat.NotebookNode:
@@ -49,7 +60,8 @@ def execute(path: pathlib.Path, *, timeout: float = 1800) -> nbformat.NotebookNo
             notebook,
             timeout=timeout,
             kernel_name="python3",
-            coalesce_streams=True,  # keeps the last state of a progress bar
+            coalesce_streams=True,  # keeps one line of a progress bar
+            store_widget_state=False,
             record_timing=False,
             resources={"metadata": {"path": str(path.parent)}},
         ).execute()

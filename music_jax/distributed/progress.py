@@ -1,5 +1,6 @@
-"""Output on a terminal or into a log: lines, tables and progress bars."""
+"""Output on a terminal, in a notebook or into a log: lines, tables and progress bars."""
 
+import importlib.util
 import logging
 import os
 import sys
@@ -61,10 +62,10 @@ def say_lines(text: str) -> None:
         say(line)
 
 
-def log_lines(logger: logging.Logger, text: str) -> None:
+def log_lines(logger: logging.Logger, text: str, *, level: int = logging.INFO) -> None:
     """Logs a table or other text of several lines, one record per line."""
     for line in text.split("\n"):
-        logger.info("%s", line)
+        logger.log(level, "%s", line)
 
 
 class _Printer(logging.Handler):
@@ -74,13 +75,13 @@ class _Printer(logging.Handler):
         say(record.getMessage())
 
 
-def log_to_stdout() -> None:
-    """Prints the package's messages of level INFO and above on standard output.
+def log_to_stdout(level: int = logging.INFO) -> None:
+    """Prints the package's messages of a level and above on standard output.
 
     Commands and notebooks call this; importing the package installs no handler.
     """
     logger = logging.getLogger("music_jax")
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
     logger.propagate = False
     logger.handlers = [_Printer()]
 
@@ -88,8 +89,9 @@ def log_to_stdout() -> None:
 def bar(total: int, *, unit: str, description: str, done: int = 0, delay: float = 0.0) -> Any:
     """Creates a progress bar that shows the rate and the time left.
 
-    In a terminal and below a notebook's cell it is redrawn in place. In a log it is a line every
-    ten seconds at first, and less and less often in a long run.
+    In a notebook it is a widget if ipywidgets is installed. Without it, and in a terminal, it is
+    text that is redrawn in place. In a log it is a line every ten seconds at first, and less and
+    less often in a long run.
 
     Args:
       total: Number of items.
@@ -105,7 +107,10 @@ def bar(total: int, *, unit: str, description: str, done: int = 0, delay: float 
     # Some terminals, such as containers', report no columns; tqdm then draws nothing.
     unknown = terminal and not os.get_terminal_size(sys.stderr.fileno()).columns
     file: Any = sys.stdout if notebook else sys.stderr if terminal else _Lines(sys.stderr)
-    return tqdm.tqdm(
+    make: Any = tqdm.tqdm
+    if widget := notebook and importlib.util.find_spec("ipywidgets") is not None:
+        from tqdm.notebook import tqdm_notebook as make
+    return make(
         total=total,
         initial=done,
         unit=unit,
@@ -116,7 +121,7 @@ def bar(total: int, *, unit: str, description: str, done: int = 0, delay: float 
         ncols=100 if unknown else None,
         nrows=20 if unknown else None,
         dynamic_ncols=terminal and not unknown,
-        bar_format="{l_bar}{bar:12}{r_bar}",
+        bar_format="{l_bar}{bar}{r_bar}" if widget else "{l_bar}{bar:12}{r_bar}",
         mininterval=0.2 if terminal else 1.0,
         disable=not is_main_process(),
     )

@@ -1,5 +1,6 @@
 """Pre-trains and evaluates: `train_and_evaluate` calls the stages of a run in their order."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -306,15 +307,24 @@ def _describe(
     state: TrainState,
     start_step: int,
 ) -> None:
-    """Logs the parameters, the devices, the batch arithmetic, the objective and warnings."""
-    from clu import parameter_overview
+    """Logs the parameters, the devices, the batch arithmetic, the objective and warnings.
 
+    The table of all parameters is logged at the level DEBUG.
+    """
     params = {"/".join(map(str, path)): x for path, x in flatten_dict(state.params).items()}
-    table = parameter_overview.get_parameter_overview(params, include_stats=False, max_lines=80)
-    progress.log_lines(_logger, table)
+    if _logger.isEnabledFor(logging.DEBUG):
+        from clu import parameter_overview
+
+        table = parameter_overview.get_parameter_overview(params, include_stats=False)
+        progress.log_lines(_logger, table, level=logging.DEBUG)
+    sizes: collections.Counter[str] = collections.Counter()
+    for name, x in params.items():
+        sizes[name.partition("/")[0]] += x.size
+    groups = ", ".join(f"{group} {size:,}" for group, size in sizes.items())
     processes, objective = jax.process_count(), config.objective
     units = objective.units_per_segment
     lines = {
+        "parameters": f"{sizes.total():,} ({groups})",
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind} in {processes} process(es)",
         "batch": f"{config.batch_size} = {processes} process(es) x {mesh.size // processes} "
         f"device(s) x {config.batch_size // mesh.size}",

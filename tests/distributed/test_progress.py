@@ -2,12 +2,13 @@
 
 import io
 import os
-import pty
 import subprocess
 import sys
 
+import nbformat
 import pytest
-from processes import ROOT
+from nbclient import NotebookClient
+from processes import ROOT, run_in_terminal
 
 from music_jax import cli
 from music_jax.distributed import progress
@@ -15,17 +16,12 @@ from music_jax.distributed.progress import escape_surrogates, printable
 from music_jax.errors import UserError
 
 _COUNT = """
-import sys, time
+import time
 from music_jax.distributed import progress
-if {notebook}:
-    import types
-    class Shell:
-        config = {{"IPKernelApp": 1}}
-    sys.modules["IPython"] = types.SimpleNamespace(get_ipython=lambda: Shell)
 bar = progress.bar(300, unit="img", description="counting")
 for i in range(30):
     time.sleep(0.05)
-    bar.set_postfix({{"loss": f"{{i}}"}}, refresh=False)
+    bar.set_postfix({"loss": f"{i}"}, refresh=False)
     bar.update(10)
     if i == 20:
         progress.say("said in between")
@@ -33,56 +29,95 @@ bar.close()
 """
 
 
-def _count(stderr, *, notebook=False):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    return subprocess.run(
-        [sys.executable, "-c", _COUNT.format(notebook=notebook)],
+def test_a_bar_in_a_log_is_a_few_complete_lines():
+    done = subprocess.run(
+        [sys.executable, "-c", _COUNT],
         cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=stderr,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
         timeout=120,
         check=True,
     )
-
-
-def test_a_bar_in_a_log_is_a_few_complete_lines():
-    done = _count(subprocess.PIPE)
-    lines = done.stderr.decode().split("\n")
+    lines = done.stderr.split("\n")
     assert lines.pop() == ""
     assert 1 <= len(lines) <= 2
-    assert "\r" not in done.stderr.decode()
+    assert "\r" not in done.stderr
     assert "300/300" in lines[-1]
     assert "loss=29" in lines[-1]
-    assert done.stdout.decode() == "said in between\n"
+    assert done.stdout == "said in between\n"
 
 
 def test_a_bar_in_a_terminal_is_redrawn_in_place():
-    ours, theirs = pty.openpty()
-    _count(theirs)
-    os.close(theirs)
-    drawn = b""
-    while True:
-        try:
-            part = os.read(ours, 65536)
-        except OSError:  # Linux's way of saying that this is all
-            break
-        if not part:
-            break
-        drawn += part
-    os.close(ours)
-    assert drawn.count(b"\r") > 5
-    assert drawn.count(b"\n") == 1
-    assert b"300/300" in drawn.split(b"\r")[-2]
+    code, drawn = run_in_terminal([sys.executable, "-c", _COUNT], stream="stderr")
+    assert code == 0
+    assert drawn.count("\r") > 5
+    assert drawn.count("\n") == 1
+    assert "300/300" in drawn.split("\r")[-2]
 
 
-def test_a_bar_in_a_notebook_goes_to_standard_output():
-    done = _count(subprocess.PIPE, notebook=True)
-    assert done.stderr == b""
-    text = done.stdout.decode()
-    assert "\r" in text
+# What tqdm uses of ipywidgets, which is not installed for the tests.
+_WIDGETS = """
+import types
+
+class HTML:
+    value = bar_style = ""
+    def __init__(self, **fields):
+        self.layout = types.SimpleNamespace()
+        self.style = types.SimpleNamespace(bar_color=None)
+        self.__dict__.update(fields)
+
+FloatProgress = HTML
+
+class HBox(HTML):
+    def _repr_mimebundle_(self, **_):
+        return {"text/html": "a widget"}
+    def shown(self):
+        left, bar, right = self.children
+        text = f"{left.value}|{bar.value}/{bar.max} {bar.bar_style}|{right.value}"
+        return text.replace("\\u2007", " ")
+"""
+_WITHOUT = "import sys\nsys.modules['ipywidgets'] = None\n"
+_WITH = "import sys\ndel sys.modules['ipywidgets']\nsys.path.insert(0, {path!r})\n"
+
+
+@pytest.fixture(scope="module")
+def notebook(tmp_path_factory):
+    """The outputs of a cell in a real kernel, first without ipywidgets and then with them."""
+    path = tmp_path_factory.mktemp("widgets")
+    (path / "ipywidgets.py").write_text(_WIDGETS)
+    cells = (
+        _WITHOUT + _COUNT,
+        _WITH.format(path=str(path)) + _COUNT + "print(bar.container.shown())",
+    )
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    NotebookClient(
+        book, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+    ).execute()
+    return [cell.outputs for cell in book.cells]
+
+
+def _stream(outputs, name):
+    return "".join(output.text for output in outputs if output.get("name") == name)
+
+
+def test_a_bar_in_a_notebook_without_widgets_goes_to_standard_output(notebook):
+    text = _stream(notebook[0], "stdout")
+    assert _stream(notebook[0], "stderr") == ""
     assert "300/300" in text
+    assert "\rcounting: 100%|" in text
     assert "said in between\n" in text
+
+
+def test_a_bar_in_a_notebook_is_a_widget(notebook):
+    shown = [output.data["text/html"] for output in notebook[1] if "data" in output]
+    assert shown == ["a widget"]
+    assert _stream(notebook[1], "stderr") == ""
+    lines = _stream(notebook[1], "stdout").splitlines()
+    assert lines[0] == "said in between"
+    assert lines[1].startswith("counting: 100%|300/300 success| 300/300 [")
+    assert lines[1].endswith("loss=29]")
+    assert len(lines) == 2
 
 
 def test_lines_become_less_frequent_in_a_long_run(monkeypatch):
