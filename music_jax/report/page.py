@@ -176,10 +176,17 @@ def render(runs: list[ReportedRun]) -> bytes:
     Raises:
       UserError: The report would be too large even with the smallest pictures.
     """
-    for tile, matrix in _SIDES:
-        html = _page(runs, tile=tile, matrix=matrix)
-        if len(html) <= MAX_BYTES:
-            return html
+    bare = [
+        dataclasses.replace(run, network="", no_network="it does not fit in the page")
+        if run.network
+        else run
+        for run in runs
+    ]
+    for shown in (runs, bare):
+        for tile, matrix in _SIDES:
+            html = _page(shown, tile=tile, matrix=matrix)
+            if len(html) <= MAX_BYTES:
+                return html
     raise UserError(
         f"a report of {len(runs)} runs would be larger than {MAX_BYTES / 1e6:.1f} MB; name fewer "
         "runs with --workdir or show fewer images with --images"

@@ -1,6 +1,7 @@
 """The networks of a report in Chromium, against `music_jax.load` and on images of a reader."""
 
 import base64
+import dataclasses
 import re
 import types
 from unittest import mock
@@ -17,6 +18,7 @@ from music_jax.metrics.linear_probe import ProbeRecipe, linear_probe
 from music_jax.report import measures, page
 from music_jax.report.in_page import network_data
 from tests.report.browsers import Opened, chromium
+from tests.report.reports import make_reported, make_sample, write_workdir
 
 pytestmark = pytest.mark.browser
 
@@ -63,19 +65,23 @@ def _config(name):
 
 
 @pytest.fixture(scope="module")
-def encoders(tmp_path_factory):
+def root(tmp_path_factory):
+    """Runs whose weights are random."""
     root = tmp_path_factory.mktemp("runs")
     for name in _CONFIGS:
         save_run(root / name, _config(name))
+    return root
+
+
+@pytest.fixture(scope="module")
+def encoders(root):
     return {name: music_jax.load(str(root / name)) for name in _CONFIGS}
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    """A report of a run of random weights on digits, with a linear probe; its encoder and probe."""
-    root = tmp_path_factory.mktemp("report")
-    save_run(root / "run", _config("cifar"))
-    encoder = music_jax.load(str(root / "run"))
+def report(root, encoders):
+    """A report of the first run, with a linear probe; its encoder and the probe's predictions."""
+    run, encoder = root / "cifar", encoders["cifar"]
     features = encoder(list(DIGITS))
     probe = linear_probe(
         *(features[:1400], LABELS[:1400], features[1400:], LABELS[1400:]),
@@ -85,9 +91,9 @@ def report(tmp_path_factory):
     )
     assert probe.top1 > 0.85
     kernel, bias = probe.classifier()
-    write_classifier(root / "run", Classifier(kernel, bias, encoder.trained.step))
+    write_classifier(run, Classifier(kernel, bias, encoder.trained.step))
     with mock.patch.object(measures, "tsne_map", return_value=None):
-        path, size = page.write_report([str(root / "run")], num_images=60)
+        path, size = page.write_report([str(run)], num_images=60)
     assert size < page.MAX_BYTES
     return types.SimpleNamespace(path=path, encoder=encoder, predicted=probe.predictions)
 
@@ -98,7 +104,7 @@ def browser(report, encoders):  # after the runs: no event loop may run while th
         yield running
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")  # opening it takes longer than the tests
 def opened(browser, report):
     found = Opened(browser, report.path)
     yield found
@@ -160,7 +166,7 @@ def test_images_of_other_sizes_and_colors_have_the_codes_of_load(name, opened, e
 
 def test_dropping_a_file_shows_its_class_its_neighbors_and_its_codes(opened, report, tmp_path):
     chosen = int(np.flatnonzero(report.predicted == LABELS[1400:])[0])
-    path = tmp_path / "digit.png"
+    path = tmp_path / "dropped.png"
     path.write_bytes(_png(DIGITS[1400 + chosen]))
     view = opened.page
     target = view.locator("#try-it h2")
@@ -172,8 +178,8 @@ def test_dropping_a_file_shows_its_class_its_neighbors_and_its_codes(opened, rep
         place = {"x": box["x"] + 20, "y": box["y"] + 10}
         session.send("Input.dispatchDragEvent", {"type": kind, **place, "data": data})
     status = view.get_by_role("status")
-    status.filter(has_text="class").wait_for()
-    assert f"digit.png: class {LABELS[1400 + chosen]} (" in status.inner_text()
+    status.filter(has_text="dropped.png: class").wait_for()
+    assert f"dropped.png: class {LABELS[1400 + chosen]} (" in status.inner_text()
     panel = view.locator("#try-it [data-tried]")
     assert panel.locator(".near .thumb").count() == 8
     codes = report.encoder.codes([path])[0]
@@ -197,6 +203,31 @@ def test_a_file_that_is_no_image_gives_one_message(opened, tmp_path):
     (tmp_path / "clear.png").write_bytes(cv2.imencode(".png", clear)[1].tobytes())
     chooser.set_input_files(tmp_path / "clear.png")
     status.filter(has_text="transparent pixels may be read differently").wait_for()
+
+
+def test_several_runs_apply_their_networks_to_the_same_image(browser, encoders, tmp_path):
+    """One without a saved probe, and one without segments whose network takes color."""
+    shown = []
+    for name, objective in (("strided", "music"), ("pooled", "vicreg")):
+        sample = make_sample()
+        reported = make_reported(write_workdir(tmp_path / name, objective=objective), sample)
+        network = network_data(encoders[name].trained, sample, None)
+        shown.append(dataclasses.replace(reported, network=page._compress(page._as_json(network))))
+    (tmp_path / "two.html").write_bytes(page.render(shown))
+    (tmp_path / "digit.png").write_bytes(_png(DIGITS[0]))
+    opened = Opened(browser, tmp_path / "two.html")
+    opened.page.get_by_label("image file").set_input_files(tmp_path / "digit.png")
+    status = opened.page.get_by_role("status")
+    status.filter(has_text="nearest").wait_for()
+    for name in ("strided", "pooled"):
+        assert f"{name}: digit.png: the nearest image is " in status.inner_text()
+    first, second = opened.page.locator("#try-it [data-tried]").all()
+    assert "music_jax.linear_eval saves it" in first.inner_text()
+    assert first.locator(".codes li").count() == 6
+    assert second.locator(".codes li").count() == 0
+    assert second.locator(".near .thumb").count() == 8
+    assert opened.errors == []
+    opened.close()
 
 
 def test_a_drawing_is_classified_and_can_be_cleared(opened):

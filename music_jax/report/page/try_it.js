@@ -92,10 +92,13 @@ function ranked(values, count) {
 
 function summary(run, network, { classes, similarities }, name) {
   const [[near, similarity]] = ranked(similarities, 1);
-  const nearest = `nearest is ${imageName(run, network.gallery.images.at(near))} (${similarity.toFixed(3)})`;
+  const image = network.gallery.images.at(near);
+  const label = run.images.labels.at(image);
+  const its = label < 0 ? "" : ` of class ${className(run, label)}`;
+  const nearest = `the nearest image is ${run.images.names[image]}${its} (similarity ${similarity.toFixed(3)})`;
   if (!classes) return `${name}: ${nearest}.`;
-  const [[label, share]] = ranked(classes, 1);
-  return `${name}: class ${className(run, label)} (${percent(share)}); ${nearest}.`;
+  const [[first, share]] = ranked(classes, 1);
+  return `${name}: class ${className(run, first)} (${percent(share)}); ${nearest}.`;
 }
 
 function showTried({ run, network, panel }, { view, codes, classes, similarities }, name) {
