@@ -23,6 +23,11 @@ function imageOf(context) {
   return { width, height, isPng: true, rgba: context.getImageData(0, 0, width, height).data };
 }
 
+function isOpaque({ rgba }) {
+  for (let i = 3; i < rgba.length; i += 4) if (rgba[i] < 255) return false;
+  return true;
+}
+
 // Returns an image of one or three channels without transparency.
 function inChannels({ width, height, rgba, isPng }, channels) {
   const values = new Uint8Array(width * height * channels);
@@ -76,15 +81,18 @@ function averaged(image, height, width) {
   const whole = Number.isInteger(tall) && Number.isInteger(wide);
   const [weightsY, weightsX] = [areaWeights(image.height, height, whole), areaWeights(image.width, width, whole)];
   const share = Math.fround(1 / (tall * wide));
+  const { values } = image;
   const f = Math.fround;
   for (let y = 0; y < height; y++) {
     for (let x = 0; x < width; x++) {
       for (let c = 0; c < channels; c++) {
+        const [down, along] = [weightsY[y], weightsX[x]];
         let sum = 0;
-        for (const [row, ofRow] of weightsY[y]) {
-          let along = 0;
-          for (const [column, weight] of weightsX[x]) along = f(along + f(weight * image.values[(row * image.width + column) * channels + c]));
-          sum = f(sum + f(ofRow * along));
+        for (let i = 0; i < down.weights.length; i++) {
+          const from = ((down.first + i) * image.width + along.first) * channels + c;
+          let ofRow = 0;
+          for (let j = 0; j < along.weights.length; j++) ofRow = f(ofRow + f(along.weights[j] * values[from + j * channels]));
+          sum = f(sum + f(down.weights[i] * ofRow));
         }
         const mean = !whole ? sum : tall === 2 && wide === 2 ? Math.floor((sum + 2) / 4) : f(sum * share);
         out[(y * width + x) * channels + c] = Math.min(roundedToEven(mean), 255);
@@ -94,21 +102,20 @@ function averaged(image, height, width) {
   return { height, width, values: out };
 }
 
-// Returns the old pixels of each new one with their shares of its length; 1 for whole numbers of them.
+// Returns the first old pixel of each new one, and the shares of its length from there on; 1 for whole numbers of them.
 function areaWeights(from, to, whole) {
   const scale = from / to;
   return Array.from({ length: to }, (_, i) => {
     const start = i * scale;
-    if (whole) return Array.from({ length: scale }, (_, k) => [start + k, 1]);
+    if (whole) return { first: start, weights: new Float32Array(scale).fill(1) };
     const cell = Math.min(scale, from - start);
     const last = Math.min(Math.floor(start + scale), from - 1);
     const first = Math.min(Math.ceil(start), last);
-    const weights = [];
-    if (first - start > 1e-3) weights.push([first - 1, Math.fround((first - start) / cell)]);
-    for (let k = first; k < last; k++) weights.push([k, Math.fround(1 / cell)]);
-    const rest = start + scale - last;
-    if (rest > 1e-3) weights.push([last, Math.fround(Math.min(rest, 1, cell) / cell)]);
-    return weights;
+    const [before, after] = [first - start, start + scale - last];
+    const weights = Array(last - first).fill(1 / cell);
+    if (before > 1e-3) weights.unshift(before / cell);
+    if (after > 1e-3) weights.push(Math.min(after, 1, cell) / cell);
+    return { first: before > 1e-3 ? first - 1 : first, weights: Float32Array.from(weights) };
   });
 }
 

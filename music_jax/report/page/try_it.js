@@ -25,7 +25,7 @@ function drawTryIt({ runs }) {
       tried.forEach((each, i) => showTried(each, results[i], name));
       const several = runs.length > 1;
       status.textContent = tried.map(({ run, network }, i) => `${several ? `${run.name}: ` : ""}${summary(run, network, results[i], name)}`).join(" ");
-      if (image.rgba.some((value, i) => i % 4 === 3 && value < 255)) {
+      if (!isOpaque(image)) {
         status.textContent += " Its transparent pixels may be read differently than by music_jax.";
       }
     } catch (error) {
