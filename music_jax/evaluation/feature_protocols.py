@@ -13,8 +13,10 @@ from music_jax.errors import DivergedError, NotMeasurableError
 from music_jax.evaluation.features import Model
 from music_jax.evaluation.results import (
     MEAN_AVERAGE_PRECISION,
+    Classifier,
     Predictions,
     Result,
+    write_classifier,
     write_predictions,
 )
 from music_jax.evaluation.run import Run
@@ -44,7 +46,8 @@ def linear(run: Run, *, save_predictions: bool = False) -> Result:
 
     Args:
       run: Run.
-      save_predictions: Whether to write the predictions for the test images into the workdir.
+      save_predictions: Whether to write the classifier and its predictions for the test images into
+        the workdir.
 
     Raises:
       DivergedError: The probe of the trained backbone diverged. A diverged baseline is missing.
@@ -54,6 +57,8 @@ def linear(run: Run, *, save_predictions: bool = False) -> Result:
     if save_predictions and not run.multi_label:
         found = Predictions(test.indices, test.labels, trained.predictions, run.step)
         write_predictions(run.workdir, found)
+        if classifier := trained.classifier():
+            write_classifier(run.workdir, Classifier(*classifier, run.step))
 
     def baseline(model: Model) -> float | None:
         try:
@@ -157,7 +162,7 @@ def random_crop_probe(run: Run, model: Model, recipe: ProbeRecipe, description: 
         num_classes=run.num_classes,
         validation_fraction=settings.validation_fraction,
         seed=run.config.seed,
-    )
+    )._replace(scale=scale)
 
 
 def knn(run: Run) -> Result:

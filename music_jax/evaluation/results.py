@@ -23,6 +23,7 @@ _BASELINES = (("random_init", "random backbone"), ("raw_pixels", "raw pixels"))
 _PREFIXES = ("", "random_init_", "raw_pixels_", "chance_")
 _ACCURACIES = tuple(f"{prefix}{score}" for score in TITLES for prefix in _PREFIXES)
 _PREDICTIONS = "linear_eval.npz"
+_CLASSIFIER = "linear_classifier.npz"
 
 
 def result_path(workdir: epath.Path, protocol: str) -> epath.Path:
@@ -79,15 +80,38 @@ class Predictions(NamedTuple):
         return float(np.mean(self.labels == self.predictions))
 
 
+class Classifier(NamedTuple):
+    """The linear probe, in linear_classifier.npz: `features @ kernel + bias` scores the classes.
+
+    Attributes:
+      kernel: Weights of features that are not scaled, float32 [features, classes].
+      bias: Biases, float32 [classes].
+      step: Step of the checkpoint.
+    """
+
+    kernel: np.ndarray
+    bias: np.ndarray
+    step: int
+
+
 def write_predictions(workdir: epath.Path, found: Predictions) -> None:
     """Writes predictions; if they cannot be written, a warning is logged."""
+    _write(workdir / _PREDICTIONS, found, "the predictions of the linear probe")
+
+
+def write_classifier(workdir: epath.Path, found: Classifier) -> None:
+    """Writes a classifier; if it cannot be written, a warning is logged."""
+    _write(workdir / _CLASSIFIER, found, "the linear probe")
+
+
+def _write(path: epath.Path, found: Predictions | Classifier, description: str) -> None:
     if not is_main_process():
         return
     try:
-        with new_file(workdir / _PREDICTIONS) as file:
+        with new_file(path) as file:
             np.savez(file, allow_pickle=False, **found._asdict())
     except OSError as error:
-        _logger.warning(f"the predictions of the linear probe are not saved: {error}")
+        _logger.warning(f"{description}: {path.name} cannot be written: {error}")
 
 
 def read_predictions(workdir: epath.Path) -> Predictions | None:
@@ -112,6 +136,29 @@ def read_predictions(workdir: epath.Path) -> Predictions | None:
         if max(labels.max(), predictions.max()) >= 2**31:
             raise ValueError("a prediction is not a label")
         return Predictions(indices, labels, predictions, int(step))
+    except (OSError, KeyError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def read_classifier(workdir: epath.Path) -> Classifier | None:
+    """Reads a classifier; None if there is none.
+
+    Raises:
+      ValueError: The file is damaged, or contains something else.
+    """
+    path = workdir / _CLASSIFIER
+    if not path.exists():
+        return None
+    try:
+        arrays = read_npz(path)
+        kernel, bias, step = (arrays[name] for name in Classifier._fields)
+        if kernel.ndim != 2 or bias.shape != kernel.shape[1:] or not kernel.size:
+            raise ValueError("an array has an unexpected shape")
+        if step.shape or step.dtype.kind not in "iu":
+            raise ValueError("its step is not an integer")
+        if not all(x.dtype == np.float32 and np.isfinite(x).all() for x in (kernel, bias)):
+            raise ValueError("its weights are not finite numbers of type float32")
+        return Classifier(kernel, bias, int(step))
     except (OSError, KeyError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 

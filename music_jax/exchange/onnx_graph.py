@@ -12,7 +12,7 @@ import numpy as np
 from music_jax.errors import UserError, require_extra
 from music_jax.exchange.encoder import TrainedBackbone
 from music_jax.models import BACKBONES
-from music_jax.models.resnet import BATCH_NORM_EPSILON, STEMS, pooling_cells
+from music_jax.models.resnet import BATCH_NORM_EPSILON, inference_layers, pooling_cells
 from music_jax.models.vision_transformer import EPSILON as LAYER_NORM_EPSILON
 from music_jax.models.vision_transformer import sincos_positions
 
@@ -77,31 +77,21 @@ class _Graph:
         self._constants: set[str] = set()
 
     def resnet(self, size: int) -> None:
-        _, stride, pools = STEMS[self._stem]
-        x = self._conv("images", "conv", stride)
-        x = self._node("Relu", self._batch_norm(x, "norm"))
-        if pools:
-            x = self._node("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
-            stride *= 2
-        block = 0
-        for stage, count in enumerate(self.sizes["stage_sizes"]):
-            first = self.sizes.get("first_stride", 1) if stage == 0 else 2
-            for i in range(count):
-                x = self._block(x, f"blocks.{block}", first if i == 0 else 1)
-                block += 1
-            stride *= first
-        self._pool(x, -(-size // stride), self.sizes.get("pool_grid", 1))
-
-    def _block(self, x: str, name: str, stride: int) -> str:
-        y, strides = x, self.sizes["block"].strides(stride)
-        for i, step in enumerate(strides, start=1):
-            y = self._batch_norm(self._conv(y, f"{name}.conv{i}", step), f"{name}.norm{i}")
-            if i < len(strides):
-                y = self._node("Relu", y)
-        if f"{name}.shortcut.conv.kernel" in self._tensors:
-            x = self._conv(x, f"{name}.shortcut.conv", stride)
-            x = self._batch_norm(x, f"{name}.shortcut.norm")
-        return self._node("Relu", self._node("Add", y, x))
+        outputs, sides = ["images"], [size]
+        for layer in inference_layers(self.sizes, self._stem):
+            x, side = outputs[layer.inputs[0]], sides[layer.inputs[0]]
+            if layer.kind == "conv":
+                x = self._batch_norm(self._conv(x, layer.conv, layer.stride), layer.norm)
+                side = -(-side // layer.stride)
+            elif layer.kind == "max_pool":
+                x = self._node("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
+                side = -(-side // 2)
+            elif layer.kind == "add":
+                x = self._node("Add", x, outputs[layer.inputs[1]])
+            else:
+                self._pool(x, side, layer.grid)
+            outputs.append(self._node("Relu", x) if layer.relu else x)
+            sides.append(side)
 
     def _pool(self, x: str, size: int, grid: int) -> None:
         if grid == 1:

@@ -73,6 +73,8 @@ class ProbeResult(NamedTuple):
         classes, whether the score of each class is positive, [test, classes].
       average_precisions: Average precision of each class on the test samples, [classes], if samples
         have several classes.
+      heads: The classifier, of scaled features.
+      scale: Scaling of the features.
     """
 
     top1: float
@@ -81,6 +83,18 @@ class ProbeResult(NamedTuple):
     num_train: int
     predictions: np.ndarray
     average_precisions: np.ndarray | None = None
+    heads: Heads | None = None
+    scale: Callable[[Features], Features] = lambda unscaled: unscaled
+
+    def classifier(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Returns kernel [features, classes] and bias [classes] for unscaled features."""
+        if self.heads is None:
+            return None
+        heads, zeros = self.heads, jnp.zeros((1, self.heads.kernel.shape[1]))
+        with jax.default_matmul_precision("highest"):
+            bias, transpose = jax.vjp(lambda x: logits(heads, self.scale(x))[0], zeros)
+            (kernel,) = jax.vmap(transpose)(jnp.eye(bias.shape[1])[:, None])
+        return np.asarray(kernel[:, 0].T), np.asarray(bias[0])
 
 
 def linear_probe(
@@ -136,7 +150,7 @@ def linear_probe(
         num_classes=num_classes,
         validation_fraction=validation_fraction,
         seed=seed,
-    )
+    )._replace(scale=scale)
 
 
 def num_steps(recipe: ProbeRecipe, num_train: int, validation_fraction: float) -> int:
@@ -202,7 +216,8 @@ def train_and_test(
         (top1, top5), precisions = accuracies(heads, features, labels)[0], None
         chosen = [scores[0].argmax(axis=1) for scores in _scores(heads, features)]
     predictions = np.concatenate(chosen).astype(np.int32)
-    return ProbeResult(float(top1), float(top5), rates[0], num_train, predictions, precisions)
+    scores = float(top1), float(top5)
+    return ProbeResult(*scores, rates[0], num_train, predictions, precisions, heads)
 
 
 def _by_rate(heads: Heads, features: np.ndarray, labels: np.ndarray) -> np.ndarray:

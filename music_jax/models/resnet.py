@@ -6,6 +6,7 @@ that weights can be exchanged.
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -264,3 +265,60 @@ def _grid_mean(x: jax.Array, grid: int) -> jax.Array:
 def pooling_cells(length: int, count: int) -> list[tuple[int, int]]:
     """Returns start and end of `count` equal parts, which overlap if `length` is no multiple."""
     return [(i * length // count, -(-(i + 1) * length // count)) for i in range(count)]
+
+
+class Layer(NamedTuple):
+    """A layer of a residual network in inference mode, for conversions to other formats.
+
+    Attributes:
+      kind: `conv` (convolution and batch normalization), `max_pool`, `add` or `grid_mean`.
+      inputs: Numbers of the layers whose outputs it takes, from 1; 0 stands for the images.
+      conv: Name of the convolution's parameters, such as `blocks.0.conv1`.
+      norm: Name of the batch normalization's parameters.
+      stride: Stride of the convolution.
+      relu: Whether ReLU follows.
+      grid: Number of rows and columns of the grid.
+    """
+
+    kind: str
+    inputs: tuple[int, ...]
+    conv: str = ""
+    norm: str = ""
+    stride: int = 1
+    relu: bool = False
+    grid: int = 1
+
+
+def inference_layers(sizes: dict[str, Any], stem: str) -> list[Layer]:
+    """Returns the layers of a `ResNet` in order; the output of the last one are the features.
+
+    Args:
+      sizes: Arguments of `ResNet` that distinguish it from others.
+      stem: Name of the stem.
+    """
+    layers: list[Layer] = []
+
+    def add(kind: str, *inputs: int, **options: Any) -> int:
+        layers.append(Layer(kind, inputs, **options))
+        return len(layers)
+
+    _, stride, pools = STEMS[stem]
+    x = add("conv", 0, conv="conv", norm="norm", stride=stride, relu=True)
+    if pools:
+        x = add("max_pool", x)
+    block, widths = sizes["block"], sizes["widths"]
+    c_in, number = sizes.get("stem_width") or widths[0], 0
+    for stage, (count, width) in enumerate(zip(sizes["stage_sizes"], widths, strict=True)):
+        for i in range(count):
+            stride = 1 if i > 0 else sizes.get("first_stride", 1) if stage == 0 else 2
+            y, name, steps = x, f"blocks.{number}", block.strides(stride)
+            for j, step in enumerate(steps, start=1):
+                names = {"conv": f"{name}.conv{j}", "norm": f"{name}.norm{j}"}
+                y = add("conv", y, **names, stride=step, relu=j < len(steps))
+            if stride != 1 or c_in != width * block.expansion:
+                names = {"conv": f"{name}.shortcut.conv", "norm": f"{name}.shortcut.norm"}
+                x = add("conv", x, **names, stride=stride)
+            x = add("add", y, x, relu=True)
+            c_in, number = width * block.expansion, number + 1
+    add("grid_mean", x, grid=sizes.get("pool_grid", 1))
+    return layers

@@ -11,8 +11,9 @@ _USAGE = """
 Writes one HTML file about a run, or about several side by side: setup, curves with the lower
 bounds of the objective, results with their baselines, the joint probability of the segments, the
 images of each unit, nearest neighbors, a map of the embedding, augmented views, the probe's
-confusion matrix, and what was skipped, rewound or resumed. The file needs no network connection and
-opens from disk on a computer or a phone. The run may still be in progress.
+confusion matrix, and what was skipped, rewound or resumed. A small network can be tried on your own
+images in the page. The file needs no network connection and opens from disk on a computer or a
+phone. The run may still be in progress.
 
   python -m music_jax.report --workdir=runs/mnist5k
   python -m music_jax.report --workdir=runs/music,runs/vicreg --output=compared.html

@@ -22,7 +22,7 @@ from etils import epath
 from music_jax.distributed.progress import escape_surrogates
 from music_jax.errors import MusicError, UserError, one_line
 from music_jax.evaluation.run import load_run
-from music_jax.report import measures, tables
+from music_jax.report import in_page, measures, tables
 from music_jax.report.reading import RecordedRun, as_text, count_texts, read_workdirs
 from music_jax.version import __version__
 from music_jax.workdir.files import check_writable, write_new
@@ -34,7 +34,11 @@ MAX_BYTES = 9_500_000
 # Sides, in pixels, of thumbnails and of the joint-probability matrix; the first that fit are used.
 _SIDES = ((64, 1024), (48, 768), (40, 512), (32, 384), (24, 256), (16, 128))
 _MAX_NAME = 80  # characters of an image's name
-_SCRIPTS = ("start.js", "charts.js", "curves.js", "segments.js", "images.js", "main.js")
+_STYLES = ("report.css", "try_it.css")
+_SCRIPTS = (
+    *("start.js", "charts.js", "curves.js", "segments.js", "images.js"),
+    *("pixels.js", "network.js", "try_it.js", "main.js"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,8 @@ class ReportedRun:
     confusion: measures.Confusion | None  # of the linear probe, if there are predictions
     data: dict[str, Any]  # of the page's scripts, apart from what depends on the pictures' size
     num_training_images: int | None
+    network: str = ""  # compressed data of the page's scripts, if they can apply it to images
+    no_network: str = ""  # reason why there is no network, if there is a sample
 
 
 def write_report(
@@ -78,7 +84,8 @@ def write_report(
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         check_writable(path.parent)  # fail now, not after all computations
-    html = render([measure_run(run, num_images, overrides) for run in recorded])
+    network_bytes = in_page.MAX_BYTES // len(recorded)
+    html = render([measure_run(run, num_images, overrides, network_bytes) for run in recorded])
     with _writing(path):
         write_new(path, html)
     return path, len(html)
@@ -93,7 +100,10 @@ def _writing(path: epath.Path) -> Iterator[None]:
 
 
 def measure_run(
-    recorded: RecordedRun, num_images: int, overrides: dict[str, object] | None = None
+    recorded: RecordedRun,
+    num_images: int,
+    overrides: dict[str, object] | None = None,
+    network_bytes: int = in_page.MAX_BYTES,
 ) -> ReportedRun:
     """Loads a run's network and images, if possible, and measures it for the report.
 
@@ -101,6 +111,7 @@ def measure_run(
       recorded: Records of the run.
       num_images: Number of images to show and measure.
       overrides: Config fields, by dotted name, that replace those of the run.
+      network_bytes: Largest size of a network in the page, before it is encoded as text.
     """
     try:
         run = load_run(str(recorded.path), read_only=True, overrides=overrides)
@@ -114,7 +125,11 @@ def measure_run(
         num_training_images: int | None = len(run.images)
     else:
         num_training_images = None if run.config.evaluation.train else len(run.sources.train)
-    return measure_sample(recorded, sample, num_training_images=num_training_images)
+    measured = measure_sample(recorded, sample, num_training_images=num_training_images)
+    network = in_page.network_data(run, sample, recorded.classifier, max_bytes=network_bytes)
+    if isinstance(network, str):
+        return dataclasses.replace(measured, no_network=network)
+    return dataclasses.replace(measured, network=_compress(_as_json(network)))
 
 
 def measure_sample(
@@ -161,10 +176,17 @@ def render(runs: list[ReportedRun]) -> bytes:
     Raises:
       UserError: The report would be too large even with the smallest pictures.
     """
-    for tile, matrix in _SIDES:
-        html = _page(runs, tile=tile, matrix=matrix)
-        if len(html) <= MAX_BYTES:
-            return html
+    bare = [
+        dataclasses.replace(run, network="", no_network="it does not fit in the page")
+        if run.network
+        else run
+        for run in runs
+    ]
+    for shown in (runs, bare):
+        for tile, matrix in _SIDES:
+            html = _page(shown, tile=tile, matrix=matrix)
+            if len(html) <= MAX_BYTES:
+                return html
     raise UserError(
         f"a report of {len(runs)} runs would be larger than {MAX_BYTES / 1e6:.1f} MB; name fewer "
         "runs with --workdir or show fewer images with --images"
@@ -206,11 +228,11 @@ def _page(runs: list[ReportedRun], *, tile: int, matrix: int) -> bytes:
         bounded={name for run in recorded for name in tables.bounds(run)},
         thinned=any(len(run.metrics) > tables.MAX_POINTS for run in recorded),
         version=__version__,
-        style="\n".join([_read("report.css"), *sprites.values()]),
+        style="\n".join([*map(_read, _STYLES), *sprites.values()]),
         script=script,
         hashes=" ".join(map(_policy_hash, (plotly.offline.get_plotlyjs(), script))),
         library=_compressed_library(),
-        data=_compress(json.dumps(content, allow_nan=False, default=_pack, separators=(",", ":"))),
+        data=_compress(_as_json(content)),
     )
     return escape_surrogates(text).encode()
 
@@ -222,6 +244,10 @@ def _read(name: str) -> str:
 @functools.cache
 def _compressed_library() -> str:
     return _compress(plotly.offline.get_plotlyjs())
+
+
+def _as_json(data: Any) -> str:
+    return json.dumps(data, allow_nan=False, default=_pack, separators=(",", ":"))
 
 
 def _compress(text: str) -> str:

@@ -14,7 +14,13 @@ from typing import Any, TypeVar
 from etils import epath
 
 from music_jax.errors import UserError
-from music_jax.evaluation.results import Predictions, read_all_results, read_predictions
+from music_jax.evaluation.results import (
+    Classifier,
+    Predictions,
+    read_all_results,
+    read_classifier,
+    read_predictions,
+)
 from music_jax.workdir.directory import find_workdir
 from music_jax.workdir.files import parse_json, read_json, read_text
 from music_jax.workdir.run_config import read_config
@@ -39,6 +45,7 @@ class RecordedRun:
     rewinds: list[Record]  # rewinds.json
     results: dict[str, Record]  # by protocol
     predictions: Predictions | None  # of the linear probe, if they belong to its results
+    classifier: Classifier | None  # the linear probe
     notes: tuple[str, ...]  # what could not be read
 
     def field(self, name: str, default: Any = None) -> Any:
@@ -130,6 +137,9 @@ def _read(workdir: epath.Path, name: str) -> RecordedRun:
         rewinds=_try(_read_rewinds, workdir / "rewinds.json", notes) or [],
         results=results,
         predictions=_read_predictions(workdir, results.get("linear"), notes),
+        classifier=_try(
+            lambda path: read_classifier(path.parent), workdir / "linear_classifier.npz", notes
+        ),
         notes=tuple(notes),
     )
 

@@ -216,6 +216,22 @@ def test_jax_and_numpy_arrays_are_scaled_alike(name):
 
 
 @pytest.mark.parametrize("name", FEATURE_SCALINGS)
+def test_the_classifier_of_unscaled_features_includes_the_scaling(name):
+    train, test = _correlated(300), _correlated(50, seed=1)
+    labels = np.arange(300) % 3
+    found = linear_probe(
+        *(train, labels, test, labels[:50]),
+        ProbeRecipe(2, 50, (0.1,)),
+        num_classes=3,
+        feature_scaling=name,
+    )
+    kernel, bias = found.classifier()
+    scores = found.scale(test) @ np.asarray(found.heads.kernel[0]) + np.asarray(found.heads.bias[0])
+    np.testing.assert_allclose(test @ kernel + bias, scores, atol=1e-4 * np.abs(scores).max())
+    np.testing.assert_array_equal((test @ kernel + bias).argmax(1), found.predictions)
+
+
+@pytest.mark.parametrize("name", FEATURE_SCALINGS)
 def test_scaling_stays_finite_for_constant_or_too_many_features(name):
     train = np.concatenate([_correlated(8), np.full((8, 3), 7, np.float32)], axis=1)
     assert np.all(np.isfinite(fit_scaling(name, lambda: train)(train)))

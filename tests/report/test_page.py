@@ -1,5 +1,6 @@
 """The page without a browser: its text, its escaping and its size."""
 
+import dataclasses
 import html.parser
 import re
 from importlib import resources
@@ -129,6 +130,12 @@ def test_text_from_the_run_is_escaped(finished):
             ),
             ("there are too few images, or the network gives all of them the same output",),
         ),
+        (
+            lambda path: dataclasses.replace(
+                make_reported(write_workdir(path / "run"), make_sample()), no_network="too <b>large"
+            ),
+            ("Try it on an image Not shown: too <b>large.",),
+        ),
     ],
 )
 def test_missing_parts_are_explained(prepare, parts, tmp_path):
@@ -163,6 +170,15 @@ def test_pictures_shrink_until_the_report_fits(finished, monkeypatch):
     monkeypatch.setattr(page, "MAX_BYTES", 100_000)
     with pytest.raises(UserError, match=r"--workdir.*--images"):
         page.render([finished])
+
+
+def test_a_network_is_omitted_if_the_report_does_not_fit_otherwise(finished, monkeypatch):
+    usual = page.render([finished])
+    monkeypatch.setattr(page, "MAX_BYTES", len(usual) + 1000)
+    text = page.render([dataclasses.replace(finished, network="A" * len(usual))]).decode()
+    assert "Not shown: it does not fit in the page." in text
+    assert 'id="network-0"' not in text
+    assert data_of(text)["runs"][0]["images"]["tile"] == 24
 
 
 @pytest.mark.slow

@@ -57,6 +57,32 @@ def test_predictions_of_another_probe_are_ignored(tmp_path):
     assert "linear_eval.npz cannot be read" in run.notes[0]
 
 
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, None),
+        ({"kernel": np.ones((4, 3))}, "float32"),
+        ({"bias": np.asarray([0, np.nan, 0], np.float32)}, "finite"),
+        ({"bias": np.ones(4, np.float32)}, "shape"),
+        ({"kernel": np.ones((0, 3), np.float32)}, "shape"),
+        ({"step": np.asarray(30.5)}, "integer"),
+    ],
+)
+def test_a_damaged_classifier_is_ignored_with_a_note(changed, reason, tmp_path):
+    path = write_workdir(tmp_path / "run")
+    kernel, bias = np.ones((4, 3), np.float32), np.ones(3, np.float32)
+    arrays = {"kernel": kernel, "bias": bias, "step": np.asarray(30)}
+    np.savez(path / "linear_classifier.npz", **arrays | changed)
+    (run,) = read_workdirs([str(path)])
+    if reason is None:
+        assert run.classifier.step == 30
+        np.testing.assert_array_equal(run.classifier.kernel, kernel)
+    else:
+        assert run.classifier is None
+        assert "linear_classifier.npz cannot be read" in run.notes[0]
+        assert reason in run.notes[0]
+
+
 def test_long_curves_are_thinned_and_keep_both_ends(tmp_path):
     path = write_workdir(tmp_path / "run", steps=5000, logged=5000)
     (run,) = read_workdirs([str(path)])

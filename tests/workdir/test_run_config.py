@@ -282,7 +282,8 @@ def test_linear_eval_takes_an_output_too(foreign, photos, tmp_path):
         overrides=_both(photos) | {f"linear_eval.{name}": x for name, x in settings.items()},
     )
     assert _listing(foreign) == before
-    written = ["features", "knn.json", "linear_eval.json", "linear_eval.npz"]
+    written = ["features", "knn.json", "linear_classifier.npz", "linear_eval.json"]
+    written.append("linear_eval.npz")
     assert sorted(os.listdir(tmp_path / "out")) == written
 
 

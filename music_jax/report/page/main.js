@@ -21,6 +21,7 @@ async function main() {
     }
     if (run.confusion) drawConfusion(run, within("confusions", index));
   });
+  drawTryIt(data);
   addEventListener("beforeprint", () => charts.forEach((entry, element) => entry.drawn || draw(element, entry)));
   document.documentElement.dataset.ready = "true";
 }
