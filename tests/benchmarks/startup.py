@@ -130,18 +130,11 @@ def main() -> None:
             images = pathlib.Path(folder, "images")
             images.mkdir()
             write_images(images)
-            statistics_of_images = (
-                "--config.dataset.mean=(0.5,)*3",
-                "--config.dataset.std=(0.3,)*3",
-            )
-            arguments += [f"--config.dataset.path={images}", *statistics_of_images]
-        cache = {
-            "JAX_PLATFORMS": "cpu",
-            "XDG_CACHE_HOME": f"{folder}/cache",
-            "PYTHONPATH": str(ROOT),
-        }
-        compiling = measure(arguments, os.environ | cache)
-        runs = [measure(arguments, os.environ | cache) for _ in range(options.repeats)]
+            arguments.append(f"--config.dataset.path={images}")
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        environment["XDG_CACHE_HOME"] = f"{folder}/cache"
+        compiling = measure(arguments, environment)
+        runs = [measure(arguments, environment) for _ in range(options.repeats)]
     medians = {
         stage: tuple(statistics.median(run[stage][i] for run in runs) for i in (0, 1))
         for stage in compiling
