@@ -108,7 +108,7 @@ def table(plans: Sequence[Plan]) -> str:
     """Formats plans as a table with a column per topology; ~ marks estimates."""
     kinds = sorted({kind for plan in plans for kind in plan["collective_bytes"]})
     rows: list[tuple[str, str, Callable[[Any], str]]] = [  # name, value in the JSON, and its text
-        ("chips, of all slices", "chips", str),
+        ("chips", "chips", str),
         ("batch, of all chips", "batch_size", "{:,}".format),
         ("largest batch that fits", "largest_batch_size", "{:,}".format),
         ("it fits", "fits", lambda fits: "yes" if fits else "NO"),
