@@ -176,8 +176,8 @@ def default_config() -> config_dict.ConfigDict:
     config.optimizer.final_scale = 1e-3  # Last learning rate as a fraction of the peak.
 
     config.sharding = config_dict.ConfigDict()
-    # Number of devices over which parameters are sharded. None: all. With several TPU slices, the
-    # number of devices of one slice is fastest.
+    # Number of devices over which parameters are sharded. None: all devices of a TPU slice, or of a
+    # machine with GPUs.
     config.sharding.fsdp = config_dict.placeholder(int)
 
     # Checks that end a failing training early.

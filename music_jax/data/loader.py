@@ -315,9 +315,7 @@ def _read(
     """
     threads = num_threads or usable_cores()
     cv2.setNumThreads(0)  # These threads are enough.
-    # Small batches are divided into smaller parts, so that all threads have one.
-    size = min(_PART_SIZE, -(-_BATCHES_AHEAD * num_rows // threads))
-    num_parts = -(-num_rows // size)
+    size, num_parts, parts_ahead = _parts(num_rows, threads)
     started: dict[int, _Batch] = {}
     lock = threading.Lock()
 
@@ -329,13 +327,36 @@ def _read(
         fill(k, started[k], range(part * size, min((part + 1) * size, num_rows)))
         return item
 
-    options = grain.ReadOptions(
-        num_threads=threads,
-        prefetch_buffer_size=max(threads + 1, _BATCHES_AHEAD * num_parts),
-    )
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=parts_ahead)
     parts = grain.MapDataset.range(start * num_parts, stop * num_parts).map(fill_part)
     filled = iter(parts.to_iter_dataset(options))
     for k in range(start, stop):
         for _ in range(num_parts):
             next(filled)
         yield started.pop(k)
+
+
+def _parts(num_rows: int, threads: int) -> tuple[int, int, int]:
+    """Returns the rows of a part, the parts of a batch, and the parts that are read ahead."""
+    # Small batches are divided into smaller parts, so that all threads have one.
+    size = min(_PART_SIZE, -(-_BATCHES_AHEAD * num_rows // threads))
+    num_parts = -(-num_rows // size)
+    return size, num_parts, max(threads + 1, _BATCHES_AHEAD * num_parts)
+
+
+def loader_bytes(
+    num_rows: int, row_bytes: int, *, num_threads: int, file_bytes: int, image_bytes: int
+) -> int:
+    """Returns the most memory that `training_batches` takes for batches, files and decoding.
+
+    Args:
+      num_rows: Rows of a batch that the process provides.
+      row_bytes: Size of the views of a row.
+      num_threads: Number of decoding threads.
+      file_bytes: Size of an encoded image.
+      image_bytes: Size of a decoded image at its full resolution.
+    """
+    size, num_parts, parts_ahead = _parts(num_rows, num_threads)
+    batches = -(-parts_ahead // num_parts) + 1  # one of them is only partly read
+    # A thread holds the files of a part, and an image while it is converted or mirrored.
+    return batches * num_rows * row_bytes + num_threads * (size * file_bytes + 2 * image_bytes)

@@ -2,15 +2,23 @@
 
 import contextlib
 import ctypes
+import math
 import os
+import pathlib
 
 _M_ARENA_MAX = -8  # in glibc's malloc.h
+# CPU time of a container and the period in which it may be used; cgroup v2, as seen from inside.
+_CPU_LIMIT = pathlib.Path("/sys/fs/cgroup/cpu.max")
 
 
 def usable_cores() -> int:
-    """Returns the number of cores that the process's CPU affinity allows."""
+    """Returns the number of cores that the CPU affinity and the container's CPU limit allow."""
     affinity = getattr(os, "sched_getaffinity", None)  # exists on Linux only
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # there is no limit, which reads "max"
+        limit, period = map(int, _CPU_LIMIT.read_text().split())
+        return max(1, min(cores, math.ceil(limit / period)))
+    return cores
 
 
 def limit_malloc_arenas() -> None:

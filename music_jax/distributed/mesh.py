@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src import xla_bridge  # Whether devices are started has no public name.
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from music_jax.distributed import usable_cores
@@ -109,27 +109,36 @@ def make_data_mesh(
 ) -> Mesh:
     """Makes a mesh with the axes `data` and `fsdp`, over both of which a batch is split.
 
+    Devices of several slices, or of several machines with GPUs, are on separate networks, with a
+    slower one in between. Only `data` spans slices.
+
     Args:
       num_devices: Number of devices; by default all.
-      fsdp: Size of the axis over which the parameters are split; by default all devices.
+      fsdp: Size of the axis over which the parameters are split; by default all devices of a slice.
       devices: Devices to choose from; by default those of the run.
 
     Returns:
-      The mesh, [devices / fsdp, fsdp].
+      The mesh, [devices / fsdp, fsdp], with the devices of a slice side by side.
 
     Raises:
-      UserError: `fsdp` does not divide the number of devices.
+      UserError: `fsdp` does not divide the number of devices of a slice.
     """
     devices = (jax.devices() if devices is None else devices)[:num_devices]
-    fsdp = len(devices) if fsdp is None else fsdp
-    if len(devices) % fsdp:
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    size = len(devices) // slices
+    fsdp = size if fsdp is None else fsdp
+    if size % fsdp:
+        where = f"the {size} devices" + (f" of each of the {slices} slices" if slices > 1 else "")
         raise UserError(
-            f"config.sharding.fsdp = {fsdp} does not divide the {len(devices)} devices; use a "
-            "divisor of their number"
+            f"config.sharding.fsdp = {fsdp} does not divide {where}; use a divisor of their number"
         )
-    return jax.make_mesh(
-        (len(devices) // fsdp, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices
+    shape, types = (size // fsdp, fsdp), (AxisType.Auto,) * 2
+    if slices == 1:
+        return jax.make_mesh(shape, BATCH_AXES, axis_types=types, devices=devices)
+    grid = mesh_utils.create_hybrid_device_mesh(
+        shape, (slices, 1), devices, allow_split_physical_axes=True
     )
+    return Mesh(grid, BATCH_AXES, axis_types=types)
 
 
 def shares_cores(mesh: Mesh) -> bool:

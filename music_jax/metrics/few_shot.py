@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import scipy.special
+import scipy  # which imports its modules when they are used
 from threadpoolctl import threadpool_limits
 
 from music_jax.metrics.knn import check_samples, unit_length

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
+import scipy  # which imports its modules when they are used
 
 from music_jax.metrics.knn import unit_length
 

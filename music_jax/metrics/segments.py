@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.special
+import scipy  # which imports its modules when they are used
 
 from music_jax.objectives import music_terms
 

@@ -17,6 +17,7 @@ from music_jax.errors import UserError
 from music_jax.plan.chips import ATTACHED, CHIPS, attached_topology, check_compilers
 
 if TYPE_CHECKING:
+    from music_jax.plan.compiling import StepCost
     from music_jax.plan.report import Plan
 
 _USAGE = """
@@ -28,6 +29,7 @@ Results are cached in ~/.cache/music_jax/plan: rerun the command to resume it.
 
   python -m music_jax.plan --config=configs/imagenet.py --topology=v5e:4x8
   python -m music_jax.plan --config=configs/imagenet.py --topology=v5e:4x8,v4:4x4x4 --json=plan.json
+  python -m music_jax.plan --config=configs/imagenet.py --topology=v5e:4x8 --slices=2
   python -m music_jax.plan --config=configs/imagenet.py --topology=h100:8 --config.batch_size=1024
 
 Exit codes: 0 done, whether it fits or not; 2 wrong input; 75 stopped by a signal.
@@ -36,6 +38,7 @@ Exit codes: 0 done, whether it fits or not; 2 wrong input; 75 stopped by a signa
 # Images that a core decodes and crops twice in a second: JPEGs of 500 x 375 pixels and 67 kB, by
 # tests/benchmarks/input.py on a cloud machine.
 _DECODE_RATE = 1043.0
+_FILE_BYTES, _IMAGE_BYTES = 67_000, 500 * 375 * 3
 # Share of that time which each local view of 96 pixels adds, by the same script.
 _LOCAL_VIEW_COST = 0.055
 
@@ -92,24 +95,32 @@ def _num_images(config: config_dict.ConfigDict) -> int:
 def _make_plans(config: config_dict.ConfigDict, topologies: list[str]) -> list["Plan"]:
     from music_jax.distributed import progress
     from music_jax.plan import compiling, report
+    from music_jax.train.input import host_bytes
     from music_jax.workdir.run_config import as_json
 
     options: Any = flags.FLAGS
     num_images = options["num-images"].value or _num_images(config)
     find_batch_size = options["find-batch-size"].value
     decode_rate = options["decode-rate"].value / (1 + _LOCAL_VIEW_COST * config.local_views.count)
+
+    def input_bytes(cost: "StepCost") -> int:
+        rows = cost.batch_size // cost.processes
+        return host_bytes(config, rows, file_bytes=_FILE_BYTES, image_bytes=_IMAGE_BYTES)
+
     jobs = min(options.jobs or usable_cores(), len(topologies))
     values, spawn = as_json(config), multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(jobs, spawn, initializer=compiling.prepare_process) as pool:
             for topology in topologies:  # before minutes are spent
-                pool.submit(compiling.check, values, topology).result()
+                pool.submit(compiling.check, values, topology, options.slices).result()
             progress.say(
                 f"compiling for {', '.join(topologies)}, {jobs} at a time ... minutes each for "
                 "ResNet-50, unless cached"
             )
             running = {
-                pool.submit(compiling.run, values, topology, num_images, find_batch_size): topology
+                pool.submit(
+                    compiling.run, values, topology, num_images, find_batch_size, options.slices
+                ): topology
                 for topology in topologies
             }
             for done in as_completed(running):
@@ -126,6 +137,7 @@ def _make_plans(config: config_dict.ConfigDict, topologies: list[str]) -> list["
             num_images=num_images,
             num_epochs=config.num_epochs,
             decode_rate=decode_rate,
+            host_bytes=input_bytes(done.result()[0]),
         )
         for done, topology in running.items()
     ]
@@ -137,6 +149,12 @@ if __name__ == "__main__":
         None,
         "Topologies such as v3:2x2, v4:4x4x4, v5e:4x8 and h100:8; `attached` for this machine's "
         "GPUs.",
+    )
+    flags.DEFINE_integer(
+        "slices",
+        1,
+        "Number of slices of each topology, with the data center network between them.",
+        lower_bound=1,
     )
     flags.DEFINE_string("json", None, "JSON file to write, a list with one object per topology.")
     flags.DEFINE_boolean(

@@ -89,27 +89,35 @@ class Chip:
     axes: int  # number of dimensions of its topologies
     example: str  # of a topology
     source: str  # publication of the peaks
+    dcn_bytes_per_second: float | None = None  # from other slices; None if not published
     wraps: int = 0  # number that divides the size of every axis that is closed to a ring
     configuration: str = "default"  # libtpu's name for it, if the chip has several
     gpu: Gpu | None = None  # for the compiler of GPUs; None for TPUs
 
 
-# The peaks in bf16 and the bandwidths of HBM and links are from the documentation pages "TPU v3",
-# "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x (Ironwood)". The pages give the bandwidth of
-# links as the sum of both directions, which is halved here, and none for v3 and v4: those (4 links
-# of 70 GB/s, 6 of 50 GB/s) are from table 4 of Jouppi et al, arXiv 2304.01433.
+# The peaks in bf16 and the bandwidths of HBM, links and data center network (DCN) are from the
+# documentation pages "TPU v3", "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x (Ironwood)",
+# checked on 2026-11-29 in stored copies without a date.
+# - The pages give the bandwidth of links as the sum of both directions, which is halved here, and
+#   none for v3 and v4: those (4 links of 70 GB/s, 6 of 50 GB/s) are from table 4 of Jouppi et al,
+#   arXiv 2304.01433.
+# - HBM of v5e: 819 GB/s in most copies; one has 800 GiB/s, which would be 859 GB/s.
+# - HBM of v6e: 1,638 GB/s in the newest copy; 1,600 and 1,640 in others.
+# - DCN: 50, 100 and 100 Gb/s per chip on the page of tpu7x for v5p, v6e and tpu7x; of v5e 6.4 Tb/s
+#   per pod of 256 chips, and 2 x 100 Gb/s per host of 8 chips; none on the pages of v3 and v4.
 _DOCS = "https://cloud.google.com/tpu/docs/"
 _PAPER = "; links: arXiv 2304.01433"
-# Peaks of the SXM form, in bf16 without sparsity; the bandwidth of NVLink is halved likewise.
+# Peaks of the SXM form, in bf16 without sparsity; the bandwidth of NVLink is halved likewise. The
+# pages could not be read on 2026-11-29.
 _NVIDIA = "https://www.nvidia.com/en-us/data-center/"
 CHIPS = {
-    "v3": Chip(123e12, 900e9, 4 * 70e9, 2, "v3:2x2", _DOCS + "v3" + _PAPER, 32),
+    "v3": Chip(123e12, 900e9, 4 * 70e9, 2, "v3:2x2", _DOCS + "v3" + _PAPER, None, 32),
     # JAX on Cloud TPU uses its two cores as one device, which is not libtpu's default.
-    "v4": Chip(275e12, 1200e9, 6 * 50e9, 3, "v4:4x4x4", _DOCS + "v4" + _PAPER, 4, "megacore"),
-    "v5e": Chip(197e12, 819e9, 400e9 / 2, 2, "v5e:4x8", _DOCS + "v5e", 16),
-    "v5p": Chip(459e12, 2765e9, 1200e9 / 2, 3, "v5p:4x4x4", _DOCS + "v5p", 4),
-    "v6e": Chip(918e12, 1638e9, 800e9 / 2, 2, "v6e:8x8", _DOCS + "v6e", 16),
-    "tpu7x": Chip(2307e12, 7380e9, 1200e9 / 2, 3, "tpu7x:2x2x1", _DOCS + "tpu7x", 4),
+    "v4": Chip(275e12, 1200e9, 6 * 50e9, 3, "v4:4x4x4", _DOCS + "v4" + _PAPER, None, 4, "megacore"),
+    "v5e": Chip(197e12, 819e9, 400e9 / 2, 2, "v5e:4x8", _DOCS + "v5e", 25e9 / 8, 16),
+    "v5p": Chip(459e12, 2765e9, 1200e9 / 2, 3, "v5p:4x4x4", _DOCS + "v5p", 50e9 / 8, 4),
+    "v6e": Chip(918e12, 1638e9, 800e9 / 2, 2, "v6e:8x8", _DOCS + "v6e", 100e9 / 8, 16),
+    "tpu7x": Chip(2307e12, 7380e9, 1200e9 / 2, 3, "tpu7x:2x2x1", _DOCS + "tpu7x", 100e9 / 8, 4),
     "a100": Chip(312e12, 2039e9, 600e9 / 2, 1, "a100:8", _NVIDIA + "a100", gpu=A100),
     "h100": Chip(989e12, 3350e9, 900e9 / 2, 1, "h100:8", _NVIDIA + "h100", gpu=H100),
     "h200": Chip(989e12, 4800e9, 900e9 / 2, 1, "h200:8", _NVIDIA + "h200", gpu=H200),
@@ -177,6 +185,20 @@ def chip_of(topology: str) -> Chip:
             f"--topology={topology}: expected {expected}, such as {chip.example}; got {grid!r}"
         )
     return chip
+
+
+def check_has_slices(topology: str) -> None:
+    """Checks that several slices of a topology can be planned.
+
+    Raises:
+      UserError: The bandwidth between slices of this chip is not published.
+    """
+    if chip_of(topology).dcn_bytes_per_second is None:
+        known = ", ".join(name for name, chip in CHIPS.items() if chip.dcn_bytes_per_second)
+        raise UserError(
+            f"--topology={topology} cannot be planned with --slices above 1: the bandwidth between "
+            f"its slices is not published; it is for {known}"
+        )
 
 
 def network_peak(topology: str) -> float:

@@ -30,7 +30,7 @@ from music_jax.distributed.progress import log_to_stdout
 from music_jax.distributed.signals import end_with_parent
 from music_jax.errors import UserError
 from music_jax.plan import programs
-from music_jax.plan.chips import chip_of
+from music_jax.plan.chips import check_has_slices, chip_of
 from music_jax.train.recipe import Recipe, make_recipe
 from music_jax.train.state import abstract_state
 from music_jax.train.step import crop_shapes, lower_step, mean_over_pairs
@@ -90,11 +90,15 @@ class StepCost:
       hbm_traffic_bytes: XLA's "bytes accessed", with all iterations of loops: bytes that
         instructions read and write, including arrays that stay in on-chip memory.
       hbm_only_bytes: The same without arrays in on-chip memory, counted by this package.
-      received_bytes: Bytes that enter the chip from other chips.
-      collective_bytes: Bytes of the collectives' results, by kind.
+      received_bytes: Bytes that enter the chip from other chips of its slice.
+      collective_bytes: Bytes of the collectives' results within a slice, by kind.
       objective_flops: FLOPs of the objective and its gradient alone.
       compile_seconds: Compilation time.
       estimates: Origin of each value that XLA does not give for the chip.
+      slices: Number of slices.
+      processes: Number of processes, one per host.
+      dcn_bytes: Bytes that enter the chip from other slices, through the data center network.
+      dcn_transfers: Number of transfers from other slices.
     """
 
     chips: int
@@ -112,22 +116,27 @@ class StepCost:
     objective_flops: float | None = None
     compile_seconds: float | None = None
     estimates: dict[str, str] = dataclasses.field(default_factory=dict)
+    slices: int = 1
+    processes: int = 1
+    dcn_bytes: float | None = None
+    dcn_transfers: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Chips to compile for."""
+    """Chips to compile for, of one slice or of several equal ones."""
 
-    topology: str
+    topology: str  # of a slice
     mesh: Mesh
-    chip_of_device: list[int]  # index of the chip of each device of the mesh
+    chip_of_device: list[int]  # index of the chip of each device of the first slice
     hbm_bytes: float  # memory of one device that XLA may use
     estimates: dict[str, str]  # origin of each value that XLA does not give for these chips
+    slices: int = 1
 
     @property
     def chips(self) -> int:
         """Number of chips."""
-        return len(set(self.chip_of_device))
+        return len(set(self.chip_of_device)) * self.slices
 
 
 def prepare_process() -> None:
@@ -138,24 +147,29 @@ def prepare_process() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-def check(config: dict[str, Any], topology: str) -> None:
+def check(config: dict[str, Any], topology: str, slices: int = 1) -> None:
     """Checks a topology within seconds, before others are compiled for minutes.
 
     Args:
       config: The config as JSON values.
       topology: Name of the topology.
+      slices: Number of slices.
 
     Raises:
       UserError: There is no such topology, the batch cannot be divided over it, or a part of the
         config is not registered in this process.
     """
     validate(from_json(config))  # This process may lack a registered part.
-    mesh = open_slice(topology, config["sharding"]["fsdp"]).mesh
+    mesh = open_slice(topology, config["sharding"]["fsdp"], slices).mesh
     check_divisible(config["batch_size"], config["accumulation_steps"], mesh)
 
 
 def run(
-    config: dict[str, Any], topology: str, num_images: int, find_batch_size: bool
+    config: dict[str, Any],
+    topology: str,
+    num_images: int,
+    find_batch_size: bool,
+    slices: int = 1,
 ) -> tuple[StepCost, int | None]:
     """Compiles the step, and further ones to find the largest batch that fits.
 
@@ -164,12 +178,13 @@ def run(
       topology: Name of a topology that `check` has accepted.
       num_images: Number of images of the training split.
       find_batch_size: Whether to find the largest batch that fits.
+      slices: Number of slices.
 
     Returns:
       The costs of the config's step, and the largest batch size, None if it was not searched.
     """
     changed = from_json(config)
-    slice_, wanted = open_slice(topology, changed.sharding.fsdp), changed.batch_size
+    slice_, wanted = open_slice(topology, changed.sharding.fsdp, slices), changed.batch_size
 
     @functools.cache
     def cost(batch_size: int) -> StepCost:
@@ -218,17 +233,21 @@ def largest_batch(memory_share: Callable[[int], float], unit: int, start: int) -
         candidate = min(max(int(a + (1 - shares[a]) / slope), low + 1), limit)
 
 
-def open_slice(topology: str, fsdp: int | None = None) -> Slice:
+def open_slice(topology: str, fsdp: int | None = None, slices: int = 1) -> Slice:
     """Returns the chips of a topology such as `v5e:4x8` or `h100:8`.
 
     Args:
       topology: Name of the topology.
       fsdp: Value of `config.sharding.fsdp`.
+      slices: Number of slices of this topology.
 
     Raises:
-      UserError: The topology is unknown to libtpu, or `fsdp` does not divide its devices.
+      UserError: The topology is unknown to libtpu, `fsdp` does not divide its devices, or the
+        bandwidth between slices is not published.
     """
     chip = chip_of(topology)
+    if slices > 1:
+        check_has_slices(topology)
     if chip.gpu is not None:
         description = topologies.get_topology_desc(
             platform="cuda",
@@ -240,7 +259,10 @@ def open_slice(topology: str, fsdp: int | None = None) -> Slice:
         return Slice(topology, mesh, chips, chip.gpu.usable_bytes, _GPU_ESTIMATES)
     try:
         description = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology, chip_config_name=chip.configuration
+            platform="tpu",
+            topology_name=topology,
+            chip_config_name=chip.configuration,
+            **({"num_slices": slices} if slices > 1 else {}),
         )
     except jax.errors.JaxRuntimeError as error:
         reason = " ".join(re.sub(r"^[A-Z_]+: ", "", str(error).splitlines()[0]).split())
@@ -249,9 +271,10 @@ def open_slice(topology: str, fsdp: int | None = None) -> Slice:
             f"{chip.example}"
         ) from error
     mesh = make_data_mesh(devices=description.devices, fsdp=fsdp)
-    places: list[Any] = [tuple(device.coords) for device in mesh.devices.flat]
+    first: list[Any] = mesh.devices.flat[: mesh.size // slices].tolist()
+    places = [tuple(device.coords) for device in first]
     chips = [sorted(set(places)).index(place) for place in places]
-    return Slice(topology, mesh, chips, _hbm_of_device(mesh), {})
+    return Slice(topology, mesh, chips, _hbm_of_device(mesh), {}, slices)
 
 
 def _hbm_of_device(mesh: Mesh) -> float:
@@ -297,7 +320,8 @@ def measure(
             cost.objective_flops = flops * (slice_.mesh.size // slice_.chips)
         return cost
 
-    key = cache_key(lowered.as_text(), f"{slice_.topology} objective={with_objective}")
+    chips = f"{slice_.slices} x {slice_.topology} objective={with_objective}"
+    key = cache_key(lowered.as_text(), chips)
     return cached(key, compute)
 
 
@@ -310,6 +334,8 @@ def _measure(lowered: jax.stages.Lowered, slice_: Slice, batch_size: int) -> Ste
         fits=False,
         hbm_available_bytes=slice_.hbm_bytes * per_chip,
         estimates=slice_.estimates,
+        slices=slice_.slices,
+        processes=len({device.process_index for device in slice_.mesh.devices.flat}),
     )
     start = time.perf_counter()
     try:
@@ -341,6 +367,8 @@ def _measure(lowered: jax.stages.Lowered, slice_: Slice, batch_size: int) -> Ste
     cost.hbm_only_bytes = programs.work(program).hbm_bytes * per_chip
     cost.received_bytes = sent.received
     cost.collective_bytes = {kind: size * per_chip for kind, size in sent.by_kind.items()}
+    if slice_.slices > 1:
+        cost.dcn_bytes, cost.dcn_transfers = sent.dcn_received * per_chip, sent.dcn_transfers
     return cost
 
 

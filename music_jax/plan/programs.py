@@ -47,6 +47,10 @@ _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _GROUP_LIST = re.compile(r"(?:replica_groups|source_target_pairs)=(\{\{[\d,{}]*\}\})")
 _GROUP_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _GROUP_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+# Transfers between slices, which libtpu compiles to sends to the host and receives from it.
+_BETWEEN_SLICES = re.compile(
+    r'_xla_megascale_target="?\{+([\d,]+)\}.*?_xla_megascale_transfer_type="(\w+)"'
+)
 # A collective that overlaps with computation is in every fusion of a chain: the one that starts it,
 # those that it overlaps with, and the one that waits for its end.
 _CHAIN = re.compile(r'chain_id="(\d+)"')
@@ -149,10 +153,19 @@ def _trip_count(loop: Instruction) -> int:
 
 
 class Collectives(NamedTuple):
-    """Bytes that the collectives of a program move in one run."""
+    """Bytes that the collectives of a program move in one run.
 
-    received: float  # from other chips, by the chip that receives most
-    by_kind: dict[str, int]  # size of the results on one device
+    Attributes:
+      received: From other chips of the slice, by the chip that receives most.
+      by_kind: Size of the results on one device, within a slice.
+      dcn_received: From other slices, by one device.
+      dcn_transfers: Number of transfers from other slices.
+    """
+
+    received: float
+    by_kind: dict[str, int]
+    dcn_received: float
+    dcn_transfers: int
 
 
 class _Sent(NamedTuple):
@@ -170,11 +183,12 @@ def collectives(program: Computation, chip_of_device: Sequence[int]) -> Collecti
     Bytes between devices of one chip do not enter the chip. A chip that holds the share p of a
     group's devices receives 1 - p of the result of an all-gather, twice that of an all-reduce,
     1 - p of all inputs of a reduce-scatter, and 1 - p of the result of an all-to-all on each of its
-    devices. This is the minimum, which rings of chips achieve.
+    devices. This is the minimum, which rings of chips achieve. The same holds between slices, where
+    a device exchanges data with those at its place in the other slices.
 
     Args:
       program: The program.
-      chip_of_device: Index of the chip of each device of the mesh.
+      chip_of_device: Index of the chip of each device of the slice that runs the program.
     """
     chips = np.asarray(chip_of_device)
     sent: dict[Any, tuple[int, _Sent]] = {}
@@ -184,10 +198,29 @@ def collectives(program: Computation, chip_of_device: Sequence[int]) -> Collecti
             if found.key not in sent or times < sent[found.key][0]:
                 sent[found.key] = times, found
     received, by_kind = np.zeros(chips.max() + 1), collections.Counter[str]()
+    crossing = [(times, _from_slices(n)) for n, times in _runs(program).items()]
     for times, found in sent.values():
         by_kind[found.kind] += times * found.size
         received += times * _received(found, chips)
-    return Collectives(float(received.max()), dict(by_kind))
+    return Collectives(
+        float(received.max()),
+        dict(by_kind),
+        sum(times * size for times, size in crossing),
+        sum(times for times, size in crossing if size),
+    )
+
+
+def _from_slices(instruction: Instruction) -> float:
+    """Returns the bytes that a device receives from other slices."""
+    found = _BETWEEN_SLICES.search(instruction.attributes)
+    if instruction.opcode != "recv" or found is None:
+        return 0.0
+    slices, size = found[1].count(",") + 1, instruction.results[0].size
+    kind = found[2].lower().replace("_", "-")
+    if kind not in _COLLECTIVES:  # from one slice to another
+        return size
+    places = np.arange(slices)
+    return float(_received(_Sent(None, kind, size, [places.tolist()]), places)[0])
 
 
 def _sent(instruction: Instruction, devices: int) -> list[_Sent]:

@@ -15,6 +15,8 @@ Plan = dict[str, Any]
 _COUNTED = {
     "hbm_only_bytes": "XLA's bytes accessed, counted in its program without on-chip memory",
     "received_bytes": "counted in XLA's program: the least that must enter a chip",
+    "dcn_bytes": "likewise, from other slices",
+    "dcn_transfers": "counted in XLA's program",
     "collective_bytes": "counted in XLA's program: the collectives' results",
 }
 
@@ -27,6 +29,7 @@ def make_plan(
     num_images: int,
     num_epochs: int,
     decode_rate: float,
+    host_bytes: int,
 ) -> Plan:
     """Estimates times from the costs of a step and the chip's published peaks.
 
@@ -37,6 +40,7 @@ def make_plan(
       num_images: Number of images of the training split.
       num_epochs: Number of epochs of the run.
       decode_rate: Images that a core of the host decodes and crops in a second.
+      host_bytes: Host memory of the input, per process.
 
     Returns:
       JSON values, per chip: the fields of `cost`; the chip's `peaks_per_second`, FLOPs and bytes;
@@ -52,6 +56,8 @@ def make_plan(
         "network": network_peak(topology),
     }
     needs = {"compute": cost.flops, "hbm": cost.hbm_traffic_bytes, "network": cost.received_bytes}
+    if cost.slices > 1 and chip.dcn_bytes_per_second is not None:
+        peaks["dcn"], needs["dcn"] = chip.dcn_bytes_per_second, cost.dcn_bytes
     seconds = {  # empty if it does not fit; a single chip has no network, and needs none
         name: need / peaks[name] if need else 0.0
         for name, need in needs.items()
@@ -60,6 +66,7 @@ def make_plan(
     least = None
     if cost.hbm_only_bytes is not None:
         least = max((seconds | {"hbm": cost.hbm_only_bytes / peaks["hbm"]}).values())
+    counted = {name: how for name, how in _COUNTED.items() if getattr(cost, name) is not None}
     free = cost.hbm_available_bytes - (cost.hbm_needed_bytes or 0.0)
     step = max(seconds.values(), default=None)
     epoch = step and num_images // cost.batch_size * step
@@ -67,9 +74,10 @@ def make_plan(
     return {
         "topology": topology,
         **dataclasses.asdict(cost),
-        "estimates": _COUNTED | cost.estimates,
+        "estimates": counted | cost.estimates,
         "peaks_per_second": peaks,
         "decode_rate": decode_rate,
+        "host_input_bytes": host_bytes,
         "hbm_free_bytes": free if cost.fits else None,
         "bound": max(seconds, key=lambda name: seconds[name], default=None),
         "seconds_per_step": step,
@@ -113,6 +121,7 @@ def table(plans: Sequence[Plan]) -> str:
         ("images/s, estimate", "images_per_second", "{:,.0f}".format),
         ("host cores to decode them", "decode_cores", "{:.1f}".format),
         ("  images/s of such a core", "decode_rate", "{:,.0f}".format),
+        ("host memory of the input, at most", "host_input_bytes", _gb),
         ("MEMORY", "", str),
         ("needed at the peak", "hbm_needed_bytes", _gb),
         ("available", "hbm_available_bytes", _gb),
@@ -126,14 +135,20 @@ def table(plans: Sequence[Plan]) -> str:
         ("  not in on-chip memory", "hbm_only_bytes", _gb),
         ("received from other chips", "received_bytes", _gb),
         *((f"  by {kind}", f"collective_bytes/{kind}", _gb) for kind in kinds),
+        ("received from other slices", "dcn_bytes", _gb),
+        ("  of the bytes accessed", "dcn_bytes/hbm_traffic_bytes", "{:.2%}".format),
+        ("  of all bytes received", "dcn_bytes/all", "{:.2%}".format),
+        ("  transfers", "dcn_transfers", str),
         ("TIME AT THE PUBLISHED PEAKS", "", str),
         ("compute", "seconds_at_peak/compute", _duration),
         ("hbm", "seconds_at_peak/hbm", _duration),
         ("network", "seconds_at_peak/network", _duration),
+        ("network between slices", "seconds_at_peak/dcn", _duration),
         ("THE CHIP, PER SECOND", "", str),
         ("peak compute", "peaks_per_second/compute", lambda peak: f"{peak / 1e12:,.0f} TFLOP"),
         ("peak hbm", "peaks_per_second/hbm", lambda peak: f"{peak / 1e9:,.0f} GB"),
         ("peak network", "peaks_per_second/network", lambda peak: f"{peak / 1e9:,.0f} GB"),
+        ("peak between slices", "peaks_per_second/dcn", lambda peak: f"{peak / 1e9:,.3g} GB"),
     ]
     columns = [_column(plan, kinds) for plan in plans]
     blank = [""] * len(plans)
@@ -146,7 +161,12 @@ def table(plans: Sequence[Plan]) -> str:
         elif any(value is not None for value in values):
             texts = ["" if value is None else text(value) for value in values]
             lines.append([name, *(cell and m + cell for m, cell in zip(marks, texts, strict=True))])
-    return progress.table(["per chip and step", *(plan["topology"] for plan in plans)], lines)
+    return progress.table(["per chip and step", *map(_name, plans)], lines)
+
+
+def _name(plan: Plan) -> str:
+    several = f"{plan['slices']} x " if plan["slices"] > 1 else ""
+    return several + plan["topology"]
 
 
 def _column(plan: Plan, kinds: Sequence[str]) -> Plan:
@@ -159,8 +179,12 @@ def _column(plan: Plan, kinds: Sequence[str]) -> Plan:
         column |= {f"collective_bytes/{kind}": sent.get(kind, 0.0) for kind in kinds}
     if plan["objective_flops"] is not None:
         column["objective_flops/flops"] = plan["objective_flops"] / (plan["flops"] or 1.0)
+    if plan["dcn_bytes"] is not None:
+        everything = plan["dcn_bytes"] + plan["received_bytes"]
+        column["dcn_bytes/hbm_traffic_bytes"] = plan["dcn_bytes"] / plan["hbm_traffic_bytes"]
+        column["dcn_bytes/all"] = plan["dcn_bytes"] / (everything or 1.0)
     if not plan["fits"]:
-        column["decode_rate"] = None
+        column["decode_rate"] = column["host_input_bytes"] = None
     return column
 
 
@@ -169,7 +193,7 @@ def notes(plans: Sequence[Plan]) -> str:
     sources = dict.fromkeys(chip_of(plan["topology"]).source for plan in plans)
     estimates = {name: how for plan in plans for name, how in plan["estimates"].items()}
     lines = [
-        f"{plan['topology']}: batch {plan['batch_size']} does not fit: needs "
+        f"{_name(plan)}: batch {plan['batch_size']} does not fit: needs "
         f"{_gb(plan['hbm_needed_bytes'])} of {_gb(plan['hbm_available_bytes'])}; take more chips, "
         "a smaller batch_size (--find-batch-size finds the largest), backbone.remat=true or "
         "accumulation_steps=2"
@@ -183,7 +207,9 @@ def notes(plans: Sequence[Plan]) -> str:
         "Times are not measured: they are what the bottleneck of compute, HBM and network needs at",
         "the chip's published peak. The estimate assumes that all bytes accessed go through the",
         "HBM; the lower bound excludes arrays that XLA keeps in on-chip memory. The network's",
-        "peak is that of the chip with the fewest links. Published peaks:",
+        "peak is that of the chip with the fewest links. The host memory is that of the batches in",
+        "a process with images of 500 x 375 pixels and config.num_decode_threads, or 224, threads.",
+        "Published peaks:",
         *(f"  {source}" for source in sources),
     ]
     return "\n".join(lines)

@@ -11,16 +11,18 @@ from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from music_jax.data.crops import Crop
-from music_jax.data.loader import training_batches
+from music_jax.data.loader import loader_bytes, training_batches
 from music_jax.data.order import TrainingOrder
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed.mesh import Placing
 from music_jax.errors import UserError
 from music_jax.train.recipe import Crops
+from music_jax.train.step import crop_shapes
 from music_jax.workdir.files import read_json, write_json
 
 _BATCHES_AHEAD = 2  # transferred to the devices while a step runs
+_MOST_THREADS = 224  # of decoding, one per vCPU of the largest TPU VM
 _FEW_STEPS = 10  # per epoch
 _UNUSED_SHARE = 0.01  # of the images, that an epoch may omit without a warning
 
@@ -80,6 +82,30 @@ class TrainingInput:
             if len(queue) == _BATCHES_AHEAD:
                 yield queue.popleft()
         yield from queue
+
+
+def host_bytes(
+    config: config_dict.ConfigDict, num_rows: int, *, file_bytes: int, image_bytes: int
+) -> int:
+    """Returns the most host memory that the batches of a training take in one process.
+
+    Args:
+      config: The config.
+      num_rows: Rows of the global batch that the process provides.
+      file_bytes: Size of an encoded image.
+      image_bytes: Size of a decoded image at its full resolution.
+    """
+    views = jax.tree.leaves(crop_shapes(config))
+    row_bytes = sum(view.size * view.dtype.itemsize for view in views) // config.batch_size
+    read = loader_bytes(
+        num_rows,
+        row_bytes,
+        num_threads=config.num_decode_threads or _MOST_THREADS,
+        file_bytes=file_bytes,
+        image_bytes=image_bytes,
+    )
+    # Besides: the batch that was read last, those that were transferred, and that of the step.
+    return read + (_BATCHES_AHEAD + 2) * num_rows * row_bytes
 
 
 def check_same_images(workdir: epath.Path, source: Source, *, resuming: bool) -> None:

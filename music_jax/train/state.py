@@ -63,10 +63,10 @@ def init_state(
     config: config_dict.ConfigDict, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """Returns the state before the first step, initialized on the mesh from `config.seed`."""
-    init = functools.partial(_initial_state, config, optimizer)
-    shardings = state_shardings(abstract_state(config, optimizer), mesh)
+    init, key = functools.partial(_initial_state, config, optimizer), jax.random.key(config.seed)
+    shardings = state_shardings(jax.eval_shape(init, key), mesh)  # whose trace `jit` uses again
     compiled = jax.jit(init, out_shardings=shardings, compiler_options=INIT_COMPILER_OPTIONS)
-    return compiled(jax.random.key(config.seed))
+    return compiled(key)
 
 
 def abstract_state(

@@ -40,7 +40,7 @@ def test_descriptions_are_the_comments_beside_the_fields():
     assert [name for name, text in found.items() if not text and name not in groups] == []
     assert found["batch_size"] == "Global batch size, over all devices and processes."
     assert found["compute_dtype"].startswith("float32 or bfloat16; ")
-    assert found["sharding.fsdp"].endswith("of one slice is fastest.")
+    assert found["sharding.fsdp"].endswith("or of a machine with GPUs.")
     for view in ("view_2", "local"):
         assert found["augmentation.view_1.hue"] == found[f"augmentation.{view}.hue"] != ""
     assert found["guards"] == "Checks that end a failing training early."

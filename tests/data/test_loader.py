@@ -14,6 +14,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
+from music_jax import distributed
 from music_jax.data import loader
 from music_jax.data.crops import NUMBERS_PER_BOX, Box, Crop, cut, draw_boxes
 from music_jax.data.loader import evaluation_batches, training_batches
@@ -183,7 +184,8 @@ def test_several_threads_decode_one_batch():
     assert batch["label"].tolist() == list(range(128))
 
 
-def test_there_are_as_many_threads_as_the_process_has_cores(monkeypatch):
+def test_there_are_as_many_threads_as_the_process_has_cores(monkeypatch, tmp_path):
+    monkeypatch.setattr(distributed, "_CPU_LIMIT", tmp_path / "cpu.max")
     monkeypatch.setattr(os, "cpu_count", lambda: 128)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 40}, raising=False)
     assert usable_cores() == 3
@@ -199,6 +201,26 @@ def test_there_are_as_many_threads_as_the_process_has_cores(monkeypatch):
     assert used == [3, 2]
     monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
     assert usable_cores() == 128
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        ("max 100000", 6),
+        ("400000 100000", 4),
+        ("250000 100000", 3),
+        ("50000 100000", 1),
+        ("900000 100000", 6),
+        ("", 6),
+    ],
+)
+def test_a_container_that_limits_the_cpu_time_has_fewer_cores(
+    monkeypatch, tmp_path, limit, expected
+):
+    (tmp_path / "cpu.max").write_text(f"{limit}\n")
+    monkeypatch.setattr(distributed, "_CPU_LIMIT", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
+    assert usable_cores() == expected
 
 
 @pytest.mark.parametrize("processes", [2, 3])

@@ -1,5 +1,6 @@
-"""XLA flags before devices are used."""
+"""The mesh of several slices, and XLA flags before devices are used."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from jax._src import xla_bridge
 from processes import ROOT
 
 from music_jax.distributed import mesh
+from music_jax.errors import UserError
 
 FLAG = "--xla_gpu_exclude_nondeterministic_ops"
 
@@ -69,3 +71,38 @@ def test_training_from_python_requests_deterministic_operations(deterministic, e
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment
     )
     assert done.stdout.startswith(f"{expected} config.batch_size = 127 cannot"), done.stderr
+
+
+@dataclasses.dataclass(frozen=True)
+class _Device:
+    """A device as JAX describes it, of a slice or of a machine with GPUs."""
+
+    id: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "a GPU"
+    process_index: int = 0
+
+
+# In the order of their numbers, which is not that of the slices.
+_DEVICES = [_Device(number, slice_index=number % 2) for number in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "expected"),
+    [
+        (None, [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        (2, [[0, 2], [4, 6], [1, 3], [5, 7]]),
+        (1, [[0], [2], [4], [6], [1], [3], [5], [7]]),
+    ],
+)
+def test_parameters_are_sharded_within_a_slice(fsdp, expected):
+    found = mesh.make_data_mesh(devices=_DEVICES, fsdp=fsdp)
+    assert found.axis_names == ("data", "fsdp")
+    assert [[device.id for device in row] for row in found.devices] == expected
+
+
+@pytest.mark.parametrize("fsdp", [3, 8])
+def test_parameters_sharded_over_several_slices_are_an_error(fsdp):
+    with pytest.raises(UserError, match=f"fsdp = {fsdp} .* the 4 devices of each of the 2 slices"):
+        mesh.make_data_mesh(devices=_DEVICES, fsdp=fsdp)

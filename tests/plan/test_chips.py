@@ -3,7 +3,14 @@
 import pytest
 
 from music_jax.errors import UserError
-from music_jax.plan.chips import CHIPS, H100, attached_topology, chip_of, network_peak
+from music_jax.plan.chips import (
+    CHIPS,
+    H100,
+    attached_topology,
+    check_has_slices,
+    chip_of,
+    network_peak,
+)
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
@@ -69,6 +76,18 @@ def test_malformed_topologies_are_errors(topology, expected):
 )
 def test_the_network_peak_is_that_of_the_chip_with_the_fewest_links(topology, links, published):
     assert network_peak(topology) == pytest.approx(links * published)
+
+
+@pytest.mark.parametrize("topology", ["v3:2x2", "v4:4x4x4", "h100:8"])
+def test_slices_without_a_published_network_are_an_error(topology):
+    with pytest.raises(UserError, match="not published; it is for v5e, v5p, v6e, tpu7x"):
+        check_has_slices(topology)
+
+
+def test_the_network_between_slices_is_the_documented_one():
+    # The page of v5e gives 6.4 Tb/s for a pod of 256 chips, that of v6e 25.6 Tb/s.
+    assert CHIPS["v5e"].dcn_bytes_per_second == 6.4e12 / 8 / 256
+    assert CHIPS["v6e"].dcn_bytes_per_second == 25.6e12 / 8 / 256
 
 
 def _with_gpus(directory, monkeypatch, *names):

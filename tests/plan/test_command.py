@@ -143,6 +143,28 @@ def test_a_small_config_is_planned_from_start_to_end(tmp_path):
     assert plan["collective_bytes"]["all-gather"] > 1e6
 
 
+@pytest.mark.slow
+def test_little_crosses_the_network_between_two_slices(tmp_path):
+    file = tmp_path / "plan.json"
+    code, out, err = processes.run(
+        "music_jax.plan",
+        *_DIGITS,
+        "--topology=v5e:2x2",
+        "--slices=2",
+        f"--json={file}",
+        "--num-images=1437",
+    )
+    assert (code, err) == (0, "")
+    assert "2 x v5e:2x2" in out
+    (plan,) = json.loads(file.read_text())
+    assert (plan["slices"], plan["chips"], plan["processes"]) == (2, 8, 2)
+    # Each chip exchanges its quarter of the parameters, and sums for each of the normalizations.
+    assert 0 < plan["dcn_bytes"] < 0.05 * plan["hbm_traffic_bytes"]
+    assert plan["dcn_bytes"] < plan["received_bytes"] / 3
+    assert 20 < plan["dcn_transfers"] < 100
+    assert plan["seconds_at_peak"]["dcn"] == pytest.approx(plan["dcn_bytes"] / 3.125e9)
+
+
 def _has_plugin():
     try:
         return any(importlib.util.find_spec(f"jax_plugins.xla_cuda{v}") for v in (12, 13))

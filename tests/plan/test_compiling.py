@@ -42,6 +42,13 @@ def test_a_slice_is_as_large_as_documented(topology, chips, devices, published_g
     assert 0.93 * published_gib * _GIB < usable <= published_gib * _GIB
 
 
+def test_several_slices_are_side_by_side_with_parameters_sharded_within_one():
+    found = compiling.open_slice("v5e:2x2", slices=2)
+    assert (found.chips, found.slices, found.mesh.shape) == (8, 2, {"data": 2, "fsdp": 4})
+    assert [{device.slice_index for device in row} for row in found.mesh.devices] == [{0}, {1}]
+    assert found.chip_of_device == compiling.open_slice("v5e:2x2").chip_of_device
+
+
 def test_a_slice_that_does_not_exist_is_an_error():
     with pytest.raises(UserError, match=r"v5e:3x5.*such as v5e:4x8"):
         compiling.open_slice("v5e:3x5")
@@ -181,7 +188,7 @@ def test_the_search_for_the_largest_batch_starts_at_that_of_the_config(
             compile_seconds=1.0,
         )
 
-    monkeypatch.setattr(compiling, "open_slice", lambda topology, fsdp: four_chips)
+    monkeypatch.setattr(compiling, "open_slice", lambda topology, fsdp, slices: four_chips)
     monkeypatch.setattr(compiling, "measure", measure)
     config = runpy.run_path(str(processes.ROOT / "configs" / "digits.py"))["get_config"]()
     config.batch_size = 64

@@ -90,6 +90,38 @@ ENTRY %main (x: f32[2,100]) -> f32[2,100] {{
     assert programs.collectives(programs.parse(text), _ALONE).by_kind == {kind: result}
 
 
+_RECEIVED = """
+ENTRY %main (x: f32[2,100]) -> f32[2,100] {{
+  %x = f32[2,100]{{1,0}} parameter(0)
+  %token = token[] after-all()
+  %s = (f32[2,100]{{1,0}}, u32[], token[]) send(%x, %token), is_host_transfer=true, \
+frontend_attributes={{_xla_megascale_target={target},_xla_megascale_transfer_type="{kind}"}}
+  %r = (f32[2,100]{{1,0}}, u32[], token[]) recv(%token), is_host_transfer=true, \
+frontend_attributes={{_xla_megascale_target={target},_xla_megascale_transfer_type="{kind}"}}
+  %d = (f32[2,100]{{1,0}}, token[]) recv-done(%r), is_host_transfer=true
+  ROOT %y = f32[2,100]{{1,0}} get-tuple-element(%d), index=0
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "received"),
+    [
+        # 800 bytes come from the host, of which the other slices have sent a part.
+        ("ALL_REDUCE", '"{1,2}x{0:3}"', 800),
+        ("ALL_REDUCE", '"{1,2,3,4}x{0:3}"', 2 * 3 / 4 * 800),
+        ("ALL_GATHER", '"{1,2}x{0:3}"', 400),
+        ("REDUCE_SCATTER", '"{1,2}x{0:3}"', 800),
+        ("ALL_TO_ALL", "{{100000,200000},{100001,200001}}", 400),
+        ("ONE_TO_ONE", '"{1,2}x{0:3}"', 800),
+    ],
+)
+def test_bytes_received_from_other_slices(kind, target, received):
+    program = programs.parse(_RECEIVED.format(kind=kind, target=target))
+    found = programs.collectives(program, range(4))
+    assert found == programs.Collectives(0.0, {}, received, 1)
+
+
 _LOOP = """
 %body (p: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
   %p = (s32[], f32[8,8]{1,0}) parameter(0)

@@ -26,13 +26,16 @@ _COST = StepCost(
     objective_flops=0.0197e12,
     compile_seconds=130.0,
 )
+_TWO_SLICES = {"slices": 2, "chips": 64, "dcn_bytes": 0.5e9, "dcn_transfers": 110}
 _TOO_LARGE = StepCost(
     chips=4, batch_size=4096, fits=False, hbm_available_bytes=16.9e9, hbm_needed_bytes=50e9
 )
 
 
 def _plan(cost, topology="v5e:4x8"):
-    return report.make_plan(topology, cost, num_images=20_481, num_epochs=100, decode_rate=320.0)
+    return report.make_plan(
+        topology, cost, num_images=20_481, num_epochs=100, decode_rate=320.0, host_bytes=10**9
+    )
 
 
 def test_times_at_the_published_peaks():
@@ -69,6 +72,22 @@ def test_the_slowest_resource_is_the_bottleneck(field, value, bound):
     plan = _plan(dataclasses.replace(_COST, **{field: value}))
     assert plan["bound"] == bound
     assert plan["seconds_per_step"] == pytest.approx(1.0)
+
+
+def test_several_slices_have_a_network_of_their_own():
+    # 25 Gb/s a chip between slices.
+    one, two = (_plan(dataclasses.replace(_COST, **fields)) for fields in ({}, _TWO_SLICES))
+    assert two["seconds_at_peak"]["dcn"] == pytest.approx(0.16)
+    assert two["bound"] == "dcn"
+    assert two["least_seconds_per_step"] == two["seconds_per_step"] == pytest.approx(0.16)
+    assert "dcn" not in one["seconds_at_peak"]
+    lines = report.table([one, two]).splitlines()
+    assert lines[0].endswith("v5e:4x8  2 x v5e:4x8")
+    rows = {line[:34].strip(): line[34:].split() for line in lines}
+    assert rows["of all bytes received"] == ["~20.00%"]
+    assert rows["of the bytes accessed"] == ["~0.61%"]
+    assert rows["transfers"] == ["~110"]
+    assert report.notes([one]).count("dcn") == 0 < report.notes([two]).count("dcn")
 
 
 def test_json_has_the_documented_fields_whether_it_fits_or_not():

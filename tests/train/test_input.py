@@ -1,12 +1,15 @@
-"""A run resumes only with the images that it began with."""
+"""A run resumes only with the images that it began with; the memory that its input takes."""
 
 import json
 import shutil
+import subprocess
+import sys
 
 import cv2
 import numpy as np
 import pytest
 from etils import epath
+from processes import ROOT
 from small_runs import small_config
 
 from music_jax.config import default_config
@@ -160,3 +163,55 @@ def test_small_data_gives_warnings(images, batch_size, epochs, log_every_steps, 
     assert len(warnings) == len(expected)
     for warning, beginning in zip(warnings, expected, strict=True):
         assert warning.startswith(beginning)
+
+
+_READ = """
+import json, os, sys, threading, time
+import cv2, jax, numpy as np, psutil
+from music_jax.config import default_config
+from music_jax.data.folder import open_folder
+from music_jax.data.order import TrainingOrder
+from music_jax.data.skipped import open_skipped
+from music_jax.distributed import limit_malloc_arenas
+from music_jax.distributed.mesh import make_data_mesh
+from music_jax.train.input import TrainingInput, host_bytes
+from etils import epath
+
+folder, batch_size = sys.argv[1], int(sys.argv[2])
+limit_malloc_arenas()
+rng = np.random.default_rng(0)
+os.mkdir(folder + "/images")
+for i in range(128):
+    noise = rng.integers(0, 256, (375, 500, 3), np.uint8)
+    cv2.imwrite(f"{folder}/images/{i}.jpg", noise, [cv2.IMWRITE_JPEG_QUALITY, 50])
+config = default_config()
+config.num_decode_threads, config.num_epochs, config.crop.size = 2, 16, 224
+source, mesh = open_folder(folder + "/images"), make_data_mesh(1)
+skipped = open_skipped(epath.Path(folder), config)
+
+def read(size, steps):
+    config.batch_size = size
+    training = TrainingInput(config, source, TrainingOrder(128, size, 0), mesh, skipped)
+    for step, batch in zip(range(steps), training.on_devices(0)):
+        jax.block_until_ready(batch)
+        yield step
+
+list(read(2, 8))  # loads the libraries and starts their threads
+process = psutil.Process()
+before, most = process.memory_info().rss, 0
+for step in read(batch_size, 6):
+    time.sleep(0.3)  # as long as a step, in which batches are read ahead
+    most = max(most, process.memory_info().rss)
+file_bytes = max(os.path.getsize(f"{folder}/images/{i}.jpg") for i in range(128))
+bound = host_bytes(config, batch_size, file_bytes=file_bytes, image_bytes=500 * 375 * 3)
+print(json.dumps([most - before, bound]))
+"""
+
+
+@pytest.mark.parametrize("batch_size", [32, 128])
+def test_the_input_takes_at_most_the_memory_that_a_plan_says(tmp_path, batch_size):
+    command = [sys.executable, "-c", _READ, str(tmp_path), str(batch_size)]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 0, found.stderr
+    measured, bound = json.loads(found.stdout.splitlines()[-1])
+    assert 0.2 * bound < measured < bound
