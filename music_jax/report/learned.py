@@ -81,12 +81,12 @@ def _judge_segments(segments: dict[str, Any], num_images: int) -> tuple[Verdict,
 def _judge_embeddings(embeddings: np.ndarray) -> tuple[Verdict, Verdict]:
     """Judges embeddings without segments; see `train.guards.embedding_statistics`."""
     count, dim = embeddings.shape
-    centered = unit_length(embeddings, np.float64)
-    centered = centered - centered.mean(axis=0)
+    unit = unit_length(embeddings)
+    centered = unit - unit.mean(axis=0, dtype=np.float64).astype(np.float32)
     spread = float(np.mean(centered.std(axis=0)) * math.sqrt(dim))
-    variances = np.linalg.svd(centered, compute_uv=False) ** 2
-    rank = float(variances.sum() ** 2 / max(np.sum(variances**2), 1e-30))
-    most = min(dim, count - 1)
+    gram = centered @ centered.T if count < dim else centered.T @ centered
+    rank = float(np.trace(gram) ** 2 / max(np.sum(gram**2, dtype=np.float64), 1e-30))
+    most = max(min(dim, count - 1), 1)
     return _spread_verdict(
         spread, f"The spread of the embeddings is {spread:.2f}", "1 if they point in all directions"
     ), Verdict(
@@ -196,5 +196,5 @@ def num_test(run: RecordedRun) -> int | None:
     """Returns the number of test images behind a top-1 accuracy."""
     linear = run.results.get("linear", {})
     count = linear.get("num_test")
-    known = type(count) is int and 0 < count < 2**53 and as_number(linear.get("top1")) is not None
+    known = type(count) is int and 0 < count < 2**31 and as_number(linear.get("top1")) is not None
     return count if known else None

@@ -176,7 +176,7 @@ def cost(run: RecordedRun) -> Cost | None:
             done = record["step"] - before["step"]
             steps += done
             seconds += done * batch / rate + max(as_number(record.get("online_seconds")) or 0, 0)
-    if not batch or not 0 < seconds < math.inf:
+    if not batch or not 0 < seconds < 1e12:  # a damaged log may hold anything
         return None
     count = run.devices.get("count")
     return Cost(seconds, steps, steps * batch, count if type(count) is int and count > 0 else 1)
