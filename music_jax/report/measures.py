@@ -190,7 +190,7 @@ def measure_sample_segments(
         "labelNmi": nmi,
         "entropy": measures.usage_entropy.tolist(),
         "confidence": measures.confidence.tolist(),
-        "told": measures.information.tolist(),
+        "told": np.maximum(measures.information, 0).tolist(),
         "information": measures.mutual_information.astype(np.float32),
         "chance": _chance_information(p),
     }
