@@ -216,7 +216,7 @@ def test_the_page_can_be_used_without_seeing_it_and_without_a_mouse(name, browse
     assert all(named)
     assert len(set(named)) == len(named)
     heads = page.locator("th").all()
-    assert all(head.get_attribute("scope") and head.inner_text() for head in heads[:60])
+    assert all(head.get_attribute("scope") and head.text_content().strip() for head in heads[:60])
     assert page.locator("table:not(:has(thead th))").count() == 0
     pictures = page.locator("[role=img]:not([aria-label]), main .chart:not([aria-label])")
     assert pictures.count() == 0
@@ -252,8 +252,10 @@ def test_it_prints_in_the_light_theme_with_pictures_and_charts_as_wide_as_the_pa
     assert page.locator(".thumb").first.evaluate(adjust) == "exact"
     page.emulate_media(media="screen")
     page.evaluate("dispatchEvent(new Event('afterprint'))")
+    page.wait_for_function(
+        "document.querySelector('[data-curve] .main-svg').getBoundingClientRect().width > 1000"
+    )
     assert page.evaluate(state) == ["dark", 1280]
-    assert page.locator("[data-curve='0'] .main-svg").first.bounding_box()["width"] > 1000
     opened.close()
 
 

@@ -85,6 +85,7 @@ function followPrinting() {
   addEventListener("afterprint", () => {
     document.body.classList.remove("printing");
     setTheme(dark);
+    for (const element of charts.keys()) Plotly.Plots.resize(element);
   });
 }
 
