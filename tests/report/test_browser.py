@@ -252,9 +252,12 @@ def test_it_prints_in_the_light_theme_with_pictures_and_charts_as_wide_as_the_pa
     assert page.locator(".thumb").first.evaluate(adjust) == "exact"
     page.emulate_media(media="screen")
     page.evaluate("dispatchEvent(new Event('afterprint'))")
-    page.wait_for_function(
-        "document.querySelector('[data-curve] .main-svg').getBoundingClientRect().width > 1000"
-    )
+    drawing = page.locator("[data-curve='0'] .main-svg").first
+    for _ in range(100):  # Plotly waits before it resizes a chart
+        if drawing.bounding_box()["width"] > 1000:
+            break
+        page.wait_for_timeout(200)
+    assert drawing.bounding_box()["width"] > 1000
     assert page.evaluate(state) == ["dark", 1280]
     opened.close()
 
