@@ -6,30 +6,22 @@
 import pathlib
 import sys
 
-from playwright.sync_api import Page
-
 from tests.report.browsers import Opened, chromium
-
-
-def show(page: Page, heading: str, chart: str) -> None:
-    """Scrolls a section to below the page's bar and waits for its chart."""
-    page.get_by_role("heading", name=heading).evaluate(
-        "(it) => { it.scrollIntoView(); window.scrollBy(0, -45); }"
-    )
-    page.locator(f"{chart} .plot-container").first.wait_for()
-    page.wait_for_timeout(2000)
 
 
 def main(report: str, output: str) -> None:
     """Takes the pictures."""
     path, directory = pathlib.Path(report).resolve(), pathlib.Path(output)
     with chromium() as browser:
-        page = Opened(browser, path, height=1000).page
-        show(page, "Images of each unit", ".chart")
+        page = Opened(browser, path, height=820).page
+        page.locator(".strip .thumb").first.wait_for()
+        page.wait_for_timeout(2000)
         page.screenshot(path=directory / "report-light.png")
 
         page = Opened(browser, path, dark=True).page
-        show(page, "Map of the embedding", "[data-map]")
+        page.get_by_role("heading", name="Map of the embedding").evaluate(
+            "(it) => { it.scrollIntoView(); window.scrollBy(0, -45); }"
+        )
         dots = page.locator("[data-map] .points path")
         dots.first.wait_for()
         page.wait_for_timeout(2000)

@@ -55,7 +55,8 @@ def linear(run: Run, *, save_predictions: bool = False) -> Result:
     settings, test = run.config.linear_eval, run.test()
     trained = _linear_probe(run, "trained")
     if save_predictions and not run.multi_label:
-        found = Predictions(test.indices, test.labels, trained.predictions, run.step)
+        columns = test.indices, test.labels, trained.predictions
+        found = Predictions(*columns, run.step, trained.confidences)
         write_predictions(run.workdir, found)
         if classifier := trained.classifier():
             write_classifier(run.workdir, Classifier(*classifier, run.step))

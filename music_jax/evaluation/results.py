@@ -67,12 +67,15 @@ class Predictions(NamedTuple):
       labels: Labels, int32 [images].
       predictions: Predicted labels, int32 [images].
       step: Step of the checkpoint.
+      confidences: Probabilities of the predicted labels, float32 [images]; None in files of earlier
+        versions.
     """
 
     indices: np.ndarray
     labels: np.ndarray
     predictions: np.ndarray
     step: int
+    confidences: np.ndarray | None = None
 
     @property
     def top1(self) -> float:
@@ -108,8 +111,9 @@ def _write(path: epath.Path, found: Predictions | Classifier, description: str) 
     if not is_main_process():
         return
     try:
+        arrays = {name: x for name, x in found._asdict().items() if x is not None}
         with new_file(path) as file:
-            np.savez(file, allow_pickle=False, **found._asdict())
+            np.savez(file, allow_pickle=False, **arrays)
     except OSError as error:
         _logger.warning(f"{description}: {path.name} cannot be written: {error}")
 
@@ -125,7 +129,7 @@ def read_predictions(workdir: epath.Path) -> Predictions | None:
         return None
     try:
         arrays = read_npz(path)
-        *columns, step = (arrays[name] for name in Predictions._fields)
+        *columns, step = (arrays[name] for name in Predictions._fields[:4])
         shapes = [(columns[0].size,)] * 3 + [()]
         for array, shape in zip((*columns, step), shapes, strict=True):
             if array.shape != shape or array.dtype.kind not in "iu":
@@ -135,7 +139,14 @@ def read_predictions(workdir: epath.Path) -> Predictions | None:
             raise ValueError("there are no images, or images without a label")
         if max(labels.max(), predictions.max()) >= 2**31:
             raise ValueError("a prediction is not a label")
-        return Predictions(indices, labels, predictions, int(step))
+        confidences = arrays.get("confidences")
+        if confidences is not None and not (
+            confidences.shape == labels.shape
+            and confidences.dtype == np.float32
+            and np.all((confidences >= 0) & (confidences <= 1))
+        ):
+            raise ValueError("a confidence is not in [0, 1]")
+        return Predictions(indices, labels, predictions, int(step), confidences)
     except (OSError, KeyError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy.special
 
 from music_jax.errors import DivergedError, NotMeasurableError
 from music_jax.metrics.knn import check_samples
@@ -74,6 +75,7 @@ class ProbeResult(NamedTuple):
       average_precisions: Average precision of each class on the test samples, [classes], if samples
         have several classes.
       heads: The classifier, of scaled features.
+      confidences: Probabilities of the predicted labels, float32 [test], if samples have one class.
       scale: Scaling of the features.
     """
 
@@ -84,6 +86,7 @@ class ProbeResult(NamedTuple):
     predictions: np.ndarray
     average_precisions: np.ndarray | None = None
     heads: Heads | None = None
+    confidences: np.ndarray | None = None
     scale: Callable[[Features], Features] = lambda unscaled: unscaled
 
     def classifier(self) -> tuple[np.ndarray, np.ndarray] | None:
@@ -209,15 +212,18 @@ def train_and_test(
         rates = (rates[np.nanargmax(_by_rate(heads, *validation_samples(held_out)))],)
     heads = train(rates, np.arange(num_train))
     if labels.ndim == 2:
-        top1 = top5 = np.nan
+        top1, top5, confidences = np.nan, np.nan, None
         (precisions,) = class_precisions(heads, features, labels)
         chosen = [scores[0] > 0 for scores in _scores(heads, features)]
     else:
         (top1, top5), precisions = accuracies(heads, features, labels)[0], None
-        chosen = [scores[0].argmax(axis=1) for scores in _scores(heads, features)]
+        blocks = [scores[0] for scores in _scores(heads, features)]
+        chosen = [scores.argmax(axis=1) for scores in blocks]
+        sure = [scipy.special.softmax(scores, axis=1).max(axis=1) for scores in blocks]
+        confidences = np.concatenate(sure)
     predictions = np.concatenate(chosen).astype(np.int32)
     scores = float(top1), float(top5)
-    return ProbeResult(*scores, rates[0], num_train, predictions, precisions, heads)
+    return ProbeResult(*scores, rates[0], num_train, predictions, precisions, heads, confidences)
 
 
 def _by_rate(heads: Heads, features: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -8,12 +8,13 @@ from music_jax import cli
 from music_jax.errors import UserError, require_extra
 
 _USAGE = """
-Writes one HTML file about a run, or about several side by side: setup, curves with the lower
-bounds of the objective, results with their baselines, the joint probability of the segments, the
-images of each unit, nearest neighbors, a map of the embedding, augmented views, the probe's
-confusion matrix, and what was skipped, rewound or resumed. A small network can be tried on your own
-images in the page. The file needs no network connection and opens from disk on a computer or a
-phone. The run may still be in progress.
+Writes one HTML file about a run, or about several side by side: accuracies with their baselines,
+verdicts on collapse and redundancy, curves with the lower bounds of the objective, setup and cost,
+what the segments share, the images of each unit, nearest neighbors, a map of the embedding,
+augmented views, the probe's confusion matrix and most confident errors, and what was skipped,
+rewound or resumed. A small network can be tried on your own images in the page. Several runs are
+compared in a table, with intervals of the differences. The file needs no network connection, opens
+from disk on a computer or a phone, and prints. The run may still be in progress.
 
   python -m music_jax.report --workdir=runs/mnist5k
   python -m music_jax.report --workdir=runs/music,runs/vicreg --output=compared.html

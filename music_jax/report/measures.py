@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import threadpoolctl
 
 from music_jax.data.augment import augment_views, view_augmentations
 from music_jax.data.crops import Crop
@@ -20,7 +21,7 @@ from music_jax.errors import UserError
 from music_jax.evaluation.results import Predictions
 from music_jax.evaluation.run import Run
 from music_jax.metrics.knn import nearest_neighbors, unit_length
-from music_jax.metrics.segments import cluster_scores, measure_segments
+from music_jax.metrics.segments import cluster_scores, measure_segments, mutual_information
 from music_jax.objectives import joint_probability, segment_probabilities
 
 NEIGHBORS = 8
@@ -34,6 +35,9 @@ _MIN_RATIO = 0.01  # joint probability relative to independence; smaller ones ar
 _MAX_CLASSES = 40  # in the confusion matrix
 _MAX_ERRORS = 12  # in the table of errors
 _PERPLEXITY = 30
+_MAP_ITERATIONS = 500
+_MISTAKES = 12  # images of errors of the probe
+_SHUFFLED = 16  # segments that the information shared by chance is measured with
 
 
 class Sample(NamedTuple):
@@ -151,7 +155,9 @@ def measure_sample_segments(
 
     Returns:
       Values by segment, and `order`: the segments, the most informative first about the labels or
-      else about the images. `top` has the images with the highest probability of a unit among those
+      else about the images. `told` is the information of a unit about the image, `information` that
+      of a unit about another segment's, and `chance` what two independent segments of these images
+      share, all in nats. `top` has the images with the highest probability of a unit among those
       whose most probable unit it is, or `NO_IMAGE`; `certainty` has these probabilities times 255;
       both are [segments, units, images].
     """
@@ -184,8 +190,18 @@ def measure_sample_segments(
         "labelNmi": nmi,
         "entropy": measures.usage_entropy.tolist(),
         "confidence": measures.confidence.tolist(),
+        "told": np.maximum(measures.information, 0).tolist(),
         "information": measures.mutual_information.astype(np.float32),
+        "chance": _chance_information(p),
     }
+
+
+def _chance_information(p: np.ndarray) -> float:
+    """Returns the mean information that segments share after each was shuffled over the images."""
+    rng = np.random.Generator(np.random.Philox(key=[1, _SAMPLE_STREAM]))
+    shuffled = np.stack([rng.permutation(segment) for segment in p[:, :_SHUFFLED].swapaxes(0, 1)])
+    shared = mutual_information(shuffled.swapaxes(0, 1))
+    return float(shared[~np.eye(len(shared), dtype=bool)].mean()) if len(shared) > 1 else 0.0
 
 
 def joint_ratios(sample: Sample, segments: dict[str, Any], *, max_side: int) -> dict[str, Any]:
@@ -242,7 +258,10 @@ def tsne_map(vectors: np.ndarray) -> np.ndarray | None:
     if len(unit) < 5 or unit.shape[1] < 2 or not np.any(np.std(unit, axis=0) > 1e-4):
         return None
     perplexity = min(_PERPLEXITY, (len(unit) - 1) / 3)
-    placed = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(unit)
+    tsne = TSNE(init="pca", perplexity=perplexity, max_iter=_MAP_ITERATIONS, random_state=0)
+    # Each iteration is so short that a second thread waits longer than it computes.
+    with threadpoolctl.threadpool_limits(1, "openmp"):
+        placed = tsne.fit_transform(unit)
     placed = placed - placed.min(axis=0)
     return placed / np.maximum(placed.max(), 1e-9)
 
@@ -296,3 +315,47 @@ def predictions_of(sample: Sample, found: Predictions | None) -> np.ndarray:
     own = zip(sample.indices.tolist(), sample.labels.tolist(), strict=True)
     labels, predictions = np.asarray([known.get(i, (y, -1)) for i, y in own], np.int32).T
     return predictions if np.array_equal(labels, sample.labels) else np.full_like(labels, -1)
+
+
+class Mistakes(NamedTuple):
+    """Images that the probe takes for another class, the most confident errors first."""
+
+    names: list[str]
+    labels: np.ndarray  # [images]
+    predictions: np.ndarray  # [images]
+    confidences: np.ndarray | None  # [images], None if unknown
+    pixels: np.ndarray  # uint8 [images, height, width, 1 or 3]
+
+
+def mistaken_images(run: Run, found: Predictions) -> Mistakes | None:
+    """Reads the images of the probe's most confident errors, or of its first without confidences.
+
+    Returns:
+      The images; None if there are no errors, or the images are not those of the predictions.
+    """
+    wrong = np.flatnonzero(found.labels != found.predictions)
+    if found.confidences is not None:
+        wrong = wrong[np.argsort(-found.confidences[wrong], kind="stable")]
+    wrong = wrong[:_MISTAKES]
+    if not len(wrong) or found.indices[wrong].max() >= len(run.images):
+        return None
+    source = run.images.subset(found.indices[wrong])
+    split = run.extract(
+        lambda images: {"pixels": jnp.asarray(_pictures(run, images))},
+        source,
+        f"errors of the probe on {source.name}",
+    )
+    wrong = wrong[split.indices]
+    if (
+        not len(wrong)
+        or source.multi_label
+        or not np.array_equal(split.labels, found.labels[wrong])
+    ):
+        return None
+    return Mistakes(
+        names=[source.record_name(int(i)) for i in split.indices],
+        labels=found.labels[wrong],
+        predictions=found.predictions[wrong],
+        confidences=None if found.confidences is None else found.confidences[wrong],
+        pixels=split.arrays["pixels"],
+    )

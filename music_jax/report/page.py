@@ -22,7 +22,7 @@ from etils import epath
 from music_jax.distributed.progress import escape_surrogates
 from music_jax.errors import MusicError, UserError, one_line
 from music_jax.evaluation.run import load_run
-from music_jax.report import in_page, measures, tables
+from music_jax.report import comparison, in_page, learned, measures, tables
 from music_jax.report.reading import RecordedRun, as_text, count_texts, read_workdirs
 from music_jax.version import __version__
 from music_jax.workdir.files import check_writable, write_new
@@ -48,11 +48,18 @@ class ReportedRun:
     recorded: RecordedRun
     sample: measures.Sample | None  # None without a checkpoint or images
     missing: str  # reason why there is no sample
+    verdicts: tuple[learned.Verdict, learned.Verdict]  # on collapse and redundancy
     confusion: measures.Confusion | None  # of the linear probe, if there are predictions
+    mistakes: measures.Mistakes | None  # of the linear probe, if its images are known
     data: dict[str, Any]  # of the page's scripts, apart from what depends on the pictures' size
     num_training_images: int | None
     network: str = ""  # compressed data of the page's scripts, if they can apply it to images
     no_network: str = ""  # reason why there is no network, if there is a sample
+
+    def class_name(self, label: int) -> str:
+        """Returns the name of a class of the images."""
+        names = self.data.get("classes", [])
+        return names[label] if label < len(names) else str(label)
 
 
 def write_report(
@@ -116,6 +123,8 @@ def measure_run(
     try:
         run = load_run(str(recorded.path), read_only=True, overrides=overrides)
         sample = measures.sample_images(run, num_images)
+        found = recorded.predictions
+        mistakes = measures.mistaken_images(run, found) if found is not None else None
     except (MusicError, OSError) as error:
         missing = one_line(error)
         _logger.warning(f"{recorded.name}: no images are shown: {missing}")
@@ -125,7 +134,9 @@ def measure_run(
         num_training_images: int | None = len(run.images)
     else:
         num_training_images = None if run.config.evaluation.train else len(run.sources.train)
-    measured = measure_sample(recorded, sample, num_training_images=num_training_images)
+    measured = measure_sample(
+        recorded, sample, mistakes=mistakes, num_training_images=num_training_images
+    )
     network = in_page.network_data(run, sample, recorded.classifier, max_bytes=network_bytes)
     if isinstance(network, str):
         return dataclasses.replace(measured, no_network=network)
@@ -136,6 +147,7 @@ def measure_sample(
     recorded: RecordedRun,
     sample: measures.Sample | None = None,
     *,
+    mistakes: measures.Mistakes | None = None,
     missing: str = "",
     num_training_images: int | None = None,
 ) -> ReportedRun:
@@ -167,7 +179,16 @@ def measure_sample(
                 num_segments=recorded.segments[0],
                 temperature=float(recorded.field("objective.temperature", 1.0)),
             )
-    return ReportedRun(recorded, sample, missing, confusion, data, num_training_images)
+    return ReportedRun(
+        recorded=recorded,
+        sample=sample,
+        missing=missing,
+        verdicts=learned.verdicts(recorded, sample, data["segments"]),
+        confusion=confusion,
+        mistakes=mistakes,
+        data=data,
+        num_training_images=num_training_images,
+    )
 
 
 def render(runs: list[ReportedRun]) -> bytes:
@@ -216,11 +237,13 @@ def _page(runs: list[ReportedRun], *, tile: int, matrix: int) -> bytes:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["text"] = as_text
+    environment.filters |= {"text": as_text, "points": learned.points}
     text = environment.get_template("report.html.jinja").render(
         runs=runs,
         recorded=recorded,
         tables=tables,
+        learned=learned,
+        comparison=comparison,
         count_texts=count_texts,
         title=" · ".join(run.name for run in recorded),
         facts=tables.rows([tables.facts(run.recorded, run.num_training_images) for run in runs]),
@@ -271,6 +294,7 @@ def _pictures(
     views = sample.views.reshape(-1, *sample.views.shape[2:])
     return {
         "images": run.data["images"] | _sprite(sample.pixels, tile, sprites),
+        "mistakes": run.mistakes and _sprite(run.mistakes.pixels, 2 * tile, sprites),
         "views": _sprite(views, 2 * tile, sprites, columns=columns)
         | {"count": count, "pairs": (columns - 1) // 2},
         "segments": segments

@@ -1,5 +1,6 @@
-"""Tables and curves of the report: setup, results, metrics and events of each run."""
+"""Tables and curves of the report: setup, cost, results, metrics and events of each run."""
 
+import itertools
 import json
 import math
 from typing import Any, NamedTuple
@@ -7,17 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from music_jax.config import is_free
-from music_jax.evaluation.results import MEAN_AVERAGE_PRECISION, TITLES, summary_rows
+from music_jax.evaluation.results import summary_rows
 from music_jax.report.reading import RecordedRun, as_number, as_text
 
 _MAX_FIELDS = 400
 MAX_POINTS = 1000  # per curve, and as many more of online measures
 _MAX_UNKNOWN_CURVES = 24
-_FEATURES = {  # by the prefix of their scores
-    "": "trained backbone",
-    "random_init_": "random initialization",
-    "raw_pixels_": "raw pixels",
-}
 
 
 class Row(NamedTuple):
@@ -153,6 +149,84 @@ def describe(curve: Curve, runs: list[RecordedRun]) -> str:
     return f"Line chart. {curve.title}{unit}, over the training. {'; '.join(parts)}."
 
 
+class Cost(NamedTuple):
+    """What the logged steps of a training took."""
+
+    seconds: float
+    steps: int  # that were timed
+    images: int  # in these steps
+    devices: int
+
+    @property
+    def images_per_second(self) -> float:
+        """Mean throughput."""
+        return self.images / self.seconds
+
+
+def cost(run: RecordedRun) -> Cost | None:
+    """Adds up the time between logged steps; None if there is none.
+
+    It contains the saving of checkpoints, and not the compilation, the steps up to the first logged
+    one of each start, nor the evaluation.
+    """
+    batch, seconds, steps = run.size("batch_size"), 0.0, 0
+    for before, record in itertools.pairwise(run.metrics):
+        rate = as_number(record.get("images_per_second"))
+        if batch and rate and rate > 0:
+            done = record["step"] - before["step"]
+            steps += done
+            seconds += done * batch / rate + max(as_number(record.get("online_seconds")) or 0, 0)
+    if not batch or not 0 < seconds < 1e12:  # a damaged log may hold anything
+        return None
+    count = run.devices.get("count")
+    return Cost(seconds, steps, steps * batch, count if type(count) is int and count > 0 else 1)
+
+
+def duration(seconds: float) -> str:
+    """Formats a duration, such as `3 min 12 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.3g} s"
+
+
+def summarized_cost(run: RecordedRun) -> str:
+    """Describes in a few words what a training took; empty if unknown."""
+    found = cost(run)
+    return f"; {duration(found.seconds)} on {_devices(run)}" if found else ""
+
+
+def _devices(run: RecordedRun) -> str:
+    processes = run.devices.get("processes")
+    return " × ".join(as_text(run.devices.get(name, "?")) for name in ("count", "kind")) + (
+        f" in {as_text(processes)} processes" if processes not in (None, 1) else ""
+    )
+
+
+def _cost_facts(run: RecordedRun) -> dict[str, str]:
+    found = cost(run)
+    if found is None:
+        return {}
+    per_device = f", {found.images_per_second / found.devices:,.4g} on each of {found.devices}"
+    return {
+        "wall time": f"{duration(found.seconds)} for {found.steps:,} of {run.last_step:,} steps",
+        "throughput": f"{found.images_per_second:,.4g} images / s"
+        + (per_device if found.devices > 1 else ""),
+        "cost": f"{duration(found.seconds * found.devices)} of device time, "
+        f"{found.images:,} images",
+    }
+
+
+def _last_loss(run: RecordedRun) -> str:
+    loss = as_number(run.metrics[-1].get("loss")) if run.metrics else None
+    if loss is None:
+        return "–"
+    bound = bounds(run).get("loss")
+    gap = "" if bound is None else f", {loss - bound:.2f} above its bound of {bound:.2f}"
+    return f"{loss:.3f}{gap}".replace("-", "−")
+
+
 def facts(run: RecordedRun, num_images: int | None) -> dict[str, str]:
     """Returns the settings and the data of a run, with the number of training images if known."""
 
@@ -173,10 +247,11 @@ def facts(run: RecordedRun, num_images: int | None) -> dict[str, str]:
     )
     rate, batch = as_number(run.field("optimizer.base_learning_rate")), run.size("batch_size")
     peak = f", peak {rate * batch / 256:.4g}" if rate and batch else ""
-    processes = run.devices.get("processes")
     return {
         "workdir": str(run.path),
         "state": state(run),
+        "last loss": _last_loss(run),
+        **_cost_facts(run),
         "objective": text("objective.name"),
         "embedding": embedding,
         "projection head": f"hidden {as_text(hidden)}" if hidden else "linear, no hidden layer",
@@ -192,8 +267,7 @@ def facts(run: RecordedRun, num_images: int | None) -> dict[str, str]:
         "weight decay": text("optimizer.weight_decay"),
         "computed in": text("compute_dtype"),
         "seed": text("seed"),
-        "devices": " × ".join(as_text(run.devices.get(name, "?")) for name in ("count", "kind"))
-        + (f" in {as_text(processes)} processes" if processes not in (None, 1) else ""),
+        "devices": _devices(run),
         "software": ", ".join(
             f"{as_text(k, 40)} {as_text(v, 40)}" for k, v in run.versions.items()
         ),
@@ -232,32 +306,6 @@ def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def score_columns(runs: list[RecordedRun]) -> list[tuple[str, str, str]]:
-    """Returns the columns of the table of scores: title, protocol, and key of its result."""
-    top1 = [("linear", "linear", "top1"), ("linear", "linear", "top5"), ("kNN", "knn", "top1")]
-    several = [(title, protocol, MEAN_AVERAGE_PRECISION) for title, protocol, _ in top1[::2]]
-    found = [MEAN_AVERAGE_PRECISION in result for run in runs for result in run.results.values()]
-    columns = top1 * (not all(found) or not found) + several * any(found)
-    return [(f"{title} {TITLES[key]}, %", protocol, key) for title, protocol, key in columns]
-
-
-def scores(runs: list[RecordedRun]) -> list[tuple[int, str, list[float | None]]]:
-    """Returns the scores of each run, of its random backbone and of raw pixels.
-
-    Returns:
-      Run, name, and the scores in `score_columns`, in [0, 1] or None.
-    """
-    columns = score_columns(runs)
-    found = []
-    for i, run in enumerate(runs):
-        for prefix, name in _FEATURES.items():
-            results = [(run.results.get(protocol, {}), key) for _, protocol, key in columns]
-            values = [as_number(result.get(f"{prefix}{key}")) for result, key in results]
-            if any(value is not None for value in values):
-                found.append((i, name, values))
-    return found
-
-
 def stale_results(run: RecordedRun) -> str | None:
     """Returns a message if the results were measured before the last logged step, else None."""
     found = (result.get("step") for result in run.results.values())
@@ -271,25 +319,6 @@ def stale_results(run: RecordedRun) -> str | None:
 def results(runs: list[RecordedRun]) -> list[Row]:
     """Returns all results, by protocol and metric, with a column for each run."""
     return rows([{row[:2]: row[2] for row in summary_rows(run.results)} for run in runs])
-
-
-def headline(run: RecordedRun) -> list[tuple[str, str, str]]:
-    """Returns the main results: name, value, and the values to compare it with."""
-    found = []
-    for title, protocol in (("linear probe", "linear"), ("kNN", "knn")):
-        result = run.results.get(protocol, {})
-        key = MEAN_AVERAGE_PRECISION if MEAN_AVERAGE_PRECISION in result else "top1"
-        values = {name: as_number(result.get(f"{x}{key}")) for x, name in _FEATURES.items()}
-        shown = {name: f"{100 * x:.1f} %" for name, x in values.items() if x is not None}
-        if value := shown.pop("trained backbone", ""):
-            baselines = ", ".join(f"{name} {baseline}" for name, baseline in shown.items())
-            found.append((f"{title}, {TITLES[key]}", value, baselines))
-    loss = as_number(run.metrics[-1].get("loss")) if run.metrics else None
-    if loss is not None:
-        bound = bounds(run).get("loss")
-        gap = "" if bound is None else f"bound {bound:.2f}, {loss - bound:.2f} above it"
-        found.append(("last loss", f"{loss:.3f}".replace("-", "−"), gap.replace("-", "−")))
-    return found
 
 
 def event_details(event: dict[str, Any]) -> str:

@@ -55,6 +55,8 @@ def test_accuracy_matches_logistic_regression():
     theirs = LogisticRegression(C=1 / (decay * 1200), max_iter=5000).fit(train, train_labels)
     assert abs(found.top1 - theirs.score(test, test_labels)) <= 0.005
     assert np.mean(found.predictions == theirs.predict(test)) >= 0.99
+    sure = theirs.predict_proba(test).max(axis=1)
+    assert np.corrcoef(found.confidences, sure)[0, 1] > 0.95
     assert found.top1 == np.mean(found.predictions == test_labels)
 
 

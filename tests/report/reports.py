@@ -69,7 +69,7 @@ def write_results(path, *, images=40, classes=3, step=30):
     top1 = float(np.mean(labels == predictions))
     figures = {"protocol": "linear", "step": step, "seed": 0, "num_train": 100, "num_test": images}
     figures |= {"top1": top1, "top5": 1.0, "learning_rate": 0.1}
-    figures |= {"raw_pixels_top1": 0.5, "random_init_top1": 0.25}
+    figures |= {"raw_pixels_top1": 0.5, "random_init_top1": 0.25, "num_classes": classes}
     (path / "linear_eval.json").write_text(json.dumps(figures))
     figures = {"protocol": "knn", "step": step, "top1": 0.75, "top1_by_k": {"20": 0.75}, "k": 20}
     figures |= {"raw_pixels_top1": 0.5, "random_init_top1": None}
@@ -80,6 +80,7 @@ def write_results(path, *, images=40, classes=3, step=30):
         labels=labels.astype(np.int32),
         predictions=predictions.astype(np.int32),
         step=np.asarray(step),
+        confidences=rng.random(images, np.float32),
     )
     return labels, predictions
 
@@ -116,12 +117,21 @@ def make_reported(path, sample=None):
     (recorded,) = read_workdirs([str(path)])
     missing = "" if sample else f"no checkpoint {HOSTILE}"
     rng = np.random.default_rng(0)
+    mistakes = None
+    if sample and (found := recorded.predictions) is not None:
+        wrong = np.flatnonzero(found.labels != found.predictions)[:12]
+        sure, pixels = found.confidences[wrong], sample.pixels[wrong % len(sample.pixels)]
+        names = [f"{i}{HOSTILE_TAG}.png" for i in wrong]
+        columns = names, found.labels[wrong], found.predictions[wrong], sure, pixels
+        mistakes = measures.Mistakes(*columns) if len(wrong) else None
     with mock.patch.object(
         measures,
         "tsne_map",
         lambda vectors: rng.random((len(vectors), 2)) if len(vectors) > 4 else None,
     ):
-        return measure_sample(recorded, sample, missing=missing, num_training_images=1000)
+        return measure_sample(
+            recorded, sample, mistakes=mistakes, missing=missing, num_training_images=1000
+        )
 
 
 def data_of(html):

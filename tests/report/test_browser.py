@@ -1,5 +1,7 @@
 """The report in a real browser: no errors, no requests, and working controls."""
 
+import itertools
+
 import pytest
 
 from music_jax.report import page
@@ -174,6 +176,99 @@ def test_curves_are_drawn_over_epochs_or_steps_with_the_bound(opened):
     assert "bound −4.828" in page.locator("[data-curve='0']").text_content()
     page.locator("#curves-axis").select_option("step")
     page.locator("[data-curve='0'] .xtitle", has_text="step").wait_for()
+
+
+def test_the_runs_are_sorted_by_any_column(browser, reports):
+    opened = Opened(browser, reports["three"])
+    table = opened.page.locator("table.sortable")
+    names = table.locator("tbody th")
+    assert names.all_inner_texts() == ["music", "vicreg", "bare"]
+    for title, expected in (
+        ("run", ["bare", "music", "vicreg"]),
+        ("run", ["vicreg", "music", "bare"]),
+        ("wall time", ["vicreg", "music", "bare"]),  # the last one has none
+        ("wall time", ["music", "vicreg", "bare"]),
+    ):
+        button = table.get_by_role("button", name=title)
+        button.focus()
+        opened.page.keyboard.press("Enter")
+        assert names.all_inner_texts() == expected
+    assert table.locator("th[aria-sort]").get_attribute("aria-sort") == "descending"
+    opened.close()
+
+
+@pytest.mark.parametrize("name", ["one", "three"])
+def test_the_page_can_be_used_without_seeing_it_and_without_a_mouse(name, browser, reports):
+    opened = Opened(browser, reports[name])
+    opened.draw_all()
+    page = opened.page
+    levels = page.eval_on_selector_all("h1, h2, h3, h4", "all => all.map(x => +x.tagName[1])")
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    for landmark in ("header", "nav", "main", "footer"):
+        assert page.locator(f"body > {landmark}").count() == 1
+    named = page.eval_on_selector_all(
+        "section[aria-labelledby], [role=region]",
+        "all => all.map(x => x.ariaLabel ?? document.getElementById("
+        "x.getAttribute('aria-labelledby')).textContent)",
+    )
+    assert all(named)
+    assert len(set(named)) == len(named)
+    heads = page.locator("th").all()
+    assert all(head.get_attribute("scope") and head.text_content().strip() for head in heads[:60])
+    assert page.locator("table:not(:has(thead th))").count() == 0
+    pictures = page.locator("[role=img]:not([aria-label]), main .chart:not([aria-label])")
+    assert pictures.count() == 0
+    # Drawings with buttons are groups; what they show is in their label.
+    assert page.locator("[role=img] :is(a, button, select)").count() == 0
+    assert page.locator(".main-svg:not([aria-hidden])").count() == 0
+    page.evaluate("scrollTo(0, 0)")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
+    outline = "getComputedStyle(document.activeElement).outlineStyle"
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        assert page.evaluate(outline) == "solid"
+    assert opened.errors == []
+    opened.close()
+
+
+def test_it_prints_in_the_light_theme_with_pictures_and_charts_as_wide_as_the_paper(
+    browser, reports
+):
+    opened = Opened(browser, reports["one"], dark=True)
+    page = opened.page
+    state = "[document.documentElement.dataset.theme, document.documentElement.scrollWidth]"
+    widths = "all => Math.max(...all.map(x => x.getBoundingClientRect().right))"
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.emulate_media(media="print")
+    paper = 186 / 25.4 * 96
+    assert page.evaluate(state)[0] == "light"
+    assert page.eval_on_selector_all(".main-svg", widths) <= paper + 1
+    assert page.locator(".chart").count() == page.locator(".chart .plot-container").count()
+    assert not page.locator("nav").is_visible()
+    adjust = "x => getComputedStyle(x).printColorAdjust"
+    assert page.locator(".thumb").first.evaluate(adjust) == "exact"
+    page.emulate_media(media="screen")
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    drawing = page.locator("[data-curve='0'] .main-svg").first
+    for _ in range(100):  # Plotly waits before it resizes a chart
+        if drawing.bounding_box()["width"] > 1000:
+            break
+        page.wait_for_timeout(200)
+    assert drawing.bounding_box()["width"] > 1000
+    assert page.evaluate(state) == ["dark", 1280]
+    opened.close()
+
+
+def test_errors_of_the_probe_are_shown_below_the_confusion_matrix(opened):
+    pictures = opened.page.locator("#confusions .mistakes .thumb")
+    assert 0 < pictures.count() <= 12
+    assert "predicted" in pictures.first.get_attribute("aria-label")
+    assert "sprite-" in pictures.first.get_attribute("class")
+    matrix, first = opened.page.locator("[data-confusion]"), pictures.first
+    assert matrix.bounding_box()["y"] < first.bounding_box()["y"]
 
 
 def test_an_old_browser_shows_a_message(browser, reports):

@@ -69,8 +69,12 @@ def test_the_page_shows_all_parts_of_a_run(finished):
         "finished, 30 steps",
         "30 = 6 segments × 5 units",
         "1,000 images",
-        "raw pixels 50.0 %",
-        "random initialization",
+        "compared with raw pixels",
+        "random backbone",
+        "0 after a collapse, 1.61 at the optimum",
+        "if all were copies of one",
+        "for 29 of 30 steps",
+        "Most confident errors",
         "resumed: 1",
         "the loss spiked",
         "1 in digits:train",
@@ -112,7 +116,7 @@ def test_text_from_the_run_is_escaped(finished):
     [
         (
             lambda path: make_reported(write_workdir(path / "run", logged=10)),
-            ("not finished: 10 of 30 steps (33 %)", "no checkpoint", "No results yet"),
+            ("not finished: 10 of 30 steps (33 %)", "no checkpoint", "There are no results yet"),
         ),
         (
             lambda path: make_reported(write_workdir(path / "run", logged=0)),
@@ -159,6 +163,9 @@ def test_runs_side_by_side_share_images_and_list_their_differences(finished, tmp
     assert text.count(f".{sprites[0]}{{") == 1
     assert "The training configs differ in" in text
     assert re.search(r"differ in [^<]*objective.name", text)
+    words = " ".join(" ".join(_Elements(text).text).split())
+    assert "points from music" in words
+    assert "other seeds" in words
 
 
 def test_pictures_shrink_until_the_report_fits(finished, monkeypatch):

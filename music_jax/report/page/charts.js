@@ -85,6 +85,8 @@ function draw(element, entry) {
     xaxis: { ...axis, ...layout.xaxis },
     yaxis: { ...axis, ...layout.yaxis },
   };
+  // On paper there is no event of a new size that a chart could follow.
+  if (document.body.classList.contains("printing")) Object.assign(merged, { width: element.clientWidth, height: element.clientHeight });
   const options = {
     displaylogo: false, responsive: true, plotlyServerURL: "",
     modeBarButtons: [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
@@ -92,6 +94,8 @@ function draw(element, entry) {
   if (touch) merged.margin = { ...merged.margin, t: merged.margin.t + 26 }; // for the buttons, which are always visible there
   if (alt) element.setAttribute("aria-label", alt);
   Plotly.react(element, data, merged, options);
+  element.setAttribute("role", "group"); // it has buttons; its label describes the drawing
+  for (const drawing of $$(".main-svg", element)) drawing.setAttribute("aria-hidden", "true");
   if (!entry.drawn) {
     entry.drawn = true;
     for (const [name, handler] of Object.entries(entry.on)) element.on(name, handler);

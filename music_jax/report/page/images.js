@@ -207,6 +207,10 @@ function drawViews(run, panel) {
   }
 }
 
+function drawMistakes(run, panel) {
+  for (const picture of $$("[data-mistake]", panel)) placeTile(picture, run.mistakes, Number(picture.dataset.mistake), 88);
+}
+
 function drawConfusion(run, panel) {
   const { names, counts } = run.confusion;
   const size = names.length;

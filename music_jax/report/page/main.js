@@ -8,11 +8,13 @@ async function main() {
   document.body.classList.toggle("several", data.runs.length > 1);
   followTheme();
   drawCurves(data);
+  $$("table.sortable").forEach(makeSortable);
   const within = (section, index) => $(`#${section} [data-run="${index}"]`);
   data.runs.forEach((run, index) => {
     if (run.segments) {
       drawSegments(run, within("segments", index));
       drawUnits(run, within("units", index));
+      drawStrips(run, within("learned", index));
     }
     if (run.images) {
       drawNeighbors(run, within("neighbors", index));
@@ -20,9 +22,10 @@ async function main() {
       if (Object.keys(run.maps).length) drawMap(run, within("map", index));
     }
     if (run.confusion) drawConfusion(run, within("confusions", index));
+    if (run.mistakes) drawMistakes(run, within("confusions", index));
   });
   drawTryIt(data);
-  addEventListener("beforeprint", () => charts.forEach((entry, element) => entry.drawn || draw(element, entry)));
+  followPrinting();
   document.documentElement.dataset.ready = "true";
 }
 

@@ -138,7 +138,7 @@ function drawUnits(run, panel) {
     const nmi = found.labelNmi ? `; normalized mutual information with the labels ${shown(found.labelNmi[s])}` : "";
     $("[data-segment-text]", panel).textContent =
       `Segment ${s}: usage entropy ${shown(found.entropy[s])} of ${shown(Math.log(units))} nats, ` +
-      `mean certainty ${percent(found.confidence[s])}, ${dead} of ${units} units without images${nmi}.`;
+      `mean certainty ${percent(found.confidence[s])}, ${shown(found.told[s])} nats told about the image, ${dead} of ${units} units without images${nmi}.`;
     $("[data-usage-title]", panel).textContent = `Usage in segment ${s}`;
     $("[data-gallery]", panel).replaceChildren(...unitCards(run, s));
   }
@@ -178,6 +178,28 @@ function drawUnits(run, panel) {
     });
   }
   show();
+}
+
+// Shows the three most informative segments: of each some units, the most used ones first.
+function drawStrips(run, panel) {
+  const { order, units, counts, top } = run.segments;
+  const strips = order.slice(0, 3).map((segment) => {
+    const used = Array.from({ length: units }, (_, k) => k)
+      .filter((k) => counts.at(segment, k))
+      .sort((a, b) => counts.at(segment, b) - counts.at(segment, a));
+    const columns = used.slice(0, 7).map((unit) => {
+      const column = make("div");
+      for (let rank = 0; rank < Math.min(3, top.shape[2]) && top.at(segment, unit, rank) !== 65535; rank++) {
+        column.append(thumb(run, top.at(segment, unit, rank), 44));
+      }
+      column.prepend(make("div", { text: unit }));
+      return column;
+    });
+    const title = make("p", { className: "title" }, make("strong", { text: `Segment ${segmentName(run.segments, segment)}` }));
+    title.append(` ${units} units`);
+    return make("div", { className: "strip" }, title, make("div", { className: "unit-columns" }, ...columns));
+  });
+  $("[data-strips]", panel).replaceChildren(...strips);
 }
 
 function segmentName(found, segment) {

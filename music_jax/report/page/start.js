@@ -73,6 +73,41 @@ function setTheme(dark) {
   redrawAll();
 }
 
+// Prints in the light theme, with the charts as wide as the paper.
+function followPrinting() {
+  let dark = false;
+  addEventListener("beforeprint", () => {
+    dark = isDark();
+    document.body.classList.add("printing");
+    charts.forEach((entry, element) => entry.drawn || draw(element, entry));
+    setTheme(false);
+  });
+  addEventListener("afterprint", () => {
+    document.body.classList.remove("printing");
+    setTheme(dark);
+    for (const element of charts.keys()) Plotly.Plots.resize(element);
+  });
+}
+
+// Sorts the rows of a table by a column when the button in its head is pressed.
+function makeSortable(table) {
+  const heads = $$("thead th", table);
+  heads.forEach((head, column) => {
+    $("button", head).addEventListener("click", () => {
+      const descending = head.getAttribute("aria-sort") === "ascending";
+      heads.forEach((other) => other.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", descending ? "descending" : "ascending");
+      const value = (row) => row.children[column].dataset.value;
+      const sorted = $$("tbody tr", table).sort((a, b) => {
+        const [x, y] = descending ? [value(b), value(a)] : [value(a), value(b)];
+        if (!value(a) || !value(b)) return !value(a) - !value(b); // missing values last
+        return column ? x - y : x.localeCompare(y, "en", { numeric: true });
+      });
+      $("tbody", table).append(...sorted);
+    });
+  });
+}
+
 function followTheme() {
   const preferred = matchMedia("(prefers-color-scheme: dark)");
   setTheme(preferred.matches);
