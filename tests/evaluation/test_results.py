@@ -42,4 +42,4 @@ def test_non_finite_numbers_are_not_written_as_json(tmp_path):
 def test_predictions_that_cannot_be_saved_are_a_warning(tmp_path, caplog):
     one, removed = np.ones(3, np.int32), epath.Path(tmp_path / "removed")
     write_predictions(removed, Predictions(one.astype(np.int64), one, one, 7))
-    assert "the predictions of the linear probe are not saved" in caplog.text
+    assert "the predictions of the linear probe: linear_eval.npz cannot be written" in caplog.text
