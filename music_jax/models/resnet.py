@@ -243,9 +243,68 @@ class ResNet(nnx.Module):
         return _grid_mean(x.astype(jnp.float32), self.pool_grid)
 
 
-def _max_pool(x: jax.Array) -> jax.Array:
-    """Max-pools 3 x 3 with stride 2; commutes with ReLU, which is increasing."""
+def _pool(x: jax.Array) -> jax.Array:
     return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+
+@jax.custom_vjp
+def _max_pool(x: jax.Array) -> jax.Array:
+    """Max-pools 3 x 3 with stride 2; commutes with ReLU, which is increasing.
+
+    The gradient of a window goes to its first maximum. XLA scatters it: on GPUs by atomic additions
+    in any order or, if they have to be deterministic, after a sort, with four times the memory
+    traffic. On GPUs it is computed by comparisons instead, always in the same order.
+    """
+    return _pool(x)
+
+
+def _max_pool_forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    y = _pool(x)
+    return y, (x, y)
+
+
+def _max_pool_backward(
+    residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array]:
+    gpu = max_pool_gradient
+    arguments = *residuals, cotangent
+    return (jax.lax.platform_dependent(*arguments, cuda=gpu, rocm=gpu, default=_scattered),)
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+def _scattered(x: jax.Array, y: jax.Array, cotangent: jax.Array) -> jax.Array:
+    del y
+    return jax.vjp(_pool, x)[1](cotangent)[0]
+
+
+def max_pool_gradient(x: jax.Array, y: jax.Array, cotangent: jax.Array) -> jax.Array:
+    """Returns the gradient of 3 x 3 max-pooling with stride 2 and a padding of 1.
+
+    Args:
+      x: Input [batch, height, width, channels].
+      y: The pooled input, [batch, rows, columns, channels].
+      cotangent: Gradient with respect to `y`, of its shape.
+
+    Returns:
+      An array of the type and shape of `x`, summed in float32.
+    """
+    (height, width), (rows, columns) = x.shape[1:3], y.shape[1:3]
+    no_padding = (0, 0, 0)
+    around = (no_padding, (1, 1, 0), (1, 1, 0), no_padding)
+    padded = jax.lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), around)
+    taken = jnp.zeros(y.shape, bool)
+    total = jnp.zeros(padded.shape, jnp.float32)
+    for i, j in itertools.product(range(3), repeat=2):
+        ends = i + 2 * rows - 1, j + 2 * columns - 1
+        element = padded[:, i : ends[0] : 2, j : ends[1] : 2]  # of each window
+        is_first = (element == y) & ~taken
+        taken |= is_first
+        part = jnp.where(is_first, cotangent.astype(jnp.float32), 0.0)
+        places = (i, height + 2 - ends[0], 1), (j, width + 2 - ends[1], 1)
+        total += jax.lax.pad(part, jnp.float32(0), (no_padding, *places, no_padding))
+    return total[:, 1:-1, 1:-1].astype(x.dtype)
 
 
 def _grid_mean(x: jax.Array, grid: int) -> jax.Array:

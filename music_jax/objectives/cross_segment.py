@@ -34,8 +34,11 @@ from music_jax.objectives.global_batch import (
     varying,
 )
 
-# Elements of P held at a time: 16 MB in float32.
-_BLOCK_ELEMENTS = 2**22
+# Bytes of P that are held at a time. On CPUs and TPUs a block stays in the caches or the on-chip
+# memory. GPUs take a few microseconds to start each of the ten kernels of a block: at N = 256 more
+# than these take on a small block. There 256 MiB hold all of P up to 8,192 units, without a loop.
+_BLOCK_BYTES = 2**24
+_GPU_BLOCK_BYTES = 2**28
 
 
 class Tile(NamedTuple):
@@ -183,13 +186,13 @@ def tile_divergence(tile: Tile, ratios: Pair, center: jax.Array, starts: Pair) -
     Returns:
       A scalar.
     """
-    return _for_each_center(functools.partial(_value, tile), center, ratios, starts)
+    return _on_blocks(functools.partial(_value, tile), center, ratios, starts)
 
 
 def _tile_divergence_forward(
     tile: Tile, ratios: Pair, center: jax.Array, starts: Pair
 ) -> tuple[jax.Array, Pair]:
-    return _for_each_center(functools.partial(_value_and_gradients, tile), center, ratios, starts)
+    return _on_blocks(functools.partial(_value_and_gradients, tile), center, ratios, starts)
 
 
 def _tile_divergence_backward(
@@ -205,39 +208,59 @@ def _tile_divergence_backward(
 tile_divergence.defvjp(_tile_divergence_forward, _tile_divergence_backward)
 
 
-def _for_each_center(
-    function: Callable[..., Any], center: jax.Array, ratios: Pair, starts: Pair
-) -> Any:
-    """Calls `function(c, ratios, starts)` with a static c, so that c = 0 adds no operations."""
-    centered, plain = (functools.partial(function, c) for c in (1, 0))
-    return jax.lax.cond(center > 0, centered, plain, ratios, starts)
+def _on_blocks(function: Callable[..., Any], center: jax.Array, ratios: Pair, starts: Pair) -> Any:
+    """Calls `function(c, blocks, ratios, starts)` with the number of blocks for the platform.
+
+    Also c is static, so that c = 0 adds no operations.
+    """
+
+    def with_blocks(count: int) -> Callable[..., Any]:
+        def call(center: jax.Array, *arguments: Pair) -> Any:
+            centered, plain = (functools.partial(function, c, count) for c in (1, 0))
+            return jax.lax.cond(center > 0, centered, plain, *arguments)
+
+        return call
+
+    count, on_gpu = (_count_blocks(ratios, size) for size in (_BLOCK_BYTES, _GPU_BLOCK_BYTES))
+    arguments = center, ratios, starts
+    if count == on_gpu:
+        return with_blocks(count)(*arguments)
+    gpu = with_blocks(on_gpu)
+    return jax.lax.platform_dependent(*arguments, cuda=gpu, rocm=gpu, default=with_blocks(count))
 
 
-def _value(tile: Tile, center: int, ratios: Pair, starts: Pair) -> jax.Array:
+def _count_blocks(ratios: Pair, block_bytes: int) -> int:
+    """Returns the number of blocks of rows of a tile, each of at most `block_bytes`."""
+    rows, columns = (r.shape[1] for r in ratios)
+    return -(-rows * columns * accumulation_dtype(ratios[0].dtype).itemsize // block_bytes)
+
+
+def _value(tile: Tile, center: int, blocks: int, ratios: Pair, starts: Pair) -> jax.Array:
     rb = ratios[1]
-    padded, block_starts = _blocks(ratios, center)
+    padded, block_starts = _blocks(ratios[0], blocks, center)
+
+    zero = jnp.zeros((), accumulation_dtype(rb.dtype))
 
     def step(total: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
         block = _block(padded, block_starts, start)
-        joint, log_joint = _joint(tile, center, block, rb, starts, start)
+        joint, log_joint = _joint(tile, center, block, rb, starts, start, zero.dtype)
         return total + jnp.sum((joint + center) * log_joint), None
 
-    zero = jnp.zeros((), accumulation_dtype(rb.dtype))
     total = _loop(step, varying(zero, jax.typeof(rb).mat.varying), block_starts)
     return total - _mass(tile, center, ratios, starts)
 
 
 def _value_and_gradients(
-    tile: Tile, center: int, ratios: Pair, starts: Pair
+    tile: Tile, center: int, blocks: int, ratios: Pair, starts: Pair
 ) -> tuple[jax.Array, Pair]:
     ra, rb = ratios
-    padded, block_starts = _blocks(ratios, center)
+    padded, block_starts = _blocks(ra, blocks, center)
     whole_b = rb + center  # K p
 
     def step(gradients: Pair, start: jax.Array) -> tuple[Pair, None]:
         gradient_a, gradient_b = gradients
         block = _block(padded, block_starts, start)
-        slope = _joint(tile, center, block, rb, starts, start)[1].astype(rb.dtype)
+        slope = _joint(tile, center, block, rb, starts, start, rb.dtype)[1]
         # [N, columns] [r, columns] -> [N, r] and [N, r] [r, columns] -> [N, columns]
         block_gradient = _dot(whole_b, slope, 1, 1) / tile.batch
         gradient_a = jax.lax.dynamic_update_slice_in_dim(gradient_a, block_gradient, start, axis=1)
@@ -257,9 +280,15 @@ def _value_and_gradients(
 
 
 def _joint(
-    tile: Tile, center: int, block: jax.Array, rb: jax.Array, starts: Pair, block_start: jax.Array
+    tile: Tile,
+    center: int,
+    block: jax.Array,
+    rb: jax.Array,
+    starts: Pair,
+    block_start: jax.Array,
+    log_dtype: jnp.dtype,
 ) -> Pair:
-    """Computes J - c for a block of rows, and log J, set to 0 within a segment."""
+    """Computes J - c for a block of rows, and log J in `log_dtype`, set to 0 within a segment."""
 
     def mean(r: jax.Array) -> jax.Array:
         return jnp.mean(r, axis=0, dtype=accumulation_dtype(r.dtype))
@@ -274,7 +303,8 @@ def _joint(
     row_segments = _segments(tile, starts[0] + block_start, block.shape[1])
     column_segments = _segments(tile, starts[1], rb.shape[1])
     different = row_segments[:, None] != column_segments[None, :]
-    return joint, jnp.where(different, log_joint, 0.0)
+    # Rounded first, so that XLA can store the product's result in the narrower type.
+    return joint, jnp.where(different, log_joint.astype(log_dtype), jnp.zeros((), log_dtype))
 
 
 def _mass(tile: Tile, center: int, ratios: Pair, starts: Pair) -> jax.Array:
@@ -298,12 +328,10 @@ def _mass(tile: Tile, center: int, ratios: Pair, starts: Pair) -> jax.Array:
     return (jnp.vdot(all_a, all_b) - jnp.vdot(*segment_sums)) / tile.batch
 
 
-def _blocks(ratios: Pair, center: int) -> tuple[jax.Array, np.ndarray]:
+def _blocks(ra: jax.Array, count: int, center: int) -> tuple[jax.Array, np.ndarray]:
     """Pads the rows to blocks of equal size; returns them and the first row of each block."""
-    rows, columns = (r.shape[1] for r in ratios)
-    count = -(-rows * columns // _BLOCK_ELEMENTS)
-    size = -(-rows // count)
-    padded = _pad_units(ratios[0], count * size - rows, center)
+    size = -(-ra.shape[1] // count)
+    padded = _pad_units(ra, count * size - ra.shape[1], center)
     return padded, np.arange(count, dtype=np.int32) * size
 
 

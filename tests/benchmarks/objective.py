@@ -8,7 +8,7 @@
 - fused: `music_loss`;
 - dense: its definition in plain JAX, with the joint matrix in memory;
 - products: only the three matrix products, with probabilities and slopes given, as a lower bound;
-- torch: the dense form in PyTorch, on CPU, if torch is installed.
+- torch: the dense form in PyTorch, if torch is installed; on a GPU by torch.compile.
 
 The forms alternate, so that the load of the machine affects all alike. A time is the median over
 the repeats, and a ratio the median of their ratios. Temporary memory is as reported by XLA; for
@@ -51,6 +51,7 @@ from music_jax.plan import compiling, programs
 # name: batch per device, segments, units
 SHAPES = {
     "imagenet": (256, 102, 80),
+    "imagenet_2048": (2048, 102, 80),
     "wide_batch": (1024, 64, 64),
     "cifar10": (512, 32, 32),
     "mnist5k": (256, 32, 16),
@@ -80,26 +81,38 @@ def _dense_probabilities(z: jax.Array, num_segments: int) -> jax.Array:
     return jnp.clip(jax.nn.softmax(z, axis=-1), min=1e-8)
 
 
-def torch_dense_step(za: np.ndarray, zb: np.ndarray, num_segments: int) -> Callable[[], Any]:
-    """Returns a function for the value and gradients of the dense form in PyTorch."""
+def torch_dense_loss(za: Any, zb: Any, num_segments: int) -> Any:
+    """Computes the dense form in PyTorch."""
     import torch
 
     batch, dim = za.shape
     units = dim // num_segments
-    segments = torch.arange(dim) // units
+    segments = torch.arange(dim, device=za.device) // units
     different = segments[:, None] != segments[None, :]
-    views = [torch.tensor(z, requires_grad=True) for z in (za, zb)]
+    pa, pb = (
+        z.float().reshape(batch, num_segments, units).softmax(-1).clamp(min=1e-8) for z in (za, zb)
+    )
+    flat_a, flat_b = (p.reshape(batch, dim).to(za.dtype) for p in (pa, pb))
+    joint = (flat_a.T @ flat_b).float() / batch
+    entropies = joint * joint.clamp(min=1e-16).log()  # products in bfloat16 can be 0
+    diagonal = entropies.diagonal().sum() / num_segments
+    cross = (entropies * different).sum() / (num_segments * (num_segments - 1))
+    return diagonal + cross - (pa * pb).sum(-1).log().mean()
 
-    def step() -> Any:
-        pa, pb = (z.reshape(batch, num_segments, units).softmax(-1).clamp(min=1e-8) for z in views)
-        joint = pa.reshape(batch, dim).T @ pb.reshape(batch, dim) / batch
-        entropies = joint * joint.log()
-        diagonal = entropies.diagonal().sum() / num_segments
-        cross = entropies[different].sum() / (num_segments * (num_segments - 1))
-        loss = diagonal + cross - (pa * pb).sum(-1).log().mean()
-        return torch.autograd.grad(loss, views)
 
-    return step
+def torch_dense_step(
+    za: np.ndarray, zb: np.ndarray, num_segments: int, dtype: str = "float32"
+) -> Callable[[], Any]:
+    """Returns a function for the gradients of the dense form in PyTorch."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    options = {"dtype": getattr(torch, dtype), "device": "cuda" if on_gpu else "cpu"}
+    views = [torch.tensor(z, requires_grad=True, **options) for z in (za, zb)]
+    torch.set_float32_matmul_precision("high")  # TF32, as XLA's default
+    loss = torch.compile(torch_dense_loss) if on_gpu else torch_dense_loss
+
+    return lambda: torch.autograd.grad(loss(*views, num_segments), views)
 
 
 def embeddings(batch: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -116,8 +129,10 @@ def bare_products(pa: jax.Array, pb: jax.Array, slope: jax.Array) -> tuple[jax.A
     return dot(pa.T, pb), dot(pb, slope.T), dot(pa, slope)
 
 
-def time_shape(name: str, dtype: str, repeats: int, with_torch: bool) -> dict[str, Any]:
-    """Returns the row of a shape."""
+def time_shape(
+    name: str, dtype: str, repeats: int, with_torch: bool, calls: int = 1
+) -> dict[str, Any]:
+    """Returns the row of a shape; each time is that of some calls one after another."""
     batch, segments, units = SHAPES[name]
     arrays = embeddings(batch, segments * units)
     za, zb = (jnp.asarray(z, dtype) for z in arrays)
@@ -139,8 +154,9 @@ def time_shape(name: str, dtype: str, repeats: int, with_torch: bool) -> dict[st
     slope = jnp.log(jnp.maximum(pa.T @ pb, 1e-16) / batch).astype(dtype)
     steps["products"] = functools.partial(jax.jit(bare_products), pa, pb, slope)
     if with_torch:
-        steps["torch"] = torch_dense_step(*arrays, segments)
-        row["torch_temporary_mb"] = torch_temporaries(name)
+        steps["torch"] = torch_dense_step(*arrays, segments, dtype)
+        if jax.default_backend() == "cpu":
+            row["torch_temporary_mb"] = torch_temporaries(name)
     seconds: dict[str, list[float]] = {form: [] for form in steps}
     for turn in range(repeats + 1):
         order = list(steps)
@@ -149,15 +165,24 @@ def time_shape(name: str, dtype: str, repeats: int, with_torch: bool) -> dict[st
             step = steps[form]
             time.sleep(0.05)  # until the threads of the previous form are idle
             start = time.perf_counter()
-            jax.block_until_ready(step())
+            for _ in range(calls):
+                result = step()
+            wait(result)
             if turn:  # the first warms up
-                seconds[form].append(time.perf_counter() - start)
+                seconds[form].append((time.perf_counter() - start) / calls)
     for form, times in seconds.items():
         row[f"{form}_seconds"] = statistics.median(times)
         if form != "fused":
             ratios = [a / b for a, b in zip(seconds["fused"], times, strict=True)]
             row[f"fused_over_{form}"] = statistics.median(ratios)
     return row
+
+
+def wait(result: Any) -> None:
+    """Waits for the arrays of JAX, or for those of torch on a GPU."""
+    jax.block_until_ready(result)
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        sys.modules["torch"].cuda.synchronize()
 
 
 def torch_temporaries(name: str) -> float:
@@ -240,7 +265,8 @@ def main() -> None:
     """Runs a part, prints its table and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--part", choices=("time", "tpu"), default="time")
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="shapes of the part `time`")
+    shapes = ",".join(name for name in SHAPES if name != "imagenet_2048")
+    parser.add_argument("--shapes", default=shapes, help="shapes of the part `time`")
     parser.add_argument(
         "--topologies", default=",".join(TOPOLOGIES), help="topologies of the part `tpu`"
     )

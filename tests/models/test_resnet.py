@@ -11,9 +11,15 @@ from flax import nnx
 from numpy.lib.stride_tricks import sliding_window_view
 
 from music_jax.distributed.mesh import batch_sharding, make_data_mesh
-from music_jax.models import BACKBONES
+from music_jax.models import BACKBONES, resnet
 from music_jax.models.network import INIT_COMPILER_OPTIONS
-from music_jax.models.resnet import BasicBlock, BatchNorm, Bottleneck, ResNet
+from music_jax.models.resnet import (
+    BasicBlock,
+    BatchNorm,
+    Bottleneck,
+    ResNet,
+    max_pool_gradient,
+)
 from music_jax.models.vision_transformer import VisionTransformer
 
 _RESNET = functools.partial(
@@ -271,3 +277,27 @@ def test_remat_gives_the_same_gradient_with_smaller_residuals(make):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
     assert _bytes_kept(*_loss(make, True)) < 0.5 * _bytes_kept(*_loss(make, False))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 9), (8, 12)])
+def test_the_gradient_of_max_pooling_goes_to_the_first_maximum_as_xla_scatters_it(size, dtype):
+    """Values of few kinds, most of which occur several times in a window; exact sums."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(-2, 2, (3, *size, 2)), dtype)
+    pooled, scatter = jax.vjp(
+        lambda x: nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1))), x
+    )
+    cotangent = jnp.asarray(rng.integers(-9, 9, pooled.shape), dtype)
+    gradient = jax.jit(max_pool_gradient)(x, pooled, cotangent)
+    assert gradient.dtype == dtype
+    np.testing.assert_array_equal(gradient, scatter(cotangent)[0])
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+def test_the_gradient_of_max_pooling_scatters_nothing_on_gpus(platform):
+    """There the sums of a scatter depend on the order in which the threads run."""
+    step = jax.jit(jax.grad(lambda x: resnet._max_pool(x).sum()))
+    x = jax.ShapeDtypeStruct((2, 9, 8, 3), jnp.float32)
+    program = step.trace(x).lower(lowering_platforms=(platform,)).as_text()
+    assert ("scatter" in program) == (platform in ("cpu", "tpu"))

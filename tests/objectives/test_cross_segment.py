@@ -18,8 +18,8 @@ def two_views(batch, dim, dtype=jnp.float32):
 
 @pytest.fixture
 def block_elements(monkeypatch):
-    def set_it(elements):
-        monkeypatch.setattr(cross_segment, "_BLOCK_ELEMENTS", elements)
+    def set_it(elements, itemsize=4):
+        monkeypatch.setattr(cross_segment, "_BLOCK_BYTES", elements * itemsize)
         jax.clear_caches()  # compiled programs do not depend on the patched constant
 
     yield set_it
@@ -106,10 +106,21 @@ def test_no_matrix_of_dim_by_dim_is_held():
     assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * 4 * dim**2
 
 
+@pytest.mark.parametrize(
+    ("platform", "dim", "loops"),
+    [("cpu", 4096, True), ("cuda", 4096, False), ("cuda", 12288, True), ("tpu", 1024, False)],
+)
+def test_gpus_compute_a_matrix_of_256_mib_at_once_and_others_one_of_16(platform, dim, loops):
+    z = jax.ShapeDtypeStruct((4, dim), jnp.float32)
+    step = jax.jit(jax.grad(functools.partial(music_loss, num_segments=64), (0, 1)))
+    program = step.trace(z, z).lower(lowering_platforms=(platform,)).as_text()
+    assert ("stablehlo.while" in program) == loops
+
+
 @pytest.mark.parametrize("elements", [60, 10**6])
 @pytest.mark.parametrize("mode", ["forward over reverse", "reverse over reverse"])
 def test_second_derivatives_match_the_dense_form(block_elements, elements, mode):
-    block_elements(elements)
+    block_elements(elements, itemsize=8)
     with jax.enable_x64(True):
         za, zb = two_views(5, 12, jnp.float64)
         direction = jnp.cos(zb)
