@@ -35,7 +35,13 @@ def get_config() -> config_dict.ConfigDict:
     config.crop.size = 28
     config.crop.eval_resize = 28
     config.crop.scale = (0.3, 1.0)
-    set_views(config, flip_probability=0.5)
+    set_views(
+        config,
+        flip_probability=0.5,
+        jitter_probability=0.8,
+        brightness=0.4,
+        contrast=0.4,
+    )
 
     config.backbone.name = "pooled_resnet"
     config.backbone.stem = "strided"
