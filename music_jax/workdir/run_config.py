@@ -65,12 +65,12 @@ def write_config(workdir: epath.Path, config: config_dict.ConfigDict) -> None:
 
     Versions with which the run was started or resumed before stay in `earlier_versions`.
     """
-    versions = _versions()
-    before = read_record(workdir / "config.json")
+    versions, before = _versions(), read_record(workdir / "config.json")
     earlier = before.get("earlier_versions")
-    earlier = earlier if isinstance(earlier, list) else []
-    if before.get("versions", versions) != versions:
-        earlier = [*earlier, before["versions"]]
+    found = [*(earlier if isinstance(earlier, list) else []), before.get("versions")]
+    # Anyone may have written the file.
+    found = [x for x in found if isinstance(x, dict) and {str} >= set(map(type, x.values()))]
+    earlier = found[:-1] if found[-1:] == [versions] else found
     record = {
         "config": as_json(config),
         "versions": versions,

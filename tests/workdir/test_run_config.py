@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import json
+import math
 import os
 import shutil
 import stat
@@ -483,3 +484,6 @@ def test_a_run_keeps_all_versions_and_commits_with_which_it_was_started(tmp_path
     last = start()
     assert "commit" not in last["versions"]
     assert last["earlier_versions"] == [first["versions"], later["versions"]]
+    strange = {"versions": {"jax": math.nan}, "earlier_versions": [1, {"jax": [2]}, {"jax": "0.1"}]}
+    (run / "config.json").write_text(json.dumps(last | strange))
+    assert start()["earlier_versions"] == [{"jax": "0.1"}]
