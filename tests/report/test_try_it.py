@@ -247,3 +247,8 @@ def test_a_drawing_is_classified_and_can_be_cleared(opened):
     assert count() > empty
     view.get_by_role("button", name="Clear").click()
     assert count() == empty
+    view.mouse.move(box["x"] - 20, box["y"] + box["height"] / 2)
+    view.mouse.down()  # outside
+    view.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=5)
+    view.mouse.up()
+    assert count() == empty

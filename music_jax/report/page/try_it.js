@@ -79,6 +79,7 @@ function drawing(done) {
     context.stroke();
   });
   canvas.addEventListener("pointerup", (event) => {
+    if (!canvas.hasPointerCapture(event.pointerId)) return; // the line began elsewhere
     context.lineTo(...place(event)); // a dot, if the pointer has not moved
     context.stroke();
     done(context);
