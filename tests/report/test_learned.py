@@ -33,6 +33,7 @@ def test_scores_of_several_classes_have_columns_of_their_own():
     several["linear"] |= {f"chance_{metric}": 0.1, "num_test": 50}
     one = {"linear": {"top1": 0.9, "top5": 1.0}}
     run, other, empty = (types.SimpleNamespace(results=x) for x in (several, one, {}))
+    several["retrieval"] = {"map": 0.3}
     titles = ["linear mAP, %", "kNN mAP, %"]
     assert [title for title, _, _ in learned.score_columns([run])] == titles
     assert learned.scores([run]) == [
