@@ -103,9 +103,17 @@ def _commit() -> str:
     if not (clone / ".git").exists():
         return ""
     ask = ["git", "--no-optional-locks", "describe", "--always", "--exclude=*", "--abbrev=12"]
+    # In a hook of Git these name another repository.
+    others = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(
-            [*ask, "--dirty"], cwd=clone, capture_output=True, text=True, check=True, timeout=30
+            [*ask, "--dirty"],
+            cwd=clone,
+            env={name: value for name, value in os.environ.items() if name not in others},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
         ).stdout.strip()
     return ""
 

@@ -462,6 +462,7 @@ def test_a_run_keeps_all_versions_and_commits_with_which_it_was_started(tmp_path
         subprocess.run([*git, *command], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     monkeypatch.setattr(run_config, "__file__", str(module))
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "another"))  # as in a hook
     run = epath.Path(tmp_path / "run")
     run.mkdir()
 
