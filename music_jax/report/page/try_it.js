@@ -103,7 +103,8 @@ function summary(run, network, { classes, similarities }, name) {
 }
 
 function showTried({ run, network, panel }, { view, codes, classes, similarities }, name) {
-  const block = (title, ...children) => make("div", {}, make("h4", { text: title }), ...children);
+  const level = $(":scope > h3", panel.parentElement) ? "h4" : "h3"; // below the name of the run, if it is shown
+  const block = (title, ...children) => make("div", {}, make(level, { text: title }), ...children);
   const parts = [block("Image", viewCanvas(view, name))];
   if (classes) {
     const shares = ranked(classes, CLASSES_SHOWN).map(([label, share]) => {
