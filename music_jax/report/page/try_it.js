@@ -115,7 +115,9 @@ function showTried({ run, network, panel }, { view, codes, classes, similarities
     });
     parts.push(block("Class by the linear probe", make("ol", {}, ...shares)));
   } else {
-    const reason = "Not shown: the linear probe of this checkpoint is not saved; python -m music_jax.linear_eval saves it.";
+    const reason = run.classes.length
+      ? "Not shown: the linear probe of this checkpoint is not saved; python -m music_jax.linear_eval saves it."
+      : "Not shown: the images have no labels, or several each.";
     parts.push(block("Class by the linear probe", make("p", { className: "missing", text: reason })));
   }
   const near = ranked(similarities, run.neighbors.rows.shape[1] || 1).map(([i, similarity]) => {
