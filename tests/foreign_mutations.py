@@ -247,9 +247,10 @@ def bombs(rng: random.Random, place: Place) -> None:
         file = io.BytesIO()
         compression = rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2))
         with zipfile.ZipFile(file, "w", compression) as archive:
-            for name in ("indices", "labels", "predictions", "step"):
+            for name in ("indices", "labels", "predictions", "step", "kernel", "bias"):
                 archive.writestr(f"{name}.npy", array_bomb(rng))
-        (place.run / "linear_eval.npz").write_bytes(file.getvalue())
+        name = rng.choice(("linear_eval.npz", "linear_classifier.npz"))
+        (place.run / name).write_bytes(file.getvalue())
     elif kind == 1:
         arrays = sorted((place.run / "features").rglob("*.npz"))
         if arrays:

@@ -4,7 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.stats
+import scipy  # which imports its modules when they are used
 
 from music_jax.evaluation.results import MEAN_AVERAGE_PRECISION, TITLES
 from music_jax.metrics.knn import unit_length
@@ -39,8 +39,8 @@ def verdicts(
       sample: Its images, if there are any.
       segments: Result of `measures.measure_sample_segments`, if it has segments.
     """
-    if sample is None:
-        reading = "It is measured on images, with a checkpoint."
+    if sample is None or len(sample.indices) < 2:
+        reading = "It is measured on several images, with a checkpoint."
         return _logged_collapse(run), Verdict("unknown", "Redundancy is not measured", reading)
     if segments is None:
         return _judge_embeddings(sample.embeddings)
@@ -84,17 +84,24 @@ def _judge_embeddings(embeddings: np.ndarray) -> tuple[Verdict, Verdict]:
     unit = unit_length(embeddings)
     centered = unit - unit.mean(axis=0, dtype=np.float64).astype(np.float32)
     spread = float(np.mean(centered.std(axis=0)) * math.sqrt(dim))
+    found = f"The spread of the embeddings is {spread:.2f}"
+    collapse = _spread_verdict(spread, found, "1 if they point in all directions")
+    if collapse.level == "bad" or min(dim, count - 1) < 2:
+        reason = "Redundancy needs several dimensions in which images differ."
+        return collapse, Verdict("unknown", "No verdict on redundancy", reason)
     gram = centered @ centered.T if count < dim else centered.T @ centered
-    rank = float(np.trace(gram) ** 2 / max(np.sum(gram**2, dtype=np.float64), 1e-30))
-    most = max(min(dim, count - 1), 1)
-    return _spread_verdict(
-        spread, f"The spread of the embeddings is {spread:.2f}", "1 if they point in all directions"
-    ), Verdict(
-        level := _level(1 - rank / most, 0.5, 0.9),
+    rank = float(np.trace(gram) ** 2 / np.sum(gram**2, dtype=np.float64))
+    # That of as many normal vectors: E tr(C)² / E tr(C²) of a Wishart matrix C.
+    most = ((count - 1) * dim + 2) / (count + dim)
+    share = float(np.clip((most - rank) / (most - 1), 0, 1))
+    level = _level(share, 0.5, 0.9)
+    return collapse, Verdict(
+        level,
         _REDUNDANCY[level],
         f"The embeddings vary in {rank:.1f} of {dim:,} dimensions (their effective rank); 1 if all "
-        f"dimensions were copies of one, {most:,} at the optimum.",
-        1 - rank / most,
+        f"dimensions were copies of one, about {most:,.0f} with {count:,} images if all dimensions "
+        "were independent.",
+        share,
     )
 
 
@@ -107,7 +114,12 @@ def _logged_collapse(run: RecordedRun) -> Verdict:
         value = as_number(record.get(name))
         if value is not None:
             step = f"At the last logged step, the {title} was {value:.2f}"
-            return _spread_verdict(value, step, best)
+            verdict = _spread_verdict(value, step, best)
+            if name == "usage_entropy" and verdict.level == "good":
+                more = "If all units were equally probable for every image, it would be 1 as well."
+                reading = f"{verdict.reading} {more}"
+                return Verdict("unknown", "No collapse to a few units", reading)
+            return verdict
     reading = "The log has no statistics of the embeddings (config.guards)."
     return Verdict("unknown", "Collapse is not measured", reading)
 
@@ -126,7 +138,8 @@ def score_columns(runs: list[RecordedRun]) -> list[tuple[str, str, str]]:
     """Returns the columns of the table of scores: title, protocol, and key of its result."""
     top1 = [("linear", "linear", "top1"), ("linear", "linear", "top5"), ("kNN", "knn", "top1")]
     several = [(title, protocol, MEAN_AVERAGE_PRECISION) for title, protocol, _ in top1[::2]]
-    found = [MEAN_AVERAGE_PRECISION in result for run in runs for result in run.results.values()]
+    results = [run.results.get(protocol) for run in runs for protocol in ("linear", "knn")]
+    found = [MEAN_AVERAGE_PRECISION in result for result in results if result is not None]
     columns = top1 * (not all(found) or not found) + several * any(found)
     return [(f"{title} {TITLES[key]}, %", protocol, key) for title, protocol, key in columns]
 

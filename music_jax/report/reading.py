@@ -183,8 +183,8 @@ def _read_predictions(
     predictions = _try(lambda path: read_predictions(path.parent), path, notes)
     if predictions is None or linear is None:
         return None
-    same_step = linear.get("step") == predictions.step
-    if same_step and math.isclose(linear.get("top1", -1), predictions.top1, abs_tol=1e-6):
+    top1, same_step = as_number(linear.get("top1")), linear.get("step") == predictions.step
+    if same_step and top1 is not None and math.isclose(top1, predictions.top1, abs_tol=1e-6):
         return predictions
     notes.append(f"{path.name} does not belong to the probe of linear_eval.json")
     return None

@@ -65,12 +65,12 @@ def write_config(workdir: epath.Path, config: config_dict.ConfigDict) -> None:
 
     Versions with which the run was started or resumed before stay in `earlier_versions`.
     """
-    versions = _versions()
-    before = read_record(workdir / "config.json")
+    versions, before = _versions(), read_record(workdir / "config.json")
     earlier = before.get("earlier_versions")
-    earlier = earlier if isinstance(earlier, list) else []
-    if before.get("versions", versions) != versions:
-        earlier = [*earlier, before["versions"]]
+    found = [*(earlier if isinstance(earlier, list) else []), before.get("versions")]
+    # Anyone may have written the file.
+    found = [x for x in found if isinstance(x, dict) and {str} >= set(map(type, x.values()))]
+    earlier = found[:-1] if found[-1:] == [versions] else found
     record = {
         "config": as_json(config),
         "versions": versions,
@@ -103,9 +103,17 @@ def _commit() -> str:
     if not (clone / ".git").exists():
         return ""
     ask = ["git", "--no-optional-locks", "describe", "--always", "--exclude=*", "--abbrev=12"]
+    # In a hook of Git these name another repository.
+    others = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(
-            [*ask, "--dirty"], cwd=clone, capture_output=True, text=True, check=True, timeout=30
+            [*ask, "--dirty"],
+            cwd=clone,
+            env={name: value for name, value in os.environ.items() if name not in others},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
         ).stdout.strip()
     return ""
 

@@ -33,6 +33,7 @@ def test_scores_of_several_classes_have_columns_of_their_own():
     several["linear"] |= {f"chance_{metric}": 0.1, "num_test": 50}
     one = {"linear": {"top1": 0.9, "top5": 1.0}}
     run, other, empty = (types.SimpleNamespace(results=x) for x in (several, one, {}))
+    several["retrieval"] = {"map": 0.3}
     titles = ["linear mAP, %", "kNN mAP, %"]
     assert [title for title, _, _ in learned.score_columns([run])] == titles
     assert learned.scores([run]) == [
@@ -104,7 +105,7 @@ def test_one_segment_or_one_image_has_a_verdict():
     _, (collapse, redundancy) = _judge(np.arange(40)[:, None] % 4)
     assert (collapse.level, redundancy.level) == ("good", "unknown")
     for verdict in _judge(np.zeros((1, 2), int))[1]:
-        assert verdict.text
+        assert verdict.level == "unknown"
 
 
 def test_embeddings_without_segments_are_judged_by_their_spread_and_rank():
@@ -119,13 +120,26 @@ def test_embeddings_without_segments_are_judged_by_their_spread_and_rank():
     assert levels(noise) == ["good", "good"]
     assert levels(np.ones(20) + 0.001 * noise)[0] == "bad"
     assert levels(np.repeat(noise[:, :1], 20, axis=1) + 0.01 * noise) == ["good", "bad"]
-    assert levels(np.zeros((5, 20))) == ["bad", "bad"]
+    assert levels(np.zeros((5, 20))) == ["bad", "unknown"]
+    assert levels(noise[:, :1]) == ["good", "unknown"]
+
+
+@pytest.mark.parametrize(("images", "dim"), [(500, 2), (500, 500), (300, 2000)])
+def test_the_redundancy_of_embeddings_is_0_if_independent_and_1_for_copies(images, dim):
+    """Also in two dimensions, and for fewer images than dimensions, which bound the rank."""
+    rng = np.random.default_rng(0)
+    independent = rng.normal(size=(images, dim))
+    for embeddings, value in ((independent, 0), (np.repeat(independent[:, :1], dim, axis=1), 1)):
+        sample = make_sample(images=images)._replace(embeddings=embeddings.astype(np.float32))
+        redundancy = learned.verdicts(types.SimpleNamespace(metrics=[]), sample, None)[1]
+        assert redundancy.value == pytest.approx(value, abs=0.01)
 
 
 def test_without_images_the_log_tells_of_a_collapse(tmp_path):
     (run,) = read_workdirs([str(write_workdir(tmp_path / "run"))])
     collapse, redundancy = learned.verdicts(run, None, None)
-    assert collapse.level == "good"
+    # Uncertain segments, a collapse as well, use their units equally.
+    assert (collapse.level, collapse.text) == ("unknown", "No collapse to a few units")
     assert "the usage entropy was 0.90; 0 after a collapse" in collapse.reading
     assert redundancy.level == "unknown"
     run.metrics[-1]["usage_entropy"] = 0.05

@@ -2,6 +2,7 @@
 
 import dataclasses
 import html.parser
+import json
 import re
 from importlib import resources
 
@@ -111,6 +112,13 @@ def test_text_from_the_run_is_escaped(finished):
     assert "default-src 'none'" in text
 
 
+def _with_several_classes(path):
+    scores = {"mean_average_precision": 0.6, "random_init_mean_average_precision": 0.4}
+    scores |= {"raw_pixels_mean_average_precision": None, "step": 30}
+    (path / "linear_eval.json").write_text(json.dumps(scores))
+    return path
+
+
 @pytest.mark.parametrize(
     ("prepare", "parts"),
     [
@@ -139,6 +147,10 @@ def test_text_from_the_run_is_escaped(finished):
                 make_reported(write_workdir(path / "run"), make_sample()), no_network="too <b>large"
             ),
             ("Try it on an image Not shown: too <b>large.",),
+        ),
+        (
+            lambda path: make_reported(_with_several_classes(write_workdir(path / "run"))),
+            ("Confusions of the linear probe Not shown: images may have several classes.",),
         ),
     ],
 )

@@ -41,10 +41,11 @@ def test_predictions_of_another_probe_are_ignored(tmp_path):
     (run,) = read_workdirs([str(path)])
     assert run.predictions is not None
     figures = json.loads((path / "linear_eval.json").read_text())
-    (path / "linear_eval.json").write_text(json.dumps(figures | {"top1": 0.01}))
-    (run,) = read_workdirs([str(path)])
-    assert run.predictions is None
-    assert "does not belong to the probe" in run.notes[0]
+    for top1 in (0.01, None):
+        (path / "linear_eval.json").write_text(json.dumps(figures | {"top1": top1}))
+        (run,) = read_workdirs([str(path)])
+        assert run.predictions is None
+        assert "does not belong to the probe" in run.notes[0]
     for label in (2**31, 10**12, -1):
         values = np.asarray([label])
         arrays = {"indices": np.arange(1), "labels": values, "predictions": values}

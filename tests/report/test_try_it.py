@@ -185,6 +185,7 @@ def test_dropping_a_file_shows_its_class_its_neighbors_and_its_codes(opened, rep
     codes = report.encoder.codes([path])[0]
     shown = re.findall(r"segment (\d+): unit (\d+), [\d.]+ %", panel.inner_text())
     assert dict((int(s), int(k)) for s, k in shown) == dict(enumerate(codes.tolist()))
+    assert panel.get_by_role("heading", level=3).count() == 4  # below the section's
     panel.locator(".near .thumb").first.click()
     assert view.locator(".row.chosen").count() == 1
 
@@ -226,6 +227,7 @@ def test_several_runs_apply_their_networks_to_the_same_image(browser, encoders, 
     assert first.locator(".codes li").count() == 6
     assert second.locator(".codes li").count() == 0
     assert second.locator(".near .thumb").count() == 8
+    assert second.get_by_role("heading", level=4).count() == 3  # below the run's
     assert opened.errors == []
     opened.close()
 
@@ -246,4 +248,9 @@ def test_a_drawing_is_classified_and_can_be_cleared(opened):
     status.filter(has_text="the drawing: class").wait_for()
     assert count() > empty
     view.get_by_role("button", name="Clear").click()
+    assert count() == empty
+    view.mouse.move(box["x"] - 20, box["y"] + box["height"] / 2)
+    view.mouse.down()  # outside
+    view.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=5)
+    view.mouse.up()
     assert count() == empty

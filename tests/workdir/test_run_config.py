@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import json
+import math
 import os
 import shutil
 import stat
@@ -461,6 +462,7 @@ def test_a_run_keeps_all_versions_and_commits_with_which_it_was_started(tmp_path
         subprocess.run([*git, *command], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     monkeypatch.setattr(run_config, "__file__", str(module))
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "another"))  # as in a hook
     run = epath.Path(tmp_path / "run")
     run.mkdir()
 
@@ -483,3 +485,6 @@ def test_a_run_keeps_all_versions_and_commits_with_which_it_was_started(tmp_path
     last = start()
     assert "commit" not in last["versions"]
     assert last["earlier_versions"] == [first["versions"], later["versions"]]
+    strange = {"versions": {"jax": math.nan}, "earlier_versions": [1, {"jax": [2]}, {"jax": "0.1"}]}
+    (run / "config.json").write_text(json.dumps(last | strange))
+    assert start()["earlier_versions"] == [{"jax": "0.1"}]

@@ -79,6 +79,7 @@ function drawing(done) {
     context.stroke();
   });
   canvas.addEventListener("pointerup", (event) => {
+    if (!canvas.hasPointerCapture(event.pointerId)) return; // the line began elsewhere
     context.lineTo(...place(event)); // a dot, if the pointer has not moved
     context.stroke();
     done(context);
@@ -102,7 +103,8 @@ function summary(run, network, { classes, similarities }, name) {
 }
 
 function showTried({ run, network, panel }, { view, codes, classes, similarities }, name) {
-  const block = (title, ...children) => make("div", {}, make("h4", { text: title }), ...children);
+  const level = $(":scope > h3", panel.parentElement) ? "h4" : "h3"; // below the name of the run, if it is shown
+  const block = (title, ...children) => make("div", {}, make(level, { text: title }), ...children);
   const parts = [block("Image", viewCanvas(view, name))];
   if (classes) {
     const shares = ranked(classes, CLASSES_SHOWN).map(([label, share]) => {
@@ -113,7 +115,9 @@ function showTried({ run, network, panel }, { view, codes, classes, similarities
     });
     parts.push(block("Class by the linear probe", make("ol", {}, ...shares)));
   } else {
-    const reason = "Not shown: the linear probe of this checkpoint is not saved; python -m music_jax.linear_eval saves it.";
+    const reason = run.classes.length
+      ? "Not shown: the linear probe of this checkpoint is not saved; python -m music_jax.linear_eval saves it."
+      : "Not shown: the images have no labels, or several each.";
     parts.push(block("Class by the linear probe", make("p", { className: "missing", text: reason })));
   }
   const near = ranked(similarities, run.neighbors.rows.shape[1] || 1).map(([i, similarity]) => {
