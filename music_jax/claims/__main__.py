@@ -121,7 +121,7 @@ def _cores() -> list[int | None]:
     if not hasattr(os, "sched_getaffinity"):  # which exists on Linux only
         return [None] * (flags.FLAGS.workers or usable_cores())
     cores = sorted(os.sched_getaffinity(0))
-    return [cores[i % len(cores)] for i in range(flags.FLAGS.workers or len(cores))]
+    return [cores[i % len(cores)] for i in range(flags.FLAGS.workers or usable_cores())]
 
 
 if __name__ == "__main__":

@@ -54,12 +54,23 @@ def made_by_other_code(sweep: Sweep, cells: Iterable[Cell]) -> list[str]:
     ]
 
 
+def changed_objectives(sweep: Sweep, cells: Iterable[Cell]) -> list[str]:
+    """Returns the objectives with results of different versions of the user's own files."""
+    found: dict[str, set[str]] = {}
+    for cell in cells:
+        if (result := sweep.results.read(cell)) is not None:
+            name = sweep.cell_config(cell).objective.name
+            found.setdefault(name, set()).add(result.get("code", "").partition("+")[2])
+    return sorted(name for name, codes in found.items() if len(codes) > 1)
+
+
 def _source_file(make: Any) -> str | None:
     """Returns the file that defines a function or a class; None if it has none, as in a shell."""
     try:
-        return inspect.getsourcefile(make.func if isinstance(make, functools.partial) else make)
-    except TypeError:
+        file = inspect.getsourcefile(make.func if isinstance(make, functools.partial) else make)
+    except (OSError, TypeError):
         return None
+    return file if file and epath.Path(file).is_file() else None
 
 
 @functools.cache

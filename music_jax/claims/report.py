@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from etils import epath
 
-from music_jax.claims.code import package_codes
+from music_jax.claims.code import changed_objectives, package_codes
 from music_jax.claims.planning import REFERENCES, make_plan
 from music_jax.claims.sweep import Sweep
 from music_jax.claims.tables import MARGIN, MEASURES, PROBES, SHARES, Row, Table, progress_of
@@ -90,6 +90,12 @@ def _markdown(sweep: Sweep, tables: list[Table]) -> str:
         lines += [
             f"**Results of different code**: {counts}. A difference between methods may be one "
             "between versions of the code.",
+            "",
+        ]
+    if changed := changed_objectives(sweep, plan.cells):
+        lines += [
+            f"**Changed between results**: the files that define {', '.join(changed)}. Some of "
+            "these results are those of an earlier version.",
             "",
         ]
     if done < total:

@@ -261,10 +261,11 @@ def _try_job(job: Job) -> str | None:
 
     directory = epath.Path(job.runs) / job.cell.name
     try:
+        code = fingerprint(from_json(job.config))  # before the files change
         result, arrays = run_cell(
             job.cell, job.config, os.fspath(directory), job.test_split, job.validation
         )
-        result["code"] = fingerprint(from_json(job.config))
+        result["code"] = code
         Results(epath.Path(job.results)).write(job.cell, result, arrays)
         # Not needed once a cell has its result; a final one keeps its checkpoint.
         unneeded = ["features", "start"] if job.cell.kind == "final" else [""]

@@ -1,5 +1,6 @@
 """Devices: choosing them, the mesh, and assigning rows of a batch to them."""
 
+import collections
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -121,11 +122,16 @@ def make_data_mesh(
       The mesh, [devices / fsdp, fsdp], with the devices of a slice side by side.
 
     Raises:
-      UserError: `fsdp` does not divide the number of devices of a slice.
+      UserError: The slices differ in size, or `fsdp` does not divide the devices of a slice.
     """
     devices = (jax.devices() if devices is None else devices)[:num_devices]
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    size = len(devices) // slices
+    sizes = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
+    slices, size = len(sizes), max(sizes.values())
+    if slices * size != len(devices):
+        raise UserError(
+            f"the slices, or machines with GPUs, have {', '.join(map(str, sizes.values()))} "
+            "devices; use the same number of each"
+        )
     fsdp = size if fsdp is None else fsdp
     if size % fsdp:
         where = f"the {size} devices" + (f" of each of the {slices} slices" if slices > 1 else "")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 # Stems by name: size and stride of the convolution, and whether max-pooling follows.
@@ -253,7 +254,8 @@ def _max_pool(x: jax.Array) -> jax.Array:
 
     The gradient of a window goes to its first maximum. XLA scatters it: on GPUs by atomic additions
     in any order or, if they have to be deterministic, after a sort, with four times the memory
-    traffic. On GPUs it is computed by comparisons instead, always in the same order.
+    traffic. On GPUs it is computed by comparisons instead, always in the same order. Forward-mode
+    differentiation raises TypeError.
     """
     return _pool(x)
 
@@ -288,22 +290,24 @@ def max_pool_gradient(x: jax.Array, y: jax.Array, cotangent: jax.Array) -> jax.A
       cotangent: Gradient with respect to `y`, of its shape.
 
     Returns:
-      An array of the type and shape of `x`, summed in float32.
+      An array of the type and shape of `x`, summed in at least float32.
     """
     (height, width), (rows, columns) = x.shape[1:3], y.shape[1:3]
     no_padding = (0, 0, 0)
     around = (no_padding, (1, 1, 0), (1, 1, 0), no_padding)
     padded = jax.lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), around)
     taken = jnp.zeros(y.shape, bool)
-    total = jnp.zeros(padded.shape, jnp.float32)
+    wide = cotangent.astype(np.promote_types(x.dtype, np.float32))
+    zero = jnp.zeros((), wide.dtype)
+    total = jnp.zeros(padded.shape, wide.dtype)
     for i, j in itertools.product(range(3), repeat=2):
         ends = i + 2 * rows - 1, j + 2 * columns - 1
         element = padded[:, i : ends[0] : 2, j : ends[1] : 2]  # of each window
         is_first = (element == y) & ~taken
         taken |= is_first
-        part = jnp.where(is_first, cotangent.astype(jnp.float32), 0.0)
+        part = jnp.where(is_first, wide, zero)
         places = (i, height + 2 - ends[0], 1), (j, width + 2 - ends[1], 1)
-        total += jax.lax.pad(part, jnp.float32(0), (no_padding, *places, no_padding))
+        total += jax.lax.pad(part, zero, (no_padding, *places, no_padding))
     return total[:, 1:-1, 1:-1].astype(x.dtype)
 
 

@@ -1,4 +1,4 @@
-"""The sum of P log P over the units of different segments, without a dim x dim matrix.
+"""The sum of P log P over the units of different segments, in blocks of the dim x dim matrix P.
 
 This is the only term that requires matrix products: P = paᵀ pb / N, and two more in its gradient.
 They are computed on blocks of rows of P. On several devices each computes a tile of P: the devices

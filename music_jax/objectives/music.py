@@ -136,9 +136,9 @@ def music_loss(
     ones. At inference, a running mean takes the place of the batch's.
 
     *Cost.* The value and its gradient take three matrix products of N dim² multiplications. They
-    are computed on blocks of rows, so that the dim x dim matrix P is never held, and on several
-    devices each computes a tile of P. Second derivatives are supported as the derivative, in either
-    mode, of :func:`jax.grad`; :func:`jax.jvp` of this function raises TypeError.
+    are computed on blocks of rows of the dim x dim matrix P, of 16 MiB, or 256 MiB on GPUs, and on
+    several devices each computes a tile of P. Second derivatives are supported as the derivative,
+    in either mode, of :func:`jax.grad`; :func:`jax.jvp` of this function raises TypeError.
 
     *Several devices.* The value and the gradient are those of the global batch
 

@@ -17,7 +17,7 @@ from music_jax.errors import UserError
 from music_jax.plan.chips import ATTACHED, CHIPS, attached_topology, check_compilers
 
 if TYPE_CHECKING:
-    from music_jax.plan.compiling import StepCost
+    from music_jax.plan.costs import StepCost
     from music_jax.plan.report import Plan
 
 _USAGE = """

@@ -6,12 +6,8 @@ topology has a process of its own, which needs `ENVIRONMENT` in its environment.
 
 import dataclasses
 import functools
-import hashlib
-import importlib.metadata
-import json
 import logging
 import os
-import pathlib
 import re
 import time
 from collections.abc import Callable
@@ -31,11 +27,10 @@ from music_jax.distributed.signals import end_with_parent
 from music_jax.errors import UserError
 from music_jax.plan import programs
 from music_jax.plan.chips import check_has_slices, chip_of
+from music_jax.plan.costs import StepCost, cache_key, cached
 from music_jax.train.recipe import Recipe, make_recipe
 from music_jax.train.state import abstract_state
 from music_jax.train.step import crop_shapes, lower_step, mean_over_pairs
-from music_jax.workdir.directory import user_directory
-from music_jax.workdir.files import write_new
 
 _logger = logging.getLogger(__name__)
 
@@ -48,7 +43,6 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "none",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
-_COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt", "jax-cuda12-pjrt")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
 _TOLERANCE = 1 / 32  # largest share by which the batch that is found is below the largest that fits
 
@@ -65,61 +59,13 @@ _GPU_ESTIMATES = {
 }
 
 # For a program that this JAX cannot read.
+_UNREAD = "unknown: this JAX cannot read the program that libtpu compiles for this chip"
 _UNREAD_ESTIMATES = {
     "flops": "XLA's, which counts the body of each loop once",
     "hbm_traffic_bytes": "likewise",
 } | dict.fromkeys(
-    ("hbm_only_bytes", "received_bytes", "collective_bytes", "objective_flops"),
-    "unknown: this JAX cannot read the program that libtpu compiles for this chip",
+    ("hbm_only_bytes", "received_bytes", "collective_bytes", "objective_flops"), _UNREAD
 )
-
-
-@dataclasses.dataclass
-class StepCost:
-    """Memory, work and communication of one step, per chip.
-
-    Attributes:
-      chips: Number of chips.
-      batch_size: Global batch size.
-      fits: Whether the step fits into the chip's memory. If not, only memory is known.
-      hbm_available_bytes: Memory of the chip that XLA may use.
-      hbm_needed_bytes: Peak memory of the step.
-      argument_bytes: Memory of the state and the batch.
-      temporary_bytes: Memory of all intermediate arrays.
-      flops: FLOPs as counted by XLA, with all iterations of loops.
-      hbm_traffic_bytes: XLA's "bytes accessed", with all iterations of loops: bytes that
-        instructions read and write, including arrays that stay in on-chip memory.
-      hbm_only_bytes: The same without arrays in on-chip memory, counted by this package.
-      received_bytes: Bytes that enter the chip from other chips of its slice.
-      collective_bytes: Bytes of the collectives' results within a slice, by kind.
-      objective_flops: FLOPs of the objective and its gradient alone.
-      compile_seconds: Compilation time.
-      estimates: Origin of each value that XLA does not give for the chip.
-      slices: Number of slices.
-      processes: Number of processes, one per host.
-      dcn_bytes: Bytes that enter the chip from other slices, through the data center network.
-      dcn_transfers: Number of transfers from other slices.
-    """
-
-    chips: int
-    batch_size: int
-    fits: bool
-    hbm_available_bytes: float
-    hbm_needed_bytes: float | None = None
-    argument_bytes: float | None = None
-    temporary_bytes: float | None = None
-    flops: float | None = None
-    hbm_traffic_bytes: float | None = None
-    hbm_only_bytes: float | None = None
-    received_bytes: float | None = None
-    collective_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
-    objective_flops: float | None = None
-    compile_seconds: float | None = None
-    estimates: dict[str, str] = dataclasses.field(default_factory=dict)
-    slices: int = 1
-    processes: int = 1
-    dcn_bytes: float | None = None
-    dcn_transfers: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,7 +305,10 @@ def _measure(lowered: jax.stages.Lowered, slice_: Slice, batch_size: int) -> Ste
         analysis: Any = compiled.cost_analysis()
         cost.flops = analysis["flops"] * per_chip
         cost.hbm_traffic_bytes = analysis["bytes accessed"] * per_chip
-        cost.estimates = slice_.estimates | _UNREAD_ESTIMATES
+        unknown = _UNREAD_ESTIMATES
+        if slice_.slices > 1:
+            unknown = unknown | dict.fromkeys(("dcn_bytes", "dcn_transfers"), _UNREAD)
+        cost.estimates = slice_.estimates | unknown
         return cost
     flops, traffic = programs.costs(compiled, program)
     sent = programs.collectives(program, slice_.chip_of_device)
@@ -386,28 +335,3 @@ def _objective_flops(recipe: Recipe, batch_size: int, mesh: Mesh) -> float:
     with jax.set_mesh(mesh):
         compiled = step.lower(embeddings).compile()
     return programs.costs(compiled, programs.read(compiled))[0]
-
-
-def cached(key: str, compute: Callable[[], StepCost]) -> StepCost:
-    """Returns the costs from the user's cache, or computes and caches them."""
-    try:
-        return StepCost(**json.loads((user_directory("cache", "plan") / f"{key}.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        cost = compute()
-    try:
-        content = json.dumps(dataclasses.asdict(cost)).encode()
-        write_new(user_directory("cache", "plan") / f"{key}.json", content)
-    except OSError as error:
-        _logger.info(f"the costs of this step are not cached: {error}")
-    return cost
-
-
-def cache_key(program: str, chips: str) -> str:
-    """Returns a hash of all that costs depend on: program, chips, compilers, and this package."""
-    installed = importlib.metadata.distributions()
-    compilers = sorted(f"{d.name}={d.version}" for d in installed if d.name in _COMPILERS)
-    own = [
-        pathlib.Path(__file__).parent / f"{name}.py" for name in ("chips", "compiling", "programs")
-    ]
-    parts = [program, chips, *compilers, *(path.read_text() for path in own)]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()

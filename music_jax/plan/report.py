@@ -7,7 +7,7 @@ from typing import Any
 
 from music_jax.distributed import progress
 from music_jax.plan.chips import chip_of, network_peak
-from music_jax.plan.compiling import StepCost
+from music_jax.plan.costs import StepCost
 
 Plan = dict[str, Any]
 

@@ -1,9 +1,9 @@
 """Measures what `python -m music_jax.report` takes, in processes of their own.
 
-.venv/bin/python -m tests.benchmarks.report runs/mnist5k
+    python tests/benchmarks/report.py runs/mnist5k
 
-The first report compiles its programs, the others find them in the cache. The time of the
-processors is the one to compare on a machine that does other work.
+The first report compiles its programs, the others read them from the cache. On a machine that does
+other work, compare the processor seconds.
 """
 
 import os

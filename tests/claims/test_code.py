@@ -65,6 +65,32 @@ def test_the_file_of_a_registered_objective_counts_for_its_own_results(tmp_path,
     assert {code.partition("+")[0] for code in found} == {music}
 
 
+@pytest.mark.parametrize("name", ["make", "Make"])
+def test_an_objective_without_a_file_has_no_hash_of_its_own(monkeypatch, name):
+    """As in a notebook or a shell."""
+    monkeypatch.setattr(registry, "OBJECTIVES", dict(registry.OBJECTIVES))
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
+    names = {"__name__": "__main__"}
+    exec("def make():\n    pass\nclass Make:\n    pass\n", names)
+    config = default_config()
+    music = fingerprint(config)
+    config.objective.name = "mine"
+    registry.OBJECTIVES["mine"] = registry.RegisteredObjective(names[name])
+    assert fingerprint(config) == music
+
+
+def test_the_page_names_objectives_whose_file_has_changed(tmp_path):
+    sweep = faked.make_sweep(tmp_path, methods=("music", "vicreg"))
+    for i, cell in enumerate(make_plan(sweep).cells):
+        own = "+first" if i == 0 else "+second"
+        is_own = sweep.cell_config(cell).objective.name == "music"
+        faked.finish(sweep, cell, code="0123456789ab" + own * is_own)
+    report.write_report(sweep, make_tables(sweep), sweep.results.directory)
+    page = (tmp_path / "claims.md").read_text()
+    assert "**Changed between results**: the files that define music." in page
+    assert "different code" not in page
+
+
 def test_the_page_counts_results_of_different_code(tmp_path):
     sweep = faked.make_sweep(tmp_path, methods=("music", "vicreg"))
     cells = make_plan(sweep).cells
@@ -83,4 +109,6 @@ def test_results_of_the_same_code_are_not_mentioned(tmp_path):
         faked.finish(sweep, cell, code=fingerprint(sweep.cell_config(cell)))
     assert not made_by_other_code(sweep, make_plan(sweep).cells[:8])
     report.write_report(sweep, make_tables(sweep), sweep.results.directory)
-    assert "different code" not in (tmp_path / "claims.md").read_text()
+    page = (tmp_path / "claims.md").read_text()
+    assert "different code" not in page
+    assert "Changed between results" not in page

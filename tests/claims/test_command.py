@@ -5,10 +5,14 @@ import os
 import re
 import signal
 import time
+import types
 
 import psutil
 import pytest
 from processes import DIGITS, ROOT, run, start
+
+from music_jax import distributed
+from music_jax.claims import __main__ as command
 
 _CLAIMS = "music_jax.claims"
 _SMALL = (
@@ -145,3 +149,13 @@ def test_cells_of_a_worker_that_does_not_run_are_named(tmp_path, monkeypatch):
     run_cells._SignsOfLife(runs, Share(0, 2)).fail()  # an earlier comparison of two workers
     with pytest.raises(UnusableDataError, match=r"worker 0-of-3 failed: see its output"):
         run_cells.run_missing(sweep, runs=runs, cores=[], share=Share(1, 3), patience=0.5)
+
+
+def test_a_container_that_limits_the_cpu_time_has_fewer_workers(monkeypatch, tmp_path):
+    (tmp_path / "cpu.max").write_text("200000 100000\n")
+    monkeypatch.setattr(distributed, "_CPU_LIMIT", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 8, 9}, raising=False)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    for workers, expected in ((None, [3, 5]), (5, [3, 5, 8, 9, 3])):
+        monkeypatch.setattr(command.flags, "FLAGS", types.SimpleNamespace(workers=workers))
+        assert command._cores() == expected

@@ -102,6 +102,11 @@ def test_parameters_are_sharded_within_a_slice(fsdp, expected):
     assert [[device.id for device in row] for row in found.devices] == expected
 
 
+def test_slices_of_different_sizes_are_an_error():
+    with pytest.raises(UserError, match="have 4, 3 devices; use the same number of each"):
+        mesh.make_data_mesh(devices=_DEVICES[1:])
+
+
 @pytest.mark.parametrize("fsdp", [3, 8])
 def test_parameters_sharded_over_several_slices_are_an_error(fsdp):
     with pytest.raises(UserError, match=f"fsdp = {fsdp} .* the 4 devices of each of the 2 slices"):

@@ -294,6 +294,21 @@ def test_the_gradient_of_max_pooling_goes_to_the_first_maximum_as_xla_scatters_i
     np.testing.assert_array_equal(gradient, scatter(cotangent)[0])
 
 
+def test_the_gradient_of_max_pooling_keeps_float64_and_the_axes_of_vmap():
+    with jax.enable_x64(True):
+        x, cotangent = (
+            jax.random.normal(jax.random.key(i), shape, jnp.float64)
+            for i, shape in enumerate([(2, 3, 7, 6, 4), (2, 3, 4, 3, 4)])
+        )
+
+        def scatter(x, cotangent):
+            return jax.vjp(resnet._pool, x)[1](cotangent)[0]
+
+        found = jax.vmap(max_pool_gradient)(x, jax.vmap(resnet._pool)(x), cotangent)
+        assert found.dtype == jnp.float64
+        np.testing.assert_allclose(found, jax.vmap(scatter)(x, cotangent), rtol=1e-14)
+
+
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
 def test_the_gradient_of_max_pooling_scatters_nothing_on_gpus(platform):
     """There the sums of a scatter depend on the order in which the threads run."""

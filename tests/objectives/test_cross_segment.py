@@ -1,4 +1,4 @@
-"""Blocks and tiles of the joint probability, which is never held in memory."""
+"""Blocks and tiles of the joint probability."""
 
 import functools
 import re

@@ -120,7 +120,7 @@ def test_value_and_gradient_match_one_device(name, dim_index, devices, way):
 
 
 def test_three_devices_and_blocks_within_a_tile(monkeypatch):
-    monkeypatch.setattr(cross_segment, "_BLOCK_ELEMENTS", 40)
+    monkeypatch.setattr(cross_segment, "_BLOCK_BYTES", 160)
     jax.clear_caches()
     model, weights, images, expected = problem("music", batch=9)
     for way in WAYS.values():

@@ -3,7 +3,6 @@
 import runpy
 import subprocess
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,8 @@ from music_jax.config import default_config
 from music_jax.distributed.mesh import check_divisible, make_data_mesh
 from music_jax.errors import UserError
 from music_jax.plan import compiling, programs
+from music_jax.plan.costs import StepCost
 from music_jax.train.step import lower_step
-from music_jax.workdir.directory import user_directory
 from music_jax.workdir.run_config import as_json
 
 _GIB = 2**30
@@ -126,51 +125,6 @@ def test_a_batch_that_cannot_be_divided_is_an_error(batch_size, accumulation_ste
         compiling.check(as_json(config), "v5e:2x2")
 
 
-def _cached(program="a program", chips="v5e:2x2", size=1):
-    """Asks the cache; returns the size that it gives and whether it was made now."""
-    made = []
-
-    def make():
-        made.append(size)
-        return compiling.StepCost(size, size, fits=False, hbm_available_bytes=1.0)
-
-    return compiling.cached(compiling.cache_key(program, chips), make).chips, bool(made)
-
-
-def test_the_same_program_is_compiled_once():
-    assert _cached(size=1) == (1, True)
-    assert _cached(size=2) == (1, False)
-
-
-@pytest.mark.parametrize("other", [{"program": "another"}, {"chips": "v5e:2x4"}])
-def test_another_program_or_slice_is_not_in_the_cache(other):
-    _cached(size=1)
-    assert _cached(size=2, **other) == (2, True)
-
-
-def test_results_of_another_compiler_are_not_taken(monkeypatch):
-    _cached(size=1)
-    another = types.SimpleNamespace(name="libtpu", version="99")
-    monkeypatch.setattr(compiling.importlib.metadata, "distributions", lambda: [another])
-    assert _cached(size=2) == (2, True)
-
-
-@pytest.mark.parametrize("damage", ["", "{", '{"size": 1}', "[1]", "\0"])
-def test_a_damaged_cache_file_is_replaced(damage):
-    _cached(size=1)
-    (file,) = user_directory("cache", "plan").iterdir()
-    file.write_text(damage)
-    assert _cached(size=2) == (2, True)
-    assert _cached(size=3) == (2, False)
-
-
-def test_without_a_writable_cache_everything_is_compiled(monkeypatch, tmp_path):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert _cached(size=1) == (1, True)
-    assert _cached(size=2) == (2, True)
-
-
 @pytest.mark.parametrize("accumulation_steps", [1, 4])
 def test_the_search_for_the_largest_batch_starts_at_that_of_the_config(
     four_chips, monkeypatch, capsys, accumulation_steps
@@ -179,7 +133,7 @@ def test_the_search_for_the_largest_batch_starts_at_that_of_the_config(
         assert steps_per_epoch == max(1, 1437 // config.batch_size)
         check_divisible(config.batch_size, accumulation_steps, slice_.mesh)
         needed = config.batch_size / (4 * 77) * 16e9
-        return compiling.StepCost(
+        return StepCost(
             chips=slice_.chips,
             batch_size=config.batch_size,
             fits=needed <= 16e9,

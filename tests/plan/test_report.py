@@ -6,7 +6,7 @@ import json
 import pytest
 
 from music_jax.plan import report
-from music_jax.plan.compiling import StepCost
+from music_jax.plan.costs import StepCost
 
 # A v5e chip does 197 TFLOP/s, 819 GB/s of HBM and 200 GB/s of network over four links, of which one
 # in a corner of 4 x 8 chips has two.
