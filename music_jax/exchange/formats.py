@@ -165,6 +165,8 @@ def _timm_config(trained: TrainedBackbone) -> dict[str, Any]:
 
 def _file_content(trained: TrainedBackbone, form: str, num_classes: int) -> bytes:
     if form == "stablehlo":
+        with require_extra("export"):
+            import flatbuffers  # noqa: F401  # jax.export needs it to serialize
         return bytes(_exported_program(trained).serialize())
     layout = "music_jax" if form == "safetensors" else form
     metadata = {
