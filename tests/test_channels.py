@@ -122,7 +122,7 @@ def test_it_is_evaluated_and_reported(trained):
     assert "no images are shown" not in out + err
     page = (folder / "run" / "report.html").read_text()
     assert ("13 channels float32" if name == "bands" else "gray uint16") in page
-    assert page.count("data:image/webp") == 2
+    assert page.count("data:image/webp") == 3  # of the images, of views and of errors
 
 
 @pytest.mark.slow
