@@ -214,4 +214,5 @@ def test_the_input_takes_at_most_the_memory_that_a_plan_says(tmp_path, batch_siz
     found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert found.returncode == 0, found.stderr
     measured, bound = json.loads(found.stdout.splitlines()[-1])
-    assert 0.2 * bound < measured < bound
+    # The bound excludes the process itself, whose libraries and allocator grow by some megabytes.
+    assert 0.2 * bound < measured < bound + 2**25
