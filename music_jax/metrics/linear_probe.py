@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy.special
+import scipy  # which imports its modules when they are used
 
 from music_jax.errors import DivergedError, NotMeasurableError
 from music_jax.metrics.knn import check_samples
