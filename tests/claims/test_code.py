@@ -3,15 +3,15 @@
 import importlib
 import pathlib
 import shutil
-import subprocess
 import sys
 
 import faked_claims as faked
 import pytest
+from etils import epath
 
 import music_jax
 from music_jax import registry
-from music_jax.claims import report
+from music_jax.claims import code, report
 from music_jax.claims.code import fingerprint, made_by_other_code
 from music_jax.claims.planning import make_plan
 from music_jax.claims.tables import make_tables
@@ -20,32 +20,24 @@ from music_jax.config import default_config
 _PACKAGE = pathlib.Path(music_jax.__file__).parent
 
 
-def _fingerprint_of_a_copy(tmp_path, edited):
-    """Returns the hash that a copy of the package gives after a change of one file."""
+@pytest.mark.parametrize(
+    ("file", "counts"),
+    [
+        *((file, True) for file in ("objectives/music.py", "optim.py", "claims/probe.py")),
+        *((file, True) for file in ("data/crops.py", "config/defaults.py", "train/step.py")),
+        *((file, False) for file in ("claims/report.py", "report/page.py", "main.py")),
+    ],
+)
+def test_the_hash_changes_with_the_code_of_a_training_and_not_with_that_of_a_report(
+    tmp_path, monkeypatch, file, counts
+):
     copy = tmp_path / "music_jax"
     shutil.copytree(_PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    if edited:
-        (copy / edited).write_text((copy / edited).read_text() + "\n# changed\n")
-    script = (
-        "from music_jax.claims.code import fingerprint\n"
-        "from music_jax.config import default_config\n"
-        "print(fingerprint(default_config()))"
-    )
-    environment = {"PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu", "PATH": ""}
-    found = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return found.stdout.strip()
-
-
-@pytest.mark.slow
-def test_the_hash_changes_with_the_code_of_a_training_and_not_with_that_of_a_report(tmp_path):
-    own = fingerprint(default_config())
-    assert _fingerprint_of_a_copy(tmp_path / "same", "") == own
-    assert _fingerprint_of_a_copy(tmp_path / "report", "claims/report.py") == own
-    for file in ("objectives/music.py", "optim.py", "claims/probe.py", "data/crops.py"):
-        assert _fingerprint_of_a_copy(tmp_path / file.replace("/", "-"), file) != own
+    monkeypatch.setattr(code, "_ROOT", epath.Path(copy))
+    before = code._hash_package.__wrapped__()
+    assert before == code._hash_package()  # of the package itself
+    (copy / file).write_text((copy / file).read_text() + "\n# changed\n")
+    assert (code._hash_package.__wrapped__() != before) == counts
 
 
 def test_the_file_of_a_registered_objective_counts_for_its_own_results(tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 import types
 
@@ -115,6 +117,20 @@ def test_wrong_input_is_one_clear_line(tmp_path, arguments, message):
     assert message in err
     assert "Traceback" not in err
     assert err.count("\n") == 1
+
+
+def test_results_are_in_a_directory_named_after_the_dataset(tmp_path):
+    """Rows without results make tables as well."""
+    arguments = (DIGITS, "--tables_only", "--only=1", "--objectives=vicreg")
+    found = subprocess.run(
+        [sys.executable, "-m", _CLAIMS, *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "results" / "digits" / "claims.md").is_file()
 
 
 def test_cells_of_a_worker_that_does_not_run_are_named(tmp_path, monkeypatch):

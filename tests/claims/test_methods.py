@@ -32,6 +32,14 @@ def test_the_common_options_are_those_of_the_plan():
     assert COMMON["dimension"] == (128, 512, 2048)
 
 
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_values_of_an_option_are_about_a_constant_factor_apart(name):
+    for option, values in BUILT_IN[name].options.items():
+        factors = [b / a for a, b in itertools.pairwise(values)]
+        assert min(factors) > 1.9, option
+        assert max(factors) < 1.2 * min(factors), option
+
+
 def test_methods_draw_differently():
     rates = {tuple(c["learning_rate"] for c in method.draw(24)) for method in BUILT_IN.values()}
     assert len(rates) == len(BUILT_IN)

@@ -12,7 +12,7 @@ from music_jax.claims.cells import Cell
 from music_jax.claims.methods import BUILT_IN
 from music_jax.claims.planning import check_cells, make_plan, missing_cells
 from music_jax.claims.run_cells import choose
-from music_jax.claims.tables import make_tables
+from music_jax.claims.tables import CLAIMS, make_tables
 from music_jax.distributed.shares import Share
 from music_jax.errors import UserError
 from music_jax.workdir.run_config import as_json
@@ -117,6 +117,13 @@ def test_the_peak_grows_with_the_root_of_the_batch_size(tmp_path):
             assert (config.num_epochs, count) == (20, 50_000)
         assert warmup == 100
         assert steps > 200
+    # A search is five epochs, or as many as have twice the steps of the warm-up.
+    searched = {
+        cell.fields["batch_size"]: cell.fields["num_epochs"]
+        for cell in make_plan(sweep).cells
+        if cell.name.startswith("search/batch=") and "steps" not in cell.name
+    }
+    assert searched == {16: 5, 1024: 5, 4096: 17}
 
 
 def test_a_dataset_of_a_few_batches_is_compared_at_its_own_size(tmp_path):
@@ -236,6 +243,23 @@ def test_images_to_choose_with_are_not_trained_on():
         assert images.num_train <= 50_000
         assert images.first(10) == "train[:10]"
         assert images.first(10**9) == images.train
+
+
+@pytest.mark.parametrize(
+    ("dataset", "count"),  # of the images in the training split
+    [
+        *(("mnist5k", 4000), ("digits", 1437), ("shapes", 16_000), ("cifar10", 50_000)),
+        *(("cifar100", 50_000), ("imagenette", 9469), ("imagenet2012", 1_281_167)),
+    ],
+)
+def test_training_and_validation_images_are_the_training_split(dataset, count):
+    images = images_of(dataset, BUDGETS["full"])
+    assert images.train == f"train[:{images.num_train}]"
+    assert images.validation == f"train[{images.num_train}:{count}]"
+
+
+def test_a_small_comparison_tests_claims_that_exist():
+    assert set(BUDGETS["small"].claims) < set(BUDGETS["full"].claims) == set(CLAIMS)
 
 
 def test_a_worker_runs_a_group_that_no_other_worker_runs():

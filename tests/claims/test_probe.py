@@ -5,6 +5,7 @@ import pytest
 import scipy.optimize
 from skimage.feature import hog
 
+from music_jax.claims import probe
 from music_jax.claims.probe import (
     PENALTIES,
     hog_features,
@@ -60,6 +61,11 @@ def test_the_probe_is_the_regression_of_the_best_penalty():
     assert found.validation_top1 == pytest.approx(scores[best][0])
     assert np.mean(found.predictions == scores[best][1]) > 0.995
     assert 0.5 < np.mean(found.predictions == test[1]) < 0.99
+
+
+def test_a_regression_that_needs_more_steps_has_not_converged(monkeypatch):
+    monkeypatch.setattr(probe, "_MAX_STEPS", 2)
+    assert not logistic_probe(_samples(300, 0), _samples(400, 1)).converged
 
 
 def test_features_that_are_constant_or_large_do_not_matter():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import types
 
 import faked_claims as faked
 import jax
@@ -17,6 +18,7 @@ from music_jax import registry
 from music_jax.claims import measure, references, run_cells
 from music_jax.claims.cells import Cell, Results
 from music_jax.claims.planning import make_plan
+from music_jax.data.datasets import EvaluationSources
 from music_jax.data.sources import Source
 from music_jax.errors import DivergedError, NonFiniteError
 from music_jax.workdir.run_config import as_json
@@ -235,6 +237,34 @@ def test_classifiers_are_the_ones_they_are_named_after(tmp_path, data):
     for name, measured in (("linear", "linear_top1"), ("knn", "knn_top1")):
         assert np.mean(arrays[name] == parts[2][1]) == result[measured]
     assert 0.5 < result["ten_shot_top1"] < result["linear_top1"] < 1
+
+
+def test_the_reference_with_labels_predicts_the_class_of_the_largest_logit(monkeypatch):
+    logits = np.array([[1.0, 3.0, 2.0], [9.0, 4.0, 0.0], [0.0, 0.0, 7.0], [5.0, 6.0, 1.0]])
+    labels = {"validation": np.array([1, 0, 2, 0]), "test": np.array([1, 0, 0, 0])}
+    trained = {}
+
+    class Run:
+        config = types.SimpleNamespace(batch_size=10, num_epochs=3)
+        evaluation_sources = staticmethod(lambda: EvaluationSources([{}] * 25, "validation"))
+        random_crop_batches = staticmethod(lambda *_, **options: trained.update(options))
+        extract = staticmethod(
+            lambda _, source, __: types.SimpleNamespace(
+                arrays={"logits": logits}, labels=labels[source]
+            )
+        )
+
+    class Tested:
+        evaluation_sources = staticmethod(lambda: EvaluationSources([], "test"))
+
+    monkeypatch.setattr(
+        references, "train_classifier", lambda *_, **options: trained.update(options) or (0, 0)
+    )
+    monkeypatch.setattr(references, "logit_extractor", lambda *_: None)
+    result, arrays = references._supervised(Run, Tested)
+    assert arrays["linear"].tolist() == [1, 0, 2, 1]
+    assert result == {"validation_top1": 0.75, "linear_top1": 0.5}
+    assert (trained["batch_size"], trained["num_epochs"], trained["num_steps"]) == (10, 3, 6)
 
 
 def test_a_worker_uses_only_its_core_from_the_start(tmp_path):

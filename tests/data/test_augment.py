@@ -393,14 +393,22 @@ def test_one_channel_goes_through_every_operation(key):
         np.testing.assert_allclose(plane, one[..., 0], atol=2e-5)
 
 
-def test_four_channels_have_no_gray_version(key):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"grayscale_probability": 1.0},
+        {"solarize_probability": 1.0},
+        {"jitter_probability": 1.0, "brightness": 0.4, "contrast": 0.4, "hue": 0.1},
+    ],
+)
+def test_four_channels_have_no_colors_to_change(key, options):
     images, indices = images_of(4, channels=4), np.arange(4, dtype=np.int32)
     statistics = {"mean": (0.5,) * 4, "std": (0.2,) * 4}
-    plain, gray = (
+    plain, changed = (
         augment(images, indices, key, views=(view, view), dtype=jnp.float32, **statistics)
-        for view in (ViewAugmentation(), ViewAugmentation(grayscale_probability=1.0))
+        for view in (ViewAugmentation(), ViewAugmentation(**options))
     )
-    np.testing.assert_array_equal(gray, plain)
+    np.testing.assert_array_equal(changed, plain)
 
 
 def test_float_images_are_inverted_at_half_of_one(key):
@@ -464,20 +472,38 @@ def test_invalid_options_are_errors(options, message):
         ViewAugmentation(**options)
 
 
+@pytest.mark.parametrize(
+    ("name", "largest"), [("hue", 0.5), ("rotation_degrees", 180.0), ("shear_degrees", 89.0)]
+)
+def test_options_reach_their_limits(name, largest):
+    assert getattr(ViewAugmentation(**{name: largest}), name) == largest
+    with pytest.raises(ValueError, match=f"expected {name} in"):
+        ViewAugmentation(**{name: largest + 0.01})
+
+
+def test_nothing_is_drawn_by_default():
+    view = ViewAugmentation()
+    names = ("affine", "flip", "jitter", "grayscale", "blur", "solarize", "noise")
+    assert {getattr(view, f"{name}_probability") for name in names} == {0.0}
+
+
 def test_mismatched_arguments_are_errors():
     images, indices = jnp.zeros((4, 2, 8, 8, 3), jnp.uint8), jnp.arange(4)
     key = jax.random.key(7)
     run = functools.partial(augment, views=(NOTHING, NOTHING), mean=(0.5,) * 3, std=(0.5,) * 3)
     with pytest.raises(ValueError, match="expected uint8, uint16 or float32 images, got int16"):
         run(images.astype(jnp.int16), indices, key)
-    with pytest.raises(ValueError, match="expected images of shape"):
-        run(images[:, 0], indices, key)
-    with pytest.raises(ValueError, match="of each of 2 views, got 1"):
-        run(images, indices, key, views=(NOTHING,))
+    for other in (images[:, 0], images[None]):
+        with pytest.raises(ValueError, match="expected images of shape"):
+            run(other, indices, key)
+    for count in (1, 3):
+        with pytest.raises(ValueError, match=f"of each of 2 views, got {count}"):
+            run(images, indices, key, views=(NOTHING,) * count)
     with pytest.raises(ValueError, match="expected integer sample_indices of shape"):
         run(images, indices[:3], key)
-    with pytest.raises(ValueError, match="expected one typed key"):
-        run(images, indices, jax.random.PRNGKey(0))
+    for other in (jax.random.PRNGKey(0), jax.random.split(key, 2)):
+        with pytest.raises(ValueError, match="expected one typed key"):
+            run(images, indices, other)
     with pytest.raises(ValueError, match="expected mean to hold one number for each of 3 channels"):
         run(images, indices, key, mean=(0.5,))
     with pytest.raises(ValueError, match="expected uint8, uint16 or float32 images, got int16"):

@@ -8,7 +8,17 @@ import skimage.transform
 from PIL import Image
 
 from music_jax.data import crops
-from music_jax.data.crops import NUMBERS_PER_BOX, Box, Crop, center_crop, cut, draw_boxes, resize
+from music_jax.data.crops import (
+    NUMBERS_PER_BOX,
+    Box,
+    Crop,
+    center_crop,
+    central_view,
+    cut,
+    draw_boxes,
+    resize,
+)
+from music_jax.data.decode import decode
 
 
 def _boxes(height, width, crop, count, seed=0):
@@ -206,6 +216,30 @@ def test_center_crop_takes_the_center():
     assert cut.shape == (20, 20, 1)
     assert np.all(cut[:, 6:14] == 255)
     assert not np.any(cut[:, [0, 1, 2, -3, -2, -1]])
+
+
+@pytest.mark.parametrize(("height", "width"), [(200, 40), (40, 200), (97, 40)])
+def test_center_crop_of_a_long_image_takes_the_middle_of_its_longer_side(height, width):
+    rows, columns = np.mgrid[:height, :width].astype(np.float32)
+    got = center_crop(np.stack([rows, columns], axis=-1), 32, 40)
+    top, left = (height - 32) // 2, (width - 32) // 2
+    np.testing.assert_array_equal(got[:, 0, 0], np.arange(top, top + 32))
+    np.testing.assert_array_equal(got[0, :, 1], np.arange(left, left + 32))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [(300, 300, 256), (300, 2000, 256), (2000, 300, 256), (1200, 640, 64), (90, 150, 96)],
+)
+def test_a_jpeg_is_never_decoded_smaller_than_its_central_view(height, width, size):
+    noise = np.random.default_rng(0).uniform(size=(height, width, 3))
+    smooth = cv2.GaussianBlur(noise, (0, 0), max(1.0, min(height, width) / size))
+    image = cv2.normalize(smooth, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
+    jpeg = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+    got = central_view(jpeg, size=size, resize_shorter_side=size, channels=3)
+    expected = center_crop(decode(jpeg, 3), size, size)
+    difference = np.abs(got.astype(float) - expected)
+    assert difference.mean() < 0.15 * np.std(expected)
 
 
 @pytest.mark.parametrize("axis", [0, 1])

@@ -17,7 +17,7 @@ from PIL import Image
 from music_jax import distributed
 from music_jax.data import loader
 from music_jax.data.crops import NUMBERS_PER_BOX, Box, Crop, cut, draw_boxes
-from music_jax.data.loader import evaluation_batches, training_batches
+from music_jax.data.loader import evaluation_batches, loader_bytes, training_batches
 from music_jax.data.order import TrainingOrder
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
@@ -77,6 +77,12 @@ def test_sample_indices_are_never_repeated():
     assert len(set(indices)) == 60
 
 
+def test_sample_indices_continue_from_0_after_4_billion():
+    order = TrainingOrder(num_records=4, batch_size=2, seed=0)
+    (batch,) = _batches(_source(4), order, start_step=2**31, num_steps=2**31 + 1)
+    assert batch["sample_index"].tolist() == [0, 1]
+
+
 def test_the_seed_decides_the_order():
     labels = [
         np.concatenate([b["label"] for b in _batches(_source(), TrainingOrder(23, 5, seed))])
@@ -108,6 +114,18 @@ def test_processes_divide_the_same_global_batches(processes):
         for name, value in batch.items():
             joined = np.concatenate([part[step][name] for part in parts])
             np.testing.assert_array_equal(joined, value)
+
+
+@pytest.mark.parametrize("positions", [[0, 1, 4, 5, 6, 9], [0, 2, 4, 6, 8], [3]])
+def test_the_crops_of_a_sample_do_not_depend_on_the_other_positions_that_are_read(positions):
+    image = np.random.default_rng(0).integers(0, 256, (30, 40, 1), np.uint8)
+    records = [{"image": cv2.imencode(".png", image)[1].tobytes(), "label": 0}] * 20
+    source, order = Source("same", records, "image", "label", 1), TrainingOrder(20, 10, seed=5)
+    crop = Crop(size=8, scale=(0.1, 0.6))
+    whole = _batches(source, order, num_steps=2, crop=crop)
+    part = _batches(source, order, np.asarray(positions), num_steps=2, crop=crop)
+    for a, b in zip(whole, part, strict=True):
+        np.testing.assert_array_equal(a["images"][positions], b["images"])
 
 
 @pytest.mark.parametrize("threads", [1, 4])
@@ -159,6 +177,13 @@ def test_however_many_threads_few_batches_are_read_ahead(threads):
         read = records.read
         time.sleep(0.2)
     assert 3 * 64 <= read <= 5 * 64
+
+
+def test_memory_is_that_of_the_batches_files_and_images_that_are_held_at_once():
+    # One part of 12 rows per batch: three of them ahead, one that is partly read, and in each
+    # thread the files of a part and two images.
+    found = loader_bytes(8, 100, num_threads=2, file_bytes=1000, image_bytes=5000)
+    assert found == 4 * 8 * 100 + 2 * (12 * 1000 + 2 * 5000)
 
 
 def test_several_threads_decode_one_batch():

@@ -4,7 +4,7 @@ import grain
 import numpy as np
 import pytest
 
-from music_jax.data.order import TrainingOrder
+from music_jax.data.order import ORDER_VERSION, TrainingOrder
 
 
 @pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (3, 4), (2**32 - 1, 1)])
@@ -17,6 +17,7 @@ def test_the_order_is_grains_shuffle_keyed_by_seed_and_epoch(seed, epoch):
 
 
 def test_the_order_is_the_same_with_every_version_of_grain_and_numpy():
+    assert ORDER_VERSION == 2  # to be raised with each change of the values below
     order = TrainingOrder(num_records=10, batch_size=5, seed=1)
     epochs = [[order.record_key(10 * epoch + i) for i in range(10)] for epoch in range(2)]
     assert epochs == [[8, 6, 9, 3, 0, 2, 7, 1, 5, 4], [6, 5, 7, 3, 8, 4, 9, 2, 0, 1]]

@@ -145,10 +145,10 @@ def still(count, **draws):
     return values | {name: np.asarray(value) for name, value in draws.items()}
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_affine_matches_scipy(channels):
+@pytest.mark.parametrize(("channels", "height", "width"), [(1, 28, 24), (3, 27, 23)])
+def test_affine_matches_scipy(channels, height, width):
     """Rotation, shear, scale and shift together, in torchvision's order."""
-    images = noise_images(channels)
+    images = noise_images(channels, height=height, width=width)
     rng = np.random.default_rng(1)
     draws = still(
         6,
@@ -159,7 +159,7 @@ def test_affine_matches_scipy(channels):
         shear=rng.uniform(-0.5, 0.5, 6),
     )
     got = warped(images, **draws)
-    center = np.array([(28 - 1) / 2, (24 - 1) / 2])
+    center = np.array([(height - 1) / 2, (width - 1) / 2])
     for n, image in enumerate(images):
         angle, shear = draws["rotation"][n], draws["shear"][n]
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -184,6 +184,14 @@ def test_affine_of_float32_is_that_of_uint8():
     draws = still(6, rotation=np.linspace(-1, 1, 6), translation_x=np.linspace(-4, 4, 6))
     expected = warped(images, **draws)
     np.testing.assert_allclose(warped(images.astype(np.float32), **draws), expected, atol=1e-4)
+
+
+def test_planes_with_several_leading_axes_are_warped():
+    planes = noise_images(1).reshape(2, 3, 28, 24)
+    matrices = transforms.affine_matrices(**still(6, rotation=np.linspace(-1, 1, 6)))
+    (expected,) = transforms.warp_affine((jnp.asarray(planes).reshape(6, 28, 24),), matrices)
+    (found,) = transforms.warp_affine((jnp.asarray(planes),), matrices.reshape(2, 3, 2, 3))
+    np.testing.assert_allclose(found.reshape(6, 28, 24), expected, atol=1e-4)
 
 
 def test_rotation_matches_opencv():

@@ -67,6 +67,16 @@ def test_arrays_are_computed_once_per_key(tmp_path):
     assert compute.calls == 2
 
 
+@pytest.mark.parametrize("shape", [(5, 3), (5, 5), (5,), (5, 4, 1), ()])
+def test_arrays_of_another_shape_or_type_are_not_accepted(shape):
+    expected = _EXPECTED["features"]
+    expected.check(np.zeros((3, 4), np.float32))
+    with pytest.raises(ValueError, match=r"expected .*float32.* got float32"):
+        expected.check(np.zeros(shape, np.float32))
+    with pytest.raises(ValueError, match="got float64"):
+        expected.check(np.zeros((3, 4)))
+
+
 def _flip(path):
     content = bytearray(path.read_bytes())
     content[content.index(np.float32(11).tobytes())] ^= 1  # in the array "features"

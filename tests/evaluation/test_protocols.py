@@ -216,6 +216,20 @@ def test_a_transfer_set_whose_probe_diverged_is_skipped(transfer, monkeypatch):
         transfer("two")
 
 
+def test_a_transfer_set_that_cannot_be_opened_is_skipped(transfer, monkeypatch):
+    opened = datasets.evaluation_sources
+
+    def fail_on_one(config):
+        if config.evaluation.test.startswith("one"):
+            raise NotMeasurableError("one has no labels")
+        return opened(config)
+
+    monkeypatch.setattr(datasets, "evaluation_sources", fail_on_one)
+    found = transfer("one", "two")
+    assert list(found["by_dataset"]) == ["two:train:test"]
+    assert found["not_measured"] == {"one:train:test": "one has no labels"}
+
+
 @pytest.mark.parametrize("name", ["finetune", "semi"])
 def test_diverged_fine_tuning_is_an_error(tmp_path, name):
     config = pixel_config()

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from etils import epath
 
-from music_jax.evaluation.results import Predictions, results_table, write_predictions
+from music_jax.evaluation.results import (
+    Classifier,
+    Predictions,
+    read_classifier,
+    results_table,
+    write_classifier,
+    write_predictions,
+)
 from music_jax.workdir.files import write_json
 
 
@@ -43,3 +50,19 @@ def test_predictions_that_cannot_be_saved_are_a_warning(tmp_path, caplog):
     one, removed = np.ones(3, np.int32), epath.Path(tmp_path / "removed")
     write_predictions(removed, Predictions(one.astype(np.int64), one, one, 7))
     assert "the predictions of the linear probe: linear_eval.npz cannot be written" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kernel", "bias"),
+    [((3, 2), (3,)), ((3, 2), (2, 1)), ((0, 2), (2,)), ((3,), ()), ((3, 0), (0,))],
+)
+def test_a_classifier_of_unexpected_shapes_is_not_read(tmp_path, kernel, bias):
+    path = epath.Path(tmp_path)
+    good = Classifier(np.ones((3, 2), np.float32), np.ones(2, np.float32), 7)
+    write_classifier(path, good)
+    found = read_classifier(path)
+    np.testing.assert_array_equal(found.kernel, good.kernel)
+    assert found.step == 7
+    write_classifier(path, good._replace(kernel=np.ones(kernel, "f4"), bias=np.ones(bias, "f4")))
+    with pytest.raises(ValueError, match="unexpected shape"):
+        read_classifier(path)

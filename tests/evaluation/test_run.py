@@ -15,9 +15,9 @@ from music_jax.data import datasets
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed.mesh import make_data_mesh
-from music_jax.errors import UserError
+from music_jax.errors import NotMeasurableError, UserError
 from music_jax.evaluate import evaluate
-from music_jax.evaluation.run import Run, _override, load_run
+from music_jax.evaluation.run import Run, _check_classes, _override, load_run
 
 
 def _folder(path):
@@ -71,6 +71,16 @@ def test_cached_features_depend_on_the_images_not_on_the_spelling_of_the_folder(
     before = key()
     os.utime(image, ns=(1, 1))
     assert key() != before
+
+
+def test_one_class_suffices_to_test_with_but_not_to_learn_from():
+    source = Source("photos", [{}] * 3, "image", "label", 2, ("a", "b"))
+    _check_classes(source, np.array([0, 1, -1]), "train")
+    _check_classes(source, np.array([0, 0, -1]), "test")
+    with pytest.raises(NotMeasurableError, match="labels of 1 classes; at least 2 are needed"):
+        _check_classes(source, np.array([0, 0, -1]), "train")
+    with pytest.raises(NotMeasurableError, match="labels of 0 classes; at least 1 are needed"):
+        _check_classes(source, np.array([-1, -1, -1]), "test")
 
 
 def _digit_folder(path, rows):
