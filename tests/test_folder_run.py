@@ -117,3 +117,28 @@ def test_more_broken_files_than_allowed_end_the_run_with_exit_code_3(tmp_path):
     code, _, err = run(*arguments, "--config.dataset.max_skipped_share=0.3")
     assert code == 0, err
     run_for_the_share("0.2", "--config.dataset.max_skipped_share=0.2")  # though all is trained
+
+
+@pytest.mark.slow
+def test_a_probe_on_random_crops_ends_on_devices_that_share_the_cores(tmp_path):
+    """Steps that had begun took each other's threads, and waited forever."""
+    images = tmp_path / "train"
+    write_mixed(images, 512, broken_every=1000)
+    code, out, err = run(
+        "music_jax.main",
+        *_FOLDER,
+        "--config.num_epochs=1",
+        "--config.optimizer.warmup_epochs=0",
+        "--config.crop.size=64",
+        "--config.crop.eval_resize=73",
+        "--config.linear_eval.base_learning_rates=(0.1,)",
+        "--config.linear_eval.batch_size=256",
+        "--config.linear_eval.num_epochs=50",
+        f"--config.dataset.path={images}",
+        f"--config.evaluation.train={images}",
+        f"--config.evaluation.test={images}",
+        f"--workdir={tmp_path / 'run'}",
+        devices=2,
+    )
+    assert code == 0, err[-2000:]
+    assert "devices      2 x cpu" in out

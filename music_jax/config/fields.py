@@ -108,7 +108,8 @@ def validate(config: config_dict.ConfigDict, *, training: bool = True) -> None:
         _check_statistics(config, training)
     if not 0 <= config.optimizer.warmup_epochs < config.num_epochs:
         expected = f"be in [0, num_epochs = {config.num_epochs})"
-        raise _wrong(config, "optimizer.warmup_epochs", expected)
+        advice = "; shorten the warm-up with --config.optimizer.warmup_epochs=N"
+        raise _wrong(config, "optimizer.warmup_epochs", expected, advice)
     fractions = config.semi_supervised.fractions
     for name in ("lists", "backbone_learning_rates", "head_learning_rates"):
         if len(config.semi_supervised[name]) != len(fractions):

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from music_jax.distributed import progress
+from music_jax.distributed.mesh import shares_cores
 from music_jax.errors import DivergedError, NotMeasurableError
 from music_jax.evaluation.features import Model
 from music_jax.evaluation.results import (
@@ -163,6 +164,7 @@ def random_crop_probe(run: Run, model: Model, recipe: ProbeRecipe, description: 
         num_classes=run.num_classes,
         validation_fraction=settings.validation_fraction,
         seed=run.config.seed,
+        synchronous=shares_cores(run.mesh),
     )._replace(scale=scale)
 
 

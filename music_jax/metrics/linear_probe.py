@@ -174,6 +174,7 @@ def train_and_test(
     num_classes: int,
     validation_fraction: float,
     seed: int,
+    synchronous: bool = False,
 ) -> ProbeResult:
     """Selects the learning rate on held-out training samples, then trains on all and tests.
 
@@ -190,6 +191,8 @@ def train_and_test(
       num_classes: Number of classes.
       validation_fraction: Share of the training samples to choose the learning rate by.
       seed: Seed of the initial weights and of the held-out samples.
+      synchronous: Whether each step ends before the next batch is made, for batches on several
+        devices that share the cores of a CPU.
     """
     features, labels = test_samples
 
@@ -203,6 +206,7 @@ def train_and_test(
             num_classes=num_classes,
             steps_per_epoch=len(rows) // batch_size,
             seed=seed,
+            synchronous=synchronous,
         )
 
     rates = recipe.base_learning_rates
@@ -251,6 +255,7 @@ def fit(
     num_classes: int,
     steps_per_epoch: int,
     seed: int,
+    synchronous: bool = False,
 ) -> Heads:
     """Trains one classifier per learning rate, all on the same batches.
 
@@ -278,6 +283,8 @@ def fit(
         heads, velocity = _sgd_step(
             heads, velocity, features, labels, rates, scale, recipe.momentum, recipe.weight_decay
         )
+        if synchronous:
+            jax.block_until_ready(heads)
     return heads
 
 

@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import os
 import pathlib
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,8 @@ _DECODE_RATE = 1043.0
 _FILE_BYTES, _IMAGE_BYTES = 67_000, 500 * 375 * 3
 # Share of that time which each local view of 96 pixels adds, by the same script.
 _LOCAL_VIEW_COST = 0.055
+
+_SECONDS_BETWEEN_SIGNS = 1.0  # of life, while programs compile
 
 # Sizes of training splits that are seldom prepared where a run is planned.
 _NUM_IMAGES = {("imagenet2012", "train"): 1_281_167}
@@ -123,9 +125,16 @@ def _make_plans(config: config_dict.ConfigDict, topologies: list[str]) -> list["
                 ): topology
                 for topology in topologies
             }
-            for done in as_completed(running):
-                seconds = done.result()[0].compile_seconds
-                progress.say(f"{running[done]}: took {seconds:.0f} s to compile")
+            waiting = set(running)
+            with progress.bar(len(running), unit="topology", description="compiling") as bar:
+                while waiting:
+                    ended, waiting = wait(
+                        waiting, timeout=_SECONDS_BETWEEN_SIGNS, return_when=FIRST_COMPLETED
+                    )
+                    for done in ended:
+                        seconds = done.result()[0].compile_seconds
+                        progress.say(f"{running[done]}: took {seconds:.0f} s to compile")
+                    bar.update(len(ended))  # of 0 shows the time that has passed
     except BrokenProcessPool as error:
         raise UserError(
             f"a compilation was killed, probably because memory ran out; use --jobs=1, not {jobs}"

@@ -86,6 +86,7 @@ def test_protocols_without_labels_use_all_images(partly):
     mixed, labeled = (run_protocols(run, ["label_free", "segments"], force=True) for run in partly)
     for name in ("label_free", "segments"):
         assert (mixed[name]["num_images"], labeled[name]["num_images"]) == (50, 34)
+        assert mixed[name]["data"] == {"images": "test"}
         assert "without_label" not in mixed[name]
 
 

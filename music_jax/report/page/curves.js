@@ -48,10 +48,11 @@ function curveFigure(runs, curve, unit, axis, colors) {
   };
 }
 
-// Includes the bounds in the axis, with space for their labels.
+// Includes the bounds in the axis, with space for their labels. An axis of zeros begins at 0.
 function rangeWith(data, levels) {
-  if (!levels.size) return undefined;
   const values = [...levels, ...data.flatMap((trace) => trace.y.filter((value) => value !== null))];
+  if (values.every((value) => value === 0)) return [0, 1];
+  if (!levels.size) return undefined;
   const low = Math.min(...values);
   const high = Math.max(...values);
   const margin = 0.08 * (high - low || 1);
