@@ -184,6 +184,9 @@ def test_memory_is_that_of_the_batches_files_and_images_that_are_held_at_once():
     # thread the files of a part and two images.
     found = loader_bytes(8, 100, num_threads=2, file_bytes=1000, image_bytes=5000)
     assert found == 4 * 8 * 100 + 2 * (12 * 1000 + 2 * 5000)
+    # With many threads one row is a part, and there is one part more than threads ahead.
+    found = loader_bytes(8, 100, num_threads=63, file_bytes=1000, image_bytes=5000)
+    assert found == (64 // 8 + 1) * 8 * 100 + 63 * (1000 + 2 * 5000)
 
 
 def test_several_threads_decode_one_batch():

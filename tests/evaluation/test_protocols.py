@@ -1,5 +1,6 @@
 """Protocols on few, partly labeled or changed images, with diverged probes, and after training."""
 
+import dataclasses
 import json
 
 import cv2
@@ -62,6 +63,10 @@ def test_the_training_images_have_features_alone_and_the_test_images_embeddings_
         "features": run.network.num_features,
         "embeddings": run.network.num_embedding,
     }
+    (other,) = [source for source in run.evaluation_sources() if source is not run.images]
+    only = dataclasses.replace(run, images=other)  # to test with no image in common
+    assert set(only.test("trained").arrays) == {"features", "embeddings"}
+    assert set(only.train("trained").arrays) == {"features", "embeddings"}
 
 
 @pytest.mark.parametrize("name", ["linear, fixed", *_LABELED])

@@ -24,6 +24,7 @@ from music_jax.train.step import (
     batch_gradients,
     compile_skip,
     compile_step,
+    crop_shapes,
     mean_over_pairs,
 )
 
@@ -140,6 +141,18 @@ def test_the_loss_is_the_mean_over_the_pairs_of_a_global_view_with_every_other_v
     differences = [np.mean(np.abs(z[:, a] - z[:, b])) for a, b in pairs]
     np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-5)
     np.testing.assert_allclose(metrics["difference"], np.mean(differences), rtol=1e-5)
+
+
+def test_the_crops_of_a_batch_are_two_of_each_image_and_the_local_ones():
+    config = default_config()
+    config.batch_size, config.crop.size, config.dataset.num_channels = 6, 20, 4
+    views = crop_shapes(config)
+    assert (views.shape, views.dtype) == ((6, 2, 20, 20, 4), np.uint8)
+    config.local_views.count, config.local_views.size = 5, 8
+    config.dataset.pixel_type = "uint16"
+    views, local = crop_shapes(config)
+    assert (views.shape, views.dtype) == ((6, 2, 20, 20, 4), np.uint16)
+    assert local.shape == (6, 5, 8, 8, 4)
 
 
 def test_local_views_are_augmented_on_their_own():
