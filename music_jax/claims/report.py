@@ -104,10 +104,11 @@ def _markdown(sweep: Sweep, tables: list[Table]) -> str:
         f"Trained on `{sweep.images.train}` for {sweep.final_epochs} epochs in batches of "
         f"{sweep.config.batch_size}; options were chosen on `{sweep.images.validation}`, and the "
         f"accuracies are those on `{sweep.config.dataset.test_split}`, which each final run was "
-        "measured on once. ± is the half-width of a 95 % Student-t interval over seeds. An option "
-        "with * has the smallest or the largest value that was tried. Intervals in brackets are "
-        "95 %: over seeds (paired t), and over seeds and test images (crossed bootstrap). "
-        "p-values are adjusted by Holm's method within each family of tests."
+        "measured on once. Accuracies, usage and information are in percent. ± is the half-width "
+        "of a 95 % Student-t interval over seeds. An option with * has the smallest or the largest "
+        "value that was tried. Intervals in brackets are 95 %: over seeds (paired t), and over "
+        "seeds and test images (crossed bootstrap). p-values are adjusted by Holm's method within "
+        "each family of tests."
     ]
     for table in tables:
         lines += ["", f"## {table['claim']}. {table['title']}", "", f"*{table['question']}*", ""]

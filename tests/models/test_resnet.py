@@ -172,6 +172,57 @@ def _input(shape=(6, 2, 5, 5, 3)):
     return scale * jax.random.normal(jax.random.key(0), shape) + scale
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("size", "stride", "height", "width"),
+    [
+        (3, 1, 2, 2),
+        (3, 2, 4, 4),
+        (3, 2, 3, 5),
+        (3, 1, 1, 1),
+        (3, 2, 1, 2),
+        (3, 1, 2, 4),
+        (7, 2, 9, 8),
+    ],
+)
+def test_a_convolution_of_a_small_map_is_that_of_xla_with_its_gradients(
+    size, stride, height, width, dtype
+):
+    conv = resnet._conv(5, 7, size, stride, dtype, nnx.Rngs(0))
+    structure, params = nnx.split(conv)
+    x = jax.random.normal(jax.random.key(1), (4, height, width, 5))
+
+    def loss(apply, params, x):
+        y = apply(nnx.merge(structure, params), x)
+        return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
+
+    (_, expected), theirs = jax.value_and_grad(
+        functools.partial(loss, lambda conv, x: conv(x)), argnums=(0, 1), has_aux=True
+    )(params, x)
+    (_, found), ours = jax.value_and_grad(
+        functools.partial(loss, resnet._convolve), argnums=(0, 1), has_aux=True
+    )(params, x)
+    assert found.dtype == expected.dtype == dtype
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == jnp.float32 else {"rtol": 0.1, "atol": 0.1}
+    for a, b in zip(
+        jax.tree.leaves((found, ours)), jax.tree.leaves((expected, theirs)), strict=True
+    ):
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), **tolerance)
+
+
+def test_no_convolution_of_a_small_map_has_a_kernel_larger_than_the_map():
+    """XLA exchanges them, and on CPUs such programs are slow."""
+    conv = resnet._conv(5, 7, 3, 2, jnp.float32, nnx.Rngs(0))
+    structure, params = nnx.split(conv)
+
+    def loss(params, x):
+        return jnp.sum(jnp.square(resnet._convolve(nnx.merge(structure, params), x)))
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    assert "convolution" not in gradient.lower(params, jnp.ones((4, 4, 4, 5))).as_text()
+    assert "convolution" in gradient.lower(params, jnp.ones((4, 6, 6, 5))).as_text()
+
+
 def test_batch_norm_of_two_views_matches_two_passes_of_flax():
     x = _input()
     ours = BatchNorm(3)
