@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from music_jax.plan import __main__ as command
 from music_jax.plan.compiling import ENVIRONMENT
 
 _DIGITS = (processes.DIGITS, "--config.batch_size=64")
+_ONLY_PROGRESS = re.compile(r"(compiling: .*topology\S*\]\n)+")
 
 
 def test_an_unknown_topology_is_an_error_of_one_line():
@@ -131,7 +133,8 @@ def test_a_small_config_is_planned_from_start_to_end(tmp_path):
         f"--json={file}",
         "--num-images=1437",
     )
-    assert (code, err) == (0, "")
+    assert code == 0, err
+    assert _ONLY_PROGRESS.fullmatch(err)
     assert "bottleneck" in out
     (plan,) = json.loads(file.read_text())
     assert (plan["topology"], plan["chips"], plan["batch_size"]) == ("v5e:2x2", 4, 64)
@@ -154,7 +157,8 @@ def test_little_crosses_the_network_between_two_slices(tmp_path):
         f"--json={file}",
         "--num-images=1437",
     )
-    assert (code, err) == (0, "")
+    assert code == 0, err
+    assert _ONLY_PROGRESS.fullmatch(err)
     assert "2 x v5e:2x2" in out
     (plan,) = json.loads(file.read_text())
     assert (plan["slices"], plan["chips"], plan["processes"]) == (2, 8, 2)
@@ -184,7 +188,8 @@ def test_a_small_config_is_planned_for_gpus_that_are_not_there(tmp_path):
         f"--json={file}",
         "--num-images=1437",
     )
-    assert (code, err) == (0, "")
+    assert code == 0, err
+    assert _ONLY_PROGRESS.fullmatch(err)
     (plan,) = json.loads(file.read_text())
     assert plan["fits"]
     assert plan["chips"] == 4
