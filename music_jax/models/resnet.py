@@ -123,6 +123,7 @@ def _convolve(conv: nnx.Conv, x: jax.Array) -> jax.Array:
     program then takes five times as long.
     """
     size, stride = conv.kernel_size[0], conv.strides
+    assert isinstance(stride, int)  # as in all of this module
     rows, columns = (-(-n // stride) for n in x.shape[1:3])  # with padding on both sides
     if size == 1 or size**2 <= rows * columns:
         return conv(x)
