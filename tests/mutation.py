@@ -64,6 +64,7 @@ NEAREST = {
     "objectives/cross_segment": ("objectives/test_global_batch.py",),
     "objectives/baselines": ("objectives/test_global_batch.py",),
     "objectives/probabilities": ("objectives/test_cross_segment.py",),
+    "train/step": ("train/test_state.py",),
 }
 # Expressions and statements that hold messages alone.
 MESSAGES = ("progress.say", "progress.log_lines", "_logger.", "warnings.warn")
