@@ -4,6 +4,7 @@ Nothing is fetched: formulas become MathML, and the pages use neither fonts nor 
 """
 
 import pathlib
+import re
 import sys
 
 HERE = pathlib.Path(__file__).parent
@@ -71,7 +72,14 @@ def _remove_generated_text(app, what, name, thing, options, lines):
     lines[:] = [line for line in lines if not line.startswith("Create new instance of ")]
 
 
+def _link_to_including_pages(app, page, source):
+    """Links to the page that includes a file, where the text links to the file, as on GitHub."""
+    for file, including in (("RESULTS.md", "results.md"), ("launch/README.md", "clusters.md")):
+        source[0] = re.sub(rf"\]\((\.\./)+{file}#", f"]({including}#", source[0])
+
+
 def setup(app):
     """Called by Sphinx."""
+    app.connect("source-read", _link_to_including_pages)
     app.connect("autodoc-skip-member", _skip_field)
     app.connect("autodoc-process-docstring", _remove_generated_text)
