@@ -1,0 +1,151 @@
+"""Compares variants of MUSIC with each other on the validation images of Fashion-MNIST.
+
+    python tests/benchmarks/variants.py --output=variants.jsonl
+
+Every variant changes one thing; seeds are paired: the same order of images and the same
+augmentations. A line of JSON for each training, which is not repeated when the command is rerun,
+then the mean difference of each variant from plain MUSIC with a 95 % t-interval.
+"""
+
+import argparse
+import json
+import pathlib
+import tempfile
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+
+from music_jax.claims.measure import pair_information
+from music_jax.claims.probe import logistic_probe
+from music_jax.claims.references import samples
+from music_jax.config import from_file
+from music_jax.evaluation.run import load_run
+from music_jax.metrics.knn import knn_predict
+from music_jax.objectives import music_terms
+from music_jax.train import step, train_and_evaluate
+from music_jax.train.recipe import Recipe
+
+VALIDATION = "train[50000:]"
+VARIANTS: dict[str, dict] = {
+    "music": {},
+    "cross_1.25": {"objective.cross_segment_weight": 1.25},
+    "cross_2": {"objective.cross_segment_weight": 2.0},
+    "cross_4": {"objective.cross_segment_weight": 4.0},
+    "temperature_0.5": {"objective.temperature": 0.5},
+    "temperature_0.25": {"objective.temperature": 0.25},
+    "centered": {"objective.center": True},
+    "cross_4_to_1": {},
+    "temperature_0.25_to_1": {},
+    "temperature_1_to_0.25": {},
+    "standardized": {},
+    "vicreg": {"objective.name": "vicreg"},
+    "simclr": {"objective.name": "simclr", "objective.contrast_temperature": 0.2},
+}
+# Cross-segment weight and temperature by the share of the training that has passed.
+SCHEDULES: dict[str, Callable] = {
+    "cross_4_to_1": lambda passed: (4.0 ** (1 - passed), 1.0),
+    "temperature_0.25_to_1": lambda passed: (1.0, 0.25 ** (1 - passed)),
+    "temperature_1_to_0.25": lambda passed: (1.0, 0.25**passed),
+    "standardized": lambda passed: (1.0, 0.5),
+}
+
+
+def schedule(name, config, steps):
+    """Replaces the objective of a recipe by one that depends on the step."""
+
+    def of_step(recipe, number):
+        weight, temperature = SCHEDULES[name](jnp.minimum(number / steps, 1.0))
+
+        def objective(a, b):
+            if name == "standardized":  # each embedding has mean 0 and variance 1 in the batch
+                a, b = (jax.nn.standardize(x, axis=0, epsilon=1e-5) for x in (a, b))
+            terms = music_terms(
+                a, b, num_segments=config.objective.num_segments, temperature=temperature
+            )
+            return terms.diagonal + weight * terms.cross_segment + terms.invariance, {}
+
+        return objective
+
+    return of_step
+
+
+def train(name, seed, given):
+    """Returns accuracies and what the segments share after one training."""
+    config = from_file("fashion_mnist")
+    config.seed, config.num_epochs = seed, given.epochs
+    config.dataset.train_split = f"train[:{given.images}]"
+    config.dataset.test_split = ""
+    config.optimizer.base_learning_rate = given.rate
+    config.objective.num_segments = 512 // given.units
+    config.objective.units_per_segment = given.units
+    config.projector.output_size = None
+    config.update_from_flattened_dict(VARIANTS[name])
+    if config.objective.name != "music":
+        config.projector.output_size = 512
+    if seed == 0 or name in SCHEDULES:
+        step._jit_shared_step.cache_clear()  # whose key does not know the replaced objective
+    if name in SCHEDULES:
+        steps = given.images // config.batch_size * given.epochs
+        Recipe.objective_of_step = schedule(name, config, steps)
+    else:
+        Recipe.objective_of_step = ORIGINAL
+    with tempfile.TemporaryDirectory() as directory:
+        train_and_evaluate(config, directory)
+        run = load_run(directory, overrides={"dataset.test_split": VALIDATION})
+        train_samples, test_samples = samples(run.train("trained")), samples(run.test("trained"))
+        found = {"linear": logistic_probe(train_samples, test_samples).validation_top1}
+        predicted = knn_predict(*train_samples, test_samples[0], num_classes=10)
+        found["knn"] = float(np.mean(predicted == test_samples[1]))
+        if config.objective.name == "music" and name != "standardized":
+            codes = run.probabilities().argmax(axis=2)
+            shared = pair_information(codes, given.units).mean()
+            found["shared"] = float(shared / np.log(given.units))
+    return found
+
+
+ORIGINAL = Recipe.objective_of_step
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", required=True, type=pathlib.Path)
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--seeds", default=3, type=int)
+    parser.add_argument("--epochs", default=5, type=int)
+    parser.add_argument("--images", default=20_000, type=int)
+    parser.add_argument("--rate", default=0.008, type=float)
+    parser.add_argument("--units", default=8, type=int)
+    given = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", 1)
+    rows = []
+    if given.output.exists():
+        rows = [json.loads(line) for line in given.output.read_text().splitlines()]
+    setting = {name: getattr(given, name) for name in ("epochs", "images", "rate", "units")}
+    for name in given.variants.split(","):
+        for seed in range(given.seeds):
+            wanted = {"variant": name, "seed": seed, **setting}
+            if any(wanted.items() <= row.items() for row in rows):
+                continue
+            rows.append(wanted | train(name, seed, given))
+            with given.output.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+            print(rows[-1], flush=True)
+    for metric in ("linear", "knn"):
+        found = {
+            (row["variant"], row["seed"]): row[metric]
+            for row in rows
+            if setting.items() <= row.items()
+        }
+        for name in given.variants.split(","):
+            seeds = [s for s in range(given.seeds) if (name, s) in found and ("music", s) in found]
+            values = np.array([found[name, s] for s in seeds]) * 100
+            differences = values - np.array([found["music", s] for s in seeds]) * 100
+            half = scipy.stats.sem(differences) * scipy.stats.t.ppf(0.975, len(seeds) - 1)
+            print(f"{metric} {name}: {values.mean():.1f}, {differences.mean():+.1f} ± {half:.1f}")
+
+
+if __name__ == "__main__":
+    main()
