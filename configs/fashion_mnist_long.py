@@ -22,8 +22,8 @@ def get_config() -> config_dict.ConfigDict:
     config.log_every_steps = 117
     config.tensorboard = False  # metrics.jsonl suffices for a run of an hour
 
-    config.objective.num_segments = 64
-    config.objective.units_per_segment = 8
+    config.objective.num_segments = 32
+    config.objective.units_per_segment = 16
     config.objective.temperature = 0.5
 
     config.dataset.name = "fashion_mnist"
