@@ -55,8 +55,8 @@ def get_config() -> config_dict.ConfigDict:
     config.checkpoint.every_steps = 1170
 
     config.linear_eval.num_epochs = 30
-    config.linear_eval.base_learning_rates = (1e-3, 3e-3, 1e-2)
-    config.linear_eval.weight_decay = 3e-2
+    config.linear_eval.base_learning_rates = (3e-3, 1e-2, 3e-2, 1e-1)
+    config.linear_eval.weight_decay = 1e-3
     config.linear_eval.random_crops = False
     config.linear_eval.feature_scaling = "standardize"
     config.linear_eval.raw_pixels = True
