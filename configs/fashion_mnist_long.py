@@ -1,8 +1,8 @@
-"""Fashion-MNIST, trained as long as two cores allow in an hour or two.
+"""Fashion-MNIST, trained for 100 epochs.
 
 Paper: MUSIC, Niu & Wang, arXiv 2206.06461 (which has no experiment on this dataset).
-Expected: TBD.
-Hardware and time: TBD.
+Expected: linear top-1 0.905, kNN top-1 0.890 (seed 0); a random backbone 0.856.
+Hardware and time: 2 CPU cores, 40 min with other work.
 Command: launch/local.sh --config=configs/fashion_mnist_long.py --workdir=runs/fashion_mnist
 
 The images are those of Debian's package dataset-fashion-mnist if it is installed
