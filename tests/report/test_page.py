@@ -33,7 +33,9 @@ class _Elements(html.parser.HTMLParser):
         self.names.append(tag)
         self._inside = tag
         assert not [name for name, _ in attrs if name.startswith("on")]
-        assert ("role", "img") not in attrs or dict(attrs).get("aria-label"), "a picture has no name"
+        assert ("role", "img") not in attrs or dict(attrs).get("aria-label"), (
+            "a picture has no name"
+        )
         addresses = [value for name, value in attrs if name in ("src", "href") and value]
         assert all(value.startswith(("#", "data:")) for value in addresses)
 
