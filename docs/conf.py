@@ -72,14 +72,13 @@ def _remove_generated_text(app, what, name, thing, options, lines):
     lines[:] = [line for line in lines if not line.startswith("Create new instance of ")]
 
 
-def _link_to_including_pages(app, page, source):
-    """Links to the page that includes a file, where the text links to the file, as on GitHub."""
-    for file, including in (("RESULTS.md", "results.md"), ("launch/README.md", "clusters.md")):
-        source[0] = re.sub(rf"\]\((\.\./)+{file}#", f"]({including}#", source[0])
+def _link_to_including_page(app, page, source):
+    """Links to the page that includes launch/README.md, where the text links to that file."""
+    source[0] = re.sub(r"\]\((\.\./)+launch/README\.md#", "](clusters.md#", source[0])
 
 
 def setup(app):
     """Called by Sphinx."""
-    app.connect("source-read", _link_to_including_pages)
+    app.connect("source-read", _link_to_including_page)
     app.connect("autodoc-skip-member", _skip_field)
     app.connect("autodoc-process-docstring", _remove_generated_text)
