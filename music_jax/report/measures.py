@@ -39,6 +39,12 @@ _MAP_ITERATIONS = 500
 _MISTAKES = 12  # images of errors of the probe
 _SHUFFLED = 16  # segments that the information shared by chance is measured with
 
+# Each compiles one program in place of several.
+_segment_probabilities, _joint_probability = (
+    jax.jit(function, static_argnames=("num_segments", "temperature"))
+    for function in (segment_probabilities, joint_probability)
+)
+
 
 class Sample(NamedTuple):
     """The images that a report shows, and the outputs of the network for them."""
@@ -137,15 +143,19 @@ def _augmented_views(run: Run) -> np.ndarray:
     augment = jax.jit(
         functools.partial(
             augment_views,
-            views=view_augmentations(config) * _PAIRS,
+            views=view_augmentations(config),
             mean=mean,
             std=std,
             dtype=jnp.dtype(config.compute_dtype),
         )
     )
-    views = augment(batch["images"], batch["sample_index"], jax.random.key(config.seed))
-    crops = _pictures(run, batch["images"][:, :1])
-    return np.concatenate([crops, _as_pictures(run, np.asarray(views))], axis=1)
+    images, key = batch["images"], jax.random.key(config.seed)
+    pictures = [_pictures(run, images[:, :1])]
+    for i in range(_PAIRS):  # a program for one pair compiles in less time
+        pair = images[:, 2 * i : 2 * i + 2]
+        views = augment(pair, batch["sample_index"], jax.random.fold_in(key, i))
+        pictures.append(_as_pictures(run, np.asarray(views)))
+    return np.concatenate(pictures, axis=1)
 
 
 def measure_sample_segments(
@@ -162,8 +172,8 @@ def measure_sample_segments(
       both are [segments, units, images].
     """
     p = np.asarray(
-        segment_probabilities(
-            jnp.asarray(sample.embeddings), num_segments=num_segments, temperature=temperature
+        _segment_probabilities(
+            sample.embeddings, num_segments=num_segments, temperature=temperature
         )
     )
     measures, codes, units = measure_segments(p), p.argmax(axis=2), p.shape[2]
@@ -220,8 +230,8 @@ def joint_ratios(sample: Sample, segments: dict[str, Any], *, max_side: int) -> 
     units, count = segments["units"], len(sample.view_pairs)
     shown = np.sort(segments["order"][: max(max_side // units, 2)])
     pairs = sample.view_pairs.reshape(count, 2, segments["count"], units)[:, :, shown]
-    p = joint_probability(
-        *jnp.asarray(pairs.reshape(count, 2, -1)).swapaxes(0, 1),
+    p = _joint_probability(
+        *pairs.reshape(count, 2, -1).swapaxes(0, 1),
         num_segments=len(shown),
         temperature=segments["temperature"],
     )

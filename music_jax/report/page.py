@@ -1,6 +1,7 @@
 """Writes the report: measurements, the plotting library and the scripts, in one HTML file."""
 
 import base64
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -169,10 +170,11 @@ def measure_sample(
             "classes": class_names or [str(i) for i in range(sample.num_classes)],
             "neighbors": measures.neighbors(sample.features),
         }
-        for name, vectors in (("embedding", sample.embeddings), ("features", sample.features)):
-            place = measures.tsne_map(vectors)
-            if place is not None:
-                data["maps"][name] = np.round(60000 * place).astype(np.uint16)
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            places = threads.map(measures.tsne_map, (sample.embeddings, sample.features))
+            for name, place in zip(("embedding", "features"), places, strict=True):
+                if place is not None:
+                    data["maps"][name] = np.round(60000 * place).astype(np.uint16)
         if recorded.segments:
             data["segments"] = measures.measure_sample_segments(
                 sample,
@@ -275,7 +277,7 @@ def _as_json(data: Any) -> str:
 
 def _compress(text: str) -> str:
     """Compresses text for the page's scripts, in characters that need no escape in HTML."""
-    return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 
 def _policy_hash(script: str) -> str:
