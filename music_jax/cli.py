@@ -372,7 +372,7 @@ def _is_closed_pipe(error: BaseException) -> bool:
 
 def _stop_at_once() -> None:
     """Ends the process from any thread."""
-    error = StoppedError("everything that was saved is intact; rerun the command to resume")
+    error = StoppedError("whatever was saved is intact; rerun the command to resume")
     with contextlib.suppress(OSError):  # A closed pipe.
         _print_error(error)
         sys.stdout.flush()

@@ -9,6 +9,7 @@ import random
 import socket
 import subprocess
 import sys
+import termios
 
 import jax
 import numpy as np
@@ -53,9 +54,10 @@ def run(module, *arguments, devices=1, timeout=900):
     return process.returncode, out, err
 
 
-def run_in_terminal(command, *, stream="stdout", env=None):
+def run_in_terminal(command, *, stream="stdout", env=None, columns=0):
     """Runs a command with one of its streams on a terminal; returns exit code, and what it drew."""
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24 if columns else 0, columns))
     process = subprocess.Popen(
         command,
         cwd=ROOT,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 import tqdm
+from tqdm.utils import disp_len
 
 # Times between two lines of a bar in a log.
 _SECONDS_BETWEEN_LINES = 10.0
@@ -107,9 +108,11 @@ def bar(total: int, *, unit: str, description: str, done: int = 0, delay: float 
     # Some terminals, such as containers', report no columns; tqdm then draws nothing.
     unknown = terminal and not os.get_terminal_size(sys.stderr.fileno()).columns
     file: Any = sys.stdout if notebook else sys.stderr if terminal else _Lines(sys.stderr)
-    make: Any = tqdm.tqdm
+    make: Any = _Bar
     if widget := notebook and importlib.util.find_spec("ipywidgets") is not None:
-        from tqdm.notebook import tqdm_notebook as make
+        from tqdm.notebook import tqdm_notebook
+
+        make = type("_Widget", (_Compiling, tqdm_notebook), {})
     return make(
         total=total,
         initial=done,
@@ -125,6 +128,30 @@ def bar(total: int, *, unit: str, description: str, done: int = 0, delay: float 
         mininterval=0.2 if terminal else 1.0,
         disable=not is_main_process(),
     )
+
+
+class _Compiling(tqdm.tqdm):
+    """A bar whose rate and time left exclude the first items, which wait for a compilation."""
+
+    def update(self, n: float | None = 1) -> Any:
+        """Adds items."""
+        if self.n == self.initial and not self.disable:
+            self.last_print_n, self.last_print_t = self.n + (n or 0), time.time()
+        return super().update(n)
+
+
+class _Bar(_Compiling):
+    """A bar as text, in which values that do not fit are left out and not cut."""
+
+    @property
+    def format_dict(self) -> Any:
+        """The arguments of `format_meter`."""
+        shown: dict[str, Any] = dict(super().format_dict)
+        if columns := shown["ncols"]:
+            unlimited = shown | {"ncols": None}
+            while shown["postfix"] and disp_len(self.format_meter(**unlimited)) > columns:
+                shown["postfix"] = unlimited["postfix"] = shown["postfix"].rpartition(", ")[0]
+        return shown
 
 
 class _Lines:

@@ -237,6 +237,11 @@ class Encoder:
         self._arrays = jax.device_put(arrays, replicated)
         self._encode = jax.jit(trained.encode, static_argnames=("extra",))
 
+    def __repr__(self) -> str:
+        images = f"{self.pixel_type} [images, height, width, {self.channels}]"
+        name = self.trained.config.backbone.name
+        return f"Encoder({name}: {images} -> float32 [images, {self.num_features}])"
+
     @property
     def has_codes(self) -> bool:
         """Whether there is a projection head whose embedding has segments."""

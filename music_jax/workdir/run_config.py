@@ -53,6 +53,7 @@ DATA_FIELDS = (
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _TFDS_NAME = re.compile(r"\w+(/[\w.-]+)?(:\d[\w.*]*)?")  # NAME, NAME/CONFIG, either with :VERSION
 _KEY_BYTES = 32
+_NAMED_FIRST = ("dataset.", "objective.", "backbone.")  # of the fields in which two runs differ
 
 
 def as_json(config: config_dict.ConfigDict) -> dict[str, Any]:
@@ -161,6 +162,7 @@ def check_same_run(workdir: epath.Path, config: config_dict.ConfigDict) -> None:
         now["dataset"] |= {name: before["dataset"][name] for name in ("mean", "std")}
     differing = differences(before, now)
     if differing:
+        differing.sort(key=lambda text: not text.startswith(_NAMED_FIRST))
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise UserError(
             f"{workdir} holds another run ({'; '.join(differing[:3])}{more}); give the same config "

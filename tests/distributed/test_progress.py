@@ -56,6 +56,42 @@ def test_a_bar_in_a_terminal_is_redrawn_in_place():
     assert "300/300" in drawn.split("\r")[-2]
 
 
+def test_values_that_do_not_fit_in_a_terminal_are_left_out_and_not_cut():
+    code = """
+from music_jax.distributed import progress
+bar = progress.bar(100, unit="img", description="pre-training")
+bar.set_postfix({"loss": "-4.301", "gap_to_bound": "1.234", "usage_entropy": "0.999"})
+bar.close()
+"""
+    _, drawn = run_in_terminal([sys.executable, "-c", code], stream="stderr", columns=80)
+    last = drawn.split("\r")[-2]
+    assert last.rstrip().endswith("loss=-4.301]")
+    assert len(last) <= 80
+
+
+def test_the_time_left_excludes_the_compilation_of_the_first_step():
+    code = """
+import time
+from music_jax.distributed import progress
+bar = progress.bar(1000, unit="img", description="training")
+time.sleep(3)
+for _ in range(60):
+    bar.update(10)
+    time.sleep(0.05)
+print(bar.format_dict["rate"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert 120 < float(done.stdout) <= 210  # at most 200 images/s; 100 with the three seconds
+
+
 # What tqdm uses of ipywidgets, which is not installed for the tests.
 _WIDGETS = """
 import types

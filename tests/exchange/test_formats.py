@@ -5,6 +5,7 @@ import math
 import pathlib
 import subprocess
 import sys
+import textwrap
 
 import jax
 import numpy as np
@@ -103,6 +104,16 @@ def test_onnx_gives_the_same_features_for_any_batch_size(run, tmp_path):
         (found,) = session.run(["features"], {"images": batch})
         _agree(found, expected[:count])
     assert steps["center_crop"] == images.shape[1]
+
+
+def test_the_code_in_the_card_of_onnx_runs(run, tmp_path, monkeypatch):
+    directory, images, expected = run
+    _, card = export(str(directory), form="onnx", output=str(tmp_path / "b.onnx"))
+    lines = card.read_text().partition("## Use")[2].partition("## Preprocessing")[0].split("\n")
+    names = {"images": images}
+    monkeypatch.chdir(tmp_path)
+    exec(textwrap.dedent("\n".join(x for x in lines if x.startswith("    "))), names)
+    _agree(names["features"], expected)
 
 
 _RELOAD = """

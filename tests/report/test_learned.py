@@ -61,7 +61,7 @@ def test_the_accuracy_has_an_interval_and_is_compared_with_the_baselines():
     assert learned.accuracy(types.SimpleNamespace(results={})) == ""
 
 
-def _judge(codes, *, units=4, sharpness=30.0):
+def _judge(codes, *, units=4, sharpness=30.0, steps=1_000):
     """Judges segments with these codes, [images, segments]."""
     count, segments = codes.shape
     logits = sharpness * (codes[..., None] == np.arange(units))
@@ -69,7 +69,7 @@ def _judge(codes, *, units=4, sharpness=30.0):
         embeddings=logits.reshape(count, -1).astype(np.float32)
     )
     found = measures.measure_sample_segments(sample, num_segments=segments, temperature=1.0)
-    run = types.SimpleNamespace(metrics=[])
+    run = types.SimpleNamespace(metrics=[], last_step=steps)
     return found, learned.verdicts(run, sample, found)
 
 
@@ -94,6 +94,10 @@ def test_segments_are_judged_between_collapse_and_optimum():
         assert (collapse.level, redundancy.level) == ("bad", "unknown")
         assert collapse.text == "Collapse"
         assert collapse.value == pytest.approx(0, abs=1e-3)
+
+    _, (collapse, _) = _judge(constant, steps=80)
+    assert collapse.text == "Collapsed, or hardly trained"
+    assert "After 80 steps these look alike" in collapse.reading
 
     partly = np.concatenate([independent[:, :4], constant[:, :2]], axis=1)
     _, (collapse, _) = _judge(partly)

@@ -122,6 +122,13 @@ def _with_several_classes(path):
     return path
 
 
+def _without_labels(path):
+    about = json.loads((path / "config.json").read_text())
+    about["config"]["dataset"] |= {"name": "", "path": "photos"}
+    (path / "config.json").write_text(json.dumps(about))
+    return path
+
+
 @pytest.mark.parametrize(
     ("prepare", "parts"),
     [
@@ -132,6 +139,10 @@ def _with_several_classes(path):
         (
             lambda path: make_reported(write_workdir(path / "run", logged=0)),
             ("no step is logged yet", "No step has been logged yet", "There are no results yet"),
+        ),
+        (
+            lambda path: make_reported(_without_labels(write_workdir(path / "run"))),
+            ("The backbone was not evaluated", "--config.evaluation.test=FOLDER"),
         ),
         (
             lambda path: make_reported(
