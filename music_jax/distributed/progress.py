@@ -160,17 +160,19 @@ class _Lines:
     def __init__(self, log: TextIO):
         self._log = log
         self._start = self._last = time.monotonic()
-        self._waiting = ""
+        self._waiting = self._written = ""
 
     def write(self, text: str) -> None:
         """Receives the text that tqdm would draw, or the line end with which tqdm ends the bar."""
         self._waiting = text.strip() or self._waiting
+        if text == "\n" and self._waiting.partition("[")[0] == self._written.partition("[")[0]:
+            return  # the last line has the end already
         now = time.monotonic()
         due = self._last + max(_SECONDS_BETWEEN_LINES, _SHARE_BETWEEN_LINES * (now - self._start))
         if self._waiting and (text == "\n" or now >= due):
             self._log.write(self._waiting + "\n")
             self._log.flush()
-            self._waiting, self._last = "", now
+            self._written, self._waiting, self._last = self._waiting, "", now
 
     def flush(self) -> None:
         """Does nothing: lines are flushed as they are written."""

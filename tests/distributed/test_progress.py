@@ -174,6 +174,11 @@ def test_lines_become_less_frequent_in_a_long_run(monkeypatch):
     assert lines[-1] == "35995 s\n"
     log.write("\n")
     assert len(lines) == len(set(lines))
+    for second in (40000, 40001):  # tqdm draws the end twice, with other times
+        clock[0] = second
+        log.write(f"\r100% 9/9 [{second} s]")
+    log.write("\n")
+    assert lines[-1] == "100% 9/9 [40000 s]\n"
 
 
 _HOSTILE = "a\x1b[2Jb\rc\nd\x9be\u202ef\x07g\udcffh\u2028i"
