@@ -1,8 +1,8 @@
 """Your own folder of a few hundred to a few thousand images, on CPU cores: views of 64 pixels.
 
 Paper: MUSIC, Niu & Wang, arXiv 2206.06461 (which has no experiment on such images).
-Expected: it depends on the images. With 300 drawings of circles, squares and triangles, linear top-1
-  0.79, kNN top-1 0.73, random backbone 0.49 and 0.48 (one seed, 600 test images).
+Expected: it depends on the images. With 300 drawings of circles, squares and triangles, linear
+  top-1 0.79, kNN top-1 0.73, random backbone 0.49 and 0.48 (one seed, 600 test images).
 Hardware and time: 2 CPU cores with other work, 1 min 46 s for 300 images.
 Command: python -m music_jax.main --config=configs/folder_small.py --config.dataset.path=DIR
   --workdir=runs/mine [--config.evaluation.train=DIR --config.evaluation.test=DIR]
