@@ -133,10 +133,12 @@ def bar(total: int, *, unit: str, description: str, done: int = 0, delay: float 
 class _Compiling(tqdm.tqdm):
     """A bar whose rate and time left exclude the first items, which wait for a compilation."""
 
+    _time: Any  # tqdm's clock
+
     def update(self, n: float | None = 1) -> Any:
         """Adds items."""
         if self.n == self.initial and not self.disable:
-            self.last_print_n, self.last_print_t = self.n + (n or 0), time.time()
+            self.last_print_n, self.last_print_t = self.n + (n or 0), self._time()
         return super().update(n)
 
 

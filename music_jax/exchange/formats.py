@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -324,7 +325,7 @@ def _training(
         return "## Data and recipe\n\nNot recorded in the file that was exported."
     dataset = trained.config.dataset
     kind = "Hugging Face" if dataset.name.startswith("hf:") else "TFDS"
-    kind = _ORIGINS.get(dataset.name.partition("/")[0], kind)
+    kind = _ORIGINS.get(re.split("[/:]", dataset.name)[0], kind)
     kind = "registered by its user" if dataset.name in registry.DATASETS else kind
     data = f"The split {_code(dataset.train_split)} of {_code(dataset.name)} ({kind}); no labels."
     if dataset.path:

@@ -41,33 +41,35 @@ def verdicts(
       segments: Result of `measures.measure_sample_segments`, if it has segments.
     """
     if sample is None or len(sample.indices) < 2:
+        collapse = _logged_collapse(run)
         reading = "It is measured on several images, with a checkpoint."
-        return _logged_collapse(run), Verdict("unknown", "Redundancy is not measured", reading)
-    if segments is None:
-        return _judge_embeddings(sample.embeddings)
-    return _judge_segments(segments, len(sample.indices), run.last_step)
+        redundancy = Verdict("unknown", "Redundancy is not measured", reading)
+    elif segments is None:
+        collapse, redundancy = _judge_embeddings(sample.embeddings)
+    else:
+        collapse, redundancy = _judge_segments(segments, len(sample.indices))
+    if collapse.level == "bad" and 0 < run.last_step < _FEW_STEPS:
+        more = f"After {run.last_step} steps these look alike: train for more epochs first."
+        collapse = collapse._replace(
+            text="Collapsed, or hardly trained", reading=f"{collapse.reading} {more}"
+        )
+    return collapse, redundancy
 
 
-def _judge_segments(
-    segments: dict[str, Any], num_images: int, num_steps: int | None
-) -> tuple[Verdict, Verdict]:
+def _judge_segments(segments: dict[str, Any], num_images: int) -> tuple[Verdict, Verdict]:
     count, units = segments["count"], segments["units"]
     told, most = np.asarray(segments["told"]), math.log(min(units, num_images))
     share = float(told.mean()) / max(most, 1e-9)
     idle = int(np.sum(told < 0.1 * most))
     level = _level(1 - share, 0.5, 0.9)
     level = "fair" if level == "good" and idle else level
-    text = _COLLAPSE[level]
     reading = (
         f"The unit of a segment tells {told.mean():.2f} nats about the image, on average over "
         f"{count} segments; 0 after a collapse, {most:.2f} at the optimum."
     )
     if idle:
         reading += f" {idle} of the segments tell less than a tenth of that."
-    if level == "bad" and (num_steps or _FEW_STEPS) < _FEW_STEPS:
-        text = "Collapsed, or hardly trained"
-        reading += f" After {num_steps} steps these look alike: train for more epochs first."
-    collapse = Verdict(level, text, reading, share)
+    collapse = Verdict(level, _COLLAPSE[level], reading, share)
     if level == "bad" or count == 1:
         reason = "There is one segment." if count == 1 else "Collapsed segments share nothing."
         return collapse, Verdict("unknown", "No verdict on redundancy", reason)

@@ -114,7 +114,7 @@ def test_one_segment_or_one_image_has_a_verdict():
 
 def test_embeddings_without_segments_are_judged_by_their_spread_and_rank():
     rng = np.random.default_rng(0)
-    run = types.SimpleNamespace(metrics=[])
+    run = types.SimpleNamespace(metrics=[], last_step=1_000)
 
     def levels(embeddings):
         sample = make_sample()._replace(embeddings=embeddings.astype(np.float32))
@@ -135,7 +135,9 @@ def test_the_redundancy_of_embeddings_is_0_if_independent_and_1_for_copies(image
     independent = rng.normal(size=(images, dim))
     for embeddings, value in ((independent, 0), (np.repeat(independent[:, :1], dim, axis=1), 1)):
         sample = make_sample(images=images)._replace(embeddings=embeddings.astype(np.float32))
-        redundancy = learned.verdicts(types.SimpleNamespace(metrics=[]), sample, None)[1]
+        redundancy = learned.verdicts(
+            types.SimpleNamespace(metrics=[], last_step=1_000), sample, None
+        )[1]
         assert redundancy.value == pytest.approx(value, abs=0.01)
 
 
