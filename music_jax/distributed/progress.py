@@ -137,7 +137,7 @@ class _Compiling(tqdm.tqdm):
 
     def update(self, n: float | None = 1) -> Any:
         """Adds items."""
-        if self.n == self.initial and not self.disable:
+        if not self.disable and self.n == self.initial:
             self.last_print_n, self.last_print_t = self.n + (n or 0), self._time()
         return super().update(n)
 

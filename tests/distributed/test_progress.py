@@ -144,6 +144,14 @@ def test_a_bar_in_a_notebook_is_a_widget(notebook):
     assert len(lines) == 2
 
 
+def test_a_process_other_than_the_main_one_shows_no_bar(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "is_main_process", lambda: False)
+    with progress.bar(30, unit="img", description="training") as bar:
+        bar.set_postfix({"loss": "1"}, refresh=False)
+        bar.update(10)
+    assert capsys.readouterr() == ("", "")
+
+
 def test_lines_become_less_frequent_in_a_long_run(monkeypatch):
     clock, lines = [0.0], []
 
