@@ -2,7 +2,7 @@
 
 Paper: MUSIC, Niu & Wang, arXiv 2206.06461 (which has no experiment on this dataset).
 Expected: linear top-1 0.993, kNN top-1 0.985 (means over seeds 0, 1 and 2).
-Hardware and time: 2 CPU cores, 16 to 22 s.
+Hardware and time: 2 CPU cores, 19 to 28 s.
 Command: launch/local.sh --config=configs/digits.py --workdir=runs/digits
 """
 

@@ -1,7 +1,7 @@
 """Fashion-MNIST, for comparisons of objectives with `python -m music_jax.claims`.
 
 Paper: MUSIC, Niu & Wang, arXiv 2206.06461 (which has no experiment on this dataset).
-Expected: not measured yet; docs/comparison.md has the plan.
+Expected: RESULTS.md has the short comparison, of `--budget=small`; docs/comparison.md the plan.
 Hardware and time: CPU cores; about 1,900 images a second on each.
 Command: python -m music_jax.claims --config=configs/fashion_mnist.py --budget=small
 

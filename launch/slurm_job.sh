@@ -40,16 +40,17 @@ run_job() {
   # Runs once for all nodes.
   ensure_environment requirements.txt
   "${command[@]}" || code=$?
-  # 75: a signal stopped the run, and everything is saved. 143: SIGTERM ended Python before it could handle signals.
+  # 75: a signal stopped the run, and everything is saved, or results of other members of a sweep are missing. 143:
+  # SIGTERM ended Python before it could handle signals.
   if ((code == 75 || code == 143)); then
     # A canceled job is completing instead of running.
     state=$(squeue --noheader --jobs="$job" --format=%T) || state=RUNNING
     if [[ $state != RUNNING ]]; then
-      echo "stopped by a signal; the job is $state: not requeued" >&2
+      echo "stopped; the job is $state: not requeued" >&2
     elif requeues_by_itself; then
       echo "stopped by a preemption; Slurm requeues the job" >&2
     else
-      echo "stopped by a signal; requeueing" >&2
+      echo "stopped; requeueing" >&2
       scontrol requeue "$job"
     fi
   fi

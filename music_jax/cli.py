@@ -22,7 +22,7 @@ from music_jax import config as config_lib
 from music_jax import registry
 from music_jax.distributed.progress import printable
 from music_jax.distributed.signals import end_on_signal, ignore_signals
-from music_jax.errors import MusicError, StoppedError, UserError, one_line
+from music_jax.errors import MusicError, StoppedError, UserError, install_command, one_line
 
 # The flags defined here are listed by `--help` as the command's own.
 flags.disclaim_key_flags()
@@ -352,7 +352,7 @@ def _as_music_error(error: Exception) -> MusicError | None:
 
     if isinstance(error, ModuleNotFoundError) and error.name in _DATA:
         return UserError(
-            f"this needs {error.name}, which is not installed: pip install 'music_jax[data]'"
+            f"this needs {error.name}, which is not installed: {install_command('data')}"
         )
     storage = isinstance(error, OSError) and error.errno in _STORAGE_ERRORS
     if storage or isinstance(error, BucketError):

@@ -1,6 +1,7 @@
 """Errors that end a command with one line, each with the exit code for scripts and schedulers."""
 
 import contextlib
+import pathlib
 from collections.abc import Iterator
 
 
@@ -78,5 +79,13 @@ def require_extra(extra: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise UserError(
-            f"this needs {error.name}, which is not installed: pip install 'music_jax[{extra}]'"
+            f"this needs {error.name}, which is not installed: {install_command(extra)}"
         ) from error
+
+
+def install_command(extra: str) -> str:
+    """Returns the command that installs an extra of this package, into a clone or beside it."""
+    root = pathlib.Path(__file__).parent.parent
+    if (root / "pyproject.toml").is_file():  # not from the index, where a clone is not known
+        return f"pip install -e '{root}[{extra}]'"
+    return f"pip install 'music_jax[{extra}]'"

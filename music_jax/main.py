@@ -10,8 +10,7 @@ command reports this and trains nothing.
       --workdir=gs://BUCKET/photos
 
 A config file is Python code; --config=mnist5k is short for configs/mnist5k.py of this package.
-Training needs the extra `data`: pip install 'music_jax[data]'; a workdir in gs:// also needs `gcs`,
-a GPU `gpu`, a TPU `tpu`.
+Training needs the extra `data`; a workdir in gs:// also needs `gcs`, a GPU `gpu`, a TPU `tpu`.
 
 Exit codes: 0 done; 2 wrong input; 3 diverged or unusable data; 75 stopped by a signal, all saved.
 """

@@ -2,18 +2,20 @@
 
 import ast
 import concurrent.futures
+import json
 import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
+import snowballstemmer
 from processes import ROOT
 
 from music_jax import cli
 from music_jax.config import descriptions
 
-_PAGES = sorted([ROOT / "README.md", ROOT / "launch" / "README.md", *ROOT.glob("docs/**/*.md")])
+_PAGES = sorted([*ROOT.glob("*.md"), ROOT / "launch" / "README.md", *ROOT.glob("docs/**/*.md")])
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +62,40 @@ def test_fields_and_files(page, fields):
     for name in re.findall(r"--config\.([\w.]+)", text):
         if name[0].islower():
             assert name.rstrip(".") in fields, name
-    for path in re.findall(r"(?:configs|launch|tests|docs)/[\w/]+\.(?:py|sh|md|png|yaml)", text):
+    for path in re.findall(
+        r"(?:configs|launch|tests|docs)/[\w/]+\.(?:py|sh|sbatch|md|png|yaml|ipynb)", text
+    ):
         assert "NAME" in path or (ROOT / path).exists(), path
+
+
+@pytest.fixture(scope="module")
+def search_index(tmp_path_factory):
+    """The index of words that the search of the built documentation reads."""
+    site = tmp_path_factory.mktemp("site")
+    build = [sys.executable, "-m", "sphinx", "-q", "-b", "html", ROOT / "docs", site]
+    subprocess.run(build, check=True)
+    script = (site / "searchindex.js").read_text()
+    return json.loads(script.removeprefix("Search.setIndex(").removesuffix(")"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("query", "page"),
+    [
+        ("custom backbone", "how_to/own_parts"),
+        ("citation", "method"),
+        ("resume", "how_to/resume"),
+    ],
+)
+def test_what_people_look_for_is_found(search_index, query, page):
+    stem = snowballstemmer.stemmer("english").stemWord
+
+    def pages(word):
+        found = [search_index[kind].get(stem(word), []) for kind in ("terms", "titleterms")]
+        numbers = [n for some in found for n in (some if isinstance(some, list) else [some])]
+        return {search_index["docnames"][n] for n in numbers}
+
+    assert page in set.intersection(*map(pages, query.split()))
 
 
 def test_messages_that_are_quoted():

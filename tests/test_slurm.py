@@ -128,6 +128,7 @@ def test_the_time_limit_saves_and_requeues_and_scancel_saves_and_ends(slurm, tmp
     training.set_time_limit(60)
     training.wait_for_step(saved + 2)
     assert f"resuming     after step {saved}" in training.log()
+    assert "stopped; requeueing" in training.log()
 
     slurm.run("scancel", training.number)
     assert training.wait_until_saved() > saved

@@ -21,7 +21,7 @@ from music_jax.config import is_centered
 from music_jax.data.pictures import as_pictures
 from music_jax.distributed import progress
 from music_jax.distributed.mesh import batch_sharding, from_main_process, is_main_process
-from music_jax.errors import UserError
+from music_jax.errors import UserError, install_command
 from music_jax.objectives import joint_probability
 from music_jax.objectives.global_batch import subtract_mean
 from music_jax.train.guards import STATISTICS
@@ -66,7 +66,7 @@ class MetricLogger:
             if config.tensorboard and importlib.util.find_spec("tensorboardX"):
                 self._writers["TensorBoard"] = TensorBoard(workdir)
             elif config.tensorboard:
-                _logger.info("no TensorBoard files: they need pip install 'music_jax[tensorboard]'")
+                _logger.info("no TensorBoard files: they need %s", install_command("tensorboard"))
             if config.wandb_project:
                 if importlib.util.find_spec("wandb") is None:
                     raise UserError(

@@ -273,7 +273,7 @@ def test_splits_are_named_by_files_and_folders(file, split):
 
 def test_a_missing_package_is_an_error_that_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"this needs datasets, .*pip install 'music_jax\[hf\]'"):
+    with pytest.raises(UserError, match=r"this needs datasets, .*pip install -e '.*\[hf\]'"):
         datasets.prepare(_config(tmp_path, "x/y"))
 
 
