@@ -142,11 +142,12 @@ def random_crop_probe(run: Run, model: Model, recipe: ProbeRecipe, description: 
     scale_on_device = jax.jit(scale)
 
     def batches(recipe: ProbeRecipe, rows: np.ndarray) -> Iterator[tuple[jax.Array, jax.Array]]:
+        choosing = len(recipe.base_learning_rates) > 1
         crops = run.random_crop_batches(
             run.evaluation_sources().train.subset(indices[rows]),
             batch_size=recipe.batch_size,
             num_epochs=recipe.num_epochs,
-            description=description,
+            description=description + ", learning rate" * choosing,
         )
         return ((scale_on_device(extract(x)["features"]), labels) for x, labels in crops)
 
