@@ -305,24 +305,14 @@ def _has_devices() -> bool:
     return bool(xla_bridge.backends_are_initialized())
 
 
-def begin_evaluation() -> tuple[str, dict[str, object]]:
-    """Prepares a command that evaluates a run.
-
-    Returns:
-      The workdir, and the config fields given on the command line by dotted name.
-
-    Raises:
-      UserError: The workdir cannot be reached.
-    """
-    workdir = flags.FLAGS.workdir
+def begin_evaluation() -> None:
+    """Prepares a command that evaluates a run."""
     from music_jax.distributed.mesh import use_cores
-    from music_jax.workdir.directory import absolute_path, use_compilation_cache
+    from music_jax.workdir.directory import use_compilation_cache
 
     join_cluster()
     use_cores(batch_size=4)  # Batches are padded, so that each device gets a part of any of them.
-    absolute_path(workdir)  # checks it
     use_compilation_cache()
-    return workdir, config_overrides()
 
 
 def config_overrides() -> dict[str, object]:

@@ -44,14 +44,14 @@ _DEFAULT = ("linear", "knn", "fewshot", "retrieval", "clustering", "label_free",
 
 def main() -> None:
     """Reads the flags and evaluates."""
-    workdir, overrides = cli.begin_evaluation()
+    cli.begin_evaluation()
     evaluate(
-        workdir,
+        flags.FLAGS.workdir,
         protocols=tuple(name.strip() for name in flags.FLAGS.protocols if name.strip()),
         output=flags.FLAGS.output,
         checkpoint=flags.FLAGS.checkpoint,
         transfer_sets=tuple(flags.FLAGS.transfer or ()),
-        overrides=overrides,
+        overrides=cli.config_overrides(),
         force=flags.FLAGS.force,
     )
 

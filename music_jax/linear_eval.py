@@ -21,12 +21,12 @@ from music_jax import cli
 
 def main() -> None:
     """Reads the flags and evaluates."""
-    workdir, overrides = cli.begin_evaluation()
+    cli.begin_evaluation()
     linear_eval(
-        workdir,
+        flags.FLAGS.workdir,
         output=flags.FLAGS.output,
         checkpoint=flags.FLAGS.checkpoint,
-        overrides=overrides,
+        overrides=cli.config_overrides(),
     )
 
 

@@ -118,10 +118,11 @@ def _cores() -> list[int | None]:
     jax.config.update("jax_platforms", "cpu")
     if backend != "cpu":
         return [None]
+    count = flags.FLAGS.workers or usable_cores()
     if not hasattr(os, "sched_getaffinity"):  # which exists on Linux only
-        return [None] * (flags.FLAGS.workers or usable_cores())
+        return [None] * count
     cores = sorted(os.sched_getaffinity(0))
-    return [cores[i % len(cores)] for i in range(flags.FLAGS.workers or usable_cores())]
+    return [cores[i % len(cores)] for i in range(count)]
 
 
 if __name__ == "__main__":

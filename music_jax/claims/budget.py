@@ -84,13 +84,11 @@ class Images:
     """The images of a comparison: parts of a TFDS dataset's training split, and its test split.
 
     Attributes:
-      dataset: Name of the dataset.
       num_train: Number of images to train on.
       train: Their split.
       validation: Split of the images on which options are chosen.
     """
 
-    dataset: str
     num_train: int
     train: str
     validation: str
@@ -114,4 +112,4 @@ def images_of(dataset: str, budget: Budget) -> Images:
         )
     most, held_out = _IMAGES[name]
     count = math.ceil(most * budget.image_share)
-    return Images(dataset, count, f"train[:{count}]", f"train[{most}:{most + held_out}]")
+    return Images(count, f"train[:{count}]", f"train[{most}:{most + held_out}]")

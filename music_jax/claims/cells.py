@@ -10,7 +10,8 @@ import numpy as np
 from etils import epath
 from ml_collections import config_dict
 
-from music_jax.config import default_config, get_field
+from music_jax.config import default_config
+from music_jax.config.fields import OPTIONS, flatten
 from music_jax.distributed.shares import Share
 from music_jax.errors import UserError
 from music_jax.workdir.files import new_file, read_json, read_npz, write_json
@@ -164,27 +165,18 @@ def _identity(cell: Cell) -> Result:
 
 def _changed_fields(config: config_dict.ConfigDict) -> Result:
     """Returns the fields that affect results and are not at their defaults."""
-    default, given = as_json(default_config()), as_json(config)
-    found: Result = {}
-
-    def compare(prefix: str, group: dict[str, Any]) -> None:
-        for name, value in group.items():
-            field = f"{prefix}{name}"
-            if any(field == free or field.startswith(f"{free}.") for free in _FREE):
-                continue
-            if isinstance(value, dict) and name != "options":
-                compare(f"{field}.", value)
-            elif get_field(default, field) != value:
-                found[field] = value
-
-    compare("", given)
-    return found
+    default = flatten(as_json(default_config()))
+    return {
+        field: value
+        for field, value in flatten(as_json(config)).items()
+        if value != default[field]
+        and (not isinstance(value, dict) or field.endswith(f".{OPTIONS}"))
+        and not any(field == free or field.startswith(f"{free}.") for free in _FREE)
+    }
 
 
 def _write_arrays(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    small = {}
-    for name, array in arrays.items():
-        small[name] = array.astype(np.min_scalar_type(int(array.max())))
+    small = {k: x.astype(np.min_scalar_type(int(x.max()))) for k, x in arrays.items()}
     with new_file(path) as file:
         np.savez_compressed(file, allow_pickle=False, **small)
 

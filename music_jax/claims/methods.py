@@ -104,6 +104,11 @@ def _same(choice: Choice, *names: str) -> Fields:
     return {name: choice[name] for name in names}
 
 
+def _plain(name: str, **options: tuple[Any, ...]) -> Method:
+    """Returns a method each of whose options is a field of `config.objective`."""
+    return Method(name, name, options, lambda choice: _same(choice, *options))
+
+
 def _music(center: bool) -> Method:
     return Method(
         "music_centered" if center else "music",
@@ -122,35 +127,22 @@ _BUILT_IN = (
     _music(center=False),
     _music(center=True),
     Method("barlow_twins", "barlow_twins", {"weight_factor": (0.1, 0.3, 1.0, 3.0)}, _barlow_twins),
-    Method(
+    _plain(
         "vicreg",
-        "vicreg",
-        {"similarity_weight": (6.25, 12.5, 25.0, 50.0), "covariance_weight": (0.25, 1.0, 4.0)},
-        lambda choice: _same(choice, "similarity_weight", "covariance_weight"),
+        similarity_weight=(6.25, 12.5, 25.0, 50.0),
+        covariance_weight=(0.25, 1.0, 4.0),
     ),
-    Method(
-        "simclr",
-        "simclr",
-        {"contrast_temperature": (0.1, 0.2, 0.4, 0.8)},
-        lambda choice: _same(choice, "contrast_temperature"),
-    ),
-    Method(
-        "sigreg",
-        "sigreg",
-        {"sigreg_weight": (0.0125, 0.025, 0.05, 0.1, 0.2)},
-        lambda choice: _same(choice, "sigreg_weight"),
-    ),
-    Method(
+    _plain("simclr", contrast_temperature=(0.1, 0.2, 0.4, 0.8)),
+    _plain("sigreg", sigreg_weight=(0.0125, 0.025, 0.05, 0.1, 0.2)),
+    _plain(
         "tcr",
-        "tcr",
-        {"cosine_weight": (12.5, 50.0, 200.0, 800.0), "epsilon_squared": (0.05, 0.2, 0.8)},
-        lambda choice: _same(choice, "cosine_weight", "epsilon_squared"),
+        cosine_weight=(12.5, 50.0, 200.0, 800.0),
+        epsilon_squared=(0.05, 0.2, 0.8),
     ),
-    Method(
+    _plain(
         "discrete",
-        "discrete",
-        {"temperature": (0.25, 0.5, 1.0, 2.0), "diversity_weight": (1.0, 2.0, 4.0)},
-        lambda choice: _same(choice, "temperature", "diversity_weight"),
+        temperature=(0.25, 0.5, 1.0, 2.0),
+        diversity_weight=(1.0, 2.0, 4.0),
     ),
 )
 BUILT_IN = {method.name: method for method in _BUILT_IN}

@@ -29,7 +29,6 @@ class Point:
       series: Line of the row in a plot: a method or a reference.
       x: Position on that line: a depth, a size, a start, ...
       cells: Its final cells, one per seed; none while its choice is unknown.
-      seeds: Number of these once they are known.
       choice: The chosen options, if any.
       score: Validation accuracy of the choice in its search.
       at_edge: Options of which the smallest or the largest value that was tried was chosen.
@@ -40,11 +39,10 @@ class Point:
     series: str
     x: Any
     cells: tuple[Cell, ...]
-    seeds: int
-    choice: Choice | None = None
-    score: float | None = None
-    at_edge: tuple[str, ...] = ()
-    group: str = ""
+    choice: Choice | None
+    score: float | None
+    at_edge: tuple[str, ...]
+    group: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +150,7 @@ class _Planning:
         others = (int(default * 4.0**power) for power in budget.batch_sizes)
         sizes = sorted({default, *(n for n in others if 2 <= n <= images.num_train // 8)})
         steps = sweep.epochs(budget.step_share) * (images.num_train // default)
-        whole = f"{images.dataset}:{images.train}"
+        whole = f"{sweep.config.dataset.name}:{images.train}"
         for method in (*self._music, *self._rivals):
             for size in sizes:
                 name = f"batch={size}/{method.name}"
@@ -209,10 +207,9 @@ class _Planning:
         group: str = "",
     ) -> None:
         self.cells += cells
-        chosen = {} if found is None else vars(found) | {"choice": found.best}
-        chosen = {name: chosen[name] for name in ("choice", "score", "at_edge") if name in chosen}
-        point = Point(claim, series, x, tuple(cells), len(cells), group=group, **chosen)
-        self.points.append(point)
+        found = found or Found([], None)
+        chosen = (found.best, found.score, found.at_edge)
+        self.points.append(Point(claim, series, x, tuple(cells), *chosen, group))
 
     def _search_method(self, method: Method) -> Found:
         """Searches all options of a method."""
@@ -224,7 +221,7 @@ class _Planning:
         name = f"search/{method.name}"
         candidates = method.draw(self._budget.draws)
         return self._run(Search(
-            name, method, candidates, list(method.all_options), True, make_cell,
+            name, candidates, list(method.all_options), True, make_cell,
             lambda choice: self._sweep.is_valid(make_cell(name, 0, choice, 0, 1.0)),
         ))  # fmt: skip
 
@@ -311,7 +308,6 @@ class _Planning:
 
         search = Search(
             f"search/{name}",
-            method,
             candidates,
             ["learning_rate"],
             False,

@@ -129,7 +129,8 @@ def _cells(table: Table) -> tuple[list[str], list[list[str]]]:
     shown = _SHOWN.get(table["claim"], _SHOWN_ELSE).split()
     names = [name for name in shown if any(name in row["measures"] for row in rows)]
     if table["claim"] == 1:
-        rows = sorted(rows, key=lambda row: -_mean(row, "linear_top1"))
+        missing = {"mean": -1.0}
+        rows = sorted(rows, key=lambda row: -row["measures"].get("linear_top1", missing)["mean"])
     header = ["", *([table["quantity"]] * bool(table["quantity"]))]
     header += [*(MEASURES[name] for name in names), "validation", "chosen", "seeds"]
     lines = []
@@ -154,10 +155,6 @@ def _chosen(row: Row) -> str:
         f"{name.replace('_', ' ')} {value}{'*' * (name in row['at_edge'])}"
         for name, value in (row["choice"] or {}).items()
     )
-
-
-def _mean(row: Row, name: str) -> float:
-    return row["measures"].get(name, {"mean": -1.0})["mean"]
 
 
 def _name(series: str) -> str:

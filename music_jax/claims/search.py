@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from music_jax.claims.budget import Budget
 from music_jax.claims.cells import Cell, Result
-from music_jax.claims.methods import Choice, Method, beyond
+from music_jax.claims.methods import Choice, beyond
 
 # From a directory, an index, a choice, a seed and a share of the epochs to the cell of a search.
 MakeCell = Callable[[str, int, Choice, int, float], Cell]
@@ -18,7 +18,6 @@ class Search:
 
     Attributes:
       name: Directory of its cells.
-      method: The method.
       candidates: Choices to try first.
       options: Options whose ranges are extended at their ends.
       fresh: Whether the best choices are trained again with fresh seeds, which then decide.
@@ -27,7 +26,6 @@ class Search:
     """
 
     name: str
-    method: Method
     candidates: Sequence[Choice]
     options: Sequence[str]
     fresh: bool

@@ -8,6 +8,8 @@ import scipy.stats
 
 Values = Sequence[float] | np.ndarray
 
+_CONFIDENCE = 0.95  # probability that an interval contains the true difference
+
 
 class Difference(NamedTuple):
     """The mean difference of paired values, with an interval and a p-value."""
@@ -18,7 +20,9 @@ class Difference(NamedTuple):
     p: float
 
 
-def paired_difference(a: Values, b: Values, *, confidence: float = 0.95) -> Difference | None:
+def paired_difference(
+    a: Values, b: Values, *, confidence: float = _CONFIDENCE
+) -> Difference | None:
     """Compares paired values by Student's t-test.
 
     Args:
@@ -87,14 +91,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def crossed_bootstrap(
-    correct_a: np.ndarray,
-    correct_b: np.ndarray,
-    *,
-    samples: int,
-    seed: int = 0,
-    confidence: float = 0.95,
+    correct_a: np.ndarray, correct_b: np.ndarray, *, samples: int
 ) -> tuple[float, float]:
-    """Returns an interval of the difference of two accuracies over other seeds and test images.
+    """Returns a 95 % interval of the difference of two accuracies over seeds and test images.
 
     Each bootstrap sample draws seeds and images with replacement, independently of each other; both
     methods get the same ones. The interval is that of the percentiles.
@@ -103,8 +102,6 @@ def crossed_bootstrap(
       correct_a: Whether each prediction of one method is correct, bool [seeds, images].
       correct_b: Those of the other method, for the same seeds and images.
       samples: Number of bootstrap samples.
-      seed: Seed of the draws.
-      confidence: Probability that the interval contains the true difference.
 
     Raises:
       ValueError: The shapes differ.
@@ -118,13 +115,13 @@ def crossed_bootstrap(
         )
     difference = correct_a.astype(np.float32) - correct_b.astype(np.float32)
     seeds, images = difference.shape
-    rng = np.random.Generator(np.random.Philox(key=seed))
+    rng = np.random.Generator(np.random.Philox(key=0))
     means = np.empty(samples)
     for i in range(samples):
         by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds)) / seeds
         by_image = np.bincount(rng.integers(images, size=images), minlength=images) / images
         means[i] = by_seed @ (difference @ by_image.astype(np.float32))
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(means, [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2])
     return float(low), float(high)
 
 

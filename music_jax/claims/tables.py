@@ -69,15 +69,14 @@ def make_tables(sweep: Sweep) -> list[Table]:
     for number in sweep.claims:
         points = [point for point in plan.points if point.claim == number]
         title, question, quantity = CLAIMS[number]
-        rows = [_row(sweep, point) for point in points]
         tables.append(
             {
                 "claim": number,
                 "title": title,
                 "question": question,
                 "quantity": quantity,
-                "rows": rows,
-                "tests": _tests(sweep, number, points, rows),
+                "rows": [_row(sweep, point) for point in points],
+                "tests": _tests(sweep, number, points),
             }
         )
     return tables
@@ -105,7 +104,7 @@ def _row(sweep: Sweep, point: Point) -> Row:
         "validation_top1": point.score,
         "at_edge": list(point.at_edge),
         "seeds": len(done),
-        "seeds_wanted": point.seeds,
+        "seeds_wanted": len(point.cells),
         "diverged": len(done) - len(finished),
         "measures": {},
     }
@@ -127,12 +126,19 @@ def _value(result: dict[str, Any], name: str) -> float | None:
     return result.get(name)
 
 
-def _tests(sweep: Sweep, claim: int, points: list[Point], rows: list[Row]) -> list[Row]:
+def _tests(sweep: Sweep, claim: int, points: list[Point]) -> list[Row]:
     """Returns the tests of a claim, with p-values adjusted within each family."""
-    pairs = {
-        1: _objective_tests, 2: _option_tests, 3: _option_tests, 4: _batch_tests,
-        5: _start_tests, 6: lambda *_: [],
-    }[claim](sweep, points)  # fmt: skip
+    match claim:
+        case 1:
+            pairs = _objective_tests(sweep, points)
+        case 2 | 3:
+            pairs = _option_tests(sweep, points)
+        case 4:
+            pairs = _base_tests(sweep, points, sweep.config.batch_size)
+        case 5:
+            pairs = _base_tests(sweep, points, "random")
+        case _:
+            pairs = []
     tests = [test for test in pairs if test is not None]
     for _, members in itertools.groupby(
         sorted(tests, key=lambda test: test["family"]), lambda test: test["family"]
@@ -163,10 +169,9 @@ def better_music(points: Iterable[Point]) -> Point | None:
 def _objective_tests(sweep: Sweep, points: list[Point]) -> list[Row | None]:
     tests = []
     rows = {point.series: point for point in points if point.series not in REFERENCES}
-    music = better_music(points)
     others = [point for name, point in rows.items() if name not in _MUSIC]
-    for measure in PROBES if music is not None else ():
-        for other in others:
+    if (music := better_music(points)) is not None:
+        for measure, other in itertools.product(PROBES, others):
             primary = measure == "linear_top1" and other.series in _PRIMARY
             family = "primary" if primary else f"secondary, {SHARES[measure]}"
             tests.append(_compare(sweep, family, music, other, measure))
@@ -193,67 +198,47 @@ def _option_tests(sweep: Sweep, points: list[Point]) -> list[Row | None]:
     return tests
 
 
-def _batch_tests(sweep: Sweep, points: list[Point]) -> list[Row | None]:
-    """Compares each batch size with that of the config."""
+def _base_tests(sweep: Sweep, points: list[Point], x: Any) -> list[Row | None]:
+    """Compares each row with the one at `x` of the same series and group."""
     tests = []
     for point in points:
-        base = next(
-            p
-            for p in points
-            if (p.series, p.group, p.x) == (point.series, point.group, sweep.config.batch_size)
-        )
+        base = next(p for p in points if (p.series, p.group, p.x) == (point.series, point.group, x))
         if point is not base:
-            family = f"{point.series}, {point.group}"
+            family = f"{point.series}, {point.group}" if point.group else point.series
             tests.append(_compare(sweep, family, point, base, "linear_top1"))
     return tests
 
 
-def _start_tests(sweep: Sweep, points: list[Point]) -> list[Row | None]:
-    """Compares each collapsed start with the random one."""
-    tests = []
-    for point in points:
-        base = next(p for p in points if p.series == point.series and p.x == "random")
-        if point is not base:
-            tests.append(_compare(sweep, point.series, point, base, "linear_top1"))
-    return tests
-
-
 def _compare(
-    sweep: Sweep, family: str, a: Point | None, b: Point, measure: str, *, equivalent: bool = False
+    sweep: Sweep, family: str, a: Point, b: Point, measure: str, *, equivalent: bool = False
 ) -> Row | None:
     """Tests the difference of two rows over the seeds that both have; None if there are too few."""
-    assert a is not None
     read = sweep.results.read
-    pairs = [
-        (cell_a, cell_b)
-        for cell_a, cell_b in zip(a.cells, b.cells, strict=False)
-        if all(measure in (read(cell) or {}) for cell in (cell_a, cell_b))
+    seeds = [
+        i
+        for i, pair in enumerate(zip(a.cells, b.cells, strict=False))
+        if all(measure in (read(cell) or {}) for cell in pair)
     ]
-    values = [[read(cell)[measure] for cell in cells] for cells in zip(*pairs, strict=True)]  # type: ignore[index]
-    if len(pairs) < 2:
+    cells = [[point.cells[i] for i in seeds] for point in (a, b)]
+    values = [[read(cell)[measure] for cell in side] for side in cells]  # type: ignore[index]
+    found = equivalence(*values, margin=MARGIN) if equivalent else paired_difference(*values)
+    if found is None:
         return None
-    if equivalent:
-        found = equivalence(values[0], values[1], margin=MARGIN)
-    else:
-        found = paired_difference(values[0], values[1])
-    assert found is not None
     test: Row = {
         "family": family,
         "kind": "equivalence" if equivalent else "difference",
         "a": {"series": a.series, "x": a.x, "group": a.group},
         "b": {"series": b.series, "x": b.x, "group": b.group},
         "measure": measure,
-        "seeds": len(pairs),
+        "seeds": len(seeds),
         **found._asdict(),
     }
     protocol = {"linear_top1": "linear", "knn_top1": "knn"}.get(measure)
     if protocol and not equivalent:
         labels = sweep.results.labels()
         correct = [
-            np.stack([sweep.results.predictions(cell)[protocol] == labels for cell in cells])
-            for cells in zip(*pairs, strict=True)
+            np.stack([sweep.results.predictions(cell)[protocol] == labels for cell in side])
+            for side in cells
         ]
-        test["bootstrap"] = crossed_bootstrap(
-            correct[0], correct[1], samples=sweep.budget.bootstraps
-        )
+        test["bootstrap"] = crossed_bootstrap(*correct, samples=sweep.budget.bootstraps)
     return test

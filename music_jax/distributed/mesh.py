@@ -177,34 +177,6 @@ def check_divisible(batch_size: int, accumulation_steps: int, mesh: Mesh) -> Non
         )
 
 
-def local_positions(batch_size: int, mesh: Mesh) -> np.ndarray:
-    """Returns the positions of a global batch that this process's devices hold, in order.
-
-    These are all positions if the devices do not divide the batch.
-    """
-    indices = _sharding(batch_size, mesh).addressable_devices_indices_map((batch_size,))
-    rows = [np.arange(batch_size)[index] for index in indices.values()]
-    return np.unique(np.concatenate(rows))
-
-
-def to_devices(local: np.ndarray, batch_size: int, mesh: Mesh) -> jax.Array:
-    """Transfers this process's rows of a global batch to its devices, asynchronously.
-
-    Args:
-      local: Rows of the batch at the `local_positions`.
-      batch_size: Number of rows of the global batch.
-      mesh: Devices; if they do not divide the batch, each gets all of it.
-    """
-    return jax.make_array_from_process_local_data(
-        _sharding(batch_size, mesh), local, (batch_size, *local.shape[1:])
-    )
-
-
-def _sharding(batch_size: int, mesh: Mesh) -> NamedSharding:
-    replicated = NamedSharding(mesh, PartitionSpec())
-    return replicated if batch_size % mesh.size else batch_sharding(mesh)
-
-
 @dataclasses.dataclass(frozen=True)
 class Placing:
     """Puts batches onto a mesh: sharded, or replicated if the devices do not divide them.
@@ -219,12 +191,27 @@ class Placing:
 
     @property
     def positions(self) -> np.ndarray:
-        """The positions of the global batch that this process provides."""
-        return local_positions(self.batch_size, self.mesh)
+        """The positions of the global batch that this process's devices hold, in order.
+
+        These are all positions if the devices do not divide the batch.
+        """
+        indices = self._sharding.addressable_devices_indices_map((self.batch_size,))
+        rows = [np.arange(self.batch_size)[index] for index in indices.values()]
+        return np.unique(np.concatenate(rows))
 
     def __call__(self, local: np.ndarray) -> jax.Array:
-        """Transfers this process's rows of a batch to its devices, asynchronously."""
-        return to_devices(local, self.batch_size, self.mesh)
+        """Transfers this process's rows of a global batch to its devices, asynchronously.
+
+        Args:
+          local: Rows of the batch at the `positions`.
+        """
+        shape = (self.batch_size, *local.shape[1:])
+        return jax.make_array_from_process_local_data(self._sharding, local, shape)
+
+    @property
+    def _sharding(self) -> NamedSharding:
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        return replicated if self.batch_size % self.mesh.size else batch_sharding(self.mesh)
 
 
 def from_main_process(make: Callable[[], Any]) -> Any:

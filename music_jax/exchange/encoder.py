@@ -22,7 +22,7 @@ from music_jax.data.augment import normalize_images
 from music_jax.data.crops import center_crop, central_view
 from music_jax.data.decode import EncodedImage
 from music_jax.distributed import usable_cores
-from music_jax.distributed.mesh import make_data_mesh, to_devices
+from music_jax.distributed.mesh import Placing, make_data_mesh
 from music_jax.errors import UndecodableError, UserError
 from music_jax.exchange.weights import (
     Tensors,
@@ -338,7 +338,8 @@ class Encoder:
                 if crop.shape != padded.shape[1:]:
                     raise ValueError(f"expected crops {padded.shape[1:]}; got {crop.shape}")
                 padded[i] = crop
-            found = self._encode(self._arrays, to_devices(padded, rows, self._mesh), extra=extra)
+            images = Placing(rows, self._mesh)(padded)
+            found = self._encode(self._arrays, images, extra=extra)
             outputs.append([np.asarray(x)[: len(batch)] for x in found])
         features, extras = map(np.concatenate, zip(*outputs, strict=True))
         return features, extras

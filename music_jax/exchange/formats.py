@@ -12,7 +12,6 @@ import jax.export
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from flax.traverse_util import unflatten_dict
 
 from music_jax import registry
 from music_jax.data.augment import ViewAugmentation, local_augmentations, view_augmentations
@@ -21,7 +20,7 @@ from music_jax.errors import UserError, require_extra
 from music_jax.evaluation.results import MEAN_AVERAGE_PRECISION, TITLES
 from music_jax.exchange.encoder import METADATA_KEY, TrainedBackbone
 from music_jax.exchange.onnx_graph import onnx_model
-from music_jax.exchange.weights import TIMM_NAMES, TORCHVISION_NAMES, tensors_by_name, to_torch
+from music_jax.exchange.weights import TIMM_NAMES, TORCHVISION_NAMES, to_torch
 from music_jax.version import __version__
 from music_jax.workdir.directory import check_checkpoint_path
 from music_jax.workdir.files import read_record, write_json, write_new
@@ -130,10 +129,7 @@ def write(
 
 def _write_orbax(trained: TrainedBackbone, path: epath.Path) -> None:
     check_checkpoint_path(path)
-    params, batch_stats = (
-        unflatten_dict({name: trained.tensors[name] for name in tensors_by_name(x)}, sep=".")
-        for x in (trained.backbone.params, trained.backbone.batch_stats)
-    )
+    params, batch_stats = trained.backbone_arrays()
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, {"params": params, "batch_stats": batch_stats})
 

@@ -200,10 +200,7 @@ def read_record(path: epath.Path, *, max_bytes: int = _MAX_BYTES) -> dict[str, A
 
 
 def read_npz(
-    path: pathlib.Path | epath.Path,
-    *,
-    max_bytes: int = _MAX_BYTES,
-    max_array_bytes: int | None = None,
+    path: pathlib.Path | epath.Path, *, max_array_bytes: int | None = None
 ) -> dict[str, np.ndarray]:
     """Reads all arrays of numbers of an .npz file by name.
 
@@ -211,10 +208,10 @@ def read_npz(
     default than the file itself, which a compressed file exceeds.
 
     Raises:
-      OSError: The file cannot be read, is larger than `max_bytes`, or is a pipe or a device.
+      OSError: See `read_bytes`.
       ValueError: The file is damaged or not an .npz file.
     """
-    content = read_bytes(path, max_bytes=max_bytes)
+    content = read_bytes(path)
     arrays: dict[str, np.ndarray] = {}
     try:
         if content.count(_ZIP_ENTRY) > _MAX_ARRAYS:

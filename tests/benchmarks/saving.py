@@ -21,7 +21,7 @@ from etils import epath
 
 from music_jax.checkpoint.manager import Checkpoints
 from music_jax.data.order import TrainingOrder
-from music_jax.distributed.mesh import make_data_mesh, to_devices
+from music_jax.distributed.mesh import Placing, make_data_mesh
 from music_jax.train.recipe import make_recipe
 from music_jax.train.state import init_state, save_state
 from music_jax.train.step import compile_step
@@ -58,10 +58,8 @@ def main() -> None:
     size = config.crop.size
     shape = (config.batch_size, 2, size, size, config.dataset.num_channels)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    batch = [
-        to_devices(array, config.batch_size, mesh)
-        for array in (images, np.arange(config.batch_size, dtype=np.uint32))
-    ]
+    placing = Placing(config.batch_size, mesh)
+    batch = [placing(images), placing(np.arange(config.batch_size, dtype=np.uint32))]
     order = TrainingOrder(config.batch_size * 100, config.batch_size, 0)
     jax.block_until_ready(step(jax.tree.map(jax.numpy.copy, state), *batch))
 
