@@ -17,6 +17,10 @@ class UserError(MusicError):
     exit_code = 2
 
 
+class MissingSplitError(UserError):
+    """A split that a dataset does not have."""
+
+
 class NotMeasurableError(UserError):
     """Images that do not allow one measure, such as those without labels, but may allow others."""
 
@@ -63,6 +67,25 @@ def one_line(error: object, limit: int | None = None) -> str:
     An error without a message is described by the name of its type.
     """
     return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+@contextlib.contextmanager
+def raising(kind: type[MusicError], what: str) -> Iterator[None]:
+    """Turns whatever the block raises, such as a library on damaged files, into one error.
+
+    Args:
+      kind: Type of the error; errors of this type pass unchanged.
+      what: What failed; the message gives it before the reason.
+
+    Raises:
+      MusicError: The block raises; of the type `kind`.
+    """
+    try:
+        yield
+    except kind:
+        raise
+    except Exception as error:
+        raise kind(f"{what}: {one_line(error, 300)}") from error
 
 
 @contextlib.contextmanager

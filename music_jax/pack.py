@@ -13,6 +13,7 @@ one dataset, at the same time or not; the last one to finish completes it.
 Exit codes: 0 done; 2 wrong input; 3 unusable data; 75 stopped by a signal, complete shards saved.
 """
 
+import dataclasses
 import re
 
 from absl import flags
@@ -34,14 +35,8 @@ def main() -> None:
     from music_jax.distributed.shares import parse_share
 
     share = parse_share(given.worker)
-    packing = Packing(
-        shorter_side=given.shorter_side,
-        encoding=given.encoding,
-        quality=given.quality,
-        channels=given.channels,
-        pixel_type=given.pixel_type,
-        shard_size=given.shard_size,
-    )
+    names = [field.name for field in dataclasses.fields(Packing)]
+    packing = Packing(**{name: getattr(given, name) for name in names})
     config = default_config()
     config.dataset.data_dir = given.data_dir
     config.dataset.manual_dir = given.manual_dir

@@ -29,6 +29,7 @@ from etils import epath
 from foreign_mutations import array_bomb
 from hostile_images import hostile_image, mutated, whole_images
 from hostile_json import hostile_json, hostile_value
+from listed_records import list_source
 
 from music_jax import cli
 from music_jax.checkpoint.integrity import CHECKSUMS, write_checksums
@@ -70,12 +71,12 @@ def images(rng: random.Random, directory: pathlib.Path) -> None:
     encoded = hostile_image(rng)
     channels, use = rng.choice((1, 3)), rng.randrange(4)
     if use == 0:
-        source = sources.Source("fuzz", [{"image": encoded, "label": 0}], "image", "label", 1)
+        source = list_source("fuzz", [{"image": encoded, "label": 0}], 1)
         order = TrainingOrder(1, 1, rng.randrange(100))
         crop = rng.choice((Crop(16), Crop(16, (1.0, 1.0), (1.0, 1.0))))
-        groups = [loader._Group("images", crop, 2), loader._Group("local_images", Crop(8), 1)]
+        views = {"images": (crop, 2), "local_images": (Crop(8), 1)}
         batches = loader._TrainingBatches(
-            source, order, groups, channels, np.dtype(np.uint8), np.arange(1), True, None
+            source, order, views, channels, np.dtype(np.uint8), np.arange(1), True, None
         )
         batch = batches.new()
         batches.fill(0, batch, range(1))
@@ -160,7 +161,7 @@ def skipped(rng: random.Random, directory: pathlib.Path) -> None:
     noted = SkippedImages(epath.Path(directory), max_share=rng.choice((0.0, 1.0)))
     noted.merge()
     noted.summary()
-    noted.add(sources.Source("fuzz", [{}] * 3, "image", "label", 0), 1, "broken")
+    noted.add(list_source("fuzz", [{}] * 3, 0), 1, "broken")
 
 
 def lock(rng: random.Random, directory: pathlib.Path) -> None:

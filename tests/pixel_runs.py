@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from listed_records import list_source
 from small_runs import small_config
 from tfds_sets import IMAGES, LABELS, png
 
 from music_jax.data.datasets import EvaluationSources
 from music_jax.data.skipped import SkippedImages
-from music_jax.data.sources import Source
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.evaluation.run import Run
 
@@ -58,7 +58,7 @@ def digits_source(name, rows, *, unlabeled=(), num_classes=10):
         {"image": png(IMAGES[i]), "label": -1 if i in unlabeled else int(LABELS[i])} for i in rows
     ]
     names = tuple(map(str, range(num_classes)))
-    return Source(name, records, "image", "label", num_classes, names)
+    return list_source(name, records, num_classes, names)
 
 
 def pixel_run(directory, train, test, config=None):

@@ -20,6 +20,7 @@ from hostile_files import TARGETS
 from hostile_images import scan_bomb, text_bomb
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from listed_records import list_source
 from PIL import Image
 
 import music_jax
@@ -29,7 +30,6 @@ from music_jax.data.decode import decode, read_header, without_texts
 from music_jax.data.folder import open_folder
 from music_jax.data.loader import training_batches
 from music_jax.data.order import TrainingOrder
-from music_jax.data.sources import Source
 from music_jax.errors import MusicError, UndecodableError, UserError
 from music_jax.workdir.directory import open_workdir
 from music_jax.workdir.files import parse_json
@@ -128,10 +128,11 @@ def test_a_png_rotated_by_exif_is_cropped_within_its_borders(scale):
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = _png(2, 200, exif=exif)
-    source = Source("turned", [{"image": turned, "label": 0}], "image", "label", 1)
+    source = list_source("turned", [{"image": turned, "label": 0}], 1)
     order = TrainingOrder(1, 1, 0)
     options = {"channels": 3, "positions": np.arange(1), "num_steps": 20, "num_threads": 1}
-    for batch in training_batches(source, order, crop=Crop(8, scale), **options):
+    views = {"images": (Crop(8, scale), 2)}
+    for batch in training_batches(source, order, views=views, **options):
         assert batch["images"].std() > 0
 
 

@@ -98,7 +98,7 @@ def test_a_bad_batch_stops_the_run_and_is_saved(small, tmp_path):
     again = training_batches(
         source,
         order,
-        crop=Crop(8, (1.0, 1.0), (1.0, 1.0)),
+        views={"images": (Crop(8, (1.0, 1.0), (1.0, 1.0)), 2)},
         channels=1,
         positions=np.arange(128),
         num_steps=STEPS,

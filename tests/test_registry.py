@@ -224,10 +224,11 @@ def test_arrays_are_read_as_they_are_and_files_are_decoded():
 
 def test_labels_as_an_attribute_save_reading_the_records():
     images, labels = np.zeros((50, 8, 8, 1), np.uint8), np.arange(50) % 7 - 1
-    source = _source(_Images(images, labels=labels, class_names="abcdef"))
+    records = _Images(images, labels=labels, class_names="abcdef")
+    source = _source(records)
     assert source.num_classes == 6
     assert source.class_names == tuple("abcdef")
-    assert source.records._records.reads == 1  # whose channels are checked
+    assert records.reads == 1  # whose channels are checked
 
 
 @pytest.mark.parametrize(
@@ -304,6 +305,9 @@ def test_the_labels_of_two_splits_mean_the_same_classes():
         _two(named, _Images(images, [0, 1, 0, 1]))
     numbers = _Images(images, [0, 1, 2, 0], class_names=("2", "0", "1"))  # as in packed images
     assert _two(numbers, _Images(images, [0, 1, 0, 1])).test.labels().tolist() == [1, 2, 1, 2]
+    for names in ("01", "0"):  # Images without a label and damaged ones stay what they are.
+        test = _Images(images, labels=np.array([0, 0, -1, -2]), class_names=names)
+        assert _two(numbers, test).test.labels().tolist() == [1, 1, -1, -2]
     swapped = _Images(images, [0, 1, 0, 1], class_names=("b", "a"))
     assert _two(named, swapped).test.labels().tolist() == [1, 0, 1, 0]
 

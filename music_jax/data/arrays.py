@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from numpy.typing import DTypeLike
 
-from music_jax.errors import UndecodableError, UnexpectedPixelsError, one_line
+from music_jax.errors import UndecodableError, UnexpectedPixelsError, raising
 
 PIXEL_TYPES = ("uint8", "uint16", "float32")
 
@@ -79,16 +79,12 @@ def read_array(encoded: bytes, channels: int | None = None) -> np.ndarray:
         return values.reshape(header.shape, order=header.order)
     with _open_tiff(encoded) as tiff:
         shape, axes = _layout(tiff, channels)
-        try:
+        with raising(UndecodableError, "it cannot be decoded"):
             count = shape[0] if len(shape) > tiff.pages[0].ndim else 1
             pages = []
             for i in range(count):
                 _check_parts(encoded, tiff.pages[i])
                 pages.append(tiff.pages[i].asarray(maxworkers=1))
-        except UndecodableError:
-            raise
-        except Exception as error:  # whatever tifffile raises on damage
-            raise UndecodableError(f"it cannot be decoded: {one_line(error, 200)}") from error
         image = np.stack(pages) if len(shape) > pages[0].ndim else pages[0]
         return image.transpose(axes)
 
@@ -138,15 +134,13 @@ class _NpyHeader(NamedTuple):
 
 def _npy_header(encoded: bytes) -> _NpyHeader:
     file = io.BytesIO(encoded)
-    try:
+    with raising(UndecodableError, "it is not a valid .npy file"):
         version = np.lib.format.read_magic(file)
         read = {
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
         shape, is_fortran, dtype = read(file)
-    except Exception as error:  # Python literals: SyntaxError, MemoryError and others
-        raise UndecodableError(f"it is not a valid .npy file: {one_line(error, 200)}") from error
     _check_shape(shape, dtype)
     if math.prod(shape) * dtype.itemsize > len(encoded) - file.tell():
         raise UndecodableError("it is cut off")
@@ -174,15 +168,13 @@ def _tifffile() -> Any:
 
 def _open_tiff(encoded: bytes) -> Any:
     tifffile = _tifffile()
-    try:
+    with raising(UndecodableError, "it is not a valid TIFF file"):
         return tifffile.TiffFile(io.BytesIO(encoded))
-    except Exception as error:  # whatever tifffile raises on damage
-        raise UndecodableError(f"it is not a valid TIFF file: {one_line(error, 200)}") from error
 
 
 def _layout(tiff: Any, channels: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns the shape of the first page, or of all of them, and its axes (y, x[, channels])."""
-    try:
+    with raising(UndecodableError, "it is not a valid TIFF file"):
         page = tiff.pages[0]
         shape, dtype, axes = page.shape, page.dtype, page.axes
         if page.photometric not in _PHOTOMETRICS:
@@ -199,10 +191,6 @@ def _layout(tiff: Any, channels: int | None) -> tuple[tuple[int, ...], tuple[int
                 axes = "YXS"
         if axes not in ("YX", "YXS", "SYX") or dtype is None:
             raise UndecodableError(f"its axes {axes} are not those of an image")
-    except UndecodableError:
-        raise
-    except Exception as error:  # whatever tifffile raises on damage
-        raise UndecodableError(f"it is not a valid TIFF file: {one_line(error, 200)}") from error
     _check_shape(shape, dtype)
     return shape, tuple(axes.index(axis) for axis in "YXS" if axis in axes)
 

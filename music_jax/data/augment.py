@@ -25,7 +25,8 @@ class ViewAugmentation:
     """Augmentation of one view; by default none.
 
     Strengths are those of torchvision's `RandomAffine`, `ColorJitter`, `GaussianBlur` and
-    `GaussianNoise`. The operations are applied in the order of the attributes here.
+    `GaussianNoise`. The operations are applied in the order of the attributes here. The ranges of
+    the values are checked in the config.
 
     Values of uint8 images are in [0, 1], and are clipped to it after each operation. Those of other
     images are standardized with the mean and the standard deviation of their channel, and are not
@@ -75,21 +76,6 @@ class ViewAugmentation:
     noise_probability: float = 0.0
     noise_std: float = 0.0
 
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in ("blur_sigma", "scale"):
-                if len(value) != 2 or not 0 < value[0] <= value[1] < math.inf:
-                    raise ValueError(
-                        f"expected {field.name} as (low, high) with 0 < low <= high, got {value}"
-                    )
-                object.__setattr__(self, field.name, tuple(value))  # a list cannot be hashed
-            else:
-                high = _LARGEST.get(field.name, 1.0)
-                if not 0 <= value <= high or math.isinf(value):
-                    closing = ")" if math.isinf(high) else "]"
-                    raise ValueError(f"expected {field.name} in [0, {high:g}{closing}, got {value}")
-
     @property
     def warps(self) -> bool:
         """Whether the affine warp can change anything."""
@@ -108,12 +94,6 @@ def local_augmentations(config: config_dict.ConfigDict) -> tuple[ViewAugmentatio
     """Returns the augmentation of each local view of a config."""
     augmentation = ViewAugmentation(**config.augmentation.local.to_dict())
     return (augmentation,) * config.local_views.count
-
-
-# Upper limits of the fields, 1 for all others.
-_LARGEST = {"hue": 0.5, "rotation_degrees": 180.0, "shear_degrees": 89.0} | dict.fromkeys(
-    ("brightness", "contrast", "saturation", "noise_std"), math.inf
-)
 
 
 # The uniform numbers drawn for each sample and view. Append new ones: the others must not change.

@@ -12,14 +12,15 @@ from ml_collections import config_dict
 
 from music_jax import registry
 from music_jax.config import normalize_path
-from music_jax.data import hf_source, tfds_source
+from music_jax.data import hf_source, registered, tfds_source
 from music_jax.data.decode import decode
 from music_jax.data.folder import open_folder
 from music_jax.data.loader import evaluation_batches
+from music_jax.data.order import evenly_spaced
 from music_jax.data.packed import is_packed, open_packed
-from music_jax.data.registered import open_registered
 from music_jax.data.sources import Source
 from music_jax.errors import (
+    MissingSplitError,
     NotMeasurableError,
     UndecodableError,
     UnexpectedPixelsError,
@@ -88,8 +89,7 @@ def prepare(config: config_dict.ConfigDict, fields: Collection[str] = _FIELDS) -
     if "dataset.name" in fields and not config.dataset.path:
         named.append((config.dataset, ""))
     for dataset in {found[0].name: found[0] for found in named if found}.values():
-        if not _is_registered(dataset):
-            _library(dataset).prepare(dataset)
+        _library(dataset).prepare(dataset)
 
 
 def training_source(config: config_dict.ConfigDict) -> Source:
@@ -99,8 +99,9 @@ def training_source(config: config_dict.ConfigDict) -> Source:
       UserError: They do not exist or cannot be used.
     """
     dataset, path = config.dataset, config.dataset.path
-    source = open_path(path) if path else _open_split(dataset, dataset.train_split)
-    return check_pixels(config, source)
+    if path:
+        return check_pixels(config, open_path(path))
+    return check_pixels(config, _library(dataset).open_split(dataset, dataset.train_split))
 
 
 def evaluation_sources(
@@ -166,12 +167,12 @@ def _test_source(config: config_dict.ConfigDict) -> Source | None:
         )
     if dataset.path or not dataset.test_split:
         return None
-    if dataset.test_split == _TEST_SPLIT:
-        if _is_registered(dataset):
-            return open_registered(dataset, _TEST_SPLIT)
-        if not _library(dataset).has_split(dataset, _TEST_SPLIT):
-            return None
-    return _open_split(dataset, dataset.test_split)
+    try:
+        return _library(dataset).open_split(dataset, dataset.test_split)
+    except MissingSplitError:
+        if dataset.test_split != _TEST_SPLIT:
+            raise
+        return None
 
 
 def check_pixels(config: config_dict.ConfigDict, source: Source) -> Source:
@@ -181,7 +182,7 @@ def check_pixels(config: config_dict.ConfigDict, source: Source) -> Source:
       UserError: None of a few images has them.
     """
     problem, dataset = "", config.dataset
-    for index in np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT, dtype=np.int64)).tolist():
+    for index in evenly_spaced(len(source), _LOOKED_AT):
         try:
             decode(source.example(index)[0], dataset.num_channels, dtype=dataset.pixel_type)
             return source
@@ -198,32 +199,19 @@ def check_pixels(config: config_dict.ConfigDict, source: Source) -> Source:
 
 
 def _library(dataset: config_dict.ConfigDict) -> Any:
-    """Returns the module that reads a dataset which is not registered."""
-    return hf_source if dataset.name.startswith(hf_source.PREFIX) else tfds_source
-
-
-def _is_registered(dataset: config_dict.ConfigDict) -> bool:
-    """Returns whether a dataset is registered.
+    """Returns the module whose `prepare` and `open_split` are for a dataset.
 
     Raises:
-      UserError: It is not, but has options.
+      UserError: The dataset is not registered, but has options.
     """
-    if dataset.name not in registry.DATASETS and dataset.options:
+    if dataset.name in registry.DATASETS:
+        return registered
+    if dataset.options:
         raise UserError(
             f"dataset {dataset.name!r} is not registered; name the module that registers it with "
             "--import=MODULE"
         )
-    return dataset.name in registry.DATASETS
-
-
-def _open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
-    """Opens a split of a registered dataset, or of one of TFDS or Hugging Face."""
-    if not _is_registered(dataset):
-        return _library(dataset).open_split(dataset, split)
-    source = open_registered(dataset, split)
-    if source is None:
-        raise UserError(f"the dataset {dataset.name!r} has no split {split!r}")
-    return source
+    return hf_source if dataset.name.startswith(hf_source.PREFIX) else tfds_source
 
 
 def _missing_labels(source: Source, classes: int) -> str:
@@ -262,9 +250,12 @@ def open_named(config: config_dict.ConfigDict, name: str, *, prepare: bool = Fal
       UserError: There is no such folder or split.
     """
     found = _dataset_split(config, name)
-    if found and prepare and not _is_registered(found[0]):
-        _library(found[0]).prepare(found[0])
-    return _open_split(*found) if found else open_path(name)
+    if found is None:
+        return open_path(name)
+    dataset, split = found
+    if prepare:
+        _library(dataset).prepare(dataset)
+    return _library(dataset).open_split(dataset, split)
 
 
 def _dataset_split(

@@ -85,7 +85,7 @@ def open_folder(path: str) -> Source:
     files = _Files(root, names, states)
     class_names = tuple(map(escape_surrogates, files.class_names))
     _logger.info(
-        f"{name}: {len(files):,} images, "
+        f"{name}: {len(names):,} images, "
         + (f"{len(class_names):,} classes" if class_names else "no labels")
         + f", listed in {time.monotonic() - started:.1f} s"
     )
@@ -93,10 +93,13 @@ def open_folder(path: str) -> Source:
         _logger.info(f"{name}: {message}")
     return Source(
         name=name,
-        records=files,
+        size=len(names),
+        read=files.read,
         num_classes=len(class_names),
         class_names=class_names,
         identity=files.identity,
+        known_labels=files.labels,
+        record_name=files.record_name,
     )
 
 
@@ -184,7 +187,7 @@ def _holds(folder: str, path: str) -> bool:
 
 
 class _Files:
-    """Records of a folder, each read on access."""
+    """Images of a folder, each read on access."""
 
     def __init__(self, root: str, names: list[str], states: np.ndarray):
         order = sorted(range(len(names)), key=names.__getitem__)
@@ -196,12 +199,10 @@ class _Files:
         numbers = {name: number for number, name in enumerate(self.class_names)}
         self.labels = np.asarray([numbers.get(name, -1) for name in classes], np.int32)
 
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def read(self, index: int) -> dict[str, Any]:
+        """Returns the record of an image."""
         path, is_link = f"{self._root}/{self._names[index]}", bool(self._is_link[index])
-        return {"image": read_file(path, is_link=is_link), "label": self.labels[index]}
+        return {"image": read_file(path, is_link=is_link)}
 
     def record_name(self, index: int) -> str:
         return escape_surrogates(self._names[index])

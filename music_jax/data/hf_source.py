@@ -18,9 +18,16 @@ import numpy as np
 from ml_collections import config_dict
 
 from music_jax.data.folder import read_file
-from music_jax.data.label_values import Labels, number_labels
+from music_jax.data.labels import Labels, number_labels
 from music_jax.data.sources import Source
-from music_jax.errors import UndecodableError, UserError, one_line, require_extra
+from music_jax.errors import (
+    MissingSplitError,
+    UndecodableError,
+    UserError,
+    one_line,
+    raising,
+    require_extra,
+)
 
 PREFIX = "hf:"
 # NAME, NAMESPACE/NAME or NAMESPACE/NAME/CONFIG
@@ -49,7 +56,7 @@ def prepare(dataset: config_dict.ConfigDict) -> None:
     datasets, path = _import(), _path(dataset)
     if _is_saved(path) or (not os.path.isdir(path) and _cached(dataset) is not None):
         return
-    try:
+    with raising(UserError, f"cannot prepare dataset {dataset.name!r}"):
         builder = _local(dataset) if os.path.isdir(path) else None
         if builder is None:
             name, config = _hub_name(dataset)
@@ -62,17 +69,6 @@ def prepare(dataset: config_dict.ConfigDict) -> None:
                     f"are {', '.join(_FORMATS)}"
                 )
         builder.download_and_prepare()
-    except UserError:
-        raise
-    except Exception as error:  # whatever the library raises on missing or damaged files
-        raise UserError(
-            f"cannot prepare dataset {dataset.name!r}: {one_line(error, 300)}"
-        ) from error
-
-
-def has_split(dataset: config_dict.ConfigDict, split: str) -> bool:
-    """Returns whether a dataset that was prepared has a split of this name."""
-    return split in _split_sizes(_open(dataset))
 
 
 def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
@@ -87,42 +83,46 @@ def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
       split: Split such as `train` or `train[:90%]`.
 
     Raises:
-      UserError: The dataset was not prepared; or the split, the image or the label does not exist.
+      MissingSplitError: The dataset has no such split.
+      UserError: The dataset was not prepared; or the image or the label does not exist.
     """
     datasets, opened = _import(), _open(dataset)
     name = f"{dataset.name}:{split}"
-    try:
+    splits = sorted(_split_sizes(opened))
+    what = f"cannot read split {split!r} of {dataset.name!r}, which has the splits {splits}"
+    with raising(UserError if split in splits else MissingSplitError, what):
         rows = _read_split(opened, split)
-    except Exception as error:  # whatever the library raises on an unknown split or damage
-        raise UserError(
-            f"cannot read split {split!r} of {dataset.name!r}, which has the splits "
-            f"{sorted(_split_sizes(opened))}: {one_line(error, 300)}"
-        ) from error
-    features, label_key = rows.features, dataset.label_key
-    for key in (dataset.image_key, label_key):
-        if key not in features and (key == dataset.image_key or key not in (_LABEL_KEY, "")):
+    features, image_key, label_key = rows.features, dataset.image_key, dataset.label_key
+    for key in (image_key, label_key):
+        if key not in features and (key == image_key or key not in (_LABEL_KEY, "")):
             raise UserError(
                 f"dataset {dataset.name!r} has no column {key!r}; it has {sorted(features)}: name "
-                f"another with --config.dataset."
-                f"{'image' if key == dataset.image_key else 'label'}_key="
+                f"another with --config.dataset.{'image' if key == image_key else 'label'}_key="
             )
-    if not _holds_files(features[dataset.image_key]):
+    if not _holds_files(features[image_key]):
         raise UserError(
-            f"the column {dataset.image_key!r} of dataset {dataset.name!r} does not hold image "
-            f"files, but {one_line(features[dataset.image_key], 300)}; name one that does with "
+            f"the column {image_key!r} of dataset {dataset.name!r} does not hold image files, but "
+            f"{one_line(features[image_key], 300)}; name one that does with "
             "--config.dataset.image_key="
         )
-    try:  # reads no images, and keeps Arrow from reading outside of its memory
-        used = [key for key in (dataset.image_key, label_key) if key in features]
+    with raising(UserError, f"the files of {name} are damaged"):
+        # Reads no images, and keeps Arrow from reading outside of its memory.
+        used = [key for key in (image_key, label_key) if key in features]
         rows.data.select(used).validate(full=True)
-    except Exception as error:
-        raise UserError(f"the files of {name} are damaged: {one_line(error, 300)}") from error
-    image = rows.select_columns([dataset.image_key])
-    if isinstance(features[dataset.image_key], datasets.Image):
-        image = image.cast_column(dataset.image_key, datasets.Image(decode=False))
+    images = rows.select_columns([image_key])
+    if isinstance(features[image_key], datasets.Image):
+        images = images.cast_column(image_key, datasets.Image(decode=False))
     found = _labels(rows, dataset, name)
     files = [file["filename"] for file in rows.cache_files]
     content = [split, len(rows), str(features), found.class_names]
+    path = _path(dataset)
+    root = path if os.path.isdir(path) else datasets.config.HF_CACHE_HOME
+
+    def read(index: int) -> dict[str, Any]:
+        image = images[index][image_key]
+        if isinstance(image, dict):
+            image = image.get("bytes") or _read_image(root, image.get("path"))
+        return {"image": image}
 
     def identity(times: bool) -> bytes:
         digest = hashlib.sha256(json.dumps(content).encode() + found.labels.tobytes())
@@ -131,15 +131,15 @@ def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
             digest.update(str([(s.st_size, s.st_mtime_ns) for s in states]).encode())
         return digest.digest()
 
-    path = _path(dataset)
-    root = path if os.path.isdir(path) else datasets.config.HF_CACHE_HOME
     return Source(
         name=name,
-        records=_Rows(image, dataset.image_key, found.labels, root),
+        size=len(rows),
+        read=read,
         num_classes=found.num_classes,
         class_names=found.class_names,
         no_classes=found.no_classes,
         identity=identity,
+        known_labels=found.labels,
         multi_label=found.multi_label,
     )
 
@@ -233,14 +233,10 @@ def _cached(dataset: config_dict.ConfigDict) -> Any:
 def _open(dataset: config_dict.ConfigDict) -> Any:
     """Returns what `load_from_disk` gives, or else the builder of a prepared dataset."""
     datasets, path = _import(), _path(dataset)
-    try:
+    with raising(UserError, f"cannot open dataset {dataset.name!r}"):
         if _is_saved(path):
             return datasets.load_from_disk(path, keep_in_memory=False)
         builder = _local(dataset) if os.path.isdir(path) else _cached(dataset)
-    except UserError:
-        raise
-    except Exception as error:  # whatever the library raises on damaged or missing files
-        raise UserError(f"cannot open dataset {dataset.name!r}: {one_line(error, 300)}") from error
     if builder is None or not builder.info.splits:
         raise UserError(
             f"dataset {dataset.name!r} was not prepared in the cache of Hugging Face; name it with "
@@ -291,26 +287,11 @@ def _labels(rows: Any, dataset: config_dict.ConfigDict, name: str) -> Labels:
     return number_labels(column.to_pylist(), f"the column {key!r} of {name}", names)
 
 
-class _Rows:
-    """Rows of a split, of which the image is read as a file."""
-
-    def __init__(self, rows: Any, image_key: str, labels: np.ndarray, root: str):
-        self._rows, self._image_key, self.labels, self._root = rows, image_key, labels, root
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        image = self._rows[index][self._image_key]
-        if isinstance(image, dict):
-            image = image.get("bytes") or self._read(image.get("path"))
-        return {"image": image, "label": self.labels[index]}
-
-    def _read(self, path: Any) -> bytes:
-        """Reads an image of which the dataset has the path, in the directory of the dataset."""
-        if not isinstance(path, str):
-            raise UndecodableError("its cell of the table holds neither a file nor a path")
-        root, file = os.path.realpath(self._root), os.path.join(self._root, path)
-        if not os.path.realpath(file).startswith(f"{root}/"):
-            raise UndecodableError(f"its path {path!r} leads out of {self._root!r}")
-        return read_file(file, is_link=True)
+def _read_image(root: str, path: Any) -> bytes:
+    """Reads an image of which the dataset has the path, in the directory of the dataset."""
+    if not isinstance(path, str):
+        raise UndecodableError("its cell of the table holds neither a file nor a path")
+    file = os.path.join(root, path)
+    if not os.path.realpath(file).startswith(f"{os.path.realpath(root)}/"):
+        raise UndecodableError(f"its path {path!r} leads out of {root!r}")
+    return read_file(file, is_link=True)

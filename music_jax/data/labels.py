@@ -6,8 +6,8 @@ if it is unknown. An image has no label if all elements are -1.
 """
 
 import concurrent.futures
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,7 @@ Label = int | np.ndarray  # a number, or int8 [classes]
 
 UNKNOWN, DAMAGED = -1, -2
 
+_MAX_CLASSES = 2**20  # larger numbers, such as hashes, are not those of classes
 _FEW = 1000  # distinct values, which are classes however few images there are
 _READ_AT_ONCE = 256  # by one thread
 
@@ -92,3 +93,75 @@ def classes_of(label: Label) -> list[int]:
     if isinstance(label, np.ndarray) and label.ndim:
         return np.flatnonzero(label == 1).tolist()
     return [int(label)] if label >= 0 else []
+
+
+class Labels(NamedTuple):
+    """Labels of all images, and their classes."""
+
+    labels: np.ndarray  # int32 [images], or int8 [images, classes]
+    num_classes: int
+    class_names: tuple[str, ...]  # empty if the labels are numbers
+    no_classes: str  # why the images have no labels, or ""
+    multi_label: bool = False
+
+
+def number_labels(values: Sequence[Any], what: str, names: Sequence[str] = ()) -> Labels:
+    """Returns the labels for values that are whole numbers, texts, lists of one of them, or None.
+
+    Numbers are taken as they are. Texts are numbered in the order of the sorted names. Lists have
+    the classes of an image; or an element of -1, 0 or 1 for each class, if all of them are such
+    numbers and have the same length, and the classes have no names.
+
+    Args:
+      values: The value of each image; negative numbers, empty texts and None stand for no label.
+      what: Where the values come from, for the reason why there are no labels.
+      names: Names of the classes, if numbers stand for them.
+    """
+    values = [None if value == "" else value for value in values]
+    reason = ""
+    kinds = {type(value) for value in values} - {type(None)}
+    if kinds == {list}:
+        return _number_lists(values, what, names)
+    found = set(values) - {None} if kinds <= {int, bool} or kinds == {str} else set()
+    if kinds and not found:
+        kind_names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        reason = f"the labels in {what} are neither whole numbers nor texts, but {kind_names}"
+    elif not found or (kinds != {str} and max(found) < 0):
+        reason = f"none of the {len(values):,} images has a label in {what}"
+    elif kinds != {str} and max(found) >= _MAX_CLASSES:
+        reason = f"the largest label in {what}, {max(found)}, is not the number of a class"
+    elif are_too_many(len(found), len(values)):
+        reason = f"the {len(found):,} values in {what} are too many for classes of {len(values):,}"
+    if reason:
+        return Labels(np.full(len(values), -1, np.int32), 0, (), reason)
+    if kinds == {str}:
+        texts = tuple(sorted(found))
+        numbers = {name: number for number, name in enumerate(texts)} | {None: -1}
+        return Labels(np.asarray([numbers[v] for v in values], np.int32), len(texts), texts, "")
+    labels = np.asarray([-1 if v is None or v < 0 else v for v in values], np.int32)
+    count = int(labels.max()) + 1
+    if count <= len(names):
+        return Labels(labels, len(names), tuple(names), "")
+    return Labels(labels, count, (), "")
+
+
+def _number_lists(values: Sequence[Any], what: str, names: Sequence[str]) -> Labels:
+    lists = [value for value in values if value is not None]
+    single = number_labels([item for value in lists for item in value], what, names)
+    if single.no_classes:
+        return single._replace(labels=np.full(len(values), -1, np.int32))
+    lengths = {len(value) for value in lists}
+    is_by_class = not single.class_names and single.num_classes <= 2 and len(lengths) == 1
+    num_classes = max(lengths) if is_by_class else single.num_classes
+    names = single.class_names or tuple(map(str, range(num_classes)))
+    labels = np.full((len(values), num_classes), UNKNOWN, np.int8)
+    start = 0
+    for i, value in enumerate(values):
+        if value is None:
+            continue
+        numbers = single.labels[start : start + len(value)]
+        start += len(value)
+        labels[i] = numbers if is_by_class else 0
+        if not is_by_class:
+            labels[i, numbers[numbers >= 0]] = 1
+    return Labels(labels, num_classes, tuple(names), "", multi_label=True)

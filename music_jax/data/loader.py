@@ -8,7 +8,7 @@ a worker, a process, or where a run was resumed.
 import dataclasses
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import cv2
@@ -35,6 +35,7 @@ _BATCHES_AHEAD = 3
 # Broken images in a row, each drawn at random from the dataset, after which training stops.
 _MAX_TRIES = 100
 
+Views = Mapping[str, tuple[Crop, int]]  # settings and number of crops, by the name of their array
 _Batch = dict[str, np.ndarray]
 _Cut = tuple[Box, bool]  # the box of a view, and whether it is mirrored
 
@@ -43,14 +44,12 @@ def training_batches(
     source: Source,
     order: TrainingOrder,
     *,
-    crop: Crop,
+    views: Views,
     channels: int,
     dtype: DTypeLike = np.uint8,
     positions: np.ndarray,
     num_steps: int,
     start_step: int = 0,
-    num_views: int = 2,
-    local_views: tuple[Crop, int] | None = None,
     flip: bool = False,
     skipped: SkippedImages | None = None,
     num_threads: int | None = None,
@@ -60,34 +59,28 @@ def training_batches(
     Args:
       source: Images.
       order: Order of the images.
-      crop: Settings of the random crops.
+      views: Settings and number of the random crops of each image, by the name of their array.
+        Crops keep their boxes whatever names follow theirs. They also keep their pixels, unless a
+        JPEG that would be decoded at a reduced size is decoded at a larger one for the others.
       channels: Number of channels; files of 1 (gray) and 3 (RGB) are converted to one another.
       dtype: Type of the pixels: uint8, uint16 or float32.
       positions: Positions of the global batch that this process fills, ascending.
       num_steps: Number of steps of the whole training.
       start_step: First step; its batches are the same as if all steps before had been read.
-      num_views: Number of crops of each image.
-      local_views: Settings and number of further crops of each image, the local views. The other
-        crops keep their boxes. They also keep their pixels, unless a JPEG that would be decoded at
-        a reduced size is decoded at a larger one for the local views.
       flip: Whether to mirror half of the views, if no augmentation on the device follows.
       skipped: List to which images that cannot be decoded are added. Other images replace them,
         chosen by the seed and the sample's index. By default such an image is an error.
       num_threads: Number of decoding threads; by default one per core that the process may use.
 
     Yields:
-      Dictionaries of `images`, [positions, views, size, size, channels]; `local_images` likewise,
-      if there are local views; `sample_index`, uint32 [positions]; `label`, as `Source.no_labels`
-      returns them.
+      Dictionaries of the views, [positions, views, size, size, channels] for each name;
+      `sample_index`, uint32 [positions]; `label`, as `Source.no_labels` returns them.
 
     Raises:
       UnusableDataError: While iterating, if images cannot be decoded and must not be skipped.
     """
-    groups = [_Group("images", crop, num_views)]
-    if local_views is not None:
-        groups.append(_Group("local_images", *local_views))
     batches = _TrainingBatches(
-        source, order, groups, channels, np.dtype(dtype), positions, flip, skipped
+        source, order, views, channels, np.dtype(dtype), positions, flip, skipped
     )
     return _read(batches.new, batches.fill, len(positions), start_step, num_steps, num_threads)
 
@@ -162,21 +155,13 @@ class _Sample(NamedTuple):
     error: UndecodableError | None = None
 
 
-class _Group(NamedTuple):
-    """Views of one size."""
-
-    name: str  # of their array in the batch
-    crop: Crop
-    num_views: int
-
-
 @dataclasses.dataclass(frozen=True)
 class _TrainingBatches:
     """This process's share of the batch of each step; see `training_batches`."""
 
     source: Source
     order: TrainingOrder
-    groups: list[_Group]
+    views: Views
     channels: int
     dtype: np.dtype
     positions: np.ndarray
@@ -190,7 +175,7 @@ class _TrainingBatches:
             "sample_index": np.empty(count, np.uint32),
             "label": self.source.no_labels(count),
         }
-        for name, crop, num_views in self.groups:
+        for name, (crop, num_views) in self.views.items():
             shape = (count, num_views, crop.size, crop.size, self.channels)
             batch[name] = np.empty(shape, self.dtype)
         return batch
@@ -203,7 +188,7 @@ class _TrainingBatches:
         samples = [self._read(key) for key in keys]
         cuts = self._draw(indices, samples)
         for i, row in enumerate(rows):
-            views = [view for group in self.groups for view in batch[group.name][row]]
+            views = [view for name in self.views for view in batch[name][row]]
             batch["sample_index"][row] = indices[i] % 2**32
             batch["label"][row] = self._fill(indices[i], keys[i], samples[i], cuts[i], views)
 
@@ -215,11 +200,11 @@ class _TrainingBatches:
             return _Sample(b"", -1, Header(1, 1), error)
 
     def _draw(self, sample_indices: list[int], samples: list[_Sample]) -> list[list[_Cut]]:
-        """Draws the crops of each sample, one element per view of any group."""
+        """Draws the crops of each sample, one element per view."""
         sizes = np.asarray([sample.header[:2] for sample in samples])
         count = NUMBERS_PER_BOX + 1
         drawn: list[list[_Cut]] = [[] for _ in samples]
-        for stream, (_, crop, num_views) in enumerate(self.groups):
+        for stream, (crop, num_views) in enumerate(self.views.values()):
             heights, widths = np.repeat(sizes, num_views, axis=0).T
             numbers = _uniform(self.order.seed, sample_indices, num_views * count, stream)
             numbers = numbers.reshape(-1, count)

@@ -60,3 +60,8 @@ def _shuffle_key(seed: int, epoch: int) -> int:
     epochs each. Then one epoch of a run has the order of one epoch of another.
     """
     return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+
+
+def evenly_spaced(size: int, count: int) -> list[int]:
+    """Returns up to `count` different indices, evenly spaced from 0 to `size - 1`."""
+    return np.unique(np.linspace(0, size - 1, count, dtype=np.int64)).tolist()

@@ -25,7 +25,7 @@ from music_jax.config import normalize_path
 from music_jax.data.folder import MAX_FILE_BYTES
 from music_jax.data.sources import Source
 from music_jax.distributed.progress import escape_surrogates
-from music_jax.errors import UndecodableError, UserError, one_line
+from music_jax.errors import UndecodableError, UserError, raising
 from music_jax.workdir.directory import check_utf8
 from music_jax.workdir.files import read_json
 
@@ -60,7 +60,7 @@ def open_packed(path: str) -> Source:
         )
     check_utf8(root)
     files = [os.path.join(root, shard["file"]) for shard in index["shards"]]
-    try:
+    with raising(UserError, f"cannot read the shards of {path!r}"):
         states = [os.lstat(file) for file in files]
         if not all(stat.S_ISREG(state.st_mode) for state in states):
             raise ValueError("one of them is a link or no file")
@@ -68,15 +68,13 @@ def open_packed(path: str) -> Source:
         records = _Records(files, [ArrayRecordDataSource([file]) for file in files], kind)
         if len(records) != index["num_images"]:
             raise ValueError(f"they hold {len(records)} images, not {index['num_images']}")
-    except Exception as error:  # whatever the reader raises on damage
-        reason = one_line(error, 300)
-        raise UserError(f"cannot read the shards of {path!r}: {reason}") from error
     names = tuple(index["class_names"])
     content = [index["shards"], index["class_names"], [state.st_size for state in states]]
     stamps = [(state.st_size, state.st_mtime_ns) for state in states]
     return Source(
         name=escape_surrogates(normalize_path(path)),
-        records=records,
+        size=len(records),
+        read=records.read,
         num_classes=len(names),
         class_names=names,
         identity=lambda times: json.dumps([*content, stamps] if times else content).encode(),
@@ -129,7 +127,8 @@ class _Records:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def read(self, index: int) -> dict[str, Any]:
+        """Returns the record of an image."""
         shard = bisect.bisect_right(self._ends, index)
         label_type = self._label_type
         if problem := self._problem(self._files[shard], label_type.itemsize):

@@ -7,7 +7,6 @@ shards of the same dataset, and the result does not depend on their number.
 import contextlib
 import dataclasses
 import io
-import json
 import logging
 import os
 from collections.abc import Iterable
@@ -30,7 +29,7 @@ from music_jax.distributed import progress, usable_cores
 from music_jax.distributed.shares import ALL, Share
 from music_jax.errors import UndecodableError, UserError
 from music_jax.workdir.directory import check_utf8
-from music_jax.workdir.files import PREFIX, new_path, write_new
+from music_jax.workdir.files import PREFIX, new_path, write_json
 
 _logger = logging.getLogger(__name__)
 
@@ -127,12 +126,7 @@ def pack(
     if source.no_classes:
         _logger.warning(f"the images are packed without labels: {source.no_classes}")
     source = dataclasses.replace(source, name=index["source"])
-    skipped = SkippedImages(
-        directory,
-        max_share=max_skipped_share,
-        process_index=share.index,
-        num_processes=share.count,
-    )
+    skipped = SkippedImages(directory, max_share=max_skipped_share, share=share)
     threads = num_threads or usable_cores()
     options = grain.ReadOptions(threads, prefetch_buffer_size=threads * _IMAGES_PER_THREAD)
 
@@ -193,7 +187,7 @@ def _finish(
     shards = [{"file": file, "images": n} for file, n in zip(files, counts, strict=True)]
     num_images = sum(filter(None, counts))
     index |= {"complete": True, "num_images": num_images, "shards": shards}
-    _write_index(directory, index)
+    write_json(directory / INDEX_FILE, index)
     for temporary in directory.glob(f"{PREFIX}*"):  # from workers that were killed
         temporary.unlink(missing_ok=True)
     if len(skipped):
@@ -218,7 +212,7 @@ def _start(directory: epath.Path, index: dict[str, Any], tag: str) -> bool:
                     f"{directory} is not empty, and holds no packed images to resume; give "
                     "another --output"
                 )
-            _write_index(directory, index)
+            write_json(directory / INDEX_FILE, index)
             return False
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error}") from error
@@ -240,10 +234,6 @@ def _start(directory: epath.Path, index: dict[str, Any], tag: str) -> bool:
             "were renamed, replaced, added or removed; pack the new images into another --output"
         )
     return bool(existing["complete"])
-
-
-def _write_index(directory: epath.Path, index: dict[str, Any]) -> None:
-    write_new(directory / INDEX_FILE, (json.dumps(index, indent=2) + "\n").encode())
 
 
 def _normalize(source: Any) -> str | None:

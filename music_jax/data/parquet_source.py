@@ -18,10 +18,17 @@ import numpy as np
 
 from music_jax.data.file_patterns import expand
 from music_jax.data.folder import MAX_FILE_BYTES
-from music_jax.data.label_values import number_labels
+from music_jax.data.labels import number_labels
 from music_jax.data.sources import Source
 from music_jax.distributed.progress import escape_surrogates
-from music_jax.errors import UndecodableError, UnusableDataError, UserError, one_line, require_extra
+from music_jax.errors import (
+    UndecodableError,
+    UnusableDataError,
+    UserError,
+    one_line,
+    raising,
+    require_extra,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -58,17 +65,14 @@ def open_parquet(pattern: str, *, image_key: str | None, label_key: str | None) 
     if label == image[0]:  # All labels are read into memory.
         raise UserError(f"the column {label!r} holds the images; --label_key= must name another")
     for number, path in enumerate(files):
-        with _open(path) as file:
-            try:
-                for group in range(file.num_row_groups):
-                    groups.append((number, group))
-                    sizes.append(file.metadata.row_group(group).num_rows)
-                if label is not None:
-                    labels += file.read(columns=[label]).column(label).to_pylist()
-                if file.schema_arrow.field(image[0]).type != image[1]:
-                    raise ValueError(f"its column {image[0]!r} has another type")
-            except Exception as error:  # whatever pyarrow raises on damage or a missing column
-                raise UnusableDataError(f"cannot read {path!r}: {one_line(error, 300)}") from error
+        with _open(path) as file, raising(UnusableDataError, f"cannot read {path!r}"):
+            for group in range(file.num_row_groups):
+                groups.append((number, group))
+                sizes.append(file.metadata.row_group(group).num_rows)
+            if label is not None:
+                labels += file.read(columns=[label]).column(label).to_pylist()
+            if file.schema_arrow.field(image[0]).type != image[1]:
+                raise ValueError(f"its column {image[0]!r} has another type")
     if not sum(sizes):
         raise UserError(f"{name} has no rows")
     class_names = _class_names(_open(files[0]).schema_arrow, label)
@@ -80,25 +84,25 @@ def open_parquet(pattern: str, *, image_key: str | None, label_key: str | None) 
         f"{name}: {sum(sizes):,} images in the column {image[0]!r}, {found.num_classes:,} classes, "
         f"{len(files):,} files"
     )
-    records = _Rows(files, groups, sizes, image[0], found.labels)
+    rows = _Rows(files, groups, sizes, image[0], found.labels)
     return Source(
         name=name,
-        records=records,
+        size=sum(sizes),
+        read=rows.read,
         num_classes=found.num_classes,
         class_names=found.class_names,
         no_classes=no_classes,
+        identity=rows.identity,
+        known_labels=None if label is None else found.labels,
         multi_label=found.multi_label,
-        identity=records.identity,
     )
 
 
 def _open(path: str) -> Any:
     import pyarrow.parquet as pq
 
-    try:
+    with raising(UnusableDataError, f"cannot read {path!r}"):
         return pq.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES)
-    except Exception as error:  # whatever pyarrow raises on damage
-        raise UnusableDataError(f"cannot read {path!r}: {one_line(error, 300)}") from error
 
 
 def _image_column(name: str, schema: Any, image_key: str | None) -> tuple[str, Any]:
@@ -154,8 +158,7 @@ class _Rows:
     ):
         self._files, self._groups, self._sizes, self._column = files, groups, sizes, column
         self._ends = list(itertools.accumulate(sizes))
-        if len(labels):
-            self.labels = labels
+        self._labels = labels  # none without a column of labels
         self._states = [os.stat(file) for file in files]
         self._lock = threading.Lock()
         self._kept: collections.deque[tuple[int, Any]] = collections.deque(maxlen=_KEPT_BATCHES)
@@ -163,10 +166,8 @@ class _Rows:
         self._batches: Iterator[Any] = iter(())
         self._damage: dict[int, tuple[int, str]] = {}  # row from which a row group is damaged
 
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def read(self, index: int) -> dict[str, Any]:
+        """Returns the record of an image."""
         with self._lock:
             value = self._value(index)
         if isinstance(value, dict):
@@ -175,13 +176,12 @@ class _Rows:
             raise UndecodableError("its cell of the table holds no file")
         if len(value) > MAX_FILE_BYTES:
             raise UndecodableError(f"its {len(value):,} bytes are more than {MAX_FILE_BYTES:,}")
-        label = self.labels[index] if hasattr(self, "labels") else -1
-        return {"image": value, "label": label}
+        return {"image": value}
 
     def identity(self, times: bool) -> bytes:
         """Hashes the sizes of row groups and files and the labels, and if `times` the times."""
-        labels = self.labels.tobytes() if hasattr(self, "labels") else b""
-        digest = hashlib.sha256(json.dumps([self._groups, self._sizes]).encode() + labels)
+        digest = hashlib.sha256(json.dumps([self._groups, self._sizes]).encode())
+        digest.update(self._labels.tobytes())
         digest.update(str([state.st_size for state in self._states]).encode())
         if times:
             digest.update(str([state.st_mtime_ns for state in self._states]).encode())
@@ -198,7 +198,7 @@ class _Rows:
                 return column[index - first].as_py()
         if group != self._group or index < self._next:
             self._group, self._next = group, start
-            self._batches = self._read(*self._groups[group])
+            self._batches = self._read_group(*self._groups[group])
         try:
             while True:
                 column = next(self._batches)
@@ -214,7 +214,7 @@ class _Rows:
             self._damage[group] = (self._next - start, problem)
             raise UndecodableError(problem) from error
 
-    def _read(self, file: int, group: int) -> Iterator[Any]:
+    def _read_group(self, file: int, group: int) -> Iterator[Any]:
         with _open(self._files[file]) as opened:
             for batch in opened.iter_batches(_BATCH_ROWS, [group], [self._column]):
                 yield batch.column(0)

@@ -9,23 +9,26 @@ from ml_collections import config_dict
 
 from music_jax import registry
 from music_jax.data.labels import DAMAGED, UNKNOWN, by_class, read_values
+from music_jax.data.order import evenly_spaced
 from music_jax.data.sources import Source
-from music_jax.errors import UserError
+from music_jax.errors import MissingSplitError, UserError
 
 _LOOKED_AT = 16  # records
 
 
-def open_registered(dataset: config_dict.ConfigDict, split: str) -> Source | None:
+def prepare(dataset: config_dict.ConfigDict) -> None:
+    """Does nothing: a registered dataset prepares itself when a split is opened."""
+
+
+def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
     """Opens one split of a dataset that `music_jax.register_dataset` has registered.
 
     Args:
       dataset: Group `dataset` of the config.
       split: Name of the split.
 
-    Returns:
-      The source; None if the dataset has no such split.
-
     Raises:
+      MissingSplitError: The dataset has no such split.
       UserError: The records are not as `music_jax.register_dataset` describes them.
     """
     options = registry.options(dataset)
@@ -35,7 +38,7 @@ def open_registered(dataset: config_dict.ConfigDict, split: str) -> Source | Non
     except OSError as error:
         raise UserError(f"cannot open {name}: {error}") from error
     if records is None:
-        return None
+        raise MissingSplitError(f"the dataset {dataset.name!r} has no split {split!r}")
     if not (hasattr(records, "__len__") and hasattr(records, "__getitem__")):
         raise UserError(
             f"the dataset {dataset.name!r} must give an object with len() and [index] for each "
@@ -56,13 +59,13 @@ def open_registered(dataset: config_dict.ConfigDict, split: str) -> Source | Non
     content = json.dumps([name, options, class_names], sort_keys=True).encode()
     return Source(
         name=name,
-        records=_Records(records, labels),
-        image_key="image",
-        label_key="label",
+        size=len(records),
+        read=lambda index: {"image": records[index]["image"]},
         num_classes=len(class_names) or found,
         class_names=class_names,
         no_classes="" if found else f"none of the {len(records):,} images of {name} has a label",
         identity=lambda _: content + labels.tobytes(),
+        known_labels=labels,
         multi_label=multi_label,
     )
 
@@ -84,8 +87,8 @@ def _labels(records: Any, name: str, num_names: int) -> np.ndarray:
     if hasattr(records, "labels"):
         found = records.labels
     else:
-        some = np.unique(np.linspace(0, len(records) - 1, _LOOKED_AT, dtype=np.int64))
-        if all(_label(records, int(index), name) is None for index in some):
+        some = evenly_spaced(len(records), _LOOKED_AT)
+        if all(_label(records, index, name) is None for index in some):
             return np.full(len(records), UNKNOWN, np.int32)
         found = read_values(len(records), lambda i: _label(records, i, name), name)
     if not isinstance(found, np.ndarray) or found.dtype == object:
@@ -135,16 +138,3 @@ def _label(records: Any, index: int, name: str) -> Any:
             f"the records of {name} must be dictionaries with the key 'image'; got {record!r:.100}"
         )
     return record.get("label")
-
-
-class _Records:
-    """Records with their labels."""
-
-    def __init__(self, records: Any, labels: np.ndarray):
-        self._records, self.labels = records, labels
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self._records[index]["image"], "label": self.labels[index]}

@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from ml_collections import config_dict
 
 from music_jax.data.sources import Source
+from music_jax.distributed.shares import ALL, Share
 from music_jax.errors import UnusableDataError, UserError
 from music_jax.workdir.files import parse_json, read_text, write_new
 from music_jax.workdir.logs import Appender
@@ -38,29 +39,21 @@ class SkippedImages:
     listed more than an Nth of it; only such a process reads the lists of the others.
     """
 
-    def __init__(
-        self,
-        directory: epath.Path,
-        *,
-        max_share: float,
-        process_index: int = 0,
-        num_processes: int = 1,
-    ):
+    def __init__(self, directory: epath.Path, *, max_share: float, share: Share = ALL):
         """Opens the list, with the images that earlier runs listed in the same directory.
 
         Args:
           directory: Directory of the list.
           max_share: Largest share of a source's images that all processes may skip.
-          process_index: Index of this process.
-          num_processes: Number of processes that list images in this directory.
+          share: Index of this process, and number of those that list images in this directory.
 
         Raises:
           UserError: The list cannot be read.
         """
         self.path = directory / _FILE
         self._max_share = max_share
-        self._num_processes = num_processes
-        self._own = self.path if process_index == 0 else _part(directory, process_index)
+        self._num_processes = share.count
+        self._own = self.path if share.index == 0 else _part(directory, share.index)
         self._lock = threading.Lock()
         self._file: Appender | None = None  # open from the first image on
         self._next_read = 0.0
@@ -237,8 +230,7 @@ def open_skipped(workdir: epath.Path, config: config_dict.ConfigDict) -> Skipped
     return SkippedImages(
         workdir,
         max_share=config.dataset.max_skipped_share,
-        process_index=jax.process_index(),
-        num_processes=jax.process_count(),
+        share=Share(jax.process_index(), jax.process_count()),
     )
 
 

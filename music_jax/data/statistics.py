@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import pathlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from numpy.typing import DTypeLike
 
 from music_jax.config import from_json, validate
 from music_jax.data.decode import decode
+from music_jax.data.order import evenly_spaced
 from music_jax.data.sources import Source
 from music_jax.distributed import progress, usable_cores
 from music_jax.distributed.mesh import from_main_process
@@ -31,6 +31,8 @@ DEFAULT_COUNT = 10_000  # images
 _VALUES_AT_ONCE = 2**20
 _DIGITS = 6
 _SMALLEST_SHARE = 1e-7  # of the mean, which float32 can tell from rounding
+
+_Moments = tuple[int, np.ndarray, np.ndarray]  # number of pixels; mean and variance by channel
 
 
 class ChannelStatistics(NamedTuple):
@@ -67,27 +69,28 @@ def compute_statistics(
     Raises:
       UnusableDataError: None of the images can be decoded.
     """
-    chosen = np.unique(np.linspace(0, len(source) - 1, min(count, len(source)), dtype=np.int64))
+    chosen = evenly_spaced(len(source), min(count, len(source)))
     cv2.setNumThreads(0)  # Images are decoded on threads of their own.
 
-    def measure(index: int) -> _Moments | str:
+    def measure(index: int) -> list[_Moments] | str:
         try:
             return _moments(decode(source.example(index)[0], channels, dtype=dtype))
         except UndecodableError as error:
             return f"image {source.record_name(index)}: {error}"
 
-    total, problems = _Moments(0, np.zeros(channels), np.zeros(channels)), []
+    moments: list[_Moments] = []
+    problems: list[str] = []
     with (
         ThreadPoolExecutor(num_threads or usable_cores()) as pool,
         progress.bar(len(chosen), unit="img", description=f"statistics of {source.name}") as bar,
     ):
-        for found in pool.map(measure, chosen.tolist()):
+        for found in pool.map(measure, chosen):
             bar.update(1)
             if isinstance(found, str):
                 problems.append(found)
             else:
-                total = total.joined(found)
-    if not total.pixels:
+                moments += found
+    if not moments:
         raise UnusableDataError(
             f"none of {len(chosen):,} images of {source.name} can be decoded, such as {problems[0]}"
         )
@@ -97,7 +100,10 @@ def compute_statistics(
             f"are not in the statistics, such as {problems[0]}"
         )
     unit = 255.0 if np.dtype(dtype) == np.uint8 else 1.0
-    mean, std = total.mean / unit, np.sqrt(total.squares / total.pixels) / unit
+    pixels, means, variances = (np.asarray(x) for x in zip(*moments, strict=True))
+    mean = np.average(means, axis=0, weights=pixels)
+    variance = np.average(variances + np.square(means - mean), axis=0, weights=pixels)
+    mean, std = mean / unit, np.sqrt(variance) / unit
     constant = std <= _SMALLEST_SHARE * np.abs(mean)
     return ChannelStatistics(
         tuple(map(_rounded, mean)),
@@ -164,33 +170,16 @@ def with_statistics(
     return config
 
 
-class _Moments(NamedTuple):
-    """Moments of the values of pixels, by channel."""
-
-    pixels: int
-    mean: np.ndarray
-    squares: np.ndarray  # sum of the squared differences from the mean
-
-    def joined(self, other: "_Moments") -> "_Moments":
-        """Returns the moments of both sets of pixels, by the formulas of Chan et al. (1983)."""
-        pixels, difference = self.pixels + other.pixels, other.mean - self.mean
-        share = other.pixels / pixels
-        squares = self.squares + other.squares + difference**2 * (self.pixels * share)
-        return _Moments(pixels, self.mean + difference * share, squares)
-
-
-def _moments(image: np.ndarray) -> _Moments:
-    values, channels = image.reshape(-1, image.shape[2]), image.shape[2]
-    total = _Moments(0, np.zeros(channels), np.zeros(channels))
-    for block in _blocks(values, max(_VALUES_AT_ONCE // channels, 1)):
+def _moments(image: np.ndarray) -> list[_Moments]:
+    """Returns the moments of the pixels of each block of an image."""
+    values = image.reshape(-1, image.shape[2])
+    moments = []
+    for part in np.array_split(values, values.size // _VALUES_AT_ONCE + 1):
+        block = part.astype(np.float64)
         mean = block.mean(axis=0)
-        total = total.joined(_Moments(len(block), mean, np.square(block - mean).sum(axis=0)))
-    return total
-
-
-def _blocks(values: np.ndarray, rows: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(values), rows):
-        yield values[start : start + rows].astype(np.float64)
+        variance = np.square(block - mean).mean(axis=0)  # faster than var(), which has no mean yet
+        moments.append((len(block), mean, variance))
+    return moments
 
 
 def _rounded(number: float) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 
 from music_jax.data.file_patterns import expand
 from music_jax.data.folder import ARRAY_EXTENSIONS, EXTENSIONS, MAX_FILE_BYTES
-from music_jax.data.label_values import number_labels
+from music_jax.data.labels import number_labels
 from music_jax.data.sources import Source
 from music_jax.distributed import progress
 from music_jax.distributed.progress import escape_surrogates
@@ -92,15 +92,18 @@ def open_tars(pattern: str, *, image_key: str | None, label_key: str | None) -> 
         f"{name}: {len(names):,} images, {found.num_classes:,} classes, {len(files):,} tars"
         + (f"; excluded: {without:,} samples without an image" if without else "")
     )
-    records = _Tars(files, names, np.asarray(places).reshape(-1, 3), found.labels)
+    tars = _Tars(files, names, np.asarray(places).reshape(-1, 3), found.labels)
     return Source(
         name=name,
-        records=records,
+        size=len(names),
+        read=tars.read,
         num_classes=found.num_classes,
         class_names=found.class_names,
         no_classes=found.no_classes,
+        identity=tars.identity,
+        known_labels=found.labels,
         multi_label=found.multi_label,
-        identity=records.identity,
+        record_name=tars.record_name,
     )
 
 
@@ -235,13 +238,11 @@ class _Tars:
     """Images in tars, each read on access."""
 
     def __init__(self, files: list[str], names: list[str], places: np.ndarray, labels: np.ndarray):
-        self._files, self._names, self._places, self.labels = files, names, places, labels
+        self._files, self._names, self._places, self._labels = files, names, places, labels
         self._states = [os.stat(file) for file in files]
 
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def read(self, index: int) -> dict[str, Any]:
+        """Returns the record of an image."""
         number, offset, size = self._places[index].tolist()
         if size > MAX_FILE_BYTES:
             raise UndecodableError(f"its {size:,} bytes are more than {MAX_FILE_BYTES:,}")
@@ -249,7 +250,7 @@ class _Tars:
             content = os.pread(file.fileno(), size, offset)
         if len(content) < size:
             raise UndecodableError("its tar ends before it")
-        return {"image": content, "label": self.labels[index]}
+        return {"image": content}
 
     def record_name(self, index: int) -> str:
         file = os.path.basename(self._files[self._places[index, 0]])
@@ -258,7 +259,7 @@ class _Tars:
     def identity(self, times: bool) -> bytes:
         """Hashes names, places and labels of all images, and if `times` the tars' times."""
         digest = hashlib.sha256("\0".join(self._names).encode(errors="surrogateescape"))
-        digest.update(self._places.tobytes() + self.labels.tobytes())
+        digest.update(self._places.tobytes() + self._labels.tobytes())
         digest.update(str([state.st_size for state in self._states]).encode())
         if times:
             digest.update(str([state.st_mtime_ns for state in self._states]).encode())

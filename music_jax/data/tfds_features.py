@@ -8,6 +8,8 @@ import cv2
 import numpy as np
 
 from music_jax.data.labels import are_too_many, by_class, read_values
+from music_jax.data.order import evenly_spaced
+from music_jax.data.sources import Source
 from music_jax.errors import UserError
 
 DEFAULT_LABEL_KEY = "label"  # the config's default, which a dataset need not have
@@ -71,8 +73,8 @@ def value_at(record: dict, key: str) -> Any:
     return value
 
 
-def image_reader(features: Any, key: str, dataset: str) -> Read | None:
-    """Returns a function from a record to its image; None if that is the value of `key` itself.
+def image_reader(features: Any, key: str, dataset: str) -> Read:
+    """Returns a function from a record to its image.
 
     The channels of an image may be several features, whose names commas separate; all are resized
     to the size of the largest.
@@ -98,7 +100,7 @@ def image_reader(features: Any, key: str, dataset: str) -> Read | None:
             )
     if len(keys) > 1:
         return lambda record: _stack([value_at(record, name) for name in keys])
-    return None if key in features else lambda record: value_at(record, key)
+    return lambda record: value_at(record, key)
 
 
 def _is_image(feature: Any) -> bool:
@@ -121,22 +123,22 @@ def _stack(channels: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(arrays, axis=2)
 
 
-def open_labels(features: Any, key: str, dataset: str, records: Any, name: str) -> Labels:
+def open_labels(features: Any, dataset: str, source: Source) -> Labels:
     """Finds the labels of a dataset.
 
     Args:
       features: Features of the dataset.
-      key: `dataset.label_key`: a feature, a path, or several with commas between.
       dataset: Name of the dataset, for messages.
-      records: Records of a split. All are read if only they tell the classes: distinct integers, or
+      source: A split without its labels. Its `label_key` is a feature, a path, or several with
+        commas between. All records are read if only they tell the classes: distinct integers, or
         distinct texts.
-      name: Name of the split, for messages.
 
     Raises:
       UserError: There is no such feature, or the labels of some records do not fit it.
     """
     import tensorflow_datasets as tfds
 
+    key = source.label_key
     keys = keys_of(key)
     for part in keys:
         if find_feature(features, part) is None:
@@ -146,20 +148,20 @@ def open_labels(features: Any, key: str, dataset: str, records: Any, name: str) 
                 f"dataset {dataset!r} has no feature {part!r}; it has {sorted(features)}"
             )
     feature = find_feature(features, key) if len(keys) == 1 else None
-    if key in features and isinstance(feature, tfds.features.ClassLabel):
-        return Labels(class_names=tuple(feature.names))
     if isinstance(feature, tfds.features.FeaturesDict):
         columns = [(f"{key}/{name}", name, feature[name]) for name in sorted(feature)]
     else:
         columns = [(part, part, find_feature(features, part)) for part in keys]
     if feature is not None and len(columns) == 1 and not feature.shape:
-        return _one_class(feature, key, records, name)
-    return _several_classes(columns, records, name, prefixed=len(columns) > 1)
+        return _one_class(feature, source)
+    return _several_classes(columns, source, prefixed=len(columns) > 1)
 
 
-def _one_class(feature: Any, key: str, records: Any, name: str) -> Labels:
+def _one_class(feature: Any, source: Source) -> Labels:
     """Returns the labels of a scalar feature."""
     import tensorflow_datasets as tfds
+
+    key = source.label_key
 
     def read(record: dict) -> Any:
         return value_at(record, key)
@@ -179,11 +181,11 @@ def _one_class(feature: Any, key: str, records: Any, name: str) -> Labels:
     def has_class(value: Any) -> bool:
         return value is not None and (value != "" if is_text else value >= 0)
 
-    values = read_values(len(records), lambda i: _try(distinct, records, i), name)
+    values = read_values(len(source), lambda i: _try(distinct, source, i), source.name)
     classes = sorted(set(filter(has_class, values)))
-    if are_too_many(len(classes), len(records)):
+    if are_too_many(len(classes), len(source)):
         return Labels(
-            missing=f"its feature {key!r} has {len(classes):,} values in {len(records):,} images, "
+            missing=f"its feature {key!r} has {len(classes):,} values in {len(source):,} images, "
             "too many for classes"
         )
     numbers = {value: number for number, value in enumerate(classes)}
@@ -195,27 +197,26 @@ def _one_class(feature: Any, key: str, records: Any, name: str) -> Labels:
     )
 
 
-def _try(read: Read, records: Any, index: int) -> Any:
+def _try(read: Read, source: Source, index: int) -> Any:
     """Reads a record; returns None if it is damaged."""
     try:
-        return read(records[index])
+        return read(source.record(index))
     except Exception:  # whatever TFDS raises on damage
         return None
 
 
 def _several_classes(
-    features: list[tuple[str, str, Any]], records: Any, name: str, *, prefixed: bool
+    features: list[tuple[str, str, Any]], source: Source, *, prefixed: bool
 ) -> Labels:
     """Returns the labels of several features, or of one that has several classes.
 
     Args:
       features: Path, name and feature of each.
-      records: Records, of which a few are read.
-      name: Name of the split, for messages.
+      source: Source, of which a few records are read.
       prefixed: Whether the names of classes begin with that of their feature.
     """
-    some = np.unique(np.linspace(0, len(records) - 1, _LOOKED_AT, dtype=np.int64)).tolist()
-    examples = [x for x in (_try(lambda record: record, records, i) for i in some) if x is not None]
+    some = evenly_spaced(len(source), _LOOKED_AT)
+    examples = [x for x in (_try(lambda record: record, source, i) for i in some) if x is not None]
     columns: list[tuple[str, _Column]] = []
     for path, title, feature in features:
         values = [value_at(example, path) for example in examples]
@@ -229,8 +230,8 @@ def _several_classes(
                 by_class([*column.convert(value)], len(column.names))
         except ValueError as error:
             raise UserError(
-                f"the labels in the feature {path!r} of {name} cannot be read: {error}; name other "
-                "features with --config.dataset.label_key="
+                f"the labels in the feature {path!r} of {source.name} cannot be read: {error}; "
+                "name other features with --config.dataset.label_key="
             ) from error
         columns.append((path, column))
 
@@ -293,17 +294,3 @@ def _kind(feature: Any) -> str:
     if isinstance(feature, tfds.features.Tensor):
         return f"{name} of {np.dtype(feature.np_dtype).name}"
     return name
-
-
-class Derived:
-    """Records with further values, each a function of the record."""
-
-    def __init__(self, records: Any, derive: dict[str, Read], labels: np.ndarray | None):
-        self._records, self._derive, self.labels = records, derive, labels
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> dict:
-        record = self._records[index]
-        return record | {key: read(record) for key, read in self._derive.items()}

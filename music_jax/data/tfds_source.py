@@ -1,6 +1,7 @@
 """TFDS datasets as sources, and their preparation."""
 
 import contextlib
+import dataclasses
 import difflib
 import functools
 import json
@@ -14,8 +15,8 @@ from ml_collections import config_dict
 
 import music_jax.workdir.files  # noqa: F401  (corrects the paths that TFDS uses)
 from music_jax.data.sources import Source
-from music_jax.data.tfds_features import Derived, image_reader, keys_of, open_labels
-from music_jax.errors import UserError, one_line
+from music_jax.data.tfds_features import image_reader, keys_of, open_labels
+from music_jax.errors import MissingSplitError, UserError, one_line
 
 _FEATURES = "tensorflow_datasets.core.features."
 _feature_lock = threading.RLock()
@@ -33,14 +34,14 @@ def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
       split: TFDS split such as `train` or `train[:90%]`.
 
     Raises:
-      UserError: The dataset was not prepared; the split, the image or the label does not exist; or
-        the format of the files does not allow random access.
+      MissingSplitError: The dataset has no such split.
+      UserError: The dataset was not prepared; the image or the label does not exist; or the format
+        of the files does not allow random access.
     """
     import tensorflow_datasets as tfds
 
     builder = _builder(dataset)
-    features, split_name = builder.info.features, f"{dataset.name}:{split}"
-    read_image = image_reader(features, dataset.image_key, dataset.name)
+    features = builder.info.features
     image_keys = keys_of(dataset.image_key)
     channels = image_keys if len(image_keys) > 1 else []  # of which an array is made
     decoders = {
@@ -70,44 +71,39 @@ def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
                 f"cannot read split {split!r} of {dataset.name!r}, which has the splits "
                 f"{sorted(builder.info.splits)}: {one_line(error)}"
             )
-        raise UserError(problem) from error
-    shards = [[s.name, s.num_bytes, list(s.shard_lengths)] for s in builder.info.splits.values()]
+        is_missing = split not in builder.info.splits
+        raise (MissingSplitError if is_missing else UserError)(problem) from error
+    read_image = image_reader(features, dataset.image_key, dataset.name)
+    read = records.__getitem__
     if builder.info.dataset_size <= _MAX_CACHED_BYTES:
-        records = _Cached(records)
-    labels = open_labels(features, dataset.label_key, dataset.name, records, split_name)
-    derive = {} if read_image is None else {dataset.image_key: read_image}
-    if labels.read is not None:
-        derive[dataset.label_key] = labels.read
-    return Source(
-        name=split_name,
-        records=Derived(records, derive, labels.known) if derive else records,
+        read = functools.cache(read)  # reading a record takes longer than decoding its image
+    shards = [[s.name, s.num_bytes, list(s.shard_lengths)] for s in builder.info.splits.values()]
+    stored = Source(
+        name=f"{dataset.name}:{split}",
+        size=len(records),
+        read=read,
         image_key=dataset.image_key,
         label_key=dataset.label_key,
+        identity=lambda _: json.dumps([builder.info.full_name, split, shards]).encode(),
+    )
+    labels = open_labels(features, dataset.name, stored)
+    derive = {stored.image_key: read_image}
+    if labels.read is not None:
+        derive[stored.label_key] = labels.read
+
+    def read_derived(index: int) -> dict:
+        record = read(index)
+        return record | {key: value_of(record) for key, value_of in derive.items()}
+
+    return dataclasses.replace(
+        stored,
+        read=read_derived,
         num_classes=len(labels.class_names),
         class_names=labels.class_names,
         no_classes=labels.missing,
-        identity=lambda _: json.dumps([builder.info.full_name, split, shards]).encode(),
+        known_labels=labels.known,
         multi_label=labels.multi_label,
     )
-
-
-class _Cached:
-    """Records of a small dataset, cached: reading one takes longer than decoding its image."""
-
-    def __init__(self, records: Any):
-        self._records = records
-        self._read = functools.cache(records.__getitem__)
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> dict:
-        return self._read(index)
-
-
-def has_split(dataset: config_dict.ConfigDict, split: str) -> bool:
-    """Returns whether a TFDS dataset has a split of this name."""
-    return split in _builder(dataset).info.splits
 
 
 def prepare(dataset: config_dict.ConfigDict) -> None:
@@ -128,7 +124,7 @@ def prepare(dataset: config_dict.ConfigDict) -> None:
         return
     manual_dir = os.path.expanduser(dataset.manual_dir or "") or None
     if manual_dir is not None:
-        from music_jax.data.idx import idx_builder
+        from music_jax.data.builders import idx_builder
 
         builder = idx_builder(builder, manual_dir) or builder
     if not type(builder).__module__.startswith("music_jax.data."):

@@ -242,15 +242,15 @@ class FrozenNetwork:
         self, source: Source, placing: Placing, num_steps: int, num_views: int, flip: bool = False
     ) -> Iterator[Arrays]:
         config, crop = self.config, self.config.crop
+        settings = Crop(crop.size, tuple(crop.scale), tuple(crop.aspect_ratio))
         return training_batches(
             source,
             TrainingOrder(len(source), placing.batch_size, config.seed),
-            crop=Crop(crop.size, tuple(crop.scale), tuple(crop.aspect_ratio)),
+            views={"images": (settings, num_views)},
             channels=config.dataset.num_channels,
             dtype=config.dataset.pixel_type,
             positions=placing.positions,
             num_steps=num_steps,
-            num_views=num_views,
             flip=flip,
             skipped=self.skipped,
             num_threads=config.num_decode_threads,

@@ -44,7 +44,7 @@ Split = Literal["train", "test"]
 # Fields of `config.backbone` that features do not depend on.
 _TRAINING_FIELDS = ("init_from", "frozen_stages")
 _PROBABILITIES_AT_ONCE = 4096  # samples
-_NO_IMAGES = Source("no images", ())
+_NO_IMAGES = Source("no images", 0, lambda index: {})
 
 
 def agreed_fingerprint(source: Source) -> str:

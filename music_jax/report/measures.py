@@ -127,15 +127,15 @@ def _augmented_views(run: Run) -> np.ndarray:
     """Returns crops and training views of a few images as pictures; see `Sample.views`."""
     config, source = run.config, run.images
     count = min(_VIEWED, len(source))
+    crop = Crop(config.crop.size, tuple(config.crop.scale), tuple(config.crop.aspect_ratio))
     (batch,) = training_batches(
         source,
         TrainingOrder(len(source), count, config.seed),
-        crop=Crop(config.crop.size, tuple(config.crop.scale), tuple(config.crop.aspect_ratio)),
+        views={"images": (crop, 2 * _PAIRS)},
         channels=config.dataset.num_channels,
         dtype=config.dataset.pixel_type,
         positions=np.arange(count),
         num_steps=1,
-        num_views=2 * _PAIRS,
         skipped=run.skipped,
         num_threads=config.num_decode_threads,
     )

@@ -55,18 +55,18 @@ class TrainingInput:
         """Yields this process's share of the batches of the steps after `start_step`."""
         config = self._config
         ratios, local = tuple(config.crop.aspect_ratio), config.local_views
-        local_crop = Crop(local.size, tuple(local.scale), ratios)
+        views = {"images": (Crop(config.crop.size, tuple(config.crop.scale), ratios), num_views)}
+        if local_views and local.count:
+            views["local_images"] = (Crop(local.size, tuple(local.scale), ratios), local.count)
         return training_batches(
             self._source,
             self.order,
-            crop=Crop(config.crop.size, tuple(config.crop.scale), ratios),
+            views=views,
             channels=config.dataset.num_channels,
             dtype=config.dataset.pixel_type,
             positions=self.placing.positions,
             num_steps=num_steps,
             start_step=start_step,
-            num_views=num_views,
-            local_views=(local_crop, local.count) if local_views and local.count else None,
             skipped=self._skipped,
             num_threads=config.num_decode_threads,
         )

@@ -44,14 +44,15 @@ from PIL import Image
 from music_jax.data.crops import NUMBERS_PER_BOX, Crop, draw_boxes
 from music_jax.data.decode import decode
 from music_jax.data.folder import open_folder
-from music_jax.data.loader import training_batches
+from music_jax.data.loader import Views, training_batches
 from music_jax.data.order import TrainingOrder
 from music_jax.data.sources import Source
 
 WIDTH, HEIGHT, SIZE = 500, 375, 224
 BATCH, TURN = 64, 2048
 LOADER_TURN = 4 * TURN
-LOCAL_VIEWS = Crop(96, (0.05, 0.3)), 4
+VIEWS = {"images": (Crop(SIZE), 2)}
+WITH_LOCAL = VIEWS | {"local_images": (Crop(96, (0.05, 0.3)), 4)}
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field")
 
 
@@ -106,25 +107,22 @@ def batches(
     num_samples: int,
     threads: int,
     start: int,
-    local_views: tuple[Crop, int] | None = None,
+    views: Views = VIEWS,
 ) -> Iterator[dict[str, np.ndarray]]:
     return training_batches(
         source,
         TrainingOrder(len(source), BATCH, seed=0),
-        crop=Crop(SIZE),
+        views=views,
         channels=3,
         positions=np.arange(BATCH),
-        local_views=local_views,
         start_step=start // BATCH,
         num_steps=(start + num_samples) // BATCH,
         num_threads=threads,
     )
 
 
-def loader_all(
-    source: Source, threads: int, start: int, local_views: tuple[Crop, int] | None = None
-) -> None:
-    for _ in batches(source, LOADER_TURN, threads, start, local_views):
+def loader_all(source: Source, threads: int, start: int, views: Views = VIEWS) -> None:
+    for _ in batches(source, LOADER_TURN, threads, start, views):
         pass
 
 
@@ -153,7 +151,7 @@ def measure_rates(source: Source, paths: list[str], repeats: int) -> dict:
         "quick": lambda repeat, threads: in_threads(decode_quickly, encoded, threads),
         "loader": lambda repeat, threads: loader_all(source, threads, repeat * LOADER_TURN),
         "local": lambda repeat, threads: loader_all(
-            source, threads, repeat * LOADER_TURN, LOCAL_VIEWS
+            source, threads, repeat * LOADER_TURN, WITH_LOCAL
         ),
         "pillow": lambda repeat, threads: in_threads(pillow_all, paths, threads),
     }

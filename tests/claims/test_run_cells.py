@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import threadpoolctl
 from etils import epath
+from listed_records import list_source
 from sklearn.metrics import mutual_info_score
 
 from music_jax import config as config_lib
@@ -19,7 +20,6 @@ from music_jax.claims import measure, references, run_cells
 from music_jax.claims.cells import Cell, Results
 from music_jax.claims.planning import make_plan
 from music_jax.data.datasets import EvaluationSources
-from music_jax.data.sources import Source
 from music_jax.errors import DivergedError, NonFiniteError
 from music_jax.workdir.run_config import as_json
 
@@ -214,7 +214,7 @@ def test_all_labels_of_the_chosen_images_are_read_once():
         {"image": b"", "area": 0.5, "hue": int(h), "label": int(x), "shape": int(x)}
         for x, h in zip(label, hue, strict=True)
     ]
-    source = Source("shapes:train", records, "image", "label", num_classes=4)
+    source = list_source("shapes:train", records, num_classes=4)
     columns = measure.label_columns(source, np.array([3, 5, 29]))
     assert list(columns) == ["label", "hue"]  # shape is the label under another name
     np.testing.assert_array_equal(columns["hue"], hue[[3, 5, 29]])

@@ -11,10 +11,10 @@ import pytest
 import skimage.io
 import tifffile
 from channel_sets import npy, tiff
+from listed_records import list_source
 from PIL import Image
 
 from music_jax.data.decode import MAX_PIXELS, decode, read_header
-from music_jax.data.sources import Source
 from music_jax.errors import UndecodableError, UnexpectedPixelsError
 
 _BANDS = np.random.default_rng(0).normal(300, 40, (20, 31, 13)).astype(np.float32)
@@ -222,7 +222,9 @@ def test_no_damage_of_a_byte_raises_anything_else(name):
 
 def test_records_hold_arrays_of_numbers():
     good = (np.zeros((4, 5)), np.zeros((4, 5, 13), np.float32), np.zeros((4, 5, 2), bool))
-    source = Source("arrays", [{"image": image} for image in (*good, np.zeros(4), "text", [1])])
+    source = list_source(
+        "arrays", [{"image": image} for image in (*good, np.zeros(4), "text", [1])]
+    )
     for i, image in enumerate(good):
         assert source.example(i)[0] is image
     for i in range(len(good), len(source)):

@@ -12,6 +12,7 @@ import grain
 import numpy as np
 import pytest
 from etils import epath
+from listed_records import list_source
 from PIL import Image
 
 from music_jax import distributed
@@ -20,8 +21,8 @@ from music_jax.data.crops import NUMBERS_PER_BOX, Box, Crop, cut, draw_boxes
 from music_jax.data.loader import evaluation_batches, loader_bytes, training_batches
 from music_jax.data.order import TrainingOrder
 from music_jax.data.skipped import SkippedImages
-from music_jax.data.sources import Source
 from music_jax.distributed import usable_cores
+from music_jax.distributed.shares import ALL, Share
 from music_jax.errors import UnusableDataError
 
 _WHOLE = Crop(size=8, scale=(1.0, 1.0), aspect_ratio=(1.0, 1.0))
@@ -42,13 +43,14 @@ class _Records:
 
 
 def _source(count=23):
-    return Source("numbers", _Records(count), "image", "label", num_classes=count)
+    return list_source("numbers", _Records(count), count)
 
 
-def _batches(source, order, positions=None, num_steps=5, **kwargs):
+def _batches(source, order, positions=None, *, crop=_WHOLE, num_views=2, local=None, **options):
     positions = np.arange(order.batch_size) if positions is None else positions
-    kwargs = {"crop": _WHOLE, "channels": 1} | kwargs
-    return list(training_batches(source, order, positions=positions, num_steps=num_steps, **kwargs))
+    views = {"images": (crop, num_views)} | ({} if local is None else {"local_images": local})
+    options = {"channels": 1, "num_steps": 5} | options
+    return list(training_batches(source, order, views=views, positions=positions, **options))
 
 
 def test_every_epoch_takes_each_image_once_in_another_order():
@@ -120,7 +122,7 @@ def test_processes_divide_the_same_global_batches(processes):
 def test_the_crops_of_a_sample_do_not_depend_on_the_other_positions_that_are_read(positions):
     image = np.random.default_rng(0).integers(0, 256, (30, 40, 1), np.uint8)
     records = [{"image": cv2.imencode(".png", image)[1].tobytes(), "label": 0}] * 20
-    source, order = Source("same", records, "image", "label", 1), TrainingOrder(20, 10, seed=5)
+    source, order = list_source("same", records, 1), TrainingOrder(20, 10, seed=5)
     crop = Crop(size=8, scale=(0.1, 0.6))
     whole = _batches(source, order, num_steps=2, crop=crop)
     part = _batches(source, order, np.asarray(positions), num_steps=2, crop=crop)
@@ -161,11 +163,11 @@ class _Counted(_Records):
 def test_however_many_threads_few_batches_are_read_ahead(threads):
     records = _Counted(100_000)
     order = TrainingOrder(len(records), 64, seed=0)
-    source = Source("counted", records, "image", "label", 200)
+    source = list_source("counted", records, 200)
     batches = training_batches(
         source,
         order,
-        crop=_WHOLE,
+        views={"images": (_WHOLE, 2)},
         channels=1,
         positions=np.arange(64),
         num_steps=1000,
@@ -197,7 +199,7 @@ def test_several_threads_decode_one_batch():
             together.wait()
             return super().__getitem__(i)
 
-    source = Source("waiting", Waiting(128), "image", "label", 128)
+    source = list_source("waiting", Waiting(128), 128)
     (batch,) = _batches(source, TrainingOrder(128, 128, 0), num_steps=1, num_threads=4)
     assert sorted(batch["label"]) == list(range(128))
     (batch,) = evaluation_batches(
@@ -272,7 +274,7 @@ def test_processes_divide_a_split_and_its_padding(processes):
 def test_half_of_the_views_are_mirrored_independently():
     image = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
     records = [{"image": cv2.imencode(".png", image)[1].tobytes(), "label": 0}] * 200
-    source, order = Source("same", records, "image", "label", 1), TrainingOrder(200, 200, 0)
+    source, order = list_source("same", records, 1), TrainingOrder(200, 200, 0)
     (batch,) = _batches(source, order, num_steps=1, flip=True)
     mirrored = np.all(batch["images"] == image[:, ::-1], axis=(2, 3, 4))
     assert np.all(mirrored | np.all(batch["images"] == image, axis=(2, 3, 4)))
@@ -290,7 +292,7 @@ def test_boxes_and_flips_use_fixed_positions_of_one_random_stream(num_views):
     """The last number of each view flips it, and no other does: the others place the box."""
     image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
     records = [{"image": cv2.imencode(".png", image)[1].tobytes(), "label": 0}] * 20
-    source, order = Source("same", records, "image", "label", 1), TrainingOrder(20, 10, seed=5)
+    source, order = list_source("same", records, 1), TrainingOrder(20, 10, seed=5)
     crop = Crop(8, (0.1, 0.6))
     batches = _batches(
         source, order, num_steps=2, crop=crop, channels=3, num_views=num_views, flip=True
@@ -317,7 +319,7 @@ def test_views_are_uint8_side_by_side_and_cut_differently():
             image = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
             return {"image": cv2.imencode(".png", image)[1].tobytes(), "label": i}
 
-    source = Source("gradient", Gradient(23), "image", "label", 23)
+    source = list_source("gradient", Gradient(23), 23)
     batch = _batches(source, TrainingOrder(23, 5, 0), crop=Crop(8, (0.1, 0.5)), num_steps=1)[0]
     assert batch["images"].shape == (5, 2, 8, 8, 1)
     assert batch["images"].dtype == np.uint8
@@ -333,11 +335,11 @@ class _PartlyBroken(_Records):
 
 
 def _partly_broken(count=40):
-    return Source("partly", _PartlyBroken(count), "image", "label", num_classes=count)
+    return list_source("partly", _PartlyBroken(count), count)
 
 
-def _skipped(path, max_share=0.5, process_index=0):
-    return SkippedImages(epath.Path(path), max_share=max_share, process_index=process_index)
+def _skipped(path, max_share=0.5, share=ALL):
+    return SkippedImages(epath.Path(path), max_share=max_share, share=share)
 
 
 def test_without_a_list_an_image_that_cannot_be_decoded_is_an_error_that_names_it():
@@ -371,7 +373,7 @@ def test_replacements_are_the_same_on_any_number_of_processes_and_after_a_resume
             order,
             positions=rows[i],
             start_step=2,
-            skipped=_skipped(tmp_path, process_index=i),
+            skipped=_skipped(tmp_path, share=Share(i, parts)),
         )
         for i in range(parts)
     ]
@@ -406,7 +408,7 @@ def test_a_dataset_of_nothing_but_broken_images_is_an_error(tmp_path):
         def __getitem__(self, i):
             return {"image": b"broken", "label": i}
 
-    source = Source("broken", Broken(23), "image", "label", 23)
+    source = list_source("broken", Broken(23), 23)
     with pytest.raises(UnusableDataError, match="100 images of broken, drawn at random"):
         _batches(source, TrainingOrder(23, 5, 0), skipped=_skipped(tmp_path, max_share=1.0))
 
@@ -421,7 +423,7 @@ def test_a_process_reads_only_its_share():
     read_by_all = []
     for positions in np.split(np.arange(8), 4):
         read = []
-        _batches(Source("numbers", Counting(40), "image", "label", 40), order, positions=positions)
+        _batches(list_source("numbers", Counting(40), 40), order, positions=positions)
         assert len(read) == 5 * 2
         read_by_all += read
     assert sorted(read_by_all) == list(range(40))  # an epoch: each image once, by one process
@@ -436,9 +438,9 @@ def test_a_limited_number_of_batches_is_read_ahead():
             return super().__getitem__(i)
 
     batches = training_batches(
-        Source("numbers", Counting(200), "image", "label", 200),
+        list_source("numbers", Counting(200), 200),
         TrainingOrder(200, 4, 0),
-        crop=_WHOLE,
+        views={"images": (_WHOLE, 2)},
         channels=1,
         positions=np.arange(4),
         num_steps=50,
@@ -466,7 +468,7 @@ def test_views_of_a_jpeg_decoded_smaller_match_those_of_the_full_size(height, wi
             def __getitem__(self, i):
                 return {"image": encoded, "label": 0}
 
-        source = Source("one", One(4), "image", "label", 1)
+        source = list_source("one", One(4), 1)
         crop = Crop(128, (0.3, 1.0))
         return _batches(source, TrainingOrder(4, 4, 0), num_steps=1, crop=crop, channels=3)[0]
 
@@ -486,7 +488,7 @@ def _coordinates(count=4, height=200, width=250):
             numbered[..., 2] = 10 * i
             return {"image": cv2.imencode(".png", numbered[..., ::-1])[1].tobytes(), "label": i}
 
-    return Source("coordinates", Numbered(count), "image", "label", count)
+    return list_source("coordinates", Numbered(count), count)
 
 
 def test_local_views_are_cut_from_the_same_decoded_image_within_their_range_of_areas(monkeypatch):
@@ -496,9 +498,8 @@ def test_local_views_are_cut_from_the_same_decoded_image_within_their_range_of_a
         loader, "decode", lambda *given, **options: decoded.append(1) or decode(*given, **options)
     )
     options = {"crop": Crop(64), "channels": 3, "num_steps": 6}
-    local_views = Crop(32, (0.05, 0.3)), 5
     order = TrainingOrder(4, 4, 0)
-    batches = _batches(_coordinates(), order, local_views=local_views, **options)
+    batches = _batches(_coordinates(), order, local=(Crop(32, (0.05, 0.3)), 5), **options)
     assert len(decoded) == 24
     local = np.concatenate([batch["local_images"] for batch in batches]).astype(float)
     assert local.shape == (24, 5, 32, 32, 3)
@@ -517,13 +518,13 @@ def test_local_views_change_neither_the_other_crops_nor_with_the_process_or_the_
     order = TrainingOrder(4, 4, 0)
     options = {"crop": Crop(64), "channels": 3, "num_steps": 3}
     without = _batches(_coordinates(), order, **options)
-    local = Crop(32, (0.05, 0.3))
-    found = _batches(_coordinates(), order, local_views=(local, 5), **options)
+    local = Crop(32, (0.05, 0.3)), 5
+    found = _batches(_coordinates(), order, local=local, **options)
     assert "local_images" not in without[0]
     for a, b in zip(without, found, strict=True):
         for name in a:
             np.testing.assert_array_equal(a[name], b[name])
-    options |= {"local_views": (local, 5), "positions": np.array([1, 3]), "start_step": 2}
+    options |= {"local": local, "positions": np.array([1, 3]), "start_step": 2}
     (part,) = _batches(_coordinates(), order, **options)
     for name in ("images", "local_images"):
         np.testing.assert_array_equal(part[name], found[2][name][[1, 3]])
@@ -542,12 +543,12 @@ def test_a_jpeg_is_decoded_large_enough_for_its_local_views(monkeypatch):
         cuts.append((box, len(out), reduction))
 
     monkeypatch.setattr(loader, "cut", record)
-    source, order = Source("one", One(4), "image", "label", 1), TrainingOrder(4, 4, 0)
+    source, order = list_source("one", One(4), 1), TrainingOrder(4, 4, 0)
     options = {"crop": Crop(64, (1.0, 1.0), (1.0, 1.0)), "channels": 3, "num_steps": 1}
     options["num_threads"] = 1
     _batches(source, order, **options)
     without, cuts = cuts, []
-    _batches(source, order, local_views=(Crop(32, (0.02, 0.1)), 3), **options)
+    _batches(source, order, local=(Crop(32, (0.02, 0.1)), 3), **options)
     assert {reduction for *_, reduction in without} == {8}
     assert [cut[:2] for cut in cuts if cut[1] == 64] == [cut[:2] for cut in without]
     for sample in range(4):
@@ -569,7 +570,7 @@ def test_views_of_a_rotated_png_are_cut_after_the_rotation():
         def __getitem__(self, i):
             return {"image": file.getvalue(), "label": 0}
 
-    source = Source("one", One(4), "image", "label", 1)
+    source = list_source("one", One(4), 1)
     crop = Crop(8, (0.1, 0.2))
     views = _batches(source, TrainingOrder(4, 4, 0), num_steps=4, crop=crop)
     images = np.concatenate([batch["images"] for batch in views]).astype(int)

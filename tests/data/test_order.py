@@ -4,7 +4,7 @@ import grain
 import numpy as np
 import pytest
 
-from music_jax.data.order import ORDER_VERSION, TrainingOrder
+from music_jax.data.order import ORDER_VERSION, TrainingOrder, evenly_spaced
 
 
 @pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (3, 4), (2**32 - 1, 1)])
@@ -56,3 +56,9 @@ def test_an_epoch_has_all_full_batches_and_the_indices_of_its_images(num_records
         for step in range(3 * full)
     ]
     np.testing.assert_array_equal(found, expected)
+
+
+def test_evenly_spaced_indices_include_the_first_and_the_last():
+    assert evenly_spaced(10, 4) == [0, 3, 6, 9]
+    assert evenly_spaced(101, 5) == [0, 25, 50, 75, 100]
+    assert evenly_spaced(3, 16) == [0, 1, 2]

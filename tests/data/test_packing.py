@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
+from listed_records import list_source
 from mixed_images import write_mixed
 from processes import run, start
 
@@ -17,7 +18,6 @@ from music_jax.data.decode import decode
 from music_jax.data.folder import open_folder
 from music_jax.data.packed import largest_chunk
 from music_jax.data.packing import Packing, pack
-from music_jax.data.sources import Source
 from music_jax.distributed.shares import ALL, Share, parse_share
 from music_jax.errors import UndecodableError, UnusableDataError, UserError
 
@@ -66,7 +66,7 @@ def test_packed_images_are_those_of_the_folder_smaller_in_the_same_order(
 def test_images_of_many_channels_are_packed_as_arrays(dtype, tmp_path):
     images = np.random.default_rng(0).normal(900, 90, (5, 24, 48, 13)).astype(dtype)
     records = [{"image": image, "label": i} for i, image in enumerate(images)]
-    source = Source("bands", records, num_classes=5, class_names=tuple("abcde"))
+    source = list_source("bands", records, num_classes=5, class_names=tuple("abcde"))
     packing = Packing(12, "npy", channels=13, pixel_type=dtype, shard_size=3)
     directory = epath.Path(tmp_path / "packed")
     assert pack(source, directory, packing) == 5
@@ -208,7 +208,7 @@ def test_a_worker_goes_on_if_another_one_removes_its_temporary_files(
     removed, photos, tmp_path, monkeypatch
 ):
     folder, broken = photos
-    function, others = {"shard": "_write_shard", "index": "_write_index"}[removed], []
+    function, others = {"shard": "_write_shard", "index": "write_json"}[removed], []
     write = getattr(packing, function)
 
     def interrupted(path, *given):
@@ -225,7 +225,7 @@ def test_a_worker_goes_on_if_another_one_removes_its_temporary_files(
 
 def test_images_that_are_packed_without_labels_are_said_to_be(tmp_path, capsys):
     records = [{"image": np.zeros((8, 8, 3), np.uint8)}]
-    source = Source("a", records, no_classes="its labels are floats")
+    source = list_source("a", records, no_classes="its labels are floats")
     assert pack(source, epath.Path(tmp_path / "packed"), Packing()) == 1
     assert "packed without labels: its labels are floats" in capsys.readouterr().out
 

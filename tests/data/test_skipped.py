@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 from jax.experimental import multihost_utils
+from listed_records import list_source
 from processes import ROOT
 
 from music_jax.config import default_config
@@ -19,17 +20,15 @@ from music_jax.data.skipped import (
     open_skipped,
     report_skipped,
 )
-from music_jax.data.sources import Source
+from music_jax.distributed.shares import Share
 from music_jax.errors import UnusableDataError
 from music_jax.workdir import logs
 
-_SOURCE = Source("numbers", range(100), "image", "label", num_classes=2)
+_SOURCE = list_source("numbers", range(100), num_classes=2)
 
 
 def _open(path, process=0, processes=1, max_share=0.5):
-    return SkippedImages(
-        epath.Path(path), max_share=max_share, process_index=process, num_processes=processes
-    )
+    return SkippedImages(epath.Path(path), max_share=max_share, share=Share(process, processes))
 
 
 def _open_all(path, processes):
@@ -191,12 +190,13 @@ import sys, time
 from etils import epath
 from music_jax.data import skipped
 from music_jax.data.sources import Source
+from music_jax.distributed.shares import Share
 from music_jax.errors import UnusableDataError
 
 process, directory = int(sys.argv[1]), epath.Path(sys.argv[2])
 skipped._SECONDS_BETWEEN_READS = 0.05
-source = Source("numbers", range(1000), "image", "label", num_classes=2)
-one = skipped.SkippedImages(directory, max_share=0.1, process_index=process, num_processes=3)
+source = Source("numbers", 1000, range(1000).__getitem__, num_classes=2)
+one = skipped.SkippedImages(directory, max_share=0.1, share=Share(process, 3))
 try:
     for _ in range(100):
         for index in range(process, 150, 3):
@@ -227,7 +227,7 @@ def test_concurrent_processes_stop_at_the_common_limit(tmp_path):
 def test_the_images_that_processes_skip_are_counted_together(tmp_path, monkeypatch):
     config = default_config()
     config.dataset.max_skipped_share = 0.1
-    source = Source("numbers", range(40), "image", "label", num_classes=2)
+    source = list_source("numbers", range(40), num_classes=2)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     lists = []
     for process in range(2):
@@ -255,8 +255,8 @@ def test_the_images_that_processes_skip_are_counted_together(tmp_path, monkeypat
 
 
 def test_skipped_images_of_several_processes_are_joined(directory):
-    source = Source("numbers", list(range(40)), "image", "label", 0)
-    lists = [SkippedImages(directory, max_share=1.0, process_index=i) for i in range(2)]
+    source = list_source("numbers", list(range(40)), 0)
+    lists = [SkippedImages(directory, max_share=1.0, share=Share(i, 2)) for i in range(2)]
     for i in range(6):
         lists[i % 2].add(source, i, "broken")
     for each in lists:
@@ -272,10 +272,8 @@ def test_skipped_images_of_several_processes_are_joined(directory):
 def test_skipped_images_of_all_processes_together_hold_to_the_share(directory, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
-    source = Source("numbers", list(range(40)), "image", "label", 0)
-    lists = [
-        SkippedImages(directory, max_share=0.1, process_index=i, num_processes=2) for i in range(2)
-    ]
+    source = list_source("numbers", list(range(40)), 0)
+    lists = [SkippedImages(directory, max_share=0.1, share=Share(i, 2)) for i in range(2)]
     for i in range(4):
         lists[i % 2].add(source, i, "broken")
         now[0] += 20.0
@@ -287,7 +285,7 @@ def test_skipped_images_of_all_processes_together_hold_to_the_share(directory, m
 def test_skipped_images_soon_appear_in_a_bucket_even_if_no_more_follow(bucket, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
-    source = Source("numbers", list(range(40)), "image", "label", 0)
+    source = list_source("numbers", list(range(40)), 0)
     skipped = SkippedImages(bucket, max_share=1.0)
     for i in (0, 1):
         skipped.add(source, i, "broken")

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from listed_records import list_source
 from pixel_runs import digits_source, pixel_config, pixel_run
 from sklearn.cluster import KMeans
 from sklearn.metrics import (
@@ -18,7 +19,6 @@ from small_runs import small_config
 from tfds_sets import IMAGES, LABELS, png
 
 from music_jax.config import set_views
-from music_jax.data.sources import Source
 from music_jax.evaluation import feature_protocols
 from music_jax.evaluation.feature_protocols import random_crop_probe
 from music_jax.evaluation.features import SplitFeatures
@@ -250,8 +250,8 @@ def test_learning_rate_is_selected_on_held_out_training_images(tmp_path, monkeyp
     images.reshape(count + tests, -1)[np.arange(count + tests), np.arange(count + tests)] = 255
     labels = np.arange(count + tests) % 2
     records = [{"image": png(x), "label": int(y)} for x, y in zip(images, labels, strict=True)]
-    train = Source("train", records[:count], "image", "label", 2, ("a", "b"))
-    test = Source("test", records[count:], "image", "label", 2, ("a", "b"))
+    train = list_source("train", records[:count], 2, ("a", "b"))
+    test = list_source("test", records[count:], 2, ("a", "b"))
     config = pixel_config()
     config.dataset.update({"mean": (0.0,), "std": (1.0,)})
     config.linear_eval.validation_fraction = 0.3

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from listed_records import list_source
 from pixel_runs import digits_source, pixel_config, pixel_run
 from small_runs import small_config
 
 from music_jax.data.folder import open_folder
-from music_jax.data.sources import Source
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import UserError
 from music_jax.evaluation import finetune as module
@@ -169,7 +169,7 @@ def test_lists_may_have_windows_encodings_and_newlines(source, tmp_path, encodin
 
 def test_listed_tfds_records_are_found_by_their_file_name_feature(tmp_path):
     records = [{"file_name": f"n03_{i}.JPEG".encode(), "image": b"", "label": 0} for i in range(5)]
-    source = Source("tfds", records, "image", "label", 2)
+    source = list_source("tfds", records, 2)
     np.testing.assert_array_equal(
         rows_of_list(source, _list(tmp_path, "n03_4.JPEG", "n03_2.JPEG")), [2, 4]
     )
@@ -184,7 +184,7 @@ class _Damaged(list):
 
 def test_listed_images_of_damaged_records_are_excluded(tmp_path, capsys):
     records = _Damaged({"file_name": f"n03_{i}.JPEG", "image": b"", "label": 0} for i in range(5))
-    source = Source("tfds", records, "image", "label", 2)
+    source = list_source("tfds", records, 2)
     path = _list(tmp_path, "n03_4.JPEG", "n03_2.JPEG")
     np.testing.assert_array_equal(rows_of_list(source, path), [4])
     assert "1 images" in capsys.readouterr().out

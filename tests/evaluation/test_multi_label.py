@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from listed_records import list_source
 from pixel_runs import digits_source, pixel_config, pixel_run
 from sklearn.metrics import average_precision_score
 from tfds_sets import IMAGES, LABELS
@@ -41,11 +42,9 @@ def _label(i):
 
 def _source(name, rows):
     source = digits_source(name, rows)
-    records = [
-        {**record, "label": _label(i)} for i, record in zip(rows, source.records, strict=True)
-    ]
+    records = [source.record(index) | {"label": _label(i)} for index, i in enumerate(rows)]
     return dataclasses.replace(
-        source, records=records, num_classes=3, class_names=_NAMES, multi_label=True
+        source, read=records.__getitem__, num_classes=3, class_names=_NAMES, multi_label=True
     )
 
 
@@ -145,13 +144,9 @@ def test_packed_images_keep_their_labels(tmp_path):
 
 
 def test_classes_of_the_test_set_are_matched_by_name():
-    train, test = _source("train", _TRAIN), _source("test", [1, 2, 3])
-    test = dataclasses.replace(
-        test,
-        records=[{"image": b"", "label": [1, -1]}, {"image": b"", "label": [0, 1]}],
-        num_classes=2,
-        class_names=("prime", "even"),
-    )
+    train = _source("train", _TRAIN)
+    records = [{"image": b"", "label": [1, -1]}, {"image": b"", "label": [0, 1]}]
+    test = list_source("test", records, 2, ("prime", "even"), multi_label=True)
     matched = _with_classes(test, train)
     assert matched.labels().tolist() == [[-1, -1, 1], [1, -1, 0]]
     assert matched.class_names == _NAMES

@@ -105,8 +105,9 @@ def test_without_labels_the_other_measures_remain(tmp_path, capsys):
 def test_images_of_several_classes_are_measured_without_knn(tmp_path, capsys):
     source = digits_source("tags", range(30))
     tags = np.eye(10, dtype=np.int8)
-    records = [{**record, "label": tags[record["label"]]} for record in source.records]
-    source = dataclasses.replace(source, records=records, multi_label=True)
+    records = [source.record(i) for i in range(30)]
+    records = [record | {"label": tags[record["label"]]} for record in records]
+    source = dataclasses.replace(source, read=records.__getitem__, multi_label=True)
     found = _evaluation(tmp_path, source, "knn", "rankme")[0]()
     assert list(found) == ["online_rankme", "online_seconds"]
     (line,) = capsys.readouterr().out.splitlines()
@@ -116,7 +117,7 @@ def test_images_of_several_classes_are_measured_without_knn(tmp_path, capsys):
 def test_images_that_cannot_be_decoded_are_excluded(tmp_path):
     source = digits_source("a", range(30))
     for i in range(0, 10):
-        source.records[i]["image"] = b"broken"
+        source.record(i)["image"] = b"broken"
     measure, run = _evaluation(tmp_path, source, "knn", "rankme")
     assert set(measure()) == {"online_knn", "online_rankme", "online_seconds"}
     assert len(run.skipped) == 10

@@ -7,13 +7,13 @@ import cv2
 import numpy as np
 import pytest
 from etils import epath
+from listed_records import list_source
 from small_runs import save_run, small_config
 from tfds_sets import IMAGES, LABELS, write_set
 
 from music_jax.config import FREE_FIELDS
 from music_jax.data import datasets
 from music_jax.data.skipped import SkippedImages
-from music_jax.data.sources import Source
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import NotMeasurableError, UserError
 from music_jax.evaluate import evaluate
@@ -43,7 +43,7 @@ def _run(tmp_path, images):
 
 
 def test_cached_labels_depend_on_the_class_names(tmp_path):
-    source = Source("photos", [{}] * 3, "image", "label", 2, ("a", "b"))
+    source = list_source("photos", [{}] * 3, 2, ("a", "b"))
     run = _run(tmp_path, source)
     renamed = dataclasses.replace(source, class_names=("b", "a"))
     assert run._key(source, "trained") == run._key(dataclasses.replace(source), "trained")
@@ -74,7 +74,7 @@ def test_cached_features_depend_on_the_images_not_on_the_spelling_of_the_folder(
 
 
 def test_one_class_suffices_to_test_with_but_not_to_learn_from():
-    source = Source("photos", [{}] * 3, "image", "label", 2, ("a", "b"))
+    source = list_source("photos", [{}] * 3, 2, ("a", "b"))
     _check_classes(source, np.array([0, 1, -1]), "train")
     _check_classes(source, np.array([0, 0, -1]), "test")
     with pytest.raises(NotMeasurableError, match="labels of 1 classes; at least 2 are needed"):

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from listed_records import list_source
 from philox_weights import philox_images, philox_weights
 from safetensors.numpy import load_file, save_file
 from small_runs import save_run, small_config
@@ -17,7 +18,6 @@ from small_runs import save_run, small_config
 import music_jax
 from music_jax.config import default_config
 from music_jax.data.augment import normalize_images
-from music_jax.data.sources import Source
 from music_jax.distributed.mesh import batch_sharding, make_data_mesh
 from music_jax.errors import UserError
 from music_jax.evaluation.online import OnlineEvaluation
@@ -105,7 +105,7 @@ def test_the_first_loss_and_the_features_are_those_of_the_imported_network(write
     labels = np.arange(30) % 2
     records = [{"image": x, "label": y} for x, y in zip(images_of_classes, labels, strict=True)]
     config.knn.k, config.evaluation.batch_size = 1, 32
-    source = Source("squares", records, num_classes=2)
+    source = list_source("squares", records, num_classes=2)
     evaluation = OnlineEvaluation(config, source, recipe.network, mesh, None)
     measured = evaluation(state.params, state.batch_stats)
     imported = np.asarray(music_jax.load(tmp_path / "run")(images_of_classes))

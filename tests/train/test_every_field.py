@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from etils import epath
 from flax import nnx
+from listed_records import list_source
 
 from music_jax.config import default_config, get_field, validate
 from music_jax.data import datasets, tfds_source
@@ -23,7 +24,6 @@ from music_jax.data.augment import ViewAugmentation, augment_views
 from music_jax.data.crops import Crop
 from music_jax.data.order import TrainingOrder
 from music_jax.data.skipped import SkippedImages
-from music_jax.data.sources import Source
 from music_jax.distributed.mesh import batch_sharding, make_data_mesh
 from music_jax.evaluation import feature_protocols, features, finetune, online
 from music_jax.evaluation.run import Run
@@ -387,7 +387,9 @@ def _at(tree, path):
 
 def _source(count=12):
     records = [{"picture": b"", "kind": i % 4} for i in range(count)]
-    return Source(f"{count} photos", records, "picture", "kind", 4, tuple("abcd"))
+    return list_source(
+        f"{count} photos", records, 4, tuple("abcd"), image_key="picture", label_key="kind"
+    )
 
 
 _CROP = Crop(12, (0.2, 0.9), (0.6, 1.7))
@@ -408,16 +410,19 @@ def test_images_are_cropped_as_described(config, calls):
     training, crops, probed = calls.of["training_batches"]
     for given, options in (training, crops, probed):
         assert given[0] is source
-        names = ("crop", "channels", "dtype", "skipped", "num_threads")
-        assert _some(options, *names) == (_CROP, 1, "uint16", skipped, 3)
+        names = ("channels", "dtype", "skipped", "num_threads")
+        assert _some(options, *names) == (1, "uint16", skipped, 3)
     assert training[0][1] == TrainingOrder(12, 8, 5)
     assert _some(training[1], "start_step", "num_steps") == (2, 4)
-    assert training[1]["local_views"] == (Crop(6, (0.1, 0.4), (0.6, 1.7)), 2)
-    assert probed[1]["local_views"] is None
+    assert training[1]["views"] == {
+        "images": (_CROP, 2),
+        "local_images": (Crop(6, (0.1, 0.4), (0.6, 1.7)), 2),
+    }
+    assert crops[1]["views"] == probed[1]["views"] == {"images": (_CROP, 1)}
     assert crops[0][1] == TrainingOrder(12, 5, 5)
-    assert _some(crops[1], "flip", "num_views", "num_steps") == (True, 1, 6)
+    assert _some(crops[1], "flip", "num_steps") == (True, 6)
     assert probed[0][1] == TrainingOrder(12, 5, 5)
-    assert _some(probed[1], "start_step", "num_steps", "num_views") == (2, 5, 1)  # of every second
+    assert _some(probed[1], "start_step", "num_steps") == (2, 5)  # of every second
     with pytest.raises(IndexError):  # without batches there is nothing to join
         frozen.extract(None, source, "")
     options = calls.options("evaluation_batches")
@@ -471,7 +476,7 @@ class _FakeFeatures(Run):
 
     def _split(self, source, model):
         value = {"trained": 1.0, "random_init": 2.0, "raw_pixels": 3.0}[model]
-        labels = np.asarray([record["kind"] for record in source.records], np.int32)
+        labels = source.labels()
         rows = np.full((len(source), 5), value, np.float32)
         return features.SplitFeatures({"features": rows}, labels, np.arange(len(source)))
 

@@ -234,8 +234,7 @@ def test_a_bad_step_stops_the_run_and_its_batch_is_saved(config, tmp_path):
     read = training_batches(
         datasets.training_source(config),
         order,
-        crop=Crop(8, (0.5, 1.0)),
-        local_views=(Crop(6, (0.05, 0.3)), 2),
+        views={"images": (Crop(8, (0.5, 1.0)), 2), "local_images": (Crop(6, (0.05, 0.3)), 2)},
         channels=1,
         positions=np.arange(32),
         start_step=3,

@@ -8,13 +8,13 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
+from listed_records import list_source
 from processes import DIGITS, SMALL, checkpoint, metrics, run
 
 from music_jax.checkpoint.manager import Checkpoints
 from music_jax.config import default_config
 from music_jax.data.datasets import EvaluationSources
 from music_jax.data.skipped import SkippedImages
-from music_jax.data.sources import Source
 from music_jax.distributed.mesh import make_data_mesh
 from music_jax.errors import UserError
 from music_jax.train.online_probe import _init_probe, _probe_step, make_online_probe
@@ -92,7 +92,7 @@ def _probe_of(tmp_path, labels, *, multi_label=False):
     config = default_config()
     config.online_probe.enabled = True
     records = [{"image": b"", "label": label} for label in labels]
-    source = Source("numbers", records, "image", "label", 10, multi_label=multi_label)
+    source = list_source("numbers", records, 10, multi_label=multi_label)
     return make_online_probe(
         config,
         EvaluationSources(source, source),

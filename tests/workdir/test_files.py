@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from etils import epath
+from listed_records import list_source
 from small_runs import save_run, small_config
 
 from music_jax import load
@@ -17,7 +18,6 @@ from music_jax.data.folder import open_folder
 from music_jax.data.packed import open_packed
 from music_jax.data.packing import Packing, pack
 from music_jax.data.skipped import SkippedImages, UnlistedImages
-from music_jax.data.sources import Source
 from music_jax.errors import UserError
 from music_jax.evaluation.features import Expected, cached_arrays
 from music_jax.evaluation.results import Predictions, read_predictions, write_predictions
@@ -97,7 +97,7 @@ def test_new_path_gives_a_new_name_each_time(tmp_path):
 
 
 def test_skipped_images_are_not_listed_through_a_link(outside, tmp_path):
-    source = Source("photos", range(9), "image", "label", 0)
+    source = list_source("photos", range(9), 0)
     os.symlink(outside, tmp_path / "run" / "skipped.jsonl")
     skipped = SkippedImages(epath.Path(tmp_path / "run"), max_share=1.0)
     with pytest.raises(UserError, match="is a link"):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from music_jax.data.label_values import number_labels
+from music_jax.data.labels import number_labels
 
 
 @pytest.mark.parametrize("make", [int, str])
