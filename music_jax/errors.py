@@ -109,6 +109,6 @@ def require_extra(extra: str) -> Iterator[None]:
 def install_command(extra: str) -> str:
     """Returns the command that installs an extra of this package, into a clone or beside it."""
     root = pathlib.Path(__file__).parent.parent
-    if (root / "pyproject.toml").is_file():  # not from the index, where a clone is not known
+    if (root / "pyproject.toml").is_file():  # pip would look for its name in the index
         return f"pip install -e '{root}[{extra}]'"
     return f"pip install 'music_jax[{extra}]'"

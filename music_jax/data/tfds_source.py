@@ -71,7 +71,7 @@ def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
                 f"cannot read split {split!r} of {dataset.name!r}, which has the splits "
                 f"{sorted(builder.info.splits)}: {one_line(error)}"
             )
-        is_missing = split not in builder.info.splits
+        is_missing = builder.is_prepared() and split not in builder.info.splits
         raise (MissingSplitError if is_missing else UserError)(problem) from error
     read_image = image_reader(features, dataset.image_key, dataset.name)
     read = records.__getitem__

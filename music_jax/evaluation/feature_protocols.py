@@ -25,9 +25,10 @@ from music_jax.metrics import linear_probe
 from music_jax.metrics.few_shot import few_shot, mean_interval
 from music_jax.metrics.knn import average_precisions, knn_predict, knn_scores
 from music_jax.metrics.label_free import alignment, alpha_req, lidar, rankme, uniformity
-from music_jax.metrics.linear_probe import ProbeRecipe, ProbeResult, fit_scaling
+from music_jax.metrics.linear_probe import ProbeRecipe, ProbeResult
 from music_jax.metrics.multi_label import average_precisions as class_average_precisions
 from music_jax.metrics.multi_label import mean_average_precision
+from music_jax.metrics.scaling import fit_scaling
 from music_jax.metrics.segments import (
     agreement_between_segments,
     cluster_scores,

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,9 @@ from music_jax.metrics.multi_label import (
     mean_average_precision,
     sigmoid_losses,
 )
-
-FEATURE_SCALINGS = ("none", "standardize", "whiten")
-
-Features = Any  # an array of NumPy or of JAX
+from music_jax.metrics.scaling import Features, fit_scaling
 
 _INIT_STREAM = 2**33  # separates the initial kernel's randomness from the batches'
-_WHITENING_FLOOR = 0.1  # share of the mean variance, added to that of every direction
 _BLOCK = 4096  # samples processed at once
 
 
@@ -123,7 +119,7 @@ def linear_probe(
       test_labels: Test labels, likewise.
       recipe: Hyperparameters.
       num_classes: Number of classes.
-      feature_scaling: Scaling of the features, one of `FEATURE_SCALINGS`.
+      feature_scaling: Scaling of the features, one of `scaling.FEATURE_SCALINGS`.
       validation_fraction: Fraction of the training samples that selects the learning rate.
       seed: Seed of the initial kernel, the batches and the validation samples.
       after_step: Function called after each step, such as the update of a progress bar.
@@ -408,55 +404,3 @@ def logits(heads: Heads, features: jax.Array) -> jax.Array:
 def _scores(heads: Heads, features: np.ndarray) -> Iterator[np.ndarray]:
     for start in range(0, len(features), _BLOCK):
         yield np.asarray(logits(heads, features[start : start + _BLOCK]))
-
-
-def fit_scaling(name: str, features: Callable[[], np.ndarray]) -> Callable[[Features], Features]:
-    """Fits an affine map of features, without labels.
-
-    `standardize` gives each feature mean 0 and standard deviation 1; like scikit-learn's
-    `StandardScaler`, it does not scale constant features. `whiten` multiplies by the inverse square
-    root of the covariance (ZCA: Kessy, Lewin & Strimmer, arXiv 1512.00809), after adding a tenth of
-    the mean variance to its diagonal (our addition), so that directions of almost no variance are
-    not amplified. The classifier's problem is then well conditioned, and SGD solves it in few
-    epochs. Neither depends on the scale of the features.
-
-    Args:
-      name: One of `FEATURE_SCALINGS`; `none` is the identity.
-      features: Function that returns training features, float32 [samples, features]. It is not
-        called for `none`.
-
-    Returns:
-      A function from features [samples, features], of NumPy or JAX, to scaled features.
-
-    Raises:
-      ValueError: The name is unknown.
-    """
-    if name not in FEATURE_SCALINGS:
-        raise ValueError(f"expected a scaling among {FEATURE_SCALINGS}; got {name!r}")
-    if name == "none":
-        return lambda unscaled: unscaled
-    train = features()
-    mean = train.mean(axis=0, dtype=np.float64)
-    centered = (train[i : i + 2 * _BLOCK] - mean for i in range(0, len(train), 2 * _BLOCK))
-    if name == "standardize":
-        variances = sum(np.sum(block**2, axis=0) for block in centered) / len(train)
-        # The variance that rounding leaves to a constant feature, as in scikit-learn.
-        eps = np.finfo(np.float64).eps
-        constant = variances <= (len(train) * eps * mean) ** 2
-        factor = 1 / np.where(constant, 1, np.sqrt(variances))
-    else:
-        covariance = sum(block.T @ block for block in centered) / len(train)
-        variances, directions = np.linalg.eigh(covariance)
-        floor = _WHITENING_FLOOR * np.trace(covariance) / len(mean)
-        roots = np.sqrt(np.maximum(variances, 0) + floor)
-        factor = (directions / np.where(roots > 0, roots, 1)) @ directions.T
-    mean, factor = mean.astype(np.float32), factor.astype(np.float32)
-
-    def scale(unscaled: Features) -> Features:
-        centered = unscaled - mean[None]
-        if factor.ndim == 1:
-            return centered * factor[None]
-        with jax.default_matmul_precision("highest"):  # not in bfloat16, as on TPUs
-            return centered @ factor
-
-    return scale

@@ -31,7 +31,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from music_jax.evaluation import feature_protocols
 from music_jax.evaluation.run import Run, load_run
 from music_jax.metrics import label_free
-from music_jax.metrics.linear_probe import fit_scaling
+from music_jax.metrics.scaling import fit_scaling
 from music_jax.metrics.segments import cluster_scores, mutual_information
 
 QUERIES = 200  # for retrieval, which scikit-learn ranks one by one

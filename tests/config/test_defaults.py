@@ -5,7 +5,7 @@ import pytest
 from music_jax.config import default_config, descriptions, field_names, set_views
 from music_jax.config.fields import _CHOICES
 from music_jax.data.augment import ViewAugmentation, view_augmentations
-from music_jax.metrics.linear_probe import FEATURE_SCALINGS
+from music_jax.metrics.scaling import FEATURE_SCALINGS
 from music_jax.models.resnet import STEMS
 from music_jax.train import train_and_evaluate  # noqa: F401, registers its choices
 

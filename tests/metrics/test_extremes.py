@@ -27,7 +27,8 @@ from music_jax.metrics.knn import (
     unit_length,
 )
 from music_jax.metrics.label_free import alignment, alpha_req, lidar, rankme, uniformity
-from music_jax.metrics.linear_probe import fit_scaling, ranks
+from music_jax.metrics.linear_probe import ranks
+from music_jax.metrics.scaling import fit_scaling
 from music_jax.metrics.segments import (
     agreement_between_segments,
     cluster_scores,

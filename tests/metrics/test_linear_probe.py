@@ -13,20 +13,19 @@ from sklearn.metrics import top_k_accuracy_score
 from sklearn.preprocessing import StandardScaler
 
 from music_jax.errors import DivergedError
-from music_jax.metrics import linear_probe as module
+from music_jax.metrics import scaling
 from music_jax.metrics.linear_probe import (
-    FEATURE_SCALINGS,
     Heads,
     ProbeRecipe,
     accuracies,
     fit,
-    fit_scaling,
     linear_probe,
     logits,
     num_steps,
     shuffled_batches,
     split_for_validation,
 )
+from music_jax.metrics.scaling import FEATURE_SCALINGS, fit_scaling
 
 
 def _digits():
@@ -201,7 +200,7 @@ def test_standardize_matches_scikit_learn():
 
 @pytest.mark.parametrize("block", [7, 1000])
 def test_whiten_applies_the_inverse_root_of_the_ridged_covariance(monkeypatch, block):
-    monkeypatch.setattr(module, "_BLOCK", block)
+    monkeypatch.setattr(scaling, "_BLOCK", block)
     train, test = _correlated(300), _correlated(50, seed=1)
     covariance = np.cov(train.astype(np.float64).T, bias=True)
     ridged = covariance + 0.1 * np.trace(covariance) / 12 * np.eye(12)
