@@ -1,15 +1,18 @@
 """Folders of image files as sources, in an order that does not depend on the file system."""
 
 import array
+import bisect
 import collections
 import errno
 import hashlib
 import heapq
+import itertools
 import logging
 import os
 import stat
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +30,8 @@ EXTENSIONS = (
 )
 
 ARRAY_EXTENSIONS = (".npy", ".tif", ".tiff")  # of images, if no file has one of the above
+
+_ENDINGS = frozenset(EXTENSIONS + ARRAY_EXTENSIONS)
 
 # Folders that operating systems and storage devices create, besides hidden ones; in lower case.
 _SYSTEM_FOLDERS = (
@@ -66,7 +71,7 @@ def open_folder(path: str) -> Source:
         raise UserError(f"there is no folder {name!r}")
     started = time.monotonic()
     try:
-        names, states, excluded = _list_images(root)
+        runs, excluded = _list_images(root)
     except OSError as error:
         where = escape_surrogates(os.path.relpath(os.fsdecode(error.filename or root), root))
         raise UserError(
@@ -77,15 +82,15 @@ def open_folder(path: str) -> Source:
     if len(kinds) > _KINDS_IN_MESSAGE:
         parts.append(f"{sum(count for _, count in kinds[_KINDS_IN_MESSAGE:]):,} others")
     message = f"excluded: {', '.join(parts)}" if parts else ""
-    if not names:
+    if not runs:
         raise UserError(
             f"the folder {name!r} holds no image ({', '.join(EXTENSIONS + ARRAY_EXTENSIONS)})"
             + (f"; {message}" if message else "")
         )
-    files = _Files(root, names, states)
+    files = _Files(root, runs)
     class_names = tuple(map(escape_surrogates, files.class_names))
     _logger.info(
-        f"{name}: {len(names):,} images, "
+        f"{name}: {len(files.labels):,} images, "
         + (f"{len(class_names):,} classes" if class_names else "no labels")
         + f", listed in {time.monotonic() - started:.1f} s"
     )
@@ -93,7 +98,7 @@ def open_folder(path: str) -> Source:
         _logger.info(f"{name}: {message}")
     return Source(
         name=name,
-        size=len(names),
+        size=len(files.labels),
         read=files.read,
         num_classes=len(class_names),
         class_names=class_names,
@@ -103,17 +108,23 @@ def open_folder(path: str) -> Source:
     )
 
 
-def _list_images(root: str) -> tuple[list[str], np.ndarray, collections.Counter[str]]:
-    """Lists the images of a folder in no particular order; raises OSError if it cannot be listed.
+class _Run(NamedTuple):
+    """Images of one folder with no sub-folder between them, in order, packed to save memory."""
+
+    first: str  # relative path of the first, with `/`
+    paths: bytes  # of all, separated by zeros
+    states: np.ndarray  # int64 [images, 3]: bytes, modification time in ns, whether it is a link
+
+
+def _list_images(root: str) -> tuple[list[_Run], collections.Counter[str]]:
+    """Lists the images of a folder, in order; raises OSError if it cannot be listed.
 
     Returns:
-      Relative paths, with `/`; int64 [images, 3] of sizes in bytes, modification times in
-      nanoseconds, and whether each is a link; and the numbers of excluded files by kind.
+      The images, and the numbers of excluded files by kind.
     """
-    names: list[str] = []
-    states = array.array("q")
+    runs: dict[bool, list[_Run]] = {False: [], True: []}  # whether they are arrays
     excluded: collections.Counter[str] = collections.Counter()
-    real_root, last_line = os.path.realpath(root), time.monotonic()
+    real_root, last_line, count = os.path.realpath(root), time.monotonic(), 0
     listed: set[str] = set()  # real paths of folders
     # A heap of folders: number of links on the path, path, real path, whether it is a link itself.
     waiting = [(0, "", real_root, False)]
@@ -123,39 +134,60 @@ def _list_images(root: str) -> tuple[list[str], np.ndarray, collections.Counter[
             excluded.update(["links to folders that are listed already"] * is_link)
             continue
         listed.add(real)
+        names, states, folders = [], array.array("q"), []
         with os.scandir(real) as entries:
             for entry in entries:
-                state, path = _examine(entry), f"{prefix}{entry.name}"
+                state = _examine(entry)
                 if isinstance(state, str):
                     excluded[state] += 1
                 elif not stat.S_ISDIR(state.st_mode):
-                    names.append(path)
+                    names.append(entry.name)
                     states.extend((state.st_size, state.st_mtime_ns, entry.is_symlink()))
-                elif not entry.is_symlink():
-                    heapq.heappush(waiting, (num_links, f"{path}/", f"{real}/{entry.name}", False))
                 else:
-                    target = os.path.realpath(f"{real}/{entry.name}")
+                    folders.append(f"{entry.name}/")
+                    path, target = f"{prefix}{entry.name}/", f"{real}/{entry.name}"
+                    if not entry.is_symlink():
+                        heapq.heappush(waiting, (num_links, path, target, False))
+                        continue
+                    target = os.path.realpath(target)
                     if _holds(target, real) or _holds(target, real_root):
                         excluded["links to a folder that holds them"] += 1
                     else:
-                        heapq.heappush(waiting, (num_links + 1, f"{path}/", target, True))
+                        heapq.heappush(waiting, (num_links + 1, path, target, True))
+        for is_array, found in runs.items():
+            found += _split(prefix, names, states, folders, is_array)
+        count += len(names)
         if time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
             last_line = time.monotonic()
-            _logger.info(f"listing {escape_surrogates(root)}: {len(names):,} images so far")
-    found = np.asarray(states).reshape(-1, 3)
-    is_array = np.asarray([name.lower().endswith(ARRAY_EXTENSIONS) for name in names], bool)
-    if is_array.any() and not is_array.all():
-        excluded.update(_kind(names[i]) for i in np.flatnonzero(is_array))
-        names = [names[i] for i in np.flatnonzero(~is_array)]
-        found = found[~is_array]
-    return names, found, excluded
+            _logger.info(f"listing {escape_surrogates(root)}: {count:,} images so far")
+    if runs[False]:
+        for run in runs.pop(True):
+            excluded.update(map(_kind, _decode(run.paths).split("\0")))
+    return sorted(itertools.chain(*runs.values())), excluded
+
+
+def _split(
+    prefix: str, names: list[str], states: array.array, folders: list[str], arrays: bool
+) -> Iterator[_Run]:
+    """Sorts the images of a folder, and splits them where its sub-folders come in the order."""
+    order = [i for i, name in enumerate(names) if name.lower().endswith(ARRAY_EXTENSIONS) == arrays]
+    order.sort(key=names.__getitem__)
+    names, rows = [names[i] for i in order], np.asarray(states).reshape(-1, 3)[order]
+    cuts = {0, len(names), *(bisect.bisect(names, folder) for folder in folders)}
+    for start, stop in itertools.pairwise(sorted(cuts)):
+        paths = [f"{prefix}{name}" for name in names[start:stop]]
+        packed = "\0".join(paths).encode(errors="surrogateescape")
+        yield _Run(paths[0], packed, rows[start:stop])
+
+
+def _decode(path: bytes) -> str:
+    return path.decode(errors="surrogateescape")
 
 
 def _examine(entry: os.DirEntry) -> os.stat_result | str:
     """Returns the state of an image or a folder, or else the kind under which to exclude it."""
     name, is_link = entry.name, entry.is_symlink()
-    endings = EXTENSIONS + ARRAY_EXTENSIONS
-    is_image = name.lower().endswith(endings) and not name.startswith(".")
+    is_image = name[name.rfind(".") :].lower() in _ENDINGS and not name.startswith(".")
     if not (is_image or is_link or entry.is_dir(follow_symlinks=False)):
         return _kind(name)
     try:
@@ -189,27 +221,34 @@ def _holds(folder: str, path: str) -> bool:
 class _Files:
     """Images of a folder, each read on access."""
 
-    def __init__(self, root: str, names: list[str], states: np.ndarray):
-        order = sorted(range(len(names)), key=names.__getitem__)
+    def __init__(self, root: str, runs: list[_Run]):
         self._root = root
-        self._names = [names[i] for i in order]
-        self._sizes, self._times, self._is_link = states[order].T
-        classes = [name.partition("/")[0] if "/" in name else "" for name in self._names]
+        self._paths = b"\0".join(run.paths for run in runs)
+        zeros = np.flatnonzero(np.frombuffer(self._paths, np.uint8) == 0)
+        self._ends = np.append(zeros, len(self._paths))
+        states = np.concatenate([run.states for run in runs])
+        self._sizes, self._times, self._is_link = states.T
+        classes = [run.first.partition("/")[0] if "/" in run.first else "" for run in runs]
         self.class_names = () if "" in classes else tuple(sorted(set(classes)))
         numbers = {name: number for number, name in enumerate(self.class_names)}
-        self.labels = np.asarray([numbers.get(name, -1) for name in classes], np.int32)
+        labels = np.asarray([numbers.get(name, -1) for name in classes], np.int32)
+        self.labels = np.repeat(labels, [len(run.states) for run in runs])
+
+    def _path(self, index: int) -> str:
+        start = self._ends[index - 1] + 1 if index else 0
+        return _decode(self._paths[start : self._ends[index]])
 
     def read(self, index: int) -> dict[str, Any]:
         """Returns the record of an image."""
-        path, is_link = f"{self._root}/{self._names[index]}", bool(self._is_link[index])
+        path, is_link = f"{self._root}/{self._path(index)}", bool(self._is_link[index])
         return {"image": read_file(path, is_link=is_link)}
 
     def record_name(self, index: int) -> str:
-        return escape_surrogates(self._names[index])
+        return escape_surrogates(self._path(index))
 
     def identity(self, times: bool) -> bytes:
         """Hashes names and sizes of all files in order, and if `times` their modification times."""
-        digest = hashlib.sha256("\0".join(self._names).encode(errors="surrogateescape"))
+        digest = hashlib.sha256(self._paths)
         digest.update(self._sizes.tobytes())
         if times:
             digest.update(self._times.tobytes())
