@@ -97,8 +97,8 @@ def alpha_req(features: np.ndarray, *, first: int = 6, last: int = 50) -> float:
       ValueError: The shape does not match.
 
     Reference:
-      Agrawal et al., `α-ReQ <https://arxiv.org/abs/2202.05808>`_, 2022; the weights are those of
-      Stringer et al., `High-dimensional geometry of population responses in visual cortex
+      Agrawal et al., `α-ReQ <https://openreview.net/forum?id=ii9X4vtZGTZ>`_, 2022; the weights are
+      those of Stringer et al., `High-dimensional geometry of population responses in visual cortex
       <https://doi.org/10.1038/s41586-019-1346-5>`_, 2019
     """
     features = _checked(features, ndim=2)

@@ -84,10 +84,12 @@ class BatchNorm(nnx.Module):
             axes = (0, *range(2, wide.ndim - 1))
             mean = jnp.mean(wide, axis=axes)  # [views, channels]
             var = jnp.maximum(jnp.mean(jnp.square(wide), axis=axes) - jnp.square(mean), 0.0)
-            decay = self.momentum
+            decay, running_mean, running_var = self.momentum, self.mean[...], self.var[...]
             for v in range(num_views):
-                self.mean[...] = decay * self.mean[...] + (1 - decay) * mean[v] * sign
-                self.var[...] = decay * self.var[...] + (1 - decay) * var[v]
+                running_mean = decay * running_mean + (1 - decay) * mean[v] * sign
+                running_var = decay * running_var + (1 - decay) * var[v]
+            self.mean.set_value(running_mean)
+            self.var.set_value(running_var)
         else:
             mean, var = (self.mean[...] * sign)[None], self.var[...][None]
         factor = (scale * sign)[None] * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)  # [views, channels]
