@@ -163,7 +163,7 @@ def _list_images(root: str) -> tuple[list[_Run], collections.Counter[str]]:
     if runs[False]:
         for run in runs.pop(True):
             excluded.update(map(_kind, _decode(run.paths).split("\0")))
-    return sorted(itertools.chain(*runs.values())), excluded
+    return sorted(itertools.chain(*runs.values()), key=lambda run: run.first), excluded
 
 
 def _split(

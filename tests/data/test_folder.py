@@ -72,6 +72,27 @@ def test_the_order_does_not_depend_on_the_file_system(tmp_path, monkeypatch):
     assert _names(open_folder(str(tmp_path))) == expected == sorted(expected)
 
 
+def test_files_beside_sub_folders_come_in_the_order_of_whole_paths(tmp_path):
+    names = [
+        "a/b/1.png",
+        "a/b-.png",
+        "a/b.png",
+        "a/b0.png",
+        "a/b/c/2.png",
+        "a/b.d/3.png",
+        "a-/4.png",
+    ]
+    for i, name in enumerate(names):
+        _write(tmp_path / name, i)
+    np.save(tmp_path / "a" / "b!.npy", np.zeros((4, 4), np.uint8))  # excluded beside pictures
+    source = open_folder(str(tmp_path))
+    assert _names(source) == sorted(names)
+    values = [int(decode(source.example(i)[0], 1)[0, 0, 0]) for i in range(len(names))]
+    assert values == [names.index(name) for name in sorted(names)]
+    assert [source.example(i)[1] for i in range(len(names))] == [1, 0, 0, 0, 0, 0, 0]
+    assert source.class_names == ("a", "a-")
+
+
 def test_images_without_sub_folders_have_no_labels(tmp_path):
     _write(tmp_path / "1.png")
     _write(tmp_path / "2.png")
