@@ -308,7 +308,7 @@ def _has_devices() -> bool:
 def begin_evaluation() -> None:
     """Prepares a command that evaluates a run."""
     from music_jax.distributed.mesh import use_cores
-    from music_jax.workdir.directory import use_compilation_cache
+    from music_jax.workdir.compilation_cache import use_compilation_cache
 
     join_cluster()
     use_cores(batch_size=4)  # Batches are padded, so that each device gets a part of any of them.

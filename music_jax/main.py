@@ -43,7 +43,8 @@ def main() -> None:
     from music_jax.distributed.mesh import use_cores, use_deterministic_gpu_operations
     from music_jax.distributed.signals import StopSignal
     from music_jax.train import train_and_evaluate
-    from music_jax.workdir.directory import absolute_path, use_compilation_cache
+    from music_jax.workdir.compilation_cache import use_compilation_cache
+    from music_jax.workdir.directory import absolute_path
 
     if flags.FLAGS.verbose:
         progress.log_to_stdout(logging.DEBUG)

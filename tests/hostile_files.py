@@ -52,9 +52,10 @@ from music_jax.exchange.importing import import_backbone
 from music_jax.report import measures
 from music_jax.train.guards import init_guard_state
 from music_jax.train.state import TrainState, restore_state, save_state
-from music_jax.workdir import directory as lock_module
-from music_jax.workdir.directory import WorkdirLock, open_workdir
+from music_jax.workdir import lock as lock_module
+from music_jax.workdir.directory import open_workdir
 from music_jax.workdir.files import write_json
+from music_jax.workdir.lock import WorkdirLock
 from music_jax.workdir.logs import MetricsLog
 from music_jax.workdir.run_config import as_json, read_config
 

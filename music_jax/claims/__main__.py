@@ -48,7 +48,8 @@ def main() -> None:
     from music_jax.claims.planning import check_cells
     from music_jax.claims.sweep import Sweep
     from music_jax.claims.tables import CLAIMS, make_tables
-    from music_jax.workdir.directory import WorkdirLock, open_workdir
+    from music_jax.workdir.directory import open_workdir
+    from music_jax.workdir.lock import WorkdirLock
 
     budget = BUDGETS[given.budget]
     name = config.dataset.name.partition("/")[0] + ("-small" if given.budget == "small" else "")

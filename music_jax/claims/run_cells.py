@@ -25,7 +25,7 @@ from music_jax.distributed import progress
 from music_jax.distributed.shares import ALL, Share
 from music_jax.distributed.signals import end_with_parent
 from music_jax.errors import StoppedError, UnusableDataError
-from music_jax.workdir.directory import use_compilation_cache
+from music_jax.workdir.compilation_cache import use_compilation_cache
 from music_jax.workdir.run_config import as_json
 
 _logger = logging.getLogger(__name__)

@@ -154,8 +154,8 @@ def _list_images(root: str) -> tuple[list[_Run], collections.Counter[str]]:
                         excluded["links to a folder that holds them"] += 1
                     else:
                         heapq.heappush(waiting, (num_links + 1, path, target, True))
-        for is_array, found in runs.items():
-            found += _split(prefix, names, states, folders, is_array)
+        for is_array, run in _split(prefix, names, states, folders):
+            runs[is_array].append(run)
         count += len(names)
         if time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
             last_line = time.monotonic()
@@ -167,17 +167,23 @@ def _list_images(root: str) -> tuple[list[_Run], collections.Counter[str]]:
 
 
 def _split(
-    prefix: str, names: list[str], states: array.array, folders: list[str], arrays: bool
-) -> Iterator[_Run]:
-    """Sorts the images of a folder, and splits them where its sub-folders come in the order."""
-    order = [i for i, name in enumerate(names) if name.lower().endswith(ARRAY_EXTENSIONS) == arrays]
-    order.sort(key=names.__getitem__)
+    prefix: str, names: list[str], states: array.array, folders: list[str]
+) -> Iterator[tuple[bool, _Run]]:
+    """Sorts the images of a folder, and splits them where its sub-folders come in the order.
+
+    Yields:
+      Whether the images are arrays, and the images.
+    """
+    order = sorted(range(len(names)), key=names.__getitem__)
     names, rows = [names[i] for i in order], np.asarray(states).reshape(-1, 3)[order]
+    is_array = np.asarray([name.lower().endswith(ARRAY_EXTENSIONS) for name in names], bool)
     cuts = {0, len(names), *(bisect.bisect(names, folder) for folder in folders)}
     for start, stop in itertools.pairwise(sorted(cuts)):
-        paths = [f"{prefix}{name}" for name in names[start:stop]]
-        packed = "\0".join(paths).encode(errors="surrogateescape")
-        yield _Run(paths[0], packed, rows[start:stop])
+        for kind in np.unique(is_array[start:stop]):
+            chosen = start + np.flatnonzero(is_array[start:stop] == kind)
+            paths = [f"{prefix}{names[i]}" for i in chosen]
+            packed = "\0".join(paths).encode(errors="surrogateescape")
+            yield bool(kind), _Run(paths[0], packed, rows[chosen])
 
 
 def _decode(path: bytes) -> str:

@@ -47,7 +47,7 @@ def main() -> None:
     from music_jax.distributed import progress
     from music_jax.distributed.mesh import use_cores
     from music_jax.report.page import write_report
-    from music_jax.workdir.directory import use_compilation_cache
+    from music_jax.workdir.compilation_cache import use_compilation_cache
 
     use_cores(batch_size=4)  # batches are padded
     use_compilation_cache()

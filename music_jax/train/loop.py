@@ -48,7 +48,8 @@ from music_jax.train.profile import Profile
 from music_jax.train.recipe import Recipe, make_recipe
 from music_jax.train.state import TrainState, abstract_state, init_state, restore_state, save_state
 from music_jax.train.step import compile_skip, compile_step
-from music_jax.workdir.directory import WorkdirLock, open_workdir
+from music_jax.workdir.directory import open_workdir
+from music_jax.workdir.lock import WorkdirLock
 from music_jax.workdir.logs import EventsLog
 from music_jax.workdir.run_config import check_same_run, write_config
 

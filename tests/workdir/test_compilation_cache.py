@@ -7,8 +7,8 @@ import sys
 import jax
 import pytest
 
-from music_jax.workdir import directory
-from music_jax.workdir.directory import use_compilation_cache
+from music_jax.workdir import compilation_cache
+from music_jax.workdir.compilation_cache import use_compilation_cache
 from tests.processes import ROOT
 
 # Compiles one program, and says what it gave and how often the cache had it.
@@ -16,10 +16,10 @@ _PROGRAM = """
 import collections
 import jax, numpy as np
 from music_jax.distributed.progress import log_to_stdout
-from music_jax.workdir import directory
+from music_jax.workdir import compilation_cache
 log_to_stdout()
-directory._MIN_COMPILE_SECONDS = 0.0
-directory.use_compilation_cache()
+compilation_cache._MIN_COMPILE_SECONDS = 0.0
+compilation_cache.use_compilation_cache()
 events = collections.Counter()
 jax.monitoring.register_event_listener(lambda name, **_: events.update([name.split("/")[-1]]))
 
@@ -111,6 +111,6 @@ def test_the_oldest_programs_are_removed_beyond_the_limit(own_compilation_cache,
         path = own_compilation_cache / f"{age}-cache"
         path.write_bytes(bytes(100))
         os.utime(path, (1e9 - age, 1e9 - age))
-    monkeypatch.setattr(directory, "_MAX_CACHE_BYTES", 250)
-    directory._remove_oldest(own_compilation_cache)
+    monkeypatch.setattr(compilation_cache, "_MAX_CACHE_BYTES", 250)
+    compilation_cache._remove_oldest(own_compilation_cache)
     assert sorted(os.listdir(own_compilation_cache)) == ["0-cache", "1-cache"]
