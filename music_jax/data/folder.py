@@ -1,9 +1,9 @@
 """Folders of image files as sources, in an order that does not depend on the file system."""
 
-import array
 import bisect
 import collections
 import errno
+import functools
 import hashlib
 import heapq
 import itertools
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from music_jax.config import normalize_path
+from music_jax.data.parallel import map_ranges
 from music_jax.data.sources import Source
 from music_jax.distributed.progress import escape_surrogates
 from music_jax.errors import UndecodableError, UserError
@@ -44,6 +45,10 @@ MAX_FILE_BYTES = 2**29  # a larger file is not read: decode.MAX_PIXELS decoded a
 _SECONDS_BETWEEN_LINES = 5.0
 _KINDS_IN_MESSAGE = 10
 _LONGEST_EXTENSION = 16
+_TIMED = 256  # files
+_SECONDS_OF_A_LOCAL_FILE = 1e-4  # at most, to tell its size
+_THREADS = 32
+_IMAGE, _FOLDER = "image", "folder"  # no kinds of excluded files
 
 
 def open_folder(path: str) -> Source:
@@ -113,7 +118,7 @@ class _Run(NamedTuple):
 
     first: str  # relative path of the first, with `/`
     paths: bytes  # of all, separated by zeros
-    states: np.ndarray  # int64 [images, 3]: bytes, modification time in ns, whether it is a link
+    is_link: np.ndarray  # bool [images]
 
 
 def _list_images(root: str) -> tuple[list[_Run], collections.Counter[str]]:
@@ -134,15 +139,16 @@ def _list_images(root: str) -> tuple[list[_Run], collections.Counter[str]]:
             excluded.update(["links to folders that are listed already"] * is_link)
             continue
         listed.add(real)
-        names, states, folders = [], array.array("q"), []
+        names, links, folders = [], set(), []
         with os.scandir(real) as entries:
             for entry in entries:
-                state = _examine(entry)
-                if isinstance(state, str):
-                    excluded[state] += 1
-                elif not stat.S_ISDIR(state.st_mode):
+                kind = _examine(entry)
+                if kind == _IMAGE:
                     names.append(entry.name)
-                    states.extend((state.st_size, state.st_mtime_ns, entry.is_symlink()))
+                    if entry.is_symlink():
+                        links.add(entry.name)
+                elif kind != _FOLDER:
+                    excluded[kind] += 1
                 else:
                     folders.append(f"{entry.name}/")
                     path, target = f"{prefix}{entry.name}/", f"{real}/{entry.name}"
@@ -154,7 +160,7 @@ def _list_images(root: str) -> tuple[list[_Run], collections.Counter[str]]:
                         excluded["links to a folder that holds them"] += 1
                     else:
                         heapq.heappush(waiting, (num_links + 1, path, target, True))
-        for is_array, run in _split(prefix, names, states, folders):
+        for is_array, run in _split(prefix, names, links, folders):
             runs[is_array].append(run)
         count += len(names)
         if time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
@@ -167,15 +173,15 @@ def _list_images(root: str) -> tuple[list[_Run], collections.Counter[str]]:
 
 
 def _split(
-    prefix: str, names: list[str], states: array.array, folders: list[str]
+    prefix: str, names: list[str], links: set[str], folders: list[str]
 ) -> Iterator[tuple[bool, _Run]]:
     """Sorts the images of a folder, and splits them where its sub-folders come in the order.
 
     Yields:
       Whether the images are arrays, and the images.
     """
-    order = sorted(range(len(names)), key=names.__getitem__)
-    names, rows = [names[i] for i in order], np.asarray(states).reshape(-1, 3)[order]
+    names = sorted(names)
+    is_link = np.asarray([name in links for name in names], bool)
     is_array = np.asarray([name.lower().endswith(ARRAY_EXTENSIONS) for name in names], bool)
     cuts = {0, len(names), *(bisect.bisect(names, folder) for folder in folders)}
     for start, stop in itertools.pairwise(sorted(cuts)):
@@ -183,33 +189,35 @@ def _split(
             chosen = start + np.flatnonzero(is_array[start:stop] == kind)
             paths = [f"{prefix}{names[i]}" for i in chosen]
             packed = "\0".join(paths).encode(errors="surrogateescape")
-            yield bool(kind), _Run(paths[0], packed, rows[chosen])
+            yield bool(kind), _Run(paths[0], packed, is_link[chosen])
 
 
 def _decode(path: bytes) -> str:
     return path.decode(errors="surrogateescape")
 
 
-def _examine(entry: os.DirEntry) -> os.stat_result | str:
-    """Returns the state of an image or a folder, or else the kind under which to exclude it."""
-    name, is_link = entry.name, entry.is_symlink()
+def _examine(entry: os.DirEntry) -> str:
+    """Returns `_IMAGE`, `_FOLDER`, or else the kind under which to exclude it.
+
+    The system is asked about links alone. A list of a folder tells the types of all else.
+    """
+    name = entry.name
     is_image = name[name.rfind(".") :].lower() in _ENDINGS and not name.startswith(".")
-    if not (is_image or is_link or entry.is_dir(follow_symlinks=False)):
-        return _kind(name)
-    try:
-        state = entry.stat()
-    except OSError as error:
-        if is_link:  # to nothing, to itself, or to what may not be read
+    if is_image and entry.is_file(follow_symlinks=False):
+        return _IMAGE
+    is_folder, is_file = entry.is_dir(follow_symlinks=False), False
+    if entry.is_symlink():
+        try:
+            mode = entry.stat().st_mode
+        except OSError:  # to nothing, to itself, or to what may not be read
             return "links that cannot be followed"
-        if isinstance(error, FileNotFoundError):
-            return "files that have just been removed"
-        raise
-    if stat.S_ISDIR(state.st_mode):
+        is_folder, is_file = stat.S_ISDIR(mode), stat.S_ISREG(mode)
+    if is_folder:
         is_hidden = name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
-        return f"{name}/" if is_hidden else state
+        return f"{name}/" if is_hidden else _FOLDER
     if not is_image:
         return _kind(name)
-    return state if stat.S_ISREG(state.st_mode) else "pipes or devices"
+    return _IMAGE if is_file else "pipes or devices"
 
 
 def _kind(name: str) -> str:
@@ -232,17 +240,18 @@ class _Files:
         self._paths = b"\0".join(run.paths for run in runs)
         zeros = np.flatnonzero(np.frombuffer(self._paths, np.uint8) == 0)
         self._ends = np.append(zeros, len(self._paths))
-        states = np.concatenate([run.states for run in runs])
-        self._sizes, self._times, self._is_link = states.T
+        self._is_link = np.concatenate([run.is_link for run in runs])
         classes = [run.first.partition("/")[0] if "/" in run.first else "" for run in runs]
         self.class_names = () if "" in classes else tuple(sorted(set(classes)))
         numbers = {name: number for number, name in enumerate(self.class_names)}
         labels = np.asarray([numbers.get(name, -1) for name in classes], np.int32)
-        self.labels = np.repeat(labels, [len(run.states) for run in runs])
+        self.labels = np.repeat(labels, [len(run.is_link) for run in runs])
+
+    def _start(self, index: int) -> int:
+        return self._ends[index - 1] + 1 if index else 0
 
     def _path(self, index: int) -> str:
-        start = self._ends[index - 1] + 1 if index else 0
-        return _decode(self._paths[start : self._ends[index]])
+        return _decode(self._paths[self._start(index) : self._ends[index]])
 
     def read(self, index: int) -> dict[str, Any]:
         """Returns the record of an image."""
@@ -255,10 +264,48 @@ class _Files:
     def identity(self, times: bool) -> bytes:
         """Hashes names and sizes of all files in order, and if `times` their modification times."""
         digest = hashlib.sha256(self._paths)
-        digest.update(self._sizes.tobytes())
+        sizes, modified = self._states
+        digest.update(sizes.tobytes())
         if times:
-            digest.update(self._times.tobytes())
+            digest.update(modified.tobytes())
         return digest.digest()
+
+    @functools.cached_property
+    def _states(self) -> np.ndarray:
+        """Size in bytes and modification time in ns of each file, int64 [2, images].
+
+        Both are -1 for a file that has been removed. Threads ask a network file system at the same
+        time; a local one answers so fast that they would only wait for each other.
+        """
+        count = len(self.labels)
+        some = range(min(count, _TIMED))
+        started = time.monotonic()
+        self._ask(some)
+        is_slow = time.monotonic() - started > len(some) * _SECONDS_OF_A_LOCAL_FILE
+        parts = map_ranges(
+            self._ask,
+            count,
+            description=f"sizes of {escape_surrogates(self._root)}",
+            num_threads=_THREADS if is_slow else 1,
+        )
+        return np.concatenate(parts, axis=1)
+
+    def _ask(self, indices: range) -> np.ndarray:
+        """Asks the system for the states of consecutive files; see `_states`."""
+        root, found = os.fsencode(self._root), []
+        start = self._start(indices.start)
+        for path in self._paths[start : self._ends[indices.stop - 1]].split(b"\0"):
+            try:
+                state = os.stat(b"%b/%b" % (root, path))
+                found.append((state.st_size, state.st_mtime_ns))
+            except FileNotFoundError:
+                found.append((-1, -1))
+            except OSError as error:
+                raise UserError(
+                    f"cannot tell the size of {escape_surrogates(_decode(path))!r} in the folder "
+                    f"{escape_surrogates(self._root)!r}: {error.strerror}"
+                ) from error
+        return np.asarray(found, np.int64).T
 
 
 def read_file(path: str, *, is_link: bool) -> bytes:

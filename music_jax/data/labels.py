@@ -5,13 +5,13 @@ have several, a label has an element for each class: 1 if the image has the clas
 if it is unknown. An image has no label if all elements are -1.
 """
 
-import concurrent.futures
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from music_jax.distributed import progress
+from music_jax.data.parallel import map_ranges
 
 Label = int | np.ndarray  # a number, or int8 [classes]
 
@@ -19,7 +19,6 @@ UNKNOWN, DAMAGED = -1, -2
 
 _MAX_CLASSES = 2**20  # larger numbers, such as hashes, are not those of classes
 _FEW = 1000  # distinct values, which are classes however few images there are
-_READ_AT_ONCE = 256  # by one thread
 
 
 def are_too_many(num_classes: int, num_images: int) -> bool:
@@ -66,16 +65,8 @@ def read_values(count: int, read: Callable[[int], Any], name: str) -> list:
     Returns:
       The labels.
     """
-    parts = [range(i, min(i + _READ_AT_ONCE, count)) for i in range(0, count, _READ_AT_ONCE)]
-    found: list = []
-    with (
-        concurrent.futures.ThreadPoolExecutor() as pool,
-        progress.bar(count, unit="img", description=f"labels of {name}", delay=1.0) as bar,
-    ):
-        for labels in pool.map(lambda part: [*map(read, part)], parts):
-            found += labels
-            bar.update(len(labels))
-    return found
+    parts = map_ranges(lambda part: [*map(read, part)], count, description=f"labels of {name}")
+    return [*itertools.chain.from_iterable(parts)]
 
 
 def has_label(labels: np.ndarray) -> np.ndarray:

@@ -3,6 +3,8 @@
 import os
 import shutil
 import subprocess
+import threading
+import time
 import unicodedata
 
 import cv2
@@ -401,3 +403,36 @@ def test_a_fingerprint_depends_on_every_name_and_size_and_if_asked_on_every_time
     some = open_folder(str(tmp_path))
     chosen = [some.subset(np.asarray(rows)).fingerprint(times=False) for rows in ([1, 2], [2, 1])]
     assert chosen[0] != chosen[1]
+
+
+def test_a_fingerprint_of_removed_files_is_another_and_of_unusual_ones_an_error(tmp_path):
+    for i in range(100):
+        _write(tmp_path / f"{i:03d}.png")
+    (tmp_path / "link.png").symlink_to("000.png")
+    before, source = (open_folder(str(tmp_path)) for _ in range(2))
+    fingerprint = before.fingerprint(times=False)
+    (tmp_path / "001.png").unlink()
+    assert source.fingerprint(times=False) != fingerprint
+    (tmp_path / "link.png").unlink()
+    source = open_folder(str(tmp_path))
+    (tmp_path / "002.png").unlink()
+    (tmp_path / "002.png").symlink_to("002.png")
+    with pytest.raises(UserError, match=r"the size of '002\.png' in the folder .*symbolic links"):
+        source.fingerprint(times=False)
+
+
+def test_a_slow_file_system_is_asked_on_many_threads_with_the_same_result(tmp_path, monkeypatch):
+    for i in range(1000):
+        (tmp_path / f"{i:04d}.png").write_bytes(bytes(i % 7))
+    before = open_folder(str(tmp_path)).fingerprint(times=True)
+    threads, original = set(), os.stat
+
+    def slow(path, **options):
+        if str(path).endswith(".png'"):  # bytes
+            threads.add(threading.get_ident())
+            time.sleep(0.001)
+        return original(path, **options)
+
+    monkeypatch.setattr(os, "stat", slow)
+    assert open_folder(str(tmp_path)).fingerprint(times=True) == before
+    assert len(threads) > 2  # that of the files that are timed, and others
