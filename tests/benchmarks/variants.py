@@ -1,12 +1,15 @@
-"""Compares variants of MUSIC with each other on the validation images of Fashion-MNIST.
+"""Compares variants of MUSIC with each other on validation images of Fashion-MNIST or `shapes`.
 
     python tests/benchmarks/variants.py --output=variants.jsonl
+    python tests/benchmarks/variants.py --output=shapes.jsonl --config=shapes --epochs=8 \\
+        --images=3200 --rate=0.01 --units=16 --variants=music,contrast,simclr,simclr_1
 
 Every variant of MUSIC changes one thing, but for `standardized`, which also has temperature 0.5;
-two other objectives stand beside them. `average` measures an exponential moving average of the
-weights and running statistics, with decay 0.99 per step. Seeds are paired: the same order of images
-and the same augmentations. A line of JSON for each training, which is not repeated when the command
-is rerun, then the mean difference of each variant from plain MUSIC with a 95 % t-interval.
+other objectives stand beside them. `average` measures an exponential moving average of the weights
+and running statistics, with decay 0.99 per step. `contrast` adds the loss of SimCLR with
+temperature 0.1 for the probabilities of all units, less 1 / K. Seeds are paired: the same order of
+images and the same augmentations. A line of JSON for each training, which is not repeated when the
+command is rerun, then the mean difference of each variant from plain MUSIC with a 95 % t-interval.
 """
 
 import argparse
@@ -27,11 +30,11 @@ from music_jax.claims.references import samples
 from music_jax.config import from_file
 from music_jax.evaluation.run import load_run
 from music_jax.metrics.knn import knn_predict
-from music_jax.objectives import music_terms
+from music_jax.objectives import music_terms, simclr_loss
 from music_jax.train import loop, step, train_and_evaluate
 from music_jax.train.recipe import Recipe
 
-VALIDATION = "train[50000:]"
+VALIDATION = {"fashion_mnist": "train[50000:]", "shapes": "train[80%:]"}
 VARIANTS: dict[str, dict] = {
     "music": {},
     "cross_1.25": {"objective.cross_segment_weight": 1.25},
@@ -47,6 +50,10 @@ VARIANTS: dict[str, dict] = {
     "average": {},
     "vicreg": {"objective.name": "vicreg"},
     "simclr": {"objective.name": "simclr", "objective.contrast_temperature": 0.2},
+    "simclr_0.1": {"objective.name": "simclr", "objective.contrast_temperature": 0.1},
+    "simclr_0.5": {"objective.name": "simclr", "objective.contrast_temperature": 0.5},
+    "simclr_1": {"objective.name": "simclr", "objective.contrast_temperature": 1.0},
+    "contrast": {},
 }
 # Cross-segment weight and temperature by the share of the training that has passed.
 SCHEDULES: dict[str, Callable] = {
@@ -54,11 +61,18 @@ SCHEDULES: dict[str, Callable] = {
     "temperature_0.25_to_1": lambda passed: (1.0, 0.25 ** (1 - passed)),
     "temperature_1_to_0.25": lambda passed: (1.0, 0.25**passed),
     "standardized": lambda passed: (1.0, 0.5),
+    "contrast": lambda passed: (1.0, 1.0),
 }
 
 
 def schedule(name, config, steps):
     """Replaces the objective of a recipe by one that depends on the step."""
+
+    segments = config.objective.num_segments
+
+    def deviations(embeddings):
+        p = jax.nn.softmax(embeddings.reshape(len(embeddings), segments, -1))
+        return (p - 1 / p.shape[2]).reshape(len(embeddings), -1)
 
     def of_step(recipe, number):
         weight, temperature = SCHEDULES[name](jnp.minimum(number / steps, 1.0))
@@ -66,10 +80,11 @@ def schedule(name, config, steps):
         def objective(a, b):
             if name == "standardized":  # each embedding has mean 0 and variance 1 in the batch
                 a, b = (jax.nn.standardize(x, axis=0, epsilon=1e-5) for x in (a, b))
-            terms = music_terms(
-                a, b, num_segments=config.objective.num_segments, temperature=temperature
-            )
-            return terms.diagonal + weight * terms.cross_segment + terms.invariance, {}
+            terms = music_terms(a, b, num_segments=segments, temperature=temperature)
+            loss = terms.diagonal + weight * terms.cross_segment + terms.invariance
+            if name == "contrast":
+                loss += simclr_loss(*map(deviations, (a, b)), temperature=0.1)
+            return loss, {}
 
         return objective
 
@@ -100,8 +115,11 @@ def averaging(compiled, found, decay=0.99):
 
 def train(name, seed, given):
     """Returns accuracies and what the segments share after one training."""
-    config = from_file("fashion_mnist")
+    config = from_file(given.config)
     config.seed, config.num_epochs = seed, given.epochs
+    if given.config == "shapes":  # its network and warm-up are for longer trainings
+        config.backbone.name = "tiny_resnet"
+        config.optimizer.warmup_epochs = 1
     config.dataset.train_split = f"train[:{given.images}]"
     config.dataset.test_split = ""
     config.optimizer.base_learning_rate = given.rate
@@ -120,7 +138,7 @@ def train(name, seed, given):
     loop.compile_step = averaging(COMPILE, average) if name == "average" else COMPILE
     with tempfile.TemporaryDirectory() as directory:
         train_and_evaluate(config, directory)
-        run = load_run(directory, overrides={"dataset.test_split": VALIDATION})
+        run = load_run(directory, overrides={"dataset.test_split": VALIDATION[given.config]})
         run = dataclasses.replace(run, **average)
         train_samples, test_samples = samples(run.train("trained")), samples(run.test("trained"))
         found = {"linear": logistic_probe(train_samples, test_samples).validation_top1}
@@ -140,6 +158,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, type=pathlib.Path)
     parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--config", default="fashion_mnist", choices=VALIDATION)
     parser.add_argument("--seeds", default=3, type=int)
     parser.add_argument("--epochs", default=5, type=int)
     parser.add_argument("--images", default=20_000, type=int)
@@ -150,7 +169,8 @@ def main():
     rows = []
     if given.output.exists():
         rows = [json.loads(line) for line in given.output.read_text().splitlines()]
-    setting = {name: getattr(given, name) for name in ("epochs", "images", "rate", "units")}
+    names = ("config", "epochs", "images", "rate", "units")
+    setting = {name: getattr(given, name) for name in names}
     for name in given.variants.split(","):
         for seed in range(given.seeds):
             wanted = {"variant": name, "seed": seed, **setting}
