@@ -22,20 +22,13 @@ def main() -> None:
     config.dataset.mean = config.dataset.std = ()
     from music_jax.config import validate
     from music_jax.data import datasets
-    from music_jax.data.statistics import compute_statistics, save_statistics
+    from music_jax.data.statistics import compute_and_cache
     from music_jax.distributed import progress
 
     validate(config)
     datasets.prepare(config, ["dataset.name"])
     source = datasets.training_source(config)
-    found = compute_statistics(
-        source,
-        channels=config.dataset.num_channels,
-        dtype=config.dataset.pixel_type,
-        count=count,
-        num_threads=config.num_decode_threads,
-    )
-    save_statistics(source, config, found)
+    found = compute_and_cache(source, config, count=count)
     progress.say(f"{found.num_images:,} of {len(source):,} images of {source.name}")
     progress.say(f"config.dataset.mean = {found.mean}")
     progress.say(f"config.dataset.std = {found.std}")

@@ -211,6 +211,7 @@ def folder(rng: random.Random, directory: pathlib.Path) -> None:
             source.example(i)
         except UndecodableError:
             continue
+    source.fingerprint(times=True)
 
 
 _WORKDIR_NAMES = (

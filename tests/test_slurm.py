@@ -6,7 +6,7 @@ import shutil
 import time
 
 import pytest
-from processes import ROOT, checkpoint, metrics
+from processes import DIGITS, ROOT, checkpoint, metrics, run
 from slurm_cluster import missing, slurm_cluster
 
 _STEPS = 60
@@ -201,3 +201,38 @@ def test_a_sweep_gives_each_member_its_share_and_requeues_those_that_are_stopped
         given = f"-m music_jax.claims --worker={i}/4 --config=c.py --output=a b\n"
         log = (tmp_path / f"music_jax_sweep-{number}_{i}.log").read_text()
         assert log.count(given) == 1 + (i >= 2), log
+
+
+@pytest.mark.slow
+def test_a_sweep_has_the_tables_of_one_process_although_a_member_is_killed(slurm, tmp_path):
+    compared = (
+        *(DIGITS, "--budget=small", "--only=1", "--objectives=vicreg", "--seeds=2"),
+        *("--config.num_epochs=40", "--config.optimizer.warmup_epochs=0"),
+        "--config.backbone.name=tiny_resnet",
+        f"--config.dataset.data_dir={tmp_path / 'tfds'}",
+    )
+
+    def arguments(name, workers):
+        return *compared, *(f"--{x}={tmp_path / name / x}" for x in ("output", "runs")), workers
+
+    log = f"{tmp_path}/log-%a"
+    number = slurm.submit(
+        *("--gpus-per-node=0", "--cpus-per-task=1", f"--output={log}", "launch/sweep.sbatch"),
+        *arguments("array", "--workers=1"),
+        ACCELERATOR="cpu",
+    )
+    output = tmp_path / "array/output"
+
+    def logs():
+        return "".join(path.read_text() for path in sorted(tmp_path.glob("log-*")))
+
+    wait(lambda: list(output.glob("search/**/*.json")), 600, logs)
+    slurm.run("scontrol", "requeue", f"{number}_1")
+    jobs = [slurm.wait_for(f"{number}_{i}", "COMPLETED", "FAILED", timeout=900) for i in range(4)]
+    assert [job["ExitCode"] for job in jobs] == 4 * ["0:0"], logs()
+    assert int(jobs[1]["Restarts"]) >= 1
+
+    code, _, err = run("music_jax.claims", *arguments("one", "--workers=2"))
+    assert code == 0, err
+    for table in ("claims.csv", "claims.json"):
+        assert (output / table).read_bytes() == (tmp_path / "one/output" / table).read_bytes()

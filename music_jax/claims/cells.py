@@ -57,9 +57,13 @@ class Cell:
         """Name of the cells that share its compiled programs."""
         return self.name.rpartition("/")[0]
 
+    def owner(self, count: int) -> int:
+        """Returns which of a number of workers runs the cell, from 0."""
+        return (self.index + zlib.crc32(self.group.encode())) % count
+
     def is_in_share(self, share: Share) -> bool:
         """Returns whether the cell is one of those of a worker."""
-        return (self.index + zlib.crc32(self.group.encode())) % share.count == share.index
+        return self.owner(share.count) == share.index
 
 
 class Results:

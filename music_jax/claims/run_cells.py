@@ -33,7 +33,7 @@ _logger = logging.getLogger(__name__)
 _ATTEMPTS = 2  # per cell, if it fails or its process is killed
 _POLL_SECONDS = 10.0
 _PATIENCE_SECONDS = 300.0  # after which a worker that gives no sign of life has ended
-_FAILED = "failed"  # in place of a sign of life
+_RUNS, _FAILED, _SILENT = "runs", "failed", "silent"  # states of a worker
 _SCALED = 1_000_000  # images: numbers on the bar have units, whatever the total
 _IMAGES_PER_EVALUATION = 0.5  # costs of an evaluation, in training images per image
 
@@ -61,8 +61,8 @@ def run_missing(
     """Runs every cell of a share that has no result, as soon as those it depends on have one.
 
     Each worker process runs on its core as a single device, or on all devices if its core is None.
-    Once no cell of the share is left to run, the results of other shares are awaited as long as
-    their workers run.
+    Once no cell of the share is left to run, results of other shares are awaited as long as one of
+    the workers whose results are missing runs.
 
     Args:
       sweep: The comparison.
@@ -73,7 +73,7 @@ def run_missing(
 
     Raises:
       UnusableDataError: Cells failed, of this share or another one. All others have been run.
-      StoppedError: Cells of other shares are missing, and no other worker runs.
+      StoppedError: Cells of other shares are missing, and none of their workers runs.
     """
     if differing := made_by_other_code(sweep, make_plan(sweep).cells):
         _logger.warning(
@@ -110,12 +110,14 @@ def run_missing(
                     others = [c for c in missing if not c.is_in_share(share)]
                     if failed or not others:
                         break
-                    if not signs.others_run(patience):
-                        if unsuccessful := signs.failed():
+                    owners = sorted({cell.owner(share.count) for cell in others})
+                    states = {owner: signs.state(owner, patience) for owner in owners}
+                    if _RUNS not in states.values():
+                        if unsuccessful := [o for o in owners if states[o] == _FAILED]:
                             raise UnusableDataError(
                                 f"{len(others)} cells of other workers are missing, such as "
-                                f"{others[0].name}, and worker {unsuccessful[0]} failed: see its "
-                                "output, and rerun its command and this one"
+                                f"{others[0].name}, and worker {unsuccessful[0]}/{share.count} "
+                                "failed: see its output, and rerun its command and this one"
                             )
                         raise StoppedError(
                             f"{len(others)} cells of other workers are missing, such as "
@@ -159,36 +161,38 @@ class _SignsOfLife:
 
     def __init__(self, directory: epath.Path, share: Share):
         self._directory = directory / "workers"
-        self._of = f"-of-{share.count}"
-        self._own = f"{share.index}{self._of}"
+        self._share = share
         self._count = 0
-        self._seen: dict[str, tuple[str, float]] = {}  # content, and when it changed
+        self._seen: dict[int, tuple[str, float]] = {}  # content of a file, and when it changed
         self._directory.mkdir(parents=True, exist_ok=True)
+        self._before = {path.name: path.read_text() for path in self._directory.iterdir()}
+
+    def _file(self, index: int) -> epath.Path:
+        return self._directory / f"{index}-of-{self._share.count}"
 
     def give(self) -> None:
         """Changes the own file."""
         self._count += 1
-        (self._directory / self._own).write_text(f"{os.getpid()} {self._count}")
+        self._file(self._share.index).write_text(f"{os.getpid()} {self._count}")
 
     def fail(self) -> None:
         """Tells the other workers that this one has ended with failed cells."""
-        (self._directory / self._own).write_text(_FAILED)
+        self._file(self._share.index).write_text(f"{_FAILED} {os.getpid()} {time.time()}")
 
-    def failed(self) -> list[str]:
-        """Returns the other workers that have ended with failed cells."""
-        seen = ((name, content) for name, (content, _) in self._seen.items())
-        return sorted(x for x, content in seen if content == _FAILED and x.endswith(self._of))
+    def state(self, index: int, patience: float) -> str:
+        """Returns the state of another worker.
 
-    def others_run(self, patience: float) -> bool:
-        """Returns whether another worker's file has changed within some seconds."""
+        A worker is silent if its file has not changed for `patience` seconds, or did not exist for
+        so long. One that failed before this worker started may start again.
+        """
+        path = self._file(index)
+        content = path.read_text() if path.exists() else ""
+        if content.startswith(_FAILED) and content != self._before.get(path.name):
+            return _FAILED
         now = time.monotonic()
-        for path in self._directory.iterdir():
-            if path.name == self._own:
-                continue
-            content = path.read_text()
-            if self._seen.get(path.name, ("", 0.0))[0] != content:
-                self._seen[path.name] = content, now
-        return any(now - changed < patience for _, changed in self._seen.values())
+        if index not in self._seen or self._seen[index][0] != content:
+            self._seen[index] = content, now
+        return _RUNS if now - self._seen[index][1] < patience else _SILENT
 
 
 def _show(bar: Any, sweep: Sweep) -> None:

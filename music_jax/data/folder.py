@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from music_jax.config import normalize_path
+from music_jax.data.order import evenly_spaced
 from music_jax.data.parallel import map_ranges
 from music_jax.data.sources import Source
 from music_jax.distributed.progress import escape_surrogates
@@ -45,10 +46,12 @@ MAX_FILE_BYTES = 2**29  # a larger file is not read: decode.MAX_PIXELS decoded a
 _SECONDS_BETWEEN_LINES = 5.0
 _KINDS_IN_MESSAGE = 10
 _LONGEST_EXTENSION = 16
-_TIMED = 256  # files
-_SECONDS_OF_A_LOCAL_FILE = 1e-4  # at most, to tell its size
-_THREADS = 32
-_IMAGE, _FOLDER = "image", "folder"  # no kinds of excluded files
+_TIMED_RANGES, _TIMED_FILES = 16, 16  # files of each range
+_MAX_LOCAL_STAT_SECONDS = 1e-4
+_STAT_THREADS = 32
+# A file that has been removed, or cannot be found again. Reading it is an UndecodableError.
+_REMOVED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP})
+_IMAGE, _FOLDER = "image", "folder"  # unlike all kinds of excluded files
 
 
 def open_folder(path: str) -> Source:
@@ -78,7 +81,8 @@ def open_folder(path: str) -> Source:
     try:
         runs, excluded = _list_images(root)
     except OSError as error:
-        where = escape_surrogates(os.path.relpath(os.fsdecode(error.filename or root), root))
+        failed = os.path.realpath(os.fsdecode(error.filename or root))
+        where = escape_surrogates(os.path.relpath(failed, os.path.realpath(root)))
         raise UserError(
             f"cannot list the folder {name!r}: {error.strerror}: {where[:100]!r}"
         ) from error
@@ -141,6 +145,8 @@ def _list_images(root: str) -> tuple[list[_Run], collections.Counter[str]]:
         listed.add(real)
         names, links, folders = [], set(), []
         with os.scandir(real) as entries:
+            if not os.access(real, os.X_OK):  # its files could be listed, but not read
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), real)
             for entry in entries:
                 kind = _examine(entry)
                 if kind == _IMAGE:
@@ -168,7 +174,7 @@ def _list_images(root: str) -> tuple[list[_Run], collections.Counter[str]]:
             _logger.info(f"listing {escape_surrogates(root)}: {count:,} images so far")
     if runs[False]:
         for run in runs.pop(True):
-            excluded.update(map(_kind, _decode(run.paths).split("\0")))
+            excluded.update(map(_kind, os.fsdecode(run.paths).split("\0")))
     return sorted(itertools.chain(*runs.values()), key=lambda run: run.first), excluded
 
 
@@ -188,18 +194,15 @@ def _split(
         for kind in np.unique(is_array[start:stop]):
             chosen = start + np.flatnonzero(is_array[start:stop] == kind)
             paths = [f"{prefix}{names[i]}" for i in chosen]
-            packed = "\0".join(paths).encode(errors="surrogateescape")
+            packed = os.fsencode("\0".join(paths))
             yield bool(kind), _Run(paths[0], packed, is_link[chosen])
-
-
-def _decode(path: bytes) -> str:
-    return path.decode(errors="surrogateescape")
 
 
 def _examine(entry: os.DirEntry) -> str:
     """Returns `_IMAGE`, `_FOLDER`, or else the kind under which to exclude it.
 
-    The system is asked about links alone. A list of a folder tells the types of all else.
+    The entries of a folder have types, so that only links need a call of the system; on a file
+    system that does not tell types, all entries do.
     """
     name = entry.name
     is_image = name[name.rfind(".") :].lower() in _ENDINGS and not name.startswith(".")
@@ -217,7 +220,7 @@ def _examine(entry: os.DirEntry) -> str:
         return f"{name}/" if is_hidden else _FOLDER
     if not is_image:
         return _kind(name)
-    return _IMAGE if is_file else "pipes or devices"
+    return _IMAGE if is_file else "pipes, devices or removed files"
 
 
 def _kind(name: str) -> str:
@@ -251,7 +254,7 @@ class _Files:
         return self._ends[index - 1] + 1 if index else 0
 
     def _path(self, index: int) -> str:
-        return _decode(self._paths[self._start(index) : self._ends[index]])
+        return os.fsdecode(self._paths[self._start(index) : self._ends[index]])
 
     def read(self, index: int) -> dict[str, Any]:
         """Returns the record of an image."""
@@ -274,37 +277,39 @@ class _Files:
     def _states(self) -> np.ndarray:
         """Size in bytes and modification time in ns of each file, int64 [2, images].
 
-        Both are -1 for a file that has been removed. Threads ask a network file system at the same
-        time; a local one answers so fast that they would only wait for each other.
+        Both are -1 for a file that has been removed. Uses many threads if the file system is slow,
+        as those over a network are; on a local one, they would take three times as long.
         """
         count = len(self.labels)
-        some = range(min(count, _TIMED))
+        starts = evenly_spaced(count, _TIMED_RANGES)
         started = time.monotonic()
-        self._ask(some)
-        is_slow = time.monotonic() - started > len(some) * _SECONDS_OF_A_LOCAL_FILE
+        timed = [self._stat(range(i, min(i + _TIMED_FILES, count))).shape[1] for i in starts]
+        is_slow = time.monotonic() - started > sum(timed) * _MAX_LOCAL_STAT_SECONDS
         parts = map_ranges(
-            self._ask,
+            self._stat,
             count,
             description=f"sizes of {escape_surrogates(self._root)}",
-            num_threads=_THREADS if is_slow else 1,
+            num_threads=_STAT_THREADS if is_slow else 1,
         )
         return np.concatenate(parts, axis=1)
 
-    def _ask(self, indices: range) -> np.ndarray:
-        """Asks the system for the states of consecutive files; see `_states`."""
+    def _stat(self, indices: range) -> np.ndarray:
+        """Returns the columns of `_states` for consecutive files."""
         root, found = os.fsencode(self._root), []
         start = self._start(indices.start)
         for path in self._paths[start : self._ends[indices.stop - 1]].split(b"\0"):
             try:
                 state = os.stat(b"%b/%b" % (root, path))
-                found.append((state.st_size, state.st_mtime_ns))
-            except FileNotFoundError:
-                found.append((-1, -1))
+                # Modulo 2^64: some files have times after 2262.
+                modified = (state.st_mtime_ns + 2**63) % 2**64 - 2**63
+                found.append((state.st_size, modified))
             except OSError as error:
-                raise UserError(
-                    f"cannot tell the size of {escape_surrogates(_decode(path))!r} in the folder "
-                    f"{escape_surrogates(self._root)!r}: {error.strerror}"
-                ) from error
+                if error.errno not in _REMOVED:
+                    raise UserError(
+                        f"cannot get the size of {escape_surrogates(os.fsdecode(path))[:100]!r} in "
+                        f"the folder {escape_surrogates(self._root)!r}: {error.strerror}"
+                    ) from error
+                found.append((-1, -1))
         return np.asarray(found, np.int64).T
 
 

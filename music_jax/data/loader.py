@@ -32,6 +32,8 @@ _PART_SIZE = 32
 # Batches that are decoded ahead of their use, for any number of threads.
 _BATCHES_AHEAD = 3
 
+MAX_THREADS = 224  # of decoding, by default: one per vCPU of the largest TPU VM
+
 # Broken images in a row, each drawn at random from the dataset, after which training stops.
 _MAX_TRIES = 100
 
@@ -70,7 +72,8 @@ def training_batches(
       flip: Whether to mirror half of the views, if no augmentation on the device follows.
       skipped: List to which images that cannot be decoded are added. Other images replace them,
         chosen by the seed and the sample's index. By default such an image is an error.
-      num_threads: Number of decoding threads; by default one per core that the process may use.
+      num_threads: Number of decoding threads; by default one per core that the process may use, up
+        to `MAX_THREADS`.
 
     Yields:
       Dictionaries of the views, [positions, views, size, size, channels] for each name;
@@ -109,7 +112,8 @@ def evaluation_batches(
       positions: Positions of the global batch that this process fills, ascending.
       skipped: List to which images that cannot be decoded are added. Images of zeros without
         a label replace them. By default such an image is an error.
-      num_threads: Number of decoding threads; by default one per core that the process may use.
+      num_threads: Number of decoding threads; by default one per core that the process may use, up
+        to `MAX_THREADS`.
 
     Yields:
       Dictionaries of `images`, [positions, size, size, channels]; `label`, as `Source.no_labels`
@@ -298,7 +302,7 @@ def _read(
     Each thread fills in some rows of a batch in place. All threads thus work on a few batches at a
     time, and samples need not be passed on and stacked.
     """
-    threads = num_threads or usable_cores()
+    threads = num_threads or min(usable_cores(), MAX_THREADS)
     cv2.setNumThreads(0)  # These threads are enough.
     size, num_parts, parts_ahead = _parts(num_rows, threads)
     started: dict[int, _Batch] = {}

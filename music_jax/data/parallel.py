@@ -1,4 +1,4 @@
-"""Functions of many records, computed on several threads."""
+"""Maps a function over ranges of records on several threads."""
 
 import concurrent.futures
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from music_jax.distributed import progress
 
 _Result = TypeVar("_Result")
 
-_AT_ONCE = 256  # by one thread
+_RANGE_SIZE = 256
 
 
 def map_ranges(
@@ -18,7 +18,9 @@ def map_ranges(
     description: str,
     num_threads: int | None = None,
 ) -> list[_Result]:
-    """Calls a function with consecutive ranges of indices, with a progress bar after a second.
+    """Calls a function with consecutive ranges of indices on several threads.
+
+    A progress bar appears after one second.
 
     Args:
       function: Function of a range of at most 256 indices.
@@ -29,7 +31,7 @@ def map_ranges(
     Returns:
       The results, in the order of the ranges.
     """
-    ranges = [range(i, min(i + _AT_ONCE, count)) for i in range(0, count, _AT_ONCE)]
+    ranges = [range(i, min(i + _RANGE_SIZE, count)) for i in range(0, count, _RANGE_SIZE)]
     results = []
     with (
         concurrent.futures.ThreadPoolExecutor(num_threads) as pool,

@@ -82,7 +82,8 @@ class Source:
     def fingerprint(self, *, times: bool) -> str:
         """Returns a hash that changes when images are renamed, replaced, added or removed.
 
-        It depends on the source's identity and on the contents of a few images, evenly spaced.
+        It depends on the source's identity and on the contents of a few images, evenly spaced. Take
+        it before the images are read: it describes the files at the time of the first call.
 
         Args:
           times: Whether the hash may also change when a file is only copied or touched. Then it

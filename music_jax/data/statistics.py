@@ -112,15 +112,35 @@ def compute_statistics(
     )
 
 
-def save_statistics(
-    source: Source, config: config_dict.ConfigDict, statistics: ChannelStatistics
-) -> None:
-    """Writes statistics to the user's cache; a warning is logged if this fails."""
+def compute_and_cache(
+    source: Source, config: config_dict.ConfigDict, *, count: int = DEFAULT_COUNT
+) -> ChannelStatistics:
+    """Computes the statistics for a config, and writes them to the user's cache.
+
+    A warning is logged if they cannot be written.
+
+    Args:
+      source: Images, opened anew, which may change while they are read.
+      config: Config with the number of channels and the type of the pixels.
+      count: See `compute_statistics`.
+
+    Raises:
+      UnusableDataError: None of the images can be decoded.
+    """
+    fingerprint = source.fingerprint(times=True)
+    found = compute_statistics(
+        source,
+        channels=config.dataset.num_channels,
+        dtype=config.dataset.pixel_type,
+        count=count,
+        num_threads=config.num_decode_threads,
+    )
     try:
-        path = _cache_file(source, config)
-        write_json(epath.Path(path), {"source": source.name, **statistics._asdict()})
+        path = _cache_file(fingerprint, config)
+        write_json(epath.Path(path), {"source": source.name, **found._asdict()})
     except OSError as error:
         _logger.warning(f"the statistics are not cached: {error}")
+    return found
 
 
 def with_statistics(
@@ -141,7 +161,6 @@ def with_statistics(
     """
     if config.dataset.mean:
         return config
-    dataset = config.dataset
 
     def find() -> list[Any]:
         if recorded := read_config(workdir):
@@ -149,13 +168,7 @@ def with_statistics(
             return [own.mean, own.std, None]
         found = _cached(source, config)
         if found is None:
-            found = compute_statistics(
-                source,
-                channels=dataset.num_channels,
-                dtype=dataset.pixel_type,
-                num_threads=config.num_decode_threads,
-            )
-            save_statistics(source, config, found)
+            found = compute_and_cache(source, config)
         return list(found)
 
     mean, std, num_images = from_main_process(find)
@@ -186,21 +199,22 @@ def _rounded(number: float) -> float:
     return float(f"{number:.{_DIGITS}g}")
 
 
-def _cache_file(source: Source, config: config_dict.ConfigDict) -> pathlib.Path:
-    """Returns the file of the statistics, which a change of any image changes.
+def _cache_file(fingerprint: str, config: config_dict.ConfigDict) -> pathlib.Path:
+    """Returns the file of the statistics of images with a fingerprint.
 
     Raises:
       OSError: The user's cache cannot be used.
     """
     dataset = config.dataset
-    key = json.dumps([source.fingerprint(times=True), dataset.num_channels, dataset.pixel_type])
+    key = json.dumps([fingerprint, dataset.num_channels, dataset.pixel_type])
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     return user_directory("cache", "statistics") / f"{name}.json"
 
 
 def _cached(source: Source, config: config_dict.ConfigDict) -> ChannelStatistics | None:
     try:
-        record = read_record(epath.Path(_cache_file(source, config)))
+        path = _cache_file(source.fingerprint(times=True), config)
+        record = read_record(epath.Path(path))
         mean, std = (tuple(map(float, record[name])) for name in ("mean", "std"))
         found = ChannelStatistics(mean, std, int(record["num_images"]))
     except (OSError, KeyError, TypeError, ValueError):

@@ -109,7 +109,7 @@ _DOCS = "https://cloud.google.com/tpu/docs/"
 _PAPER = "; links: arXiv 2304.01433"
 # Peaks of the SXM form, in bf16 without sparsity; the bandwidth of NVLink is halved likewise. The
 # pages could not be read on 2026-11-30; several summaries of NVIDIA's data sheets agree on these.
-_NVIDIA = "https://www.nvidia.com/en-us/data-center/"
+_NVIDIA = "not checked: https://www.nvidia.com/en-us/data-center/"
 CHIPS = {
     "v3": Chip(123e12, 900e9, 4 * 70e9, 2, "v3:2x2", _DOCS + "v3" + _PAPER, None, 32),
     # JAX on Cloud TPU uses its two cores as one device, which is not libtpu's default.

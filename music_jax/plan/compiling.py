@@ -66,6 +66,7 @@ _UNREAD_ESTIMATES = {
 } | dict.fromkeys(
     ("hbm_only_bytes", "received_bytes", "collective_bytes", "objective_flops"), _UNREAD
 )
+_UNREAD_DCN = dict.fromkeys(("dcn_bytes", "dcn_transfers"), _UNREAD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,9 +306,7 @@ def _measure(lowered: jax.stages.Lowered, slice_: Slice, batch_size: int) -> Ste
         analysis: Any = compiled.cost_analysis()
         cost.flops = analysis["flops"] * per_chip
         cost.hbm_traffic_bytes = analysis["bytes accessed"] * per_chip
-        unknown = _UNREAD_ESTIMATES
-        if slice_.slices > 1:
-            unknown = unknown | dict.fromkeys(("dcn_bytes", "dcn_transfers"), _UNREAD)
+        unknown = _UNREAD_ESTIMATES | (_UNREAD_DCN if slice_.slices > 1 else {})
         cost.estimates = slice_.estimates | unknown
         return cost
     flops, traffic = programs.costs(compiled, program)
@@ -316,8 +315,10 @@ def _measure(lowered: jax.stages.Lowered, slice_: Slice, batch_size: int) -> Ste
     cost.hbm_only_bytes = programs.work(program).hbm_bytes * per_chip
     cost.received_bytes = sent.received
     cost.collective_bytes = {kind: size * per_chip for kind, size in sent.by_kind.items()}
-    if slice_.slices > 1:
+    if sent.dcn_transfers:
         cost.dcn_bytes, cost.dcn_transfers = sent.dcn_received * per_chip, sent.dcn_transfers
+    elif slice_.slices > 1:  # none is recognized, although gradients are exchanged
+        cost.estimates = cost.estimates | _UNREAD_DCN
     return cost
 
 

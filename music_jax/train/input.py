@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from music_jax.data.crops import Crop
-from music_jax.data.loader import loader_bytes, training_batches
+from music_jax.data.loader import MAX_THREADS, loader_bytes, training_batches
 from music_jax.data.order import TrainingOrder
 from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
@@ -22,7 +22,6 @@ from music_jax.train.step import crop_shapes
 from music_jax.workdir.files import read_json, write_json
 
 _BATCHES_AHEAD = 2  # transferred to the devices while a step runs
-_MOST_THREADS = 224  # of decoding, one per vCPU of the largest TPU VM
 _FEW_STEPS = 10  # per epoch
 _UNUSED_SHARE = 0.01  # of the images, that an epoch may omit without a warning
 
@@ -100,7 +99,7 @@ def host_bytes(
     read = loader_bytes(
         num_rows,
         row_bytes,
-        num_threads=config.num_decode_threads or _MOST_THREADS,
+        num_threads=config.num_decode_threads or MAX_THREADS,
         file_bytes=file_bytes,
         image_bytes=image_bytes,
     )

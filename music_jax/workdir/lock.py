@@ -76,7 +76,8 @@ class WorkdirLock:
         self._released.set()
         self._heartbeats.join()
         with contextlib.suppress(OSError):
-            self._path.write_text("")
+            if self._other() is None:  # not taken over while this process was suspended
+                self._path.write_text("")
         self._close()
 
     def _close(self) -> None:

@@ -127,7 +127,7 @@ def torch_step(batch: int, small: bool) -> Row:
             )
         return objective.torch_dense_loss(za, zb, segments)
 
-    compiled = torch.compile(loss_of) if on_gpu else loss_of
+    compiled = torch.compile(loss_of, dynamic=False) if on_gpu else loss_of
 
     def step() -> Any:
         optimizer.zero_grad(set_to_none=True)

@@ -110,7 +110,7 @@ def torch_dense_step(
     options = {"dtype": getattr(torch, dtype), "device": "cuda" if on_gpu else "cpu"}
     views = [torch.tensor(z, requires_grad=True, **options) for z in (za, zb)]
     torch.set_float32_matmul_precision("high")  # TF32, as XLA's default
-    loss = torch.compile(torch_dense_loss) if on_gpu else torch_dense_loss
+    loss = torch.compile(torch_dense_loss, dynamic=False) if on_gpu else torch_dense_loss
 
     return lambda: torch.autograd.grad(loss(*views, num_segments), views)
 

@@ -1,5 +1,6 @@
 """The command as a user runs it."""
 
+import concurrent.futures
 import json
 import os
 import re
@@ -9,12 +10,17 @@ import sys
 import time
 import types
 
+import faked_claims as faked
 import psutil
 import pytest
 from processes import DIGITS, ROOT, run, start
 
 from music_jax import distributed
 from music_jax.claims import __main__ as command
+from music_jax.claims import run_cells
+from music_jax.claims.planning import missing_cells
+from music_jax.distributed.shares import Share
+from music_jax.errors import StoppedError, UnusableDataError
 
 _CLAIMS = "music_jax.claims"
 _SMALL = (
@@ -134,37 +140,66 @@ def test_results_are_in_a_directory_named_after_the_dataset(tmp_path):
 
 
 def test_cells_of_a_worker_that_does_not_run_are_named(tmp_path, monkeypatch):
-    import faked_claims as faked
-
-    from music_jax.claims import run_cells
-    from music_jax.claims.planning import missing_cells
-    from music_jax.distributed.shares import Share
-    from music_jax.errors import StoppedError, UnusableDataError
-
     sweep = faked.make_sweep(tmp_path / "out", methods=("vicreg",))
     runs = faked.epath.Path(tmp_path / "runs")
     mine = [cell for cell in missing_cells(sweep) if cell.is_in_share(Share(1, 3))]
     for cell in mine:
         faked.finish(sweep, cell)
     monkeypatch.setattr(run_cells, "_POLL_SECONDS", 0.1)
-    other = run_cells._SignsOfLife(runs, Share(0, 3))
-    other.give()
-    assert not other.others_run(10.0)
-    own = run_cells._SignsOfLife(runs, Share(1, 3))
-    assert own.others_run(0.2)
-    time.sleep(0.3)
-    assert not own.others_run(0.2)
-    other.give()
-    assert own.others_run(0.2)
     begun = time.monotonic()
     with pytest.raises(StoppedError, match=r"cells of other workers are missing, such as search"):
         run_cells.run_missing(sweep, runs=runs, cores=[], share=Share(1, 3), patience=1.0)
-    assert 1.0 < time.monotonic() - begun < 10.0  # waited for the other's sign of life
-    # A launcher that starts this command again would do so forever.
-    other.fail()
-    run_cells._SignsOfLife(runs, Share(0, 2)).fail()  # an earlier comparison of two workers
-    with pytest.raises(UnusableDataError, match=r"worker 0-of-3 failed: see its output"):
-        run_cells.run_missing(sweep, runs=runs, cores=[], share=Share(1, 3), patience=0.5)
+    assert 1.0 < time.monotonic() - begun < 10.0  # waited for signs of life
+
+
+@pytest.mark.parametrize("state", ["silent", "failed", "failed before"])
+def test_workers_that_only_wait_do_not_wait_for_each_other(tmp_path, monkeypatch, state):
+    """Two of three workers are done; the third one has ended, or is still in a queue."""
+    sweep = faked.make_sweep(tmp_path / "out", methods=("vicreg",))
+    runs = faked.epath.Path(tmp_path / "runs")
+    for cell in missing_cells(sweep):
+        if not cell.is_in_share(Share(0, 3)):
+            faked.finish(sweep, cell)
+    monkeypatch.setattr(run_cells, "_POLL_SECONDS", 0.1)
+    third = run_cells._SignsOfLife(runs, Share(0, 3))
+    if state == "failed before":
+        third.fail()
+
+    def wait(index):
+        run_cells.run_missing(sweep, runs=runs, cores=[], share=Share(index, 3), patience=2.0)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        waiting = [pool.submit(wait, index) for index in (1, 2)]
+        time.sleep(0.5)
+        if state == "failed":
+            third.fail()
+        errors = [future.exception(timeout=30) for future in waiting]
+    if state == "failed":
+        assert all(isinstance(error, UnusableDataError) for error in errors)
+        assert "worker 0/3 failed: see its output" in str(errors[0])
+    else:  # a launcher that starts them again gives way to the third one
+        assert all(isinstance(error, StoppedError) for error in errors)
+
+
+def test_a_worker_waits_as_long_as_one_that_it_needs_runs(tmp_path, monkeypatch):
+    sweep = faked.make_sweep(tmp_path / "out", methods=("vicreg",))
+    runs = faked.epath.Path(tmp_path / "runs")
+    monkeypatch.setattr(run_cells, "_POLL_SECONDS", 0.1)
+    for cell in missing_cells(sweep):
+        if cell.is_in_share(Share(1, 2)):
+            faked.finish(sweep, cell)
+    other = run_cells._SignsOfLife(runs, Share(0, 2))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        share = Share(1, 2)
+        waiting = pool.submit(
+            run_cells.run_missing, sweep, runs=runs, cores=[], share=share, patience=1.0
+        )
+        for _ in range(8):
+            other.give()
+            time.sleep(0.25)
+            assert not waiting.done()
+        with pytest.raises(StoppedError):
+            waiting.result(timeout=30)
 
 
 def test_a_container_that_limits_the_cpu_time_has_fewer_workers(monkeypatch, tmp_path):

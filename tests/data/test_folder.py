@@ -1,8 +1,11 @@
 """A folder of images: its contents, their order, and excluded files."""
 
 import os
+import pathlib
 import shutil
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 import unicodedata
@@ -12,7 +15,7 @@ import numpy as np
 import pytest
 
 from music_jax.config import default_config, differences
-from music_jax.data import datasets
+from music_jax.data import datasets, folder
 from music_jax.data.decode import decode
 from music_jax.data.folder import MAX_FILE_BYTES, open_folder
 from music_jax.errors import (
@@ -405,34 +408,89 @@ def test_a_fingerprint_depends_on_every_name_and_size_and_if_asked_on_every_time
     assert chosen[0] != chosen[1]
 
 
-def test_a_fingerprint_of_removed_files_is_another_and_of_unusual_ones_an_error(tmp_path):
-    for i in range(100):
-        _write(tmp_path / f"{i:03d}.png")
-    (tmp_path / "link.png").symlink_to("000.png")
-    before, source = (open_folder(str(tmp_path)) for _ in range(2))
-    fingerprint = before.fingerprint(times=False)
-    (tmp_path / "001.png").unlink()
-    assert source.fingerprint(times=False) != fingerprint
-    (tmp_path / "link.png").unlink()
-    source = open_folder(str(tmp_path))
-    (tmp_path / "002.png").unlink()
-    (tmp_path / "002.png").symlink_to("002.png")
-    with pytest.raises(UserError, match=r"the size of '002\.png' in the folder .*symbolic links"):
-        source.fingerprint(times=False)
+def test_removed_files_change_the_fingerprint(tmp_path):
+    for i in range(200):
+        _write(tmp_path / f"{i:03d}.png", i % 7)
+    _write(tmp_path / "folder/200.png")
+    (tmp_path / "201.png").symlink_to("000.png")
+
+    def fingerprint_without(remove):
+        source = open_folder(str(tmp_path))
+        remove()
+        return source.fingerprint(times=False)
+
+    def replace_folder():
+        shutil.rmtree(tmp_path / "folder")
+        _write(tmp_path / "folder")
+
+    def break_link():
+        (tmp_path / "201.png").unlink()
+        (tmp_path / "201.png").symlink_to("201.png")
+
+    # None of them is one of the 64 whose contents are read, but for the link, which is the last.
+    found = [
+        fingerprint_without(remove)
+        for remove in (lambda: None, (tmp_path / "001.png").unlink, replace_folder, break_link)
+    ]
+    assert len(set(found)) == 4
 
 
-def test_a_slow_file_system_is_asked_on_many_threads_with_the_same_result(tmp_path, monkeypatch):
+def test_a_fingerprint_may_have_times_after_2262(tmp_path):
+    _write(tmp_path / "1.png")
+    os.utime(tmp_path / "1.png", (10**10, 10**10))
+    before = open_folder(str(tmp_path)).fingerprint(times=True)
+    os.utime(tmp_path / "1.png", (10**10 + 1, 10**10 + 1))
+    assert open_folder(str(tmp_path)).fingerprint(times=True) != before
+
+
+def test_fingerprints_do_not_depend_on_the_locale(tmp_path):
+    _write(tmp_path / "ä.png")
+    command = "from music_jax.data.folder import open_folder; import sys; "
+    command += "print(open_folder(sys.argv[1]).identity(True).hex())"
+    subprocess.run(["localedef", "-i", "de_DE", "-f", "ISO-8859-1", tmp_path / "latin"], check=True)
+    found = [
+        subprocess.run(
+            [sys.executable, "-X", "utf8=0", "-c", command, tmp_path],
+            env=os.environ | {"LOCPATH": str(tmp_path), "LC_ALL": locale},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for locale in ("latin", "C.UTF-8")
+    ]
+    assert found[0] == found[1]
+
+
+def test_a_folder_that_may_be_listed_but_not_entered_is_an_error():
+    user = os.getuid()
+    with tempfile.TemporaryDirectory() as root:
+        os.chmod(root, 0o755)
+        _write(pathlib.Path(root, "a/1.png"))
+        os.chmod(f"{root}/a", 0o644)
+        if user == 0:  # who may enter all folders
+            os.setreuid(65534, -1)
+        try:
+            with pytest.raises(UserError, match=r"list the folder .*: Permission denied: 'a'"):
+                open_folder(root)
+        finally:
+            os.setreuid(user, -1)
+            os.chmod(f"{root}/a", 0o755)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_only_slow_file_systems_are_read_on_several_threads(tmp_path, monkeypatch, slow):
     for i in range(1000):
         (tmp_path / f"{i:04d}.png").write_bytes(bytes(i % 7))
     before = open_folder(str(tmp_path)).fingerprint(times=True)
     threads, original = set(), os.stat
 
-    def slow(path, **options):
-        if str(path).endswith(".png'"):  # bytes
+    def stat(path, **options):
+        if os.fsencode(path).endswith(b".png"):
             threads.add(threading.get_ident())
-            time.sleep(0.001)
+            time.sleep(0.001 if slow else 0)
         return original(path, **options)
 
-    monkeypatch.setattr(os, "stat", slow)
+    monkeypatch.setattr(os, "stat", stat)
+    monkeypatch.setattr(folder, "_MAX_LOCAL_STAT_SECONDS", 1e-4 if slow else 1.0)
     assert open_folder(str(tmp_path)).fingerprint(times=True) == before
-    assert len(threads) > 2  # that of the files that are timed, and others
+    # One of them reads the files that are timed.
+    assert len(threads) > 2 if slow else len(threads) == 2

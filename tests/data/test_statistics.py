@@ -1,5 +1,6 @@
 """Statistics of the channels, computed and cached."""
 
+import dataclasses
 import json
 import logging
 
@@ -11,7 +12,7 @@ from listed_records import list_source
 
 from music_jax.config import default_config
 from music_jax.data.datasets import open_path
-from music_jax.data.statistics import compute_statistics, save_statistics, with_statistics
+from music_jax.data.statistics import compute_and_cache, compute_statistics, with_statistics
 from music_jax.errors import UnusableDataError
 from music_jax.workdir.run_config import write_config
 
@@ -88,14 +89,31 @@ def test_a_training_takes_them_from_the_cache_until_an_image_changes(tmp_path):
     assert (found.dataset.mean, found.dataset.std) == expected[:2]
     assert config.dataset.mean == ()
 
-    save_statistics(source, config, expected._replace(mean=(7.0,) * 13))
-    assert with_statistics(config, source, nowhere).dataset.mean == (7.0,) * 13
     (path,) = (tmp_path / "cache").rglob("*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mean": [7.0] * 13}))
+    assert with_statistics(config, source, nowhere).dataset.mean == (7.0,) * 13
     path.write_text(json.dumps(json.loads(path.read_text()) | {"std": [0.0] * 13}))
     assert with_statistics(config, source, nowhere).dataset.mean == expected.mean
     (tmp_path / "images" / "class0" / "000.tif").write_bytes(npy(np.zeros((9, 9, 13))))
     changed = with_statistics(config, open_path(config.dataset.path), nowhere)
     assert changed.dataset.mean != expected.mean
+
+
+def test_those_of_images_that_change_while_they_are_read_are_not_used_again(tmp_path):
+    write_bands(tmp_path / "images", 6)
+    config = _config(tmp_path / "images", 13, "float32")
+    source, nowhere = open_path(config.dataset.path), epath.Path(tmp_path / "run")
+
+    def read(index, read=source.read):
+        record = read(index)
+        if index == 0:
+            (tmp_path / "images" / "class0" / "000.tif").write_bytes(npy(np.zeros((9, 9, 13))))
+        return record
+
+    compute_and_cache(dataclasses.replace(source, read=read), config)
+    changed = with_statistics(config, open_path(config.dataset.path), nowhere)
+    expected = compute_statistics(open_path(config.dataset.path), channels=13, dtype=np.float32)
+    assert changed.dataset.mean == expected.mean
 
 
 def test_a_run_keeps_those_that_it_began_with(tmp_path):
