@@ -51,7 +51,7 @@ _MAX_LOCAL_STAT_SECONDS = 1e-4
 _STAT_THREADS = 32
 # A file that has been removed, or cannot be found again. Reading it is an UndecodableError.
 _REMOVED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP})
-_IMAGE, _FOLDER = "image", "folder"  # unlike all kinds of excluded files
+_IMAGE, _LINK, _FOLDER = "image", "link", "folder"  # unlike all kinds of excluded files
 
 
 def open_folder(path: str) -> Source:
@@ -151,8 +151,9 @@ def _list_images(root: str) -> tuple[list[_Run], collections.Counter[str]]:
                 kind = _examine(entry)
                 if kind == _IMAGE:
                     names.append(entry.name)
-                    if entry.is_symlink():
-                        links.add(entry.name)
+                elif kind == _LINK:
+                    names.append(entry.name)
+                    links.add(entry.name)
                 elif kind != _FOLDER:
                     excluded[kind] += 1
                 else:
@@ -187,7 +188,9 @@ def _split(
       Whether the images are arrays, and the images.
     """
     names = sorted(names)
-    is_link = np.asarray([name in links for name in names], bool)
+    is_link = np.zeros(len(names), bool)
+    if links:
+        is_link[:] = [name in links for name in names]
     is_array = np.asarray([name.lower().endswith(ARRAY_EXTENSIONS) for name in names], bool)
     cuts = {0, len(names), *(bisect.bisect(names, folder) for folder in folders)}
     for start, stop in itertools.pairwise(sorted(cuts)):
@@ -199,7 +202,7 @@ def _split(
 
 
 def _examine(entry: os.DirEntry) -> str:
-    """Returns `_IMAGE`, `_FOLDER`, or else the kind under which to exclude it.
+    """Returns `_IMAGE`, `_LINK` to an image, `_FOLDER`, or the kind under which to exclude it.
 
     The entries of a folder have types, so that only links need a call of the system; on a file
     system that does not tell types, all entries do.
@@ -220,7 +223,7 @@ def _examine(entry: os.DirEntry) -> str:
         return f"{name}/" if is_hidden else _FOLDER
     if not is_image:
         return _kind(name)
-    return _IMAGE if is_file else "pipes, devices or removed files"
+    return _LINK if is_file else "pipes, devices or removed files"
 
 
 def _kind(name: str) -> str:
