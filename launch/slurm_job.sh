@@ -9,8 +9,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 job=${SLURM_JOB_ID:-}
 if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
 
-# Whether Slurm requeues the job at its end: from 24.05 on, if the job was preempted. Requeued by the script as well, it
-# would run once more after it is done.
+# Whether Slurm decides at the job's end whether to requeue it, by its PreemptMode: from 24.05 on, if the job was
+# preempted. Requeued by the script as well, it would run once more after it is done.
 requeues_by_itself() {
   local version first=24.05
   version=$(scontrol --version)
@@ -48,7 +48,7 @@ run_job() {
     if [[ $state != RUNNING ]]; then
       echo "stopped; the job is $state: not requeued" >&2
     elif requeues_by_itself; then
-      echo "stopped by a preemption; Slurm requeues the job" >&2
+      echo "stopped by a preemption; Slurm requeues the job, unless its PreemptMode is CANCEL" >&2
     else
       echo "stopped; requeueing" >&2
       scontrol requeue "$job"

@@ -16,7 +16,8 @@ _BOTH_NODES = ("--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     if reason := missing():
-        pytest.skip(f"Slurm cannot run here: {reason}")
+        end = pytest.fail if os.environ.get("REQUIRE_SLURM") else pytest.skip
+        end(f"Slurm cannot run here: {reason}")
     with slurm_cluster(tmp_path_factory.mktemp("slurm")) as running:
         yield running
 

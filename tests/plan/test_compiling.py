@@ -68,18 +68,31 @@ def test_a_step_that_does_not_fit_is_a_result_and_not_an_error(four_chips, monke
     assert found.flops is None
 
 
+def _product(recipe, state, mesh, images_shape):
+    whole = NamedSharding(mesh, PartitionSpec())
+    matrix = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=whole)
+    return jax.jit(lambda x: x @ x, out_shardings=whole).lower(matrix)
+
+
+def test_no_traffic_between_slices_is_unknown_instead_of_none(monkeypatch):
+    """Every step exchanges gradients, so that a count of 0 means that they are not recognized."""
+    config = _small_config()
+    config.batch_size = 8
+    monkeypatch.setattr(compiling, "lower_step", _product)
+    slices = compiling.open_slice("v5e:2x2", slices=2)
+    found = compiling.measure(config, slices, 1, with_objective=False)
+    assert found.received_bytes == 0
+    assert (found.dcn_bytes, found.dcn_transfers) == (None, None)
+    assert "cannot read" in found.estimates["dcn_bytes"]
+
+
 def test_an_unreadable_program_falls_back_to_the_counts_of_xla(four_chips, monkeypatch):
     config = _small_config()
-
-    def product(recipe, state, mesh, images_shape):
-        whole = NamedSharding(mesh, PartitionSpec())
-        matrix = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=whole)
-        return jax.jit(lambda x: x @ x, out_shardings=whole).lower(matrix)
 
     def unreadable(compiled):
         raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
 
-    monkeypatch.setattr(compiling, "lower_step", product)
+    monkeypatch.setattr(compiling, "lower_step", _product)
     monkeypatch.setattr(programs, "read", unreadable)
     found = compiling.measure(config, four_chips, 1, with_objective=True)
     assert found.fits
