@@ -28,7 +28,7 @@ def main() -> None:
     validate(config)
     datasets.prepare(config, ["dataset.name"])
     source = datasets.training_source(config)
-    found = compute_and_cache(source, config, count=count)
+    found = compute_and_cache(source, source.fingerprint(times=True), config, count=count)
     progress.say(f"{found.num_images:,} of {len(source):,} images of {source.name}")
     progress.say(f"config.dataset.mean = {found.mean}")
     progress.say(f"config.dataset.std = {found.std}")

@@ -281,7 +281,7 @@ class _Files:
         """Size in bytes and modification time in ns of each file, int64 [2, images].
 
         Both are -1 for a file that has been removed. Uses many threads if the file system is slow,
-        as those over a network are; on a local one, they would take three times as long.
+        as those over a network are; on a local one, they would only slow each other down.
         """
         count = len(self.labels)
         starts = evenly_spaced(count, _TIMED_RANGES)

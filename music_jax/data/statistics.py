@@ -113,21 +113,21 @@ def compute_statistics(
 
 
 def compute_and_cache(
-    source: Source, config: config_dict.ConfigDict, *, count: int = DEFAULT_COUNT
+    source: Source, fingerprint: str, config: config_dict.ConfigDict, *, count: int = DEFAULT_COUNT
 ) -> ChannelStatistics:
     """Computes the statistics for a config, and writes them to the user's cache.
 
     A warning is logged if they cannot be written.
 
     Args:
-      source: Images, opened anew, which may change while they are read.
+      source: Images.
+      fingerprint: Their fingerprint with times, from before they are read: they may change.
       config: Config with the number of channels and the type of the pixels.
       count: See `compute_statistics`.
 
     Raises:
       UnusableDataError: None of the images can be decoded.
     """
-    fingerprint = source.fingerprint(times=True)
     found = compute_statistics(
         source,
         channels=config.dataset.num_channels,
@@ -166,10 +166,8 @@ def with_statistics(
         if recorded := read_config(workdir):
             own = from_json(recorded).dataset
             return [own.mean, own.std, None]
-        found = _cached(source, config)
-        if found is None:
-            found = compute_and_cache(source, config)
-        return list(found)
+        fingerprint = source.fingerprint(times=True)
+        return list(_cached(fingerprint, config) or compute_and_cache(source, fingerprint, config))
 
     mean, std, num_images = from_main_process(find)
     config = config.copy_and_resolve_references()
@@ -211,10 +209,9 @@ def _cache_file(fingerprint: str, config: config_dict.ConfigDict) -> pathlib.Pat
     return user_directory("cache", "statistics") / f"{name}.json"
 
 
-def _cached(source: Source, config: config_dict.ConfigDict) -> ChannelStatistics | None:
+def _cached(fingerprint: str, config: config_dict.ConfigDict) -> ChannelStatistics | None:
     try:
-        path = _cache_file(source.fingerprint(times=True), config)
-        record = read_record(epath.Path(path))
+        record = read_record(epath.Path(_cache_file(fingerprint, config)))
         mean, std = (tuple(map(float, record[name])) for name in ("mean", "std"))
         found = ChannelStatistics(mean, std, int(record["num_images"]))
     except (OSError, KeyError, TypeError, ValueError):

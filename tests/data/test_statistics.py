@@ -110,7 +110,8 @@ def test_those_of_images_that_change_while_they_are_read_are_not_used_again(tmp_
             (tmp_path / "images" / "class0" / "000.tif").write_bytes(npy(np.zeros((9, 9, 13))))
         return record
 
-    compute_and_cache(dataclasses.replace(source, read=read), config)
+    fingerprint = source.fingerprint(times=True)
+    compute_and_cache(dataclasses.replace(source, read=read), fingerprint, config)
     changed = with_statistics(config, open_path(config.dataset.path), nowhere)
     expected = compute_statistics(open_path(config.dataset.path), channels=13, dtype=np.float32)
     assert changed.dataset.mean == expected.mean

@@ -200,6 +200,17 @@ def test_a_process_that_loses_its_lock_ends(tmp_path):
     assert "was taken over by process 7 on elsewhere" in err
 
 
+def test_a_process_that_has_lost_its_lock_leaves_it_to_the_new_holder(tmp_path):
+    with WorkdirLock(epath.Path(tmp_path)):
+        _beat_elsewhere(tmp_path, 1)
+        record = (tmp_path / "lock").read_text()
+    assert (tmp_path / "lock").read_text() == record
+    (tmp_path / "other").mkdir()
+    with WorkdirLock(epath.Path(tmp_path / "other")):
+        pass
+    assert (tmp_path / "other/lock").read_text() == ""
+
+
 def test_a_lock_survives_a_bucket_that_is_unreachable_for_a_while(bucket, monkeypatch):
     monkeypatch.setattr(lock, "_HEARTBEAT_SECONDS", 0.01)
     monkeypatch.setattr(lock, "_SETTLE_SECONDS", 0.0)
