@@ -5,6 +5,8 @@ import re
 import shutil
 import time
 
+import cv2
+import numpy as np
 import pytest
 from processes import DIGITS, ROOT, checkpoint, metrics, run
 from slurm_cluster import missing, slurm_cluster
@@ -237,3 +239,34 @@ def test_a_sweep_has_the_tables_of_one_process_although_a_member_is_killed(slurm
     assert code == 0, err
     for table in ("claims.csv", "claims.json"):
         assert (output / table).read_bytes() == (tmp_path / "one/output" / table).read_bytes()
+
+
+@pytest.mark.slow
+def test_an_array_packs_the_images_of_one_process_although_a_member_is_killed(slurm, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (3000, 64, 64, 3), np.uint8)
+    for i, image in enumerate(pixels):
+        path = tmp_path / f"photos/{i % 3}/{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), image)
+    given = (f"--source={tmp_path / 'photos'}", "--shorter_side=48", "--shard_size=8")
+    log, packed = tmp_path / "log-%a", tmp_path / "packed"
+    number = slurm.submit(
+        *("--array=0-1", "--gpus-per-node=0", "--cpus-per-task=1", f"--output={log}"),
+        *("launch/sweep.sbatch", "pack", *given, f"--output={packed}"),
+        ACCELERATOR="cpu",
+    )
+
+    def logs():
+        return "".join(path.read_text() for path in sorted(tmp_path.glob("log-*")))
+
+    wait(lambda: len(list(packed.glob("images-*"))) > 3, 300, logs)
+    slurm.run("scontrol", "requeue", f"{number}_0")
+    jobs = [slurm.wait_for(f"{number}_{i}", "COMPLETED", "FAILED", timeout=300) for i in range(2)]
+    assert [job["ExitCode"] for job in jobs] == 2 * ["0:0"], logs()
+    assert int(jobs[0]["Restarts"]) >= 1
+
+    code, _, err = run("music_jax.pack", *given, f"--output={tmp_path / 'whole'}")
+    assert code == 0, err
+    files = [{f.name: f.read_bytes() for f in d.iterdir()} for d in (packed, tmp_path / "whole")]
+    assert len(files[0]) > 3000 / 8
+    assert files[0] == files[1]
