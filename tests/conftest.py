@@ -16,6 +16,9 @@ os.environ["HF_HOME"] = str(pathlib.Path(__file__).parents[1] / "build" / "tests
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# The tests, and the processes that they start, compile more than they compute; LLVM's optimizations
+# take almost half of the time.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 import pytest

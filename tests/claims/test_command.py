@@ -170,9 +170,11 @@ def test_workers_that_only_wait_do_not_wait_for_each_other(tmp_path, monkeypatch
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         waiting = [pool.submit(wait, index) for index in (1, 2)]
-        time.sleep(0.5)
-        if state == "failed":
+        deadline = time.monotonic() + 30  # a failure before they have begun does not count
+        while state == "failed" and time.monotonic() < deadline:
             third.fail()
+            if concurrent.futures.wait(waiting, timeout=0.2).not_done == set():
+                break
         errors = [future.exception(timeout=30) for future in waiting]
     if state == "failed":
         assert all(isinstance(error, UnusableDataError) for error in errors)
