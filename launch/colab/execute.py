@@ -59,6 +59,7 @@ def execute(path: pathlib.Path, *, timeout: float = 1800) -> nbformat.NotebookNo
         NotebookClient(
             notebook,
             timeout=timeout,
+            startup_timeout=300,  # on a busy machine
             kernel_name="python3",
             coalesce_streams=True,  # keeps one line of a progress bar
             store_widget_state=False,

@@ -116,7 +116,10 @@ def notebook(tmp_path_factory):
     )
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     NotebookClient(
-        book, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+        book,
+        kernel_name="python3",
+        startup_timeout=300,
+        resources={"metadata": {"path": str(ROOT)}},
     ).execute()
     return [cell.outputs for cell in book.cells]
 
