@@ -173,7 +173,7 @@ def test_workers_that_only_wait_do_not_wait_for_each_other(tmp_path, monkeypatch
         deadline = time.monotonic() + 30  # a failure before they have begun does not count
         while state == "failed" and time.monotonic() < deadline:
             third.fail()
-            if concurrent.futures.wait(waiting, timeout=0.2).not_done == set():
+            if not concurrent.futures.wait(waiting, timeout=0.2).not_done:
                 break
         errors = [future.exception(timeout=30) for future in waiting]
     if state == "failed":
