@@ -204,9 +204,15 @@ def manifest(options: argparse.Namespace) -> dict:
         pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] = options.accelerator
         pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] = options.topology
         container["securityContext"] = {"privileged": True, "runAsUser": 0}  # to lock memory
+        environment = [{"name": "JAX_PLATFORMS", "value": "tpu,cpu"}]
     else:
         resource, count = "nvidia.com/gpu", options.gpus_per_node or (1 if options.sweep else 8)
         pod["nodeSelector"]["cloud.google.com/gke-accelerator"] = options.accelerator
+        # Where GKE mounts the driver; without it, JAX would fall back to the CPU.
+        environment = [
+            {"name": "LD_LIBRARY_PATH", "value": "/usr/local/nvidia/lib64"},
+            {"name": "JAX_PLATFORMS", "value": "cuda,cpu"},
+        ]
         pod["volumes"] = [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}]
         container["volumeMounts"] = [{"name": "shared-memory", "mountPath": "/dev/shm"}]
         if nodes > 1:  # pods seldom have the permission by which JAX could ask Kubernetes
@@ -226,7 +232,10 @@ def manifest(options: argparse.Namespace) -> dict:
     if options.sweep:
         container["command"] = ["python", "-m", "music_jax.claims"]
         arguments.append(f"--worker=$(JOB_COMPLETION_INDEX)/{options.sweep}")
+        uid = {"fieldRef": {"fieldPath": "metadata.labels['batch.kubernetes.io/controller-uid']"}}
+        environment.append({"name": "MUSIC_JAX_SWEEP", "valueFrom": uid})
     container["args"] = arguments
+    container["env"] = environment
     container["resources"] = {"limits": {resource: count}}
     template = {"spec": pod}
     if options.images:

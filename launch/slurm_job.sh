@@ -47,6 +47,8 @@ run_job() {
     state=$(squeue --noheader --jobs="$job" --format=%T) || state=RUNNING
     if [[ $state != RUNNING ]]; then
       echo "stopped; the job is $state: not requeued" >&2
+    elif [[ -n ${SLURM_ARRAY_JOB_ID:-} ]] && ((${SLURM_RESTART_COUNT:-0} >= 100)); then
+      echo "stopped after 100 restarts: not requeued; submit the array again" >&2
     elif requeues_by_itself; then
       echo "stopped by a preemption; Slurm requeues the job, unless its PreemptMode is CANCEL" >&2
     else

@@ -63,21 +63,28 @@ class Method:
         return {"objective.name": self.objective, **hidden, **sizes, **own}
 
     def draw(self, count: int) -> list[Choice]:
-        """Draws choices at random; the values of each option are equally frequent.
+        """Draws choices at random; the values of each option are about equally frequent.
 
-        The draws depend on the method's name and options alone. They differ from each other, unless
-        there are too few choices.
+        Fewer draws than values are spread over the range of the option. The draws depend on the
+        method's name and options alone. They differ from each other, unless there are too few
+        choices.
         """
         rng = np.random.Generator(np.random.Philox(key=zlib.crc32(self.name.encode())))
         for _ in range(_TRIES):
             columns = {
-                name: [values[i] for i in rng.permutation(np.arange(count) % len(values))]
+                name: [values[i] for i in rng.permutation(_indices(count, len(values)))]
                 for name, values in self.all_options.items()
             }
             rows = list(zip(*columns.values(), strict=True))
             if len(set(map(repr, rows))) == count:
                 break
         return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def _indices(count: int, values: int) -> np.ndarray:
+    if count < values:
+        return np.linspace(0, values - 1, count).round().astype(int)
+    return np.arange(count) % values
 
 
 def beyond(option: str, values: list[Any], value: Any) -> Any | None:

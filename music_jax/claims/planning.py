@@ -185,6 +185,12 @@ class _Planning:
                         )
                         for i in range(min(sweep.seeds, budget.few_seeds))
                     ]  # fmt: skip
+                    found = dataclasses.replace(
+                        found,
+                        best=choice,
+                        score=None,  # which is that of another head
+                        at_edge=tuple(o for o in found.at_edge if o not in _START_HEAD),
+                    )
                 self._add(5, method.name, start, found, cells)
 
     def claim_6(self) -> None:

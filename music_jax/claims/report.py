@@ -30,17 +30,21 @@ _SHOWN = {
 }
 _SHOWN_ELSE = "linear_top1 knn_top1 ten_shot_top1"
 
+_ONE_SEED = (
+    "Where a rate was searched again, the validation accuracy is the best of single seeds; at the "
+    "values that the search of all options chose, it is the mean of fresh seeds."
+)
 _NOTES = {
-    2: "Each depth has its own learning rate.",
-    3: "Each dimension has its own learning rate.",
+    2: f"Each depth has its own learning rate. {_ONE_SEED}",
+    3: f"Each dimension has its own learning rate. {_ONE_SEED}",
     4: "The learning rate in this table is the peak at the config's batch size; at another size it "
     "is multiplied by the square root of the sizes' ratio, which would be constant in this column "
-    "if that were exact. At equal epochs a larger batch takes fewer steps.",
+    f"if that were exact. At equal epochs a larger batch takes fewer steps. {_ONE_SEED}",
     5: "`constant` was trained for equal embeddings alone and `saturated` for MUSIC's invariance "
     "alone; all methods start from the same states, with one hidden layer and 512 dimensions.",
-    6: "The mutual information of two segments is compared with that of segments whose codes are "
-    "permuted among the images. A pair counts as dependent if it shares more than in 95 % of the "
-    "permutations.",
+    6: "The mutual information of two segments, of 32 random ones if there are more, is compared "
+    "with that of segments whose codes are permuted among the images. A pair counts as dependent "
+    "if it shares more than in 95 % of the permutations.",
 }
 
 
@@ -106,9 +110,10 @@ def _markdown(sweep: Sweep, tables: list[Table]) -> str:
         f"accuracies are those on `{sweep.config.dataset.test_split}`, which each final run was "
         "measured on once. Accuracies, usage and information are in percent. ± is the half-width "
         "of a 95 % Student-t interval over seeds. An option with * has the smallest or the largest "
-        "value that was tried. Intervals in brackets are 95 %: over seeds (paired t), and over "
-        "seeds and test images (crossed bootstrap). p-values are adjusted by Holm's method within "
-        "each family of tests."
+        "value that was tried. Intervals in brackets are 95 %: over seeds (paired t), and, with "
+        "eight seeds or more, over seeds and test images (crossed bootstrap). p-values are "
+        "adjusted by Holm's method within each family of tests, which in claims 2 to 5 are those "
+        "of one method."
     ]
     for table in tables:
         lines += ["", f"## {table['claim']}. {table['title']}", "", f"*{table['question']}*", ""]

@@ -72,7 +72,7 @@ def run_missing(
       patience: Seconds after which another worker that gives no sign of life has ended.
 
     Raises:
-      UnusableDataError: Cells failed, of this share or another one. All others have been run.
+      UnusableDataError: Cells failed, of this share or another one.
       StoppedError: Cells of other shares are missing, and none of their workers runs.
     """
     if differing := made_by_other_code(sweep, make_plan(sweep).cells):
@@ -104,7 +104,12 @@ def run_missing(
                         free.remove(cell)
                         busy.append(cell)
                         job = _job(sweep, cell, runs)
-                        running[workers[number].submit(_try_job, job)] = number, cell
+                        try:
+                            future = workers[number].submit(_try_job, job)
+                        except concurrent.futures.process.BrokenProcessPool:  # killed while idle
+                            workers[number] = start_worker(logs[number], cores[number])
+                            future = workers[number].submit(_try_job, job)
+                        running[future] = number, cell
                 signs.give()
                 if not running:
                     others = [c for c in missing if not c.is_in_share(share)]
@@ -163,6 +168,7 @@ class _SignsOfLife:
         self._directory = directory / "workers"
         self._share = share
         self._count = 0
+        self._sweep = os.environ.get("MUSIC_JAX_SWEEP", "")
         self._seen: dict[int, tuple[str, float]] = {}  # content of a file, and when it changed
         self._directory.mkdir(parents=True, exist_ok=True)
         self._before = {path.name: path.read_text() for path in self._directory.iterdir()}
@@ -177,18 +183,22 @@ class _SignsOfLife:
 
     def fail(self) -> None:
         """Tells the other workers that this one has ended with failed cells."""
-        self._file(self._share.index).write_text(f"{_FAILED} {os.getpid()} {time.time()}")
+        text = f"{_FAILED} {self._sweep} {os.getpid()} {time.time()}"
+        self._file(self._share.index).write_text(text)
 
     def state(self, index: int, patience: float) -> str:
         """Returns the state of another worker.
 
         A worker is silent if its file has not changed for `patience` seconds, or did not exist for
-        so long. One that failed before this worker started may start again.
+        so long. One that failed before this worker started may start again, unless both are of the
+        same sweep, which launchers name in MUSIC_JAX_SWEEP: they do not start failed workers again.
         """
         path = self._file(index)
         content = path.read_text() if path.exists() else ""
-        if content.startswith(_FAILED) and content != self._before.get(path.name):
-            return _FAILED
+        if content.startswith(_FAILED):
+            same_sweep = self._sweep and content.startswith(f"{_FAILED} {self._sweep} ")
+            if same_sweep or content != self._before.get(path.name):
+                return _FAILED
         now = time.monotonic()
         if index not in self._seen or self._seen[index][0] != content:
             self._seen[index] = content, now

@@ -21,6 +21,7 @@ Row = dict[str, Any]
 Table = dict[str, Any]
 
 MARGIN = 0.005  # within which two accuracies count as equivalent
+_BOOTSTRAP_SEEDS = 8  # below which a percentile interval over seeds is too narrow
 _PRIMARY = ("barlow_twins", "vicreg")  # compared with MUSIC as the primary outcome
 _MUSIC = ("music", "music_centered")
 PROBES = ("linear_top1", "knn_top1", "ten_shot_top1")
@@ -204,8 +205,7 @@ def _base_tests(sweep: Sweep, points: list[Point], x: Any) -> list[Row | None]:
     for point in points:
         base = next(p for p in points if (p.series, p.group, p.x) == (point.series, point.group, x))
         if point is not base:
-            family = f"{point.series}, {point.group}" if point.group else point.series
-            tests.append(_compare(sweep, family, point, base, "linear_top1"))
+            tests.append(_compare(sweep, point.series, point, base, "linear_top1"))
     return tests
 
 
@@ -234,7 +234,7 @@ def _compare(
         **found._asdict(),
     }
     protocol = {"linear_top1": "linear", "knn_top1": "knn"}.get(measure)
-    if protocol and not equivalent:
+    if protocol and not equivalent and len(seeds) >= _BOOTSTRAP_SEEDS:
         labels = sweep.results.labels()
         correct = [
             np.stack([sweep.results.predictions(cell)[protocol] == labels for cell in side])

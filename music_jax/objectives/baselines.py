@@ -114,9 +114,10 @@ def vicreg_loss(
       \frac{\mu}{2 D} \sum_i \max\left(0, 1 - \sqrt{C^v_{ii} + 10^{-4}}\right)
       + \frac{\nu}{D} \sum_{i \ne j} (C^v_{ij})^2 \right]
 
-    where C is the covariance of a view over the global batch, normalized by N - 1. If the batch is
-    smaller than the embedding, the sum of the squared elements of C is computed from the [N, N]
-    Gram matrix of the centered embeddings instead of the [dim, dim] matrix C. See
+    where C is the covariance of a view over the global batch, normalized by N - 1. As in the
+    authors' code, and unlike the paper, the first term is divided by D and the second one by 2. If
+    the batch is smaller than the embedding, the sum of the squared elements of C is computed from
+    the [N, N] Gram matrix of the centered embeddings instead of the [dim, dim] matrix C. See
     :func:`music_loss` for the use on several devices.
 
     Args:

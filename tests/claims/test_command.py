@@ -152,7 +152,7 @@ def test_cells_of_a_worker_that_does_not_run_are_named(tmp_path, monkeypatch):
     assert 1.0 < time.monotonic() - begun < 10.0  # waited for signs of life
 
 
-@pytest.mark.parametrize("state", ["silent", "failed", "failed before"])
+@pytest.mark.parametrize("state", ["silent", "failed", "failed before", "failed in this sweep"])
 def test_workers_that_only_wait_do_not_wait_for_each_other(tmp_path, monkeypatch, state):
     """Two of three workers are done; the third one has ended, or is still in a queue."""
     sweep = faked.make_sweep(tmp_path / "out", methods=("vicreg",))
@@ -161,9 +161,12 @@ def test_workers_that_only_wait_do_not_wait_for_each_other(tmp_path, monkeypatch
         if not cell.is_in_share(Share(0, 3)):
             faked.finish(sweep, cell)
     monkeypatch.setattr(run_cells, "_POLL_SECONDS", 0.1)
+    sweep_of_third = "8" if state == "failed in this sweep" else "7"
+    monkeypatch.setenv("MUSIC_JAX_SWEEP", sweep_of_third)
     third = run_cells._SignsOfLife(runs, Share(0, 3))
-    if state == "failed before":
+    if state in ("failed before", "failed in this sweep"):
         third.fail()
+    monkeypatch.setenv("MUSIC_JAX_SWEEP", "8")
 
     def wait(index):
         run_cells.run_missing(sweep, runs=runs, cores=[], share=Share(index, 3), patience=2.0)
@@ -176,7 +179,7 @@ def test_workers_that_only_wait_do_not_wait_for_each_other(tmp_path, monkeypatch
             if not concurrent.futures.wait(waiting, timeout=0.2).not_done:
                 break
         errors = [future.exception(timeout=30) for future in waiting]
-    if state == "failed":
+    if state in ("failed", "failed in this sweep"):
         assert all(isinstance(error, UnusableDataError) for error in errors)
         assert "worker 0/3 failed: see its output" in str(errors[0])
     else:  # a launcher that starts them again gives way to the third one

@@ -23,6 +23,14 @@ def test_draws_use_all_values_of_each_option_equally_often(name):
         assert max(counts.values()) - min(counts.values()) <= 1
 
 
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_few_draws_reach_both_ends_of_each_range(name):
+    method = BUILT_IN[name]
+    draws = method.draw(4)
+    for option, values in method.all_options.items():
+        assert {values[0], values[-1]} <= {choice[option] for choice in draws}
+
+
 def test_the_common_options_are_those_of_the_plan():
     """See docs/comparison.md."""
     rates = COMMON["learning_rate"]

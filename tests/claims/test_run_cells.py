@@ -1,9 +1,13 @@
 """One cell: its training, its measures and its labels; and the process that runs it."""
 
+import concurrent.futures
 import dataclasses
 import json
 import os
+import signal
+import time
 import types
+from concurrent.futures.process import BrokenProcessPool
 
 import faked_claims as faked
 import jax
@@ -18,7 +22,7 @@ from music_jax import config as config_lib
 from music_jax import registry
 from music_jax.claims import measure, references, run_cells
 from music_jax.claims.cells import Cell, Results
-from music_jax.claims.planning import make_plan
+from music_jax.claims.planning import make_plan, missing_cells
 from music_jax.data.datasets import EvaluationSources
 from music_jax.errors import DivergedError, NonFiniteError
 from music_jax.workdir.run_config import as_json
@@ -276,6 +280,20 @@ def test_a_worker_uses_only_its_core_from_the_start(tmp_path):
     assert {library["num_threads"] for library in libraries} == {1}
     assert os.sched_getaffinity(0) == before
     assert (tmp_path / "worker-0.log").exists()
+
+
+def test_a_worker_process_that_was_killed_while_idle_is_replaced(tmp_path, monkeypatch):
+    broken = run_cells.start_worker(epath.Path(tmp_path / "log"), None)
+    process, endless = broken.submit(os.getpid).result(), broken.submit(time.sleep, 600)
+    os.kill(process, signal.SIGKILL)
+    with pytest.raises(BrokenProcessPool):
+        endless.result()
+    workers = iter([broken, concurrent.futures.ThreadPoolExecutor(1)])
+    monkeypatch.setattr(run_cells, "start_worker", lambda log, core: next(workers))
+    sweep = faked.make_sweep(tmp_path / "out", methods=("vicreg",))
+    monkeypatch.setattr(run_cells, "_try_job", lambda job: faked.finish(sweep, job.cell))
+    run_cells.run_missing(sweep, runs=epath.Path(tmp_path / "runs"), cores=[None])
+    assert not missing_cells(sweep)
 
 
 def test_a_reference_needs_no_training_to_be_planned(tmp_path, data):
