@@ -6,7 +6,7 @@ Hardware and time: CPU cores; about 1,900 images a second on each.
 Command: python -m music_jax.claims --config=configs/fashion_mnist.py --budget=small
 
 The images are those of Debian's package dataset-fashion-mnist if it is installed
-(`apt-get install dataset-fashion-mnist`); otherwise TFDS downloads them.
+(`apt-get install dataset-fashion-mnist`); otherwise TFDS downloads them, which needs TensorFlow.
 """
 
 from ml_collections import config_dict

@@ -13,7 +13,7 @@ accelerator=${ACCELERATOR:-cpu}
 
 # Prints the first Python that runs (a pyenv shim may not), is new enough and can create environments.
 find_python() {
-  local candidate candidates=(python3.13 python3.12 python3.11 python3 python)
+  local candidate candidates=(python3.11 python3.12 python3.13 python3 python)
   if [[ -n ${PYTHON:-} ]]; then candidates=("$PYTHON"); fi
   for candidate in "${candidates[@]}"; do
     if "$candidate" -I -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' \

@@ -147,7 +147,8 @@ delete() {
 setup() {
   local archive commit
   archive=$(mktemp -d)/music_jax.tar.gz
-  commit=$(git -C "$root" stash create 2>/dev/null) || die "$root is not a git checkout"
+  commit=$(git -C "$root" stash create 2>/dev/null) ||
+    die "$root is not a git checkout that git can read: $(git -C "$root" rev-parse HEAD 2>&1 | head -n 1)"
   do_ git -C "$root" archive --format=tar.gz --output="$archive" "${commit:-HEAD}" || return
   do_ gcloud compute tpus tpu-vm scp "$archive" "$name:music_jax.tar.gz" "${where[@]}" \
     --worker=all || return
@@ -163,8 +164,8 @@ export ACCELERATOR=tpu
 # Some images come with an older Python than this project needs.
 if ! bash -c 'source launch/environment.sh; find_python' >/dev/null 2>&1; then
   PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
-  python3 -m uv python install --quiet 3.12
-  PYTHON=$(python3 -m uv python find 3.12)
+  python3 -m uv python install --quiet 3.11
+  PYTHON=$(python3 -m uv python find 3.11)
   export PYTHON
 fi
 bash -euc 'source launch/environment.sh; ensure_environment requirements.txt'
@@ -196,16 +197,19 @@ await_slice() {
   while :; do
     now=$(state) || now='not known'
     case $now in
-      ACTIVE) return ;;
+      ACTIVE)
+        had_slice=1
+        return
+        ;;
       '')
-        create
+        # An error of the first request is probably wrong input, one of a later request probably passes.
+        create || ((had_slice)) || return
         is_set_up='' failures=0
         ;;
       FAILED | SUSPENDED)
         echo "the slice is $now; requesting another" >&2
-        delete
-        is_set_up=''
-        continue
+        is_set_up='' had_slice=1
+        if delete; then continue; fi
         ;;
       *) echo "the slice is $now; waiting" >&2 ;;
     esac
@@ -214,8 +218,8 @@ await_slice() {
 }
 
 train() {
-  local code started
-  is_set_up='' failures=0
+  local code started early
+  is_set_up='' failures=0 had_slice=0
   if [[ -n $dry_run ]]; then
     create
     setup
@@ -223,7 +227,7 @@ train() {
     return
   fi
   state >/dev/null # ends here, before the loop, if not signed in or without such a project
-  trap 'echo "stopping the run; rerun the command to resume it" >&2; stop; exit 75' INT TERM
+  trap 'echo "stopping the run; rerun the command to resume it" >&2; stop || true; exit 75' INT TERM
   while :; do
     await_slice
     code=0
@@ -237,10 +241,11 @@ train() {
       case $code in 0 | 2 | 3) return "$code" ;; esac
       if ((code != 75)); then stop || true; fi
     fi
-    if ((code == 75 || SECONDS - started >= long_seconds)); then failures=0; fi
+    early=$((code != 75 && SECONDS - started < long_seconds))
+    if ((!early)); then failures=0; fi
     # A slice that is being preempted stays ACTIVE for a while.
     sleep "$poll_seconds"
-    if ((code != 75)) && [[ $(state) == ACTIVE ]]; then
+    if ((early)) && [[ $(state) == ACTIVE ]]; then
       failures=$((failures + 1))
       if ((failures == 3)); then
         echo "error: failed $failures times on an active slice, last with exit code $code" >&2

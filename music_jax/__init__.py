@@ -75,10 +75,14 @@ def register_objective(
         order; the ranges of positive numbers are extended if one of their ends is the best.
 
     Raises:
-      ValueError: The name is that of an objective of music_jax, or is not valid.
+      ValueError: The name is that of an objective of music_jax, or is not valid; or the values of
+        an argument in `search` are not a sequence.
     """
     from music_jax.train.recipe import OBJECTIVES
 
+    for option, values in (search or {}).items():
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            raise ValueError(f"search[{option!r}] must be a sequence of values; got {values!r}")
     options = {option: tuple(values) for option, values in (search or {}).items()}
     objective = registry.RegisteredObjective(make, options)
     free = isinstance(OBJECTIVES.get(name, objective), registry.RegisteredObjective)
@@ -106,7 +110,7 @@ def register_dataset(name: str, open: Callable[..., Any]) -> None:
     registry.register(registry.DATASETS, name, open, replaceable=True)
 
 
-def load(path: str | os.PathLike[str], *, checkpoint: str | None = None) -> "Encoder":
+def load(path: str | os.PathLike[str], *, checkpoint: str | int | None = None) -> "Encoder":
     """Loads a trained backbone as a function from images to features.
 
     Example::

@@ -203,10 +203,12 @@ def _check_fields(argv: Sequence[str], config: config_dict.ConfigDict) -> None:
 
 
 def _suggest_field(error: flags.Error) -> str | None:
-    """Returns a message for a field of the config that was given without `--config.`."""
+    """Returns a message for hyphens in a flag, or a field of the config without `--config.`."""
     if not isinstance(error, flags.UnrecognizedFlagError) or "config" not in flags.FLAGS:
         return None
     name = error.flagname.replace("-", "_")
+    if name in flags.FLAGS:
+        return f"unknown flag --{error.flagname}; did you mean --{name}?"
     known = config_lib.field_names(config_lib.default_config())
     fields = [name] if name in known else [field for field in known if field.endswith(f".{name}")]
     options = " or ".join(f"--config.{field}" for field in fields)

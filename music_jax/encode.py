@@ -47,6 +47,8 @@ if __name__ == "__main__":
     )
     flags.DEFINE_integer("batch_size", 128, "Images per forward pass.", lower_bound=1)
     flags.DEFINE_string(
-        "worker", "0/1", "I/N: encodes share I, from 0, of N; all workers have the same --output."
+        "worker",
+        "0/1",
+        "I/N: encodes share I of N, from 0 to N-1; all workers have the same --output.",
     )
     cli.run(main, __doc__, workdir=True, required=["workdir", "images", "output"])

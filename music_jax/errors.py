@@ -52,7 +52,9 @@ class UnexpectedPixelsError(UndecodableError):
 
 
 class NonFiniteError(UserError):
-    """Features of a network that are not finite."""
+    """Features of a network that are not finite, since it has diverged."""
+
+    exit_code = 3
 
 
 class StoppedError(MusicError):

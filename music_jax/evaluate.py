@@ -61,7 +61,7 @@ def evaluate(
     *,
     protocols: tuple[str, ...] = _DEFAULT,
     output: str | None = None,
-    checkpoint: str | None = None,
+    checkpoint: str | int | None = None,
     transfer_sets: tuple[str, ...] = (),
     overrides: dict[str, object] | None = None,
     force: bool = False,

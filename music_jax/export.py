@@ -45,7 +45,7 @@ def export(
     *,
     form: str,
     output: str,
-    checkpoint: str | None = None,
+    checkpoint: str | int | None = None,
     num_classes: int = 1000,
     license_name: str | None = None,
 ) -> tuple[epath.Path, epath.Path]:

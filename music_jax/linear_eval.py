@@ -34,7 +34,7 @@ def linear_eval(
     workdir: str,
     *,
     output: str | None = None,
-    checkpoint: str | None = None,
+    checkpoint: str | int | None = None,
     overrides: dict[str, object] | None = None,
 ) -> None:
     """Evaluates a checkpoint of a run, writes linear_eval.json and knn.json and prints a table.

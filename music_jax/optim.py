@@ -125,11 +125,17 @@ def warmup_cosine(
         raise ValueError(
             f"warmup_epochs must be in [0, num_epochs = {num_epochs}); got {warmup_epochs}"
         )
+    warmup_steps = round(warmup_epochs * steps_per_epoch)
+    if warmup_steps >= num_epochs * steps_per_epoch:
+        raise ValueError(
+            f"warmup_epochs = {warmup_epochs} is all of the {num_epochs * steps_per_epoch} steps; "
+            "give a shorter warm-up"
+        )
     # Of a peak of 1, because optax compares the peak with 0 in Python, which may be traced here.
     schedule = optax.warmup_cosine_decay_schedule(
         0.0,
         1.0,
-        warmup_steps=round(warmup_epochs * steps_per_epoch),
+        warmup_steps=warmup_steps,
         decay_steps=num_epochs * steps_per_epoch,
         end_value=final_scale,
     )

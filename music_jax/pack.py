@@ -100,11 +100,13 @@ if __name__ == "__main__":
         "pixel_type",
         "uint8",
         ["uint8", "uint16", "float32"],
-        "Type of the values; uint8 but for npy.",
+        "Type of the pixels' values; uint8 unless --encoding=npy.",
     )
     flags.DEFINE_integer("shard_size", 4096, "Number of images per shard.")
     flags.DEFINE_string(
-        "worker", "0/1", "I/N: packs share I, from 0, of N; all workers have the same --output."
+        "worker",
+        "0/1",
+        "I/N: packs share I of N, from 0 to N-1; all workers have the same --output.",
     )
     flags.DEFINE_integer("num_threads", None, "Threads; one per core by default.", lower_bound=1)
     flags.DEFINE_float("max_skipped_share", 0.01, "Largest share of unreadable images.", 0.0, 1.0)

@@ -117,10 +117,14 @@ def register(table: dict[str, Any], name: str, part: Any, *, replaceable: bool) 
       replaceable: Whether an existing part of this name, if any, may be replaced.
 
     Raises:
-      ValueError: The name has other characters than letters, digits, `_`, `.` and `-`, or is taken.
+      ValueError: The name has other characters than letters, digits, `_`, `.` and `-`, begins with
+        one of the last two, or is taken.
     """
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise ValueError(f"a name consists of letters, digits, '_', '.' and '-'; got {name!r}")
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(
+            "a name consists of letters, digits, '_', '.' and '-', and begins with none of the "
+            f"last two; got {name!r}"
+        )
     if name in table and not replaceable:
         raise ValueError(f"the name {name!r} is taken by a part of music_jax")
     table[name] = part

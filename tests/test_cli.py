@@ -68,6 +68,7 @@ def test_a_wrong_config_or_field_is_one_clear_line(command, arguments, message, 
         ("main", "--num-segments=4", "did you mean --config.objective.num_segments?"),
         ("main", "--optimizer.name=sgd", "did you mean --config.optimizer.name?"),
         ("evaluate", "--shots=1", "did you mean --config.few_shot.shots?"),
+        ("plan", "--num-images=9", "unknown flag --num-images; did you mean --num_images?"),
         ("export", "--batch_size=12", "Unknown command line flag 'batch_size'"),
     ],
 )

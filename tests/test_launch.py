@@ -199,7 +199,7 @@ def test_unsuitable_interpreter_is_one_line_and_exit_2(clone, tmp_path):
 def test_interpreter_that_is_found_but_does_not_run_is_passed_over(clone, tmp_path):
     commands = tmp_path / "commands"
     commands.mkdir()
-    Clone.write_script(commands / "python3.13", "#!/bin/sh\necho no such version >&2\nexit 127\n")
+    Clone.write_script(commands / "python3.11", "#!/bin/sh\necho no such version >&2\nexit 127\n")
     shutil.copy(clone.python, commands / "python3.12")
 
     result = clone.run(PYTHON="", PATH=f"{commands}{os.pathsep}{os.environ['PATH']}")

@@ -100,7 +100,10 @@ def test_gke_creates_a_jobset_with_a_job_that_is_valid_for_kubernetes(arguments,
     assert container["resources"]["limits"] == limits
     given = [expand(a, {"JOB_COMPLETION_INDEX": "1"}) for a in container["args"]]
     assert given[:2] == ["--config=c.py", AWKWARD]
+    environment = {variable["name"]: variable["value"] for variable in container["env"]}
     if "nvidia.com/gpu" in limits:
+        assert environment["LD_LIBRARY_PATH"] == "/usr/local/nvidia/lib64"
+        assert environment["JAX_PLATFORMS"].startswith("cuda")  # without a driver, it fails
         assert given[2:] == [
             "--coordinator_address=run-train-0-0.run:8476",
             "--num_processes=3",

@@ -314,6 +314,28 @@ def test_an_array_runs_a_command_that_takes_shares(given, module, passed):
     assert said[said.index("-m") :] == ["-m", f"music_jax.{module}", "--worker=0/1", *passed]
 
 
+@pytest.mark.parametrize(
+    ("least", "most", "count"), [("1", "8", "8"), ("0", "6", "4"), ("3", "3", "1")]
+)
+def test_an_array_with_gaps_is_refused(least, most, count):
+    array = {"SLURM_ARRAY_TASK_MIN": least, "SLURM_ARRAY_TASK_MAX": most}
+    array |= {"SLURM_ARRAY_TASK_COUNT": count, "SLURM_ARRAY_TASK_ID": most}
+    command = ("bash", "launch/sweep.sbatch", "--dry-run")
+    result = subprocess.run(
+        command, cwd=ROOT, env=os.environ | array, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert "number its members from 0 without gaps" in result.stderr
+
+
+def test_a_script_of_slurm_names_the_directory_that_is_not_a_clone(tmp_path):
+    copy = shutil.copy(ROOT / "launch/slurm.sbatch", tmp_path / "slurm_script")
+    environment = os.environ | {"SLURM_SUBMIT_DIR": str(tmp_path)}
+    result = subprocess.run(["bash", copy], env=environment, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert f"{tmp_path} is not a clone of music_jax" in result.stderr
+
+
 def test_skypilot_recovers_from_a_stop_and_from_nothing_else():
     # SkyPilot's own schema is in a package too large for here; these are the fields it has.
     task = yaml.safe_load((ROOT / "launch/skypilot.yaml").read_text())
@@ -324,6 +346,8 @@ def test_skypilot_recovers_from_a_stop_and_from_nothing_else():
     assert task["resources"]["job_recovery"] == {"recover_on_exit_codes": [75]}
     for choice in task["resources"]["any_of"]:
         assert choice.keys() <= {"infra", "accelerators", "accelerator_args"}
+    for mount in task["file_mounts"].values():  # SkyPilot refuses to mount a part of a bucket
+        assert mount["source"].count("/") == 2
     for script in (task["setup"], task["run"]):
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
@@ -364,7 +388,7 @@ def test_skypilot_passes_the_addresses_of_gpu_nodes(tmp_path, gpu, nodes, expect
     assert output[0] == ("cuda13" if gpu else "tpu")
     assert output[1:4] == [
         "--config=configs/imagenet.py",
-        "--config.dataset.data_dir=/datasets",
+        "--config.dataset.data_dir=/bucket/datasets",
         "--workdir=gs://b/runs/r",
     ]
     assert output[4:] == ["--config.seed=1", *expected]

@@ -117,12 +117,13 @@ def test_warmup_cosine_without_warmup_starts_at_the_peak():
         {"steps_per_epoch": 0},
         {"num_epochs": 0},
         {"warmup_epochs": 10},
+        {"warmup_epochs": 9.95},  # rounds to all steps
         {"warmup_epochs": -1},
     ],
 )
 def test_warmup_cosine_rejects_invalid_lengths(wrong):
     arguments = {"batch_size": 256, "steps_per_epoch": 5, "num_epochs": 10, "warmup_epochs": 2}
-    with pytest.raises(ValueError, match="must be"):
+    with pytest.raises(ValueError, match=r"must be|is all of the 50 steps"):
         warmup_cosine(0.1, **(arguments | wrong))
 
 

@@ -180,6 +180,53 @@ def test_features_of_another_shape_are_one_clear_error():
         make_network(_config(**{"backbone.name": "wrong"}))
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda **_: None, "must be a Flax NNX module; got NoneType"),
+        (lambda **_: nnx.Dropout(0.5), "must be a module with the attribute num_features"),
+        (lambda **_: _OnlyImages(), r"must be a module with __call__\(self, images, \*, train"),
+        (lambda **_: _List(), "must return an array; got a list"),
+    ],
+)
+def test_a_backbone_of_another_interface_is_one_clear_error(make, message):
+    music_jax.register_backbone("wrong", make)
+    with pytest.raises(UserError, match=f"backbone 'wrong' {message}"):
+        make_network(_config(**{"backbone.name": "wrong"}))
+
+
+class _OnlyImages(nnx.Module):
+    num_features = 64
+
+    def __call__(self, images):
+        return images
+
+
+class _List(nnx.Module):
+    num_features = 64
+
+    def __call__(self, images, *, train, num_views):
+        return [images]
+
+
+@pytest.mark.parametrize(
+    "result", [lambda a: a.sum(), lambda a: (a, {}), lambda a: (a.sum(), {"all": a})]
+)
+def test_an_objective_that_returns_something_else_is_one_clear_error(result):
+    music_jax.register_objective("wrong", lambda: lambda a, b: result(a))
+    parts = {"objective.name": "wrong", "backbone.name": "tiny_resnet"}
+    config = _config(**parts, **{"projector.output_size": 8})
+    with pytest.raises(UserError, match="objective 'wrong' must return a pair: the loss"):
+        make_recipe(config, 4)
+
+
+def test_values_to_search_are_sequences():
+    with pytest.raises(ValueError, match=r"search\['weight'\] must be a sequence"):
+        music_jax.register_objective("mine", dict, search={"weight": 3})
+    with pytest.raises(ValueError, match="consists of letters"):
+        music_jax.register_objective(3, dict)
+
+
 class _Images:
     """A dataset whose records are counted."""
 

@@ -390,7 +390,7 @@ class RestoredNetwork(NamedTuple):
 
 
 def restore_network(
-    workdir: epath.Path, config: config_dict.ConfigDict, checkpoint: str | None, mesh: Mesh
+    workdir: epath.Path, config: config_dict.ConfigDict, checkpoint: str | int | None, mesh: Mesh
 ) -> RestoredNetwork:
     """Restores the network of a run without changing the run.
 
@@ -419,7 +419,8 @@ def restore_network(
     return RestoredNetwork(step, make_network(config), **restored)
 
 
-def _named_step(checkpoint: str, workdir: epath.Path, steps: list[int]) -> int:
+def _named_step(checkpoint: str | int, workdir: epath.Path, steps: list[int]) -> int:
+    checkpoint = str(checkpoint)
     name = checkpoint.rstrip("/").rpartition("/")[2]
     if "/" in checkpoint:
         parent = os.fspath(absolute_path(checkpoint.rstrip("/")).parent)
@@ -428,7 +429,7 @@ def _named_step(checkpoint: str, workdir: epath.Path, steps: list[int]) -> int:
             parent, own = os.path.realpath(parent), os.path.realpath(own)
         if parent != own:
             raise UserError(f"--checkpoint={checkpoint} is not below {workdir}/checkpoints")
-    if not name.isdigit() or int(name) not in steps:
+    if name not in map(str, steps):
         known = ", ".join(str(step) for step in sorted(steps)) or "none"
         raise UserError(f"there is no checkpoint {checkpoint!r}; the run has the steps {known}")
     return int(name)

@@ -135,7 +135,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("only", [], "Numbers of the claims to test. [all; 1,6 if small]")
     flags.DEFINE_string("output", None, "Directory of the results. [results/DATASET]")
     flags.DEFINE_string("runs", None, "Directory of the trainings. [runs/claims/DATASET]")
-    flags.DEFINE_string("worker", "0/1", "I/N: run the Ith of N shares of the cells, from 0.")
+    flags.DEFINE_string("worker", "0/1", "I/N: runs share I of N of the cells, from 0 to N-1.")
     flags.DEFINE_integer(
         "workers", None, "Number of processes on CPU. [one per core]", lower_bound=1
     )

@@ -59,7 +59,7 @@ def default_config() -> config_dict.ConfigDict:
     config.objective.variance_weight = 25.0  # VICReg: weight of the variance term.
     config.objective.covariance_weight = 1.0  # VICReg: weight of the covariance term.
     config.objective.contrast_temperature = 0.1  # SimCLR: temperature of the softmax.
-    config.objective.sigreg_weight = 0.05  # SIGReg; the invariance has the rest, 1 - sigreg_weight.
+    config.objective.sigreg_weight = 0.05  # SIGReg: weight of the statistic; invariance: the rest.
     config.objective.num_slices = 1024  # SIGReg: random directions per step.
     config.objective.num_points = 17  # SIGReg: points of the trapezoidal rule.
     config.objective.t_max = 5.0  # SIGReg: limit of the integral.
@@ -87,7 +87,7 @@ def default_config() -> config_dict.ConfigDict:
     config.dataset.image_key = "image"
     # Feature that is the label; several, with commas between, for images of several classes.
     config.dataset.label_key = "label"
-    # Any number; image files of 1 (gray) and 3 (RGB) are converted to one another.
+    # Number of channels. Gray and RGB image files are converted to this number if it is 1 or 3.
     config.dataset.num_channels = 3
     config.dataset.pixel_type = "uint8"  # Type of the images' values: uint8, uint16 or float32.
     # Mean of each channel: of uint8 values divided by 255, of other types as they are. (): mean and
@@ -183,7 +183,7 @@ def default_config() -> config_dict.ConfigDict:
     # Checks that end a failing training early.
     config.guards = config_dict.ConfigDict()
     config.guards.enabled = True  # False: only the loss and the gradient must be finite.
-    # stop, or rewind: resume from before the bad steps and skip them.
+    # What a tripped guard does: stop, or rewind to the last good checkpoint and skip the bad steps.
     config.guards.policy = "stop"
     config.guards.max_rewinds = 3  # Maximum number of rewinds in a training; then it stops.
     config.guards.warmup_steps = 100  # First steps, in which only non-finite values trip a guard.
@@ -217,7 +217,7 @@ def default_config() -> config_dict.ConfigDict:
     # "": dataset.test_split; with dataset.path, no probe is trained.
     config.evaluation.test = ""
     config.evaluation.batch_size = 256  # Images per forward pass.
-    # Images of which training views are compared, for LiDAR and alignment.
+    # Number of images whose augmented views are compared, for LiDAR and alignment.
     config.evaluation.view_images = 1024
     config.evaluation.num_views = 10  # Views of each of these images.
 

@@ -56,7 +56,8 @@ _INTERVALS = {
     "(0, 1)": "linear_eval.validation_fraction",
     "[0, 1)": "*.momentum",
     "[0, 1]": "*_probability *.translation *.max_skipped_share guards.min_usage_entropy"
-    " guards.max_dead_units guards.min_embedding_std objective.sigreg_weight",
+    " guards.max_dead_units guards.min_embedding_std objective.sigreg_weight"
+    " optimizer.final_scale",
     "[0, 0.5]": "*.hue",
     "[0, 89]": "*.shear_degrees",
     "[0, 180]": "*.rotation_degrees",
@@ -168,7 +169,7 @@ def _expected_type(value: Any, default: Any, kind: type) -> str | None:
     entry = type(default[0]) if default else float
     if isinstance(value, tuple) and all(_has_kind(v, entry) for v in value):
         return None
-    numbers = f"numbers of at most {_MAX_NUMBER}"
+    numbers = f"{'integers' if entry is int else 'numbers'} of at most {_MAX_NUMBER}"
     return f"be a tuple of {'texts without a zero byte' if entry is str else numbers}"
 
 
@@ -242,7 +243,7 @@ def _check_options(config: config_dict.ConfigDict) -> None:
             make, positional = make.__init__, (None, *positional)
         try:
             inspect.signature(make).bind(*positional, **dict.fromkeys(named), **options)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:  # a ValueError if it has no signature
             raise UserError(
                 f"config.{group}.options = {options!r} does not fit the {group} {name!r}: {error}"
             ) from error

@@ -110,8 +110,13 @@ def _check_flags(address: str | None, num_processes: int | None, process_id: int
             f"{_ALL_THREE} go together: give all three, none if they are detected, or "
             f"--num_processes=1 alone; got {address}, {num_processes}, {process_id}"
         )
-    if not re.fullmatch(r".+:\d{1,5}", address):
-        raise UserError(f"--coordinator_address must be HOST:PORT; got {address!r}")
+    port = re.fullmatch(r".+:(\d{1,5})", address)
+    if port is None or not 1 <= int(port[1]) <= 65535:
+        raise UserError(
+            f"--coordinator_address must be HOST:PORT, with a port up to 65535; got {address!r}"
+        )
+    if num_processes < 1:
+        raise UserError(f"--num_processes must be at least 1; got {num_processes}")
     if not 0 <= process_id < num_processes:
         raise UserError(
             f"--process_id must be in [0, num_processes = {num_processes}); got {process_id}"

@@ -114,7 +114,7 @@ class Stop:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
         if self.received and kind is None:
-            raise StoppedError("saved at the last step; run the same command to finish")
+            raise StoppedError("saved at the last step; rerun the command to finish")
 
     def begin(self) -> None:
         """Notes that there is something to save; called after each step."""

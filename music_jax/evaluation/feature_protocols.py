@@ -77,7 +77,9 @@ def linear(run: Run, *, save_predictions: bool = False) -> Result:
         "num_train": trained.num_train,
         "num_test": len(test),
         "num_classes": run.num_classes,
-        "learning_rate": trained.base_learning_rate * settings.batch_size / 256,
+        "learning_rate": trained.base_learning_rate
+        * min(settings.batch_size, trained.num_train)
+        / 256,
         **_baselines(run, baseline),
     }
 

@@ -196,7 +196,8 @@ class FrozenNetwork:
 
         Args:
           source: Images to draw from; those that cannot be decoded are replaced by others.
-          num_images: Number of images to draw; all, if there are fewer.
+          num_images: Number of images to draw; all, if there are fewer. A number above 64 is
+            rounded down to a multiple of 64.
           num_views: Number of views of each image.
           description: Text of the progress bar.
           embeddings: Whether to extract the embeddings of the projector as well.

@@ -83,7 +83,7 @@ def run_protocols(
       run: Run.
       names: Names of protocols.
       transfer_sets: Datasets for `transfer`; see `music_jax.data.datasets.parse_pair`.
-      force: Whether to recompute existing results of the same images and settings.
+      force: Whether to recompute existing results of the same weights, images and settings.
 
     Returns:
       The results, by protocol.
@@ -133,6 +133,7 @@ def _run_protocol(run: Run, name: str, transfer_sets: Sequence[str], force: bool
         if not protocol.labels:
             about["data"] = {"images": run.images.name}
     about["images_fingerprint"] = [agreed_fingerprint(source) for source in sources]
+    about |= {"weights": run.weights_checksum, "compute_dtype": run.config.compute_dtype}
     path = result_path(run.workdir, name)
     result = None if force else from_main_process(lambda: read_result(run.workdir, name))
     if result is not None and about.items() <= result.items():

@@ -220,7 +220,7 @@ class Run(FrozenNetwork):
         return {
             "network": model,
             "step": self.step,
-            "weights": self._weights,
+            "weights": self.weights_checksum,
             "images": fingerprint,
             "classes": source.class_names,
             "view": [config["crop"]["size"], config["crop"]["eval_resize"]],
@@ -231,8 +231,8 @@ class Run(FrozenNetwork):
         }
 
     @functools.cached_property
-    def _weights(self) -> int:
-        """Checksum of the trained network, so that features of another run are never used."""
+    def weights_checksum(self) -> int:
+        """Checksum of the trained network, so that nothing of another run is ever used."""
         checksum = 0
         for leaf in jax.tree.leaves(self.replicate((self.params, self.batch_stats))):
             checksum = zlib.crc32(np.asarray(leaf.addressable_data(0)).tobytes(), checksum)
@@ -288,7 +288,7 @@ def load_run(
     *,
     output: str | None = None,
     read_only: bool = False,
-    checkpoint: str | None = None,
+    checkpoint: str | int | None = None,
     overrides: dict[str, object] | None = None,
     labels: bool = True,
     images: bool = True,
@@ -314,13 +314,7 @@ def load_run(
     """
     given = overrides or {}
     directory = find_workdir(workdir)
-    saved = read_config(directory)
-    if saved is None:  # removed in the meantime
-        raise UserError(f"{workdir} holds no run: it has no config.json")
-    config = from_json(saved)
-    own = is_signed(config, read_signature(directory))
-    _override(config, given)
-    validate(config, training=False)
+    config, own = config_of_run(directory, given)
     if not own:
         exclude_foreign_data(config, given, workdir, labels=labels, images=images)
     if read_only:
@@ -352,6 +346,27 @@ def load_run(
         why_no_sources=reason,
         **restore_network(directory, config, checkpoint, mesh)._asdict(),
     )
+
+
+def config_of_run(
+    workdir: epath.Path, overrides: dict[str, object]
+) -> tuple[config_dict.ConfigDict, bool]:
+    """Reads the config of a run, replaces some of its fields, and checks it.
+
+    Returns:
+      The config, and whether this user's own `main` wrote the config of the run.
+
+    Raises:
+      UserError: There is no such run, an override would change the training, or a value is wrong.
+    """
+    saved = read_config(workdir)
+    if saved is None:  # removed in the meantime
+        raise UserError(f"{workdir} holds no run: it has no config.json")
+    config = from_json(saved)
+    own = is_signed(config, read_signature(workdir))
+    _override(config, overrides)
+    validate(config, training=False)
+    return config, own
 
 
 def _override(config: config_dict.ConfigDict, overrides: dict[str, object]) -> None:

@@ -140,7 +140,7 @@ class TrainedBackbone:
         )
 
 
-def load_backbone(path: str, *, checkpoint: str | None = None) -> TrainedBackbone:
+def load_backbone(path: str, *, checkpoint: str | int | None = None) -> TrainedBackbone:
     """Loads a backbone from a run's workdir or from an exported safetensors file.
 
     Args:
@@ -160,7 +160,7 @@ def load_backbone(path: str, *, checkpoint: str | None = None) -> TrainedBackbon
     return _load_file(location)
 
 
-def _load_run(path: str, checkpoint: str | None) -> TrainedBackbone:
+def _load_run(path: str, checkpoint: str | int | None) -> TrainedBackbone:
     workdir = find_workdir(path)
     config = _inference_config(read_config(workdir))
     step, network, *variables = restore_network(workdir, config, checkpoint, make_data_mesh())

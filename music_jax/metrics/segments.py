@@ -221,7 +221,8 @@ def agreement_between_segments(codes: np.ndarray) -> np.ndarray:
         joint = entropy(codes[:, :s] * units + codes[:, s, None] + offsets[:s], s)
         total = single[:s] + single[s]
         with np.errstate(invalid="ignore"):
-            found = np.where(total > 0, 2 * (total - joint) / total, 1.0)  # 1: both are constant
+            # Constant segments share nothing, whereas scikit-learn counts two of them as equal.
+            found = np.where(total > 0, 2 * (total - joint) / total, 0.0)
         nmi[s, :s] = nmi[:s, s] = np.clip(found, 0, 1)
     return nmi.sum(axis=1) / max(segments - 1, 1)
 

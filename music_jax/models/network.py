@@ -6,6 +6,7 @@ dictionaries of arrays.
 
 import dataclasses
 import functools
+import inspect
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -123,13 +124,32 @@ def _make_backbone(config: config_dict.ConfigDict, rngs: nnx.Rngs) -> Backbone:
     chosen = {field: config.backbone[field] for field in spec.fields}
     if spec.takes_image_size:
         chosen["image_size"] = config.crop.size
-    return spec.make(
+    backbone = spec.make(
         channels=config.dataset.num_channels,
         dtype=jnp.dtype(config.compute_dtype),
         rngs=rngs,
         **{field: value for field, value in chosen.items() if value is not None},
         **registry.options(config.backbone),
     )
+    if spec.is_registered:
+        _check_interface(config.backbone.name, backbone)
+    return backbone
+
+
+def _check_interface(name: str, backbone: Any) -> None:
+    """Raises UserError unless a registered backbone has the interface of `Backbone`."""
+    problem = None
+    if not isinstance(backbone, nnx.Module):
+        problem = f"a Flax NNX module; got {type(backbone).__name__}"
+    elif not hasattr(getattr(backbone, "num_features", None), "__index__"):
+        problem = "a module with the attribute num_features, the size of its features"
+    else:
+        try:
+            inspect.signature(backbone).bind(None, train=True, num_views=2)
+        except TypeError as error:
+            problem = f"a module with __call__(self, images, *, train, num_views): {error}"
+    if problem:
+        raise UserError(f"backbone {name!r} must be {problem}")
 
 
 def _check_features(config: config_dict.ConfigDict, backbone: Backbone) -> None:
@@ -142,6 +162,11 @@ def _check_features(config: config_dict.ConfigDict, backbone: Backbone) -> None:
             lambda backbone, x: backbone(x, train=True, num_views=2), backbone, images
         )
         expected = (4, backbone.num_features)
+        if not hasattr(features, "shape"):
+            raise UserError(
+                f"backbone {config.backbone.name!r} must return an array; got a "
+                f"{type(features).__name__}"
+            )
         if features.shape != expected or features.dtype != jnp.float32:
             raise UserError(
                 f"backbone {config.backbone.name!r} must return features of shape {expected}, "

@@ -274,7 +274,7 @@ def _value_and_gradients(
     gradient_a = gradient_a[:, : ra.shape[1]]
     # J is linear in K pa, so that the sum of J log J equals that of K pa times the gradient, which
     # saves a second pass over the elements of each block.
-    value = jnp.sum((ra + center).astype(dtype) * gradient_a)
+    value = jnp.sum((ra.astype(dtype) + center) * gradient_a)
     value -= _mass(tile, center, ratios, starts)
     return value, (gradient_a.astype(ra.dtype), gradient_b.astype(rb.dtype))
 
@@ -310,11 +310,13 @@ def _joint(
 def _mass(tile: Tile, center: int, ratios: Pair, starts: Pair) -> jax.Array:
     """Sums J over the tile's elements between different segments, from the segments' sums."""
     dtype = accumulation_dtype(ratios[0].dtype)
-    ra, rb = (r + center for r in ratios)
-    all_a, all_b = (jnp.sum(r, axis=1, dtype=dtype) for r in (ra, rb))  # [N]
+    ra, rb = ratios
+    # The center is added to the sums, since the ratios may have few digits.
+    all_a, all_b = (jnp.sum(r, axis=1, dtype=dtype) + center * r.shape[1] for r in ratios)  # [N]
     if tile.whole:
         sums = [
-            jnp.sum(r.reshape(len(r), -1, tile.units), axis=2, dtype=dtype) for r in (ra, rb)
+            jnp.sum(r.reshape(len(r), -1, tile.units), axis=2, dtype=dtype) + center * tile.units
+            for r in ratios
         ]  # [N, S]
         return (jnp.vdot(all_a, all_b) - jnp.vdot(*sums)) / tile.batch
     # Subtracts only the segments that both the rows and the columns of the tile contain.
@@ -324,7 +326,9 @@ def _mass(tile: Tile, center: int, ratios: Pair, starts: Pair) -> jax.Array:
     segment_sums = []
     for r, start in zip((ra, rb), starts, strict=True):
         members = _segments(tile, start, r.shape[1])[:, None] == shared_segments[None, :]
-        segment_sums.append(_dot(r, members.astype(r.dtype), 1, 0))  # [N, shared]
+        sums_of_ratios = _dot(r, members.astype(r.dtype), 1, 0)  # [N, shared]
+        counts = jnp.sum(members, axis=0, dtype=dtype)[None, :]
+        segment_sums.append(sums_of_ratios + center * counts)
     return (jnp.vdot(all_a, all_b) - jnp.vdot(*segment_sums)) / tile.batch
 
 

@@ -48,10 +48,12 @@ def check_pair(embeddings_a: jax.Array, embeddings_b: jax.Array) -> None:
             "expected two views of the same samples, of equal shapes, got "
             f"{tuple(embeddings_a.shape)} and {tuple(embeddings_b.shape)}"
         )
-    if embeddings_a.dtype != embeddings_b.dtype:
+    # Without jax_enable_x64, a float64 array of NumPy is float32 in JAX.
+    dtypes = [jax.dtypes.canonicalize_dtype(z.dtype) for z in (embeddings_a, embeddings_b)]
+    if dtypes[0] != dtypes[1]:
         raise ValueError(
-            f"expected two views of equal dtypes, got {embeddings_a.dtype} and "
-            f"{embeddings_b.dtype}; cast one to the other"
+            f"expected two views of equal dtypes, got {dtypes[0]} and {dtypes[1]}; cast one to the "
+            "other"
         )
 
 
@@ -89,7 +91,8 @@ def varying(x: jax.Array, axes: Iterable[str]) -> jax.Array:
 
 def accumulation_dtype(dtype: Any) -> jnp.dtype:
     """Returns float64 for float64, and float32 for any narrower type."""
-    return jnp.dtype(jnp.float64) if dtype == jnp.float64 else jnp.dtype(jnp.float32)
+    wide = dtype == jnp.float64 and jax.dtypes.canonicalize_dtype(dtype) == jnp.float64
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
 def over_global_batch(

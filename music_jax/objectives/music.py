@@ -84,7 +84,7 @@ def music_terms(
     check_temperature(temperature)
     function = functools.partial(
         _terms,
-        num_segments=num_segments,
+        num_segments=int(num_segments),
         centered=center,
         product_dtype=_product_dtype(embeddings_a.dtype, product_dtype),
     )
@@ -145,7 +145,7 @@ def music_loss(
     - under :func:`jax.jit`, on arrays sharded along the batch over a mesh, which is that of the
       arrays or else that of :func:`jax.set_mesh`. The work is split over all axes of the mesh that
       are not mapped already, as far as together they divide the batch;
-    - inside :func:`jax.shard_map` with `axis_name`, with the gradient taken outside;
+    - inside :func:`jax.shard_map` with `axis_name`, with the gradient taken outside or inside;
     - inside :func:`jax.pmap` with `axis_name`, with the gradient taken inside, followed by
       :func:`jax.lax.pmean` over the parameters' gradients.
 
@@ -163,17 +163,17 @@ def music_loss(
       center: Whether to subtract each view's mean over the global batch first.
       axis_name: Axis, or axes, that the caller's `shard_map` or `pmap` has mapped over the batch.
       product_dtype: Dtype of the operands of the matrix products, which are also what devices
-        exchange. By default that of the embeddings, but float32 for float16, which cannot represent
-        1e-8. `jnp.bfloat16` halves the traffic of float32 embeddings. Sums are in float32, or
-        float64 for float64.
+        exchange. By default that of the embeddings, but float32 for float16 and narrower types,
+        which cannot represent 1e-8. `jnp.bfloat16` halves the traffic of float32 embeddings. Sums
+        are in float32, or float64 for float64.
 
     Returns:
       A scalar, float32, or float64 for float64 embeddings.
 
     Raises:
       ValueError: If the views differ in shape or dtype or are not floating arrays [batch, dim], dim
-        is not a multiple of `num_segments`, there are fewer than two segments, or the temperature
-        is not a positive finite number.
+        is not a multiple of `num_segments`, there are fewer than two segments, the temperature is
+        not a positive finite number, or `product_dtype` cannot represent 1e-8.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -227,10 +227,11 @@ def music_lower_bound(units_per_segment: int) -> float:
 
 
 def _product_dtype(dtype: Any, product_dtype: Any) -> jnp.dtype:
+    allowed = (jnp.bfloat16, jnp.float32, jnp.float64)
     if product_dtype is None:
-        return jnp.dtype(jnp.float32 if dtype == jnp.float16 else dtype)
+        return jax.dtypes.canonicalize_dtype(dtype if dtype in allowed else jnp.float32)
     product_dtype = jnp.dtype(product_dtype)
-    if product_dtype not in (jnp.bfloat16, jnp.float32, jnp.float64):
+    if product_dtype not in allowed:
         raise ValueError(
             f"product_dtype: expected bfloat16, float32 or float64, got {product_dtype}; other "
             "dtypes cannot represent the smallest probability, 1e-8"
@@ -259,7 +260,7 @@ def _terms(
         unit_logits(z, num_segments=num_segments, temperature=temperature)  # [n, S, K]
         for z in (embeddings_a, embeddings_b)
     )
-    center = center_of(logits_a, logits_b, axis_name)
+    center = center_of(logits_a, logits_b, axis_name, product_dtype)
     (ra, added_a), (rb, added_b) = (unit_ratios(z, center) for z in (logits_a, logits_b))
     cross_segment = cross_segment_entropy(
         (ra, rb), (added_a, added_b), center, axis_name=axis_name, product_dtype=product_dtype

@@ -6,8 +6,11 @@ centered ratio K p - 1 there. Elsewhere it uses K p, which keeps the digits of a
 choice is made for the whole global batch: all ratios are K p - c, where the center c is 1 or 0.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from music_jax.objectives.global_batch import (
     AxisName,
@@ -19,13 +22,15 @@ from music_jax.objectives.global_batch import (
 
 MIN_PROBABILITY = 1e-8
 
-# Largest difference between the logits of a segment that counts as nearly uniform.
+# Largest difference between the logits of a segment that counts as nearly uniform. bfloat16 has so
+# few digits that a larger one is better; up to ln(2) / 2, J is above 1/2, a bound of `log_ratio`.
 _NEARLY_UNIFORM = 1 / 32
+_NEARLY_UNIFORM_BFLOAT16 = 1 / 3
 
 
 def check_segments(dim: int, num_segments: int, *, at_least: int = 1) -> None:
     """Raises ValueError unless `dim` units form `num_segments` segments of equal size."""
-    if isinstance(num_segments, bool) or not hasattr(num_segments, "__index__"):
+    if isinstance(num_segments, bool) or not isinstance(num_segments, (int, np.integer)):
         raise ValueError(f"num_segments: expected an int, got {num_segments!r}")
     if num_segments < at_least:
         why = "; the cross-segment term needs two different segments" if at_least > 1 else ""
@@ -38,9 +43,18 @@ def check_segments(dim: int, num_segments: int, *, at_least: int = 1) -> None:
 
 
 def check_temperature(temperature: float | jax.Array) -> None:
-    """Raises ValueError for a Python number that is not positive and finite."""
-    if isinstance(temperature, (int, float)) and not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature: expected a positive finite number, got {temperature}")
+    """Raises ValueError for an array, and for a known number that is not positive and finite."""
+    check_positive(temperature, "temperature")
+
+
+def check_positive(value: float | jax.Array, name: str) -> None:
+    """Raises ValueError for an array, and for a known number that is not positive and finite.
+
+    The value of a JAX array is not read, since it may be traced.
+    """
+    known = isinstance(value, (int, float, np.generic))
+    if jnp.ndim(value) or (known and not 0 < value < float("inf")):
+        raise ValueError(f"{name}: expected a positive finite number, got {value}")
 
 
 def segment_probabilities(
@@ -167,20 +181,28 @@ def clamp(p: jax.Array) -> jax.Array:
     return jnp.where(p >= MIN_PROBABILITY, p, jnp.asarray(MIN_PROBABILITY, p.dtype))
 
 
-def center_of(logits_a: jax.Array, logits_b: jax.Array, axis_name: AxisName | None) -> jax.Array:
+def center_of(
+    logits_a: jax.Array,
+    logits_b: jax.Array,
+    axis_name: AxisName | None,
+    product_dtype: Any = jnp.float32,
+) -> jax.Array:
     """Returns c: 1 if all segments of the global batch are nearly uniform, else 0.
 
     Args:
       logits_a: Logits of the first view, [local batch, num_segments, units], by `unit_logits`.
       logits_b: Logits of the second view.
       axis_name: Axis, or axes, over which the batch is split.
+      product_dtype: Dtype of the ratios in matrix products.
 
     Returns:
       A scalar of the logits' dtype, the same on every device.
     """
     least = jax.lax.stop_gradient(jnp.minimum(jnp.min(logits_a), jnp.min(logits_b)))
     spread = -least if axis_name is None else jax.lax.pmax(-least, axis_name)
-    return (spread < _NEARLY_UNIFORM).astype(logits_a.dtype)
+    few_digits = product_dtype == jnp.bfloat16
+    limit = _NEARLY_UNIFORM_BFLOAT16 if few_digits else _NEARLY_UNIFORM
+    return (spread < limit).astype(logits_a.dtype)
 
 
 def unit_ratios(logits: jax.Array, center: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,7 +1,6 @@
 """The total coding rate, the objective of EMP-SSL."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from music_jax.objectives.global_batch import (
     global_sum,
     over_global_batch,
 )
+from music_jax.objectives.probabilities import check_positive
 
 # Least squared norm, below which an embedding counts as zero: PyTorch's 1e-12 for the norm.
 _LEAST_SQUARE = 1e-24
@@ -68,10 +68,7 @@ def tcr_loss(
       <https://arxiv.org/abs/2304.03977>`_, 2023
     """
     check_pair(embeddings_a, embeddings_b)
-    if isinstance(epsilon_squared, (int, float)) and not 0 < epsilon_squared < math.inf:
-        raise ValueError(
-            f"epsilon_squared: expected a positive finite number, got {epsilon_squared}"
-        )
+    check_positive(epsilon_squared, "epsilon_squared")
     dtype = accumulation_dtype(embeddings_a.dtype)
     options = [jnp.asarray(x, dtype) for x in (similarity_weight, epsilon_squared)]
     return over_global_batch(_tcr, embeddings_a, embeddings_b, *options, axis_name=axis_name)

@@ -1,1 +1,1 @@
-"""Estimates the cost of a training step on chips that are not at hand."""
+"""Estimates the cost of a training step on chips that you do not have."""

@@ -1,4 +1,4 @@
-"""`python -m music_jax.plan`: estimate what a training step costs on chips that are not at hand."""
+"""`python -m music_jax.plan`: estimate what a training step costs on chips that you do not have."""
 
 import json
 import multiprocessing
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from music_jax.plan.report import Plan
 
 _USAGE = """
-Compiles the training step of a config for TPU slices or GPUs that are not at hand and reports what
+Compiles the training step of a config for TPU slices or GPUs that you do not have and reports what
 it needs: memory, FLOPs, bytes, network, the bottleneck at the chips' published peaks, and from this
 an estimate of the time of a step, an epoch and the run. Needs libtpu (Linux on x86-64), for GPUs
 JAX's CUDA plugin, and for ResNet-50 some minutes of two cores and 3 GB of memory per topology.
@@ -57,7 +57,9 @@ def main() -> None:
     topologies = list(dict.fromkeys(named))
     check_compilers(topologies)
     output = pathlib.Path(flags.FLAGS.json).expanduser() if flags.FLAGS.json else None
-    if output and (output.is_dir() or not os.access(output.parent, os.W_OK)):
+    if output and (
+        output.is_dir() or not os.access(output if output.exists() else output.parent, os.W_OK)
+    ):
         raise UserError(f"--json={output} cannot be written; name a file in an existing directory")
 
     from music_jax.config import validate
@@ -72,8 +74,11 @@ def main() -> None:
     if not dataset.mean:  # The cost does not depend on the statistics.
         dataset.mean, dataset.std = (0.5,) * dataset.num_channels, (0.3,) * dataset.num_channels
     from music_jax.distributed import progress
+    from music_jax.distributed.mesh import use_deterministic_gpu_operations
     from music_jax.plan import report
 
+    if flags.FLAGS.config.deterministic:
+        use_deterministic_gpu_operations()  # in the processes that compile, as in training
     plans = _make_plans(flags.FLAGS.config, topologies)
     progress.say_lines(f"\n{report.table(plans)}\n\n{report.notes(plans)}")
     if output:
@@ -90,7 +95,7 @@ def _num_images(config: config_dict.ConfigDict) -> int:
         return len(datasets.training_source(config))
     except UserError as error:
         raise UserError(
-            f"cannot count the training images: {error}; --num-images=N gives their number"
+            f"cannot count the training images: {error}; --num_images=N gives their number"
         ) from error
 
 
@@ -101,9 +106,14 @@ def _make_plans(config: config_dict.ConfigDict, topologies: list[str]) -> list["
     from music_jax.workdir.run_config import as_json
 
     options: Any = flags.FLAGS
-    num_images = options["num-images"].value or _num_images(config)
-    find_batch_size = options["find-batch-size"].value
-    decode_rate = options["decode-rate"].value / (1 + _LOCAL_VIEW_COST * config.local_views.count)
+    num_images = options.num_images or _num_images(config)
+    if config.batch_size > num_images:
+        raise UserError(
+            f"config.batch_size = {config.batch_size} is larger than the number of images, "
+            f"{num_images}; take at most {num_images}"
+        )
+    find_batch_size = options.find_batch_size
+    decode_rate = options.decode_rate / (1 + _LOCAL_VIEW_COST * config.local_views.count)
 
     def input_bytes(cost: "StepCost") -> int:
         rows = cost.batch_size // cost.processes
@@ -133,7 +143,7 @@ def _make_plans(config: config_dict.ConfigDict, topologies: list[str]) -> list["
                     )
                     for done in ended:
                         seconds = done.result()[0].compile_seconds
-                        progress.say(f"{running[done]}: took {seconds:.0f} s to compile")
+                        progress.say(f"{running[done]}: compiled in {seconds:.0f} s, now or before")
                     bar.update(len(ended))  # of 0 shows the time that has passed
     except BrokenProcessPool as error:
         raise UserError(
@@ -167,22 +177,22 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("json", None, "JSON file to write, a list with one object per topology.")
     flags.DEFINE_boolean(
-        "find-batch-size",
+        "find_batch_size",
         False,
         "Whether to find the largest batch that fits, to within 3 %: five to ten compilations.",
     )
     flags.DEFINE_integer(
-        "num-images",
+        "num_images",
         None,
         "Number of images of the training split, if the dataset is not prepared here.",
         lower_bound=1,
     )
     flags.DEFINE_float(
-        "decode-rate",
+        "decode_rate",
         _DECODE_RATE,
-        "Images that a core of the host decodes and crops twice in a second; measured by "
-        "tests/benchmarks/input.py, by default on a cloud machine with JPEGs of 500 x 375 pixels. "
-        "The time of local views is added.",
+        "Images per second that a core of the host decodes and cuts into two crops. Measure yours "
+        "with tests/benchmarks/input.py, without local views, whose time is added; the default is "
+        "for JPEGs of 500 x 375 pixels on a cloud machine.",
         lower_bound=1.0,
     )
     flags.DEFINE_integer(

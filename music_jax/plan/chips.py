@@ -39,9 +39,18 @@ class Gpu:
 
     @property
     def usable_bytes(self) -> float:
-        """Memory that JAX takes, by default or by XLA_PYTHON_CLIENT_MEM_FRACTION."""
+        """Memory that JAX takes, by default or by XLA_PYTHON_CLIENT_MEM_FRACTION.
+
+        Raises:
+          UserError: That variable is not a number.
+        """
         share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or _JAX_SHARE
-        return self.memory_bytes * float(share)
+        try:
+            return self.memory_bytes * float(share)
+        except ValueError as error:
+            raise UserError(
+                f"XLA_PYTHON_CLIENT_MEM_FRACTION={share}: expected a share such as 0.9"
+            ) from error
 
     def target(self, bytes_per_second: float) -> str:
         """Returns XLA's `GpuTargetConfigProto` as text."""

@@ -1,4 +1,4 @@
-"""Compiles the real training step for chips that are not at hand and reads its costs from XLA.
+"""Compiles the real training step for chips that you do not have and reads its costs from XLA.
 
 libtpu compiles for TPUs and JAX's CUDA plugin for GPUs, as on the machines with the chips. Each
 topology has a process of its own, which needs `ENVIRONMENT` in its environment.

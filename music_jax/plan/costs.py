@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import pathlib
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ from music_jax.workdir.files import write_new
 _logger = logging.getLogger(__name__)
 
 _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt", "jax-cuda12-pjrt")
+_SETTINGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 @dataclasses.dataclass
@@ -79,10 +81,11 @@ def cached(key: str, compute: Callable[[], StepCost]) -> StepCost:
 
 
 def cache_key(program: str, chips: str) -> str:
-    """Returns a hash of all that costs depend on: program, chips, compilers, and this package."""
+    """Returns a hash of all that costs depend on: program, chips, compilers and their settings."""
     installed = importlib.metadata.distributions()
     compilers = sorted(f"{d.name}={d.version}" for d in installed if d.name in _COMPILERS)
     names = ("chips", "compiling", "costs", "programs")
     own = [pathlib.Path(__file__).parent / f"{name}.py" for name in names]
-    parts = [program, chips, *compilers, *(path.read_text() for path in own)]
+    settings = [f"{name}={os.environ.get(name)}" for name in _SETTINGS]
+    parts = [program, chips, *compilers, *settings, *(path.read_text() for path in own)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -195,7 +195,7 @@ def notes(plans: Sequence[Plan]) -> str:
     lines = [
         f"{_name(plan)}: batch {plan['batch_size']} does not fit: needs "
         f"{_gb(plan['hbm_needed_bytes'])} of {_gb(plan['hbm_available_bytes'])}; take more chips, "
-        "a smaller batch_size (--find-batch-size finds the largest), backbone.remat=true or "
+        "a smaller batch_size (--find_batch_size finds the largest), backbone.remat=true or "
         "accumulation_steps=2"
         for plan in plans
         if not plan["fits"]

@@ -22,7 +22,7 @@ from etils import epath
 
 from music_jax.distributed.progress import escape_surrogates
 from music_jax.errors import MusicError, UserError, one_line
-from music_jax.evaluation.run import load_run
+from music_jax.evaluation.run import config_of_run, load_run
 from music_jax.report import comparison, in_page, learned, measures, tables
 from music_jax.report.reading import RecordedRun, as_text, count_texts, read_workdirs
 from music_jax.version import __version__
@@ -120,7 +120,12 @@ def measure_run(
       num_images: Number of images to show and measure.
       overrides: Config fields, by dotted name, that replace those of the run.
       network_bytes: Largest size of a network in the page, before it is encoded as text.
+
+    Raises:
+      UserError: An override is wrong.
     """
+    if overrides:
+        config_of_run(recorded.path, overrides)
     try:
         run = load_run(str(recorded.path), read_only=True, overrides=overrides)
         sample = measures.sample_images(run, num_images)

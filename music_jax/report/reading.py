@@ -81,7 +81,8 @@ class RecordedRun:
         for record in reversed(self.metrics):
             epoch = record.get("epoch")
             if epochs and isinstance(epoch, float) and epoch > 0:
-                return max(round(record["step"] / epoch * epochs), record["step"])
+                steps = record["step"] / epoch * epochs
+                return max(round(steps), record["step"]) if math.isfinite(steps) else None
         return None
 
 

@@ -121,7 +121,12 @@ def points(run: RecordedRun, curves: list[Curve]) -> dict[str, list[Any]]:
 
     # In the order of the charts: names from a file could be special keys.
     values = [
-        [None if v is None else float(f"{curve.scale * v:.6g}") for v in logged(curve.name)]
+        [
+            None
+            if v is None or not math.isfinite(curve.scale * v)
+            else float(f"{curve.scale * v:.6g}")
+            for v in logged(curve.name)
+        ]
         for curve in curves
     ]
     return {"step": logged("step"), "epoch": logged("epoch"), "values": values}
@@ -344,7 +349,9 @@ def event_details(event: dict[str, Any]) -> str:
     return "; ".join(
         f"{as_text(key, 40)} {_detail(value)}"
         for key, value in event.items()
-        if key not in ("time", "event", "step") and value not in (None, [], {}, False)
+        if key not in ("time", "event", "step")
+        and value is not False
+        and value not in (None, [], {})
     )
 
 

@@ -13,7 +13,7 @@ from ml_collections import config_dict
 
 from music_jax.checkpoint.manager import Checkpoints
 from music_jax.distributed.mesh import BATCH_AXES, from_main_process, is_main_process
-from music_jax.errors import CorruptedError, DivergedError, UserError
+from music_jax.errors import CorruptedError, DivergedError, MusicError, UserError
 from music_jax.train.guards import FIRST_COLLAPSE, REASONS, GuardState, Metrics
 from music_jax.train.input import TrainingInput
 from music_jax.train.recipe import Crops
@@ -276,7 +276,10 @@ class Recovery:
             path.parent.mkdir(parents=True, exist_ok=True)
             with new_file(path) as file:
                 np.savez(file, **arrays)
-        except OSError as error:  # the batch is useful, but must not cause another failure
+        except (
+            OSError,
+            MusicError,
+        ) as error:  # the batch is useful, but must not cause another failure
             return f"its batch could not be saved ({error})"
         return f"its batch is saved in {path}"
 

@@ -236,7 +236,9 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: Stop) -> TrainSt
             wrong = wrong or run.checked_step.replicas(step, state, saving=saving)
             if wrong:
                 raise TrainingFailure(step, step, wrong, corrupted=True)
-            due = step % config.log_every_steps == 0 or step == start_step + 1 or saving
+            scheduled = last or step == 1 or step % config.log_every_steps == 0
+            scheduled |= step % config.checkpoint.every_steps == 0
+            due = scheduled or step == start_step + 1 or stopping
             measuring = run.online is not None and step % config.online.every_steps == 0
             if due or measuring:
                 # The guards' state covers every step since it was last read.
@@ -244,7 +246,8 @@ def _train(run: _Run, state: TrainState, start_step: int, stop: Stop) -> TrainSt
                     raise failure
                 if metrics is not None:
                     scalars = {name: float(value) for name, value in metrics.items()}
-                    if run.probe:
+                    # Lines that an uninterrupted run lacks leave the probe's counts alone.
+                    if run.probe and (scheduled or measuring):
                         scalars |= run.probe.metrics()
                     if run.online and measuring:
                         scalars |= run.online(state.params, state.batch_stats)

@@ -26,7 +26,7 @@ from music_jax.objectives import (
     vicreg_loss,
 )
 from music_jax.optim import lars, matrices_only, warmup_cosine
-from music_jax.registry import BACKBONES, OBJECTIVES, OPTIMIZERS
+from music_jax.registry import BACKBONES, OBJECTIVES, OPTIMIZERS, RegisteredObjective
 from music_jax.train.guards import Metrics, Objective, RandomObjective, embedding_statistics
 
 _OBJECTIVE_STREAM = 3  # separates the objectives' randomness from the augmentations'
@@ -119,8 +119,11 @@ def _shared_recipe(config_json: str, steps_per_epoch: int, parts: tuple[Any, ...
     objective = make_objective(config.objective)
     if not isinstance(objective, RandomObjective):
         objective = functools.partial(objective)  # hashable in any case
+    network = make_network(config)
+    if isinstance(make_objective, RegisteredObjective):
+        _check_result(config, objective, network.num_embedding)
     return Recipe(
-        network=make_network(config),
+        network=network,
         objective=objective,
         statistics=functools.partial(
             embedding_statistics,
@@ -140,6 +143,24 @@ def _shared_recipe(config_json: str, steps_per_epoch: int, parts: tuple[Any, ...
         dtype=jnp.dtype(config.compute_dtype),
         accumulation_steps=config.accumulation_steps,
     )
+
+
+def _check_result(config: config_dict.ConfigDict, objective: Objective, dim: int) -> None:
+    """Raises UserError unless a registered objective returns a loss and scalars."""
+    view = jax.ShapeDtypeStruct((config.batch_size, dim), jnp.dtype(config.compute_dtype))
+    found = jax.eval_shape(objective, view, view)
+    is_pair = isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict)
+    scalars = jax.tree.leaves(found)
+    if not (
+        is_pair
+        and getattr(found[0], "shape", None) == ()
+        and jnp.issubdtype(found[0].dtype, jnp.floating)
+        and all(x.shape == () for x in scalars)
+    ):
+        raise UserError(
+            f"objective {config.objective.name!r} must return a pair: the loss, a floating scalar, "
+            f"and a dictionary of scalars to log; got {found}"
+        )
 
 
 def _scale_backbone(

@@ -28,8 +28,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from music_jax.distributed.signals import end_with_parent
-
 ROOT = pathlib.Path(__file__).parents[2]
 # Limits of the parts in seconds, in all 470. What a part leaves over is added to the next.
 PARTS = {"loss": 130, "step": 110, "torch_step": 90, "operations": 70, "deterministic": 70}
@@ -258,11 +256,16 @@ def run_part(part: str, small: bool, limit: float, write: Callable[[Row], None])
     timer = threading.Timer(max(limit, 0), end)
     timer.start()
     assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("{"):
-            write(json.loads(line))
-    code = process.wait()
-    timer.cancel()
+    try:
+        for line in process.stdout:
+            if line.startswith("{"):
+                write(json.loads(line))
+        code = process.wait()
+    except BaseException:  # Ctrl-C or SIGTERM, which do not reach the part's session
+        end()
+        raise
+    finally:
+        timer.cancel()
     if expired.is_set():
         return f"not finished within its {limit:.0f} s"
     return f"exit code {code}" if code else None
@@ -277,10 +280,10 @@ def main() -> None:
     parser.add_argument("--part", choices=ROWS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.part:
-        end_with_parent()
         for row in ROWS[given.part](given.small):
             print(json.dumps(row), flush=True)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began = time.monotonic()
     found: dict[str, Any] = {"small": given.small, "parts": {}}
 

@@ -277,12 +277,14 @@ def test_a_process_that_waits_for_the_others_reports_it():
         (("host:1", 2, None), "go together: give all three"),
         ((None, None, 0), "go together: give all three"),
         ((None, 2, 0), "go together: give all three"),
-        (("host", 2, 0), "--coordinator_address must be HOST:PORT; got 'host'"),
-        (("host:port", 2, 0), "--coordinator_address must be HOST:PORT; got 'host:port'"),
+        (("host", 2, 0), "--coordinator_address must be HOST:PORT, .* got 'host'"),
+        (("host:port", 2, 0), "--coordinator_address must be HOST:PORT, .* got 'host:port'"),
+        (("host:0", 2, 0), "with a port up to 65535; got 'host:0'"),
+        (("host:65536", 2, 0), "with a port up to 65535; got 'host:65536'"),
         (("host:1", 2, 2), r"--process_id must be in \[0, num_processes = 2\); got 2"),
         (("host:1", 2, -1), r"--process_id must be in .*; got -1"),
         (("host:1", 1, 1), r"--process_id must be in .*; got 1"),
-        (("host:1", 0, 0), r"--process_id must be in .*; got 0"),
+        (("host:1", 0, 0), "--num_processes must be at least 1; got 0"),
     ],
 )
 def test_flags_that_do_not_name_a_process_are_refused(flags, message):

@@ -330,6 +330,23 @@ def test_results_of_changed_images_are_recomputed(tmp_path, monkeypatch):
     del figures["images_fingerprint"]  # as of an older version
     (tmp_path / "retrieval.json").write_text(json.dumps(figures))
     assert measure_and_count() == 3
+    config.compute_dtype = "bfloat16"
+    assert [measure_and_count(), measure_and_count()] == [4, 4]
+
+
+def test_results_of_another_run_are_recomputed(tmp_path, monkeypatch):
+    """Both have the same seed, step and images, as imported weights do, and one output."""
+    config = small_config()
+    config.evaluation.test = _folder(tmp_path / "test")
+    config.dataset.path = _folder(tmp_path / "train")
+    sources = datasets.evaluation_sources(config, datasets.training_source(config))
+    run = _run(tmp_path, config, sources, sources.test)
+    protocol = PROTOCOLS["retrieval"]._replace(measure=lambda run: {"map": float(run.params["w"])})
+    monkeypatch.setitem(PROTOCOLS, "retrieval", protocol)
+    monkeypatch.setattr(Run, "count_unlabeled", lambda *_: {})
+    for value in (0.5, 0.25, 0.25):
+        other = dataclasses.replace(run, params={"w": np.float32(value)})
+        assert run_protocols(other, ["retrieval"])["retrieval"]["map"] == value
 
 
 def test_images_without_labels_are_not_evaluated_unless_they_are_named(tmp_path, capsys):

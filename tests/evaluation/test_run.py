@@ -53,7 +53,7 @@ def test_cached_labels_depend_on_the_class_names(tmp_path):
 def test_cached_features_depend_on_the_images_not_on_the_spelling_of_the_folder(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(Run, "_weights", 0)
+    monkeypatch.setattr(Run, "weights_checksum", 0)
     folder = tmp_path / "photos"
     _folder(folder)
     run = _run(tmp_path, None)

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from music_jax.objectives import (
@@ -100,13 +101,22 @@ def test_the_objective_requires_two_segments(function):
         function(jnp.ones((2, 4)), jnp.ones((2, 4)), num_segments=1)
 
 
-@pytest.mark.parametrize("temperature", [0, 0.0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("temperature", [0, -1.0, float("inf"), float("nan"), np.float32(0)])
 @pytest.mark.parametrize(
     "function", [*SEGMENTED[1:], lambda z, num_segments, **options: discrete_loss(z, z, **options)]
 )
 def test_the_temperature_must_be_positive(function, temperature):
     with pytest.raises(ValueError, match=f"temperature: expected .*, got {temperature}"):
         function(jnp.ones((2, 4)), num_segments=2, temperature=temperature)
+
+
+def test_the_temperature_and_the_number_of_segments_are_scalars():
+    z = jnp.ones((2, 4))
+    with pytest.raises(ValueError, match="temperature: expected a positive finite number"):
+        music_loss(z, z, num_segments=2, temperature=jnp.ones(2))
+    with pytest.raises(ValueError, match="num_segments: expected an int"):
+        music_loss(z, z, num_segments=np.array(2))
+    assert float(music_loss(z, z, num_segments=np.int64(2), temperature=jnp.ones(()))) < 0
 
 
 @pytest.mark.parametrize("loss", [barlow_twins_loss, vicreg_loss, simclr_loss])
@@ -134,7 +144,7 @@ def test_the_options_of_sigreg(options, message):
         sigreg_loss(z, z, **({"key": jax.random.key(0)} | options))
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan"), np.float32(0)])
 def test_the_distortion_of_the_coding_rate_must_be_positive(value):
     z = jnp.ones((2, 4))
     with pytest.raises(ValueError, match=f"epsilon_squared: expected a positive .*, got {value}"):

@@ -78,6 +78,16 @@ def in_shard_map(model, weights, images, devices, check_vma=True):
     return jax.jit(jax.value_and_grad(mapped))(weights, images)
 
 
+def inside_shard_map(model, weights, images, devices):
+    mapped = jax.shard_map(
+        jax.value_and_grad(functools.partial(model, axis_name="data")),
+        mesh=make_mesh((devices,)),
+        in_specs=(P(), P("data")),
+        out_specs=P(),
+    )
+    return jax.jit(mapped)(weights, images)
+
+
 def in_pmap(model, weights, images, devices):
     def step(weights, images):
         loss, gradient = jax.value_and_grad(model)(weights, images, axis_name="data")
@@ -93,6 +103,7 @@ def in_pmap(model, weights, images, devices):
 WAYS = {
     "jit": under_jit,
     "shard_map": in_shard_map,
+    "gradient inside shard_map": inside_shard_map,
     "shard_map unchecked": functools.partial(in_shard_map, check_vma=False),
     "pmap": in_pmap,
 }

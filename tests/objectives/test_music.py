@@ -64,6 +64,24 @@ def test_the_float32_gradient_is_accurate_near_the_uniform_distribution(spread):
         assert relative_error(found, expected) < (3e-6 if spread < 1 / 32 else 2e-5)
 
 
+@pytest.mark.parametrize("spread", [0.01, 0.04, 0.2, 0.3])
+def test_products_in_bfloat16_are_accurate_near_the_uniform_distribution(spread):
+    """Where K p rounded to bfloat16 has one or two of the digits by which it differs from 1."""
+    rng = np.random.default_rng(0)
+    za, zb = jnp.asarray(spread * rng.uniform(size=(2, 64, 64)), jnp.float32)
+
+    def term(za, zb, product_dtype):
+        options = {"num_segments": 4, "product_dtype": product_dtype}
+        return music_terms(za, zb, **options).cross_segment
+
+    step = jax.value_and_grad(term, (0, 1))
+    value, gradients = step(za, zb, jnp.bfloat16)
+    exact_value, exact = step(za, zb, jnp.float32)
+    for found, expected in zip(gradients, exact, strict=True):
+        assert relative_error(found, expected) < 0.01
+    assert abs(value - exact_value) < 2e-6
+
+
 def test_each_weight_multiplies_its_term():
     za, zb, options = case_arguments("02", "float32")
     terms = music_terms(za, zb, **options)
@@ -74,6 +92,21 @@ def test_each_weight_multiplies_its_term():
     for name, term in zip(weights, terms, strict=True):
         alone = loss(**(dict.fromkeys(weights, 0.0) | {name: 1.0}))
         np.testing.assert_allclose(alone, term, rtol=1e-6)
+
+
+def test_float8_embeddings_have_products_in_float32():
+    za, zb, options = case_arguments("02", "float32")
+    narrow = [z.astype(jnp.float8_e4m3fn) for z in (za, zb)]
+    expected = music_loss(*(z.astype(jnp.float32) for z in narrow), **options)
+    np.testing.assert_allclose(music_loss(*narrow, **options), expected, rtol=1e-6)
+
+
+def test_float64_arrays_of_numpy_are_float32_without_x64():
+    za, zb, options = case_arguments("02", "float32")
+    wide = [np.asarray(z, np.float64) for z in (za, zb)]
+    loss, gradient = jax.value_and_grad(functools.partial(music_loss, **options))(*wide)
+    assert (loss.dtype, gradient.dtype) == (jnp.float32, jnp.float32)
+    np.testing.assert_allclose(loss, music_loss(za, zb, **options), rtol=1e-6)
 
 
 def test_bfloat16_embeddings_give_a_float32_loss_and_an_accurate_gradient():

@@ -21,7 +21,7 @@ def four_chips():
 
 @pytest.fixture(autouse=True)
 def _nothing_is_remembered(tmp_path, monkeypatch):
-    """Nor by JAX's own cache, from which no program for chips that are not at hand can be read."""
+    """Nor by JAX's own cache, from which no program for chips that you do not have can be read."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     jax.config.update("jax_enable_compilation_cache", False)
     yield

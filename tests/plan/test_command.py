@@ -34,7 +34,7 @@ def test_an_unknown_topology_is_an_error_of_one_line():
 @pytest.mark.slow
 def test_an_invalid_topology_is_reported_before_the_others_are_compiled():
     code, out, err = processes.run(
-        "music_jax.plan", *_DIGITS, "--num-images=1437", "--topology=v5e:2x2,v5e:3x5"
+        "music_jax.plan", *_DIGITS, "--num_images=1437", "--topology=v5e:2x2,v5e:3x5"
     )
     assert code == 2
     assert err.count("\n") == 1
@@ -66,7 +66,7 @@ def test_a_missing_compiler_is_an_error_with_the_install_command(hidden, topolog
 
 @pytest.mark.slow
 def test_an_interrupted_plan_ends_at_once_with_all_its_processes():
-    plan = processes.start("music_jax.plan", *_DIGITS, "--topology=v5e:2x2", "--num-images=1437")
+    plan = processes.start("music_jax.plan", *_DIGITS, "--topology=v5e:2x2", "--num_images=1437")
     assert "compiling" in plan.stdout.readline()
     children = psutil.Process(plan.pid).children(recursive=True)
     plan.send_signal(signal.SIGINT)
@@ -106,20 +106,27 @@ def test_the_images_of_a_folder_are_counted_there(tmp_path):
     config.dataset.path = str(tmp_path)
     assert command._num_images(config) == 3
     config.dataset.path = str(tmp_path / "gone")
-    with pytest.raises(UserError, match=r"gone.*--num-images=N"):
+    with pytest.raises(UserError, match=r"gone.*--num_images=N"):
         command._num_images(config)
 
 
 def test_the_number_of_images_is_required_for_an_unprepared_dataset(tmp_path):
     config = runpy.run_path(str(processes.ROOT / "configs" / "digits.py"))["get_config"]()
     config.dataset.data_dir = str(tmp_path)
-    with pytest.raises(UserError, match=r"dataset 'digits' was not prepared.*--num-images=N"):
+    with pytest.raises(UserError, match=r"dataset 'digits' was not prepared.*--num_images=N"):
         command._num_images(config)
+
+
+def test_a_batch_larger_than_the_dataset_is_an_error_as_in_training():
+    arguments = ("--num_images=60", "--topology=v5e:1x1")
+    code, _, err = processes.run("music_jax.plan", *_DIGITS, *arguments)
+    assert code == 2
+    assert "config.batch_size = 64 is larger than the number of images, 60" in err
 
 
 def test_a_config_without_images_is_an_error_that_names_the_flags():
     config = runpy.run_path(str(processes.ROOT / "configs" / "folder.py"))["get_config"]()
-    with pytest.raises(UserError, match=r"--config\.dataset\.path=.*--num-images=N"):
+    with pytest.raises(UserError, match=r"--config\.dataset\.path=.*--num_images=N"):
         command._num_images(config)
 
 
@@ -131,7 +138,7 @@ def test_a_small_config_is_planned_from_start_to_end(tmp_path):
         *_DIGITS,
         "--topology=v5e:2x2",
         f"--json={file}",
-        "--num-images=1437",
+        "--num_images=1437",
     )
     assert code == 0, err
     assert _ONLY_PROGRESS.fullmatch(err)
@@ -155,7 +162,7 @@ def test_little_crosses_the_network_between_two_slices(tmp_path):
         "--topology=v5e:2x2",
         "--slices=2",
         f"--json={file}",
-        "--num-images=1437",
+        "--num_images=1437",
     )
     assert code == 0, err
     assert _ONLY_PROGRESS.fullmatch(err)
@@ -186,7 +193,7 @@ def test_a_small_config_is_planned_for_gpus_that_are_not_there(tmp_path):
         "--config.batch_size=64",
         "--topology=h100:4",
         f"--json={file}",
-        "--num-images=1437",
+        "--num_images=1437",
     )
     assert code == 0, err
     assert _ONLY_PROGRESS.fullmatch(err)

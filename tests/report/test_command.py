@@ -64,6 +64,7 @@ def test_runs_with_and_without_images_and_segments(tmp_path):
         (("--workdir={tmp}",), "holds no run"),
         (("--workdir={tmp}/run", "--output={tmp}"), "is a directory; name a file in it"),
         (("--workdir={tmp}/run", "--protocols=knn"), "protocols"),
+        (("--workdir={tmp}/run", "--config.seed=5"), "config.seed cannot change after training"),
     ],
 )
 def test_wrong_input_gives_exit_code_2_and_one_line(arguments, message, tmp_path):

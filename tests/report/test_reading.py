@@ -32,7 +32,24 @@ def test_damaged_lines_are_excluded_and_counted(tmp_path):
         assert part in notes
     points = tables.points(run, tables.curves([run]))
     assert points["values"][0][-1] is None
+    assert run.num_steps is not None
     json.dumps([points, tables.event_details(run.events[0])], allow_nan=False)
+
+
+def test_numbers_beyond_the_largest_are_left_out(tmp_path):
+    path = write_workdir(tmp_path / "run", logged=1)
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "online_knn": 1e307, "epoch": 1e-308}\n')
+    (run,) = read_workdirs([str(path)])
+    points = tables.points(run, tables.curves([run]))
+    assert 1e307 in [record.get("online_knn") for record in run.metrics]
+    json.dumps(points, allow_nan=False)
+    assert run.num_steps is None
+
+
+def test_an_event_shows_a_value_of_0():
+    details = tables.event_details({"event": "rewind", "to_step": 0, "loss": 0.0, "again": False})
+    assert details == "to_step 0; loss 0"
 
 
 def test_predictions_of_another_probe_are_ignored(tmp_path):

@@ -1,5 +1,6 @@
 """The online probe: its step against SGD by hand, and a training that does not depend on it."""
 
+import shutil
 import types
 
 import jax
@@ -20,6 +21,11 @@ from music_jax.errors import UserError
 from music_jax.train.online_probe import _init_probe, _probe_step, make_online_probe
 
 _PROBE = ("--config.online_probe.enabled=True", "--config.online_probe.batch_size=100")
+_SELDOM = (*_PROBE, "--config.log_every_steps=11")
+
+
+def _logged(workdir):
+    return {x["step"]: x["online_top1"] for x in metrics(workdir) if "online_top1" in x}
 
 
 def test_a_step_is_sgd_with_momentum_on_standardized_features():
@@ -143,6 +149,7 @@ def test_the_backbone_is_the_same_bit_for_bit_with_the_probe_and_without(tmp_pat
         "without": ((),),
         "with": (_PROBE,),
         "others": ((*_PROBE, "--config.online_probe.train=mnist5k:train[:500]"),),
+        "seldom": (_SELDOM,),
     }
     for name, calls in runs.items():
         for more in calls:
@@ -159,13 +166,13 @@ def test_the_backbone_is_the_same_bit_for_bit_with_the_probe_and_without(tmp_pat
         assert np.mean(logged[-5:]) > max(0.2, np.mean(logged[:5]))
     assert "online_top1" not in metrics(tmp_path / "without")[-1]
 
-    # As if it had been stopped after step 20.
-    import shutil
-
-    shutil.rmtree(tmp_path / "with" / "checkpoints" / "22")
-    (tmp_path / "with" / "linear_eval.json").unlink()
-    before = metrics(tmp_path / "with")
-    code, _, err = run("music_jax.main", *common, *_PROBE, f"--workdir={tmp_path / 'with'}")
-    assert code == 0, err
-    after = metrics(tmp_path / "with")
-    assert [line["online_top1"] for line in after] == [line["online_top1"] for line in before]
+    # As if they had been stopped after step 20. Another line is logged after they resume.
+    for name, more in (("with", _PROBE), ("seldom", _SELDOM)):
+        workdir = tmp_path / name
+        shutil.rmtree(workdir / "checkpoints" / "22")
+        (workdir / "linear_eval.json").unlink()
+        before = _logged(workdir)
+        code, _, err = run("music_jax.main", *common, *more, f"--workdir={workdir}")
+        assert code == 0, err
+        assert _logged(workdir) == before
+    assert 21 in [line["step"] for line in metrics(tmp_path / "seldom")]
