@@ -29,7 +29,7 @@ def test_figures_of_the_readme_are_among_the_measurements():
     table = _read("README.md").partition("## Results")[2].partition("[All")[0]
     values = [cell.strip() for row in table.splitlines()[4:] for cell in row.split("|")[2:4]]
     measured = _read("docs/measured.md")
-    assert len(values) >= 12
+    assert len(values) >= 10
     for value in values:
         number = re.escape(value.split()[0])  # without its unit
         assert re.search(rf"(?<![\d.]){number}(?!\d)", measured), value
@@ -58,7 +58,9 @@ def test_workflows_pin_their_actions_and_may_only_read(path):
 
 def test_ci_runs_what_must_pass():
     (job,) = yaml.safe_load(_read(".github/workflows/ci.yml"))["jobs"].values()
-    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    runs = [step["run"] for step in job["steps"] if "run" in step]
+    assert runs == [runs[0], ".ci/run"]
+    assert runs[0].startswith("git config ")  # the container is not the owner of the checkout
     build = yaml.safe_load(_read(".github/workflows/docs.yml"))["jobs"]["build"]
     command = re.search(r"sphinx.*docs$", _read(".ci/run"), re.MULTILINE)[0]
     assert command in "".join(step.get("run", "") for step in build["steps"])

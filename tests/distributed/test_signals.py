@@ -128,7 +128,7 @@ def test_the_two_signals_of_a_closed_terminal_count_once():
         out = process.stdout.read()  # communicate would lose what readline has read ahead
     assert (process.returncode, out) == (
         75,
-        "saved at the last step; run the same command to finish\n",
+        "saved at the last step; rerun the command to finish\n",
     )
 
 
@@ -182,7 +182,7 @@ def test_a_signal_too_late_for_the_loop_still_stops():
     process.terminate()
     code, out, _ = end(process)
     assert code == 75
-    assert out == "saving\nsaved at the last step; run the same command to finish\n"
+    assert out == "saving\nsaved at the last step; rerun the command to finish\n"
 
 
 def test_a_second_signal_ends_code_outside_python():

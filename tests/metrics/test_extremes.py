@@ -186,7 +186,7 @@ def test_constant_codes_give_one_cluster():
     alike = np.full((9, 4, 3), 1 / 3, np.float32)
     clusters = joint_clusters(alike, num_clusters=3)
     assert len(set(clusters)) == 1
-    np.testing.assert_array_equal(agreement_between_segments(alike.argmax(axis=2)), np.ones(4))
+    np.testing.assert_array_equal(agreement_between_segments(alike.argmax(axis=2)), np.zeros(4))
     two = np.asarray([[0, 0, 1], [1, 0, 0]])
     expected = [
         np.mean([normalized_mutual_info_score(two[:, i], two[:, j]) for j in range(3) if j != i])
