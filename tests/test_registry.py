@@ -278,6 +278,36 @@ def test_labels_as_an_attribute_save_reading_the_records():
     assert records.reads == 1  # whose channels are checked
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.uint64, np.int8, np.int64])
+@pytest.mark.parametrize("as_attribute", [True, False])
+def test_labels_may_be_of_any_type_of_integers(kind, as_attribute):
+    images, labels = np.zeros((4, 8, 8, 1), np.uint8), np.asarray([0, 2, 1, 0], kind)
+    records = _Images(images, None if as_attribute else list(labels))
+    if as_attribute:
+        records.labels = labels
+    source = _source(records)
+    assert (source.num_classes, source.labels().tolist()) == (3, [0, 2, 1, 0])
+
+
+@pytest.mark.parametrize("as_attribute", [True, False])
+def test_negative_labels_are_none_and_huge_ones_are_refused(as_attribute):
+    def source(labels):
+        images = np.zeros((len(labels), 8, 8, 1), np.uint8)
+        more = {"labels": np.asarray(labels)} if as_attribute else {"given": labels}
+        return _source(_Images(images, **more))
+
+    found = source([0, -999, 1, -2])
+    assert (found.num_classes, found.labels().tolist()) == (2, [0, -1, 1, -1])
+    with pytest.raises(UserError, match=f"has the label {2**40}; labels are the numbers of"):
+        source([0, 2**40])
+
+
+def test_class_names_may_be_numbers_or_none():
+    images = np.zeros((2, 8, 8, 1), np.uint8)
+    assert _source(_Images(images, [0, 1], class_names=[7, 8])).class_names == ("7", "8")
+    assert _source(_Images(images, [0, 1], class_names=None)).class_names == ()
+
+
 @pytest.mark.parametrize(
     ("labels", "names", "expected"),
     [

@@ -181,6 +181,8 @@ def _layout(tiff: Any, channels: int | None) -> tuple[tuple[int, ...], tuple[int
             raise UndecodableError(
                 "its pixels are not gray with black as 0, RGB or values of channels"
             )
+        if page.bitspersample == 1:  # which would be 0 and 1, nearly black
+            raise UndecodableError("its pixels have 1 bit; convert it to PNG")
         if page.compression not in _COMPRESSIONS:
             raise UndecodableError(f"its compression {page.compression} is not supported")
         if axes == "YX":

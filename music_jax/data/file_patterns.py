@@ -16,7 +16,8 @@ def expand(pattern: str) -> list[str]:
     """Returns the files that a pattern names.
 
     `{0000..0127}` stands for each number, with the zeros of the first, and `{a,b}` for each text.
-    `*`, `?`, `[` and `**` stand for what they match, in sorted order. Commands and addresses, which
+    `*`, `?`, `[` and `**` stand for what they match, in sorted order, unless there is a file of
+    this name. Commands and addresses, which
     WebDataset also takes, are not supported.
 
     Raises:
@@ -24,10 +25,11 @@ def expand(pattern: str) -> list[str]:
     """
     found: list[str] = []
     for name in _expand_braces(os.path.expanduser(pattern)):
-        files = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
+        is_pattern = glob.has_magic(name) and not os.path.isfile(name)
+        files = sorted(glob.glob(name, recursive=True)) if is_pattern else [name]
         if not files:
             raise UserError(f"no file matches {name!r}")
-        found += [file for file in files if not (glob.has_magic(name) and os.path.isdir(file))]
+        found += [file for file in files if not (is_pattern and os.path.isdir(file))]
     for file in found:
         if "\0" in file or not os.path.isfile(file):
             raise UserError(f"there is no file {file!r}")

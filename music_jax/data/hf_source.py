@@ -112,6 +112,12 @@ def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
     images = rows.select_columns([image_key])
     if isinstance(features[image_key], datasets.Image):
         images = images.cast_column(image_key, datasets.Image(decode=False))
+    first = images[0][image_key] if len(images) else None
+    if isinstance(first, dict) and not first.get("bytes") and "::" in str(first.get("path")):
+        raise UserError(
+            f"the images of {name} are in archives, which are not read ({first['path']:.200}); "
+            "unpack these and name the folder with --config.dataset.path="
+        )
     found = _labels(rows, dataset, name)
     files = [file["filename"] for file in rows.cache_files]
     content = [split, len(rows), str(features), found.class_names]
@@ -178,7 +184,7 @@ def _local(dataset: config_dict.ConfigDict) -> Any:
 
     root = pathlib.Path(_path(dataset)).absolute()
     files: dict[str, list[pathlib.Path]] = {}
-    for file in sorted(root.rglob("*.parquet")):
+    for file in sorted(file for file in root.rglob("*.parquet") if file.is_file()):
         files.setdefault(_split_of(file.relative_to(root)), []).append(file)
     if not files:
         raise UserError(

@@ -17,7 +17,8 @@ Label = int | np.ndarray  # a number, or int8 [classes]
 
 UNKNOWN, DAMAGED = -1, -2
 
-_MAX_CLASSES = 2**20  # larger numbers, such as hashes, are not those of classes
+MAX_CLASSES = 2**20  # larger numbers, such as hashes, are not those of classes
+_MAX_MATRIX_BYTES = 2**32  # of labels by class, an int8 for each image and class
 _FEW = 1000  # distinct values, which are classes however few images there are
 
 
@@ -119,7 +120,7 @@ def number_labels(values: Sequence[Any], what: str, names: Sequence[str] = ()) -
         reason = f"the labels in {what} are neither whole numbers nor texts, but {kind_names}"
     elif not found or (kinds != {str} and max(found) < 0):
         reason = f"none of the {len(values):,} images has a label in {what}"
-    elif kinds != {str} and max(found) >= _MAX_CLASSES:
+    elif kinds != {str} and max(found) >= MAX_CLASSES:
         reason = f"the largest label in {what}, {max(found)}, is not the number of a class"
     elif are_too_many(len(found), len(values)):
         reason = f"the {len(found):,} values in {what} are too many for classes of {len(values):,}"
@@ -138,12 +139,21 @@ def number_labels(values: Sequence[Any], what: str, names: Sequence[str] = ()) -
 
 def _number_lists(values: Sequence[Any], what: str, names: Sequence[str]) -> Labels:
     lists = [value for value in values if value is not None]
-    single = number_labels([item for value in lists for item in value], what, names)
+    items = [item for value in lists for item in value]
+    if any(isinstance(item, list) for item in items):
+        reason = f"the labels in {what} are lists of lists"
+        return Labels(np.full(len(values), -1, np.int32), 0, (), reason)
+    single = number_labels(items, what, names)
     if single.no_classes:
         return single._replace(labels=np.full(len(values), -1, np.int32))
     lengths = {len(value) for value in lists}
     is_by_class = not single.class_names and single.num_classes <= 2 and len(lengths) == 1
     num_classes = max(lengths) if is_by_class else single.num_classes
+    if len(values) * num_classes > _MAX_MATRIX_BYTES:
+        reason = (
+            f"labels of {num_classes:,} classes for {len(values):,} images take too much memory"
+        )
+        return Labels(np.full(len(values), -1, np.int32), 0, (), f"{reason} in {what}")
     names = single.class_names or tuple(map(str, range(num_classes)))
     labels = np.full((len(values), num_classes), UNKNOWN, np.int8)
     start = 0

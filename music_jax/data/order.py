@@ -64,4 +64,5 @@ def _shuffle_key(seed: int, epoch: int) -> int:
 
 def evenly_spaced(size: int, count: int) -> list[int]:
     """Returns up to `count` different indices, evenly spaced from 0 to `size - 1`."""
+    count = min(size, count)
     return np.unique(np.linspace(0, size - 1, count, dtype=np.int64)).tolist()

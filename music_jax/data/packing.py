@@ -6,6 +6,7 @@ shards of the same dataset, and the result does not depend on their number.
 
 import contextlib
 import dataclasses
+import functools
 import io
 import logging
 import os
@@ -27,7 +28,7 @@ from music_jax.data.skipped import SkippedImages
 from music_jax.data.sources import Source
 from music_jax.distributed import progress, usable_cores
 from music_jax.distributed.shares import ALL, Share
-from music_jax.errors import UndecodableError, UserError
+from music_jax.errors import UndecodableError, UnusableDataError, UserError, raising
 from music_jax.workdir.directory import check_utf8
 from music_jax.workdir.files import PREFIX, new_path, write_json
 
@@ -126,7 +127,7 @@ def pack(
     if source.no_classes:
         _logger.warning(f"the images are packed without labels: {source.no_classes}")
     source = dataclasses.replace(source, name=index["source"])
-    skipped = SkippedImages(directory, max_share=max_skipped_share, share=share)
+    skipped = _skipped_images(directory, max_share=max_skipped_share, share=share)
     threads = num_threads or usable_cores()
     options = grain.ReadOptions(threads, prefetch_buffer_size=threads * _IMAGES_PER_THREAD)
 
@@ -164,6 +165,12 @@ def pack(
         raise
 
 
+_skipped_images = functools.partial(
+    SkippedImages,
+    remedy="Repair them and pack into another --output, or rerun and allow a larger share.",
+)
+
+
 def _finish(
     source: Source,
     directory: epath.Path,
@@ -181,11 +188,15 @@ def _finish(
     counts = [_count_images(directory / file) for file in files]
     if None in counts:  # damaged; its worker writes it again
         return None
-    skipped = SkippedImages(directory, max_share=max_skipped_share)
+    skipped = _skipped_images(directory, max_share=max_skipped_share)
     skipped.merge()
     skipped.check(source)
     shards = [{"file": file, "images": n} for file, n in zip(files, counts, strict=True)]
     num_images = sum(filter(None, counts))
+    if not num_images:
+        raise UnusableDataError(
+            f"none of the {len(source):,} images can be read; see {skipped.path}"
+        )
     index |= {"complete": True, "num_images": num_images, "shards": shards}
     write_json(directory / INDEX_FILE, index)
     for temporary in directory.glob(f"{PREFIX}*"):  # from workers that were killed
@@ -286,9 +297,13 @@ def _write_shard(path: epath.Path, records: Iterable[bytes], bar: Any, tag: str)
     """Writes a shard that appears only when it is complete."""
     with new_path(path, tag) as temporary:
         writer = ArrayRecordWriter(os.fspath(temporary), "group_size:1")  # for random access
+        # It raises RuntimeError if, for instance, the disk is full.
+        unwritten = functools.partial(raising, UserError, f"cannot write {path}")
         try:
             for record in records:
-                writer.write(record)
+                with unwritten():
+                    writer.write(record)
                 bar.update(1)
         finally:
-            writer.close()
+            with unwritten():
+                writer.close()

@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import config_dict
 
 from music_jax import registry
-from music_jax.data.labels import DAMAGED, UNKNOWN, by_class, read_values
+from music_jax.data.labels import DAMAGED, MAX_CLASSES, UNKNOWN, by_class, read_values
 from music_jax.data.order import evenly_spaced
 from music_jax.data.sources import Source
 from music_jax.errors import MissingSplitError, UserError
@@ -46,7 +46,7 @@ def open_split(dataset: config_dict.ConfigDict, split: str) -> Source:
         )
     if not len(records):
         raise UserError(f"{name} has no images")
-    class_names = tuple(getattr(records, "class_names", ()))
+    class_names = tuple(map(str, getattr(records, "class_names", None) or ()))
     labels = _labels(records, name, len(class_names))
     multi_label = labels.ndim == 2
     if multi_label:
@@ -86,6 +86,10 @@ def _labels(records: Any, name: str, num_names: int) -> np.ndarray:
     """
     if hasattr(records, "labels"):
         found = records.labels
+        if not isinstance(found, np.ndarray) or found.dtype == object:
+            found = [UNKNOWN if _is_negative(label) else label for label in found]
+        elif found.ndim == 1 and np.issubdtype(found.dtype, np.signedinteger):
+            found = np.maximum(found, UNKNOWN)
     else:
         some = evenly_spaced(len(records), _LOOKED_AT)
         if all(_label(records, index, name) is None for index in some):
@@ -103,7 +107,12 @@ def _labels(records: Any, name: str, num_names: int) -> np.ndarray:
             f"the labels of {name} must be {len(records)} integers, or lists of integers; got "
             f"{labels.dtype} of shape {labels.shape}"
         )
-    return np.maximum(labels, DAMAGED).astype(np.int32)
+    if labels.max() >= MAX_CLASSES:
+        raise UserError(
+            f"{name} has the label {labels.max()}; labels are the numbers of classes, below "
+            f"{MAX_CLASSES:,}"
+        )
+    return labels.astype(np.int32)
 
 
 def _several_classes(labels: Sequence[Any] | np.ndarray, name: str, num_names: int) -> np.ndarray:
@@ -122,7 +131,7 @@ def _several_classes(labels: Sequence[Any] | np.ndarray, name: str, num_names: i
             if np.ndim(label) or label >= 0:
                 found[i] = by_class(label, num_classes)
             else:
-                found[i] = max(label, DAMAGED)
+                found[i] = label
         except (ValueError, TypeError) as error:
             raise UserError(f"the label {i} of {name} cannot be used: {error}") from error
     return found
@@ -137,4 +146,9 @@ def _label(records: Any, index: int, name: str) -> Any:
         raise UserError(
             f"the records of {name} must be dictionaries with the key 'image'; got {record!r:.100}"
         )
-    return record.get("label")
+    label = record.get("label")
+    return UNKNOWN if _is_negative(label) else label
+
+
+def _is_negative(label: Any) -> bool:
+    return isinstance(label, (int, np.integer)) and bool(label < 0)

@@ -27,6 +27,7 @@ _SECONDS_BETWEEN_READS = 5.0  # of the lists of the other processes
 _LARGEST_SHARE = 0.05  # of the time, that may be spent on reading them
 
 # Older versions did not write `source_images`, the number of images in the whole split.
+_REMEDY = "Once the images are repaired, delete skipped*.jsonl (and images.json) there."
 _KEYS = ("source", "image", "reason", "source_images")
 _Lines = dict[tuple[str, str], dict[str, Any]]  # by source and image
 
@@ -39,19 +40,27 @@ class SkippedImages:
     listed more than an Nth of it; only such a process reads the lists of the others.
     """
 
-    def __init__(self, directory: epath.Path, *, max_share: float, share: Share = ALL):
+    def __init__(
+        self,
+        directory: epath.Path,
+        *,
+        max_share: float,
+        share: Share = ALL,
+        remedy: str = _REMEDY,
+    ):
         """Opens the list, with the images that earlier runs listed in the same directory.
 
         Args:
           directory: Directory of the list.
           max_share: Largest share of a source's images that all processes may skip.
           share: Index of this process, and number of those that list images in this directory.
+          remedy: What to do if more images are skipped, the end of the message that says so.
 
         Raises:
           UserError: The list cannot be read.
         """
         self.path = directory / _FILE
-        self._max_share = max_share
+        self._max_share, self._remedy = max_share, remedy
         self._num_processes = share.count
         self._own = self.path if share.index == 0 else _part(directory, share.index)
         self._lock = threading.Lock()
@@ -157,8 +166,7 @@ class SkippedImages:
                 raise UnusableDataError(
                     f"{count} of the {size} images of {source} cannot be read, more than the share "
                     f"config.dataset.max_skipped_share = {self._max_share:g}; they are listed in "
-                    f"{lists}, such as {self._examples[source]}. Once the images are repaired, "
-                    "delete skipped*.jsonl (and images.json) there."
+                    f"{lists}, such as {self._examples[source]}. {self._remedy}"
                 )
 
     def _count(self, lines: _Lines) -> None:

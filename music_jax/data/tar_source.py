@@ -30,7 +30,7 @@ _IMAGES = [{extension[1:] for extension in kind} for kind in (EXTENSIONS, ARRAY_
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # sample and extension
 _LABEL, _RECORD, _FIELD = "cls", "json", "label"  # files with a label, and its field in a record
 _MAX_LABEL_BYTES = 1 << 20
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7z": "xz", b"\x28\xb5\x2f": "zstd"}
 
 _BLOCK = 512  # bytes
 _REGULAR = (b"0", b"\0", b"7")
@@ -130,10 +130,12 @@ def _members(file: str) -> Iterator[_Member]:
     """
     count = 0
     with open(file, "rb", buffering=0) as content:
-        if kind := _COMPRESSED.get(content.read(2)):
+        start = content.read(_BLOCK)  # begins with a name, if it is a tar
+        kinds = [kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)]
+        if kinds and b"ustar" not in start:
             raise UserError(
-                f"{file!r} is compressed with {kind}, so that its files cannot be read one by one; "
-                "decompress it first"
+                f"{file!r} is compressed with {kinds[0]}, so that its files cannot be read one by "
+                "one; decompress it first"
             )
         try:
             for name, offset, size in _files(content.fileno(), os.path.getsize(file)):

@@ -19,7 +19,7 @@ from music_jax.distributed import progress, usable_cores
 from music_jax.distributed.shares import ALL, Share
 from music_jax.errors import UndecodableError, UnusableDataError, UserError, require_extra
 from music_jax.exchange.encoder import NO_CODES, Encoder
-from music_jax.workdir.files import new_file, parse_json, read_npz, read_record
+from music_jax.workdir.files import in_bucket, new_file, parse_json, read_npz, read_record
 
 _logger = logging.getLogger(__name__)
 
@@ -64,6 +64,8 @@ def encode_folder(
         be written; there are no codes; or the package for Parquet is not installed.
       UnusableDataError: None of the images can be read.
     """
+    if in_bucket(output):
+        raise UserError(f"--output={output} must be on a local or shared disk, not in a bucket")
     path = pathlib.Path(output).expanduser()
     if path.suffix not in (".npy", ".parquet"):
         raise UserError(f"--output={output} must end with .npy or .parquet")
@@ -153,7 +155,7 @@ def _compute_parts(
         for k in own:
             indices = range(k * PART_SIZE, min((k + 1) * PART_SIZE, len(source)))
             try:
-                _read_part(parts[k])
+                _read_part(parts[k], encoder.num_features)
                 bar.initial += len(indices)  # excluded from the rate
                 bar.update(len(indices))
             except (OSError, ValueError):
@@ -189,9 +191,10 @@ def _compute_part(encoder: Encoder, source: Source, indices: range, codes: bool,
     return _Part(files, *outputs, broken)
 
 
-def _read_part(file: pathlib.Path) -> _Part:
+def _read_part(file: pathlib.Path, num_features: int) -> _Part:
     """Reads a part; raises OSError if it is missing, and ValueError if it is damaged."""
-    arrays = read_npz(file)
+    # In addition to names and codes.
+    arrays = read_npz(file, more_bytes=PART_SIZE * num_features * np.dtype(np.float32).itemsize)
     try:
         names = parse_json(arrays["names"].tobytes().decode())
         part = _Part(names["files"], arrays["features"], arrays["codes"], names["broken"])
@@ -226,7 +229,7 @@ def _write_output(
             tables.append(_Npy("codes", codes))
         names.write(json.dumps(record, indent=1).removesuffix("\n}").encode())
         names.write(b',\n "files": [' if is_npy else b"")
-        for part in map(_read_part, parts):
+        for part in (_read_part(file, record["num_features"]) for file in parts):
             for table in tables:
                 table.append(part)
             if is_npy:

@@ -64,7 +64,7 @@ The file holds these numbers as well, as JSON: `session.get_modelmeta().custom_m
         program = jax.export.deserialize(bytearray(file.read()))
     features = program.call(images)  # {pixels} [batch, {size}, {size}, {channels}]; normalizes them
 
-The program needs only jax and runs on {platforms}.""",
+The program needs jax and flatbuffers, and runs on {platforms}.""",
     "orbax": """\
     import orbax.checkpoint
 

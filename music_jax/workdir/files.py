@@ -200,18 +200,23 @@ def read_record(path: epath.Path, *, max_bytes: int = _MAX_BYTES) -> dict[str, A
 
 
 def read_npz(
-    path: pathlib.Path | epath.Path, *, max_array_bytes: int | None = None
+    path: pathlib.Path | epath.Path, *, max_array_bytes: int | None = None, more_bytes: int = 0
 ) -> dict[str, np.ndarray]:
     """Reads all arrays of numbers of an .npz file by name.
 
     The file may come from anyone: its arrays take no more memory than `max_array_bytes`, or by
     default than the file itself, which a compressed file exceeds.
 
+    Args:
+      path: File.
+      max_array_bytes: Largest size of all arrays together.
+      more_bytes: Bytes that the file may have beyond the limit of `read_bytes`.
+
     Raises:
       OSError: See `read_bytes`.
       ValueError: The file is damaged or not an .npz file.
     """
-    content = read_bytes(path)
+    content = read_bytes(path, max_bytes=_MAX_BYTES + more_bytes)
     arrays: dict[str, np.ndarray] = {}
     try:
         if content.count(_ZIP_ENTRY) > _MAX_ARRAYS:

@@ -1,16 +1,20 @@
 """Packing: its output, reading it like a folder, and resuming after a kill."""
 
 import json
+import resource
 import signal
+import subprocess
+import sys
 import time
 
+import cv2
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from listed_records import list_source
 from mixed_images import write_mixed
-from processes import run, start
+from processes import ROOT, run, start
 
 from music_jax.data import packing
 from music_jax.data.datasets import open_path
@@ -363,11 +367,40 @@ def test_the_command_names_what_is_missing(tmp_path):
     assert err.splitlines()[-1].startswith("error: --source is missing: A folder of images; NAME:")
 
 
+def test_a_full_disk_is_one_clear_error(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for i in range(40):
+        image = rng.integers(0, 256, (64, 64, 3), np.uint8)
+        cv2.imwrite(str(tmp_path / "photos" / f"{i}.png"), image)
+    command = [sys.executable, "-m", "music_jax.pack", f"--source={tmp_path / 'photos'}"]
+    result = subprocess.run(
+        [*command, f"--output={tmp_path / 'packed'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, 2**17)),
+    )
+    assert result.returncode == 2, result.stderr
+    assert "cannot write" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not [*(tmp_path / "packed").glob("*.array_record")]
+
+
+def test_images_none_of_which_can_be_read_are_not_packed(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"no image")
+    source = open_folder(str(tmp_path / "photos"))
+    with pytest.raises(UnusableDataError, match="none of the 1 images can be read"):
+        pack(source, epath.Path(tmp_path / "out"), Packing(), max_skipped_share=1.0)
+
+
 def test_the_command_names_its_own_flags_not_fields_of_a_config(photos, tmp_path):
     output = f"--output={tmp_path / 'packed'}"
     code, _, err = run("music_jax.pack", f"--source={photos[0]}", output)
     assert code == 3
     assert "more than the share --max_skipped_share = 0.01" in err
+    assert "Repair them and pack into another --output, or rerun and allow a larger share" in err
     (tmp_path / "file").touch()
     data_dir = f"--data_dir={tmp_path / 'file'}"
     code, _, err = run("music_jax.pack", "--source=digits:test", output, data_dir)

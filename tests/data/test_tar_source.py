@@ -188,6 +188,12 @@ def test_a_damaged_tar_is_an_error_that_names_it(tmp_path, damage):
         _open(path)
 
 
+@pytest.mark.parametrize("name", ["BZ_001.png", "BZh9.png", "BZ/1.png"])
+def test_a_tar_is_not_taken_for_a_compressed_one_by_the_name_of_its_first_file(tmp_path, name):
+    _write_tar(tmp_path / "a.tar", [(name, _png(0))])
+    assert len(_open(tmp_path / "a.tar")) == 1
+
+
 def test_compressed_tars_and_missing_ones_are_errors(tmp_path):
     _write_tar(tmp_path / "a.tar", [("0.png", _png(0))])
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))

@@ -183,6 +183,18 @@ def test_names_that_are_not_utf8_are_escaped(encoder, folder, tmp_path):
     assert pq.read_table(tmp_path / "f.parquet")["file"].to_pylist() == names
 
 
+def test_an_output_in_a_bucket_is_refused(encoder, folder):
+    with pytest.raises(UserError, match="must be on a local or shared disk, not in a bucket"):
+        encode_folder(encoder, open_folder(str(folder[0])), "gs://bucket/x.npy")
+
+
+def test_parts_of_wide_features_can_be_read(tmp_path):
+    part, features = tmp_path / "0.npz", np.zeros((1024, 20_000), np.float32)
+    names = np.frombuffer(json.dumps({"files": ["a"] * 1024, "broken": []}).encode(), np.uint8)
+    np.savez(part, features=features, codes=np.zeros((1024, 0), np.int32), names=names)
+    assert folder_encoding._read_part(part, 20_000).features.shape == features.shape
+
+
 def test_a_folder_without_valid_images_is_an_error(encoder, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_bytes(b"no")
