@@ -382,9 +382,9 @@ def test_the_labels_of_two_splits_mean_the_same_classes():
         _two(named, _Images(images, [0, 1, 0, 1]))
     numbers = _Images(images, [0, 1, 2, 0], class_names=("2", "0", "1"))  # as in packed images
     assert _two(numbers, _Images(images, [0, 1, 0, 1])).test.labels().tolist() == [1, 2, 1, 2]
-    for names in ("01", "0"):  # Images without a label and damaged ones stay what they are.
+    for names in ("01", "0"):  # Images without a label stay what they are.
         test = _Images(images, labels=np.array([0, 0, -1, -2]), class_names=names)
-        assert _two(numbers, test).test.labels().tolist() == [1, 1, -1, -2]
+        assert _two(numbers, test).test.labels().tolist() == [1, 1, -1, -1]
     swapped = _Images(images, [0, 1, 0, 1], class_names=("b", "a"))
     assert _two(named, swapped).test.labels().tolist() == [1, 0, 1, 0]
 

@@ -173,7 +173,10 @@ _HUGE = npy(np.zeros((1, 1, 1), np.uint8)).replace(b"(1, 1, 1)", b"(9, 99999999,
         (_patched(_PLAIN, PhotometricInterpretation=3), "not gray with black as 0, RGB"),
         (_patched(_PLAIN, PhotometricInterpretation=0), "not gray with black as 0, RGB"),
         (_patched(_PLAIN, Compression=7), "compression 7"),
-        (tiff(np.eye(16, dtype=bool), metadata=None), "pixels have 1 bit; convert it to PNG"),
+        (
+            tiff(np.eye(16, dtype=bool), photometric="minisblack", metadata=None),
+            "pixels have 1 bit; convert it to PNG",
+        ),
         (_patched(_TILED, TileWidth=2**20, TileLength=2**20), "tiles of"),
         (
             _patched(_SMALL, StripOffsets=len(_SMALL), StripByteCounts=len(_BOMB)) + _BOMB,
