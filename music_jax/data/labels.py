@@ -139,21 +139,21 @@ def number_labels(values: Sequence[Any], what: str, names: Sequence[str] = ()) -
 
 def _number_lists(values: Sequence[Any], what: str, names: Sequence[str]) -> Labels:
     lists = [value for value in values if value is not None]
+    none = Labels(np.full(len(values), -1, np.int32), 0, (), "")
     items = [item for value in lists for item in value]
     if any(isinstance(item, list) for item in items):
-        reason = f"the labels in {what} are lists of lists"
-        return Labels(np.full(len(values), -1, np.int32), 0, (), reason)
+        return none._replace(no_classes=f"the labels in {what} are lists of lists")
     single = number_labels(items, what, names)
     if single.no_classes:
-        return single._replace(labels=np.full(len(values), -1, np.int32))
+        return none._replace(no_classes=single.no_classes)
     lengths = {len(value) for value in lists}
     is_by_class = not single.class_names and single.num_classes <= 2 and len(lengths) == 1
     num_classes = max(lengths) if is_by_class else single.num_classes
     if len(values) * num_classes > _MAX_MATRIX_BYTES:
-        reason = (
-            f"labels of {num_classes:,} classes for {len(values):,} images take too much memory"
+        return none._replace(
+            no_classes=f"labels of {num_classes:,} classes for {len(values):,} images take too "
+            f"much memory in {what}"
         )
-        return Labels(np.full(len(values), -1, np.int32), 0, (), f"{reason} in {what}")
     names = single.class_names or tuple(map(str, range(num_classes)))
     labels = np.full((len(values), num_classes), UNKNOWN, np.int8)
     start = 0

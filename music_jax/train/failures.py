@@ -276,10 +276,8 @@ class Recovery:
             path.parent.mkdir(parents=True, exist_ok=True)
             with new_file(path) as file:
                 np.savez(file, **arrays)
-        except (
-            OSError,
-            MusicError,
-        ) as error:  # the batch is useful, but must not cause another failure
+        except (OSError, MusicError) as error:
+            # The batch is useful, but must not cause another failure.
             return f"its batch could not be saved ({error})"
         return f"its batch is saved in {path}"
 
