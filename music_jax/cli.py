@@ -114,7 +114,7 @@ def run(
             if expected is not None:
                 fail(expected)
             check_devices()
-            _end_peers(1, f"{type(error).__name__}: {one_line(error)}", unexpected=error)
+            _end_peers(1, one_line(error, named=True), unexpected=error)
             raise
         if peers := _peers():
             peers.stop_watching()
@@ -158,7 +158,7 @@ def parse(
         message = _suggest_field(error) or f"{one_line(error)}; --help lists the flags"
         raise UserError(message) from error
     except Exception as error:  # The parsers of fields may raise anything.
-        raise UserError(f"{type(error).__name__}: {one_line(error)}") from error
+        raise UserError(one_line(error, named=True)) from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; every option starts with --")
     if config:

@@ -63,12 +63,13 @@ class StoppedError(MusicError):
     exit_code = 75
 
 
-def one_line(error: object, limit: int | None = None) -> str:
+def one_line(error: object, limit: int | None = None, *, named: bool = False) -> str:
     """Returns the message of an error in one line of at most `limit` characters.
 
-    An error without a message is described by the name of its type.
+    The name of the error's type comes before it if `named`, and alone if there is no message.
     """
-    return " ".join(str(error).split())[:limit] or type(error).__name__
+    kind, message = type(error).__name__, " ".join(str(error).split())
+    return (f"{kind}: {message}" if named and message else message or kind)[:limit]
 
 
 @contextlib.contextmanager

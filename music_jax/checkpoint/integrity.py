@@ -12,7 +12,7 @@ import stat
 
 from etils import epath
 
-from music_jax.errors import UserError
+from music_jax.errors import UserError, one_line
 from music_jax.workdir.files import BucketError, bucket_errors, in_bucket, read_json
 
 CHECKSUMS = "CHECKSUMS.json"
@@ -64,7 +64,7 @@ def find_damage(directory: epath.Path) -> str | None:
     except BucketError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        return f"cannot be read: {' '.join(str(error).split())}"
+        return f"cannot be read: {one_line(error)}"
     return None
 
 

@@ -21,7 +21,7 @@ from ml_collections import config_dict
 
 from music_jax.checkpoint.integrity import check_entries, find_damage, write_checksums
 from music_jax.distributed.mesh import from_main_process, is_main_process
-from music_jax.errors import UserError
+from music_jax.errors import UserError, one_line
 from music_jax.models.network import Network, Tree, init_network, make_network
 from music_jax.workdir.directory import absolute_path, check_checkpoint_path
 from music_jax.workdir.files import in_bucket
@@ -376,7 +376,7 @@ def _unfinished(directory: epath.Path) -> list[epath.Path]:
 
 def _shorten(error: Exception) -> str:
     """Returns a message in one line, a long one without its middle: its end gives the reason."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     return text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"
 
 

@@ -24,7 +24,7 @@ from music_jax.config import from_json
 from music_jax.distributed import progress
 from music_jax.distributed.shares import ALL, Share
 from music_jax.distributed.signals import end_with_parent
-from music_jax.errors import StoppedError, UnusableDataError
+from music_jax.errors import StoppedError, UnusableDataError, one_line
 from music_jax.workdir.compilation_cache import use_compilation_cache
 from music_jax.workdir.run_config import as_json
 
@@ -287,5 +287,5 @@ def _try_job(job: Job) -> str | None:
             (directory / name).rmtree(missing_ok=True)
     except Exception as error:
         traceback.print_exc()
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return one_line(error, named=True)
     return None

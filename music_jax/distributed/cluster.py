@@ -21,7 +21,7 @@ import jax
 from jax._src import distributed  # The coordination service has no public name.
 
 from music_jax.distributed.progress import printable
-from music_jax.errors import UserError
+from music_jax.errors import UserError, one_line
 
 _KEY = "music_jax/failure"
 _POLL_SECONDS = 1.0
@@ -125,7 +125,7 @@ def _check_flags(address: str | None, num_processes: int | None, process_id: int
 
 def _reason_of(error: Exception) -> str | None:
     """Returns the message for a failure to join; None if this process is the only one."""
-    message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    message = one_line(error, named=True)
     if (address := _state.coordinator_address) is not None:
         return (
             f"cannot join the run's other processes at {address}: {message}; is process 0 running, "
@@ -193,7 +193,7 @@ def cause_of(error: Exception) -> str | None:
     may_be_collective = isinstance(error, (jax.errors.JaxRuntimeError, ValueError))
     while not (failure := _failure_of_another()):
         if not may_be_collective or time.monotonic() > deadline:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             broken = any(text in reason.lower() for text in _BROKEN_COLLECTIVE)
             return f"{_LOST} ({reason[:300]})" if broken else None
         time.sleep(_POLL_SECONDS)

@@ -24,7 +24,7 @@ from music_jax.config import from_json, validate
 from music_jax.distributed.mesh import batch_sharding, check_divisible, make_data_mesh
 from music_jax.distributed.progress import log_to_stdout
 from music_jax.distributed.signals import end_with_parent
-from music_jax.errors import UserError
+from music_jax.errors import UserError, one_line
 from music_jax.plan import programs
 from music_jax.plan.chips import check_has_slices, chip_of
 from music_jax.plan.costs import StepCost, cache_key, cached
@@ -212,7 +212,7 @@ def open_slice(topology: str, fsdp: int | None = None, slices: int = 1) -> Slice
             **({"num_slices": slices} if slices > 1 else {}),
         )
     except jax.errors.JaxRuntimeError as error:
-        reason = " ".join(re.sub(r"^[A-Z_]+: ", "", str(error).splitlines()[0]).split())
+        reason = re.sub(r"^[A-Z_]+: ", "", one_line(str(error).splitlines()[0]))
         raise UserError(
             f"--topology={topology}: {reason}; the sizes must be those of a slice, such as "
             f"{chip.example}"

@@ -21,7 +21,7 @@ from music_jax.config import is_centered
 from music_jax.data.pictures import as_pictures
 from music_jax.distributed import progress
 from music_jax.distributed.mesh import batch_sharding, from_main_process, is_main_process
-from music_jax.errors import UserError, install_command
+from music_jax.errors import UserError, install_command, one_line
 from music_jax.objectives import joint_probability
 from music_jax.objectives.global_batch import subtract_mean
 from music_jax.train.guards import STATISTICS
@@ -139,7 +139,8 @@ class MetricLogger:
                 raise
             except Exception as error:  # no error of a writer may end the training
                 del self._writers[name]
-                _logger.warning(f"{name} failed and is no longer written: {_one_line(error)}")
+                reason = one_line(error, 300, named=True)
+                _logger.warning(f"{name} failed and is no longer written: {reason}")
 
 
 class TensorBoard:
@@ -221,8 +222,8 @@ class WeightsAndBiases:
             )
         except Exception as error:  # whatever wandb raises
             raise UserError(
-                f"Weights & Biases: {_one_line(error)}; WANDB_MODE=offline logs only to the "
-                "workdir, --config.wandb_project= not at all"
+                f"Weights & Biases: {one_line(error, 300, named=True)}; WANDB_MODE=offline logs "
+                "only to the workdir, --config.wandb_project= not at all"
             ) from error
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
@@ -256,10 +257,6 @@ class WeightsAndBiases:
         new = uuid.uuid4().hex[:8]
         write_json(path, {"id": new})
         return new
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def make_draw(

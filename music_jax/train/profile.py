@@ -9,7 +9,7 @@ import jax
 from etils import epath
 
 from music_jax.distributed.mesh import is_main_process
-from music_jax.errors import UserError
+from music_jax.errors import UserError, one_line
 from music_jax.workdir.files import in_bucket
 
 _logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Profile:
                     path.copy(target)
                 local.rmtree()
         except Exception as error:  # for example a full disk: the training continues
-            _logger.warning(f"the profile could not be saved: {' '.join(str(error).split())[:300]}")
+            _logger.warning(f"the profile could not be saved: {one_line(error, 300)}")
             return
         _logger.info(
             f"saved the profile in {self._directory}; open its .trace.json.gz in "

@@ -73,7 +73,7 @@ def bucket_errors(path: Any) -> Iterator[None]:
     except Exception as error:
         if not in_bucket(path):
             raise
-        reason = " ".join(f"{path}: {type(error).__name__}: {error}".split())[:400]
+        reason = f"{path}: {one_line(error, 300, named=True)}"
         missing = type(error).__name__ == "NotFoundError"  # TensorFlow's
         raise (FileNotFoundError if missing else BucketError)(reason) from error
 

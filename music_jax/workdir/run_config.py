@@ -30,7 +30,7 @@ from jax.experimental import multihost_utils
 from ml_collections import config_dict
 
 from music_jax.config import default_config, differences, from_json, get_field
-from music_jax.errors import UserError
+from music_jax.errors import UserError, one_line
 from music_jax.version import __version__
 from music_jax.workdir.directory import user_directory
 from music_jax.workdir.files import read_bytes, read_json, read_record, write_json
@@ -135,7 +135,7 @@ def read_config(workdir: epath.Path) -> dict[str, Any] | None:
         return config
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"cannot read {path}: {' '.join(str(error).split())}; restore a copy or, if you give "
+            f"cannot read {path}: {one_line(error)}; restore a copy or, if you give "
             "the run's own config, remove the file: it is written again"
         ) from error
 
