@@ -5,7 +5,7 @@
 #   tests/run.sh -m browser                         # the report in Chromium, which must be installed
 #   tests/run.sh -m ''                              # all
 #   tests/run.sh tests/objectives -k gradient       # arguments of pytest, with paths from the root
-#   tests/run.sh -n 0 --pdb tests/config/test_fields.py  # in one process; by default one per core
+#   tests/run.sh -n 0 --pdb tests/config/test_fields.py  # in one process; by default one more than cores
 set -euo pipefail
 
 # shellcheck source=launch/environment.sh
@@ -13,5 +13,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/../launch/environment.sh"
 ensure_environment requirements.txt tests/requirements.txt
 
 cd "$root"
+# One process more than there are cores, since some tests wait: for other processes, or until a lock expires.
 exec "$venv/bin/python" -m pytest -m 'not slow and not browser' \
-  --numprocesses logical --maxprocesses 8 --dist loadfile "$@"
+  --numprocesses $(($(getconf _NPROCESSORS_ONLN) + 1)) --maxprocesses 8 --dist loadfile "$@"

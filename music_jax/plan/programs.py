@@ -31,6 +31,11 @@ _FREE = {
     "conditional", "opt-barrier", "partition-id", "replica-id", "after-all",
 }  # fmt: skip
 
+# Adjacent arrays that are used as one, and memory that a loop writes to.
+_FREE_CALL = re.compile(r'custom_call_target="(?:ConcatBitcast|AllocateBuffer)"')
+# Instructions that read a part of their first operand.
+_SLICES = ("dynamic-slice", "gather", "slice")
+
 _COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) .*\{$")
 # Name, results, opcode, arguments, which may have brackets of their own, and attributes.
 _INSTRUCTION = re.compile(
@@ -324,17 +329,63 @@ def _accessed(instruction: Instruction) -> list[Array]:
     """Returns the arrays that an instruction reads or writes."""
     if instruction.opcode in _FREE or instruction.opcode.endswith(("-done", "-update")):
         return []
-    if instruction.opcode == "custom-call" and "ConcatBitcast" in instruction.attributes:
-        return []  # adjacent arrays, used as one
+    if instruction.opcode == "custom-call" and _FREE_CALL.search(instruction.attributes):
+        return []
     if instruction.opcode in ("copy-start", "slice-start"):
         # It returns operand and result, in either order, and touches a part of the larger one.
         ends = instruction.results[:2]
         return [array._replace(size=min(end.size for end in ends)) for array in ends]
     results, operands = _passed_along(instruction)
-    accessed = [array for n, array in enumerate(instruction.results) if n not in results]
+    read, written = _sizes_of_parts(instruction)
+    accessed = [
+        array._replace(size=written.get(n, array.size))
+        for n, array in enumerate(instruction.results)
+        if n not in results
+    ]
     for n, arrays in enumerate(instruction.operands):
-        accessed += arrays if n not in operands else []
+        if n not in operands:
+            accessed += [array._replace(size=read.get(n, array.size)) for array in arrays]
     return accessed
+
+
+def _sizes_of_parts(instruction: Instruction) -> tuple[dict[int, int], dict[int, int]]:
+    """Returns the bytes of the operands and of the results of which only parts are accessed.
+
+    The steps of a loop read slices of its arrays, and update slices in place.
+    """
+    if instruction.opcode in _SLICES:
+        return {0: instruction.results[0].size}, {}
+    if instruction.opcode == "dynamic-update-slice":
+        return {0: 0}, {0: instruction.operands[1][0].size}
+    if instruction.opcode != "fusion":
+        return {}, {}
+    body = instruction.called[0]
+    # Bitcasts are other names of their operand.
+    renamed = {id(n.results): id(n.operands[0]) for n in body if n.opcode == "bitcast"}
+
+    def source(arrays: list[Array]) -> int:
+        key = id(arrays)
+        while key in renamed:
+            key = renamed[key]
+        return key
+
+    uses: dict[int, list[int | None]] = collections.defaultdict(list)
+    updates: dict[int, int] = {}
+    for inner in body:
+        if inner.opcode == "bitcast":
+            continue
+        read, written = _sizes_of_parts(inner)
+        updates |= {id(inner.results): written[0]} if written and len(inner.results) == 1 else {}
+        for n, arrays in enumerate(inner.operands):
+            uses[source(arrays)].append(read.get(n))
+    parameters = {int(n.arguments): uses[id(n.results)] for n in body if n.opcode == "parameter"}
+    root = body[-1]
+    outputs = root.operands if root.opcode == "tuple" else [root.results]
+    found = [updates.get(source(arrays)) for arrays in outputs]
+    return (
+        {n: sum(sizes) for n, sizes in parameters.items() if sizes and None not in sizes},
+        {n: size for n, size in enumerate(found) if size is not None},
+    )
 
 
 def _passed_along(instruction: Instruction) -> tuple[set[int], set[int]]:

@@ -182,7 +182,7 @@ def _input(shape=(6, 2, 5, 5, 3)):
         (3, 1, 1, 1),
         (3, 2, 1, 2),
         (3, 1, 2, 4),
-        (7, 2, 9, 8),
+        pytest.param(7, 2, 9, 8, marks=pytest.mark.slow),
     ],
 )
 def test_a_convolution_of_a_small_map_is_that_of_xla_with_its_gradients(

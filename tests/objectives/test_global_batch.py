@@ -116,15 +116,12 @@ def check(found, expected):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    ("dim_index", "devices"),
-    [
-        (0, 2),
-        (1, 4),
-        pytest.param(0, 1, marks=pytest.mark.slow),
-        pytest.param(0, 4, marks=pytest.mark.slow),
-    ],
+    ("name", "dim_index", "devices"),
+    [(name, 1, 4) for name in LOSSES]
+    + [("music", 0, 2), ("centered", 0, 2)]
+    + [pytest.param(name, 0, 2, marks=pytest.mark.slow) for name in BASELINES]
+    + [pytest.param(name, 0, n, marks=pytest.mark.slow) for name in LOSSES for n in (1, 4)],
 )
-@pytest.mark.parametrize("name", LOSSES)
 def test_value_and_gradient_match_one_device(name, dim_index, devices, way):
     model, weights, images, expected = problem(name, dim_index)
     check(WAYS[way](model, weights, images, devices), expected)

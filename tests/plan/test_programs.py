@@ -329,6 +329,21 @@ def test_a_loop_of_products_counts_all_iterations(four_chips):
     assert traffic > compiled.cost_analysis()["bytes accessed"]
 
 
+@pytest.mark.parametrize("steps", [4, 64])
+def test_a_loop_accesses_slices_of_its_arrays(four_chips, steps):
+    def running_mean(xs):
+        return jax.lax.scan(lambda mean, x: (jnp.tanh(mean + x), 2 * mean), jnp.zeros(2**16), xs)
+
+    compiled = _compile(running_mean, four_chips, ((steps, 2**16), "float32", ()))
+    program = programs.read(compiled)
+    assert any(instruction.opcode == "while" for instruction in program)
+    once = programs.work(program, loops_once=True).bytes
+    np.testing.assert_allclose(once, compiled.cost_analysis()["bytes accessed"], rtol=0.2)
+    # A step reads the mean twice and a row of `xs`, and writes the mean and a row of the result.
+    slices = 5 * 2**16 * 4
+    assert slices * steps <= programs.costs(compiled, program)[1] < 2 * slices * (steps + 1)
+
+
 @pytest.mark.parametrize("dearest", [0, 1])
 def test_only_the_most_expensive_branch_of_a_conditional_counts(four_chips, dearest):
     def one(x):

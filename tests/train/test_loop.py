@@ -180,7 +180,7 @@ def test_online_measures_change_no_bit_and_resume(finished, config, tmp_path, ca
     [
         pytest.param({"objective": {"center": True}}, marks=pytest.mark.slow),
         pytest.param({"objective": {"name": "sigreg", "num_slices": 16}}, marks=pytest.mark.slow),
-        {"local_views": {"count": 2, "size": 6}},
+        pytest.param({"local_views": {"count": 2, "size": 6}}, marks=pytest.mark.slow),
     ],
 )
 def test_running_means_random_objectives_and_local_views_resume_with_the_same_bits(

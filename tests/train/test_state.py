@@ -93,6 +93,7 @@ def test_losses_are_those_of_one_device(optimizer, layouts):
             assert _bytes(state.opt_state) == _bytes(expected_state.opt_state)
 
 
+@pytest.mark.slow
 def test_losses_with_local_views_are_those_of_one_device_in_microbatches_too():
     config = _config("sgd", local_views={"count": 2, "size": 4})
     config.projector.hidden_sizes = ()  # no batch normalization

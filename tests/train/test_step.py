@@ -76,13 +76,13 @@ def _run(config, devices=1, steps=6):
     ("objective", "optimizer"),
     [
         ("music", "sgd"),
-        ("music", "adamw"),
-        ("music", "lars"),
-        ("barlow_twins", "sgd"),
-        ("vicreg", "sgd"),
-        ("sigreg", "sgd"),
-        ("tcr", "sgd"),
-        ("discrete", "sgd"),
+        pytest.param("music", "adamw", marks=pytest.mark.slow),
+        pytest.param("music", "lars", marks=pytest.mark.slow),
+        pytest.param("barlow_twins", "sgd", marks=pytest.mark.slow),
+        pytest.param("vicreg", "sgd", marks=pytest.mark.slow),
+        pytest.param("sigreg", "sgd", marks=pytest.mark.slow),
+        pytest.param("tcr", "sgd", marks=pytest.mark.slow),
+        pytest.param("discrete", "sgd", marks=pytest.mark.slow),
     ],
 )
 def test_the_loss_falls(objective, optimizer):
@@ -304,6 +304,7 @@ def test_bfloat16_starts_at_nearly_the_same_loss():
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_bfloat16_on_a_mesh_whose_second_axis_is_one_device():
     config = _config()
     expected = _run(config, steps=1)[1][0]["loss"]
