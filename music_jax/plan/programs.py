@@ -344,7 +344,9 @@ def _accessed(instruction: Instruction) -> list[Array]:
     ]
     for n, arrays in enumerate(instruction.operands):
         if n not in operands:
-            accessed += [array._replace(size=read.get(n, array.size)) for array in arrays]
+            for array in arrays:  # several parts of one may overlap
+                part = min(read.get(n, array.size), array.size)
+                accessed.append(array._replace(size=part))
     return accessed
 
 
@@ -369,7 +371,8 @@ def _sizes_of_parts(instruction: Instruction) -> tuple[dict[int, int], dict[int,
             key = renamed[key]
         return key
 
-    uses: dict[int, list[int | None]] = collections.defaultdict(list)
+    whole = set[int]()  # arrays that are used as a whole
+    used: dict[int, int] = collections.defaultdict(int)  # bytes of the parts of others
     updates: dict[int, int] = {}
     for inner in body:
         if inner.opcode == "bitcast":
@@ -377,13 +380,16 @@ def _sizes_of_parts(instruction: Instruction) -> tuple[dict[int, int], dict[int,
         read, written = _sizes_of_parts(inner)
         updates |= {id(inner.results): written[0]} if written and len(inner.results) == 1 else {}
         for n, arrays in enumerate(inner.operands):
-            uses[source(arrays)].append(read.get(n))
-    parameters = {int(n.arguments): uses[id(n.results)] for n in body if n.opcode == "parameter"}
+            if n in read:
+                used[source(arrays)] += read[n]
+            else:
+                whole.add(source(arrays))
+    parameters = {int(n.arguments): id(n.results) for n in body if n.opcode == "parameter"}
     root = body[-1]
     outputs = root.operands if root.opcode == "tuple" else [root.results]
     found = [updates.get(source(arrays)) for arrays in outputs]
     return (
-        {n: sum(sizes) for n, sizes in parameters.items() if sizes and None not in sizes},
+        {n: used[key] for n, key in parameters.items() if key in used and key not in whole},
         {n: size for n, size in enumerate(found) if size is not None},
     )
 
