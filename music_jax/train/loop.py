@@ -338,7 +338,11 @@ def _describe(
     }
     if objective.name == "music":
         lines["objective"] = f"music, {objective.num_segments} segments x {units} units"
-        lines["lower bound"] = f"-3 log {units} = {music_lower_bound(units):.4f}"
+        terms = ("diagonal", "cross_segment", "invariance")
+        if all(
+            objective[f"{term}_weight"] == 1.0 for term in terms
+        ):  # no bound is known for others
+            lines["lower bound"] = f"-3 log {units} = {music_lower_bound(units):.4f}"
     if start_step:
         lines["resuming"] = f"after step {start_step}"
     for name, value in lines.items():
