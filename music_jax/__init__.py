@@ -19,27 +19,14 @@ from music_jax import registry
 from music_jax.version import __version__ as __version__
 
 
-def _final_evaluation(*arguments: Any) -> Any:
-    from music_jax.evaluation.protocols import FinalEvaluation
-
-    return FinalEvaluation(*arguments)
-
-
-def _online_evaluation(*arguments: Any) -> Any:
-    from music_jax.evaluation.online import OnlineEvaluation
-
-    return OnlineEvaluation(*arguments)
+def _from_module(module: str, name: str) -> Callable[..., Any]:
+    """Returns a function that imports a module when it is called, and calls its function `name`."""
+    return lambda *arguments: getattr(importlib.import_module(module), name)(*arguments)
 
 
-def _initial_backbone(config: Any) -> Any:
-    from music_jax.exchange.importing import initial_backbone
-
-    return initial_backbone(config)
-
-
-registry.final_evaluation = _final_evaluation
-registry.online_evaluation = _online_evaluation
-registry.initial_backbone = _initial_backbone
+registry.final_evaluation = _from_module("music_jax.evaluation.protocols", "FinalEvaluation")
+registry.online_evaluation = _from_module("music_jax.evaluation.online", "OnlineEvaluation")
+registry.initial_backbone = _from_module("music_jax.exchange.importing", "initial_backbone")
 
 
 def register_backbone(name: str, make: Callable[..., Any]) -> None:

@@ -48,6 +48,7 @@ def run(
     usage: str | None,
     *,
     workdir: bool = False,
+    checkpoint: bool = False,
     processes: bool = False,
     config: ConfigUse | None = None,
     required: Sequence[str] = (),
@@ -61,6 +62,7 @@ def run(
       main: The command; it reads its flags from `flags.FLAGS`.
       usage: The module's docstring, which `--help` prints above the flags.
       workdir: Whether to define `--workdir`.
+      checkpoint: Whether to define `--checkpoint`.
       processes: Whether to define the flags by which the processes of a run find each other.
       config: `file` to define `--config=FILE` and `--config.FIELD=VALUE`, `fields` for only the
         latter. `FLAGS.config` is then a config.
@@ -72,6 +74,9 @@ def run(
     )
     if workdir:
         flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, logs, results.")
+    if checkpoint:
+        text = "Step of the checkpoint, or its directory; the latest by default."
+        flags.DEFINE_string("checkpoint", None, text)
     if processes:
         unless = "if not detected automatically (on TPUs, Slurm, GKE and Open MPI it is)"
         flags.DEFINE_string("coordinator_address", None, f"HOST:PORT of process 0, {unless}.")

@@ -42,13 +42,10 @@ if __name__ == "__main__":
     flags.DEFINE_string("images", None, "Folder of images, or output of music_jax.pack.")
     flags.DEFINE_string("output", None, "File to write, .npy or .parquet.")
     flags.DEFINE_boolean("codes", False, "Also writes the discrete code of each segment.")
-    flags.DEFINE_string(
-        "checkpoint", None, "Step of the checkpoint, or its directory; the latest by default."
-    )
     flags.DEFINE_integer("batch_size", 128, "Images per forward pass.", lower_bound=1)
     flags.DEFINE_string(
         "worker",
         "0/1",
         "I/N: encodes share I of N, from 0 to N-1; all workers have the same --output.",
     )
-    cli.run(main, __doc__, workdir=True, required=["workdir", "images", "output"])
+    cli.run(main, __doc__, workdir=True, checkpoint=True, required=["workdir", "images", "output"])

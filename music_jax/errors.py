@@ -2,7 +2,7 @@
 
 import contextlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 
 class MusicError(Exception):
@@ -70,6 +70,12 @@ def one_line(error: object, limit: int | None = None, *, named: bool = False) ->
     """
     kind, message = type(error).__name__, " ".join(str(error).split())
     return (f"{kind}: {message}" if named and message else message or kind)[:limit]
+
+
+def first_of(texts: Sequence[str], limit: int = 3, *, separator: str = ", ") -> str:
+    """Returns the first texts, joined, and how many more there are."""
+    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
+    return separator.join(texts[:limit]) + more
 
 
 @contextlib.contextmanager

@@ -117,8 +117,13 @@ if __name__ == "__main__":
         "folder or NAME:SPLIT.",
     )
     flags.DEFINE_string("output", None, "Directory for the results; the workdir by default.")
-    flags.DEFINE_string(
-        "checkpoint", None, "Step of the checkpoint, or its directory; the latest by default."
-    )
     flags.DEFINE_bool("force", False, "Recomputes existing results.")
-    cli.run(main, __doc__, workdir=True, processes=True, config="fields", required=["workdir"])
+    cli.run(
+        main,
+        __doc__,
+        workdir=True,
+        checkpoint=True,
+        processes=True,
+        config="fields",
+        required=["workdir"],
+    )

@@ -93,13 +93,10 @@ if __name__ == "__main__":
         "Format; see above.",
     )
     flags.DEFINE_string("output", None, "File to write; for orbax and timm, a directory.")
-    flags.DEFINE_string(
-        "checkpoint", None, "Step of the checkpoint, or its directory; the latest by default."
-    )
     flags.DEFINE_integer(
         "num_classes",
         1000,
         "For torchvision: size of the all-zero classifier that its networks have; 0 for none.",
     )
     flags.DEFINE_string("license", None, "License of the weights, for the model card.")
-    cli.run(main, __doc__, workdir=True, required=["workdir", "format", "output"])
+    cli.run(main, __doc__, workdir=True, checkpoint=True, required=["workdir", "format", "output"])

@@ -139,9 +139,10 @@ def metrics(rng: random.Random, directory: pathlib.Path) -> None:
 def results(rng: random.Random, directory: pathlib.Path) -> None:
     config = default_config()
     linear = {"top1": 0.5, "top5": 0.75, "raw_pixels_top1": None, "random_init_top1": 0.25}
-    linear |= provenance("linear", config, 3)
+    images = ["train 1", "test 2"]
+    linear |= provenance("linear", config, 3) | {"images_fingerprint": images}
     knn = {"top1": 0.5, "top1_by_k": {"20": 0.5}, "raw_pixels_top1": 0.5}
-    knn |= provenance("knn", config, 3)
+    knn |= provenance("knn", config, 3) | {"images_fingerprint": images}
     damaged = rng.randrange(2)
     texts = [
         hostile_json(rng, r) if i == damaged else json.dumps(r).encode()
@@ -149,7 +150,7 @@ def results(rng: random.Random, directory: pathlib.Path) -> None:
     ]
     (directory / "linear_eval.json").write_bytes(texts[0])
     (directory / "knn.json").write_bytes(texts[1])
-    found = read_final_results(config, epath.Path(directory), 3)
+    found = read_final_results(config, epath.Path(directory), 3, images)
     if found is not None:
         results_table(found)
 

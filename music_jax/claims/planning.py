@@ -8,7 +8,7 @@ from typing import Any
 from music_jax import config as config_lib
 from music_jax.claims.cells import Cell
 from music_jax.claims.methods import COMMON, Choice, Method
-from music_jax.claims.search import Found, Search, run_search
+from music_jax.claims.search import Found, Search, again_cells, run_search
 from music_jax.claims.sweep import MIN_WARMUP_STEPS, Sweep
 from music_jax.errors import UserError
 
@@ -233,19 +233,13 @@ class _Planning:
 
     def _run(self, search: Search) -> Found:
         read = self._sweep.results.read
-        found = run_search(search, self._budget, read, first_seed=self._sweep.config.seed)
+        first_seed = self._sweep.config.seed
+        found = run_search(search, self._budget, read, first_seed=first_seed)
         self.cells += found.cells
         if found.best is None and self._assume:
             if search.fresh:
-                again = [
-                    search.make_cell(
-                        f"{search.name}/again={i:02d}", j, search.candidates[i], 1 + j,
-                        self._budget.kept_share,
-                    )
-                    for i in range(min(self._budget.kept, len(search.candidates)))
-                    for j in range(self._budget.kept_seeds)
-                ]  # fmt: skip
-                self.cells += again
+                for i, choice in enumerate(search.candidates[: self._budget.kept]):
+                    self.cells += again_cells(search, self._budget, i, choice, first_seed)
             return dataclasses.replace(found, best=search.candidates[0])
         return found
 

@@ -80,12 +80,24 @@ def as_text(tables: list[Table]) -> str:
     return "\n".join(parts)
 
 
+def _shared_arguments(arguments: list[str]) -> list[str]:
+    """Returns the arguments of a command without those that only matter on this machine."""
+    shared, is_value = [], False
+    for argument in arguments:
+        name, equals, _ = argument.lstrip("-").partition("=")
+        if is_value:  # of the flag before it
+            is_value = False
+        elif name in ("output", "runs", "worker"):
+            is_value = not equals
+        elif name != "tables_only":
+            shared.append(argument)
+    return shared
+
+
 def _markdown(sweep: Sweep, tables: list[Table]) -> str:
     plan = make_plan(sweep)
     done, total, hours = progress_of(sweep, plan)
-    local = ("--output", "--runs", "--worker", "--tables")
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith(local)]
-    command = shlex.join(["python", "-m", "music_jax.claims", *arguments])
+    command = shlex.join(["python", "-m", "music_jax.claims", *_shared_arguments(sys.argv[1:])])
     lines = [f"# {sweep.config.dataset.name}", ""]
     lines += [f"`{command}`: {done} of {total} cells done, in {hours:.1f} hours of a CPU core.", ""]
     made_by = package_codes(sweep, plan.cells)

@@ -79,16 +79,7 @@ def run_search(search: Search, budget: Budget, read: ReadResult, *, first_seed: 
         tried += further
     if search.fresh and len(tried) > 1:
         kept = ranking[: budget.kept]
-        again = [
-            [
-                search.make_cell(
-                    f"{search.name}/again={i:02d}", j, tried[i], first_seed + 1 + j,
-                    budget.kept_share,
-                )
-                for j in range(budget.kept_seeds)
-            ]
-            for i in kept
-        ]  # fmt: skip
+        again = [again_cells(search, budget, i, tried[i], first_seed) for i in kept]
         cells += [cell for those in again for cell in those]
         means = []
         for those in again:
@@ -100,6 +91,17 @@ def run_search(search: Search, budget: Budget, read: ReadResult, *, first_seed: 
         best = tried[kept[means.index(top1)]]
     at_edge = tuple(name for name in search.options if _next(search, tried, best, name) is not None)
     return Found(cells, best, top1, at_edge)
+
+
+def again_cells(
+    search: Search, budget: Budget, index: int, choice: Choice, first_seed: int
+) -> list[Cell]:
+    """Returns the trainings with fresh seeds of the choice with an index, if it is kept."""
+    name = f"{search.name}/again={index:02d}"
+    return [
+        search.make_cell(name, j, choice, first_seed + 1 + j, budget.kept_share)
+        for j in range(budget.kept_seeds)
+    ]
 
 
 def _scores(cells: list[Cell], read: ReadResult) -> list[float] | None:

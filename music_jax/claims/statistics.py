@@ -9,6 +9,7 @@ import scipy.stats
 Values = Sequence[float] | np.ndarray
 
 _CONFIDENCE = 0.95  # probability that an interval contains the true difference
+_EQUAL = 1e-9  # differences of accuracies that differ by less are rounding errors
 
 
 class Difference(NamedTuple):
@@ -38,12 +39,11 @@ def paired_difference(
       ValueError: The numbers of values differ.
     """
     differences = _differences(a, b)
-    if len(differences) < 2 or np.ptp(differences) == 0:
+    if len(differences) < 2 or np.ptp(differences) < _EQUAL:
         return None
-    mean, error, freedom = _moments(differences)
-    half = error * float(scipy.stats.t.ppf((1 + confidence) / 2, freedom))
-    p = 2 * float(scipy.stats.t.sf(abs(mean) / error, freedom))
-    return Difference(mean, mean - half, mean + half, p)
+    test = scipy.stats.ttest_1samp(differences, 0.0)
+    low, high = map(float, test.confidence_interval(confidence))
+    return Difference(float(differences.mean()), low, high, float(test.pvalue))
 
 
 def equivalence(a: Values, b: Values, *, margin: float) -> Difference | None:
@@ -62,10 +62,10 @@ def equivalence(a: Values, b: Values, *, margin: float) -> Difference | None:
     found = paired_difference(a, b, confidence=0.9)
     if found is None:
         return None
-    mean, error, freedom = _moments(_differences(a, b))
-    above = float(scipy.stats.t.sf((mean + margin) / error, freedom))
-    below = float(scipy.stats.t.cdf((mean - margin) / error, freedom))
-    return found._replace(p=max(above, below))
+    differences = _differences(a, b)
+    above = scipy.stats.ttest_1samp(differences, -margin, alternative="greater")
+    below = scipy.stats.ttest_1samp(differences, margin, alternative="less")
+    return found._replace(p=float(max(above.pvalue, below.pvalue)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -127,9 +127,3 @@ def _differences(a: Values, b: Values) -> np.ndarray:
     if len(a) != len(b):
         raise ValueError(f"expected pairs of values; got {len(a)} and {len(b)}")
     return np.asarray(a, np.float64) - np.asarray(b, np.float64)
-
-
-def _moments(differences: np.ndarray) -> tuple[float, float, int]:
-    """Returns the mean, its standard error and the degrees of freedom."""
-    error = differences.std(ddof=1) / np.sqrt(len(differences))
-    return float(differences.mean()), float(error), len(differences) - 1

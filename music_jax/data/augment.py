@@ -33,29 +33,9 @@ class ViewAugmentation:
     clipped; jitter, grayscale and solarize see them divided by the largest value of uint16, and as
     they are for float32. These three need one or three channels, and leave other images unchanged.
 
-    Attributes:
-        affine_probability: Probability of an affine warp (bilinear; outside the image, values are
-            0: black for uint8, the mean for other types).
-        rotation_degrees: Largest rotation in either direction.
-        translation: Largest shift along each side in either direction, as a fraction of the side;
-            not rounded to whole pixels.
-        scale: Range of the scale factor.
-        shear_degrees: Largest shear along x in either direction.
-        flip_probability: Probability of a left-right flip.
-        jitter_probability: Probability of a color jitter: brightness, contrast, saturation, hue,
-            in this order (torchvision's is random; see `transforms.color_jitter`).
-        brightness: Strength s of a factor drawn in [max(0, 1 - s), 1 + s].
-        contrast: Strength of a factor, likewise.
-        saturation: Strength of a factor, likewise; no effect on one channel.
-        hue: Largest shift in either direction, in turns of the color circle, at most 0.5; no effect
-            on one channel.
-        grayscale_probability: Probability of the gray version; no effect on one channel.
-        blur_probability: Probability of a Gaussian blur with a kernel of about a tenth of the side.
-        blur_sigma: Range of the blur's standard deviation, in pixels.
-        solarize_probability: Probability of inverting all values of at least 0.5.
-        noise_probability: Probability of Gaussian noise, independent for each value.
-        noise_std: Standard deviation of the noise; for types other than uint8, relative to that of
-            the channel.
+    The attributes are the fields of `config.augmentation.view_1`, which `--helpfields` describes.
+    Translations are not rounded to whole pixels, and a color jitter changes brightness, contrast,
+    saturation and hue in this order (torchvision's is random; see `transforms.color_jitter`).
     """
 
     flip_probability: float = 0.0

@@ -25,6 +25,7 @@ from music_jax.errors import (
     UndecodableError,
     UnexpectedPixelsError,
     UserError,
+    first_of,
 )
 
 _LOOKED_AT = 8  # images
@@ -355,9 +356,8 @@ def _with_classes(test: Source, train: Source) -> Source:
     unknown = [name for name in test_names if name not in numbers]
     if unknown:
         raise UserError(
-            f"{test.name} has classes that {train.name} does not have: {', '.join(unknown[:3])}"
-            + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-            + "; give the classes of both the same names"
+            f"{test.name} has classes that {train.name} does not have: {first_of(unknown)}; give "
+            "the classes of both the same names"
         )
     return dataclasses.replace(
         test,

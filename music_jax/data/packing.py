@@ -227,7 +227,7 @@ def _start(directory: epath.Path, index: dict[str, Any], tag: str) -> bool:
             return False
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error}") from error
-    existing = {"pixel_type": PIXEL_TYPES[0]} | read_index(directory)  # unlike older versions
+    existing = read_index(directory)
     if _normalize(existing.get("source")) == _normalize(index["source"]):
         index["source"] = existing["source"]
     changing = ("complete", "num_images", "shards", "source_fingerprint")
@@ -238,8 +238,7 @@ def _start(directory: epath.Path, index: dict[str, Any], tag: str) -> bool:
             f"{directory} was packed with different settings ({settings}); give the same "
             "arguments to resume it, or another --output"
         )
-    fingerprint = index["source_fingerprint"]
-    if existing.get("source_fingerprint", fingerprint) != fingerprint:  # older versions wrote none
+    if existing.get("source_fingerprint") != index["source_fingerprint"]:
         raise UserError(
             f"the images of {index['source']} have changed since {directory} was started: files "
             "were renamed, replaced, added or removed; pack the new images into another --output"

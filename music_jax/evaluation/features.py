@@ -123,7 +123,7 @@ class FrozenNetwork:
             init = functools.partial(init_network, self.config)
             key = jax.random.key(self.config.seed)
             variables = jax.jit(init, compiler_options=INIT_COMPILER_OPTIONS)(key)
-        extract = _jit_extract(self.network, embeddings, tuple(self._normalization.items()))
+        extract = _jit_extract(self.network, embeddings, tuple(self.normalization.items()))
         return functools.partial(extract, self.replicate(variables))
 
     def replicate(self, tree: Any) -> Any:
@@ -132,10 +132,11 @@ class FrozenNetwork:
 
     def normalize(self, images: jax.Array) -> jax.Array:
         """Normalizes images [batch, height, width, channels] for the backbone."""
-        return normalize_images(images, **self._normalization)
+        return normalize_images(images, **self.normalization)
 
     @property
-    def _normalization(self) -> dict[str, Any]:
+    def normalization(self) -> dict[str, Any]:
+        """The arguments of `normalize_images` for the backbone."""
         dataset, dtype = self.config.dataset, jnp.dtype(self.config.compute_dtype)
         return {"mean": tuple(dataset.mean), "std": tuple(dataset.std), "dtype": dtype}
 
@@ -212,12 +213,12 @@ class FrozenNetwork:
         pair = view_augmentations(self.config)
         key = jax.random.fold_in(jax.random.key(self.config.seed), _VIEWS_STREAM)
         augmentations = tuple(pair[i % 2] for i in range(num_views))
-        normalization = tuple(self._normalization.items())
+        normalization = tuple(self.normalization.items())
         extract = _jit_extract_views(self.network, embeddings, normalization, augmentations)
         variables = self.replicate((self.params, self.batch_stats))
         outputs = (
             extract(variables, placing(batch["images"]), placing(batch["sample_index"]), key)
-            for batch in self._random_crops(source, placing, num_steps, num_views)
+            for batch in self.random_crops(source, placing, num_steps, num_views)
         )
         step = placing.batch_size * num_views
         total = num_steps * step
@@ -235,13 +236,14 @@ class FrozenNetwork:
         num_steps = num_epochs * (len(source) // batch_size)
         flip = any(view.flip_probability > 0 for view in view_augmentations(self.config))
         with progress.bar(num_steps, unit="step", description=description) as bar:
-            for batch in self._random_crops(source, placing, num_steps, 1, flip):
+            for batch in self.random_crops(source, placing, num_steps, 1, flip):
                 yield placing(batch["images"][:, 0]), placing(batch["label"])
                 bar.update()
 
-    def _random_crops(
+    def random_crops(
         self, source: Source, placing: Placing, num_steps: int, num_views: int, flip: bool = False
     ) -> Iterator[Arrays]:
+        """Yields batches of random crops, `images` [batch, views, height, width, channels]."""
         config, crop = self.config, self.config.crop
         settings = Crop(crop.size, tuple(crop.scale), tuple(crop.aspect_ratio))
         return training_batches(

@@ -261,7 +261,7 @@ def read_final_results(
     config: config_dict.ConfigDict,
     workdir: epath.Path,
     step: int,
-    fingerprints: Sequence[str] = (),
+    fingerprints: Sequence[str],
 ) -> dict[str, Result] | None:
     """Reads the results of the final protocols; None if one is missing or has other provenance.
 
@@ -269,14 +269,13 @@ def read_final_results(
       config: Config of the run.
       workdir: Workdir of the run.
       step: Last step of the training.
-      fingerprints: Fingerprints of the images that the results must belong to; none for any. They
-        are not checked in results of older versions, which lack them.
+      fingerprints: Fingerprints of the images that the results must belong to.
     """
-    images = {"images_fingerprint": list(fingerprints)} if fingerprints else {}
+    images = {"images_fingerprint": list(fingerprints)}
     results = {}
     for name in final_protocols(config):
         result, expected = read_result(workdir, name), provenance(name, config, step) | images
-        if result is None or not expected.items() <= (images | result).items():
+        if result is None or not expected.items() <= result.items():
             return None
         results[name] = result
     return results

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import config_dict
 from ml_dtypes import bfloat16
 
-from music_jax.errors import UserError, require_extra
+from music_jax.errors import UserError, first_of, require_extra
 from music_jax.models import BACKBONES
 from music_jax.models.network import make_frozen_backbone
 from music_jax.models.vision_transformer import sincos_positions
@@ -136,8 +136,8 @@ def check_shapes(
     if strict:
         wrong += [f"unknown tensor {name}" for name in tensors if name not in expected]
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{source} does not fit the backbone: {'; '.join(wrong[:3])}{more}")
+        reasons = first_of(wrong, separator="; ")
+        raise UserError(f"{source} does not fit the backbone: {reasons}")
 
 
 def tensors_by_name(*trees: Any) -> dict[str, Any]:
@@ -255,10 +255,9 @@ def check_no_other_parts(tensors: Tensors, used: set[str], source: str) -> None:
     changing = _TRANSFORMER_TENSORS if "cls_token" in tensors else _RESNET_TENSORS
     unknown = [name for name in unused_names(tensors, used) if changing.match(name)]
     if unknown:
-        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise UserError(
-            f"{source} has another architecture: the backbone has no {', '.join(unknown[:3])}"
-            f"{more}, on which the features depend"
+            f"{source} has another architecture: the backbone has no {first_of(unknown)}, on which "
+            "the features depend"
         )
 
 

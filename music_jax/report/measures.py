@@ -13,10 +13,8 @@ import numpy as np
 import threadpoolctl
 
 from music_jax.data.augment import augment_views, view_augmentations
-from music_jax.data.crops import Crop
-from music_jax.data.loader import training_batches
-from music_jax.data.order import TrainingOrder
 from music_jax.data.pictures import as_pictures, shown_channels
+from music_jax.distributed.mesh import Placing
 from music_jax.errors import UserError
 from music_jax.evaluation.results import Predictions
 from music_jax.evaluation.run import Run
@@ -126,29 +124,10 @@ def _as_pictures(run: Run, normalized: np.ndarray) -> np.ndarray:
 def _augmented_views(run: Run) -> np.ndarray:
     """Returns crops and training views of a few images as pictures; see `Sample.views`."""
     config, source = run.config, run.images
-    count = min(_VIEWED, len(source))
-    crop = Crop(config.crop.size, tuple(config.crop.scale), tuple(config.crop.aspect_ratio))
-    (batch,) = training_batches(
-        source,
-        TrainingOrder(len(source), count, config.seed),
-        views={"images": (crop, 2 * _PAIRS)},
-        channels=config.dataset.num_channels,
-        dtype=config.dataset.pixel_type,
-        positions=np.arange(count),
-        num_steps=1,
-        skipped=run.skipped,
-        num_threads=config.num_decode_threads,
-    )
-    mean, std = tuple(config.dataset.mean), tuple(config.dataset.std)
-    augment = jax.jit(
-        functools.partial(
-            augment_views,
-            views=view_augmentations(config),
-            mean=mean,
-            std=std,
-            dtype=jnp.dtype(config.compute_dtype),
-        )
-    )
+    placing = Placing(min(_VIEWED, len(source)), run.mesh)
+    (batch,) = run.random_crops(source, placing, num_steps=1, num_views=2 * _PAIRS)
+    views = view_augmentations(config)
+    augment = jax.jit(functools.partial(augment_views, views=views, **run.normalization))
     images, key = batch["images"], jax.random.key(config.seed)
     pictures = [_pictures(run, images[:, :1])]
     for i in range(_PAIRS):  # a program for one pair compiles in less time

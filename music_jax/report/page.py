@@ -169,8 +169,8 @@ def measure_sample(
             "images": {
                 "count": len(sample.indices),
                 "names": [as_text(name, _MAX_NAME) for name in sample.names],
-                "labels": sample.labels.astype(np.int16),
-                "predicted": measures.predictions_of(sample, found).astype(np.int16),
+                "labels": sample.labels.astype(np.int32),
+                "predicted": measures.predictions_of(sample, found).astype(np.int32),
             },
             "classes": class_names or [str(i) for i in range(sample.num_classes)],
             "neighbors": measures.neighbors(sample.features),

@@ -13,7 +13,7 @@ from ml_collections import config_dict
 
 from music_jax.checkpoint.manager import Checkpoints
 from music_jax.distributed.mesh import BATCH_AXES, from_main_process, is_main_process
-from music_jax.errors import CorruptedError, DivergedError, MusicError, UserError
+from music_jax.errors import CorruptedError, DivergedError, MusicError, UserError, first_of
 from music_jax.train.guards import FIRST_COLLAPSE, REASONS, GuardState, Metrics
 from music_jax.train.input import TrainingInput
 from music_jax.train.recipe import Crops
@@ -25,7 +25,6 @@ from music_jax.workdir.logs import EventsLog
 _logger = logging.getLogger(__name__)
 
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
-_MAX_NAMES = 3  # arrays and devices that a message lists
 
 
 @dataclasses.dataclass(eq=False)
@@ -145,7 +144,7 @@ class CheckedStep:
         names = [self._names[i] for i in np.flatnonzero(wrong.any(axis=0))]
         devices = [self._devices[i] for i in np.flatnonzero(wrong.any(axis=1))]
         places = [f"{device} of process {device.process_index}" for device in devices]
-        return f"{what} in {_some(names)} on {_some(places)}"
+        return f"{what} in {first_of(names)} on {first_of(places)}"
 
 
 def _differing(checksums: np.ndarray, parts: np.ndarray) -> np.ndarray:
@@ -159,11 +158,6 @@ def _differing(checksums: np.ndarray, parts: np.ndarray) -> np.ndarray:
         same = group & (checksum[:, None] == checksum)
         wrong.append(2 * same.sum(axis=1) <= group.sum(axis=1))
     return np.stack(wrong, axis=1)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-    return ", ".join(names[:_MAX_NAMES]) + more
 
 
 def _checksum(x: jax.Array) -> jax.Array:

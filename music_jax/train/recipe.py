@@ -231,19 +231,16 @@ def _music(config: config_dict.ConfigDict) -> Objective:
     return objective
 
 
-def _barlow_twins(config: config_dict.ConfigDict) -> Objective:
-    weight = config.off_diagonal_weight
-    return lambda a, b: (barlow_twins_loss(a, b, off_diagonal_weight=weight), {})
+def _of_loss(
+    loss: Callable[..., jax.Array], **fields: str
+) -> Callable[[config_dict.ConfigDict], Objective]:
+    """Returns the factory of an objective; `fields` has the field of each argument of its loss."""
 
+    def make(config: config_dict.ConfigDict) -> Objective:
+        options = {argument: config[field] for argument, field in fields.items()}
+        return lambda a, b: (loss(a, b, **options), {})
 
-def _vicreg(config: config_dict.ConfigDict) -> Objective:
-    fields = ("similarity_weight", "variance_weight", "covariance_weight")
-    weights = {field: config[field] for field in fields}
-    return lambda a, b: (vicreg_loss(a, b, **weights), {})
-
-
-def _simclr(config: config_dict.ConfigDict) -> Objective:
-    return lambda a, b: (simclr_loss(a, b, temperature=config.contrast_temperature), {})
+    return make
 
 
 def _sigreg(config: config_dict.ConfigDict) -> RandomObjective:
@@ -252,25 +249,24 @@ def _sigreg(config: config_dict.ConfigDict) -> RandomObjective:
     return RandomObjective(lambda a, b, key: (sigreg_loss(a, b, key=key, **options), {}))
 
 
-def _tcr(config: config_dict.ConfigDict) -> Objective:
-    options = {"similarity_weight": config.cosine_weight, "epsilon_squared": config.epsilon_squared}
-    return lambda a, b: (tcr_loss(a, b, **options), {})
-
-
-def _discrete(config: config_dict.ConfigDict) -> Objective:
-    fields = ("temperature", "sharpness_weight", "diversity_weight")
-    options = {field: config[field] for field in fields}
-    return lambda a, b: (discrete_loss(a, b, **options), {})
-
-
 OBJECTIVES.update(
     music=_music,
-    barlow_twins=_barlow_twins,
-    vicreg=_vicreg,
-    simclr=_simclr,
+    barlow_twins=_of_loss(barlow_twins_loss, off_diagonal_weight="off_diagonal_weight"),
+    vicreg=_of_loss(
+        vicreg_loss,
+        similarity_weight="similarity_weight",
+        variance_weight="variance_weight",
+        covariance_weight="covariance_weight",
+    ),
+    simclr=_of_loss(simclr_loss, temperature="contrast_temperature"),
     sigreg=_sigreg,
-    tcr=_tcr,
-    discrete=_discrete,
+    tcr=_of_loss(tcr_loss, similarity_weight="cosine_weight", epsilon_squared="epsilon_squared"),
+    discrete=_of_loss(
+        discrete_loss,
+        temperature="temperature",
+        sharpness_weight="sharpness_weight",
+        diversity_weight="diversity_weight",
+    ),
 )
 
 

@@ -30,7 +30,7 @@ from jax.experimental import multihost_utils
 from ml_collections import config_dict
 
 from music_jax.config import default_config, differences, from_json, get_field
-from music_jax.errors import UserError, one_line
+from music_jax.errors import UserError, first_of, one_line
 from music_jax.version import __version__
 from music_jax.workdir.directory import user_directory
 from music_jax.workdir.files import read_bytes, read_json, read_record, write_json
@@ -163,10 +163,10 @@ def check_same_run(workdir: epath.Path, config: config_dict.ConfigDict) -> None:
     differing = differences(before, now)
     if differing:
         differing.sort(key=lambda text: not text.startswith(_NAMED_FIRST))
-        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        reasons = first_of(differing, separator="; ")
         raise UserError(
-            f"{workdir} holds another run ({'; '.join(differing[:3])}{more}); give the same config "
-            "to resume it, or another --workdir"
+            f"{workdir} holds another run ({reasons}); give the same config to resume it, or "
+            "another --workdir"
         )
     dtype = old.get("compute_dtype")
     if dtype is not None and dtype != config.compute_dtype:

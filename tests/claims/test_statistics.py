@@ -48,6 +48,7 @@ def test_holm_is_that_of_r():
 def test_differences_without_variance():
     assert paired_difference([0.5, 0.6], [0.5, 0.6]) is None
     assert paired_difference([0.5, 0.5], [0.25, 0.25]) is None
+    assert paired_difference([0.4, 0.9], [0.3, 0.8]) is None  # equal but for their rounding
     assert equivalence([0.5, 0.5], [0.5, 0.5], margin=0.005) is None
     assert paired_difference([0.5], [0.4]) is None
     assert equivalence([0.5], [0.4], margin=0.005) is None

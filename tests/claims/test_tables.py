@@ -127,9 +127,8 @@ def test_batches_and_starts_are_compared_with_the_ordinary_ones(tmp_path):
 
 
 def test_a_page_is_written_with_plots(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "sys.argv", ["claims", "--config=configs/fashion_mnist.py", "--worker=0/2", "--runs=/r"]
-    )
+    local = ["--worker=0/2", "--runs", "/r", "--output=/o", "--tables_only"]
+    monkeypatch.setattr("sys.argv", ["claims", "--config=configs/fashion_mnist.py", *local])
     more = {"segment_information": 0.4, "null_information": 0.1, "null_p": 0.01}
     more |= {"factors": ["shape", "hue"], "factor_nmi": [[0.1, 0.9], [0.1, 0.8], [0.3, 0.2]]}
     sweep, tables = _tables(tmp_path, methods=_FEW, claims=(1, 2, 4, 6), more=more)

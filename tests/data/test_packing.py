@@ -85,16 +85,6 @@ def test_images_of_many_channels_are_packed_as_arrays(dtype, tmp_path):
             Packing(**options)
 
 
-def test_packing_that_an_earlier_version_began_is_resumed(photos, tmp_path):
-    folder, broken = photos
-    _pack(folder, tmp_path / "packed")
-    file = tmp_path / "packed" / "index.json"
-    index = json.loads(file.read_text()) | {"complete": False}
-    del index["pixel_type"]
-    file.write_text(json.dumps(index))
-    assert _pack(folder, tmp_path / "packed") == 40 - len(broken)
-
-
 def test_files_of_small_images_are_packed_unchanged(photos, tmp_path):
     folder, broken = photos
     _pack(folder, tmp_path / "packed", shorter_side=48)
@@ -113,9 +103,6 @@ def test_packing_replaced_images_into_the_same_directory_is_an_error(tmp_path):
         (tmp_path / "packed" / "index.json").write_text(json.dumps(index | {"complete": complete}))
         with pytest.raises(UserError, match=r"images of .*photos have changed since .*packed"):
             _pack(tmp_path / "photos", tmp_path / "packed")
-    del index["source_fingerprint"]  # as of an older version
-    (tmp_path / "packed" / "index.json").write_text(json.dumps(index))
-    assert _pack(tmp_path / "photos", tmp_path / "packed") == 20
 
 
 def test_packing_again_does_nothing_unless_settings_differ(photos, tmp_path):

@@ -326,12 +326,8 @@ def test_results_of_changed_images_are_recomputed(tmp_path, monkeypatch):
     assert measure_and_count(test=f"{tmp_path}/./test/") == 1
     cv2.imwrite(str(tmp_path / "test" / "b" / "1.png"), np.ones((4, 4, 3), np.uint8))
     assert [measure_and_count(), measure_and_count()] == [2, 2]
-    figures = json.loads((tmp_path / "retrieval.json").read_text())
-    del figures["images_fingerprint"]  # as of an older version
-    (tmp_path / "retrieval.json").write_text(json.dumps(figures))
-    assert measure_and_count() == 3
     config.compute_dtype = "bfloat16"
-    assert [measure_and_count(), measure_and_count()] == [4, 4]
+    assert [measure_and_count(), measure_and_count()] == [3, 3]
 
 
 def test_results_of_another_run_are_recomputed(tmp_path, monkeypatch):
@@ -367,7 +363,7 @@ def test_images_without_labels_are_not_evaluated_unless_they_are_named(tmp_path,
         FinalEvaluation(config, tmp_path, source)
 
 
-def test_final_results_belong_to_a_step_and_to_the_images_unless_these_are_unknown(tmp_path):
+def test_final_results_belong_to_a_step_and_to_the_images(tmp_path):
     config, workdir, images = small_config(), epath.Path(tmp_path), ["train 1", "test 2"]
 
     def write(more):
@@ -379,8 +375,7 @@ def test_final_results_belong_to_a_step_and_to_the_images_unless_these_are_unkno
 
     write({"images_fingerprint": images})
     assert set(read_final_results(config, workdir, 3, images)) == {"linear", "knn"}
-    assert set(read_final_results(config, workdir, 3)) == {"linear", "knn"}
     assert read_final_results(config, workdir, 4, images) is None
     assert read_final_results(config, workdir, 3, ["train 1", "test 3"]) is None
-    write({})  # as earlier versions did
-    assert set(read_final_results(config, workdir, 3, images)) == {"linear", "knn"}
+    write({})
+    assert read_final_results(config, workdir, 3, images) is None

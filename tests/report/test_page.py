@@ -214,6 +214,15 @@ def test_a_network_is_omitted_if_the_report_does_not_fit_otherwise(finished, mon
     assert data_of(text)["runs"][0]["images"]["tile"] == 24
 
 
+def test_classes_may_have_large_numbers(tmp_path):
+    sample = make_sample()
+    labels = np.where(sample.labels > 0, 40_000, 0).astype(np.int32)
+    sample = sample._replace(labels=labels, class_names=(), num_classes=40_001)
+    html = page.render([make_reported(write_workdir(tmp_path), sample)])
+    images = data_of(html.decode())["runs"][0]["images"]
+    np.testing.assert_array_equal(images["labels"], labels)
+
+
 @pytest.mark.slow
 def test_a_thousand_classes_and_thousands_of_units_stay_below_ten_megabytes(tmp_path):
     """Different images of noise in each run, which no format compresses well."""

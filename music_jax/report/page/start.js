@@ -11,7 +11,9 @@ async function inflated(id) {
   return new Response(stream).text();
 }
 
-const KINDS = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, i2: Int16Array, f4: Float32Array };
+const KINDS = {
+  u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, i2: Int16Array, i4: Int32Array, f4: Float32Array,
+};
 
 // Unpacks an array from Python; `at(i, j, ...)` reads an element.
 function unpacked({ type, shape, base64 }) {
