@@ -218,7 +218,7 @@ def test_classes_may_have_large_numbers(tmp_path):
     sample = make_sample()
     labels = np.where(sample.labels > 0, 40_000, 0).astype(np.int32)
     sample = sample._replace(labels=labels, class_names=(), num_classes=40_001)
-    html = page.render([make_reported(write_workdir(tmp_path), sample)])
+    html = page.render([make_reported(write_workdir(tmp_path / "run"), sample)])
     images = data_of(html.decode())["runs"][0]["images"]
     np.testing.assert_array_equal(images["labels"], labels)
 
