@@ -34,6 +34,9 @@ _CHOICES: dict[str, Collection[Any]] = {
 }
 # Interval of each number, or of each entry of a tuple, by name pattern; the first match counts.
 _INTERVALS = {
+    "[0, 1]": "*_probability *.translation *.max_skipped_share guards.min_usage_entropy"
+    " guards.max_dead_units guards.min_embedding_std objective.sigreg_weight"
+    " optimizer.final_scale",
     # Two samples or more, since batch normalization needs them.
     "[2, inf)": "batch_size semi_supervised.batch_size finetune.batch_size online_probe.batch_size"
     " evaluation.num_views objective.num_segments objective.units_per_segment"
@@ -41,7 +44,7 @@ _INTERVALS = {
     "[0, inf)": "guards.check_*_every_steps guards.loss_spike_deviations guards.max_rewinds"
     " guards.min_effective_rank guards.warmup_steps *.weight_decay *.brightness *.contrast"
     " *.saturation *.noise_std backbone.frozen_stages optimizer.backbone_scale"
-    " online.every_steps optimizer.min_warmup_steps",
+    " online.every_steps optimizer.min_warmup_steps objective.*_weight",
     "[1, inf)": "*num_epochs *every_steps *.batch_size accumulation_steps *.max_to_keep crop.size"
     " evaluation.view_images few_shot.draws few_shot.shots knn.k knn.more_k projector.*"
     " guards.loss_spike_window guards.collapse_steps sharding.fsdp objective.num_slices"
@@ -55,9 +58,6 @@ _INTERVALS = {
     "(0, 1]": "crop.scale local_views.scale semi_supervised.fractions",
     "(0, 1)": "linear_eval.validation_fraction",
     "[0, 1)": "*.momentum",
-    "[0, 1]": "*_probability *.translation *.max_skipped_share guards.min_usage_entropy"
-    " guards.max_dead_units guards.min_embedding_std objective.sigreg_weight"
-    " optimizer.final_scale",
     "[0, 0.5]": "*.hue",
     "[0, 89]": "*.shear_degrees",
     "[0, 180]": "*.rotation_degrees",

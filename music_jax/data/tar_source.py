@@ -156,13 +156,17 @@ def _files(descriptor: int, tar_size: int) -> Iterator[tuple[bytes, int, int]]:
     read a header of any size into memory.
     """
     offset, attributes = 0, dict[bytes, bytes]()  # of the next file, from a header before its own
+    ended = False  # blocks of zeros end a tar, and another one may be joined to it
     if not tar_size:
         raise ValueError("it is empty")
-    while (header := os.pread(descriptor, _BLOCK, offset)) not in (b"", bytes(_BLOCK)):
-        if len(header) < _BLOCK:
-            raise ValueError("it ends early")
-        if sum(header) - sum(header[148:156]) + 8 * ord(" ") != _number(header[148:156]):
-            raise ValueError("a header is damaged")
+    while header := os.pread(descriptor, _BLOCK, offset):
+        if header == bytes(_BLOCK):
+            offset, ended = offset + _BLOCK, True
+            continue
+        if not _is_header(header):
+            if ended:
+                return
+            raise ValueError("it ends early" if len(header) < _BLOCK else "a header is damaged")
         kind, start = header[156:157], offset + _BLOCK
         size = int(attributes.get(b"size", b"-1"))
         if kind in _WITHOUT_CONTENT or size < 0:
@@ -187,6 +191,15 @@ def _files(descriptor: int, tar_size: int) -> Iterator[tuple[bytes, int, int]]:
                 name = prefix + b"/" + name
             yield attributes.get(b"path", name), start, size
         attributes = {}
+
+
+def _is_header(block: bytes) -> bool:
+    """Returns whether a block has the checksum of a header."""
+    try:
+        checksum = _number(block[148:156])
+    except (ValueError, IndexError):
+        return False
+    return sum(block) - sum(block[148:156]) + 8 * ord(" ") == checksum
 
 
 def _number(field: bytes) -> int:

@@ -162,6 +162,15 @@ def test_a_huge_file_or_name_in_a_tar_is_not_read_into_memory(tmp_path):
         _open(tmp_path / "b.tar")
 
 
+def test_tars_that_were_joined_are_read_to_the_end(tmp_path):
+    for name, values in (("a", [1, 2]), ("b", [3])):
+        _write_tar(tmp_path / f"{name}.tar", [(f"{name}{i}.png", _png(i)) for i in values])
+    joined = b"".join((tmp_path / f"{name}.tar").read_bytes() for name in "ab")
+    for rest in (b"", bytes(4096), b"something else" * 100):
+        (tmp_path / "c.tar").write_bytes(joined + rest)
+        assert [value for value, _ in _values(_open(tmp_path / "c.tar"))] == [1, 2, 3]
+
+
 def test_a_tar_whose_header_has_a_negative_size_is_refused(tmp_path):
     info = tarfile.TarInfo("0.png")
     header = bytearray(info.tobuf())
