@@ -108,6 +108,16 @@ def test_two_nodes_train_each_with_its_cores(undisturbed):
 
 
 @pytest.mark.slow
+def test_two_tasks_of_a_node_train_as_two_nodes_each_with_its_core(slurm, undisturbed, tmp_path):
+    one_node = ("--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1")
+    training = Training(slurm, tmp_path, options=one_node)
+    job = training.finish("COMPLETED", "FAILED")
+    assert (job["ExitCode"], job["NumNodes"]) == ("0:0", "1"), training.log()
+    assert training.log().count("cores: 1\n") == 2
+    assert_same(training, undisturbed)
+
+
+@pytest.mark.slow
 def test_a_preempted_run_saves_and_goes_on(slurm, undisturbed, tmp_path):
     training = Training(slurm, tmp_path)
     training.wait_for_step(2)
