@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 import traceback
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ _logger = logging.getLogger(__name__)
 
 _ITEMS = ("state", "input", "online_probe")
 _POLL_SECONDS = 0.2
+_REMOVALS = 10  # of a failed save, whose other writes may add files meanwhile
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of unfinished checkpoints
 _ORBAX = f"{os.sep}orbax{os.sep}"  # in the names of its files
 
@@ -235,9 +237,13 @@ class Checkpoints:
         if not self._stuck:
             with contextlib.suppress(Exception):  # its error again, once on each thread
                 self._writer.submit(self._manager.close).result()
-            for path in _unfinished(self._directory):
-                with contextlib.suppress(OSError):
-                    path.rmtree()
+            for _ in range(_REMOVALS):
+                for path in _unfinished(self._directory):
+                    with contextlib.suppress(OSError):
+                        path.rmtree()
+                if not _unfinished(self._directory):
+                    break
+                time.sleep(_POLL_SECONDS)
             self._manager = self._new_manager()
         kept = [saved for saved in self.all_steps() if saved != step]
         intact = f"step {max(kept)} is intact" if kept else "there is no earlier checkpoint"
